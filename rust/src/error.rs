@@ -1,0 +1,156 @@
+//! The one error type of the core.
+//!
+//! A message says what is wrong, where (file, tensor), and, where there is one, what to do.
+//! The variants are the classes that a caller can tell apart; the bindings map each to one
+//! Python exception.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of every fallible function of the core.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused: no such file, no permission, no space.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or directory that was asked for.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// A base checkpoint that is broken or not of a kind that can be read.
+    #[error("{}: {message}", path.display())]
+    Checkpoint {
+        /// The file or directory at fault.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// An adapter that is broken: its config, its file, or the two together.
+    #[error("{}: {message}", path.display())]
+    Adapter {
+        /// The file or directory at fault.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// An adapter that is sound but uses something that cannot be merged.
+    #[error("{}: {message}", path.display())]
+    Unsupported {
+        /// The adapter.
+        path: PathBuf,
+        /// The feature by its name, and what to do.
+        message: String,
+    },
+    /// Adapters and base do not fit together. Every problem that was found is listed.
+    #[error("{}", list_problems(.0))]
+    Plan(Vec<String>),
+    /// The output cannot be written where it was asked for.
+    #[error("{}: {message}", path.display())]
+    Output {
+        /// The output directory, or the file in it.
+        path: PathBuf,
+        /// What stands in the way and what to do.
+        message: String,
+    },
+    /// The arithmetic left the range of the output's dtype.
+    #[error("tensor {tensor}: {message}")]
+    Numeric {
+        /// The base tensor's name.
+        tensor: String,
+        /// What happened, and where in the tensor.
+        message: String,
+    },
+    /// An argument outside its domain.
+    #[error("{0}")]
+    Argument(String),
+    /// The caller raised the cancel flag.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// An [`Error::Io`] about `path`.
+    pub fn io(path: impl AsRef<Path>, source: io::Error) -> Self {
+        Self::Io {
+            path: path.as_ref().to_path_buf(),
+            source,
+        }
+    }
+
+    /// An [`Error::Checkpoint`] about `path`.
+    pub fn checkpoint(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self::Checkpoint {
+            path: path.as_ref().to_path_buf(),
+            message: message.into(),
+        }
+    }
+
+    /// An [`Error::Adapter`] about `path`.
+    pub fn adapter(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self::Adapter {
+            path: path.as_ref().to_path_buf(),
+            message: message.into(),
+        }
+    }
+
+    /// An [`Error::Unsupported`] about `path`.
+    pub fn unsupported(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self::Unsupported {
+            path: path.as_ref().to_path_buf(),
+            message: message.into(),
+        }
+    }
+
+    /// An [`Error::Output`] about `path`.
+    pub fn output(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self::Output {
+            path: path.as_ref().to_path_buf(),
+            message: message.into(),
+        }
+    }
+}
+
+/// The most problems that one message spells out; the error itself carries all of them.
+const PROBLEMS_IN_MESSAGE: usize = 8;
+
+fn list_problems(problems: &[String]) -> String {
+    match problems {
+        [only] => only.clone(),
+        _ => {
+            let mut text = format!("{} problems", problems.len());
+            for problem in problems.iter().take(PROBLEMS_IN_MESSAGE) {
+                text.push_str("\n  - ");
+                text.push_str(problem);
+            }
+            if problems.len() > PROBLEMS_IN_MESSAGE {
+                let rest = problems.len() - PROBLEMS_IN_MESSAGE;
+                text.push_str(&format!("\n  - and {rest} more"));
+            }
+            text
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_problem_is_the_message() {
+        assert_eq!(
+            Error::Plan(vec!["x does not fit".into()]).to_string(),
+            "x does not fit"
+        );
+    }
+
+    #[test]
+    fn many_problems_are_listed_and_the_rest_counted() {
+        let message = Error::Plan((0..10).map(|i| format!("p{i}")).collect()).to_string();
+        assert!(message.starts_with("10 problems\n  - p0\n"));
+        assert!(message.ends_with("- p7\n  - and 2 more"));
+    }
+}
