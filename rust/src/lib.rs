@@ -11,9 +11,16 @@ compile_error!("lorafast runs on little-endian processors only");
 pub mod adapter;
 pub mod checkpoint;
 pub mod dtype;
+pub mod entries;
 pub mod error;
 pub mod kernel;
+pub mod overlap;
 pub mod safetensors;
+pub mod spectrum;
+pub mod statistics;
 pub mod task;
+
+mod dense;
+mod vector;
 
 pub use error::{Error, Result};
