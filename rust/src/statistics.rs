@@ -123,6 +123,7 @@ pub fn describe(tensors: &[Tensor<'_>], request: &Request) -> Result<Summary> {
 pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<Summary>, Summary)> {
     request.check()?;
     let format = common_format(tensors);
+    let size = total_len(tensors);
     let needs_counts = request.needs_counts();
     let (summaries, all_moments, counts) = tensors
         .par_iter()
@@ -133,8 +134,8 @@ pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<S
                 let own_format = tensor.element().format();
                 let (moments, counts) = first_look(one, own_format, needs_counts);
                 if let Some(own) = &counts {
-                    let all = all_counts.get_or_insert_with(|| Counts::new(format));
-                    if own_format == format {
+                    let all = all_counts.get_or_insert_with(|| Counts::new(format, size));
+                    if all.is_like(own) {
                         all.merge(own);
                     } else {
                         all.add(tensor);
@@ -154,9 +155,13 @@ pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<S
             },
         );
     let moments = merge_in_order(&all_moments);
-    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format)));
+    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
     let all = summarize(tensors, request, &moments, counts);
     Ok((summaries, all))
+}
+
+fn total_len(tensors: &[Tensor<'_>]) -> u64 {
+    tensors.iter().map(|tensor| tensor.len() as u64).sum()
 }
 
 fn common_format(tensors: &[Tensor<'_>]) -> Format {
@@ -204,11 +209,14 @@ fn first_look(
     format: Format,
     needs_counts: bool,
 ) -> (Moments, Option<Counts>) {
+    let size = total_len(tensors);
     let work = segments(tensors);
     let visit = |(mut moments, mut counts): (Vec<Moments>, Option<Counts>), part: &Tensor<'_>| {
         moments.push(Moments::of(part));
         if needs_counts {
-            counts.get_or_insert_with(|| Counts::new(format)).add(part);
+            counts
+                .get_or_insert_with(|| Counts::new(format, size))
+                .add(part);
         }
         (moments, counts)
     };
@@ -231,7 +239,7 @@ fn first_look(
         of_tensors.push(merge_in_order(own));
         rest = others;
     }
-    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format)));
+    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
     (merge_in_order(&of_tensors), counts)
 }
 
