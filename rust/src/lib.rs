@@ -10,10 +10,18 @@ compile_error!("lorafast runs on little-endian processors only");
 
 pub mod adapter;
 pub mod checkpoint;
+pub mod describe;
 pub mod dtype;
 pub mod error;
+pub mod execute;
+pub mod file;
 pub mod kernel;
+pub mod names;
+pub mod orientation;
+pub mod plan;
 pub mod safetensors;
+pub mod side_files;
 pub mod task;
+pub mod writer;
 
 pub use error::{Error, Result};
