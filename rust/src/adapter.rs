@@ -146,13 +146,7 @@ impl Adapter {
                 obstacles => Error::unsupported(path, obstacles.join("; ")),
             }
         })?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            config,
-            file,
-            modules,
-            others,
-        })
+        Ok(Self { path: path.to_path_buf(), config, file, modules, others })
     }
 
     /// The path that was opened.
@@ -178,6 +172,37 @@ impl Adapter {
     /// The tensors that are no factors, with the part each plays.
     pub fn others(&self) -> &[(String, Role)] {
         &self.others
+    }
+
+    /// Everything in the adapter that a merge of plain products on linear layers would get wrong,
+    /// in words that name the feature. Config fields named in `allow` are let pass.
+    pub fn obstacles(&self, allow: &[String]) -> Vec<String> {
+        let mut obstacles = self.config.obstacles(allow);
+        let mut roles = IndexMap::<&str, (usize, &str)>::new();
+        for (name, role) in &self.others {
+            if *role != Role::TrainingOnly {
+                roles.entry(role.describe()).or_insert((0, name)).0 += 1;
+            }
+        }
+        obstacles.extend(roles.iter().map(|(role, (count, first))| match count {
+            1 => format!("the tensor {first} is {role}, which cannot be merged yet"),
+            _ => format!(
+                "{count} tensors (the first: {first}) are each {role}, which cannot be merged yet"
+            ),
+        }));
+        for kind in [LayerKind::Embedding, LayerKind::Convolution] {
+            let mut modules = self.modules.values().filter(|module| module.kind == kind);
+            if let Some(first) = modules.next() {
+                obstacles.push(format!(
+                    "{} modules (the first: {}) are a LoRA on an {} layer, \
+                     which cannot be merged yet",
+                    modules.count() + 1,
+                    first.path,
+                    kind.name()
+                ));
+            }
+        }
+        obstacles
     }
 
     /// A factor widened to f32, row-major.
@@ -228,11 +253,16 @@ pub fn sha256_of(path: &Path) -> Result<String> {
             length => hasher.update(&buffer[..length]),
         }
     }
-    Ok(hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The SHA-256 of some bytes, in hexadecimal.
+pub fn sha256_of_bytes(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn no_config(directory: &Path) -> String {
@@ -257,11 +287,7 @@ fn no_config(directory: &Path) -> String {
 
 /// What a key of the adapter's file names.
 enum Key<'a> {
-    Factor {
-        module: &'a str,
-        first: bool,
-        embedding: bool,
-    },
+    Factor { module: &'a str, first: bool, embedding: bool },
     Other(Role),
 }
 
@@ -275,32 +301,16 @@ fn classify(name: &str) -> Key<'_> {
     let weight: &[&str] = &[".weight", ".default.weight"];
     let parameter: &[&str] = &["", ".default"];
     if let Some(module) = factor(".lora_A", weight) {
-        return Key::Factor {
-            module,
-            first: true,
-            embedding: false,
-        };
+        return Key::Factor { module, first: true, embedding: false };
     }
     if let Some(module) = factor(".lora_B", weight) {
-        return Key::Factor {
-            module,
-            first: false,
-            embedding: false,
-        };
+        return Key::Factor { module, first: false, embedding: false };
     }
     if let Some(module) = factor(".lora_embedding_A", parameter) {
-        return Key::Factor {
-            module,
-            first: true,
-            embedding: true,
-        };
+        return Key::Factor { module, first: true, embedding: true };
     }
     if let Some(module) = factor(".lora_embedding_B", parameter) {
-        return Key::Factor {
-            module,
-            first: false,
-            embedding: true,
-        };
+        return Key::Factor { module, first: false, embedding: true };
     }
     Key::Other(if path.contains(".lora_magnitude_vector") {
         Role::Magnitude
@@ -334,11 +344,7 @@ fn sort_tensors(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted> {
     for tensor in &file.header().tensors {
         match classify(&tensor.name) {
             Key::Other(role) => others.push((tensor.name.clone(), role)),
-            Key::Factor {
-                module,
-                first,
-                embedding,
-            } => {
+            Key::Factor { module, first, embedding } => {
                 if !tensor.dtype.is_mergeable() {
                     return Err(broken(format!(
                         "tensor {} has the type {}; a factor is of a floating-point type",
@@ -392,10 +398,7 @@ fn pair_up(
         return Err(format!("{} has rank 0", a.name));
     }
     if b.shape[1] != rank {
-        return Err(format!(
-            "{} has rank {rank} but {} has rank {}",
-            a.name, b.name, b.shape[1]
-        ));
+        return Err(format!("{} has rank {rank} but {} has rank {}", a.name, b.name, b.shape[1]));
     }
     let expected = config.rank_of(&path);
     if expected != rank {
@@ -412,13 +415,5 @@ fn pair_up(
     };
     let alpha = config.alpha_of(&path);
     let scaling = config.scaling(alpha, rank);
-    Ok(Module {
-        path,
-        kind,
-        a,
-        b,
-        rank,
-        alpha,
-        scaling,
-    })
+    Ok(Module { path, kind, a, b, rank, alpha, scaling })
 }

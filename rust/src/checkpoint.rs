@@ -13,11 +13,8 @@ use crate::safetensors::{SafetensorsFile, TensorInfo};
 /// looks for them; diffusers' come after.
 const SINGLE_FILES: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
-const ADAPTER_FILES: [&str; 3] = [
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapter_config.json",
-];
+const ADAPTER_FILES: [&str; 3] =
+    ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"];
 
 /// The index file that maps tensors to shards.
 #[derive(Debug, Clone)]
@@ -82,13 +79,7 @@ impl Checkpoint {
                 Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
                 _ => PathBuf::from("."),
             };
-            (
-                root,
-                Files {
-                    shards: vec![name],
-                    index: None,
-                },
-            )
+            (root, Files { shards: vec![name], index: None })
         };
         let shards = files
             .shards
@@ -173,9 +164,7 @@ struct Files {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name()
-        .map(|name| name.to_string_lossy().into_owned())
-        .unwrap_or_default()
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// Decides which files of a directory make up the model.
@@ -187,10 +176,7 @@ fn find_files(directory: &Path) -> Result<Files> {
     }
     names.sort();
     let has = |name: &str| names.iter().any(|other| other == name);
-    let single = |name: &str| Files {
-        shards: vec![name.to_owned()],
-        index: None,
-    };
+    let single = |name: &str| Files { shards: vec![name.to_owned()], index: None };
     for name in SINGLE_FILES {
         if has(name) {
             return Ok(single(name));
@@ -214,18 +200,11 @@ fn find_files(directory: &Path) -> Result<Files> {
     // Variants such as model.safetensors.index.fp16.json and files under names of their own.
     let is_index = |name: &&String| name.contains(".safetensors.index") && name.ends_with(".json");
     let indexes: Vec<_> = names.iter().filter(is_index).collect();
-    let weights: Vec<_> = names
-        .iter()
-        .filter(|name| name.ends_with(".safetensors"))
-        .collect();
+    let weights: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
     match (indexes.as_slice(), weights.as_slice()) {
         ([index], _) => read_index(directory, index),
         ([], [name]) => Ok(single(name)),
-        ([], [])
-            if names
-                .iter()
-                .any(|name| name.ends_with(".bin") || name.ends_with(".pth")) =>
-        {
+        ([], []) if names.iter().any(|name| name.ends_with(".bin") || name.ends_with(".pth")) => {
             refuse(
                 "holds its weights as .bin files; save it with safe_serialization first \
                  (load and save_pretrained in transformers)"
@@ -241,21 +220,12 @@ fn find_files(directory: &Path) -> Result<Files> {
             "holds {} .safetensors files but no index that says which belong together: {}; \
              give one of the files, or add model.safetensors.index.json",
             several.len(),
-            several
-                .iter()
-                .take(4)
-                .map(|name| name.as_str())
-                .collect::<Vec<_>>()
-                .join(", ")
+            several.iter().take(4).map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
         )),
         (several, _) => refuse(format!(
             "holds {} index files and none of the usual name: {}",
             several.len(),
-            several
-                .iter()
-                .map(|name| name.as_str())
-                .collect::<Vec<_>>()
-                .join(", ")
+            several.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
         )),
     }
 }
@@ -271,20 +241,14 @@ fn read_index(directory: &Path, name: &str) -> Result<Files> {
     let mut shards: Vec<String> = Vec::new();
     for (tensor, shard) in map {
         let shard = shard.as_str().ok_or_else(|| {
-            broken(format!(
-                "maps tensor {tensor} to something that is no file name"
-            ))
+            broken(format!("maps tensor {tensor} to something that is no file name"))
         })?;
         if shards.iter().any(|known| known == shard) {
             continue;
         }
-        let inside = Path::new(shard)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)));
+        let inside = Path::new(shard).components().all(|part| matches!(part, Component::Normal(_)));
         if !inside || shard.is_empty() {
-            return Err(broken(format!(
-                "names the shard {shard:?}, which leaves its directory"
-            )));
+            return Err(broken(format!("names the shard {shard:?}, which leaves its directory")));
         }
         if !directory.join(shard).is_file() {
             return Err(broken(format!(
@@ -297,13 +261,7 @@ fn read_index(directory: &Path, name: &str) -> Result<Files> {
         return Err(broken("has an empty weight_map".into()));
     }
     shards.sort();
-    Ok(Files {
-        shards,
-        index: Some(Index {
-            file_name: name.to_owned(),
-            content,
-        }),
-    })
+    Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content }) })
 }
 
 /// Reads a file that must hold one JSON object.
@@ -314,11 +272,7 @@ fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
 }
 
 fn read_config(path: &Path) -> Result<Option<serde_json::Map<String, Value>>> {
-    if path.is_file() {
-        read_object(path).map(Some)
-    } else {
-        Ok(None)
-    }
+    if path.is_file() { read_object(path).map(Some) } else { Ok(None) }
 }
 
 fn gather(shards: &[Shard]) -> Result<IndexMap<String, Location>> {
@@ -345,9 +299,7 @@ fn check_index(
     shards: &[Shard],
     tensors: &IndexMap<String, Location>,
 ) -> Result<Vec<String>> {
-    let map = index.content["weight_map"]
-        .as_object()
-        .expect("checked when it was read");
+    let map = index.content["weight_map"].as_object().expect("checked when it was read");
     for (tensor, shard) in map {
         let shard = shard.as_str().expect("checked when it was read");
         match tensors.get(tensor) {
@@ -367,10 +319,7 @@ fn check_index(
             Some(_) => {}
         }
     }
-    let unlisted: Vec<_> = tensors
-        .keys()
-        .filter(|name| !map.contains_key(*name))
-        .collect();
+    let unlisted: Vec<_> = tensors.keys().filter(|name| !map.contains_key(*name)).collect();
     Ok(match unlisted.as_slice() {
         [] => Vec::new(),
         [first, ..] => vec![format!(
@@ -399,19 +348,13 @@ mod tests {
                 range: position as u64 * 4..(position as u64 + 1) * 4,
             })
             .collect();
-        let mut bytes = Header {
-            tensors,
-            ..Header::default()
-        }
-        .encode();
+        let mut bytes = Header { tensors, ..Header::default() }.encode();
         bytes.resize(bytes.len() + 4 * names.len(), 0);
         fs::write(path, bytes).expect("written");
     }
 
     fn complaint(directory: &Path) -> String {
-        Checkpoint::open(directory)
-            .expect_err("a broken checkpoint")
-            .to_string()
+        Checkpoint::open(directory).expect_err("a broken checkpoint").to_string()
     }
 
     #[test]
@@ -424,10 +367,7 @@ mod tests {
         let map = r#"{"weight_map": {"z": "b.safetensors", "x": "a.safetensors"}}"#;
         fs::write(&index, map).expect("written");
         let checkpoint = Checkpoint::open(root).expect("sound");
-        assert_eq!(
-            checkpoint.tensors().keys().collect::<Vec<_>>(),
-            ["x", "y", "z"]
-        );
+        assert_eq!(checkpoint.tensors().keys().collect::<Vec<_>>(), ["x", "y", "z"]);
         assert_eq!(checkpoint.tensor("z").expect("there").shape, [1]);
         assert!(checkpoint.warnings()[0].contains("the first: y"));
     }
@@ -482,9 +422,6 @@ mod tests {
         assert!(Checkpoint::open(&root.join("two.safetensors")).is_ok());
         fs::write(root.join("adapter_config.json"), "{}").expect("written");
         assert!(complaint(root).contains("is an adapter"));
-        assert!(matches!(
-            Checkpoint::open(&root.join("absent")),
-            Err(Error::Io { .. })
-        ));
+        assert!(matches!(Checkpoint::open(&root.join("absent")), Err(Error::Io { .. })));
     }
 }

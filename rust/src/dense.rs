@@ -30,11 +30,7 @@ pub(crate) struct Matrix {
 
 impl Matrix {
     pub(crate) fn zeros(rows: usize, columns: usize) -> Self {
-        Self {
-            rows,
-            columns,
-            data: vec![0.0; rows * columns],
-        }
+        Self { rows, columns, data: vec![0.0; rows * columns] }
     }
 
     pub(crate) fn column(&self, column: usize) -> &[f64] {
@@ -65,11 +61,7 @@ impl Matrix {
 
     /// The first `count` columns.
     pub(crate) fn leading(&self, count: usize) -> Self {
-        Self {
-            rows: self.rows,
-            columns: count,
-            data: self.data[..self.rows * count].to_vec(),
-        }
+        Self { rows: self.rows, columns: count, data: self.data[..self.rows * count].to_vec() }
     }
 
     /// `self · diag(scales) · otherᵀ`.

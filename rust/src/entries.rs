@@ -51,9 +51,7 @@ pub struct EntryStatistics {
 pub fn scan_entries(update: &Update<'_>, bins: &Bins, threshold: f64) -> Result<EntryStatistics> {
     bins.check()?;
     if threshold.is_nan() {
-        return Err(Error::Argument(
-            "the threshold of the entries is not a number".into(),
-        ));
+        return Err(Error::Argument("the threshold of the entries is not a number".into()));
     }
     let packed = Packed::of(update);
     let threshold = at_least(threshold);
@@ -66,11 +64,7 @@ pub fn scan_entries(update: &Update<'_>, bins: &Bins, threshold: f64) -> Result<
     let count = update.rows() as u64 * update.columns() as u64;
     let finite = count - extremes.non_finite;
     let or_nan = |value: f32| {
-        if finite == 0 {
-            f64::NAN
-        } else {
-            f64::from(value)
-        }
+        if finite == 0 { f64::NAN } else { f64::from(value) }
     };
     Ok(EntryStatistics {
         count,
@@ -84,21 +78,14 @@ pub fn scan_entries(update: &Update<'_>, bins: &Bins, threshold: f64) -> Result<
         },
         below: extremes.below,
         below_share: extremes.below as f64 / finite as f64,
-        histogram: Histogram {
-            counts: binning.counts(&extremes.bins),
-            edges: binning.edges,
-        },
+        histogram: Histogram { counts: binning.counts(&extremes.bins), edges: binning.edges },
     })
 }
 
 /// The least f32 that is not below the number.
 fn at_least(number: f64) -> f32 {
     let rounded = number as f32;
-    if f64::from(rounded) < number {
-        rounded.next_up()
-    } else {
-        rounded
-    }
+    if f64::from(rounded) < number { rounded.next_up() } else { rounded }
 }
 
 /// Both factors in f32 and in the order in which the tiles read them.
@@ -131,17 +118,12 @@ impl Packed {
             self.scan_rows(start, binning, threshold, &mut tally);
             tally
         };
-        let empty = || Tally {
-            bins: vec![0; binning.map_or(0, Binning::slots)],
-            ..Tally::default()
-        };
+        let empty =
+            || Tally { bins: vec![0; binning.map_or(0, Binning::slots)], ..Tally::default() };
         if blocks.len() <= 1 {
             return blocks.iter().fold(empty(), visit);
         }
-        blocks
-            .par_iter()
-            .fold(empty, visit)
-            .reduce(empty, Tally::merge)
+        blocks.par_iter().fold(empty, visit).reduce(empty, Tally::merge)
     }
 
     fn scan_rows(
@@ -345,10 +327,7 @@ impl Binning {
                 });
                 (1.0 / step, 2.0 * (rounding + spread))
             });
-        Self {
-            edges,
-            even: even.filter(|&(_, near)| near < 0.1),
-        }
+        Self { edges, even: even.filter(|&(_, near)| near < 0.1) }
     }
 
     fn bins(&self) -> usize {
@@ -362,9 +341,7 @@ impl Binning {
 
     fn counts(&self, slots: &[u64]) -> Vec<u64> {
         let stride = self.bins() + 1;
-        (0..self.bins())
-            .map(|bin| slots.chunks_exact(stride).map(|copy| copy[bin]).sum())
-            .collect()
+        (0..self.bins()).map(|bin| slots.chunks_exact(stride).map(|copy| copy[bin]).sum()).collect()
     }
 
     /// The bin of an entry, or the number of bins if it lies outside.

@@ -68,37 +68,21 @@ impl InstructionSet {
     /// [`Error::Argument`] if there is none or this processor cannot run it.
     pub fn from_name(name: &str) -> Result<Self> {
         let available = Self::available();
-        available
-            .iter()
-            .copied()
-            .find(|set| set.name() == name)
-            .ok_or_else(|| {
-                let names: Vec<_> = available.iter().map(|set| set.name()).collect();
-                Error::Argument(format!(
-                    "no instruction set {name:?} on this processor; there are {}",
-                    names.join(", ")
-                ))
-            })
+        available.iter().copied().find(|set| set.name() == name).ok_or_else(|| {
+            let names: Vec<_> = available.iter().map(|set| set.name()).collect();
+            Error::Argument(format!(
+                "no instruction set {name:?} on this processor; there are {}",
+                names.join(", ")
+            ))
+        })
     }
 
     /// Rows and columns of the register block: factors are packed to these.
     fn block_shape(self) -> pack::BlockShape {
         match self {
-            Self::Portable => pack::BlockShape {
-                rows: 4,
-                lanes: 8,
-                vectors: 2,
-            },
-            Self::Avx2 => pack::BlockShape {
-                rows: 4,
-                lanes: 8,
-                vectors: 3,
-            },
-            Self::Avx512 => pack::BlockShape {
-                rows: 8,
-                lanes: 16,
-                vectors: 3,
-            },
+            Self::Portable => pack::BlockShape { rows: 4, lanes: 8, vectors: 2 },
+            Self::Avx2 => pack::BlockShape { rows: 4, lanes: 8, vectors: 3 },
+            Self::Avx512 => pack::BlockShape { rows: 8, lanes: 16, vectors: 3 },
         }
     }
 }
@@ -123,29 +107,17 @@ pub fn merge_rows(
     tile: &mut [u8],
 ) -> bool {
     let row_bytes = factors.columns() * dtype.size();
-    assert!(
-        row_bytes > 0 && tile.len().is_multiple_of(row_bytes),
-        "a tile holds whole rows"
-    );
+    assert!(row_bytes > 0 && tile.len().is_multiple_of(row_bytes), "a tile holds whole rows");
     let rows = tile.len() / row_bytes;
-    assert!(
-        first_row + rows <= factors.rows(),
-        "the tile's rows lie within the factors"
-    );
-    assert!(
-        first_row.is_multiple_of(ROW_MULTIPLE),
-        "a tile begins at a whole register block"
-    );
+    assert!(first_row + rows <= factors.rows(), "the tile's rows lie within the factors");
+    assert!(first_row.is_multiple_of(ROW_MULTIPLE), "a tile begins at a whole register block");
     match factors {
         Factors::Double(factors) => {
             assert!(*dtype == Dtype::F64, "f64 factors meet f64 weights");
             double::merge_rows(set, factors, first_row, tile)
         }
         Factors::Single(factors) => {
-            assert!(
-                factors.shape() == set.block_shape(),
-                "packed for this instruction set"
-            );
+            assert!(factors.shape() == set.block_shape(), "packed for this instruction set");
             let maximum = block::merge_rows(set, factors, first_row, dtype, tile);
             maximum < overflow_threshold(dtype)
         }

@@ -27,11 +27,7 @@ pub fn inner_product(x: &Update<'_>, y: &Update<'_>) -> Result<f64> {
     let mut sum = 0.0;
     for (column, y_scale) in y_scales.iter().enumerate() {
         let terms = left.column(column).iter().zip(right.column(column));
-        let part: f64 = x_scales
-            .iter()
-            .zip(terms)
-            .map(|(x_scale, (b, a))| x_scale * b * a)
-            .sum();
+        let part: f64 = x_scales.iter().zip(terms).map(|(x_scale, (b, a))| x_scale * b * a).sum();
         sum += y_scale * part;
     }
     Ok(sum)

@@ -117,9 +117,7 @@ impl SafetensorsFile {
         let metadata = file.metadata().map_err(|error| Error::io(path, error))?;
         let broken = |message: String| Error::checkpoint(path, message);
         if !metadata.is_file() {
-            return Err(broken(
-                "is not a file; a .safetensors file is needed here".into(),
-            ));
+            return Err(broken("is not a file; a .safetensors file is needed here".into()));
         }
         if metadata.len() < PREFIX {
             let length = metadata.len();
@@ -139,14 +137,7 @@ impl SafetensorsFile {
             .enumerate()
             .map(|(position, tensor)| (tensor.name.clone(), position))
             .collect();
-        Ok(Self {
-            path: path.to_path_buf(),
-            file,
-            map,
-            header,
-            data_start,
-            by_name,
-        })
+        Ok(Self { path: path.to_path_buf(), file, map, header, data_start, by_name })
     }
 
     /// Where the file lies.
@@ -181,9 +172,7 @@ impl SafetensorsFile {
 
     /// The tensor of that name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
-        self.by_name
-            .get(name)
-            .map(|position| &self.header.tensors[*position])
+        self.by_name.get(name).map(|position| &self.header.tensors[*position])
     }
 
     /// A tensor's bytes in the map; not aligned to its type.
@@ -213,13 +202,7 @@ fn parse(bytes: &[u8]) -> Result<(Header, u64), String> {
     let raw: RawHeader = serde_json::from_slice(text)
         .map_err(|error| format!("its header is not a valid safetensors header: {error}"))?;
     let tensors = check(raw.tensors, available - length)?;
-    Ok((
-        Header {
-            metadata: raw.metadata,
-            tensors,
-        },
-        PREFIX + length,
-    ))
+    Ok((Header { metadata: raw.metadata, tensors }, PREFIX + length))
 }
 
 /// Checks every entry by itself and all of them against the data; returns them in data order.
@@ -238,10 +221,7 @@ fn check(entries: IndexMap<String, RawTensor>, data: u64) -> Result<Vec<TensorIn
             .iter()
             .try_fold(1u64, |product, extent| product.checked_mul(*extent))
             .ok_or_else(|| {
-                format!(
-                    "tensor {name} has a shape too large to count: {:?}",
-                    entry.shape
-                )
+                format!("tensor {name} has a shape too large to count: {:?}", entry.shape)
             })?;
         if let Some(bits) = dtype.bits() {
             let needed = elements.checked_mul(bits).map(|total| total.div_ceil(8));
@@ -255,12 +235,7 @@ fn check(entries: IndexMap<String, RawTensor>, data: u64) -> Result<Vec<TensorIn
                 ));
             }
         }
-        tensors.push(TensorInfo {
-            name,
-            dtype,
-            shape: entry.shape,
-            range: start..end,
-        });
+        tensors.push(TensorInfo { name, dtype, shape: entry.shape, range: start..end });
     }
     tensors.sort_by(|left, right| {
         (left.range.start, left.range.end).cmp(&(right.range.start, right.range.end))
@@ -332,9 +307,7 @@ impl<'de> Deserialize<'de> for RawHeader {
                         header.metadata = map.next_value()?;
                     } else if header.tensors.contains_key(&name) {
                         map.next_value::<IgnoredAny>()?;
-                        return Err(M::Error::custom(format!(
-                            "tensor {name} stands in it twice"
-                        )));
+                        return Err(M::Error::custom(format!("tensor {name} stands in it twice")));
                     } else {
                         let tensor = map.next_value().map_err(|error| {
                             M::Error::custom(format!("the entry of tensor {name}: {error}"))
@@ -373,11 +346,7 @@ mod tests {
             "odd":{"dtype":"Q3","shape":[5],"data_offsets":[12,14]}}"#;
         let (header, start) = parse(&file(text, 14)).expect("sound");
         assert_eq!(start as usize, 8 + text.len());
-        let names: Vec<_> = header
-            .tensors
-            .iter()
-            .map(|tensor| tensor.name.as_str())
-            .collect();
+        let names: Vec<_> = header.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["a", "b", "odd"]);
         let mut encoded = header.encode();
         assert_eq!(encoded.len() % 8, 0);
@@ -409,10 +378,6 @@ mod tests {
         assert!(complaint(overlap, 3).contains("x and y overlap"));
         let mut long = file("{}", 0);
         long[0] = 200;
-        assert!(
-            parse(&long)
-                .expect_err("too long")
-                .contains("claims 200 bytes but only 2")
-        );
+        assert!(parse(&long).expect_err("too long").contains("claims 200 bytes but only 2"));
     }
 }

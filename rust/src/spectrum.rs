@@ -245,9 +245,7 @@ pub(crate) fn decompose_update(update: &Update<'_>) -> Option<Decomposition> {
     };
     let left = whole(update.left())?;
     let right = whole(update.right())?;
-    let core = left
-        .triangle()
-        .scaled_product(&update.scales(), &right.triangle());
+    let core = left.triangle().scaled_product(&update.scales(), &right.triangle());
     let small = decompose(&core);
     Some(Decomposition {
         left: left.expand(&small.left),

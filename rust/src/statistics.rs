@@ -214,9 +214,7 @@ fn first_look(
     let visit = |(mut moments, mut counts): (Vec<Moments>, Option<Counts>), part: &Tensor<'_>| {
         moments.push(Moments::of(part));
         if needs_counts {
-            counts
-                .get_or_insert_with(|| Counts::new(format, size))
-                .add(part);
+            counts.get_or_insert_with(|| Counts::new(format, size)).add(part);
         }
         (moments, counts)
     };
@@ -224,13 +222,13 @@ fn first_look(
     let (parts, counts) = if work.len() <= 1 {
         work.iter().fold(empty(), visit)
     } else {
-        work.par_iter()
-            .with_min_len(SEGMENTS_AT_A_TIME)
-            .fold(empty, visit)
-            .reduce(empty, |mut left, right| {
+        work.par_iter().with_min_len(SEGMENTS_AT_A_TIME).fold(empty, visit).reduce(
+            empty,
+            |mut left, right| {
                 left.0.extend(right.0);
                 (left.0, merge_counts(left.1, right.1))
-            })
+            },
+        )
     };
     let mut rest = parts.as_slice();
     let mut of_tensors = Vec::with_capacity(tensors.len());
@@ -256,11 +254,7 @@ impl Position {
         let last = count - 1;
         let index = last as f64 * (percentile / 100.0);
         let below = (index.floor() as u64).min(last);
-        Self {
-            below,
-            above: (below + 1).min(last),
-            share: index - below as f64,
-        }
+        Self { below, above: (below + 1).min(last), share: index - below as f64 }
     }
 
     /// NumPy's `_lerp`, which is monotone and exact at both ends.
@@ -296,11 +290,7 @@ fn summarize(
         max: or_nan(moments.max),
         l1_norm: moments.absolute_sum(),
         l2_norm: moments.euclidean_norm(),
-        max_norm: if finite == 0 {
-            0.0
-        } else {
-            moments.min.abs().max(moments.max.abs())
-        },
+        max_norm: if finite == 0 { 0.0 } else { moments.min.abs().max(moments.max.abs()) },
         skewness: moments.skewness(),
         kurtosis: moments.kurtosis(),
         percentiles: distribution.percentiles,
@@ -321,10 +311,7 @@ impl Distribution {
         let format = counts.format();
         let index = counts.index();
         debug_assert_eq!(index.total(), moments.finite);
-        let edges = request
-            .histogram
-            .as_ref()
-            .map(|bins| bins.edges(moments.min, moments.max));
+        let edges = request.histogram.as_ref().map(|bins| bins.edges(moments.min, moments.max));
         let log_edges = request.log_histogram.as_ref().map(|bins| {
             let (low, high) = if moments.finite == 0 {
                 (1.0, 0.0)
@@ -348,10 +335,8 @@ impl Distribution {
             let place = |&percentile| Position::of(percentile, moments.finite);
             request.percentiles.iter().map(place).collect()
         };
-        let ranks: Vec<u64> = positions
-            .iter()
-            .flat_map(|position| [position.below, position.above])
-            .collect();
+        let ranks: Vec<u64> =
+            positions.iter().flat_map(|position| [position.below, position.above]).collect();
 
         let refinement = index.refine(&ranks, &thresholds);
         drop(index);
@@ -373,14 +358,10 @@ impl Distribution {
         };
         Self {
             percentiles,
-            histogram: edges.map(|edges| Histogram {
-                edges,
-                counts: linear_counts(&below[..linear]),
-            }),
-            log_histogram: log_edges.map(|edges| Histogram {
-                edges,
-                counts: log_counts(&below[linear..]),
-            }),
+            histogram: edges
+                .map(|edges| Histogram { edges, counts: linear_counts(&below[..linear]) }),
+            log_histogram: log_edges
+                .map(|edges| Histogram { edges, counts: log_counts(&below[linear..]) }),
         }
     }
 }

@@ -176,28 +176,19 @@ impl PeftConfig {
     /// The rank of the module at `path` (without `base_model.model.`): the first pattern in the
     /// order of the file that matches, or `r`.
     pub fn rank_of(&self, path: &str) -> u64 {
-        first_match(&self.rank_patterns, path)
-            .copied()
-            .unwrap_or(self.rank)
+        first_match(&self.rank_patterns, path).copied().unwrap_or(self.rank)
     }
 
     /// The alpha of the module at `path`, found like its rank but on its own.
     pub fn alpha_of(&self, path: &str) -> f64 {
-        first_match(&self.alpha_patterns, path)
-            .copied()
-            .unwrap_or(self.alpha)
+        first_match(&self.alpha_patterns, path).copied().unwrap_or(self.alpha)
     }
 
     /// The factor s of ΔW = s·B·A for a module of that alpha and rank: α/r, or α/√r for rsLoRA
     /// (Kalajdzievski 2023, arXiv:2312.03732).
     pub fn scaling(&self, alpha: f64, rank: u64) -> f64 {
         let rank = rank as f64;
-        alpha
-            / if self.rank_stabilised {
-                rank.sqrt()
-            } else {
-                rank
-            }
+        alpha / if self.rank_stabilised { rank.sqrt() } else { rank }
     }
 
     /// What the config asks for that a merge of plain low-rank products would get wrong, each as
@@ -226,9 +217,9 @@ impl PeftConfig {
     fn obstacle_in_used(&self, field: &str, value: &Value) -> Option<String> {
         match (field, value) {
             ("bias", Value::String(kind)) if kind == "none" => None,
-            ("bias", _) => Some(format!(
-                "trained biases (bias = {value}), which cannot be merged yet"
-            )),
+            ("bias", _) => {
+                Some(format!("trained biases (bias = {value}), which cannot be merged yet"))
+            }
             // A stray copy of lora_alpha that some tools write.
             ("alpha", _) if value.as_f64() == Some(self.alpha) => None,
             ("alpha", _) => Some(format!(
@@ -283,9 +274,7 @@ impl Reader<'_> {
         match value.as_f64() {
             Some(alpha) if alpha.is_finite() => Ok(alpha),
             _ if value.is_null() => Err(self.broken(format!("has no {field}"))),
-            _ => Err(self.broken(format!(
-                "sets {field} to {value}; an alpha is a finite number"
-            ))),
+            _ => Err(self.broken(format!("sets {field} to {value}; an alpha is a finite number"))),
         }
     }
 
@@ -319,9 +308,7 @@ impl Reader<'_> {
                 // PEFT's own expression, groups included, so that a back-reference in a key
                 // counts the same.
                 let regex = Regex::new(&format!(r"^(.*\.)?({key})$")).map_err(|error| {
-                    self.broken(format!(
-                        "has an invalid expression in {field}, {key:?}: {error}"
-                    ))
+                    self.broken(format!("has an invalid expression in {field}, {key:?}: {error}"))
                 })?;
                 let value = read(self, &format!("{field}[{key:?}]"), value)?;
                 Ok(Pattern { regex, value })
@@ -412,11 +399,9 @@ mod tests {
     fn what_would_change_the_result_is_an_obstacle() {
         let obstacles = |rest: &str, allow: &[&str]| {
             let allow: Vec<_> = allow.iter().map(|field| (*field).to_owned()).collect();
-            config(&format!(
-                r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, {rest}}}"#
-            ))
-            .expect("sound")
-            .obstacles(&allow)
+            config(&format!(r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, {rest}}}"#))
+                .expect("sound")
+                .obstacles(&allow)
         };
         let harmless = r#""bias": "none", "init_lora_weights": true, "eva_config": null,
             "loftq_config": {}, "use_dora": false, "target_modules": ["q"], "alpha": 16"#;

@@ -20,10 +20,8 @@ pub(crate) fn gram_factor(gram: &Matrix) -> Option<Matrix> {
     // Row `step` of R, for all columns, is kept as column `step` so that it is contiguous.
     let mut factor = Matrix::zeros(size, size);
     for step in 0..size {
-        let (position, &pivot) = open
-            .iter()
-            .enumerate()
-            .max_by(|a, b| rest[*a.1].total_cmp(&rest[*b.1]))?;
+        let (position, &pivot) =
+            open.iter().enumerate().max_by(|a, b| rest[*a.1].total_cmp(&rest[*b.1]))?;
         open.swap_remove(position);
         if rest[pivot] < LEAST_PIVOT * LEAST_PIVOT {
             return None;

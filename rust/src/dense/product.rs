@@ -110,14 +110,7 @@ fn multiply_chunk(
     let column_panels = y.map_or(row_panels, |y| y.width().div_ceil(PANEL));
     let mut tiles = vec![0.0; row_panels * column_panels * PANEL * PANEL];
     let mut packed_x = vec![0.0; row_panels * PANEL * DEPTH];
-    let mut packed_y = vec![
-        0.0;
-        if y.is_some() {
-            column_panels * PANEL * DEPTH
-        } else {
-            0
-        }
-    ];
+    let mut packed_y = vec![0.0; if y.is_some() { column_panels * PANEL * DEPTH } else { 0 }];
     for from in (start..end).step_by(DEPTH) {
         let to = end.min(from + DEPTH);
         let panel = (to - from) * PANEL;

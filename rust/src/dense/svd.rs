@@ -24,9 +24,8 @@ pub(crate) fn singular_values(matrix: &Matrix) -> Vec<f64> {
     };
     let (_, mut columns, _) = precondition(matrix);
     rotate_until_orthogonal(&mut columns.data, columns.rows, &mut []);
-    let mut values: Vec<f64> = (0..columns.columns)
-        .map(|index| unit * length(columns.column(index)))
-        .collect();
+    let mut values: Vec<f64> =
+        (0..columns.columns).map(|index| unit * length(columns.column(index))).collect();
     values.sort_unstable_by(|a, b| b.total_cmp(a));
     values
 }
@@ -35,16 +34,8 @@ pub(crate) fn singular_values(matrix: &Matrix) -> Vec<f64> {
 /// of zero are zero on the right side.
 pub(crate) fn decompose(matrix: &Matrix) -> Decomposition {
     if matrix.rows < matrix.columns {
-        let Decomposition {
-            left,
-            values,
-            right,
-        } = decompose(&matrix.transposed());
-        return Decomposition {
-            left: right,
-            values,
-            right: left,
-        };
+        let Decomposition { left, values, right } = decompose(&matrix.transposed());
+        return Decomposition { left: right, values, right: left };
     }
     let size = matrix.columns;
     let Some((normal, unit)) = normalised(matrix) else {
@@ -61,9 +52,7 @@ pub(crate) fn decompose(matrix: &Matrix) -> Decomposition {
         rotations.set(index, index, 1.0);
     }
     rotate_until_orthogonal(&mut columns.data, size, &mut rotations.data);
-    let lengths: Vec<f64> = (0..size)
-        .map(|index| length(columns.column(index)))
-        .collect();
+    let lengths: Vec<f64> = (0..size).map(|index| length(columns.column(index))).collect();
     let mut descending: Vec<usize> = (0..size).collect();
     descending.sort_by(|&a, &b| lengths[b].total_cmp(&lengths[a]));
     let mut inner = Matrix::zeros(size, size);
@@ -71,20 +60,14 @@ pub(crate) fn decompose(matrix: &Matrix) -> Decomposition {
     let mut values = Vec::with_capacity(size);
     for (target, &source) in descending.iter().enumerate() {
         values.push(unit * lengths[source]);
-        inner
-            .column_mut(target)
-            .copy_from_slice(rotations.column(source));
+        inner.column_mut(target).copy_from_slice(rotations.column(source));
         if lengths[source] > 0.0 {
             for (row, &value) in columns.column(source).iter().enumerate() {
                 right.set(order[row], target, value / lengths[source]);
             }
         }
     }
-    Decomposition {
-        left: reflectors.expand(&inner),
-        values,
-        right,
-    }
+    Decomposition { left: reflectors.expand(&inner), values, right }
 }
 
 fn length(column: &[f64]) -> f64 {
@@ -116,9 +99,7 @@ fn precondition(matrix: Matrix) -> (Reflectors, Matrix, Vec<usize>) {
     choose_order(&mut rest.data, matrix.rows, &mut order);
     let mut sorted = Matrix::zeros(matrix.rows, matrix.columns);
     for (target, &source) in order.iter().enumerate() {
-        sorted
-            .column_mut(target)
-            .copy_from_slice(matrix.column(source));
+        sorted.column_mut(target).copy_from_slice(matrix.column(source));
     }
     let reflectors = Reflectors::of(sorted);
     let columns = reflectors.triangle().transposed();

@@ -17,10 +17,7 @@ fn random(rows: usize, columns: usize, seed: u64) -> Matrix {
 
 fn distance(a: &Matrix, b: &Matrix) -> f64 {
     assert_eq!((a.rows, a.columns), (b.rows, b.columns));
-    a.data
-        .iter()
-        .zip(&b.data)
-        .fold(0.0, |m, (x, y)| m.max((x - y).abs()))
+    a.data.iter().zip(&b.data).fold(0.0, |m, (x, y)| m.max((x - y).abs()))
 }
 
 fn identity(size: usize) -> Matrix {

@@ -91,11 +91,7 @@ fn non_finite_entries_are_counted_and_left_out() {
 fn a_threshold_between_two_f32_is_respected() {
     let b = [0.1f32];
     let update = Update::new(1, 1, 1, Values::F32(&b), Values::F32(&[1.0]), 1.0).unwrap();
-    let below = |threshold| {
-        scan_entries(&update, &Bins::Automatic(1), threshold)
-            .unwrap()
-            .below
-    };
+    let below = |threshold| scan_entries(&update, &Bins::Automatic(1), threshold).unwrap().below;
     // 0.1 as f32 is a little above 0.1.
     assert_eq!(below(0.1), 0);
     assert_eq!(below(f64::from(0.1f32)), 0);

@@ -60,10 +60,7 @@ pub fn for_each_f64(dtype: &Dtype, bytes: &[u8], mut each: impl FnMut(usize, f64
     match dtype {
         Dtype::F64 => {
             for (index, chunk) in bytes.chunks_exact(8).enumerate() {
-                each(
-                    index,
-                    f64::from_le_bytes(chunk.try_into().expect("eight bytes")),
-                );
+                each(index, f64::from_le_bytes(chunk.try_into().expect("eight bytes")));
             }
         }
         Dtype::F32 => {
@@ -74,10 +71,7 @@ pub fn for_each_f64(dtype: &Dtype, bytes: &[u8], mut each: impl FnMut(usize, f64
         }
         Dtype::Bf16 => {
             for (index, chunk) in bytes.chunks_exact(2).enumerate() {
-                each(
-                    index,
-                    f64::from(half::bf16::from_bits(pairs(chunk)).to_f32()),
-                );
+                each(index, f64::from(half::bf16::from_bits(pairs(chunk)).to_f32()));
             }
         }
         Dtype::F16 => {
@@ -94,11 +88,7 @@ pub fn for_each_f64(dtype: &Dtype, bytes: &[u8], mut each: impl FnMut(usize, f64
 /// # Panics
 /// If the lengths differ, or for a type that cannot be merged.
 pub fn widen(dtype: &Dtype, bytes: &[u8], values: &mut [f32]) {
-    assert_eq!(
-        bytes.len(),
-        values.len() * dtype.size(),
-        "as many elements on both sides"
-    );
+    assert_eq!(bytes.len(), values.len() * dtype.size(), "as many elements on both sides");
     match dtype {
         // Without the way over f64, which the compiler does not see through.
         Dtype::F32 => {
@@ -135,11 +125,7 @@ fn round_to_odd(value: f64) -> f32 {
     if back == value || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {
         return nearest;
     }
-    let step = if value.abs() > back.abs() {
-        1
-    } else {
-        u32::MAX
-    };
+    let step = if value.abs() > back.abs() { 1 } else { u32::MAX };
     f32::from_bits(nearest.to_bits().wrapping_add(step))
 }
 
@@ -151,11 +137,7 @@ fn round_to_odd(value: f64) -> f32 {
 /// # Panics
 /// If the lengths differ, or for types that cannot be merged.
 pub fn convert(from: &Dtype, source: &[u8], to: &Dtype, target: &mut [u8]) -> Result<(), usize> {
-    assert_eq!(
-        source.len() / from.size(),
-        target.len() / to.size(),
-        "as many elements"
-    );
+    assert_eq!(source.len() / from.size(), target.len() / to.size(), "as many elements");
     let mut overflow = None;
     let mut check = |index: usize, value: f64, finite: bool| {
         if !finite && value.is_finite() {

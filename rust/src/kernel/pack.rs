@@ -155,20 +155,9 @@ fn views<'a, T>(
     inputs: usize,
     outputs: usize,
 ) -> (View<'a, T>, View<'a, T>) {
-    assert!(
-        a.len() == rank * inputs && b.len() == outputs * rank,
-        "factors of the weight's shape"
-    );
-    let a = View {
-        values: a,
-        rank_stride: inputs,
-        other_stride: 1,
-    };
-    let b = View {
-        values: b,
-        rank_stride: 1,
-        other_stride: rank,
-    };
+    assert!(a.len() == rank * inputs && b.len() == outputs * rank, "factors of the weight's shape");
+    let a = View { values: a, rank_stride: inputs, other_stride: 1 };
+    let b = View { values: b, rank_stride: 1, other_stride: rank };
     (a, b)
 }
 
@@ -269,11 +258,7 @@ impl PackedFactors {
             let padded = columns.next_multiple_of(self.shape.lanes);
             let start = first_column * self.rank;
             let values = &self.right[start..start + padded * self.rank];
-            Panel {
-                first_column,
-                columns,
-                values,
-            }
+            Panel { first_column, columns, values }
         })
     }
 }

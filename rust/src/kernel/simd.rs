@@ -138,11 +138,7 @@ pub(super) fn fused_multiply_add(left: f32, right: f32, sum: f32) -> f32 {
     let inexact_and_even = error != 0.0 && bits & 1 == 0;
     let away_from_zero = (error > 0.0) == (rounded > 0.0);
     let step = if away_from_zero { 1 } else { u64::MAX };
-    let odd = if inexact_and_even && rounded.is_finite() {
-        bits.wrapping_add(step)
-    } else {
-        bits
-    };
+    let odd = if inexact_and_even && rounded.is_finite() { bits.wrapping_add(step) } else { bits };
     f64::from_bits(odd) as f32
 }
 
@@ -159,11 +155,7 @@ mod tests {
             state ^= state >> 7;
             state ^= state << 17;
             let exponent = 127 - spread / 2 + (state >> 40) as u32 % spread;
-            let few_bits = if state & 3 == 0 {
-                0x007f_0000
-            } else {
-                0x007f_ffff
-            };
+            let few_bits = if state & 3 == 0 { 0x007f_0000 } else { 0x007f_ffff };
             f32::from_bits(
                 (state as u32 & 0x8000_0000) | exponent << 23 | (state >> 9) as u32 & few_bits,
             )

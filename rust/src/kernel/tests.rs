@@ -14,10 +14,7 @@ fn random(seed: u64, count: usize) -> Vec<f32> {
 }
 
 fn bytes_of(dtype: &Dtype, values: &[f32]) -> Vec<u8> {
-    let wide: Vec<u8> = values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect();
+    let wide: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let mut bytes = vec![0; values.len() * dtype.size()];
     convert::convert(&Dtype::F32, &wide, dtype, &mut bytes).expect("in range");
     bytes
@@ -52,11 +49,7 @@ impl Case {
                 let a = random(self.seed + 1 + index as u64, rank * inputs);
                 let b = random(self.seed + 9 + index as u64, rank * outputs);
                 let coefficient = [0.75, -2.0, 1.0 / 3.0][index % 3];
-                (
-                    bytes_of(&self.factor_dtype, &a),
-                    bytes_of(&self.factor_dtype, &b),
-                    coefficient,
-                )
+                (bytes_of(&self.factor_dtype, &a), bytes_of(&self.factor_dtype, &b), coefficient)
             })
             .collect();
         (weight, factors)
@@ -80,13 +73,7 @@ impl Case {
         let factors = Factors::pack(set, &self.dtype, shape, self.orientation, &operands);
         let row_bytes = self.columns * self.dtype.size();
         for (index, tile) in weight.chunks_mut(tile_rows * row_bytes).enumerate() {
-            assert!(merge_rows(
-                set,
-                &factors,
-                index * tile_rows,
-                &self.dtype,
-                tile
-            ));
+            assert!(merge_rows(set, &factors, index * tile_rows, &self.dtype, tile));
         }
         weight
     }
@@ -105,9 +92,8 @@ impl Case {
                         Orientation::InOut => (column, row),
                     };
                     let inputs = a.len() / rank;
-                    let sum: f64 = (0..*rank)
-                        .map(|k| b[output * rank + k] * a[k * inputs + input])
-                        .sum();
+                    let sum: f64 =
+                        (0..*rank).map(|k| b[output * rank + k] * a[k * inputs + input]).sum();
                     result[row * self.columns + column] += coefficient * sum;
                 }
             }
@@ -117,12 +103,7 @@ impl Case {
 }
 
 fn dtypes() -> impl Strategy<Value = Dtype> {
-    prop_oneof![
-        Just(Dtype::F32),
-        Just(Dtype::Bf16),
-        Just(Dtype::F16),
-        Just(Dtype::F64)
-    ]
+    prop_oneof![Just(Dtype::F32), Just(Dtype::Bf16), Just(Dtype::F16), Just(Dtype::F64)]
 }
 
 prop_compose! {
@@ -142,15 +123,7 @@ prop_compose! {
 
 impl std::fmt::Debug for Case {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self {
-            dtype,
-            factor_dtype,
-            rows,
-            columns,
-            ranks,
-            orientation,
-            seed,
-        } = self;
+        let Self { dtype, factor_dtype, rows, columns, ranks, orientation, seed } = self;
         write!(
             formatter,
             "{rows}×{columns} {dtype} += {ranks:?} {factor_dtype} {orientation:?}, seed {seed}"
@@ -191,11 +164,7 @@ proptest! {
 
 #[test]
 fn an_overflow_is_seen_in_every_type_and_place() {
-    let near = [
-        (Dtype::F16, 65000.0),
-        (Dtype::Bf16, 3.38e38),
-        (Dtype::F32, 3.4e38),
-    ];
+    let near = [(Dtype::F16, 65000.0), (Dtype::Bf16, 3.38e38), (Dtype::F32, 3.4e38)];
     for set in InstructionSet::available() {
         for (dtype, limit) in &near {
             for columns in [1usize, 15, 16, 47, 48, 50, 100] {
@@ -203,10 +172,8 @@ fn an_overflow_is_seen_in_every_type_and_place() {
                     let a: Vec<f32> = (0..columns)
                         .map(|column| if column == culprit { 1.0 } else { 0.0 })
                         .collect();
-                    let (a, b) = (
-                        bytes_of(&Dtype::F32, &a),
-                        bytes_of(&Dtype::F32, &[limit / 10.0]),
-                    );
+                    let (a, b) =
+                        (bytes_of(&Dtype::F32, &a), bytes_of(&Dtype::F32, &[limit / 10.0]));
                     let operand = Operand {
                         a: &a,
                         a_dtype: &Dtype::F32,
@@ -220,10 +187,7 @@ fn an_overflow_is_seen_in_every_type_and_place() {
                     let mut calm = bytes_of(dtype, &vec![0.5; columns]);
                     assert!(merge_rows(set, &factors, 0, dtype, &mut calm));
                     let mut full = bytes_of(dtype, &vec![*limit; columns]);
-                    assert!(
-                        !merge_rows(set, &factors, 0, dtype, &mut full),
-                        "{dtype} {columns}"
-                    );
+                    assert!(!merge_rows(set, &factors, 0, dtype, &mut full), "{dtype} {columns}");
                 }
             }
         }
@@ -236,16 +200,10 @@ fn conversion_rounds_once_and_reports_overflow() {
     let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-30);
     let mut narrow = [0; 2];
     convert::convert(&Dtype::F64, &value.to_le_bytes(), &Dtype::Bf16, &mut narrow).expect("fits");
-    assert_eq!(
-        half::bf16::from_le_bytes(narrow).to_f64(),
-        1.0 + 2f64.powi(-7)
-    );
+    assert_eq!(half::bf16::from_le_bytes(narrow).to_f64(), 1.0 + 2f64.powi(-7));
     let large = [1.0f32, 1e6].map(f32::to_le_bytes).concat();
     let mut narrow = [0; 4];
-    assert_eq!(
-        convert::convert(&Dtype::F32, &large, &Dtype::F16, &mut narrow),
-        Err(1)
-    );
+    assert_eq!(convert::convert(&Dtype::F32, &large, &Dtype::F16, &mut narrow), Err(1));
     let infinite = f32::INFINITY.to_le_bytes();
     assert!(convert::convert(&Dtype::F32, &infinite, &Dtype::F16, &mut narrow[..2]).is_ok());
 }

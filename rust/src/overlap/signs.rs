@@ -63,17 +63,9 @@ pub fn sign_agreement(
         starts.map(visit).next().unwrap_or((0, 0))
     } else {
         let starts: Vec<usize> = starts.collect();
-        starts
-            .into_par_iter()
-            .map(visit)
-            .reduce(|| (0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
+        starts.into_par_iter().map(visit).reduce(|| (0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
     };
-    Ok(SignAgreement {
-        share: agreeing as f64 / compared as f64,
-        compared,
-        agreeing,
-        sampled,
-    })
+    Ok(SignAgreement { share: agreeing as f64 / compared as f64, compared, agreeing, sampled })
 }
 
 /// The factors laid out so that an entry is a dot product of two contiguous pieces.

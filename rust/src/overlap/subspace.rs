@@ -125,11 +125,7 @@ impl SubspaceSimilarity {
                 values.push(*above / (row.min(column) + 1) as f64);
             }
         }
-        Self {
-            ranks,
-            dimension: x.rows,
-            values,
-        }
+        Self { ranks, dimension: x.rows, values }
     }
 
     /// The ranks of the two bases: the greatest i and j.
@@ -169,11 +165,7 @@ impl PrincipalAngles {
     /// Cosines are blind to small angles and sines to large ones, so each angle is taken from
     /// the one that sees it (Björck & Golub 1973).
     fn of(x: &Matrix, y: &Matrix) -> Self {
-        let (x, y) = if x.columns < y.columns {
-            (y, x)
-        } else {
-            (x, y)
-        };
+        let (x, y) = if x.columns < y.columns { (y, x) } else { (x, y) };
         let overlaps = cross_product(x, y);
         let cosines = singular_values(&overlaps);
         let mut outside = x.product(&overlaps);
@@ -182,17 +174,18 @@ impl PrincipalAngles {
         }
         let mut sines = singular_values(&triangular_factor(&outside));
         sines.reverse();
-        let angles: Vec<f64> = cosines
-            .iter()
-            .zip(&sines)
-            .map(|(&cosine, &sine)| {
-                if cosine * cosine >= 0.5 {
-                    sine.min(1.0).asin()
-                } else {
-                    cosine.min(1.0).acos()
-                }
-            })
-            .collect();
+        let angles: Vec<f64> =
+            cosines
+                .iter()
+                .zip(&sines)
+                .map(|(&cosine, &sine)| {
+                    if cosine * cosine >= 0.5 {
+                        sine.min(1.0).asin()
+                    } else {
+                        cosine.min(1.0).acos()
+                    }
+                })
+                .collect();
         let norm =
             |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
         Self {

@@ -29,14 +29,7 @@ struct Owned {
 impl Owned {
     fn random(rows: usize, columns: usize, rank: usize, scale: f64, seed: u64) -> Self {
         let (b, a) = (random(rows * rank, seed), random(rank * columns, seed ^ 99));
-        Self {
-            rows,
-            columns,
-            rank,
-            b,
-            a,
-            scale,
-        }
+        Self { rows, columns, rank, b, a, scale }
     }
 
     fn update(&self) -> Update<'_> {
@@ -119,19 +112,10 @@ fn the_difference_of_near_duplicates_keeps_its_digits() {
 /// An update whose left singular vectors are two orthonormal columns.
 fn with_left(columns: [Vec<f64>; 2]) -> Owned {
     let rows = columns[0].len();
-    let b = (0..rows)
-        .flat_map(|row| [2.0 * columns[0][row], columns[1][row]])
-        .collect();
+    let b = (0..rows).flat_map(|row| [2.0 * columns[0][row], columns[1][row]]).collect();
     let mut a = vec![0.0; 2 * 3];
     (a[0], a[4]) = (1.0, 1.0);
-    Owned {
-        rows,
-        columns: 3,
-        rank: 2,
-        b,
-        a,
-        scale: 1.0,
-    }
+    Owned { rows, columns: 3, rank: 2, b, a, scale: 1.0 }
 }
 
 fn unit(rows: usize, entries: &[(usize, f64)]) -> Vec<f64> {
@@ -150,16 +134,10 @@ fn planted_angles_are_found() {
             unit(7, &[(1, f64::cos(large)), (2, f64::sin(large))]),
             unit(7, &[(0, f64::cos(small)), (3, f64::sin(small))]),
         ]);
-        let (x, y) = (
-            SingularBases::of(&x.update()).unwrap(),
-            SingularBases::of(&y.update()).unwrap(),
-        );
+        let (x, y) =
+            (SingularBases::of(&x.update()).unwrap(), SingularBases::of(&y.update()).unwrap());
         let found = x.left_angles(&y, usize::MAX, 2).unwrap();
-        assert!(
-            (found.angles[0] - small).abs() <= 1e-9 * small + 1e-15,
-            "{:?}",
-            found.angles
-        );
+        assert!((found.angles[0] - small).abs() <= 1e-9 * small + 1e-15, "{:?}", found.angles);
         assert!((found.angles[1] - large).abs() < 1e-14);
         assert!((found.grassmann_distance - small.hypot(large)).abs() < 1e-14);
         assert!((found.chordal_distance - small.sin().hypot(large.sin())).abs() < 1e-14);
@@ -185,9 +163,7 @@ fn random_subspaces_meet_their_expectation() {
         let x = Owned::random(200, 30, 6, 1.0, seed * 2 + 1);
         let y = Owned::random(200, 30, 10, 1.0, seed * 2 + 2000);
         let bases = SingularBases::of(&x.update()).unwrap();
-        let phi = bases
-            .left_similarity(&SingularBases::of(&y.update()).unwrap())
-            .unwrap();
+        let phi = bases.left_similarity(&SingularBases::of(&y.update()).unwrap()).unwrap();
         assert_eq!(phi.expected(6, 10), 0.05);
         sum += phi.phi(6, 10).unwrap();
     }
@@ -197,10 +173,7 @@ fn random_subspaces_meet_their_expectation() {
 
 #[test]
 fn sampled_signs_are_near_the_exact_ones_and_repeatable() {
-    let (x, y) = (
-        Owned::random(700, 600, 3, 1.0, 1),
-        Owned::random(700, 600, 5, 1.0, 2),
-    );
+    let (x, y) = (Owned::random(700, 600, 3, 1.0, 1), Owned::random(700, 600, 5, 1.0, 2));
     let mixed = x.update().plus(&y.update()).unwrap();
     let exact = sign_agreement(&x.update(), &mixed, usize::MAX, 0).unwrap();
     let run = |threads, seed| {
@@ -209,10 +182,7 @@ fn sampled_signs_are_near_the_exact_ones_and_repeatable() {
     };
     let sampled = run(1, 7);
     assert!(sampled.sampled && sampled.compared == 1 << 16);
-    assert!(
-        (sampled.share - exact.share).abs() < 0.01,
-        "{sampled:?} {exact:?}"
-    );
+    assert!((sampled.share - exact.share).abs() < 0.01, "{sampled:?} {exact:?}");
     assert_eq!(sampled, run(3, 7));
     assert_ne!(sampled, run(1, 8));
 }

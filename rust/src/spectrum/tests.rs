@@ -138,20 +138,13 @@ fn small_values_survive_f32_factors() {
         let update = Update::new(700, 500, rank, Values::F32(&b), Values::F32(&a), 1.0).unwrap();
         let found = Spectrum::of(&update);
         let widen = |x: &[f32], rows, columns| {
-            Matrix {
-                rows: columns,
-                columns: rows,
-                data: x.iter().map(|&x| f64::from(x)).collect(),
-            }
-            .transposed()
+            Matrix { rows: columns, columns: rows, data: x.iter().map(|&x| f64::from(x)).collect() }
+                .transposed()
         };
         let dense = widen(&b, 700, rank).product(&widen(&a, rank, 500));
         let expected = singular_values(&dense);
         for (value, expected) in found.singular_values.iter().zip(&expected) {
-            assert!(
-                (value / expected - 1.0).abs() < 1e-6,
-                "{shortest}: {value} {expected}"
-            );
+            assert!((value / expected - 1.0).abs() < 1e-6, "{shortest}: {value} {expected}");
         }
     }
 }
@@ -195,10 +188,7 @@ fn degenerate_updates_have_defined_figures() {
     let (b, a) = (random(6, 2, 1), random(2, 5, 2));
     let zero = spectrum(&Matrix::zeros(6, 2), &a, 1.0);
     assert_eq!(zero.singular_values, [0.0, 0.0]);
-    assert_eq!(
-        (zero.frobenius_norm, zero.effective_rank, zero.k99),
-        (0.0, 0.0, 0)
-    );
+    assert_eq!((zero.frobenius_norm, zero.effective_rank, zero.k99), (0.0, 0.0, 0));
     assert_eq!(zero.condition_number, f64::INFINITY);
     let mut broken = b.clone();
     broken.set(3, 1, f64::NAN);
@@ -208,24 +198,14 @@ fn degenerate_updates_have_defined_figures() {
     }
     for (m, n, r) in [(0, 5, 2), (6, 0, 2), (6, 5, 0)] {
         let empty = spectrum(&Matrix::zeros(m, r), &Matrix::zeros(r, n), 1.0);
-        assert_eq!(
-            (empty.singular_values.len(), empty.frobenius_norm),
-            (0, 0.0)
-        );
+        assert_eq!((empty.singular_values.len(), empty.frobenius_norm), (0, 0.0));
     }
     // One column repeated: the rank is 1 of 2.
     let mut twice = b.clone();
     let first = twice.column(0).to_vec();
     twice.column_mut(1).copy_from_slice(&first);
     assert_eq!(spectrum(&twice, &a, 1.0).numerical_rank, 1);
-    let wrong = Update::new(
-        6,
-        5,
-        3,
-        Values::F64(&[0.0; 12]),
-        Values::F64(&[0.0; 15]),
-        1.0,
-    );
+    let wrong = Update::new(6, 5, 3, Values::F64(&[0.0; 12]), Values::F64(&[0.0; 15]), 1.0);
     assert!(wrong.unwrap_err().to_string().contains("[6, 3]"));
 }
 
@@ -233,9 +213,8 @@ fn degenerate_updates_have_defined_figures() {
 fn stored_bytes_are_factors_too() {
     let (b, a) = (random(70, 3, 1), random(3, 50, 2));
     let (left, right) = (row_major(&b), narrow(&row_major(&a)));
-    let bytes: Vec<u8> = std::iter::once(0)
-        .chain(right.iter().flat_map(|x| x.to_le_bytes()))
-        .collect();
+    let bytes: Vec<u8> =
+        std::iter::once(0).chain(right.iter().flat_map(|x| x.to_le_bytes())).collect();
     let stored = crate::statistics::Tensor::new(&bytes[1..], crate::statistics::ElementType::F32);
     let of = |right| Update::new(70, 50, 3, Values::F64(&left), right, 1.0).unwrap();
     let found = Spectrum::of(&of(Values::Stored(stored.unwrap())));

@@ -80,12 +80,7 @@ impl<'a> Update<'a> {
         right: Values<'a>,
         scale: f64,
     ) -> Result<Self> {
-        let term = Term {
-            left,
-            right,
-            rank,
-            scale,
-        };
+        let term = Term { left, right, rank, scale };
         Self::sum(rows, columns, vec![term])
     }
 
@@ -108,11 +103,7 @@ impl<'a> Update<'a> {
                 }
             }
         }
-        Ok(Self {
-            rows,
-            columns,
-            terms,
-        })
+        Ok(Self { rows, columns, terms })
     }
 
     /// m, the rows of ΔW.
@@ -173,26 +164,17 @@ impl<'a> Update<'a> {
 
     /// The factor s for each column of the stacked left side.
     pub(crate) fn scales(&self) -> Vec<f64> {
-        self.terms
-            .iter()
-            .flat_map(|term| std::iter::repeat_n(term.scale, term.rank))
-            .collect()
+        self.terms.iter().flat_map(|term| std::iter::repeat_n(term.scale, term.rank)).collect()
     }
 
     /// The left factors side by side: m × rank.
     pub(crate) fn left(&self) -> Side<'_> {
-        Side {
-            update: self,
-            is_left: true,
-        }
+        Side { update: self, is_left: true }
     }
 
     /// The transposed right factors side by side: n × rank.
     pub(crate) fn right(&self) -> Side<'_> {
-        Side {
-            update: self,
-            is_left: false,
-        }
+        Side { update: self, is_left: false }
     }
 }
 
@@ -222,11 +204,7 @@ impl Side<'_> {
 
 impl LongSide for Side<'_> {
     fn length(&self) -> usize {
-        if self.is_left {
-            self.update.rows
-        } else {
-            self.update.columns
-        }
+        if self.is_left { self.update.rows } else { self.update.columns }
     }
 
     fn width(&self) -> usize {

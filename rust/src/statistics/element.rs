@@ -122,10 +122,7 @@ impl<'a> Tensor<'a> {
     /// Elements `start..end`.
     pub(crate) fn slice(&self, start: usize, end: usize) -> Self {
         let size = self.element.size();
-        Self {
-            bytes: &self.bytes[start * size..end * size],
-            element: self.element,
-        }
+        Self { bytes: &self.bytes[start * size..end * size], element: self.element }
     }
 
     /// Every element as f64, into `output` of the same length.
@@ -169,9 +166,7 @@ fn each<const N: usize, T>(bytes: &[u8], output: &mut [T], convert: impl Fn([u8;
 fn widen_half(bytes: &[u8], output: &mut [f32]) {
     let mut bits = [0u16; BLOCK];
     each(bytes, &mut bits, u16::from_le_bytes);
-    bits[..output.len()]
-        .reinterpret_cast::<f16>()
-        .convert_to_f32_slice(output);
+    bits[..output.len()].reinterpret_cast::<f16>().convert_to_f32_slice(output);
 }
 
 vectorized! {
@@ -331,22 +326,15 @@ impl Format {
 
     /// The number that has this key.
     pub(crate) fn value(self, key: u64) -> f64 {
-        let magnitude_bits = if key & self.sign() == 0 {
-            self.negate(key)
-        } else {
-            key
-        } & !self.sign();
+        let magnitude_bits =
+            if key & self.sign() == 0 { self.negate(key) } else { key } & !self.sign();
         let magnitude = match self {
             Self::Half => f64::from(f16::from_bits(magnitude_bits as u16)),
             Self::Brain => f64::from(bf16::from_bits(magnitude_bits as u16)),
             Self::Single => f64::from(f32::from_bits(magnitude_bits as u32)),
             Self::Double => f64::from_bits(magnitude_bits),
         };
-        if key & self.sign() == 0 {
-            -magnitude
-        } else {
-            magnitude
-        }
+        if key & self.sign() == 0 { -magnitude } else { magnitude }
     }
 
     /// The key of the nearest number of the format to one that is not NaN; infinity's key beyond.
@@ -381,9 +369,7 @@ mod tests {
 
     #[test]
     fn keys_sort_as_numbers_and_decode_to_them() {
-        let numbers = [
-            -3.0e4, -1.5, -1e-3, -6.0e-8, -0.0, 0.0, 6.0e-8, 0.25, 1.0, 65504.0,
-        ];
+        let numbers = [-3.0e4, -1.5, -1e-3, -6.0e-8, -0.0, 0.0, 6.0e-8, 0.25, 1.0, 65504.0];
         for format in [Format::Half, Format::Brain, Format::Single, Format::Double] {
             let mut previous = format.least() - 1;
             for &number in &numbers {
@@ -394,11 +380,7 @@ mod tests {
                     }
                     Format::Brain => {
                         let half = bf16::from_f64(number);
-                        (
-                            half.to_le_bytes().to_vec(),
-                            ElementType::BF16,
-                            half.to_f64(),
-                        )
+                        (half.to_le_bytes().to_vec(), ElementType::BF16, half.to_f64())
                     }
                     Format::Single => (
                         (number as f32).to_le_bytes().to_vec(),
@@ -439,16 +421,8 @@ mod tests {
         check(&(-5i32).to_le_bytes(), ElementType::I32, &[-5.0]);
         check(&u32::MAX.to_le_bytes(), ElementType::U32, &[4294967295.0]);
         check(&(-5i64).to_le_bytes(), ElementType::I64, &[-5.0]);
-        check(
-            &u64::MAX.to_le_bytes(),
-            ElementType::U64,
-            &[18446744073709551615.0],
-        );
-        check(
-            &[0x00, 0x3c, 0x00, 0xfc],
-            ElementType::F16,
-            &[1.0, f64::NEG_INFINITY],
-        );
+        check(&u64::MAX.to_le_bytes(), ElementType::U64, &[18446744073709551615.0]);
+        check(&[0x00, 0x3c, 0x00, 0xfc], ElementType::F16, &[1.0, f64::NEG_INFINITY]);
     }
 
     #[test]

@@ -17,9 +17,9 @@ impl Bins {
         match self {
             Self::Automatic(0) => Err(Error::Argument("a histogram needs at least one bin".into())),
             Self::Automatic(_) => Ok(()),
-            Self::Edges(edges) if edges.len() < 2 => Err(Error::Argument(
-                "a histogram needs at least two edges".into(),
-            )),
+            Self::Edges(edges) if edges.len() < 2 => {
+                Err(Error::Argument("a histogram needs at least two edges".into()))
+            }
             Self::Edges(edges) => {
                 if edges.iter().any(|edge| edge.is_nan())
                     || edges.windows(2).any(|pair| pair[0] > pair[1])
@@ -86,13 +86,15 @@ pub(super) fn linear_thresholds(format: Format, edges: &[f64]) -> Vec<u64> {
     edges
         .iter()
         .enumerate()
-        .map(|(i, &edge)| {
-            if i == last {
-                search(&|value| value > edge)
-            } else {
-                search(&|value| value >= edge)
-            }
-        })
+        .map(
+            |(i, &edge)| {
+                if i == last {
+                    search(&|value| value > edge)
+                } else {
+                    search(&|value| value >= edge)
+                }
+            },
+        )
         .collect()
 }
 
@@ -134,9 +136,6 @@ pub(super) fn log_thresholds(format: Format, edges: &[f64]) -> Vec<u64> {
 
 /// Counts in the bins from the number of values below each of `log_thresholds`.
 pub(super) fn log_counts(below: &[u64]) -> Vec<u64> {
-    let inside: Vec<u64> = below
-        .chunks_exact(2)
-        .map(|pair| pair[1] - pair[0])
-        .collect();
+    let inside: Vec<u64> = below.chunks_exact(2).map(|pair| pair[1] - pair[0]).collect();
     linear_counts(&inside)
 }

@@ -109,10 +109,7 @@ impl Moments {
         }
         let non_finite = (values.len() - count) as u64;
         if count == 0 {
-            return Self {
-                non_finite,
-                ..Self::default()
-            };
+            return Self { non_finite, ..Self::default() };
         }
         let [second, third, fourth] = central_sums(&values[..count], first.sum / count as f64);
         Self {
@@ -122,14 +119,8 @@ impl Moments {
             min: first.min,
             max: first.max,
             least: first.least,
-            sum: Compensated {
-                sum: first.sum,
-                error: 0.0,
-            },
-            absolute: Compensated {
-                sum: first.absolute,
-                error: 0.0,
-            },
+            sum: Compensated { sum: first.sum, error: 0.0 },
+            absolute: Compensated { sum: first.absolute, error: 0.0 },
             second,
             third,
             fourth,
@@ -143,10 +134,7 @@ impl Moments {
             return;
         }
         if self.finite == 0 {
-            *self = Self {
-                non_finite: self.non_finite,
-                ..*other
-            };
+            *self = Self { non_finite: self.non_finite, ..*other };
             return;
         }
         let (a, b) = (self.finite as f64, other.finite as f64);

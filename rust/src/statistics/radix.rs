@@ -36,16 +36,8 @@ pub(crate) struct Counts {
 impl Counts {
     /// No values yet, of a population of about `size`.
     pub(crate) fn new(format: Format, size: u64) -> Self {
-        let digit = if size <= SMALL {
-            SMALL_DIGIT
-        } else {
-            LARGE_DIGIT
-        };
-        Self {
-            format,
-            shift: format.width() - digit,
-            table: vec![0; 1 << digit],
-        }
+        let digit = if size <= SMALL { SMALL_DIGIT } else { LARGE_DIGIT };
+        Self { format, shift: format.width() - digit, table: vec![0; 1 << digit] }
     }
 
     /// Whether counts of the one can be added to the other.
@@ -103,12 +95,7 @@ impl Counts {
             total += group.iter().sum::<u64>();
         }
         coarse.push(total);
-        Index {
-            format: self.format,
-            shift,
-            table: self.table,
-            coarse,
-        }
+        Index { format: self.format, shift, table: self.table, coarse }
     }
 }
 
@@ -175,12 +162,8 @@ impl Index {
         }
         for &rank in ranks {
             let (bucket, rest) = self.locate(rank);
-            let selection = Selection {
-                prefix: bucket as u64,
-                shift,
-                rest,
-                count: self.table[bucket],
-            };
+            let selection =
+                Selection { prefix: bucket as u64, shift, rest, count: self.table[bucket] };
             refinement.selections.push(selection);
         }
         refinement.mark();
@@ -295,11 +278,7 @@ impl Refinement {
     /// Empty answers.
     pub(crate) fn tally(&self) -> Tally {
         Tally {
-            counters: self
-                .slots
-                .iter()
-                .map(|slot| vec![0; slot.thresholds.len() + 1])
-                .collect(),
+            counters: self.slots.iter().map(|slot| vec![0; slot.thresholds.len() + 1]).collect(),
             stores: self
                 .prefixes()
                 .into_iter()
@@ -336,9 +315,7 @@ impl Refinement {
                 let number = usize::from(map[(key >> shift) as usize]) - 1;
                 let slot = &self.slots[number];
                 if !slot.thresholds.is_empty() {
-                    let below = slot
-                        .thresholds
-                        .partition_point(|&threshold| threshold <= key);
+                    let below = slot.thresholds.partition_point(|&threshold| threshold <= key);
                     tally.counters[number][below] += 1;
                 }
                 for store in &mut tally.stores[slot.stores.clone()] {
@@ -367,10 +344,7 @@ impl Refinement {
     /// Narrows every selection by what was found, and asks what is still open.
     pub(crate) fn narrow(self, mut tally: Tally) -> Self {
         let mut selections = self.selections;
-        for selection in selections
-            .iter_mut()
-            .filter(|selection| selection.shift > 0)
-        {
+        for selection in selections.iter_mut().filter(|selection| selection.shift > 0) {
             let store = tally
                 .stores
                 .iter_mut()
@@ -393,10 +367,7 @@ impl Refinement {
     /// The values at the ranks, in the order they were asked for, once nothing is open.
     pub(crate) fn values(&self) -> Vec<f64> {
         debug_assert!(!self.is_needed());
-        self.selections
-            .iter()
-            .map(|selection| self.format.value(selection.prefix))
-            .collect()
+        self.selections.iter().map(|selection| self.format.value(selection.prefix)).collect()
     }
 }
 

@@ -32,16 +32,9 @@ fn sorted(tensors: &[Tensor<'_>]) -> Vec<f64> {
 
 fn percentile(sorted: &[f64], q: f64) -> f64 {
     let place = (sorted.len() - 1) as f64 * (q / 100.0);
-    let (low, high) = (
-        sorted[place.floor() as usize],
-        sorted[place.ceil() as usize],
-    );
+    let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
     let share = place - place.floor();
-    if share >= 0.5 {
-        high - (high - low) * (1.0 - share)
-    } else {
-        low + (high - low) * share
-    }
+    if share >= 0.5 { high - (high - low) * (1.0 - share) } else { low + (high - low) * share }
 }
 
 fn counts_between(values: &[f64], edges: &[f64]) -> Vec<u64> {
@@ -81,25 +74,11 @@ fn check(tensors: &[Tensor<'_>], found: &Summary, request: &Request) {
     let size = values.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     assert!(close(found.mean, mean, size), "{} {mean}", found.mean);
     assert!(close(found.std, central(2).sqrt(), size));
-    assert_eq!(
-        (found.min, found.max),
-        (values[0], values[values.len() - 1])
-    );
+    assert_eq!((found.min, found.max), (values[0], values[values.len() - 1]));
     assert_eq!(found.max_norm, size);
-    assert!(close(
-        found.l1_norm,
-        values.iter().map(|x| x.abs()).sum(),
-        size * n
-    ));
-    assert!(close(
-        found.l2_norm,
-        values.iter().map(|x| x * x).sum::<f64>().sqrt(),
-        size * n
-    ));
-    assert_eq!(
-        found.zeros,
-        values.iter().filter(|&&x| x == 0.0).count() as u64
-    );
+    assert!(close(found.l1_norm, values.iter().map(|x| x.abs()).sum(), size * n));
+    assert!(close(found.l2_norm, values.iter().map(|x| x * x).sum::<f64>().sqrt(), size * n));
+    assert_eq!(found.zeros, values.iter().filter(|&&x| x == 0.0).count() as u64);
     if central(2).sqrt() > 1e-6 * size {
         let skewness = central(3) / central(2).powf(1.5);
         let kurtosis = central(4) / central(2).powi(2) - 3.0;
@@ -180,9 +159,7 @@ fn many(count: usize) -> Vec<f64> {
     let mut state = 1u64;
     (0..count)
         .map(|_| {
-            state = state
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let x = (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0;
             x * x * x * 0.1
         })
@@ -207,41 +184,20 @@ fn the_threads_do_not_matter() {
 #[test]
 fn crowded_buckets_are_counted_by_further_digits() {
     // All in one bucket of the upper 16 bits, and more than are kept one by one.
-    let values: Vec<f64> = (0..90_000)
-        .map(|i| 1.0 + f64::from(i % 50_000) * 1e-9)
-        .collect();
+    let values: Vec<f64> = (0..90_000).map(|i| 1.0 + f64::from(i % 50_000) * 1e-9).collect();
     for element in [ElementType::F32, ElementType::F64] {
         let bytes = bytes_of(&values, element);
         let tensors = [Tensor::new(&bytes, element).unwrap()];
-        check(
-            &tensors,
-            &describe(&tensors, &request()).unwrap(),
-            &request(),
-        );
+        check(&tensors, &describe(&tensors, &request()).unwrap(), &request());
     }
 }
 
 #[test]
 fn unusable_requests_are_refused() {
     let refuse = |request: Request| assert!(describe(&[], &request).is_err(), "{request:?}");
-    refuse(Request {
-        percentiles: vec![101.0],
-        ..Request::default()
-    });
-    refuse(Request {
-        percentiles: vec![f64::NAN],
-        ..Request::default()
-    });
-    refuse(Request {
-        histogram: Some(Bins::Automatic(0)),
-        ..Request::default()
-    });
-    refuse(Request {
-        log_histogram: Some(Bins::Edges(vec![1.0])),
-        ..Request::default()
-    });
-    refuse(Request {
-        histogram: Some(Bins::Edges(vec![1.0, 0.0])),
-        ..Request::default()
-    });
+    refuse(Request { percentiles: vec![101.0], ..Request::default() });
+    refuse(Request { percentiles: vec![f64::NAN], ..Request::default() });
+    refuse(Request { histogram: Some(Bins::Automatic(0)), ..Request::default() });
+    refuse(Request { log_histogram: Some(Bins::Edges(vec![1.0])), ..Request::default() });
+    refuse(Request { histogram: Some(Bins::Edges(vec![1.0, 0.0])), ..Request::default() });
 }
