@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -54,15 +55,11 @@ ARGUMENTS: list[tuple[int, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("count", "options", "says"), ARGUMENTS, ids=str)
+@pytest.mark.parametrize("case", ARGUMENTS, ids=str)
 def test_a_wrong_argument(
-    tmp_path: Path,
-    base: Path,
-    adapter: Path,
-    count: int,
-    options: dict[str, Any],
-    says: list[str],
+    tmp_path: Path, base: Path, adapter: Path, case: tuple[int, dict[str, Any], list[str]]
 ) -> None:
+    count, options, says = case
     refuses(tmp_path, ValueError, base, [adapter] * count, *says, **options)
 
 
@@ -195,8 +192,6 @@ def test_too_little_space(tmp_path: Path, base: Path, adapter: Path) -> None:
         "shape": [rows, 2**20],
         "data_offsets": [len(body), len(body) + rows * 2**20],
     }
-    import json
-
     file.write_bytes(encode(json.dumps(header), body))
     try:
         os.truncate(file, file.stat().st_size + rows * 2**20)
@@ -229,12 +224,8 @@ def overflowing(folder: Path, dtype: str, top: float) -> tuple[Path, Path]:
     return base, make_adapter(folder / "strong", factors, r=4, lora_alpha=4)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "top"), [("F16", 60000.0), ("BF16", 3e38), ("F32", 3e38), ("F64", 1.7e308)]
-)
+@pytest.mark.parametrize(("dtype", "top"), [("F16", 60000.0), ("BF16", 3e38), ("F32", 3e38)])
 def test_a_result_that_is_not_finite(tmp_path: Path, dtype: str, top: float) -> None:
-    if dtype == "F64":
-        pytest.skip("factors of float32 cannot reach the top of float64")
     base, adapter = overflowing(tmp_path, dtype, top)
     refuses(tmp_path, lorafast.NumericError, base, adapter, Q_PROJ, planned=False)
 
