@@ -21,9 +21,10 @@ from support.files import (
     tensor,
     write_safetensors,
 )
-from support.handmade import MODULES, make_adapter, make_base, write_checkpoint
+from support.handmade import MODULES, adapter_tensors, make_adapter, make_base, write_checkpoint
 from support.models import Models
 from support.reference import merge_float64
+from support.refusal import refuses
 
 
 @pytest.fixture
@@ -251,8 +252,7 @@ def test_the_plan_is_a_value(tmp_path: Path, adapter: Path) -> None:
     assert len(repr(first)) < 2000
 
 
-def test_a_fused_checkpoint_of_conv1d_weights(models: Models, tmp_path: Path) -> None:
-    """The index of gpt2 in shards: transposed weights in every one of them."""
+def test_conv1d_weights_in_several_shards(models: Models, tmp_path: Path) -> None:
     base = models.gpt2()
     adapter = models.adapter(
         "gpt2-sharded", base, steps=0, r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"]
@@ -266,8 +266,8 @@ def test_a_fused_checkpoint_of_conv1d_weights(models: Models, tmp_path: Path) ->
     assert read_checkpoint(tmp_path / "one") == read_checkpoint(tmp_path / "four")
 
 
-def test_a_square_conv1d_needs_the_config(models: Models, tmp_path: Path) -> None:
-    """Without the architecture a square weight's layout is a guess; guesses are not made."""
+def test_a_square_conv1d_without_a_config(models: Models, tmp_path: Path) -> None:
+    """Without a config the biases of the layers around tell how a square weight is stored."""
     base = models.gpt2()
     adapter = models.adapter(
         "gpt2-square", base, steps=0, r=4, lora_alpha=8, target_modules=["attn.c_proj"]
@@ -275,8 +275,45 @@ def test_a_square_conv1d_needs_the_config(models: Models, tmp_path: Path) -> Non
     bare = tmp_path / "bare"
     bare.mkdir()
     write_safetensors(bare / "model.safetensors", read_checkpoint(base))
-    flag = json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"]
-    assert flag is True  # PEFT has set it right when it saved the adapter
     lorafast.merge(base, adapter, tmp_path / "known")
     lorafast.merge(bare, adapter, tmp_path / "bare-out")
     assert read_checkpoint(tmp_path / "known") == read_checkpoint(tmp_path / "bare-out")
+
+
+def test_a_square_weight_that_nothing_explains(tmp_path: Path) -> None:
+    """No config, no biases, and a name that both kinds of layer have: a guess is not made."""
+    modules = {"transformer.h.0.attn.c_proj": (16, 16)}
+    base = make_base(tmp_path / "base", modules=modules)
+    (base / "config.json").unlink()
+    adapter = make_adapter(tmp_path / "adapter", adapter_tensors(modules))
+    refuses(tmp_path, lorafast.PlanError, base, adapter, "c_proj", "config.json")
+
+
+@pytest.mark.parametrize(
+    ("in_base", "in_adapter"), [("", "model."), ("model.", ""), ("", "transformer.")]
+)
+def test_names_with_and_without_the_backbones_prefix(
+    tmp_path: Path, in_base: str, in_adapter: str
+) -> None:
+    """gpt2's own files name the bare backbone, adapters the model with its head; or vice versa."""
+    plain = {name.removeprefix("model."): shape for name, shape in MODULES.items()}
+    base = make_base(tmp_path / "base", modules={in_base + n: s for n, s in plain.items()})
+    expected = make_base(tmp_path / "same", modules={in_adapter + n: s for n, s in plain.items()})
+    adapter = make_adapter(
+        tmp_path / "adapter", adapter_tensors({in_adapter + n: s for n, s in plain.items()})
+    )
+    lorafast.merge(base, adapter, tmp_path / "out")
+    lorafast.merge(expected, adapter, tmp_path / "expected")
+    ours, theirs = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "expected")
+    for name in plain:
+        assert ours[f"{in_base}{name}.weight"] == theirs[f"{in_adapter}{name}.weight"]
+        assert ours[f"{in_base}{name}.weight"] != read_checkpoint(base)[f"{in_base}{name}.weight"]
+
+
+def test_names_that_fit_in_two_ways(tmp_path: Path) -> None:
+    """Two towers hold the same layers; which of them was trained is not guessed."""
+    plain = {name.removeprefix("model."): shape for name, shape in MODULES.items()}
+    towers = {f"{tower}.{n}": s for tower in ("query", "document") for n, s in plain.items()}
+    base = make_base(tmp_path / "base", modules=towers)
+    adapter = make_adapter(tmp_path / "adapter", adapter_tensors(plain))
+    refuses(tmp_path, lorafast.PlanError, base, adapter, "query.", "document.")
