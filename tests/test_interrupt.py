@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -140,6 +141,23 @@ def test_an_interrupt_keeps_the_model_that_was_there(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
+def test_an_error_of_the_progress_callable_ends_the_merge(
+    slow: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, adapters = slow
+
+    def progress(done: int, total: int) -> None:
+        assert done < total
+        raise ArithmeticError("enough")
+
+    with pytest.raises(ArithmeticError, match="enough"):
+        lorafast.merge(base, adapters, tmp_path / "out", threads=1, progress=progress)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lorafast._cli") is None, reason="there is no command yet"
+)
 def test_an_interrupt_of_the_command(slow: tuple[Path, list[Path]], output: Path) -> None:
     base, adapters = slow
     arguments = ["merge", "--base", base, "--adapters", *adapters, "--output", output]

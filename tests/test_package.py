@@ -32,11 +32,13 @@ PUBLIC = {
     "LorafastError",
     "MergePlan",
     "MergeReport",
+    "MissingDependencyError",
     "NumericError",
     "OutputError",
     "PlanError",
     "UnsupportedAdapterError",
     "__version__",
+    "inspect",
     "merge",
     "plan",
 }
@@ -49,6 +51,7 @@ ERRORS = [
     "PlanError",
     "OutputError",
     "NumericError",
+    "MissingDependencyError",
 ]
 
 
@@ -101,6 +104,7 @@ def test_the_hierarchy_of_errors() -> None:
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_survive_pickling(name: str) -> None:
+    """Worker processes send their errors back in pickles."""
     error = getattr(lorafast, name)("what is wrong, and where")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
@@ -143,7 +147,8 @@ def test_the_version_is_the_distributions() -> None:
 
 def test_signatures_are_the_documented_ones() -> None:
     merge = inspect.signature(lorafast.merge).parameters
-    assert list(merge) == [
+    # More may follow, as keywords.
+    assert list(merge)[:10] == [
         "base",
         "adapters",
         "output",
@@ -155,7 +160,8 @@ def test_signatures_are_the_documented_ones() -> None:
         "overwrite",
         "progress",
     ]
-    assert {n: p.default for n, p in merge.items() if p.kind is p.KEYWORD_ONLY} == {
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(merge.values())[3:])
+    defaults = {
         "strategy": "sequential",
         "weights": None,
         "dtype": "auto",
@@ -164,5 +170,6 @@ def test_signatures_are_the_documented_ones() -> None:
         "overwrite": False,
         "progress": False,
     }
+    assert {name: merge[name].default for name in defaults} == defaults
     plan = inspect.signature(lorafast.plan).parameters
-    assert list(plan) == ["base", "adapters", "strategy", "weights", "dtype"]
+    assert list(plan)[:5] == ["base", "adapters", "strategy", "weights", "dtype"]
