@@ -578,7 +578,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    console = Console()
+    # In a file or a pipe the table keeps its columns whole.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
     shape = Shape(
         options.hidden,
         options.layers,
