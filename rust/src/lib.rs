@@ -12,16 +12,25 @@ pub mod adapter;
 pub mod checkpoint;
 pub mod describe;
 pub mod dtype;
+pub mod entries;
 pub mod error;
 pub mod execute;
 pub mod file;
+#[cfg(test)]
+mod fixtures;
 pub mod kernel;
 pub mod names;
 pub mod orientation;
+pub mod overlap;
 pub mod plan;
 pub mod safetensors;
 pub mod side_files;
+pub mod spectrum;
+pub mod statistics;
 pub mod task;
 pub mod writer;
+
+mod dense;
+mod vector;
 
 pub use error::{Error, Result};
