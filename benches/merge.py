@@ -20,255 +20,23 @@ belong to the kernel's cache), and the largest resident set. Ratios are taken ro
 from __future__ import annotations
 
 import argparse
-import ctypes
-import ctypes.util
 import json
-import mmap
 import os
-import platform
 import shutil
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from inputs import ALL_LINEAR, DTYPES, Shape, make_adapter, make_checkpoint
+from measure import Memory, Run, cool, processor, resident_share, run_process, versions, warm
 from rich.console import Console
 from rich.table import Table
-
-SAMPLE_SECONDS = 0.003
-TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-DTYPES = {name: code for code, name in TORCH_NAMES.items()}
-ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-
-
-# Making the inputs
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a Llama."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    key_value_heads: int
-    vocabulary: int
-    tied: bool
-
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """The Linear weights of one layer: name -> (out, in)."""
-        key_value = self.hidden // self.heads * self.key_value_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
-            "self_attn.k_proj": (key_value, self.hidden),
-            "self_attn.v_proj": (key_value, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
-        }
-
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
-        for layer in range(self.layers):
-            prefix = f"model.layers.{layer}"
-            for name, shape in self.linear().items():
-                yield f"{prefix}.{name}.weight", shape
-            yield f"{prefix}.input_layernorm.weight", (self.hidden,)
-            yield f"{prefix}.post_attention_layernorm.weight", (self.hidden,)
-        yield "model.norm.weight", (self.hidden,)
-        if not self.tied:
-            yield "lm_head.weight", (self.vocabulary, self.hidden)
-
-    def config(self, dtype: str) -> dict[str, object]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_value_heads,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "tie_word_embeddings": self.tied,
-            "torch_dtype": TORCH_NAMES[dtype],
-        }
-
-
-class Noise:
-    """Normal numbers in a dtype, taken from different places of one pool: fast to make."""
-
-    def __init__(self, dtype: str, seed: int) -> None:
-        self.random = np.random.default_rng(seed)
-        # A prime length, so that no tensor repeats another's rows.
-        values = self.random.standard_normal(4_194_301, dtype=np.float32) * np.float32(0.02)
-        self.pool: NDArray[np.generic]
-        if dtype == "BF16":
-            self.pool = (values.view(np.uint32) >> np.uint32(16)).astype("<u2")
-        else:
-            self.pool = values.astype({"F32": "<f4", "F16": "<f2"}[dtype])
-
-    def chunks(self, count: int) -> Iterator[memoryview]:
-        while count > 0:
-            begin = int(self.random.integers(len(self.pool) // 2))
-            part = self.pool[begin : begin + count]
-            yield memoryview(part).cast("B")
-            count -= len(part)
-
-
-def write_safetensors(
-    path: Path, tensors: dict[str, tuple[int, ...]], dtype: str, noise: Noise
-) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in tensors.items():
-        end = offset + int(np.prod(shape)) * noise.pool.itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for shape in tensors.values():
-            for chunk in noise.chunks(int(np.prod(shape))):
-                file.write(chunk)
-
-
-def make_checkpoint(path: Path, shape: Shape, dtype: str, shards: int) -> int:
-    """Write the checkpoint and return the size of its tensors in bytes."""
-    path.mkdir()
-    noise = Noise(dtype, 1)
-    everything = dict(shape.tensors())
-    sizes = {name: int(np.prod(s)) * noise.pool.itemsize for name, s in everything.items()}
-    total = sum(sizes.values())
-    weight_map: dict[str, str] = {}
-    parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
-    before = 0
-    for name, size in sizes.items():
-        parts[min(before * shards // total, shards - 1)][name] = everything[name]
-        before += size
-    for number, part in enumerate(parts, start=1):
-        file = (
-            f"model-{number:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
-        )
-        write_safetensors(path / file, part, dtype, noise)
-        weight_map.update(dict.fromkeys(part, file))
-    if shards > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (path / "config.json").write_text(json.dumps(shape.config(dtype), indent=2))
-    return total
-
-
-def make_adapter(
-    path: Path, shape: Shape, targets: list[str], *, rank: int, dtype: str, seed: int
-) -> None:
-    path.mkdir()
-    tensors: dict[str, tuple[int, ...]] = {}
-    for layer in range(shape.layers):
-        for name, (rows, columns) in shape.linear().items():
-            if name.split(".")[-1] in targets:
-                prefix = f"base_model.model.model.layers.{layer}.{name}"
-                tensors[f"{prefix}.lora_A.weight"] = (rank, columns)
-                tensors[f"{prefix}.lora_B.weight"] = (rows, rank)
-    if not tensors:
-        sys.exit(f"error: no linear layer is called any of {targets}")
-    write_safetensors(path / "adapter_model.safetensors", tensors, dtype, Noise(dtype, seed))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": targets,
-        "inference_mode": True,
-    }
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
-
-
-# The page cache
-
-
-def resident_share(folder: Path) -> float | None:
-    """The share of the folder's bytes that lie in the page cache, or None where that is unknown."""
-    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
-    try:
-        map_file, in_core, unmap = libc.mmap, libc.mincore, libc.munmap
-    except AttributeError:
-        return None
-    map_file.restype = ctypes.c_void_p
-    map_file.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_long,
-    ]
-    in_core.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    unmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    pages = resident = 0
-    for path in folder.glob("*.safetensors"):
-        size = path.stat().st_size
-        count = -(-size // mmap.PAGESIZE)
-        flags = ctypes.create_string_buffer(count)
-        with path.open("rb") as file:
-            address = map_file(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-            if address in (None, ctypes.c_void_p(-1).value):
-                return None
-            failed = in_core(address, size, flags)
-            unmap(address, size)
-        if failed:
-            return None
-        pages += count
-        resident += int(np.count_nonzero(np.frombuffer(flags.raw[:count], np.uint8) & 1))
-    return resident / pages if pages else None
-
-
-def warm(folders: list[Path]) -> None:
-    for folder in folders:
-        for path in folder.iterdir():
-            with path.open("rb", buffering=0) as file:
-                while file.read(1 << 24):
-                    pass
-
-
-def cool(folders: list[Path]) -> None:
-    """Ask the kernel to forget the files; a file system that lives in memory will not."""
-    if not hasattr(os, "posix_fadvise"):
-        sys.exit("error: --cold needs posix_fadvise, which this system does not have")
-    for folder in folders:
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# Running
-
-
-@dataclass
-class Run:
-    """One run of one way."""
-
-    seconds: float
-    anonymous_mb: float | None
-    resident_mb: float | None
-    resident_share_before: float | None
-    inner_seconds: float | None = None
 
 
 @dataclass
@@ -281,62 +49,6 @@ class Way:
 
     def median(self) -> float:
         return statistics.median(run.seconds for run in self.runs)
-
-
-class Memory(threading.Thread):
-    """Samples a process's memory, and remembers the highest.
-
-    wait4's ru_maxrss would not do: it starts at what the parent held when it forked.
-    """
-
-    def __init__(self, process: int) -> None:
-        super().__init__(daemon=True)
-        self.path = Path(f"/proc/{process}/status")
-        self.anonymous_mb: float | None = None
-        self.resident_mb: float | None = None
-        self.ended = threading.Event()
-
-    def run(self) -> None:
-        while not self.ended.is_set():
-            try:
-                text = self.path.read_text()
-            except OSError:
-                return
-            for line in text.splitlines():
-                if line.startswith("RssAnon:"):
-                    megabytes = int(line.split()[1]) * 1024 / 1e6
-                    self.anonymous_mb = max(self.anonymous_mb or 0.0, megabytes)
-                elif line.startswith("VmHWM:"):
-                    self.resident_mb = int(line.split()[1]) * 1024 / 1e6
-            self.ended.wait(SAMPLE_SECONDS)
-
-    def stop(self) -> None:
-        self.ended.set()
-        self.join()
-
-
-def run_process(command: list[str], inner: bool = False) -> Run:
-    """Run a command to its end; `inner` reads seconds from the last line that it prints."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with tempfile.TemporaryFile("w+") as printed:
-        begin = time.perf_counter()
-        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=environment)
-        memory = Memory(process.pid)
-        memory.start()
-        process.wait()
-        seconds = time.perf_counter() - begin
-        memory.stop()
-        printed.seek(0)
-        text = printed.read()
-    if process.returncode:
-        sys.exit(f"error: {' '.join(command)} ended with {process.returncode}\n{text}")
-    return Run(
-        seconds,
-        memory.anonymous_mb,
-        memory.resident_mb,
-        None,
-        float(text.split()[-1]) if inner else None,
-    )
 
 
 PEFT = """
@@ -519,28 +231,6 @@ def show(
         found["PEFT without imports / in process"] = ratios(inner, ways["in process"])
     for name, (middle, least, greatest) in found.items():
         console.print(f"{name}: [bold]{middle:.2f}[/] ({least:.2f} to {greatest:.2f})")
-    return found
-
-
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("lorafast", "numpy", "torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
