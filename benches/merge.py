@@ -344,6 +344,7 @@ def main() -> None:
             console.print(
                 f"{agreement:.4%} of the elements of the first and last layer's merged weights are"
                 " the same as PEFT's, bit for bit."
+                + (" PEFT rounds after each adapter, lorafast once." if len(adapters) > 1 else "")
             )
         if options.json:
             result = {
