@@ -1,0 +1,169 @@
+"""Where a command's output goes, and what it looks like there.
+
+On a terminal tables and progress are drawn by rich. Elsewhere tables are plain aligned text, whole
+and unfolded whatever the width, which `grep` and a log can use and for which rich need not be
+imported; progress is not shown at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from rich.console import Console
+
+    Progress = Callable[[int, int], None]
+
+
+class Column(NamedTuple):
+    """A table's column: its header, and whether its cells are numbers (set to the right)."""
+
+    header: str
+    number: bool = False
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey rather than show: names come from files of strangers."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+class Terminal:
+    """The command's two streams."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._warned: set[str] = set()
+
+    def line(self, text: str = "") -> None:
+        """Print a line of the result, unless --quiet."""
+        if not self.quiet:
+            print(printable(text))
+
+    def heading(self, text: str) -> None:
+        """Print the title of what follows, unless --quiet."""
+        if self.quiet:
+            return
+        if sys.stdout.isatty():
+            self._rich(sys.stdout).print(
+                printable(text), style="bold", markup=False, soft_wrap=True
+            )
+        else:
+            print(printable(text))
+
+    def json(self, value: Any) -> None:
+        """Print a value as JSON: the whole of stdout, --quiet or not."""
+        import json
+
+        json.dump(value, sys.stdout, indent=2)
+        print()
+
+    def warn(self, message: str) -> None:
+        """Print `warning: …` on stderr, once for each message."""
+        if message not in self._warned:
+            self._warned.add(message)
+            print("warning:", printable(" ".join(message.split())), file=sys.stderr)
+
+    @contextlib.contextmanager
+    def python_warnings_as_lines(self) -> Iterator[None]:
+        """Show what goes through Python's `warnings` as `warning: …`, without file and line."""
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: self.warn(str(message))
+            yield
+
+    def facts(self, rows: Mapping[str, str]) -> None:
+        """Print names and values, a pair to a line."""
+        self.table((Column(""), Column("")), list(rows.items()))
+
+    def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table, unless --quiet."""
+        if self.quiet:
+            return
+        cells = [[printable(cell) for cell in row] for row in rows]
+        if sys.stdout.isatty():
+            self._rich_table(columns, cells)
+        else:
+            _plain_table(columns, cells)
+
+    @contextlib.contextmanager
+    def progress(self, description: str) -> Iterator[Progress | bool]:
+        """Give what `progress=` takes: a bar on stderr if that is a terminal, else False."""
+        if self.quiet or not sys.stderr.isatty():
+            yield False
+            return
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=self._rich(sys.stderr),
+            transient=True,
+        ) as bar:
+            task = bar.add_task(description, total=None)
+
+            def update(done_bytes: int, total_bytes: int) -> None:
+                bar.update(task, completed=done_bytes, total=total_bytes)
+
+            yield update
+
+    def _rich(self, stream: TextIO) -> Console:
+        from rich.console import Console
+
+        return Console(file=stream, highlight=False)
+
+    def _rich_table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        has_header = any(column.header for column in columns)
+        table = Table(
+            box=box.SIMPLE_HEAD if has_header else None,
+            show_header=has_header,
+            show_edge=False,
+            pad_edge=True,
+            header_style="bold",
+        )
+        for index, column in enumerate(columns):
+            table.add_column(
+                column.header,
+                justify="right" if column.number else "left",
+                no_wrap=column.number,
+                style="cyan" if index == 0 else None,
+                overflow="fold",
+            )
+        for row in rows:
+            # Text, not str: a name with brackets is no markup.
+            table.add_row(*map(Text, row))
+        self._rich(sys.stdout).print(table)
+
+
+def _plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    headers = [column.header for column in columns]
+    lines = [headers, *rows] if any(headers) else list(rows)
+    widths = [max((len(line[index]) for line in lines), default=0) for index in range(len(columns))]
+    for line in lines:
+        cells = (
+            cell.rjust(width) if column.number else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        )
+        print("  " + "  ".join(cells).rstrip())
