@@ -103,6 +103,8 @@ class DemoInputs:
 
     directory: Path
     shape: ModelShape
+    merged: Path
+    """The directory for the merged model."""
 
     @property
     def base(self) -> Path:
@@ -118,11 +120,6 @@ class DemoInputs:
     def weights(self) -> list[float]:
         """The adapters' weights."""
         return [adapter.weight for adapter in ADAPTERS]
-
-    @property
-    def merged(self) -> Path:
-        """The directory for the merged model."""
-        return self.directory / "merged"
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def make_inputs(directory: Path, shape: ModelShape | None = None, *, seed: int =
             "name another directory with --output"
         )
         raise FileExistsError(message)
-    inputs = DemoInputs(directory, shape or ModelShape())
+    inputs = DemoInputs(directory, shape or ModelShape(), directory / "merged")
     for path in (inputs.base, inputs.merged, *inputs.adapters):
         shutil.rmtree(path, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)

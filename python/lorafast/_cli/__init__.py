@@ -86,7 +86,9 @@ def _sentence(error: Exception) -> str:
         message = f"{error.strerror}: {os.fsdecode(error.filename)}"
     else:
         message = str(error) or type(error).__name__
-    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    # Several problems come as a line that counts them and a line for each.
+    first, *others = (line.strip().removeprefix("- ") for line in message.splitlines())
+    return f"{first.removesuffix(':')}: {'; '.join(others)}" if others else first
 
 
 def _escape_what_the_streams_cannot_encode() -> None:

@@ -36,20 +36,26 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     import lorafast
 
     contents = lorafast.inspect(arguments.path)
+    for warning in contents.get("warnings", ()):
+        terminal.warn(warning)
     if arguments.json:
         terminal.json(contents)
-        return 0
+    else:
+        _show(contents, terminal, every_tensor=arguments.tensors)
+    return 0
+
+
+def _show(contents: Contents, terminal: Terminal, *, every_tensor: bool) -> None:
     _show_summary(contents, terminal)
     _show_metadata(contents["metadata"] or {}, terminal)
     _show_files(contents["files"], terminal)
     _show_dtypes(contents["tensors"], terminal)
-    if arguments.tensors:
+    if every_tensor:
         _show_every_tensor(contents["tensors"], terminal)
     elif contents["adapter"] is not None and contents["adapter"]["modules"]:
         _show_modules(contents["adapter"]["modules"], terminal)
     else:
         _show_tensor_groups(contents["tensors"], terminal)
-    return 0
 
 
 def _show_summary(contents: Contents, terminal: Terminal) -> None:
