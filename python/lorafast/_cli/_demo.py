@@ -37,15 +37,14 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     inputs = make_inputs(directory)
     _show_files([inputs.base, *inputs.adapters], directory, terminal)
 
-    command = _merge_command(inputs)
     terminal.line()
     terminal.heading("2. What a merge would do")
-    _echo([*command, "--dry-run"], terminal)
+    _echo(inputs, "--dry-run", terminal=terminal)
     _show_plan(inputs, terminal)
 
     terminal.line()
     terminal.heading("3. The merge")
-    _echo([*command, "--output", str(inputs.merged)], terminal)
+    _echo(inputs, "--output", str(inputs.merged), terminal=terminal)
     _merge(inputs, terminal)
     terminal.line()
     _show_files([inputs.merged], directory, terminal)
@@ -55,15 +54,20 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return _show_check(inputs, terminal)
 
 
-def _merge_command(inputs: DemoInputs) -> list[str]:
-    command = ["lorafast", "merge", "--base", str(inputs.base), "--adapters"]
-    command += map(str, inputs.adapters)
-    command += ["--merge-strategy", "weighted", "--weights"]
-    return command + [number_text(weight) for weight in inputs.weights]
-
-
-def _echo(command: Sequence[str], terminal: Terminal) -> None:
-    terminal.line(f"$ {shlex.join(command)}")
+def _echo(inputs: DemoInputs, *last: str, terminal: Terminal) -> None:
+    """Print the merge as a command, a line for each group of flags, ready to be pasted."""
+    weights = map(number_text, inputs.weights)
+    lines = (
+        ["lorafast", "merge", "--base", str(inputs.base)],
+        ["--adapters", *map(str, inputs.adapters)],
+        ["--merge-strategy", "weighted", "--weights", *weights],
+        last,
+    )
+    first, *others = map(shlex.join, lines)
+    terminal.line(f"$ {first} \\")
+    for line in others[:-1]:
+        terminal.line(f"      {line} \\")
+    terminal.line(f"      {others[-1]}")
     terminal.line()
 
 

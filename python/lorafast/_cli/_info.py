@@ -145,22 +145,20 @@ def _show_tensor_groups(tensors: Sequence[Contents], terminal: Terminal) -> None
         for pattern, count in collapse(members):
             rows.append(
                 (
-                    pattern,
                     str(count),
+                    pattern,
                     dtype,
                     shape_text(list(shape)),
-                    count_text(count * _parameters(one)),
                     bytes_text(count * one["bytes"]),
                 )
             )
     terminal.line()
     terminal.heading("Tensors")
     columns = (
+        Column("count", number=True),
         Column("names"),
-        Column("tensors", number=True),
         Column("dtype"),
         Column("shape"),
-        Column("parameters", number=True),
         Column("size", number=True),
     )
     terminal.table(columns, rows)
@@ -197,8 +195,8 @@ def _show_modules(modules: Sequence[Contents], terminal: Terminal) -> None:
         groups.setdefault(key, []).append(module["name"])
     rows = [
         (
-            pattern,
             str(count),
+            pattern,
             str(rank),
             number_text(alpha),
             number_text(scaling),
@@ -210,8 +208,8 @@ def _show_modules(modules: Sequence[Contents], terminal: Terminal) -> None:
     terminal.line()
     terminal.heading("Modules")
     columns = (
+        Column("count", number=True),
         Column("names"),
-        Column("modules", number=True),
         Column("rank", number=True),
         Column("alpha", number=True),
         Column("scale", number=True),

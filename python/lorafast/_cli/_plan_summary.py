@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     Tensor = Mapping[str, Any]
 
+# What tells one group of changes from another.
+UPDATE_FIELDS = ("adapter", "kind", "rank", "scale", "weight", "transposed")
+COUNT_AND_NAMES = (Column("count", number=True), Column("names"))
+
 
 def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
     """Print a plan, as `MergePlan.to_dict()` gives it, without its warnings."""
@@ -24,13 +28,11 @@ def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
     terminal.facts(_facts(plan, len(tensors)))
     changed = [tensor for tensor in tensors if tensor["updates"]]
     if changed:
-        terminal.line()
-        terminal.heading("Changes")
         _show_changes(changed, adapters, terminal)
     unchanged = [tensor for tensor in tensors if not tensor["updates"]]
     if unchanged:
         terminal.line()
-        terminal.heading("Stays as it is")
+        terminal.heading(f"{plural(len(unchanged), 'tensor')} no adapter changes")
         _show_unchanged(unchanged, terminal)
     for note in plan["notes"]:
         terminal.line(f"note: {note}")
@@ -41,7 +43,7 @@ def _facts(plan: Mapping[str, Any], tensor_count: int) -> dict[str, str]:
         "strategy": plan["strategy"],
         "tensors": f"{plan['tensors_merged']:,} of {tensor_count:,} change",
         "parameters": count_text(plan["total_parameters"]),
-        "dtype": plan["dtype"],
+        "dtype": "as in the base" if plan["dtype"] == "auto" else plan["dtype"],
         "to write": bytes_text(plan["bytes_to_write"]),
     }
     if plan["tensors_cast"]:
@@ -56,46 +58,33 @@ def _facts(plan: Mapping[str, Any], tensor_count: int) -> dict[str, str]:
 def _show_changes(
     tensors: Sequence[Tensor], adapters: Sequence[Mapping[str, Any]], terminal: Terminal
 ) -> None:
-    """One row for each group of tensors that one adapter changes in the same way."""
+    """List, for each adapter, rank and scale, the tensors that are changed in that way."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for tensor in tensors:
         for update in tensor["updates"]:
-            key = (
-                update["adapter"],
-                update["kind"],
-                update.get("rank"),
-                update.get("scale"),
-                update["weight"],
-                update.get("transposed", False),
-            )
+            key = tuple(update.get(field) for field in UPDATE_FIELDS)
             groups.setdefault(key, []).append(tensor["name"])
-    rows = []
     for key, names in sorted(groups.items(), key=lambda group: group[0][0]):
-        adapter, kind, rank, scale, weight, transposed = key
-        name = adapters[adapter]["name"]
-        update = kind.replace("_", "-") + (", transposed" if transposed else "")
-        for pattern, count in collapse(names):
-            rows.append(
-                (
-                    name,
-                    update,
-                    "" if rank is None else str(rank),
-                    "" if scale is None else number_text(scale),
-                    number_text(weight),
-                    str(count),
-                    pattern,
-                )
-            )
-    columns = (
-        Column("adapter"),
-        Column("update"),
-        Column("rank", number=True),
-        Column("scale", number=True),
-        Column("weight", number=True),
-        Column("tensors", number=True),
-        Column("names"),
-    )
-    terminal.table(columns, _without_repeats(rows, 5))
+        update = dict(zip(UPDATE_FIELDS, key, strict=True))
+        adapter = adapters[update["adapter"]]["name"]
+        terminal.line()
+        terminal.heading(f"{adapter} changes {plural(len(names), 'tensor')}: {_how(update)}")
+        terminal.table(COUNT_AND_NAMES, [(str(count), name) for name, count in collapse(names)])
+
+
+def _how(update: Mapping[str, Any]) -> str:
+    """Return `low-rank, rank 16, scale 2, weight 0.7`."""
+    words = [update["kind"].replace("_", "-")]
+    if update["transposed"]:
+        words[0] += " into the transposed weight"
+    if update["rank"] is not None:
+        words.append(f"rank {update['rank']}")
+    words += [
+        f"{field} {number_text(update[field])}"
+        for field in ("scale", "weight")
+        if update[field] is not None
+    ]
+    return ", ".join(words)
 
 
 def _show_unchanged(tensors: Sequence[Tensor], terminal: Terminal) -> None:
@@ -105,12 +94,11 @@ def _show_unchanged(tensors: Sequence[Tensor], terminal: Terminal) -> None:
         return f"{tensor['dtype']} → {tensor['output_dtype']}"
 
     rows = [
-        (str(count), dtypes, pattern)
+        (str(count), pattern, dtypes)
         for dtypes, names in _grouped(tensors, dtype).items()
         for pattern, count in collapse(names)
     ]
-    columns = (Column("tensors", number=True), Column("dtype"), Column("names"))
-    terminal.table(columns, rows)
+    terminal.table((*COUNT_AND_NAMES, Column("dtype")), rows)
 
 
 def _grouped(tensors: Sequence[Tensor], key: Callable[[Tensor], str]) -> dict[str, list[str]]:
@@ -118,14 +106,3 @@ def _grouped(tensors: Sequence[Tensor], key: Callable[[Tensor], str]) -> dict[st
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor["name"])
     return groups
-
-
-def _without_repeats(rows: Sequence[tuple[str, ...]], width: int) -> list[tuple[str, ...]]:
-    """Blank the first cells of a row where they are those of the row above."""
-    result = []
-    above: tuple[str, ...] = ()
-    for row in rows:
-        same = row[:width] == above[:width]
-        result.append(("",) * width + row[width:] if same else row)
-        above = row
-    return result

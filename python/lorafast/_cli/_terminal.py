@@ -140,15 +140,16 @@ class Terminal:
             box=box.SIMPLE_HEAD if has_header else None,
             show_header=has_header,
             show_edge=False,
-            pad_edge=True,
-            header_style="bold",
+            # Two blanks between columns, either way: a box adds one of its own.
+            padding=(0, 1 if has_header else 2, 0, 0),
+            header_style="dim",
         )
         for index, column in enumerate(columns):
             table.add_column(
                 column.header,
                 justify="right" if column.number else "left",
                 no_wrap=column.number,
-                style="cyan" if index == 0 else None,
+                style="cyan" if index == 0 and not has_header else None,
                 overflow="fold",
             )
         for row in rows:
