@@ -92,15 +92,14 @@ def _merge(inputs: DemoInputs, terminal: Terminal) -> None:
     import lorafast
     from lorafast._cli._merge import show_report
 
-    with terminal.progress("merging") as progress:
-        report = lorafast.merge(
-            inputs.base,
-            inputs.adapters,
-            inputs.merged,
-            strategy="weighted",
-            weights=inputs.weights,
-            progress=progress,
-        )
+    report = lorafast.merge(
+        inputs.base,
+        inputs.adapters,
+        inputs.merged,
+        strategy="weighted",
+        weights=inputs.weights,
+        progress=True,
+    )
     show_report(report, terminal)
     for warning in report.warnings:
         terminal.warn(warning)

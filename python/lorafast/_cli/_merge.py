@@ -136,20 +136,19 @@ def _is_occupied(path: str) -> bool:
 def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
 
-    with terminal.progress("merging") as progress:
-        report = lorafast.merge(
-            arguments.base,
-            arguments.adapters,
-            arguments.output,
-            strategy=arguments.merge_strategy,
-            weights=arguments.weights,
-            dtype=arguments.merge_dtype,
-            device=arguments.device,
-            threads=arguments.threads,
-            overwrite=arguments.overwrite,
-            progress=progress,
-            report=not arguments.no_report,
-        )
+    report = lorafast.merge(
+        arguments.base,
+        arguments.adapters,
+        arguments.output,
+        strategy=arguments.merge_strategy,
+        weights=arguments.weights,
+        dtype=arguments.merge_dtype,
+        device=arguments.device,
+        threads=arguments.threads,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
+        report=not arguments.no_report,
+    )
     if arguments.json:
         terminal.json(report.to_dict())
     else:
@@ -160,26 +159,32 @@ def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 def show_report(report: MergeReport, terminal: Terminal) -> None:
     """Print the closing table of a merge."""
-    adapters = plural(len(report.adapters), "adapter")
-    terminal.heading(f"Merged {adapters} into {report.output_path}")
+    count = plural(len(report.adapters), "adapter")
+    terminal.heading(f"Merged {count} into {report.output_path}")
     tensors = f"{report.tensors_merged:,} merged, {report.tensors_copied:,} copied"
     if report.tensors_cast:
         tensors += f", {report.tensors_cast:,} converted"
     speed = report.bytes_written / report.merge_time if report.merge_time > 0 else 0.0
+    where = f"{plural(report.threads, 'thread')} of the {report.device}"
     facts = {
-        "base": str(report.base),
-        "adapters": adapters_text([str(path) for path in report.adapters], report.weights),
+        "base": report.base,
+        "adapters": adapters_text(report.adapters, report.weights),
         "strategy": report.strategy,
         "tensors": tensors,
         "parameters": count_text(report.total_parameters),
-        "dtype": report.dtype,
+        "dtype": dtype_text(report.dtype),
         "written": bytes_text(report.bytes_written),
-        "time": f"{seconds_text(report.merge_time)} on {report.device}"
+        "time": f"{seconds_text(report.merge_time)} on {where}"
         + (f", {bytes_text(speed)}/s" if speed else ""),
     }
     terminal.facts(facts)
     for note in report.notes:
         terminal.line(f"note: {note}")
+
+
+def dtype_text(dtype: str) -> str:
+    """Return the output's dtype in words."""
+    return "as in the base" if dtype == "auto" else dtype
 
 
 def adapters_text(adapters: Sequence[str], weights: Sequence[float] | None) -> str:

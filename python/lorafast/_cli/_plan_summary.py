@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorafast._cli._format import bytes_text, count_text, number_text, plural
+from lorafast._cli._merge import dtype_text
 from lorafast._cli._patterns import collapse
 from lorafast._cli._terminal import Column
 
@@ -43,7 +44,7 @@ def _facts(plan: Mapping[str, Any], tensor_count: int) -> dict[str, str]:
         "strategy": plan["strategy"],
         "tensors": f"{plan['tensors_merged']:,} of {tensor_count:,} change",
         "parameters": count_text(plan["total_parameters"]),
-        "dtype": "as in the base" if plan["dtype"] == "auto" else plan["dtype"],
+        "dtype": dtype_text(plan["dtype"]),
         "to write": bytes_text(plan["bytes_to_write"]),
     }
     if plan["tensors_cast"]:

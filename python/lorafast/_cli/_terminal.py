@@ -1,8 +1,7 @@
 """Where a command's output goes, and what it looks like there.
 
-On a terminal tables and progress are drawn by rich. Elsewhere tables are plain aligned text, whole
-and unfolded whatever the width, which `grep` and a log can use and for which rich need not be
-imported; progress is not shown at all.
+On a terminal tables are drawn by rich. Elsewhere they are plain aligned text, whole and unfolded
+whatever the width, which `grep` and a log can use and for which rich need not be imported.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rich.console import Console
-
-    Progress = Callable[[int, int], None]
 
 
 class Column(NamedTuple):
@@ -54,9 +51,7 @@ class Terminal:
         if self.quiet:
             return
         if sys.stdout.isatty():
-            self._rich(sys.stdout).print(
-                printable(text), style="bold", markup=False, soft_wrap=True
-            )
+            _console().print(printable(text), style="bold", markup=False, soft_wrap=True)
         else:
             print(printable(text))
 
@@ -90,72 +85,44 @@ class Terminal:
             return
         cells = [[printable(cell) for cell in row] for row in rows]
         if sys.stdout.isatty():
-            self._rich_table(columns, cells)
+            _rich_table(columns, cells)
         else:
             _plain_table(columns, cells)
 
-    @contextlib.contextmanager
-    def progress(self, description: str) -> Iterator[Progress | bool]:
-        """Give what `progress=` takes: a bar on stderr if that is a terminal, else False."""
-        if self.quiet or not sys.stderr.isatty():
-            yield False
-            return
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # The stream of this moment: sys.stdout may have been replaced.
+    return Console(file=sys.stdout, highlight=False)
+
+
+def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    has_header = any(column.header for column in columns)
+    table = Table(
+        box=box.SIMPLE_HEAD if has_header else None,
+        show_header=has_header,
+        show_edge=False,
+        # Two blanks between columns, either way: a box adds one of its own.
+        padding=(0, 1 if has_header else 2, 0, 0),
+        header_style="dim",
+    )
+    for index, column in enumerate(columns):
+        table.add_column(
+            column.header,
+            justify="right" if column.number else "left",
+            no_wrap=column.number,
+            style="cyan" if index == 0 and not has_header else None,
+            overflow="fold",
         )
-
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            console=self._rich(sys.stderr),
-            transient=True,
-        ) as bar:
-            task = bar.add_task(description, total=None)
-
-            def update(done_bytes: int, total_bytes: int) -> None:
-                bar.update(task, completed=done_bytes, total=total_bytes)
-
-            yield update
-
-    def _rich(self, stream: TextIO) -> Console:
-        from rich.console import Console
-
-        return Console(file=stream, highlight=False)
-
-    def _rich_table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        has_header = any(column.header for column in columns)
-        table = Table(
-            box=box.SIMPLE_HEAD if has_header else None,
-            show_header=has_header,
-            show_edge=False,
-            # Two blanks between columns, either way: a box adds one of its own.
-            padding=(0, 1 if has_header else 2, 0, 0),
-            header_style="dim",
-        )
-        for index, column in enumerate(columns):
-            table.add_column(
-                column.header,
-                justify="right" if column.number else "left",
-                no_wrap=column.number,
-                style="cyan" if index == 0 and not has_header else None,
-                overflow="fold",
-            )
-        for row in rows:
-            # Text, not str: a name with brackets is no markup.
-            table.add_row(*map(Text, row))
-        self._rich(sys.stdout).print(table)
+    for row in rows:
+        # Text, not str: a name with brackets is no markup.
+        table.add_row(*map(Text, row))
+    _console().print(table)
 
 
 def _plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
