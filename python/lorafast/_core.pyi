@@ -1,1 +1,37 @@
+"""The Rust core's Python face. Paths, options and numbers cross it; tensors do not."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+__all__ = ["Plan", "__version__", "build_info", "list_adapter", "list_checkpoint", "plan_merge"]
+
 __version__: str
+
+@final
+class Plan:
+    def describe(self) -> dict[str, Any]: ...
+    def execute(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        overwrite: bool = False,
+        instruction_set: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> dict[str, Any]: ...
+
+def plan_merge(
+    base: str | os.PathLike[str],
+    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+    *,
+    strategy: str,
+    weights: Sequence[float] | None,
+    dtype: str | None,
+    allow: Sequence[str],
+) -> Plan: ...
+def list_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]: ...
+def list_adapter(
+    path: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
+) -> dict[str, Any]: ...
+def build_info() -> dict[str, Any]: ...

@@ -75,42 +75,27 @@ pub enum Error {
 impl Error {
     /// An [`Error::Io`] about `path`.
     pub fn io(path: impl AsRef<Path>, source: io::Error) -> Self {
-        Self::Io {
-            path: path.as_ref().to_path_buf(),
-            source,
-        }
+        Self::Io { path: path.as_ref().to_path_buf(), source }
     }
 
     /// An [`Error::Checkpoint`] about `path`.
     pub fn checkpoint(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
-        Self::Checkpoint {
-            path: path.as_ref().to_path_buf(),
-            message: message.into(),
-        }
+        Self::Checkpoint { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
     /// An [`Error::Adapter`] about `path`.
     pub fn adapter(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
-        Self::Adapter {
-            path: path.as_ref().to_path_buf(),
-            message: message.into(),
-        }
+        Self::Adapter { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
     /// An [`Error::Unsupported`] about `path`.
     pub fn unsupported(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
-        Self::Unsupported {
-            path: path.as_ref().to_path_buf(),
-            message: message.into(),
-        }
+        Self::Unsupported { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
     /// An [`Error::Output`] about `path`.
     pub fn output(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
-        Self::Output {
-            path: path.as_ref().to_path_buf(),
-            message: message.into(),
-        }
+        Self::Output { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 }
 
@@ -141,10 +126,7 @@ mod tests {
 
     #[test]
     fn a_single_problem_is_the_message() {
-        assert_eq!(
-            Error::Plan(vec!["x does not fit".into()]).to_string(),
-            "x does not fit"
-        );
+        assert_eq!(Error::Plan(vec!["x does not fit".into()]).to_string(), "x does not fit");
     }
 
     #[test]

@@ -4,7 +4,24 @@
 //! The core knows no Python, prints nothing, reads no environment and owns no global pool:
 //! threads, progress and cancellation are arguments ([`task::Task`]).
 
+// The kernels read stored numbers as they lie in memory, and safetensors files are little-endian.
+#[cfg(not(target_endian = "little"))]
+compile_error!("lorafast runs on little-endian processors only");
+
+pub mod adapter;
+pub mod checkpoint;
+pub mod describe;
+pub mod dtype;
 pub mod error;
+pub mod execute;
+pub mod file;
+pub mod kernel;
+pub mod names;
+pub mod orientation;
+pub mod plan;
+pub mod safetensors;
+pub mod side_files;
 pub mod task;
+pub mod writer;
 
 pub use error::{Error, Result};

@@ -31,10 +31,7 @@ impl Task {
 
     /// What is done and what there is to do; the second is 0 until it is known.
     pub fn progress(&self) -> (u64, u64) {
-        (
-            self.done.load(Ordering::Relaxed),
-            self.total.load(Ordering::Relaxed),
-        )
+        (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
     }
 
     /// Asks the workers to stop at the next opportunity.
@@ -45,11 +42,7 @@ impl Task {
     /// # Errors
     /// [`Error::Cancelled`] once [`Task::cancel`] was called.
     pub fn check(&self) -> Result<()> {
-        if self.cancelled.load(Ordering::Relaxed) {
-            Err(Error::Cancelled)
-        } else {
-            Ok(())
-        }
+        if self.cancelled.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
     }
 }
 

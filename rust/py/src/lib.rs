@@ -1,14 +1,144 @@
 //! `lorafast._core`: the Python face of the core. Each function converts its arguments, detaches
 //! from the interpreter, calls the core, and wraps the result. No logic lives here.
 
+mod errors;
+mod job;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use lorafast::adapter::Adapter;
+use lorafast::checkpoint::Checkpoint;
+use lorafast::dtype::Dtype;
+use lorafast::kernel::InstructionSet;
+use lorafast::plan::{self, Inputs, Strategy};
+use lorafast::{describe, execute};
+
+use errors::to_python;
+
+/// A serialisable value as plain Python objects.
+fn to_object(py: Python<'_>, value: &impl serde::Serialize) -> PyResult<Py<PyAny>> {
+    Ok(pythonize::pythonize(py, value)?.unbind())
+}
+
+/// An adapter's directory, and the file to read in place of its own weights.
+type AdapterPath = (PathBuf, Option<PathBuf>);
+
+/// A decided merge together with its opened inputs.
+#[pyclass(frozen, module = "lorafast._core")]
+struct Plan {
+    inputs: Inputs,
+    plan: plan::Plan,
+}
+
+#[pymethods]
+impl Plan {
+    /// The plan in full, as plain objects.
+    fn describe(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let description = py.detach(|| describe::plan(&self.inputs, &self.plan));
+        to_object(py, &description.map_err(|error| to_python(py, error))?)
+    }
+
+    /// Carries the plan out on the CPU; returns the summary as plain objects.
+    #[pyo3(signature = (output, *, threads=None, overwrite=false, instruction_set=None, progress=None))]
+    fn execute(
+        &self,
+        py: Python<'_>,
+        output: PathBuf,
+        threads: Option<usize>,
+        overwrite: bool,
+        instruction_set: Option<&str>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let instruction_set = instruction_set
+            .map(InstructionSet::from_name)
+            .transpose()
+            .map_err(|error| to_python(py, error))?;
+        let options = execute::Options { threads, overwrite, instruction_set };
+        let summary = job::run(py, progress, |task| {
+            execute::execute(&self.inputs, &self.plan, &output, &options, task)
+        })?;
+        to_object(py, &summary)
+    }
+}
 
 #[pymodule]
 mod _core {
     use super::*;
 
+    #[pymodule_export]
+    use super::Plan;
+
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+
+    /// Opens base and adapters and plans their merge. `dtype` is a safetensors name.
+    #[pyfunction]
+    #[pyo3(signature = (base, adapters, *, strategy, weights, dtype, allow))]
+    fn plan_merge(
+        py: Python<'_>,
+        base: PathBuf,
+        adapters: Vec<AdapterPath>,
+        strategy: &str,
+        weights: Option<Vec<f64>>,
+        dtype: Option<&str>,
+        allow: Vec<String>,
+    ) -> PyResult<Plan> {
+        let make = || -> lorafast::Result<Plan> {
+            let options = plan::Options {
+                strategy: Strategy::from_name(strategy)?,
+                weights,
+                dtype: dtype.map(Dtype::from_name),
+                allow,
+            };
+            let base = Arc::new(Checkpoint::open(&base)?);
+            let adapters = adapters
+                .iter()
+                .map(|(path, weights)| Adapter::open(path, weights.as_deref()).map(Arc::new))
+                .collect::<lorafast::Result<_>>()?;
+            let inputs = Inputs { base, adapters };
+            let plan = plan::Plan::new(&inputs, options)?;
+            Ok(Plan { inputs, plan })
+        };
+        py.detach(make).map_err(|error| to_python(py, error))
+    }
+
+    /// Lists a checkpoint from its headers, as plain objects.
+    #[pyfunction]
+    fn list_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
+        let listing = py.detach(|| Checkpoint::open(&path).map(|base| describe::checkpoint(&base)));
+        to_object(py, &listing.map_err(|error| to_python(py, error))?)
+    }
+
+    /// Lists an adapter from its header and config, as plain objects.
+    #[pyfunction]
+    #[pyo3(signature = (path, weights=None))]
+    fn list_adapter(
+        py: Python<'_>,
+        path: PathBuf,
+        weights: Option<PathBuf>,
+    ) -> PyResult<Py<PyAny>> {
+        let open = || Adapter::open(&path, weights.as_deref());
+        let listing = py.detach(|| open().map(|adapter| describe::adapter(&adapter)));
+        to_object(py, &listing.map_err(|error| to_python(py, error))?)
+    }
+
+    /// How this binary was built and what it uses of this processor.
+    #[pyfunction]
+    fn build_info(py: Python<'_>) -> PyResult<Py<PyDict>> {
+        let info = PyDict::new(py);
+        info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+        info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+        info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
+        info.set_item("instruction_set", InstructionSet::detect().name())?;
+        let available: Vec<_> =
+            InstructionSet::available().into_iter().map(InstructionSet::name).collect();
+        info.set_item("instruction_sets", available)?;
+        Ok(info.unbind())
     }
 }

@@ -1,0 +1,77 @@
+"""The exceptions of lorafast.
+
+```
+Exception
+└── LorafastError
+    ├── CheckpointError               a base that is broken, or no model
+    ├── AdapterError                  an adapter that is broken, or no adapter
+    │   └── UnsupportedAdapterError   sound, but with something that cannot be merged
+    ├── PlanError                     base and adapters that do not fit together
+    ├── OutputError                   an output that may not or cannot be written
+    ├── NumericError                  a result outside the range of its type
+    └── MissingDependencyError        an optional package that is not installed (an ImportError)
+```
+
+A path that is not there is a `FileNotFoundError` with that path, another refusal of the operating
+system the `OSError` it is, and an argument outside its domain a `ValueError`.
+"""
+
+from __future__ import annotations
+
+
+class LorafastError(Exception):
+    """The base of every exception that lorafast defines."""
+
+
+class CheckpointError(LorafastError):
+    """A base checkpoint is broken, or is no model that can be read."""
+
+
+class AdapterError(LorafastError):
+    """An adapter is broken, or is no adapter."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """An adapter is sound but uses something, named in the message, that cannot be merged."""
+
+
+class PlanError(LorafastError):
+    """Base and adapters do not fit together.
+
+    Attributes:
+        problems: every problem that was found, a sentence each.
+    """
+
+    problems: list[str]
+
+    def __init__(self, message: str, problems: list[str] | None = None) -> None:
+        super().__init__(message, problems if problems is not None else [message])
+        self.problems = self.args[1]
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class OutputError(LorafastError):
+    """The output may not or cannot be written where it was asked for."""
+
+
+class NumericError(LorafastError):
+    """A merge or conversion would make a finite weight NaN or infinite."""
+
+
+class MissingDependencyError(LorafastError, ImportError):
+    """An optional package is needed for what was asked and is not installed."""
+
+
+def missing(package: str, extra: str, purpose: str) -> MissingDependencyError:
+    """The error for an optional package that is not there.
+
+    Args:
+        package: the name to import.
+        extra: the extra of lorafast that installs it.
+        purpose: what it is needed for, to end the sentence "… is needed to".
+    """
+    return MissingDependencyError(
+        f"{package} is needed to {purpose}; install it with: pip install 'lorafast[{extra}]'"
+    )

@@ -1,0 +1,409 @@
+"""Merging adapters into a checkpoint: the plan, its execution, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from lorafast import _core, _sources
+
+Source = str | os.PathLike[str]
+Strategy = Literal["sequential", "weighted", "average"]
+Progress = bool | Callable[[int, int], object]
+
+REPORT_JSON = "merge_report.json"
+REPORT_MARKDOWN = "merge_report.md"
+
+#: What `dtype` may be, and the name of each in a safetensors header.
+DTYPES: dict[str, str | None] = {
+    "auto": None,
+    "float16": "F16",
+    "fp16": "F16",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float32": "F32",
+    "fp32": "F32",
+}
+DEVICES = ("cpu", "cuda", "auto")
+
+
+class MergePlan:
+    """What a merge will do, decided before anything is written.
+
+    Made by `lorafast.plan`; `execute` carries it out. The files it was made from must stay as
+    they are until then.
+
+    Attributes:
+        base: path of the base.
+        adapters: paths of the adapters, in order.
+        tensors_merged: tensors that adapters change.
+        tensors_copied: tensors that are carried over byte for byte.
+        tensors_cast: tensors that are only converted to the output's dtype.
+        total_parameters: elements of all tensors.
+        bytes_to_write: bytes of the output's shards.
+        warnings: what to know before using the result, such as an adapter that was never trained.
+        notes: how adapters were made to fit where it was not plain.
+    """
+
+    def __init__(self, core: _core.Plan, pickles: TemporaryDirectory[str] | None) -> None:
+        self._core = core
+        # Holds rewritten pickles for as long as the plan needs them.
+        self._pickles = pickles
+        self._description: dict[str, Any] = core.describe()
+        self.base: str = self._description["base"]
+        self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
+        self.tensors_merged: int = self._description["tensors_merged"]
+        self.tensors_copied: int = self._description["tensors_copied"]
+        self.tensors_cast: int = self._description["tensors_cast"]
+        self.total_parameters: int = self._description["total_parameters"]
+        self.bytes_to_write: int = self._description["bytes_to_write"]
+        self.warnings: list[str] = self._description["warnings"]
+        self.notes: list[str] = self._description["notes"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as plain objects: every tensor with its action and its updates."""
+        copied: dict[str, Any] = json.loads(json.dumps(self._description))
+        return copied
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self._description, indent=2)
+
+    def __repr__(self) -> str:
+        adapters = len(self.adapters)
+        return (
+            f"<MergePlan: {adapters} adapter{'s' * (adapters != 1)} into {self.base}; "
+            f"{self.tensors_merged} tensors change, {self.tensors_copied} are copied, "
+            f"{self.tensors_cast} cast; {self.bytes_to_write / 1e9:.2f} GB to write>"
+        )
+
+    def execute(
+        self,
+        output: Source,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        overwrite: bool = False,
+        progress: Progress = False,
+        report: bool = True,
+    ) -> MergeReport:
+        """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
+        device = _choose_device(device)
+        with _progress_callback(progress) as callback:
+            summary = self._core.execute(
+                output,
+                threads=threads,
+                overwrite=overwrite,
+                instruction_set=None,
+                progress=callback,
+            )
+        description = self._description
+        result = MergeReport(
+            base=self.base,
+            adapters=list(self.adapters),
+            strategy=description["strategy"],
+            weights=description["weights"],
+            output_path=os.fspath(output),
+            dtype=description["dtype"],
+            device=device,
+            total_parameters=self.total_parameters,
+            model_size_mb=summary["bytes_written"] / 2**20,
+            tensors_merged=self.tensors_merged,
+            tensors_copied=self.tensors_copied,
+            tensors_cast=self.tensors_cast,
+            bytes_written=summary["bytes_written"],
+            merge_time=summary["seconds"],
+            threads=summary["threads"],
+            instruction_set=summary["instruction_set"],
+            versions={"lorafast": _core.__version__},
+            adapter_sha256=dict(zip(self.adapters, summary["adapter_sha256"], strict=False)),
+            base_header_sha256=summary["base_header_sha256"],
+            groups=_groups(description),
+            warnings=list(self.warnings),
+            notes=list(self.notes),
+            side_files=summary["side_files"],
+            left_out=summary["left_out"],
+        )
+        if report:
+            result.write(output)
+        return result
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, and from what.
+
+    Attributes:
+        base: path of the base.
+        adapters: paths of the adapters, in the order in which they were added.
+        strategy: sequential, weighted or average.
+        weights: the weight of each adapter, or `None` under sequential.
+        output_path: the directory that was written.
+        dtype: auto, or the dtype of the output's floating-point tensors.
+        device: what computed: cpu, or a CUDA device.
+        total_parameters: elements of all tensors of the output.
+        model_size_mb: size of the output's shards in MiB (2²⁰ bytes).
+        tensors_merged: tensors that adapters changed.
+        tensors_copied: tensors carried over byte for byte.
+        tensors_cast: tensors only converted to another dtype.
+        bytes_written: bytes of the output's shards.
+        merge_time: seconds from the first check to the finished directory.
+        threads: worker threads.
+        instruction_set: the vector instructions of the kernels; the result does not depend on it.
+        versions: of lorafast.
+        adapter_sha256: of each adapter's weights file, by the adapter's path.
+        base_header_sha256: of the header of each of the base's shards, in order.
+        groups: for each adapter and scale, how many modules were merged with it.
+        warnings: what to know before using the result.
+        notes: how adapters were made to fit where it was not plain.
+        side_files: files carried over beside the weights.
+        left_out: other copies of the weights that were not carried over.
+    """
+
+    base: str
+    adapters: list[str]
+    strategy: str
+    weights: list[float] | None
+    output_path: str
+    dtype: str
+    device: str
+    total_parameters: int
+    model_size_mb: float
+    tensors_merged: int
+    tensors_copied: int
+    tensors_cast: int
+    bytes_written: int
+    merge_time: float
+    threads: int
+    instruction_set: str
+    versions: dict[str, str]
+    adapter_sha256: dict[str, str]
+    base_header_sha256: list[str]
+    groups: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    side_files: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain objects."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """A page for a person: result, inputs, scales, warnings."""
+        return _markdown(self)
+
+    def write(self, directory: Source) -> None:
+        """Writes `merge_report.json` and `merge_report.md` into a directory."""
+        contents = {REPORT_JSON: self.to_json() + "\n", REPORT_MARKDOWN: self.to_markdown()}
+        for name, content in contents.items():
+            path = Path(directory) / name
+            # Renamed into place, so that no reader meets half a report.
+            partial = path.with_name(f".{name}.partial")
+            partial.write_text(content, encoding="utf-8")
+            partial.replace(path)
+
+
+def merge(
+    base: Source,
+    adapters: Source | Sequence[Source],
+    output: Source,
+    *,
+    strategy: Strategy = "sequential",
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = False,
+    allow: Sequence[str] = (),
+    report: bool = True,
+) -> MergeReport:
+    """Merges one or many LoRA adapters into a checkpoint and writes the result.
+
+    For every weight W that an adapter updates, the output holds W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, computed in
+    float32 (float64 for float64 weights) and rounded once to the output's dtype, where s is α/r
+    (Hu et al. 2021, arXiv:2106.09685, §4.1) or α/√r for rsLoRA (Kalajdzievski 2023,
+    arXiv:2312.03732). All other tensors and files are carried over. The output becomes a model
+    only at the end; whatever fails leaves it as it was.
+
+    Args:
+        base: a directory with `model.safetensors` or with shards and their index, a single
+            `.safetensors` file, or a hub id.
+        adapters: one or several adapters in PEFT's format: directories or hub ids.
+        output: the directory to write. Absent or empty, unless `overwrite`.
+        strategy: "sequential" adds every adapter at its full scale, "weighted" multiplies each by
+            its weight, "average" by 1/N.
+        weights: for "weighted", one finite number an adapter, negative ones too; all 1 if missing.
+        dtype: "auto" keeps each tensor's; "float16", "bfloat16", "float32" (or "fp16", "bf16",
+            "fp32") convert every floating-point tensor of 16 bits and more.
+        device: where to compute: "cpu".
+        threads: worker threads; one per core if missing. The result does not depend on it.
+        overwrite: replace a model in `output`; files that are not part of a model stay.
+        progress: `True` draws a bar on a terminal; a callable is called with the bytes done and
+            the bytes in all.
+        allow: unknown fields of an adapter's config that are known not to change the result.
+        report: write `merge_report.json` and `merge_report.md` beside the model.
+
+    Returns:
+        What was done, with the digests of what it was done from.
+
+    Raises:
+        FileNotFoundError: base or adapter is not there.
+        ValueError: an argument is outside its domain.
+        CheckpointError: the base is broken.
+        AdapterError: an adapter is broken, or (UnsupportedAdapterError) cannot be merged.
+        PlanError: base and adapters do not fit together.
+        OutputError: the output may not or cannot be written.
+        NumericError: a finite weight would become NaN or infinite.
+    """
+    _choose_device(device)
+    prepared = plan(base, adapters, strategy=strategy, weights=weights, dtype=dtype, allow=allow)
+    return prepared.execute(
+        output,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        progress=progress,
+        report=report,
+    )
+
+
+def plan(
+    base: Source,
+    adapters: Source | Sequence[Source],
+    *,
+    strategy: Strategy = "sequential",
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    allow: Sequence[str] = (),
+) -> MergePlan:
+    """Decides what a merge will do, and raises whatever can be known before writing.
+
+    Arguments and exceptions are those of `lorafast.merge`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if isinstance(adapters, str | os.PathLike):
+        adapters = [adapters]
+    base_path = _sources.locate(base, _sources.BASE_PATTERNS)
+    paths = [_sources.locate(adapter, _sources.ADAPTER_PATTERNS) for adapter in adapters]
+    pickles: TemporaryDirectory[str] | None = None
+    sources: list[tuple[Path, Path | None]] = []
+    for path in paths:
+        rewritten = None
+        if _sources.has_only_pickle(path):
+            pickles = pickles or TemporaryDirectory(prefix="lorafast-")
+            rewritten = _sources.rewrite_pickle(path, Path(pickles.name) / f"{len(sources)}")
+        sources.append((path, rewritten))
+    core = _core.plan_merge(
+        base_path,
+        sources,
+        strategy=strategy,
+        weights=None if weights is None else [float(weight) for weight in weights],
+        dtype=DTYPES[dtype],
+        allow=list(allow),
+    )
+    return MergePlan(core, pickles)
+
+
+def inspect(path: Source) -> dict[str, Any]:
+    """Lists what a checkpoint or an adapter holds, from its headers alone.
+
+    Args:
+        path: a model's or an adapter's directory, a `.safetensors` file, or a hub id.
+
+    Returns:
+        Plain objects: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
+        `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
+        `config`, `warnings`, and for an adapter `adapter` with `type, base, r, alpha, rslora,
+        peft_version`, `modules` (name, kind, rank, alpha, scaling, shape (out, in)) and `features`
+        (what in it cannot be merged).
+
+    Raises:
+        FileNotFoundError: the path is not there.
+        CheckpointError: the checkpoint is broken.
+        AdapterError: the adapter is broken or of a type that cannot be read.
+    """
+    local = _sources.locate(path, _sources.BASE_PATTERNS)
+    if not _sources.is_adapter(local):
+        return _core.list_checkpoint(local)
+    if not _sources.has_only_pickle(local):
+        return _core.list_adapter(local)
+    with TemporaryDirectory(prefix="lorafast-") as directory:
+        rewritten = _sources.rewrite_pickle(local, Path(directory) / "adapter")
+        return _core.list_adapter(local, rewritten)
+
+
+def _choose_device(device: str) -> str:
+    if device in {"cpu", "auto"}:
+        return "cpu"
+    if device == "cuda" or device.startswith("cuda:"):
+        raise ValueError(f"device {device!r} cannot be used yet; use 'cpu'")
+    raise ValueError(f"unknown device {device!r}; there are {', '.join(DEVICES)}")
+
+
+def _progress_callback(progress: Progress) -> Any:
+    from lorafast._progress import callback
+
+    return callback(progress)
+
+
+def _groups(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Counts the updates by adapter, rank, scale and weight."""
+    counts: dict[tuple[int, int, float, float], int] = {}
+    for tensor in description["tensors"]:
+        for update in tensor["updates"]:
+            key = (update["adapter"], update["rank"], update["scale"], update["weight"])
+            counts[key] = counts.get(key, 0) + 1
+    names = ("adapter", "rank", "scale", "weight")
+    return [
+        {**dict(zip(names, key, strict=True)), "modules": counts[key]} for key in sorted(counts)
+    ]
+
+
+def _markdown(report: MergeReport) -> str:
+    lines = ["# LoRA merge", ""]
+    lines += [f"> **Warning:** {warning}\n" for warning in report.warnings]
+    rate = report.bytes_written / report.merge_time / 1e9 if report.merge_time > 0 else 0.0
+    facts = {
+        "Base": f"`{report.base}`",
+        "Output": f"`{report.output_path}`",
+        "Strategy": report.strategy,
+        "dtype": report.dtype,
+        "Device": f"{report.device} ({report.threads} threads, {report.instruction_set})",
+        "Parameters": f"{report.total_parameters:,}",
+        "Size": f"{report.model_size_mb:,.1f} MiB",
+        "Tensors": f"{report.tensors_merged} merged, {report.tensors_copied} copied, "
+        f"{report.tensors_cast} cast",
+        "Time": f"{report.merge_time:.2f} s ({rate:.2f} GB/s)",
+        "lorafast": report.versions["lorafast"],
+    }
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += ["", "## Adapters", "", "| # | Adapter | Weight | SHA-256 |", "|---|---|---|---|"]
+    for position, path in enumerate(report.adapters):
+        weight = 1.0 if report.weights is None else report.weights[position]
+        lines.append(f"| {position} | `{path}` | {weight:g} | `{report.adapter_sha256[path]}` |")
+    lines += ["", "## Scales", "", "| Adapter | Rank | Scale | Weight | Modules |"]
+    lines += ["|---|---|---|---|---|"]
+    for group in report.groups:
+        lines.append(
+            f"| {group['adapter']} | {group['rank']} | {group['scale']:g} "
+            f"| {group['weight']:g} | {group['modules']} |"
+        )
+    if report.notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
+    if report.left_out:
+        names = ", ".join(f"`{name}`" for name in report.left_out)
+        lines += ["", "## Not carried over", "", f"Other copies of the weights: {names}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,111 @@
+"""From what a user names to paths that the core can open: hub ids, and pickled adapters."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lorafast._errors import AdapterError, CheckpointError, LorafastError, missing
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+#: What is fetched for a base: safetensors weights, and everything small beside them.
+BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+ADAPTER_PATTERNS = ["adapter_config.json", WEIGHTS, PICKLED_WEIGHTS]
+#: `name` or `owner/name`, as the hub allows it.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(source: str | os.PathLike[str], patterns: list[str]) -> Path:
+    """The local path of a base or an adapter; a hub id is fetched if it is no path.
+
+    Raises:
+        FileNotFoundError: it is neither a path that exists nor could it be a hub id.
+        MissingDependencyError: it could be a hub id and huggingface_hub is not installed.
+        LorafastError: the hub refused, or could not be reached.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    text = os.fspath(source)
+    not_found = FileNotFoundError(2, "No such file or directory", text)
+    # A plain name is far more often a mistyped path than one of the hub's few ids without owner,
+    # but those exist (gpt2), so it is tried where the hub's client is there to ask.
+    if not isinstance(source, str) or not HUB_ID.fullmatch(text):
+        raise not_found
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        if "/" not in text or Path(text).parent.exists():
+            raise not_found from None
+        raise missing(
+            "huggingface_hub", "hub", f"fetch {text!r}, which is no path here, from the hub"
+        ) from not_found
+    try:
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=patterns))
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        # Nothing was fetched and nothing can be: the path is what the user can mend.
+        raise FileNotFoundError(
+            2, "No such file or directory, and the hub cannot be reached for it", text
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            2, "No such file or directory, and no repository of that name on the hub", text
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LorafastError(f"{text}: could not be fetched from the hub: {reason}") from error
+
+
+def has_only_pickle(adapter: Path) -> bool:
+    """Whether an adapter's directory holds its weights as a pickle alone."""
+    return (adapter / PICKLED_WEIGHTS).is_file() and not (adapter / WEIGHTS).is_file()
+
+
+def rewrite_pickle(adapter: Path, target: Path) -> Path:
+    """Writes the pickled weights of an adapter as safetensors.
+
+    Args:
+        adapter: the adapter's directory.
+        target: the file to write; the ending is added.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+        AdapterError: the pickle holds something other than tensors.
+    """
+    pickle = adapter / PICKLED_WEIGHTS
+    try:
+        import torch
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise missing("torch", "torch", f"read {pickle}") from error
+    try:
+        # weights_only: a pickle can otherwise run any code it likes.
+        state = torch.load(pickle, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(f"{pickle}: cannot be read as plain tensors: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise AdapterError(f"{pickle}: holds something other than a mapping of tensors")
+    target = target.with_suffix(".safetensors")
+    # Contiguous copies of their own: pickles may share storage, safetensors may not.
+    save_file({str(name): tensor.clone().contiguous() for name, tensor in state.items()}, target)
+    return target
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter's rather than a model's.
+
+    Raises:
+        CheckpointError: it is neither a directory nor a safetensors file.
+    """
+    if path.is_dir():
+        return (path / "adapter_config.json").is_file()
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: is neither a directory nor a .safetensors file")
+    return path.name == WEIGHTS or (path.parent / "adapter_config.json").is_file()

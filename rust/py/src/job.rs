@@ -1,0 +1,72 @@
+//! Long jobs: the work runs on a thread of its own, and the calling thread waits detached in short
+//! steps, looks for signals, and reports progress. Workers never call Python.
+
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use pyo3::prelude::*;
+
+use lorafast::task::Task;
+
+use crate::errors::to_python;
+
+/// How often signals and progress are looked at.
+const STEP: Duration = Duration::from_millis(50);
+
+/// Runs `work` to its end. A signal's exception or one from `progress` cancels it and is raised.
+/// `progress` is called with what is done and what there is to do.
+pub fn run<T: Send>(
+    py: Python<'_>,
+    progress: Option<Py<PyAny>>,
+    work: impl FnOnce(&Task) -> lorafast::Result<T> + Send,
+) -> PyResult<T> {
+    let task = Task::new();
+    let report = |py: Python<'_>| -> PyResult<()> {
+        py.check_signals()?;
+        match (&progress, task.progress()) {
+            (Some(progress), (done, total)) if total > 0 => {
+                progress.call1(py, (done.min(total), total)).map(|_| ())
+            }
+            _ => Ok(()),
+        }
+    };
+    let mut interruption = None;
+    let result = py.detach(|| {
+        std::thread::scope(|scope| {
+            let (sender, receiver) = channel();
+            let worker = scope.spawn(|| {
+                // The receiver outlives the worker; a failed send means it panicked.
+                let _ = sender.send(work(&task));
+                drop(sender);
+            });
+            loop {
+                match receiver.recv_timeout(STEP) {
+                    Ok(result) => break Some(result),
+                    Err(RecvTimeoutError::Timeout) if interruption.is_none() => {
+                        if let Err(error) = Python::attach(report) {
+                            task.cancel();
+                            interruption = Some(error);
+                        }
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => {
+                        if let Err(panic) = worker.join() {
+                            std::panic::resume_unwind(panic);
+                        }
+                        break None;
+                    }
+                }
+            }
+        })
+    });
+    if let Some(error) = interruption {
+        return Err(error);
+    }
+    let value = result
+        .ok_or_else(|| {
+            pyo3::exceptions::PyRuntimeError::new_err("a worker ended without a result")
+        })?
+        .map_err(|error| to_python(py, error))?;
+    report(py)?;
+    Ok(value)
+}

@@ -1,0 +1,427 @@
+//! A base model on disk: one or more safetensors shards seen as one map from name to tensor.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use indexmap::IndexMap;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::safetensors::{SafetensorsFile, TensorInfo};
+
+/// The file names under which libraries save a whole model, in the order in which transformers
+/// looks for them; diffusers' come after.
+const SINGLE_FILES: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
+const INDEX_SUFFIX: &str = ".safetensors.index.json";
+const ADAPTER_FILES: [&str; 3] =
+    ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"];
+
+/// The index file that maps tensors to shards.
+#[derive(Debug, Clone)]
+pub struct Index {
+    /// Its name in the checkpoint's directory.
+    pub file_name: String,
+    /// Its whole content.
+    pub content: serde_json::Map<String, Value>,
+}
+
+/// One shard of a checkpoint.
+#[derive(Debug)]
+pub struct Shard {
+    /// Its path within the checkpoint's directory.
+    pub name: String,
+    /// The opened file.
+    pub file: SafetensorsFile,
+}
+
+/// Where a tensor stands: the shard's position and the tensor's within it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Location {
+    /// Position in [`Checkpoint::shards`].
+    pub shard: usize,
+    /// Position in that shard's header.
+    pub tensor: usize,
+}
+
+/// An opened checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    root: PathBuf,
+    is_directory: bool,
+    shards: Vec<Shard>,
+    index: Option<Index>,
+    tensors: IndexMap<String, Location>,
+    config: Option<serde_json::Map<String, Value>>,
+    warnings: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Opens a directory (`model.safetensors`, an index and its shards, or diffusers' names for
+    /// them) or a single `.safetensors` file, and checks every header.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something is not there, [`Error::Checkpoint`] if it is not sound.
+    pub fn open(path: &Path) -> Result<Self> {
+        let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
+        let is_directory = metadata.is_dir();
+        let (root, files) = if is_directory {
+            (path.to_path_buf(), find_files(path)?)
+        } else {
+            let name = file_name(path);
+            if !name.ends_with(".safetensors") {
+                return Err(Error::checkpoint(
+                    path,
+                    "is not a .safetensors file; give a model directory or a .safetensors file",
+                ));
+            }
+            let root = match path.parent() {
+                Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+                _ => PathBuf::from("."),
+            };
+            (root, Files { shards: vec![name], index: None })
+        };
+        let shards = files
+            .shards
+            .into_iter()
+            .map(|name| {
+                let file = SafetensorsFile::open(&root.join(&name))?;
+                Ok(Shard { name, file })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let tensors = gather(&shards)?;
+        let mut warnings = Vec::new();
+        if let Some(index) = &files.index {
+            warnings = check_index(&root.join(&index.file_name), index, &shards, &tensors)?;
+        }
+        let config = read_config(&root.join("config.json"))?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            root,
+            is_directory,
+            shards,
+            index: files.index,
+            tensors,
+            config,
+            warnings,
+        })
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The directory in which the shards lie.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whether a directory was opened rather than a single file.
+    pub fn is_directory(&self) -> bool {
+        self.is_directory
+    }
+
+    /// The shards, in the order of their names' first appearance.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// The index file, where there is one.
+    pub fn index(&self) -> Option<&Index> {
+        self.index.as_ref()
+    }
+
+    /// `config.json`, where there is one beside the shards.
+    pub fn config(&self) -> Option<&serde_json::Map<String, Value>> {
+        self.config.as_ref()
+    }
+
+    /// What is odd about the checkpoint without making it unusable.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Every tensor by name, shard by shard in the order of its data.
+    pub fn tensors(&self) -> &IndexMap<String, Location> {
+        &self.tensors
+    }
+
+    /// The tensor of that name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name).map(|location| self.at(*location))
+    }
+
+    /// The tensor at that place.
+    pub fn at(&self, location: Location) -> &TensorInfo {
+        &self.shards[location.shard].file.header().tensors[location.tensor]
+    }
+}
+
+struct Files {
+    shards: Vec<String>,
+    index: Option<Index>,
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Decides which files of a directory make up the model.
+fn find_files(directory: &Path) -> Result<Files> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(|error| Error::io(directory, error))? {
+        let entry = entry.map_err(|error| Error::io(directory, error))?;
+        names.push(entry.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    let has = |name: &str| names.iter().any(|other| other == name);
+    let single = |name: &str| Files { shards: vec![name.to_owned()], index: None };
+    for name in SINGLE_FILES {
+        if has(name) {
+            return Ok(single(name));
+        }
+        let index = name.replace(".safetensors", INDEX_SUFFIX);
+        if has(&index) {
+            return read_index(directory, &index);
+        }
+    }
+    let refuse = |message: String| Err(Error::checkpoint(directory, message));
+    if ADAPTER_FILES.iter().any(|name| has(name)) {
+        return refuse("is an adapter, not a base model; give it as an adapter".into());
+    }
+    if has("model_index.json") {
+        return refuse(
+            "is a diffusers pipeline; give the component that the adapter was trained on, \
+             such as its transformer/ or unet/ directory"
+                .into(),
+        );
+    }
+    // Variants such as model.safetensors.index.fp16.json and files under names of their own.
+    let is_index = |name: &&String| name.contains(".safetensors.index") && name.ends_with(".json");
+    let indexes: Vec<_> = names.iter().filter(is_index).collect();
+    let weights: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
+    match (indexes.as_slice(), weights.as_slice()) {
+        ([index], _) => read_index(directory, index),
+        ([], [name]) => Ok(single(name)),
+        ([], []) if names.iter().any(|name| name.ends_with(".bin") || name.ends_with(".pth")) => {
+            refuse(
+                "holds its weights as .bin files; save it with safe_serialization first \
+                 (load and save_pretrained in transformers)"
+                    .into(),
+            )
+        }
+        ([], []) => refuse(
+            "holds no model: neither model.safetensors nor model.safetensors.index.json \
+             nor another .safetensors file"
+                .into(),
+        ),
+        ([], several) => refuse(format!(
+            "holds {} .safetensors files but no index that says which belong together: {}; \
+             give one of the files, or add model.safetensors.index.json",
+            several.len(),
+            several.iter().take(4).map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
+        )),
+        (several, _) => refuse(format!(
+            "holds {} index files and none of the usual name: {}",
+            several.len(),
+            several.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
+        )),
+    }
+}
+
+fn read_index(directory: &Path, name: &str) -> Result<Files> {
+    let path = directory.join(name);
+    let content = read_object(&path)?;
+    let broken = |message: String| Error::checkpoint(&path, message);
+    let map = content
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| broken("has no weight_map object; it is no safetensors index".into()))?;
+    let mut shards: Vec<String> = Vec::new();
+    for (tensor, shard) in map {
+        let shard = shard.as_str().ok_or_else(|| {
+            broken(format!("maps tensor {tensor} to something that is no file name"))
+        })?;
+        if shards.iter().any(|known| known == shard) {
+            continue;
+        }
+        let inside = Path::new(shard).components().all(|part| matches!(part, Component::Normal(_)));
+        if !inside || shard.is_empty() {
+            return Err(broken(format!("names the shard {shard:?}, which leaves its directory")));
+        }
+        if !directory.join(shard).is_file() {
+            return Err(broken(format!(
+                "names the shard {shard}, which is not there; fetch the checkpoint again"
+            )));
+        }
+        shards.push(shard.to_owned());
+    }
+    if shards.is_empty() {
+        return Err(broken("has an empty weight_map".into()));
+    }
+    shards.sort();
+    Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content }) })
+}
+
+/// Reads a file that must hold one JSON object.
+fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
+    let text = fs::read(path).map_err(|error| Error::io(path, error))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Error::checkpoint(path, format!("is not a JSON object: {error}")))
+}
+
+fn read_config(path: &Path) -> Result<Option<serde_json::Map<String, Value>>> {
+    if path.is_file() { read_object(path).map(Some) } else { Ok(None) }
+}
+
+fn gather(shards: &[Shard]) -> Result<IndexMap<String, Location>> {
+    let mut tensors = IndexMap::<String, Location>::new();
+    for (shard, Shard { name, file }) in shards.iter().enumerate() {
+        for (tensor, info) in file.header().tensors.iter().enumerate() {
+            if let Some(first) = tensors.insert(info.name.clone(), Location { shard, tensor }) {
+                let other = &shards[first.shard].name;
+                return Err(Error::checkpoint(
+                    file.path(),
+                    format!("tensor {} stands in {other} and again in {name}", info.name),
+                ));
+            }
+        }
+    }
+    Ok(tensors)
+}
+
+/// Holds the index against the shards. A tensor in the wrong shard is an error, because loaders
+/// would miss it; one that the index does not list is only odd.
+fn check_index(
+    path: &Path,
+    index: &Index,
+    shards: &[Shard],
+    tensors: &IndexMap<String, Location>,
+) -> Result<Vec<String>> {
+    let map = index.content["weight_map"].as_object().expect("checked when it was read");
+    for (tensor, shard) in map {
+        let shard = shard.as_str().expect("checked when it was read");
+        match tensors.get(tensor) {
+            None => {
+                return Err(Error::checkpoint(
+                    path,
+                    format!("places tensor {tensor} in {shard}, which does not hold it"),
+                ));
+            }
+            Some(location) if shards[location.shard].name != shard => {
+                let actual = &shards[location.shard].name;
+                return Err(Error::checkpoint(
+                    path,
+                    format!("places tensor {tensor} in {shard}, but it stands in {actual}"),
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+    let unlisted: Vec<_> = tensors.keys().filter(|name| !map.contains_key(*name)).collect();
+    Ok(match unlisted.as_slice() {
+        [] => Vec::new(),
+        [first, ..] => vec![format!(
+            "{}: {} tensors stand in the shards but not in the index (the first: {first}); \
+             they are carried over and listed in the output's index",
+            path.display(),
+            unlisted.len(),
+        )],
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+    use crate::safetensors::Header;
+
+    fn write_shard(path: &Path, names: &[&str]) {
+        let tensors = names
+            .iter()
+            .enumerate()
+            .map(|(position, name)| TensorInfo {
+                name: (*name).to_owned(),
+                dtype: Dtype::F32,
+                shape: vec![1],
+                range: position as u64 * 4..(position as u64 + 1) * 4,
+            })
+            .collect();
+        let mut bytes = Header { tensors, ..Header::default() }.encode();
+        bytes.resize(bytes.len() + 4 * names.len(), 0);
+        fs::write(path, bytes).expect("written");
+    }
+
+    fn complaint(directory: &Path) -> String {
+        Checkpoint::open(directory).expect_err("a broken checkpoint").to_string()
+    }
+
+    #[test]
+    fn a_sharded_directory_is_one_map() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        write_shard(&root.join("a.safetensors"), &["x", "y"]);
+        write_shard(&root.join("b.safetensors"), &["z"]);
+        let index = root.join("model.safetensors.index.json");
+        let map = r#"{"weight_map": {"z": "b.safetensors", "x": "a.safetensors"}}"#;
+        fs::write(&index, map).expect("written");
+        let checkpoint = Checkpoint::open(root).expect("sound");
+        assert_eq!(checkpoint.tensors().keys().collect::<Vec<_>>(), ["x", "y", "z"]);
+        assert_eq!(checkpoint.tensor("z").expect("there").shape, [1]);
+        assert!(checkpoint.warnings()[0].contains("the first: y"));
+    }
+
+    #[test]
+    fn an_index_must_tell_the_truth() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        write_shard(&root.join("a.safetensors"), &["x"]);
+        write_shard(&root.join("b.safetensors"), &["z"]);
+        let index = |map: &str| {
+            fs::write(root.join("model.safetensors.index.json"), map).expect("written");
+            complaint(root)
+        };
+        assert!(index("[]").contains("not a JSON object"));
+        assert!(index("{}").contains("no weight_map"));
+        assert!(index(r#"{"weight_map": {}}"#).contains("empty weight_map"));
+        assert!(index(r#"{"weight_map": {"x": 1}}"#).contains("no file name"));
+        assert!(
+            index(r#"{"weight_map": {"x": "../a.safetensors"}}"#).contains("leaves its directory")
+        );
+        assert!(
+            index(r#"{"weight_map": {"x": "/a.safetensors"}}"#).contains("leaves its directory")
+        );
+        assert!(index(r#"{"weight_map": {"x": "c.safetensors"}}"#).contains("which is not there"));
+        assert!(
+            index(r#"{"weight_map": {"x": "a.safetensors", "q": "a.safetensors"}}"#)
+                .contains("does not hold it")
+        );
+        assert!(
+            index(r#"{"weight_map": {"x": "b.safetensors", "z": "a.safetensors"}}"#)
+                .contains("but it stands in")
+        );
+        write_shard(&root.join("b.safetensors"), &["x"]);
+        assert!(
+            index(r#"{"weight_map": {"x": "a.safetensors", "z": "b.safetensors"}}"#)
+                .contains("stands in a.safetensors and again in b.safetensors")
+        );
+    }
+
+    #[test]
+    fn what_is_no_model_is_named() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        assert!(complaint(root).contains("holds no model"));
+        fs::write(root.join("pytorch_model.bin"), "").expect("written");
+        assert!(complaint(root).contains("as .bin files"));
+        write_shard(&root.join("one.safetensors"), &["x"]);
+        assert!(Checkpoint::open(root).is_ok());
+        write_shard(&root.join("two.safetensors"), &["x"]);
+        assert!(complaint(root).contains("no index that says"));
+        assert!(Checkpoint::open(&root.join("two.safetensors")).is_ok());
+        fs::write(root.join("adapter_config.json"), "{}").expect("written");
+        assert!(complaint(root).contains("is an adapter"));
+        assert!(matches!(Checkpoint::open(&root.join("absent")), Err(Error::Io { .. })));
+    }
+}

@@ -1,0 +1,231 @@
+//! Plans, checkpoints and adapters as plain data for a person or another program.
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::adapter::Adapter;
+use crate::adapter::config;
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::plan::{Action, Inputs, Plan, Strategy, Update};
+use crate::safetensors::SafetensorsFile;
+use crate::side_files;
+
+/// An adapter within a plan.
+#[derive(Debug, Serialize)]
+pub struct PlannedAdapter {
+    path: String,
+    name: String,
+    format: &'static str,
+    tensors: usize,
+    modules: usize,
+    bytes: u64,
+}
+
+/// A tensor within a plan.
+#[derive(Debug, Serialize)]
+pub struct TensorDescription<'a> {
+    name: &'a str,
+    shape: &'a [u64],
+    dtype: &'a str,
+    output_dtype: &'a str,
+    shard: &'a str,
+    action: &'static str,
+    updates: &'a [Update],
+}
+
+/// A plan in full.
+#[derive(Debug, Serialize)]
+pub struct PlanDescription<'a> {
+    base: String,
+    adapters: Vec<PlannedAdapter>,
+    strategy: Strategy,
+    weights: Option<&'a [f64]>,
+    dtype: &'a str,
+    tensors: Vec<TensorDescription<'a>>,
+    tensors_merged: usize,
+    tensors_copied: usize,
+    tensors_cast: usize,
+    total_parameters: u64,
+    bytes_to_write: u64,
+    warnings: &'a [String],
+    notes: &'a [String],
+    side_files: Vec<String>,
+    left_out: Vec<String>,
+}
+
+fn last_part(path: &std::path::Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// Describes a plan.
+///
+/// # Errors
+/// [`crate::Error::Io`] if the base's directory cannot be listed.
+pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> {
+    let side_files = side_files::list(&inputs.base)?;
+    let adapters = inputs.adapters.iter().map(|adapter| PlannedAdapter {
+        path: adapter.path().display().to_string(),
+        name: last_part(adapter.path()),
+        format: "peft",
+        tensors: adapter.file().header().tensors.len(),
+        modules: adapter.modules().len(),
+        bytes: adapter.file().bytes().len() as u64,
+    });
+    let tensors = plan.tensors().map(|(shard, tensor)| TensorDescription {
+        name: &tensor.source.name,
+        shape: &tensor.source.shape,
+        dtype: tensor.source.dtype.name(),
+        output_dtype: tensor.output_dtype.name(),
+        shard: &shard.name,
+        action: tensor.action.name(),
+        updates: match &tensor.action {
+            Action::Merge(updates) => updates,
+            Action::Copy | Action::Cast => &[],
+        },
+    });
+    Ok(PlanDescription {
+        base: inputs.base.path().display().to_string(),
+        adapters: adapters.collect(),
+        strategy: plan.options.strategy,
+        weights: (plan.options.strategy != Strategy::Sequential).then_some(plan.weights.as_slice()),
+        dtype: plan.options.dtype.as_ref().and_then(|dtype| dtype.torch_name()).unwrap_or("auto"),
+        tensors: tensors.collect(),
+        tensors_merged: plan.count("merge"),
+        tensors_copied: plan.count("copy"),
+        tensors_cast: plan.count("cast"),
+        total_parameters: plan.parameters(),
+        bytes_to_write: plan.bytes(),
+        warnings: &plan.warnings,
+        notes: &plan.notes,
+        side_files: side_files.carried.into_iter().map(|(name, _)| name).collect(),
+        left_out: side_files.left_out,
+    })
+}
+
+/// A file within a listing.
+#[derive(Debug, Serialize)]
+struct FileDescription {
+    name: String,
+    bytes: u64,
+    tensors: usize,
+}
+
+/// A tensor within a listing.
+#[derive(Debug, Serialize)]
+struct ListedTensor {
+    name: String,
+    dtype: String,
+    shape: Vec<u64>,
+    bytes: u64,
+    file: String,
+}
+
+/// A module within an adapter's listing.
+#[derive(Debug, Serialize)]
+struct ListedModule {
+    name: String,
+    kind: &'static str,
+    rank: u64,
+    alpha: f64,
+    scaling: f64,
+    shape: [u64; 2],
+}
+
+/// What a checkpoint or an adapter holds, from its headers.
+#[derive(Debug, Serialize)]
+pub struct Listing {
+    kind: &'static str,
+    path: String,
+    files: Vec<FileDescription>,
+    metadata: Value,
+    tensors: Vec<ListedTensor>,
+    total_parameters: u64,
+    total_bytes: u64,
+    config: Option<Map<String, Value>>,
+    adapter: Option<Map<String, Value>>,
+    warnings: Vec<String>,
+}
+
+impl Listing {
+    fn new<'a>(
+        kind: &'static str,
+        path: &std::path::Path,
+        files: impl Iterator<Item = (&'a str, &'a SafetensorsFile)>,
+    ) -> Self {
+        let mut listing = Self {
+            kind,
+            path: path.display().to_string(),
+            files: Vec::new(),
+            metadata: Value::Object(Map::new()),
+            tensors: Vec::new(),
+            total_parameters: 0,
+            total_bytes: 0,
+            config: None,
+            adapter: None,
+            warnings: Vec::new(),
+        };
+        for (name, file) in files {
+            let header = file.header();
+            listing.files.push(FileDescription {
+                name: name.to_owned(),
+                bytes: file.bytes().len() as u64,
+                tensors: header.tensors.len(),
+            });
+            if let Value::Object(metadata) = &mut listing.metadata {
+                let entries = header.metadata.iter();
+                metadata
+                    .extend(entries.map(|(key, value)| (key.clone(), Value::from(value.as_str()))));
+            }
+            for tensor in &header.tensors {
+                listing.total_parameters += tensor.elements();
+                listing.total_bytes += tensor.bytes();
+                listing.tensors.push(ListedTensor {
+                    name: tensor.name.clone(),
+                    dtype: tensor.dtype.name().to_owned(),
+                    shape: tensor.shape.clone(),
+                    bytes: tensor.bytes(),
+                    file: name.to_owned(),
+                });
+            }
+        }
+        listing
+    }
+}
+
+/// Lists a checkpoint.
+pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
+    let files = checkpoint.shards().iter().map(|shard| (shard.name.as_str(), &shard.file));
+    let mut listing = Listing::new("checkpoint", checkpoint.path(), files);
+    listing.config = checkpoint.config().cloned();
+    listing.warnings = checkpoint.warnings().to_vec();
+    listing
+}
+
+/// Lists an adapter.
+pub fn adapter(adapter: &Adapter) -> Listing {
+    let name = last_part(adapter.file().path());
+    let mut listing =
+        Listing::new("adapter", adapter.path(), std::iter::once((name.as_str(), adapter.file())));
+    let modules: Vec<_> = adapter
+        .modules()
+        .values()
+        .map(|module| ListedModule {
+            name: module.path.clone(),
+            kind: module.kind.name(),
+            rank: module.rank,
+            alpha: module.alpha,
+            scaling: module.scaling,
+            shape: [module.b.shape[0], module.a.shape[1..].iter().product()],
+        })
+        .collect();
+    let mut summary: Map<String, Value> = config::summary(adapter.config())
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect();
+    summary.insert("modules".into(), serde_json::to_value(modules).unwrap_or(Value::Null));
+    summary.insert("features".into(), Value::from(adapter.obstacles(&[])));
+    listing.config = Some(adapter.config().raw().clone());
+    listing.adapter = Some(summary);
+    listing
+}

@@ -1,0 +1,122 @@
+//! Positioned reads and writes, and copies that stay in the kernel.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+/// Fills `buffer` from that offset.
+///
+/// # Errors
+/// Those of the operating system; `UnexpectedEof` if the file has become shorter.
+#[cfg(unix)]
+pub fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+/// Writes all of `bytes` at that offset.
+///
+/// # Errors
+/// Those of the operating system.
+#[cfg(unix)]
+pub fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
+}
+
+/// Fills `buffer` from that offset.
+///
+/// # Errors
+/// Those of the operating system; `UnexpectedEof` if the file has become shorter.
+#[cfg(windows)]
+pub fn read_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, buffer, offset)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => {
+                buffer = &mut buffer[count..];
+                offset += count as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `bytes` at that offset.
+///
+/// # Errors
+/// Those of the operating system.
+#[cfg(windows)]
+pub fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let count = std::os::windows::fs::FileExt::seek_write(file, bytes, offset)?;
+        bytes = &bytes[count..];
+        offset += count as u64;
+    }
+    Ok(())
+}
+
+/// Copies a range of one file to an offset of another: inside the kernel where it can, which
+/// shares blocks on file systems that know how, and through `buffer` where it cannot.
+///
+/// # Errors
+/// Those of the operating system; `UnexpectedEof` if the source has become shorter.
+pub fn copy_range(
+    source: &File,
+    range: Range<u64>,
+    target: &File,
+    offset: u64,
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    let (mut range, mut offset) = (range, offset);
+    #[cfg(target_os = "linux")]
+    copy_in_kernel(source, &mut range, target, &mut offset);
+    while range.start < range.end {
+        let count = buffer.len().min((range.end - range.start) as usize);
+        read_at(source, &mut buffer[..count], range.start)?;
+        write_at(target, &buffer[..count], offset)?;
+        range.start += count as u64;
+        offset += count as u64;
+    }
+    Ok(())
+}
+
+/// Copies as far as the kernel will, and moves range and offset past what was done. Whatever it
+/// refuses (another file system, no support, an odd file) is left to the buffer, which meets real
+/// errors itself.
+#[cfg(target_os = "linux")]
+fn copy_in_kernel(source: &File, range: &mut Range<u64>, target: &File, offset: &mut u64) {
+    while range.start < range.end {
+        let (mut from, mut to) = (range.start, *offset);
+        let length = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), length) {
+            Ok(0) | Err(_) => return,
+            Ok(count) => {
+                range.start += count as u64;
+                *offset += count as u64;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_copied_whole_and_nothing_else() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let content: Vec<u8> = (0..100_000u32).map(|index| (index * 7) as u8).collect();
+        std::fs::write(directory.path().join("source"), &content).expect("written");
+        let source = File::open(directory.path().join("source")).expect("opened");
+        let path = directory.path().join("target");
+        let options = || File::options().create(true).truncate(true).write(true).open(&path);
+        let target = options().expect("opened");
+        target.set_len(60_000).expect("sized");
+        copy_range(&source, 1_000..51_000, &target, 5_000, &mut [0; 777]).expect("copied");
+        let result = std::fs::read(&path).expect("read");
+        assert_eq!(result.len(), 60_000);
+        assert!(result[5_000..55_000] == content[1_000..51_000]);
+        assert!(result[..5_000].iter().chain(&result[55_000..]).all(|byte| *byte == 0));
+        let beyond = copy_range(&source, 90_000..110_000, &target, 0, &mut [0; 777]);
+        assert_eq!(beyond.expect_err("too short").kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

@@ -1,0 +1,139 @@
+//! The arithmetic of a merge: `W + left · right`, on a block of rows that lies in a cache-sized
+//! buffer, rounded once to the type of W.
+//!
+//! Every element is one chain of fused multiply-adds in f32 over the rank index, from zero, then
+//! one addition to W, then one rounding. The chain is the same whatever the width of the vectors,
+//! the size of the tile or the number of threads, so the bytes are the same too.
+
+mod block;
+pub mod convert;
+mod double;
+mod pack;
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use serde::Serialize;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+
+pub use pack::{Factors, Operand, Orientation};
+
+/// Which instructions the kernels use. The result does not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InstructionSet {
+    /// Plain Rust, for every processor. On 64-bit Arm the compiler makes NEON of it.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl InstructionSet {
+    /// All that this processor can run, the best one last.
+    pub fn available() -> Vec<Self> {
+        let mut sets = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if x86::has_avx2() {
+                sets.push(Self::Avx2);
+            }
+            if x86::has_avx512() {
+                sets.push(Self::Avx512);
+            }
+        }
+        sets
+    }
+
+    /// The best one for this processor.
+    pub fn detect() -> Self {
+        Self::available().pop().unwrap_or(Self::Portable)
+    }
+
+    /// Its name, as in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// The one of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none or this processor cannot run it.
+    pub fn from_name(name: &str) -> Result<Self> {
+        let available = Self::available();
+        available.iter().copied().find(|set| set.name() == name).ok_or_else(|| {
+            let names: Vec<_> = available.iter().map(|set| set.name()).collect();
+            Error::Argument(format!(
+                "no instruction set {name:?} on this processor; there are {}",
+                names.join(", ")
+            ))
+        })
+    }
+
+    /// Rows and columns of the register block: factors are packed to these.
+    fn block_shape(self) -> pack::BlockShape {
+        match self {
+            Self::Portable => pack::BlockShape { rows: 4, lanes: 8, vectors: 2 },
+            Self::Avx2 => pack::BlockShape { rows: 4, lanes: 8, vectors: 3 },
+            Self::Avx512 => pack::BlockShape { rows: 8, lanes: 16, vectors: 3 },
+        }
+    }
+}
+
+/// Every tile but a tensor's last one begins and ends at a multiple of this many rows, the height
+/// of the tallest register block.
+pub const ROW_MULTIPLE: usize = 8;
+
+/// Adds rows `first_row..` of `left · right` to the rows in `tile`, in place.
+///
+/// `tile` holds whole rows of the tensor in `dtype`, little-endian, at any alignment. Returns
+/// whether every element of the result is finite.
+///
+/// # Panics
+/// If the tile is not made of whole rows within the factors, or begins at a row that is no
+/// multiple of [`ROW_MULTIPLE`], or `dtype` is of another precision than the factors.
+pub fn merge_rows(
+    set: InstructionSet,
+    factors: &Factors,
+    first_row: usize,
+    dtype: &Dtype,
+    tile: &mut [u8],
+) -> bool {
+    let row_bytes = factors.columns() * dtype.size();
+    assert!(row_bytes > 0 && tile.len().is_multiple_of(row_bytes), "a tile holds whole rows");
+    let rows = tile.len() / row_bytes;
+    assert!(first_row + rows <= factors.rows(), "the tile's rows lie within the factors");
+    assert!(first_row.is_multiple_of(ROW_MULTIPLE), "a tile begins at a whole register block");
+    match factors {
+        Factors::Double(factors) => {
+            assert!(*dtype == Dtype::F64, "f64 factors meet f64 weights");
+            double::merge_rows(set, factors, first_row, tile)
+        }
+        Factors::Single(factors) => {
+            assert!(factors.shape() == set.block_shape(), "packed for this instruction set");
+            let maximum = block::merge_rows(set, factors, first_row, dtype, tile);
+            maximum < overflow_threshold(dtype)
+        }
+    }
+}
+
+/// The least magnitude, as the bits of an f32, that rounds to infinity in `dtype`. NaN lies above.
+fn overflow_threshold(dtype: &Dtype) -> u32 {
+    match dtype {
+        // Half way between the largest finite value and the next power of two; the tie rounds up
+        // because the largest finite value is odd.
+        Dtype::F16 => 65520.0f32.to_bits(),
+        Dtype::Bf16 => 0x7f7f_8000,
+        _ => f32::INFINITY.to_bits(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

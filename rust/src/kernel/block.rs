@@ -1,0 +1,210 @@
+//! The register-blocked product, added to a tile in place; and the conversions of whole rows.
+
+use super::InstructionSet;
+use super::convert::{Element, PlainBf16, PlainF16, PlainF32};
+use super::pack::PackedFactors;
+use super::simd::{Portable, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
+use crate::dtype::Dtype;
+
+/// Adds the product to the tile's rows; returns the largest magnitude of the result as the bits of
+/// an f32. The caller has checked that the tile is made of whole rows within the factors.
+pub(super) fn merge_rows(
+    set: InstructionSet,
+    factors: &PackedFactors,
+    first_row: usize,
+    dtype: &Dtype,
+    tile: &mut [u8],
+) -> u32 {
+    match dtype {
+        Dtype::F32 => dispatch::<PlainF32>(set, factors, first_row, tile),
+        Dtype::Bf16 => dispatch::<PlainBf16>(set, factors, first_row, tile),
+        Dtype::F16 => dispatch::<PlainF16>(set, factors, first_row, tile),
+        Dtype::F64 | Dtype::Other(_) => panic!("single-precision factors meet {dtype} weights"),
+    }
+}
+
+fn dispatch<E: Element>(
+    set: InstructionSet,
+    factors: &PackedFactors,
+    first_row: usize,
+    tile: &mut [u8],
+) -> u32 {
+    match set {
+        // SAFETY: the portable form needs no instructions beyond the target's baseline.
+        InstructionSet::Portable => unsafe { rows::<Portable, E, 4, 2>(factors, first_row, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an `InstructionSet` other than the portable one comes from detection alone.
+        InstructionSet::Avx2 => unsafe { rows_avx2::<E>(factors, first_row, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        InstructionSet::Avx512 => unsafe { rows_avx512::<E>(factors, first_row, tile) },
+        #[cfg(not(target_arch = "x86_64"))]
+        InstructionSet::Avx2 | InstructionSet::Avx512 => unreachable!("never detected here"),
+    }
+}
+
+/// # Safety
+/// The processor must have the instructions named.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn rows_avx2<E: Element>(factors: &PackedFactors, first_row: usize, tile: &mut [u8]) -> u32 {
+    // SAFETY: this function's own contract.
+    unsafe { rows::<Avx2, E, 4, 3>(factors, first_row, tile) }
+}
+
+/// # Safety
+/// The processor must have the instructions named.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn rows_avx512<E: Element>(
+    factors: &PackedFactors,
+    first_row: usize,
+    tile: &mut [u8],
+) -> u32 {
+    // SAFETY: this function's own contract.
+    unsafe { rows::<Avx512, E, 8, 3>(factors, first_row, tile) }
+}
+
+/// All blocks of a tile, a panel of columns at a time: the panel stays in the first-level cache
+/// while the tile's rows pass it.
+///
+/// # Safety
+/// The processor must have the instructions of `S`; `ROWS` and `VECTORS` must be those that the
+/// factors were packed for, and the tile must be made of whole rows within them.
+#[inline(always)]
+unsafe fn rows<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
+    factors: &PackedFactors,
+    first_row: usize,
+    tile: &mut [u8],
+) -> u32 {
+    let stride = factors.columns() * E::SIZE;
+    let tile_rows = tile.len() / stride;
+    // SAFETY: a vector of zeros; the instructions are there by the caller's contract.
+    let mut maximum = unsafe { S::splat(0.0) };
+    for panel in factors.panels() {
+        let vectors = panel.columns.div_ceil(S::LANES);
+        for row in (0..tile_rows).step_by(ROWS) {
+            let left = factors.left_block(first_row + row);
+            let block = Block {
+                left: left.as_ptr(),
+                right: panel.values.as_ptr(),
+                rank: factors.rank(),
+                // Within the tile: `row` is below its rows, the panel's first column below its
+                // columns.
+                target: tile[row * stride + panel.first_column * E::SIZE..].as_mut_ptr(),
+                stride,
+                rows: ROWS.min(tile_rows - row),
+                columns: panel.columns,
+            };
+            // SAFETY: `left_block` and the panel hold rank × ROWS and rank × vectors × LANES
+            // values (checked by their constructors), and the target has the block's rows and
+            // columns inside the tile.
+            maximum = unsafe {
+                match vectors {
+                    1 => block.add::<S, E, ROWS, 1>(maximum),
+                    2 => block.add::<S, E, ROWS, 2>(maximum),
+                    _ => block.add::<S, E, ROWS, VECTORS>(maximum),
+                }
+            };
+        }
+    }
+    // SAFETY: the caller's contract.
+    unsafe { S::reduce_magnitude(maximum) }
+}
+
+/// One register block: `target += left · right`.
+struct Block {
+    /// Rank × ROWS, the rows of one rank index beside each other.
+    left: *const f32,
+    /// Rank × (VECTORS · LANES).
+    right: *const f32,
+    rank: usize,
+    target: *mut u8,
+    /// Bytes from one row of the target to the next.
+    stride: usize,
+    /// Rows of the target that exist, at most ROWS.
+    rows: usize,
+    /// Columns of the target that exist, at most VECTORS · LANES.
+    columns: usize,
+}
+
+impl Block {
+    /// # Safety
+    /// The processor has the instructions of `S`, and the pointers cover what the fields say.
+    #[inline(always)]
+    unsafe fn add<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
+        self,
+        mut maximum: S::Vector,
+    ) -> S::Vector {
+        // SAFETY: indices stay below rank × ROWS and rank × VECTORS × LANES on the factors' side;
+        // on the target's side whole vectors are touched only where all their columns exist, and
+        // single elements elsewhere.
+        unsafe {
+            let mut sums = [[S::splat(0.0); VECTORS]; ROWS];
+            for k in 0..self.rank {
+                let right = self.right.add(k * VECTORS * S::LANES);
+                let left = self.left.add(k * ROWS);
+                let mut columns = [S::splat(0.0); VECTORS];
+                for (vector, column) in columns.iter_mut().enumerate() {
+                    *column = S::load_f32(right.add(vector * S::LANES));
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let factor = S::splat(*left.add(row));
+                    for (sum, column) in sums.iter_mut().zip(&columns) {
+                        *sum = S::fused_multiply_add(factor, *column, *sum);
+                    }
+                }
+            }
+            let whole = self.columns == VECTORS * S::LANES;
+            for (row, sums) in sums.iter().enumerate() {
+                if row >= self.rows {
+                    break;
+                }
+                let target = self.target.add(row * self.stride);
+                if whole {
+                    for (vector, sum) in sums.iter().enumerate() {
+                        let place = target.add(vector * S::LANES * E::SIZE);
+                        let merged = S::add(E::load::<S>(place), *sum);
+                        maximum = S::max_magnitude(maximum, merged);
+                        E::store::<S>(merged, place);
+                    }
+                } else {
+                    for (vector, sum) in sums.iter().enumerate() {
+                        let first = vector * S::LANES;
+                        let count = S::LANES.min(self.columns.saturating_sub(first));
+                        let place = target.add(first * E::SIZE);
+                        maximum = add_part::<S, E>(place, count, *sum, maximum);
+                    }
+                }
+            }
+        }
+        maximum
+    }
+}
+
+/// The last columns of a row, fewer than a vector: through a buffer of one vector.
+///
+/// # Safety
+/// The processor has the instructions of `S`, `count` is at most `S::LANES` (itself at most 16),
+/// and `count` elements at `place` may be read and written.
+#[inline(always)]
+unsafe fn add_part<S: Simd, E: Element>(
+    place: *mut u8,
+    count: usize,
+    sum: S::Vector,
+    maximum: S::Vector,
+) -> S::Vector {
+    // As many bytes as the widest vector of the widest element has.
+    let mut buffer = [0u8; 16 * 4];
+    // SAFETY: the buffer holds a whole vector of E, the place `count` elements.
+    unsafe {
+        std::ptr::copy_nonoverlapping(place, buffer.as_mut_ptr(), count * E::SIZE);
+        // The lanes beyond `count` are zero in the buffer and, by the packing, in the sum.
+        let merged = S::add(E::load::<S>(buffer.as_ptr()), sum);
+        E::store::<S>(merged, buffer.as_mut_ptr());
+        std::ptr::copy_nonoverlapping(buffer.as_ptr(), place, count * E::SIZE);
+        S::max_magnitude(maximum, merged)
+    }
+}

@@ -1,0 +1,169 @@
+//! Between the stored types and f32: the element types that the kernels are written over, and the
+//! conversion of whole slices, with one rounding to nearest even.
+
+use super::simd::Simd;
+use crate::dtype::Dtype;
+
+/// A stored element type.
+///
+/// # Safety
+/// Implementations touch exactly `S::LANES` elements of `SIZE` bytes at the pointer.
+pub(super) unsafe trait Element {
+    /// Bytes in one element.
+    const SIZE: usize;
+
+    /// # Safety
+    /// The processor has the instructions of `S`, and a whole vector of elements can be read.
+    unsafe fn load<S: Simd>(source: *const u8) -> S::Vector;
+
+    /// # Safety
+    /// The processor has the instructions of `S`, and a whole vector of elements can be written.
+    unsafe fn store<S: Simd>(value: S::Vector, target: *mut u8);
+}
+
+pub(super) struct PlainF32;
+pub(super) struct PlainBf16;
+pub(super) struct PlainF16;
+
+macro_rules! element {
+    ($name:ident, $size:literal, $load:ident, $store:ident) => {
+        // SAFETY: the vector operations touch LANES elements of this size, unaligned.
+        unsafe impl Element for $name {
+            const SIZE: usize = $size;
+
+            #[inline(always)]
+            unsafe fn load<S: Simd>(source: *const u8) -> S::Vector {
+                // SAFETY: the caller's contract.
+                unsafe { S::$load(source.cast()) }
+            }
+
+            #[inline(always)]
+            unsafe fn store<S: Simd>(value: S::Vector, target: *mut u8) {
+                // SAFETY: the caller's contract.
+                unsafe { S::$store(value, target.cast()) }
+            }
+        }
+    };
+}
+
+element!(PlainF32, 4, load_f32, store_f32);
+element!(PlainBf16, 2, load_bf16, store_bf16);
+element!(PlainF16, 2, load_f16, store_f16);
+
+/// Calls `each` with every element of `bytes`, widened to f64 (exact for every stored type).
+///
+/// # Panics
+/// For a type that cannot be merged.
+#[inline(always)]
+pub fn for_each_f64(dtype: &Dtype, bytes: &[u8], mut each: impl FnMut(usize, f64)) {
+    let pairs = |chunk: &[u8]| u16::from_le_bytes([chunk[0], chunk[1]]);
+    match dtype {
+        Dtype::F64 => {
+            for (index, chunk) in bytes.chunks_exact(8).enumerate() {
+                each(index, f64::from_le_bytes(chunk.try_into().expect("eight bytes")));
+            }
+        }
+        Dtype::F32 => {
+            for (index, chunk) in bytes.chunks_exact(4).enumerate() {
+                let value = f32::from_le_bytes(chunk.try_into().expect("four bytes"));
+                each(index, f64::from(value));
+            }
+        }
+        Dtype::Bf16 => {
+            for (index, chunk) in bytes.chunks_exact(2).enumerate() {
+                each(index, f64::from(half::bf16::from_bits(pairs(chunk)).to_f32()));
+            }
+        }
+        Dtype::F16 => {
+            for (index, chunk) in bytes.chunks_exact(2).enumerate() {
+                each(index, half::f16::from_bits(pairs(chunk)).to_f64());
+            }
+        }
+        Dtype::Other(name) => panic!("a {name} tensor was to be converted"),
+    }
+}
+
+/// Widens to f32. f64 elements are rounded.
+///
+/// # Panics
+/// If the lengths differ, or for a type that cannot be merged.
+pub fn widen(dtype: &Dtype, bytes: &[u8], values: &mut [f32]) {
+    assert_eq!(bytes.len(), values.len() * dtype.size(), "as many elements on both sides");
+    match dtype {
+        // Without the way over f64, which the compiler does not see through.
+        Dtype::F32 => {
+            for (value, chunk) in values.iter_mut().zip(bytes.chunks_exact(4)) {
+                *value = f32::from_le_bytes(chunk.try_into().expect("four bytes"));
+            }
+        }
+        Dtype::Bf16 => {
+            for (value, chunk) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+                let bits = u16::from_le_bytes([chunk[0], chunk[1]]);
+                *value = f32::from_bits(u32::from(bits) << 16);
+            }
+        }
+        _ => for_each_f64(dtype, bytes, |index, value| values[index] = value as f32),
+    }
+}
+
+/// Widens to f64, exactly.
+///
+/// # Panics
+/// For a type that cannot be merged.
+pub fn widen_f64(dtype: &Dtype, bytes: &[u8]) -> Vec<f64> {
+    let mut values = vec![0.0; bytes.len() / dtype.size()];
+    for_each_f64(dtype, bytes, |index, value| values[index] = value);
+    values
+}
+
+/// The f32 beside `value` whose last bit is odd, or `value` itself where it is an f32. Rounding it
+/// once more, to a type at least two bits shorter, gives what rounding `value` at once would.
+/// (`half` converts from f64 without the lower half of the bits, which loses ties.)
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    let back = f64::from(nearest);
+    if back == value || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {
+        return nearest;
+    }
+    let step = if value.abs() > back.abs() { 1 } else { u32::MAX };
+    f32::from_bits(nearest.to_bits().wrapping_add(step))
+}
+
+/// Converts between any two mergeable types with one rounding.
+///
+/// # Errors
+/// The index of the first finite element that became infinite.
+///
+/// # Panics
+/// If the lengths differ, or for types that cannot be merged.
+pub fn convert(from: &Dtype, source: &[u8], to: &Dtype, target: &mut [u8]) -> Result<(), usize> {
+    assert_eq!(source.len() / from.size(), target.len() / to.size(), "as many elements");
+    let mut overflow = None;
+    let mut check = |index: usize, value: f64, finite: bool| {
+        if !finite && value.is_finite() {
+            overflow.get_or_insert(index);
+        }
+    };
+    match to {
+        Dtype::F64 => for_each_f64(from, source, |index, value| {
+            target[index * 8..][..8].copy_from_slice(&value.to_le_bytes());
+        }),
+        Dtype::F32 => for_each_f64(from, source, |index, value| {
+            let narrow = value as f32;
+            check(index, value, narrow.is_finite());
+            target[index * 4..][..4].copy_from_slice(&narrow.to_le_bytes());
+        }),
+        Dtype::Bf16 => for_each_f64(from, source, |index, value| {
+            let narrow = half::bf16::from_f32(round_to_odd(value));
+            check(index, value, narrow.is_finite());
+            target[index * 2..][..2].copy_from_slice(&narrow.to_le_bytes());
+        }),
+        Dtype::F16 => for_each_f64(from, source, |index, value| {
+            let narrow = half::f16::from_f32(round_to_odd(value));
+            check(index, value, narrow.is_finite());
+            target[index * 2..][..2].copy_from_slice(&narrow.to_le_bytes());
+        }),
+        Dtype::Other(name) => panic!("a tensor was to become {name}"),
+    }
+    overflow.map_or(Ok(()), Err)
+}

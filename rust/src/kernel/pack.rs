@@ -1,0 +1,282 @@
+//! The factors of one tensor's updates, put into the order in which the kernels read them.
+
+use crate::dtype::Dtype;
+
+/// The register block of an instruction set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BlockShape {
+    pub rows: usize,
+    pub lanes: usize,
+    pub vectors: usize,
+}
+
+impl BlockShape {
+    fn panel(self) -> usize {
+        self.lanes * self.vectors
+    }
+}
+
+/// Which way a product lies on the stored weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Orientation {
+    /// The weight is stored (out, in): W += B · A.
+    OutIn,
+    /// The weight is stored (in, out): W += Aᵀ · Bᵀ.
+    InOut,
+}
+
+/// One low-rank product as it is read from an adapter.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand<'a> {
+    /// A, (rank, in), row-major, little-endian at any alignment.
+    pub a: &'a [u8],
+    /// The element type of A.
+    pub a_dtype: &'a Dtype,
+    /// B, (out, rank), likewise.
+    pub b: &'a [u8],
+    /// The element type of B.
+    pub b_dtype: &'a Dtype,
+    /// The rank.
+    pub rank: usize,
+    /// The factor on the product: scale times weight. Folded into B.
+    pub coefficient: f64,
+}
+
+/// All updates of one tensor as one product `left · right`, the ranks behind one another in the
+/// order of the updates.
+#[derive(Debug)]
+pub enum Factors {
+    /// For weights of 32 bits and fewer.
+    Single(PackedFactors),
+    /// For f64 weights.
+    Double(DoubleFactors),
+}
+
+impl Factors {
+    /// Packs the operands for a weight stored with `rows` × `columns` elements.
+    ///
+    /// # Panics
+    /// If an operand's bytes do not have the length that rank and shape ask for.
+    pub fn pack(
+        set: super::InstructionSet,
+        weight: &Dtype,
+        (rows, columns): (usize, usize),
+        orientation: Orientation,
+        operands: &[Operand<'_>],
+    ) -> Self {
+        let (outputs, inputs) = match orientation {
+            Orientation::OutIn => (rows, columns),
+            Orientation::InOut => (columns, rows),
+        };
+        let rank = operands.iter().map(|operand| operand.rank).sum();
+        if *weight == Dtype::F64 {
+            let mut factors = DoubleFactors {
+                rows,
+                columns,
+                rank,
+                left: vec![0.0; rows * rank],
+                right: vec![0.0; rank * columns],
+            };
+            let mut first = 0;
+            for operand in operands {
+                let a = super::convert::widen_f64(operand.a_dtype, operand.a);
+                let mut b = super::convert::widen_f64(operand.b_dtype, operand.b);
+                b.iter_mut().for_each(|value| *value *= operand.coefficient);
+                let (a, b) = views(&a, &b, operand.rank, inputs, outputs);
+                let (left, right) = sides(orientation, a, b);
+                for k in 0..operand.rank {
+                    for row in 0..rows {
+                        factors.left[row * rank + first + k] = left.at(k, row);
+                    }
+                    for column in 0..columns {
+                        factors.right[(first + k) * columns + column] = right.at(k, column);
+                    }
+                }
+                first += operand.rank;
+            }
+            return Self::Double(factors);
+        }
+        let mut factors = PackedFactors::zeros(set.block_shape(), rows, columns, rank);
+        let mut first = 0;
+        for operand in operands {
+            let mut a = vec![0.0; operand.rank * inputs];
+            let mut b = vec![0.0; outputs * operand.rank];
+            super::convert::widen(operand.a_dtype, operand.a, &mut a);
+            super::convert::widen(operand.b_dtype, operand.b, &mut b);
+            if operand.coefficient != 1.0 {
+                for value in &mut b {
+                    *value = (f64::from(*value) * operand.coefficient) as f32;
+                }
+            }
+            let (a, b) = views(&a, &b, operand.rank, inputs, outputs);
+            let (left, right) = sides(orientation, a, b);
+            factors.fill(first, operand.rank, left, right);
+            first += operand.rank;
+        }
+        Self::Single(factors)
+    }
+
+    /// Rows of the product.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Single(factors) => factors.rows,
+            Self::Double(factors) => factors.rows,
+        }
+    }
+
+    /// Columns of the product.
+    pub fn columns(&self) -> usize {
+        match self {
+            Self::Single(factors) => factors.columns,
+            Self::Double(factors) => factors.columns,
+        }
+    }
+}
+
+/// A factor addressed as (rank index, other index), whichever way it is stored.
+#[derive(Clone, Copy)]
+struct View<'a, T> {
+    values: &'a [T],
+    rank_stride: usize,
+    other_stride: usize,
+}
+
+impl<T: Copy> View<'_, T> {
+    #[inline(always)]
+    fn at(&self, k: usize, other: usize) -> T {
+        self.values[k * self.rank_stride + other * self.other_stride]
+    }
+}
+
+fn views<'a, T>(
+    a: &'a [T],
+    b: &'a [T],
+    rank: usize,
+    inputs: usize,
+    outputs: usize,
+) -> (View<'a, T>, View<'a, T>) {
+    assert!(a.len() == rank * inputs && b.len() == outputs * rank, "factors of the weight's shape");
+    let a = View { values: a, rank_stride: inputs, other_stride: 1 };
+    let b = View { values: b, rank_stride: 1, other_stride: rank };
+    (a, b)
+}
+
+/// Left and right side of the product for that orientation.
+fn sides<'a, T>(
+    orientation: Orientation,
+    a: View<'a, T>,
+    b: View<'a, T>,
+) -> (View<'a, T>, View<'a, T>) {
+    match orientation {
+        Orientation::OutIn => (b, a),
+        Orientation::InOut => (a, b),
+    }
+}
+
+/// Single-precision factors in blocks of rows and panels of columns, padded with zeros.
+#[derive(Debug)]
+pub struct PackedFactors {
+    shape: BlockShape,
+    rows: usize,
+    columns: usize,
+    rank: usize,
+    left: Vec<f32>,
+    right: Vec<f32>,
+}
+
+/// The part of the right factor that one block of columns needs.
+pub(super) struct Panel<'a> {
+    pub first_column: usize,
+    pub columns: usize,
+    /// Rank × (columns rounded up to whole vectors).
+    pub values: &'a [f32],
+}
+
+impl PackedFactors {
+    fn zeros(shape: BlockShape, rows: usize, columns: usize, rank: usize) -> Self {
+        let padded_rows = rows.next_multiple_of(shape.rows);
+        let padded_columns = columns.next_multiple_of(shape.lanes);
+        Self {
+            shape,
+            rows,
+            columns,
+            rank,
+            left: vec![0.0; padded_rows * rank],
+            right: vec![0.0; padded_columns * rank],
+        }
+    }
+
+    /// Puts one operand's factors at the rank indices from `first` on.
+    fn fill(&mut self, first: usize, rank: usize, left: View<'_, f32>, right: View<'_, f32>) {
+        let height = self.shape.rows;
+        for (block, target) in self.left.chunks_exact_mut(height * self.rank).enumerate() {
+            let rows = height.min(self.rows - block * height);
+            for k in 0..rank {
+                for row in 0..rows {
+                    target[(first + k) * height + row] = left.at(k, block * height + row);
+                }
+            }
+        }
+        let panel_width = self.shape.panel();
+        for first_column in (0..self.columns).step_by(panel_width) {
+            let columns = panel_width.min(self.columns - first_column);
+            let padded = columns.next_multiple_of(self.shape.lanes);
+            let start = first_column * self.rank;
+            let target = &mut self.right[start..start + padded * self.rank];
+            for k in 0..rank {
+                for column in 0..columns {
+                    target[(first + k) * padded + column] = right.at(k, first_column + column);
+                }
+            }
+        }
+    }
+
+    pub(super) fn shape(&self) -> BlockShape {
+        self.shape
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The left factor's block of rows that begins at `row`, a multiple of the block's height.
+    pub(super) fn left_block(&self, row: usize) -> &[f32] {
+        let size = self.shape.rows * self.rank;
+        let block = row / self.shape.rows;
+        &self.left[block * size..(block + 1) * size]
+    }
+
+    /// The right factor's panels from left to right.
+    pub(super) fn panels(&self) -> impl Iterator<Item = Panel<'_>> {
+        let width = self.shape.panel();
+        (0..self.columns).step_by(width).map(move |first_column| {
+            let columns = width.min(self.columns - first_column);
+            let padded = columns.next_multiple_of(self.shape.lanes);
+            let start = first_column * self.rank;
+            let values = &self.right[start..start + padded * self.rank];
+            Panel { first_column, columns, values }
+        })
+    }
+}
+
+/// Double-precision factors, row-major.
+#[derive(Debug)]
+pub struct DoubleFactors {
+    rows: usize,
+    columns: usize,
+    pub(super) rank: usize,
+    /// Rows × rank.
+    pub(super) left: Vec<f64>,
+    /// Rank × columns.
+    pub(super) right: Vec<f64>,
+}
+
+impl DoubleFactors {
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+}

@@ -1,0 +1,209 @@
+use super::*;
+use proptest::prelude::*;
+
+fn random(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    (0..count)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn bytes_of(dtype: &Dtype, values: &[f32]) -> Vec<u8> {
+    let wide: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut bytes = vec![0; values.len() * dtype.size()];
+    convert::convert(&Dtype::F32, &wide, dtype, &mut bytes).expect("in range");
+    bytes
+}
+
+/// A, B and the coefficient.
+type Update = (Vec<u8>, Vec<u8>, f64);
+
+struct Case {
+    dtype: Dtype,
+    factor_dtype: Dtype,
+    rows: usize,
+    columns: usize,
+    ranks: Vec<usize>,
+    orientation: Orientation,
+    seed: u64,
+}
+
+impl Case {
+    /// Weight, then a pair of factors for each update, as bytes.
+    fn inputs(&self) -> (Vec<u8>, Vec<Update>) {
+        let (outputs, inputs) = match self.orientation {
+            Orientation::OutIn => (self.rows, self.columns),
+            Orientation::InOut => (self.columns, self.rows),
+        };
+        let weight = bytes_of(&self.dtype, &random(self.seed, self.rows * self.columns));
+        let factors = self
+            .ranks
+            .iter()
+            .enumerate()
+            .map(|(index, rank)| {
+                let a = random(self.seed + 1 + index as u64, rank * inputs);
+                let b = random(self.seed + 9 + index as u64, rank * outputs);
+                let coefficient = [0.75, -2.0, 1.0 / 3.0][index % 3];
+                (bytes_of(&self.factor_dtype, &a), bytes_of(&self.factor_dtype, &b), coefficient)
+            })
+            .collect();
+        (weight, factors)
+    }
+
+    fn merged(&self, set: InstructionSet, tile_rows: usize) -> Vec<u8> {
+        let (mut weight, factors) = self.inputs();
+        let operands: Vec<_> = factors
+            .iter()
+            .zip(&self.ranks)
+            .map(|((a, b, coefficient), rank)| Operand {
+                a,
+                a_dtype: &self.factor_dtype,
+                b,
+                b_dtype: &self.factor_dtype,
+                rank: *rank,
+                coefficient: *coefficient,
+            })
+            .collect();
+        let shape = (self.rows, self.columns);
+        let factors = Factors::pack(set, &self.dtype, shape, self.orientation, &operands);
+        let row_bytes = self.columns * self.dtype.size();
+        for (index, tile) in weight.chunks_mut(tile_rows * row_bytes).enumerate() {
+            assert!(merge_rows(set, &factors, index * tile_rows, &self.dtype, tile));
+        }
+        weight
+    }
+
+    /// The same in f64 from the same bytes, unrounded.
+    fn reference(&self) -> Vec<f64> {
+        let (weight, factors) = self.inputs();
+        let mut result = convert::widen_f64(&self.dtype, &weight);
+        for ((a, b, coefficient), rank) in factors.iter().zip(&self.ranks) {
+            let a = convert::widen_f64(&self.factor_dtype, a);
+            let b = convert::widen_f64(&self.factor_dtype, b);
+            for row in 0..self.rows {
+                for column in 0..self.columns {
+                    let (output, input) = match self.orientation {
+                        Orientation::OutIn => (row, column),
+                        Orientation::InOut => (column, row),
+                    };
+                    let inputs = a.len() / rank;
+                    let sum: f64 =
+                        (0..*rank).map(|k| b[output * rank + k] * a[k * inputs + input]).sum();
+                    result[row * self.columns + column] += coefficient * sum;
+                }
+            }
+        }
+        result
+    }
+}
+
+fn dtypes() -> impl Strategy<Value = Dtype> {
+    prop_oneof![Just(Dtype::F32), Just(Dtype::Bf16), Just(Dtype::F16), Just(Dtype::F64)]
+}
+
+prop_compose! {
+    fn cases()(
+        dtype in dtypes(),
+        factor_dtype in dtypes(),
+        rows in 1usize..40,
+        columns in 1usize..130,
+        ranks in prop::collection::vec(1usize..9, 1..4),
+        transposed in any::<bool>(),
+        seed in 0u64..1 << 30,
+    ) -> Case {
+        let orientation = if transposed { Orientation::InOut } else { Orientation::OutIn };
+        Case { dtype, factor_dtype, rows, columns, ranks, orientation, seed }
+    }
+}
+
+impl std::fmt::Debug for Case {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { dtype, factor_dtype, rows, columns, ranks, orientation, seed } = self;
+        write!(
+            formatter,
+            "{rows}×{columns} {dtype} += {ranks:?} {factor_dtype} {orientation:?}, seed {seed}"
+        )
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_instruction_set_and_tile_gives_the_same_bytes(case in cases()) {
+        let expected = case.merged(InstructionSet::Portable, case.rows.next_multiple_of(8));
+        for set in InstructionSet::available() {
+            for tile_rows in [8, 16] {
+                prop_assert!(case.merged(set, tile_rows) == expected, "{set:?}, {tile_rows} rows");
+            }
+        }
+    }
+
+    #[test]
+    fn the_result_is_the_f64_result_within_rounding(case in cases()) {
+        let merged = convert::widen_f64(&case.dtype, &case.merged(InstructionSet::detect(), 8));
+        // Half a unit in the last place of the type, and the error of a chain of 24 f32 steps
+        // on sums below 24 · 2.
+        let (relative, absolute) = match case.dtype {
+            Dtype::F64 => (2f64.powi(-52), 1e-13),
+            Dtype::F32 => (2f64.powi(-23), 48.0 * 24.0 * 2f64.powi(-24)),
+            Dtype::F16 => (2f64.powi(-11) * 1.01, 1e-4),
+            _ => (2f64.powi(-8) * 1.01, 1e-4),
+        };
+        for (index, (actual, expected)) in merged.iter().zip(case.reference()).enumerate() {
+            let bound = absolute + relative * expected.abs();
+            prop_assert!((actual - expected).abs() <= bound, "{index}: {actual} for {expected}");
+        }
+    }
+}
+
+#[test]
+fn an_overflow_is_seen_in_every_type_and_place() {
+    let near = [(Dtype::F16, 65000.0), (Dtype::Bf16, 3.38e38), (Dtype::F32, 3.4e38)];
+    for set in InstructionSet::available() {
+        for (dtype, limit) in &near {
+            for columns in [1usize, 15, 16, 47, 48, 50, 100] {
+                for culprit in [0, columns - 1] {
+                    let a: Vec<f32> = (0..columns)
+                        .map(|column| if column == culprit { 1.0 } else { 0.0 })
+                        .collect();
+                    let (a, b) =
+                        (bytes_of(&Dtype::F32, &a), bytes_of(&Dtype::F32, &[limit / 10.0]));
+                    let operand = Operand {
+                        a: &a,
+                        a_dtype: &Dtype::F32,
+                        b: &b,
+                        b_dtype: &Dtype::F32,
+                        rank: 1,
+                        coefficient: 1.0,
+                    };
+                    let shape = (1, columns);
+                    let factors = Factors::pack(set, dtype, shape, Orientation::OutIn, &[operand]);
+                    let mut calm = bytes_of(dtype, &vec![0.5; columns]);
+                    assert!(merge_rows(set, &factors, 0, dtype, &mut calm));
+                    let mut full = bytes_of(dtype, &vec![*limit; columns]);
+                    assert!(!merge_rows(set, &factors, 0, dtype, &mut full), "{dtype} {columns}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn conversion_rounds_once_and_reports_overflow() {
+    // 1 + 2⁻⁸ + 2⁻³⁰ lies above the tie between two bf16 values; by way of f32 it would be the tie.
+    let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-30);
+    let mut narrow = [0; 2];
+    convert::convert(&Dtype::F64, &value.to_le_bytes(), &Dtype::Bf16, &mut narrow).expect("fits");
+    assert_eq!(half::bf16::from_le_bytes(narrow).to_f64(), 1.0 + 2f64.powi(-7));
+    let large = [1.0f32, 1e6].map(f32::to_le_bytes).concat();
+    let mut narrow = [0; 4];
+    assert_eq!(convert::convert(&Dtype::F32, &large, &Dtype::F16, &mut narrow), Err(1));
+    let infinite = f32::INFINITY.to_le_bytes();
+    assert!(convert::convert(&Dtype::F32, &infinite, &Dtype::F16, &mut narrow[..2]).is_ok());
+}

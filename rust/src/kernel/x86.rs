@@ -1,0 +1,220 @@
+//! The vector operations in AVX2 and AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::simd::Simd;
+
+/// Whether [`Avx2`] can be used.
+pub(super) fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
+/// Whether [`Avx512`] can be used.
+pub(super) fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && has_avx2()
+}
+
+/// AVX2 with FMA and F16C.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+/// AVX-512 F, BW, DQ, VL.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+// SAFETY: the trait's contract is that the instructions are there and the pointers valid for a
+// whole vector; every intrinsic used is the unaligned form. The same holds for each block below.
+unsafe impl Simd for Avx2 {
+    type Vector = __m256;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(source: *const f32) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_loadu_ps(source) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(value: __m256, target: *mut f32) {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_storeu_ps(target, value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(source: *const u16) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(source.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(value: __m256, target: *mut u16) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let bits = _mm256_castps_si256(value);
+            let high = _mm256_srli_epi32::<16>(bits);
+            let odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+            let bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, bias));
+            let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(value, value));
+            let chosen = _mm256_blendv_epi8(rounded, quiet, is_nan);
+            // Packs within each 128-bit half; the permutation brings the halves together.
+            let packed = _mm256_packus_epi32(chosen, chosen);
+            let ordered = _mm256_permute4x64_epi64::<0b00_00_10_00>(packed);
+            _mm_storeu_si128(target.cast(), _mm256_castsi256_si128(ordered));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(source: *const u16) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(value: __m256, target: *mut u16) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let rounded = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value);
+            _mm_storeu_si128(target.cast(), rounded);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(left: __m256, right: __m256) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_add_ps(left, right) }
+    }
+
+    #[inline(always)]
+    unsafe fn fused_multiply_add(left: __m256, right: __m256, sum: __m256) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_fmadd_ps(left, right, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(maximum: __m256, value: __m256) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let magnitude =
+                _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7fff_ffff));
+            let maximum = _mm256_castps_si256(maximum);
+            _mm256_castsi256_ps(_mm256_max_epu32(maximum, magnitude))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn reduce_magnitude(maximum: __m256) -> u32 {
+        let mut lanes = [0f32; 8];
+        // SAFETY: the trait's contract; the array holds a whole vector.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), maximum) };
+        lanes.map(f32::to_bits).into_iter().max().unwrap_or(0)
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Simd for Avx512 {
+    type Vector = __m512;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(source: *const f32) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_loadu_ps(source) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(value: __m512, target: *mut f32) {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_storeu_ps(target, value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(source: *const u16) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(source.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(value: __m512, target: *mut u16) {
+        // SAFETY: the trait's contract. VCVTNEPS2BF16 is not used: it flushes subnormals.
+        unsafe {
+            let bits = _mm512_castps_si512(value);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            let bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, bias));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+            let chosen = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256(target.cast(), _mm512_cvtepi32_epi16(chosen));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(source: *const u16) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(source.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(value: __m512, target: *mut u16) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let rounded = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value);
+            _mm256_storeu_si256(target.cast(), rounded);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(left: __m512, right: __m512) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_add_ps(left, right) }
+    }
+
+    #[inline(always)]
+    unsafe fn fused_multiply_add(left: __m512, right: __m512, sum: __m512) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_fmadd_ps(left, right, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(maximum: __m512, value: __m512) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let magnitude =
+                _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fff_ffff));
+            let maximum = _mm512_castps_si512(maximum);
+            _mm512_castsi512_ps(_mm512_max_epu32(maximum, magnitude))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn reduce_magnitude(maximum: __m512) -> u32 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_reduce_max_epu32(_mm512_castps_si512(maximum)) }
+    }
+}
