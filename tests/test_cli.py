@@ -71,7 +71,9 @@ def untrained(inputs: _demo.DemoInputs, tmp_path: Path) -> Path:
     length = int.from_bytes(file.read_bytes()[:8], "little")
     names = [name for name in json.loads(file.read_bytes()[8 : 8 + length]) if name[0] != "_"]
     tensors = {name: _demo.read_tensor(file, name) for name in names}
-    tensors |= {name: 0 * values for name, values in tensors.items() if "lora_B" in name}
+    for name, values in tensors.items():
+        if "lora_B" in name:
+            values.fill(0)
     _demo.write_safetensors(file, tensors)
     return adapter
 
@@ -273,14 +275,12 @@ def test_ctrl_c_exits_with_130(
     assert (streams.out, streams.err) == ("", "interrupted\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "--tensors"], ["info", "--json"]])
-def test_a_closed_pipe_is_no_error(inputs: _demo.DemoInputs, arguments: list[str]) -> None:
-    if "info" in arguments:
-        arguments = [*arguments, str(inputs.base)]
+@pytest.mark.parametrize("form", ["--tensors", "--json"])
+def test_a_closed_pipe_is_no_error(inputs: _demo.DemoInputs, form: str) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
-        [sys.executable, "-m", "lorafast", *arguments],
+        [sys.executable, "-m", "lorafast", "info", str(inputs.base), form],
         stdout=write_end,
         stderr=subprocess.PIPE,
         text=True,

@@ -63,14 +63,13 @@ def _run(argv: Sequence[str] | None) -> int:
     from lorafast._cli._parser import build_parser
     from lorafast._cli._terminal import Terminal
 
-    parser = build_parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = build_parser().parse_args(argv)
+        terminal = Terminal(quiet=getattr(arguments, "quiet", False))
+        with terminal.python_warnings_as_lines():
+            status: int = arguments.run(arguments, terminal)
     except SystemExit as stop:  # argparse ends --help, --version and wrong flags this way
         return stop.code if isinstance(stop.code, int) else EXIT_ERROR
-    terminal = Terminal(quiet=getattr(arguments, "quiet", False))
-    with terminal.python_warnings_as_lines():
-        status: int = arguments.run(arguments, terminal)
     return status
 
 

@@ -106,14 +106,14 @@ def _merge(inputs: DemoInputs, terminal: Terminal) -> None:
 
 
 def _show_check(inputs: DemoInputs, terminal: Terminal) -> int:
-    from lorafast._demo import check_merge, worst
+    from lorafast._demo import check_merge
 
     checks = list(check_merge(inputs))
     columns = (
         Column("tensor"),
         Column("weights", number=True),
         Column("identical", number=True),
-        Column("the others are off by"),
+        Column("unexplained", number=True),
     )
     terminal.table(columns, [_check_row(check) for check in checks])
     terminal.line()
@@ -121,18 +121,18 @@ def _show_check(inputs: DemoInputs, terminal: Terminal) -> int:
     if wrong:
         terminal.line(f"WRONG: {', '.join(wrong)}")
         return 1
-    share, farthest = worst(checks)
+    changed = [check for check in checks if check.changed]
+    share = sum(check.identical for check in changed) / sum(check.weights for check in changed)
     terminal.line(
-        f"Right: {share:.4%} of these merged weights are the float64 sum rounded once to bfloat16"
-        + (f", the others its neighbour ({farthest} ulp)." if farthest else ".")
+        f"Right: {share:.3%} of the merged weights are that sum, rounded once to bfloat16;"
     )
-    terminal.line("What no adapter touches is the base's, bit for bit.")
+    terminal.line("the others are within the error of a float32 sum. The rest is the base's.")
     return 0
 
 
 def _check_row(check: TensorCheck) -> tuple[str, str, str, str]:
-    others = f"{check.farthest} ulp" if check.farthest else "–"
-    return check.name, f"{check.weights:,}", f"{check.identical / check.weights:.4%}", others
+    identical = f"{check.identical / check.weights:.3%}"
+    return check.name, f"{check.weights:,}", identical, f"{check.unexplained:,}"
 
 
 COMMAND = Command(
