@@ -515,7 +515,7 @@ def test_demo_spares_a_directory_that_is_not_its_own(
             [("h.{0,2}.e.{0,1}", 4), ("h.1.e.0", 1)],
         ),
         (["blocks_0_fc1", "blocks_11_fc1"], [("blocks_{0,11}_fc1", 2)]),
-        (["h.007.a", "h.008.a"], [("h.007.a", 1), ("h.008.a", 1)]),
+        (["w_007", "w_008", "w_009", "w_7"], [("w_{007-009}", 3), ("w_7", 1)]),
     ],
 )
 def test_patterns_stand_for_exactly_their_names(

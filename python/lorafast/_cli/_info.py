@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Trainers put whole training logs into the metadata; the table shows that they are there.
 LONGEST_METADATA_VALUE = 72
 MOST_METADATA_ROWS = 12
+# What every library writes.
+BOILERPLATE = {"format": "pt"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +88,7 @@ def _show_summary(contents: Contents, terminal: Terminal) -> None:
 
 
 def _show_metadata(metadata: Mapping[str, str], terminal: Terminal) -> None:
-    if not metadata:
+    if not metadata or metadata == BOILERPLATE:
         return
     terminal.line()
     terminal.heading("Metadata")

@@ -14,24 +14,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # A whole number between separators (`layers.3.`, `blocks_3_`), not part of a word (`fc1`, `q4`).
-_NUMBER = re.compile(r"(?<![0-9A-Za-z])(0|[1-9][0-9]*)(?![0-9A-Za-z])")
+_NUMBER = re.compile(r"(?<![0-9A-Za-z])([0-9]+)(?![0-9A-Za-z])")
 
 Numbers = tuple[int, ...]
 
 
 def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
     """Return (pattern, number of names) in the order in which the names first appear."""
-    families: dict[tuple[str, ...], set[Numbers]] = {}
+    families: dict[tuple[tuple[str, ...], tuple[int, ...]], set[Numbers]] = {}
     for name in names:
-        parts = _NUMBER.split(name)
         # split() alternates: text, number, text, number, …, text.
-        families.setdefault(tuple(parts[::2]), set()).add(tuple(map(int, parts[1::2])))
+        parts = _NUMBER.split(name)
+        texts, digits = tuple(parts[::2]), parts[1::2]
+        # 007 has a width to keep, 7 has none.
+        widths = tuple(len(text) if text[0] == "0" and len(text) > 1 else 1 for text in digits)
+        families.setdefault((texts, widths), set()).add(tuple(map(int, digits)))
     patterns = []
-    for texts, members in families.items():
+    for (texts, widths), members in families.items():
         for ranges, count in _boxes(members):
             pattern = texts[0] + "".join(
-                f"{_range_text(values)}{text}"
-                for values, text in zip(ranges, texts[1:], strict=True)
+                f"{_range_text(values, width)}{text}"
+                for values, width, text in zip(ranges, widths, texts[1:], strict=True)
             )
             patterns.append((pattern, count))
     return patterns
@@ -54,18 +57,17 @@ def _boxes(members: set[Numbers]) -> list[tuple[list[list[int]], int]]:
     ]
 
 
-def _range_text(values: list[int]) -> str:
+def _range_text(values: list[int], width: int) -> str:
     """Return `{0-2,5}` for [0, 1, 2, 5], and a lone number as it is."""
-    if len(values) == 1:
-        return str(values[0])
-    runs: list[tuple[int, int]] = []
+    runs: list[list[int]] = []
     for value in values:
-        if runs and value == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], value)
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
         else:
-            runs.append((value, value))
-    texts = (
-        str(low) if low == high else f"{low}-{high}" if high > low + 1 else f"{low},{high}"
-        for low, high in runs
-    )
-    return "{" + ",".join(texts) + "}"
+            runs.append([value])
+    texts = []
+    for run in runs:
+        ends = [run[0]] if len(run) == 1 else [run[0], run[-1]]
+        # Two neighbours are a list, three a range.
+        texts.append((",", "-")[len(run) > 2].join(f"{end:0{width}}" for end in ends))
+    return texts[0] if len(values) == 1 else "{" + ",".join(texts) + "}"
