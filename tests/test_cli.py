@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,16 +241,25 @@ def test_an_output_that_exists_needs_overwrite(
     assert "model.safetensors.index.json" in names_in(tmp_path)
 
 
-def test_errors_of_several_lines_become_one(
+def test_many_problems_are_one_line(
+    inputs: _demo.DemoInputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smaller = _demo.make_inputs(tmp_path / "smaller", replace(TINY, hidden=32))
+    flags = ["--base", str(smaller.base), "--adapters", str(inputs.adapters[1])]
+    assert main(["merge", *flags, "--dry-run"]) == 1
+    assert re.fullmatch(r"error: 6 problems: .*; .*; .*; and 3 more\n", capsys.readouterr().err)
+
+
+def test_an_error_cannot_command_the_terminal(
     style: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        message = "2 problems\n  - first\n  - second \x1b[31m"
+        message = "first\n  second \x1b[31m"
         raise ValueError(message)
 
     monkeypatch.setattr(lorafast, "plan", fail)
     assert main([*style, "--dry-run"]) == 1
-    assert capsys.readouterr().err == "error: 2 problems: first; second \\x1b[31m\n"
+    assert capsys.readouterr().err == "error: first second \\x1b[31m\n"
 
 
 def test_a_bug_is_not_dressed_up_as_an_error(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+# A wrong base gives a problem for each module; the first ones tell it.
+MOST_PROBLEMS = 3
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -85,9 +87,12 @@ def _sentence(error: Exception) -> str:
         message = f"{error.strerror}: {os.fsdecode(error.filename)}"
     else:
         message = str(error) or type(error).__name__
-    # Several problems come as a line that counts them and a line for each.
-    first, *others = (line.strip().removeprefix("- ") for line in message.splitlines())
-    return f"{first.removesuffix(':')}: {'; '.join(others)}" if others else first
+    problems: list[str] = getattr(error, "problems", [])
+    if len(problems) > 1:
+        shown = "; ".join(problems[:MOST_PROBLEMS])
+        rest = len(problems) - MOST_PROBLEMS
+        message = f"{len(problems)} problems: {shown}" + (f"; and {rest} more" if rest > 0 else "")
+    return " ".join(message.split())
 
 
 def _escape_what_the_streams_cannot_encode() -> None:
