@@ -574,3 +574,6 @@ fn reserve(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
     }
     &mut buffer[..bytes]
 }
+
+#[cfg(test)]
+mod tests;

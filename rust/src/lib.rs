@@ -15,6 +15,8 @@ pub mod dtype;
 pub mod error;
 pub mod execute;
 pub mod file;
+#[cfg(test)]
+mod fixtures;
 pub mod kernel;
 pub mod names;
 pub mod orientation;

@@ -425,3 +425,6 @@ fn plan_shard(
     let header = Header { metadata: header.metadata.clone(), tensors: entries }.encode();
     PlannedShard { name: shard.name.clone(), source, header, tensors }
 }
+
+#[cfg(test)]
+mod tests;
