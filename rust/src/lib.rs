@@ -12,6 +12,7 @@ pub mod adapter;
 pub mod checkpoint;
 pub mod describe;
 pub mod dtype;
+pub mod entries;
 pub mod error;
 pub mod execute;
 pub mod file;
@@ -20,10 +21,16 @@ mod fixtures;
 pub mod kernel;
 pub mod names;
 pub mod orientation;
+pub mod overlap;
 pub mod plan;
 pub mod safetensors;
 pub mod side_files;
+pub mod spectrum;
+pub mod statistics;
 pub mod task;
 pub mod writer;
+
+mod dense;
+mod vector;
 
 pub use error::{Error, Result};

@@ -1,0 +1,389 @@
+//! Statistics of stored tensors: moments, exact percentiles, histograms.
+//!
+//! All figures are of the finite values; NaN and infinities are counted and left out. Values are
+//! widened to f64 exactly (64-bit integers are rounded). Sums are in f64 over fixed blocks that
+//! are combined in a fixed order, so that every figure has the same bits whatever the number of
+//! threads. Percentiles and histograms are exact: they come from counting order-preserving keys,
+//! never from a sample or a fitted curve.
+//!
+//! Work is spread over the rayon pool that the caller has installed.
+
+mod element;
+mod histogram;
+mod moments;
+mod radix;
+
+#[cfg(test)]
+mod tests;
+
+use rayon::prelude::*;
+
+pub use element::{ElementType, Tensor};
+pub use histogram::{Bins, Histogram};
+
+pub(crate) use histogram::log_magnitude;
+
+use crate::error::{Error, Result};
+use element::Format;
+use histogram::{linear_counts, linear_thresholds, log_counts, log_thresholds};
+use moments::Moments;
+use radix::{Counts, Refinement};
+
+/// Elements of one unit of work.
+const SEGMENT: usize = 1 << 16;
+
+/// Units of work that a thread takes at a time, so that its tables of counts are worth their
+/// setting up.
+const SEGMENTS_AT_A_TIME: usize = 8;
+
+/// What to find beside the moments.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Request {
+    /// Percentiles, each from 0 to 100.
+    pub percentiles: Vec<f64>,
+    /// A histogram of the values.
+    pub histogram: Option<Bins>,
+    /// A histogram of log₁₀(|x| + 1e-8).
+    pub log_histogram: Option<Bins>,
+}
+
+impl Request {
+    fn check(&self) -> Result<()> {
+        for &percentile in &self.percentiles {
+            if !(0.0..=100.0).contains(&percentile) {
+                return Err(Error::Argument(format!(
+                    "percentile {percentile} is not between 0 and 100"
+                )));
+            }
+        }
+        for bins in [&self.histogram, &self.log_histogram].into_iter().flatten() {
+            bins.check()?;
+        }
+        Ok(())
+    }
+
+    fn needs_counts(&self) -> bool {
+        !self.percentiles.is_empty() || self.histogram.is_some() || self.log_histogram.is_some()
+    }
+}
+
+/// The statistics of one population of values. Of finite values alone, but for the two counts.
+/// Means, extremes and percentiles of an empty population are NaN.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// All values, finite or not.
+    pub count: u64,
+    /// NaN and ±∞ among them; all other figures leave these out.
+    pub non_finite: u64,
+    /// Values equal to zero.
+    pub zeros: u64,
+    /// The zeros' share of the finite values; NaN of an empty population.
+    pub zero_share: f64,
+    /// The arithmetic mean.
+    pub mean: f64,
+    /// The population standard deviation (divisor n), as `numpy.std`.
+    pub std: f64,
+    /// The least value.
+    pub min: f64,
+    /// The greatest value.
+    pub max: f64,
+    /// Σ|x|.
+    pub l1_norm: f64,
+    /// √Σx².
+    pub l2_norm: f64,
+    /// max|x|; 0 of an empty population.
+    pub max_norm: f64,
+    /// m₃/m₂^1.5 of the biased central moments, as `scipy.stats.skew`; NaN of equal values.
+    pub skewness: f64,
+    /// Fisher's excess m₄/m₂² − 3, biased, as `scipy.stats.kurtosis`; NaN of equal values.
+    pub kurtosis: f64,
+    /// The requested percentiles, by linear interpolation as `numpy.percentile` in f64.
+    pub percentiles: Vec<f64>,
+    /// The histogram of the values, if requested; equal to `numpy.histogram` in f64.
+    pub histogram: Option<Histogram>,
+    /// The histogram of log₁₀(|x| + 1e-8), if requested.
+    pub log_histogram: Option<Histogram>,
+}
+
+/// The statistics of all elements of `tensors`, taken together as one population.
+///
+/// # Errors
+/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins.
+pub fn describe(tensors: &[Tensor<'_>], request: &Request) -> Result<Summary> {
+    request.check()?;
+    let (moments, counts) = first_look(tensors, common_format(tensors), request.needs_counts());
+    Ok(summarize(tensors, request, &moments, counts))
+}
+
+/// The statistics of each tensor for itself, and of all of them together: the same figures as of
+/// [`describe`], with less reading.
+///
+/// # Errors
+/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins.
+pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<Summary>, Summary)> {
+    request.check()?;
+    let format = common_format(tensors);
+    let size = total_len(tensors);
+    let needs_counts = request.needs_counts();
+    let (summaries, all_moments, counts) = tensors
+        .par_iter()
+        .fold(
+            || (Vec::new(), Vec::new(), None::<Counts>),
+            |(mut summaries, mut all_moments, mut all_counts), tensor| {
+                let one = std::slice::from_ref(tensor);
+                let own_format = tensor.element().format();
+                let (moments, counts) = first_look(one, own_format, needs_counts);
+                if let Some(own) = &counts {
+                    let all = all_counts.get_or_insert_with(|| Counts::new(format, size));
+                    if all.is_like(own) {
+                        all.merge(own);
+                    } else {
+                        all.add(tensor);
+                    }
+                }
+                summaries.push(summarize(one, request, &moments, counts));
+                all_moments.push(moments);
+                (summaries, all_moments, all_counts)
+            },
+        )
+        .reduce(
+            || (Vec::new(), Vec::new(), None),
+            |mut left, right| {
+                left.0.extend(right.0);
+                left.1.extend(right.1);
+                (left.0, left.1, merge_counts(left.2, right.2))
+            },
+        );
+    let moments = merge_in_order(&all_moments);
+    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
+    let all = summarize(tensors, request, &moments, counts);
+    Ok((summaries, all))
+}
+
+fn total_len(tensors: &[Tensor<'_>]) -> u64 {
+    tensors.iter().map(|tensor| tensor.len() as u64).sum()
+}
+
+fn common_format(tensors: &[Tensor<'_>]) -> Format {
+    tensors
+        .iter()
+        .map(|tensor| tensor.element().format())
+        .reduce(Format::join)
+        .unwrap_or(Format::Single)
+}
+
+/// The tensors cut into units of work.
+fn segments<'a>(tensors: &[Tensor<'a>]) -> Vec<Tensor<'a>> {
+    tensors
+        .iter()
+        .flat_map(|tensor| {
+            (0..tensor.len())
+                .step_by(SEGMENT)
+                .map(|start| tensor.slice(start, tensor.len().min(start + SEGMENT)))
+        })
+        .collect()
+}
+
+fn merge_counts(left: Option<Counts>, right: Option<Counts>) -> Option<Counts> {
+    match (left, right) {
+        (Some(mut left), Some(right)) => {
+            left.merge(&right);
+            Some(left)
+        }
+        (left, right) => left.or(right),
+    }
+}
+
+fn merge_in_order(parts: &[Moments]) -> Moments {
+    let mut moments = Moments::default();
+    for part in parts {
+        moments.merge(part);
+    }
+    moments
+}
+
+/// Moments and first-level counts in one pass. The moments of a tensor are merged to one before
+/// those of several tensors are, so that [`describe`] and [`describe_each`] agree in every bit.
+fn first_look(
+    tensors: &[Tensor<'_>],
+    format: Format,
+    needs_counts: bool,
+) -> (Moments, Option<Counts>) {
+    let size = total_len(tensors);
+    let work = segments(tensors);
+    let visit = |(mut moments, mut counts): (Vec<Moments>, Option<Counts>), part: &Tensor<'_>| {
+        moments.push(Moments::of(part));
+        if needs_counts {
+            counts.get_or_insert_with(|| Counts::new(format, size)).add(part);
+        }
+        (moments, counts)
+    };
+    let empty = || (Vec::new(), None);
+    let (parts, counts) = if work.len() <= 1 {
+        work.iter().fold(empty(), visit)
+    } else {
+        work.par_iter().with_min_len(SEGMENTS_AT_A_TIME).fold(empty, visit).reduce(
+            empty,
+            |mut left, right| {
+                left.0.extend(right.0);
+                (left.0, merge_counts(left.1, right.1))
+            },
+        )
+    };
+    let mut rest = parts.as_slice();
+    let mut of_tensors = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        let (own, others) = rest.split_at(tensor.len().div_ceil(SEGMENT));
+        of_tensors.push(merge_in_order(own));
+        rest = others;
+    }
+    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
+    (merge_in_order(&of_tensors), counts)
+}
+
+/// A rank that percentiles are interpolated at: the one below, and the share of the one above.
+struct Position {
+    below: u64,
+    above: u64,
+    share: f64,
+}
+
+impl Position {
+    /// The virtual index q·(n−1) of NumPy's default method.
+    fn of(percentile: f64, count: u64) -> Self {
+        let last = count - 1;
+        let index = last as f64 * (percentile / 100.0);
+        let below = (index.floor() as u64).min(last);
+        Self { below, above: (below + 1).min(last), share: index - below as f64 }
+    }
+
+    /// NumPy's `_lerp`, which is monotone and exact at both ends.
+    fn interpolate(&self, below: f64, above: f64) -> f64 {
+        let difference = above - below;
+        if self.share >= 0.5 {
+            above - difference * (1.0 - self.share)
+        } else {
+            below + difference * self.share
+        }
+    }
+}
+
+fn summarize(
+    tensors: &[Tensor<'_>],
+    request: &Request,
+    moments: &Moments,
+    counts: Option<Counts>,
+) -> Summary {
+    let distribution = counts.map_or_else(Distribution::default, |counts| {
+        Distribution::find(tensors, request, moments, counts)
+    });
+    let finite = moments.finite;
+    let or_nan = |value: f64| if finite == 0 { f64::NAN } else { value };
+    Summary {
+        count: finite + moments.non_finite,
+        non_finite: moments.non_finite,
+        zeros: moments.zeros,
+        zero_share: moments.zeros as f64 / finite as f64,
+        mean: moments.mean(),
+        std: moments.variance().sqrt(),
+        min: or_nan(moments.min),
+        max: or_nan(moments.max),
+        l1_norm: moments.absolute_sum(),
+        l2_norm: moments.euclidean_norm(),
+        max_norm: if finite == 0 { 0.0 } else { moments.min.abs().max(moments.max.abs()) },
+        skewness: moments.skewness(),
+        kurtosis: moments.kurtosis(),
+        percentiles: distribution.percentiles,
+        histogram: distribution.histogram,
+        log_histogram: distribution.log_histogram,
+    }
+}
+
+#[derive(Default)]
+struct Distribution {
+    percentiles: Vec<f64>,
+    histogram: Option<Histogram>,
+    log_histogram: Option<Histogram>,
+}
+
+impl Distribution {
+    fn find(tensors: &[Tensor<'_>], request: &Request, moments: &Moments, counts: Counts) -> Self {
+        let format = counts.format();
+        let index = counts.index();
+        debug_assert_eq!(index.total(), moments.finite);
+        let edges = request.histogram.as_ref().map(|bins| bins.edges(moments.min, moments.max));
+        let log_edges = request.log_histogram.as_ref().map(|bins| {
+            let (low, high) = if moments.finite == 0 {
+                (1.0, 0.0)
+            } else {
+                let greatest = moments.min.abs().max(moments.max.abs());
+                (log_magnitude(moments.least), log_magnitude(greatest))
+            };
+            bins.edges(low, high)
+        });
+        let mut thresholds = Vec::new();
+        if let Some(edges) = &edges {
+            thresholds.extend(linear_thresholds(format, edges));
+        }
+        let linear = thresholds.len();
+        if let Some(edges) = &log_edges {
+            thresholds.extend(log_thresholds(format, edges));
+        }
+        let positions: Vec<Position> = if moments.finite == 0 {
+            Vec::new()
+        } else {
+            let place = |&percentile| Position::of(percentile, moments.finite);
+            request.percentiles.iter().map(place).collect()
+        };
+        let ranks: Vec<u64> =
+            positions.iter().flat_map(|position| [position.below, position.above]).collect();
+
+        let refinement = index.refine(&ranks, &thresholds);
+        drop(index);
+        let tally = look_again(tensors, &refinement);
+        let below = refinement.below(&tally);
+        let mut refinement = refinement.narrow(tally);
+        while refinement.is_needed() {
+            let tally = look_again(tensors, &refinement);
+            refinement = refinement.narrow(tally);
+        }
+        let percentiles = if moments.finite == 0 {
+            vec![f64::NAN; request.percentiles.len()]
+        } else {
+            positions
+                .iter()
+                .zip(refinement.values().chunks_exact(2))
+                .map(|(position, pair)| position.interpolate(pair[0], pair[1]))
+                .collect()
+        };
+        Self {
+            percentiles,
+            histogram: edges
+                .map(|edges| Histogram { edges, counts: linear_counts(&below[..linear]) }),
+            log_histogram: log_edges
+                .map(|edges| Histogram { edges, counts: log_counts(&below[linear..]) }),
+        }
+    }
+}
+
+fn look_again(tensors: &[Tensor<'_>], refinement: &Refinement) -> radix::Tally {
+    if !refinement.is_needed() {
+        return refinement.tally();
+    }
+    let visit = |mut tally: radix::Tally, part: &Tensor<'_>| {
+        refinement.visit(part, &mut tally);
+        tally
+    };
+    let work = segments(tensors);
+    if work.len() <= 1 {
+        return work.iter().fold(refinement.tally(), visit);
+    }
+    work.par_iter()
+        .with_min_len(SEGMENTS_AT_A_TIME)
+        .fold(|| refinement.tally(), visit)
+        .reduce_with(|mut left, right| {
+            left.merge(right);
+            left
+        })
+        .unwrap_or_else(|| refinement.tally())
+}

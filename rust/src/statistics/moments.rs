@@ -1,0 +1,295 @@
+//! Moments and extremes of a population, mergeable, in one pass.
+
+use super::element::{BLOCK, Tensor};
+use crate::vector::vectorized;
+
+/// Partial sums that run side by side. Fixed, so that every vector width adds in the same order.
+const LANES: usize = 16;
+
+/// A sum with the rounding errors of its additions carried along (Neumaier's summation).
+#[derive(Debug, Clone, Copy, Default)]
+struct Compensated {
+    sum: f64,
+    error: f64,
+}
+
+impl Compensated {
+    fn add(&mut self, value: f64) {
+        let sum = self.sum + value;
+        // An overflowed sum has no rounding error to carry.
+        if sum.is_finite() {
+            self.error += if self.sum.abs() >= value.abs() {
+                (self.sum - sum) + value
+            } else {
+                (value - sum) + self.sum
+            };
+        }
+        self.sum = sum;
+    }
+
+    fn merge(&mut self, other: Self) {
+        self.add(other.sum);
+        self.error += other.error;
+    }
+
+    fn total(self) -> f64 {
+        self.sum + self.error
+    }
+}
+
+/// Counts, extremes, sums and central moments of the finite values of a population.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moments {
+    /// Finite values.
+    pub finite: u64,
+    /// NaN and ±∞.
+    pub non_finite: u64,
+    /// Values equal to zero.
+    pub zeros: u64,
+    pub min: f64,
+    pub max: f64,
+    /// The least magnitude.
+    pub least: f64,
+    sum: Compensated,
+    absolute: Compensated,
+    /// Σ(x−mean)², Σ(x−mean)³, Σ(x−mean)⁴.
+    second: f64,
+    third: f64,
+    fourth: f64,
+}
+
+impl Default for Moments {
+    fn default() -> Self {
+        Self {
+            finite: 0,
+            non_finite: 0,
+            zeros: 0,
+            min: f64::INFINITY,
+            max: f64::NEG_INFINITY,
+            least: f64::INFINITY,
+            sum: Compensated::default(),
+            absolute: Compensated::default(),
+            second: 0.0,
+            third: 0.0,
+            fourth: 0.0,
+        }
+    }
+}
+
+impl Moments {
+    /// The moments of a tensor, block after block.
+    pub(crate) fn of(tensor: &Tensor<'_>) -> Self {
+        let mut moments = Self::default();
+        let mut buffer = [0.0; BLOCK];
+        let mut start = 0;
+        while start < tensor.len() {
+            let end = tensor.len().min(start + BLOCK);
+            let values = &mut buffer[..end - start];
+            tensor.slice(start, end).decode(values);
+            moments.merge(&Self::of_values(values));
+            start = end;
+        }
+        moments
+    }
+
+    /// The moments of one block, whose order is not kept.
+    fn of_values(values: &mut [f64]) -> Self {
+        let mut count = values.len();
+        let mut first = first_sums(values);
+        if !first.absolute.is_finite() {
+            // Rare: pack the finite values together and take those.
+            count = 0;
+            for index in 0..values.len() {
+                if values[index].is_finite() {
+                    values[count] = values[index];
+                    count += 1;
+                }
+            }
+            first = first_sums(&values[..count]);
+        }
+        let non_finite = (values.len() - count) as u64;
+        if count == 0 {
+            return Self { non_finite, ..Self::default() };
+        }
+        let [second, third, fourth] = central_sums(&values[..count], first.sum / count as f64);
+        Self {
+            finite: count as u64,
+            non_finite,
+            zeros: first.zeros as u64,
+            min: first.min,
+            max: first.max,
+            least: first.least,
+            sum: Compensated { sum: first.sum, error: 0.0 },
+            absolute: Compensated { sum: first.absolute, error: 0.0 },
+            second,
+            third,
+            fourth,
+        }
+    }
+
+    /// Adds another population's moments (Chan, Golub & LeVeque 1983; Pébay, SAND2008-6212).
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.non_finite += other.non_finite;
+        if other.finite == 0 {
+            return;
+        }
+        if self.finite == 0 {
+            *self = Self { non_finite: self.non_finite, ..*other };
+            return;
+        }
+        let (a, b) = (self.finite as f64, other.finite as f64);
+        let n = a + b;
+        let delta = other.mean() - self.mean();
+        let square = delta * delta;
+        self.fourth += other.fourth
+            + square * square * (a / n) * (b / n) * ((a * a - a * b + b * b) / n)
+            + 6.0 * square * ((a / n) * (a / n) * other.second + (b / n) * (b / n) * self.second)
+            + 4.0 * delta * ((a / n) * other.third - (b / n) * self.third);
+        self.third += other.third
+            + square * delta * (a / n) * b * ((a - b) / n)
+            + 3.0 * delta * ((a / n) * other.second - (b / n) * self.second);
+        self.second += other.second + square * (a / n) * b;
+        self.finite += other.finite;
+        self.zeros += other.zeros;
+        self.min = self.min.min(other.min);
+        self.max = self.max.max(other.max);
+        self.least = self.least.min(other.least);
+        self.sum.merge(other.sum);
+        self.absolute.merge(other.absolute);
+    }
+
+    /// The mean; NaN of nothing.
+    pub(crate) fn mean(&self) -> f64 {
+        self.sum.total() / self.finite as f64
+    }
+
+    /// The population variance; NaN of nothing.
+    pub(crate) fn variance(&self) -> f64 {
+        self.second / self.finite as f64
+    }
+
+    /// Σ|x|.
+    pub(crate) fn absolute_sum(&self) -> f64 {
+        self.absolute.total()
+    }
+
+    /// √Σx².
+    pub(crate) fn euclidean_norm(&self) -> f64 {
+        if self.finite == 0 {
+            return 0.0;
+        }
+        // Both terms are positive: nothing cancels.
+        (self.second + self.mean() * self.sum.total()).sqrt()
+    }
+
+    /// Whether all values are equal up to rounding, by the rule of `scipy.stats.skew`.
+    fn is_constant(&self) -> bool {
+        let spread = 1e-15 * self.mean();
+        self.variance() <= spread * spread
+    }
+
+    /// m₃/m₂^1.5, biased; NaN where all values are equal.
+    pub(crate) fn skewness(&self) -> f64 {
+        if self.is_constant() {
+            return f64::NAN;
+        }
+        let variance = self.variance();
+        (self.third / self.finite as f64) / (variance * variance.sqrt())
+    }
+
+    /// m₄/m₂² − 3, biased; NaN where all values are equal.
+    pub(crate) fn kurtosis(&self) -> f64 {
+        if self.is_constant() {
+            return f64::NAN;
+        }
+        let variance = self.variance();
+        (self.fourth / self.finite as f64) / (variance * variance) - 3.0
+    }
+}
+
+struct First {
+    sum: f64,
+    absolute: f64,
+    zeros: f64,
+    min: f64,
+    max: f64,
+    least: f64,
+}
+
+/// Adds the lanes as a balanced tree.
+fn combine(mut lanes: [f64; LANES], operation: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = operation(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+vectorized! {
+    fn first_sums(values: &[f64]) -> First {
+        let mut sum = [0.0; LANES];
+        let mut absolute = [0.0; LANES];
+        let mut zeros = [0.0; LANES];
+        let mut min = [f64::INFINITY; LANES];
+        let mut max = [f64::NEG_INFINITY; LANES];
+        let mut least = [f64::INFINITY; LANES];
+        let (blocks, rest) = values.as_chunks::<LANES>();
+        for block in blocks {
+            for lane in 0..LANES {
+                let value = block[lane];
+                let magnitude = value.abs();
+                sum[lane] += value;
+                absolute[lane] += magnitude;
+                zeros[lane] += if value == 0.0 { 1.0 } else { 0.0 };
+                min[lane] = if value < min[lane] { value } else { min[lane] };
+                max[lane] = if value > max[lane] { value } else { max[lane] };
+                least[lane] = if magnitude < least[lane] { magnitude } else { least[lane] };
+            }
+        }
+        for (lane, &value) in rest.iter().enumerate() {
+            sum[lane] += value;
+            absolute[lane] += value.abs();
+            zeros[lane] += if value == 0.0 { 1.0 } else { 0.0 };
+            min[lane] = min[lane].min(value);
+            max[lane] = max[lane].max(value);
+            least[lane] = least[lane].min(value.abs());
+        }
+        First {
+            sum: combine(sum, |a, b| a + b),
+            absolute: combine(absolute, |a, b| a + b),
+            zeros: combine(zeros, |a, b| a + b),
+            min: combine(min, f64::min),
+            max: combine(max, f64::max),
+            least: combine(least, f64::min),
+        }
+    }
+}
+
+vectorized! {
+    fn central_sums(values: &[f64], mean: f64) -> [f64; 3] {
+        let mut second = [0.0; LANES];
+        let mut third = [0.0; LANES];
+        let mut fourth = [0.0; LANES];
+        let (blocks, rest) = values.as_chunks::<LANES>();
+        for block in blocks {
+            for lane in 0..LANES {
+                let delta = block[lane] - mean;
+                let square = delta * delta;
+                second[lane] += square;
+                third[lane] += square * delta;
+                fourth[lane] += square * square;
+            }
+        }
+        for (lane, &value) in rest.iter().enumerate() {
+            let delta = value - mean;
+            let square = delta * delta;
+            second[lane] += square;
+            third[lane] += square * delta;
+            fourth[lane] += square * square;
+        }
+        [second, third, fourth].map(|lanes| combine(lanes, |a, b| a + b))
+    }
+}
