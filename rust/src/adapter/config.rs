@@ -31,6 +31,7 @@ pub struct PeftConfig {
     rank_stabilised: bool,
     fan_in_fan_out: bool,
     dora: bool,
+    lora_bias: bool,
 }
 
 /// What a config field means for the merge.
@@ -130,6 +131,7 @@ impl PeftConfig {
         let rank_stabilised = reader.flag("use_rslora")?;
         let fan_in_fan_out = reader.flag("fan_in_fan_out")?;
         let dora = reader.flag("use_dora")?;
+        let lora_bias = reader.flag("lora_bias")?;
         Ok(Self {
             path: path.to_path_buf(),
             rank,
@@ -139,6 +141,7 @@ impl PeftConfig {
             rank_stabilised,
             fan_in_fan_out,
             dora,
+            lora_bias,
             raw,
         })
     }
@@ -171,6 +174,11 @@ impl PeftConfig {
     /// Whether every module has a magnitude (`use_dora`; Liu et al. 2024, arXiv:2402.09353).
     pub fn uses_dora(&self) -> bool {
         self.dora
+    }
+
+    /// Whether every `lora_B` has a bias (`lora_bias`).
+    pub fn has_lora_bias(&self) -> bool {
+        self.lora_bias
     }
 
     /// The flag as it stands in the file. PEFT corrects it from the layer's type when it loads the

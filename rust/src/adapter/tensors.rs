@@ -178,6 +178,13 @@ fn assemble(path: String, parts: Parts, config: &PeftConfig) -> Result<Module, S
             None => format!("sets use_dora in its config but has no magnitude for {path}"),
         });
     }
+    // Embeddings have no biases, whatever the config says.
+    if !embedding && config.has_lora_bias() != bias.is_some() {
+        return Err(match bias {
+            Some(bias) => format!("has {} but its config does not set lora_bias", bias.name),
+            None => format!("sets lora_bias in its config but has no bias of lora_B for {path}"),
+        });
+    }
     for vector in [&magnitude, &bias].into_iter().flatten() {
         if vector.elements() != b.shape[0] {
             return Err(format!(

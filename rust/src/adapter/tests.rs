@@ -27,16 +27,19 @@ fn every_key_has_its_place() {
         ("base_model.model.a.q.lora_B.bias", &[4]),
         ("a.k.lora_A.default.weight", &[2, 6]),
         ("a.k.lora_B.default.weight", &[4, 2]),
+        ("a.k.lora_B.default.bias", &[4]),
         ("base_model.model.wte.lora_embedding_A", &[2, 9]),
         ("base_model.model.wte.lora_embedding_B", &[6, 2]),
         ("base_model.model.conv.lora_A.weight", &[2, 3, 5, 5]),
         ("base_model.model.conv.lora_B.weight", &[4, 2, 1, 1]),
+        ("base_model.model.conv.lora_B.bias", &[4]),
         ("base_model.model.a.q.base_layer.bias", &[4]),
         ("base_model.model.score.modules_to_save.weight", &[3, 6]),
         ("base_model.model.score.original_module.weight", &[3, 6]),
         ("base_model.model.wte.token_adapter.trainable_tokens_delta", &[2, 6]),
     ];
-    let adapter = adapter(directory.path(), tensors, "").expect("sound");
+    let fields = r#", "lora_bias": true"#;
+    let adapter = adapter(directory.path(), tensors, fields).expect("sound");
     let kinds: Vec<_> =
         adapter.modules().values().map(|module| (module.path.as_str(), module.kind)).collect();
     assert_eq!(
@@ -48,7 +51,7 @@ fn every_key_has_its_place() {
             ("conv", LayerKind::Convolution),
         ]
     );
-    assert!(adapter.modules()["a.q"].bias.is_some() && adapter.modules()["a.k"].bias.is_none());
+    assert!(adapter.modules()["a.q"].bias.is_some() && adapter.modules()["wte"].bias.is_none());
     let saved: Vec<_> = adapter.saved().iter().map(|saved| saved.path.as_str()).collect();
     assert_eq!(saved, ["a.q.bias", "score.weight"]);
     let roles: Vec<_> = adapter.others().iter().map(|(_, role)| *role).collect();
@@ -77,6 +80,10 @@ fn factors_that_do_not_belong_together_are_named() {
     assert!(complaint(root, &[a, b(&[4, 2])], dora).contains("no magnitude for x"));
     let long = ("x.lora_magnitude_vector", &[5u64][..]);
     assert!(complaint(root, &[a, b(&[4, 2]), long], dora).contains("has 4 outputs"));
+    let bias = ("x.lora_B.bias", &[4u64][..]);
+    assert!(complaint(root, &[a, b(&[4, 2]), bias], "").contains("does not set lora_bias"));
+    let biased = r#", "lora_bias": true"#;
+    assert!(complaint(root, &[a, b(&[4, 2])], biased).contains("no bias of lora_B for x"));
     // What the config explains is no damage.
     let parameters = r#", "target_parameters": ["experts.gate"]"#;
     assert!(complaint(root, &[a, b(&[4, 3])], parameters).contains("LoRA on parameters"));

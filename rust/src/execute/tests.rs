@@ -354,7 +354,8 @@ fn embeddings_convolutions_and_biases_are_products_too() {
         ("c.lora_B.weight", Dtype::F32, &[20, 2, 1, 1][..], ramp(40, 3)),
         ("c.lora_B.bias", Dtype::F32, &[20][..], ramp(20, 5)),
     ];
-    let (_kept, merged) = merge_tensors(&base, &factors, "", plain());
+    let biased = r#", "lora_bias": true"#;
+    let (_kept, merged) = merge_tensors(&base, &factors, biased, plain());
     let expected = product(20, 30);
     assert_close(&merged["c.weight"], &expected);
     let turned: Vec<_> = (0..600).map(|index| expected[index % 20 * 30 + index / 20]).collect();
