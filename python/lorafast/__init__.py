@@ -1,7 +1,8 @@
 """Merge LoRA adapters into safetensors checkpoints, and measure what adapters hold.
 
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
-the model; `plan` says beforehand what it would do; `inspect` lists what a file holds.
+the model; `plan` says beforehand what it would do, `verify`
+afterwards whether it was done right; `inspect` lists what a file holds.
 """
 
 from lorafast._core import __version__, build_info
@@ -14,8 +15,10 @@ from lorafast._errors import (
     OutputError,
     PlanError,
     UnsupportedAdapterError,
+    VerificationError,
 )
 from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
+from lorafast._verify import Verification, verify
 
 __all__ = [
     "AdapterError",
@@ -28,11 +31,14 @@ __all__ = [
     "OutputError",
     "PlanError",
     "UnsupportedAdapterError",
+    "Verification",
+    "VerificationError",
     "__version__",
     "build_info",
     "inspect",
     "merge",
     "plan",
+    "verify",
 ]
 
 # Users see, and pickle, the public names.

@@ -62,6 +62,10 @@ class Terminal:
         json.dump(value, sys.stdout, indent=2)
         print()
 
+    def problem(self, text: str) -> None:
+        """Print a line of a verdict that must be seen, --quiet or not."""
+        print(printable(text))
+
     def warn(self, message: str) -> None:
         """Print `warning: …` on stderr, once for each message."""
         if message not in self._warned:
