@@ -51,7 +51,7 @@ fn dispatch<E: Element>(
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn rows_avx2<E: Element>(factors: &PackedFactors, first_row: usize, tile: &mut [u8]) -> u32 {
     // SAFETY: this function's own contract.
-    unsafe { rows::<Avx2, E, 4, 3>(factors, first_row, tile) }
+    unsafe { rows::<Avx2, E, 6, 2>(factors, first_row, tile) }
 }
 
 /// # Safety

@@ -110,7 +110,7 @@ prop_compose! {
     fn cases()(
         dtype in dtypes(),
         factor_dtype in dtypes(),
-        rows in 1usize..40,
+        rows in 1usize..80,
         columns in 1usize..130,
         ranks in prop::collection::vec(1usize..9, 1..4),
         transposed in any::<bool>(),
@@ -136,9 +136,9 @@ proptest! {
 
     #[test]
     fn every_instruction_set_and_tile_gives_the_same_bytes(case in cases()) {
-        let expected = case.merged(InstructionSet::Portable, case.rows.next_multiple_of(8));
+        let expected = case.merged(InstructionSet::Portable, case.rows.next_multiple_of(ROW_MULTIPLE));
         for set in InstructionSet::available() {
-            for tile_rows in [8, 16] {
+            for tile_rows in [ROW_MULTIPLE, 2 * ROW_MULTIPLE] {
                 prop_assert!(case.merged(set, tile_rows) == expected, "{set:?}, {tile_rows} rows");
             }
         }
@@ -146,7 +146,7 @@ proptest! {
 
     #[test]
     fn the_result_is_the_f64_result_within_rounding(case in cases()) {
-        let merged = convert::widen_f64(&case.dtype, &case.merged(InstructionSet::detect(), 8));
+        let merged = convert::widen_f64(&case.dtype, &case.merged(InstructionSet::detect(), ROW_MULTIPLE));
         // Half a unit in the last place of the type, and the error of a chain of 24 f32 steps
         // on sums below 24 · 2.
         let (relative, absolute) = match case.dtype {
