@@ -1,0 +1,72 @@
+"""Bases and adapters named by a hub id go through huggingface_hub, and say so when they cannot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import lorafast
+import pytest
+from support.handmade import make_adapter, make_base
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A hub with one base and one adapter; records what was asked for."""
+    repositories = {
+        "owner/base": make_base(tmp_path / "snapshots" / "base", shards=2),
+        "adapter": make_adapter(tmp_path / "snapshots" / "adapter"),
+    }
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked[repository] = allow_patterns
+        return str(repositories[repository])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_ids_are_fetched(tmp_path: Path, hub: dict[str, Any]) -> None:
+    report = lorafast.merge("owner/base", "adapter", tmp_path / "out")
+    assert report.tensors_merged > 0
+    assert set(hub) == {"owner/base", "adapter"}
+    assert "*.safetensors" in hub["owner/base"]
+    assert "*.bin" not in hub["owner/base"]
+    assert "adapter_config.json" in hub["adapter"]
+    assert lorafast.inspect("owner/base")["kind"] == "checkpoint"
+
+
+def test_a_path_wins_over_an_id(
+    tmp_path: Path, hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_base(tmp_path / "work" / "owner" / "base")
+    monkeypatch.chdir(tmp_path / "work")
+    assert lorafast.inspect("owner/base")["path"] == "owner/base"
+    assert not hub
+
+
+@pytest.mark.parametrize("name", ["./owner/base", "/absent", "a/b/c", "spaces in it"])
+def test_what_is_no_id_is_not_asked_for(name: str, hub: dict[str, Any]) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        lorafast.inspect(name)
+    assert error.value.filename == name
+    assert not hub
+
+
+def test_offline_names_the_path(tmp_path: Path) -> None:
+    """The real client, which is offline in these tests, with nothing in its cache."""
+    with pytest.raises(FileNotFoundError, match="hub cannot be reached") as error:
+        lorafast.merge("nobody/nothing-of-that-name", tmp_path, tmp_path / "out")
+    assert error.value.filename == "nobody/nothing-of-that-name"
+
+
+def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(lorafast.MissingDependencyError, match=r"pip install 'lorafast\[hub\]'"):
+        lorafast.inspect("owner/base")
+    # A plain name is a mistyped path more often than one of the few ids without an owner.
+    with pytest.raises(FileNotFoundError):
+        lorafast.inspect("base")
