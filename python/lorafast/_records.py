@@ -359,7 +359,8 @@ class ModuleComparison:
         cosine: N×N, of the updates; NaN where one is absent, zero or not finite.
         sign_agreement: N×N, NaN where one is absent.
         subspace: N×N, φ of the whole output subspaces; NaN where one is absent.
-        subspace_expected: N×N, its expectation for random subspaces of these ranks.
+        subspace_expected: N×N, its expectation for random subspaces of these ranks; NaN on the
+            diagonal.
         pairs: the pairs of adapters that both have the module, in order.
     """
 
