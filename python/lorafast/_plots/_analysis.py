@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafast._plots import _figure
 from lorafast._plots._style import (
+    ABSENT,
     COLOURS,
     GUIDE,
     LABEL_SIZE,
@@ -21,8 +22,11 @@ from lorafast._plots._style import (
     fit,
     fit_all,
     grid_of,
+    grid_size,
+    legend_above,
     line_style,
     nothing,
+    percent,
     short,
     thin_ticks,
     usable,
@@ -80,9 +84,8 @@ def heatmap(analysis: AdapterAnalysis) -> Figure:
     modules = list(analysis.modules.values())
     grid = grid_of(modules, [module.frobenius_norm for module in modules])
     rows, columns, values, _ = grid
-    width = min(16.0, max(7.0, 4.5 + 0.32 * len(columns)))
-    height = min(16.0, max(3.0, 1.8 + 0.3 * len(rows)))
-    figure = _figure.new(width, height, f"{fit(analysis.name)}: size of the update of each module")
+    title = f"{fit(analysis.name)}: size of the update of each module"
+    figure = _figure.new(*grid_size(rows, columns), title)
     axes = figure.subplots()
     if not modules:
         nothing(axes, "the adapter updates no module")
@@ -133,20 +136,20 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
     labels = list(groups)
     for i, label in enumerate(labels):
         members = [spectra[module.path] for module in groups[label]]
-        relative = _stack([values / values[0] for values in members], longest, math.nan)
-        energy = _stack(
-            [np.cumsum((values / values[0]) ** 2) for values in members], longest, math.nan
-        )
-        energy = energy / np.nanmax(energy, axis=1, keepdims=True)
+        relative, energy = _relative(members, longest)
         for axes, rows in ((left, relative), (right, energy)):
-            if axes is left:
-                rows[rows <= 0] = math.nan
-            x, median, low, high = _median_band(rows)
-            style = line_style(i)
-            (line,) = axes.plot(x, median, marker=marker, markersize=3.5, linewidth=1.6, **style)
-            if len(members) > 1:
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+            x, median, _, _ = _median_band(rows)
+            (line,) = axes.plot(
+                x, median, marker=marker, markersize=3.5, linewidth=1.6, **line_style(i)
+            )
         handles.append(line)
+    if len(spectra) > FEW:
+        # One band for all: one for each line would cover the others.
+        for axes, rows in zip(
+            (left, right), _relative(list(spectra.values()), longest), strict=True
+        ):
+            x, _, low, high = _median_band(rows)
+            axes.fill_between(x, low, high, color=ABSENT, linewidth=0, zorder=0)
     left.set_yscale("log")
     left.grid(True, axis="y", which="major", linewidth=0.5, alpha=0.4)
     for share in (0.9, 0.99):
@@ -156,12 +159,12 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
                        color=GUIDE)  # fmt: skip
     right.set_ylim(0, 1.04)
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
         axes.set_xlim(1 - 0.03 * longest, longest + 0.03 * longest)
     sizes = [len(groups[label]) for label in labels]
     if max(sizes) > 1:
         shown = [f"{label}  ({n})" for label, n in zip(fit_all(labels), sizes, strict=True)]
-        heading = "median and 10–90 % of"
+        heading = "median of each (number of modules); grey: 10–90 % of all modules"
     else:
         shown, heading = fit_all(labels), None
     legend = figure.legend(handles, ["" for _ in shown], loc="outside lower center", fontsize=8,
@@ -177,21 +180,30 @@ def _spectrum_groups(modules: Sequence[ModuleAnalysis]) -> dict[str, list[Module
     """Modules that share a line: each alone, those of one place in the block, or all."""
     if len(modules) <= FEW:
         return {module.path: [module] for module in modules}
-    for key in (lambda m: m.layer, lambda m: m.layer.rpartition(".")[2]):
+    for names in (
+        [module.layer for module in modules],
+        [module.layer.rpartition(".")[2] for module in modules],
+    ):
         groups: dict[str, list[ModuleAnalysis]] = {}
-        for module in modules:
-            groups.setdefault(key(module), []).append(module)
+        for name, module in zip(names, modules, strict=True):
+            groups.setdefault(name, []).append(module)
         if len(groups) <= 2 * FEW:
             return groups
     return {"all modules": list(modules)}
 
 
-def _stack(rows: Sequence[NDArray[np.float64]], length: int, fill: float) -> NDArray[np.float64]:
-    """Rows of different lengths as one matrix."""
-    matrix = np.full((len(rows), length), fill)
-    for i, row in enumerate(rows):
-        matrix[i, : row.size] = row
-    return matrix
+def _relative(
+    spectra: Sequence[NDArray[np.float64]], length: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """σᵢ/σ₁ and the cumulative share of energy, a row for each spectrum, NaN after its end."""
+    relative = np.full((len(spectra), length), math.nan)
+    for i, values in enumerate(spectra):
+        relative[i, : values.size] = values / values[0]
+    energy = np.cumsum(relative**2, axis=1)
+    energy /= np.nanmax(energy, axis=1, keepdims=True)
+    # Zero has no place on a logarithmic axis.
+    relative[relative <= 0] = math.nan
+    return relative, energy
 
 
 def _median_band(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
@@ -208,30 +220,29 @@ def _weights(axes: Axes, statistics: TensorStatistics) -> None:
         return
     axes.set_ylabel(filled_histogram(axes, statistics.histogram), fontsize=LABEL_SIZE)
     low, high = (statistics.percentiles.get(p, math.nan) for p in (5.0, 95.0))
-    marks = [(statistics.mean, "mean", "-", COLOURS[3])]
-    if math.isfinite(low) and math.isfinite(high):
-        marks += [
-            (low, "5th and 95th percentile", "--", COLOURS[3]),
-            (high, None, "--", COLOURS[3]),
-        ]
-    for value, label, dashes, colour in marks:
-        if math.isfinite(value):
-            axes.axvline(value, color=colour, linestyle=dashes, linewidth=1.2, label=label)
-    _note(axes, statistics)
+    axes.set_xlabel(f"weight\n{_figures(statistics)}", fontsize=LABEL_SIZE)
+    style: dict[str, Any] = {"color": COLOURS[3], "linewidth": 1.2}
+    handles = []
     if math.isfinite(statistics.mean):
-        axes.legend(fontsize=8, frameon=False, loc="upper right")
+        handles.append(axes.axvline(statistics.mean, label="mean", **style))
+    if math.isfinite(low) and math.isfinite(high):
+        axes.axvline(low, linestyle="--", **style)
+        label = "5th and 95th percentile"
+        handles.append(axes.axvline(high, linestyle="--", label=label, **style))
+    legend_above(axes, handles)
 
 
-def _note(axes: Axes, statistics: TensorStatistics) -> None:
-    """The figures a reader of the histogram asks for, in a corner above it."""
-    lines = [f"n = {statistics.count:,}"]
-    lines += [f"mean = {short(statistics.mean)}", f"std = {short(statistics.std)}"]
-    lines += [f"[{short(statistics.min)}, {short(statistics.max)}]"]
+def _figures(statistics: TensorStatistics) -> str:
+    """The figures that a reader of the histogram asks for, as one line."""
+    parts = [
+        f"n = {statistics.count:,}",
+        f"mean = {short(statistics.mean)}",
+        f"std = {short(statistics.std)}",
+        f"from {short(statistics.min)} to {short(statistics.max)}",
+    ]
     if statistics.non_finite:
-        lines.append(f"not finite: {statistics.non_finite:,}")
-    axes.margins(y=0.05)
-    axes.text(0.015, 0.985, "\n".join(lines), transform=axes.transAxes, ha="left", va="top",
-              fontsize=8, linespacing=1.35, parse_math=False)  # fmt: skip
+        parts.append(f"{statistics.non_finite:,} not finite")
+    return "   ".join(parts)
 
 
 def _log_weights(axes: Axes, statistics: TensorStatistics) -> None:
@@ -241,10 +252,10 @@ def _log_weights(axes: Axes, statistics: TensorStatistics) -> None:
         return
     axes.set_ylabel(filled_histogram(axes, statistics.log_histogram), fontsize=LABEL_SIZE)
     if statistics.zero_share > 0:
-        share = statistics.zero_share
-        text = f"{share:.2g}" if share < 1e-4 else f"{share:.3%}".rstrip("0%").rstrip(".") + " %"
-        axes.text(0.015, 0.985, f"at −8: exact zeros, {text} of all",
-                  transform=axes.transAxes, ha="left", va="top", fontsize=8)  # fmt: skip
+        axes.set_xlabel(
+            f"log₁₀(|w| + 1e-8)\nat −8: exact zeros, {percent(statistics.zero_share)} of all",
+            fontsize=LABEL_SIZE,
+        )
 
 
 def _by_layer(axes: Axes, analysis: AdapterAnalysis, figure: str) -> None:
@@ -280,8 +291,7 @@ def _by_layer(axes: Axes, analysis: AdapterAnalysis, figure: str) -> None:
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
     axes.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
     _layer_ticks(axes, modules)
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0),
-                borderaxespad=0.2)  # fmt: skip
+    legend_above(axes, axes.get_lines()[:2])
 
 
 def _layer_ticks(axes: Axes, modules: Sequence[ModuleAnalysis]) -> None:

@@ -21,6 +21,8 @@ from lorafast._plots._style import (
     finite,
     fit_all,
     grid_of,
+    grid_size,
+    legend_above,
     line_style,
     nothing,
     thin_ticks,
@@ -71,17 +73,13 @@ def _ranges(axes: Axes, analyses: Sequence[AdapterAnalysis]) -> None:
         axes.bar([i], [high - low], bottom=[low], width=0.12, color=COLOURS[4])
         inner = [analysis.weights.percentiles.get(p, math.nan) for p in (5.0, 95.0)]
         axes.bar([i], [inner[1] - inner[0]], bottom=[inner[0]], width=0.5, color=COLOURS[0])
+    # The lower end of a bar is no natural end of the axis here.
+    axes.use_sticky_edges = False
     axes.axhline(0.0, color=GUIDE, linewidth=0.8)
     from matplotlib.patches import Patch
 
-    axes.legend(
-        handles=[
-            Patch(color=COLOURS[4], label="least to greatest"),
-            Patch(color=COLOURS[0], label="5th to 95th percentile"),
-        ],
-        fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0),
-        borderaxespad=0.2,
-    )  # fmt: skip
+    whole = Patch(color=COLOURS[4], label="least to greatest")
+    legend_above(axes, [whole, Patch(color=COLOURS[0], label="5th to 95th percentile")])
 
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
@@ -102,6 +100,10 @@ def distributions(comparison: Comparison) -> Figure:
     logs = [analysis.weights.log_histogram for analysis in comparison.analyses]
     names = fit_all(comparison.names)
     if len(names) > LINES_AT_MOST:
+        figure.suptitle(
+            "Distributions of the stored weights: density, of each adapter's own greatest (yellow)",
+            fontsize=13,
+        )
         _rows(left, weights, names, "Distribution", "weight")
         _rows(right, logs, None, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)")
         return figure
@@ -218,9 +220,7 @@ def modules(comparison: Comparison) -> Figure:
         [_mean_pair(comparison.modules[path]) for path in shared],
     )
     rows, columns, _, _ = grid
-    width = min(16.0, max(7.0, 4.5 + 0.32 * len(columns)))
-    height = min(16.0, max(3.0, 1.8 + 0.3 * len(rows)))
-    figure = _figure.new(width, height, f"{title}, by module")
+    figure = _figure.new(*grid_size(rows, columns), f"{title}, by module")
     axes = figure.subplots()
     if not shared:
         nothing(axes, "no module is in two of the adapters")

@@ -13,6 +13,7 @@ import numpy as np
 from lorafast._records import Histogram, ModuleAnalysis
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
@@ -28,6 +29,8 @@ GUIDE = "#767676"
 
 TICK_SIZE = 8
 LABEL_SIZE = 10
+#: Longest label of a heatmap's row, in characters.
+ROW_LABEL = 70
 
 
 @lru_cache(maxsize=8)
@@ -78,6 +81,12 @@ def short(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def percent(share: float) -> str:
+    """A share as a percentage that neither rounds to nothing nor to all."""
+    value = 100 * share
+    return f"{value:.3g} %" if value < 99.9 or value == 100 else f"{value:.6g} %"
+
+
 def line_style(i: int) -> dict[str, Any]:
     """Colour and dashes of the i-th line."""
     return {
@@ -95,6 +104,13 @@ def dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis="y", linewidth=0.5, alpha=0.4)
     axes.set_axisbelow(True)
+
+
+def legend_above(axes: Axes, handles: Sequence[Artist]) -> None:
+    """A legend on the line of the title, where it covers nothing."""
+    if handles:
+        axes.legend(handles=handles, fontsize=8, frameon=False, ncols=len(handles),
+                    loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)  # fmt: skip
 
 
 def nothing(axes: Axes, reason: str) -> None:
@@ -210,6 +226,14 @@ def grid_of(
     return rows, ["none" if b is None else str(b) for b in blocks], means, present > 0
 
 
+def grid_size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
+    """Width and height in inches in which the cells and the labels of a grid fit."""
+    longest = max((len(fit(row, ROW_LABEL)) for row in rows), default=0)
+    width = 2.2 + 0.075 * longest + max(2.5, min(14.0, 0.34 * len(columns)))
+    height = 1.4 + min(24.0, (0.32 if len(rows) <= 12 else 0.18) * max(3, len(rows)))
+    return max(7.0, width), height
+
+
 def draw_grid(
     figure: Figure,
     axes: Axes,
@@ -225,15 +249,20 @@ def draw_grid(
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest",
                         cmap=colours, norm=scale)  # fmt: skip
     axes.tick_params(labelsize=TICK_SIZE)
-    thin_ticks(axes, "y", fit_all(rows), 60)
-    thin_ticks(axes, "x", columns, 32)
+    thin_ticks(axes, "y", fit_all(rows, ROW_LABEL), 130)
+    thin_ticks(axes, "x", columns, 40)
     axes.set_xlabel("block", fontsize=LABEL_SIZE)
+    if columns == ["none"]:
+        axes.set_xticks([])
+        axes.set_xlabel("")
     axes.set_xticks(np.arange(-0.5, len(columns)), minor=True)
     axes.set_yticks(np.arange(-0.5, len(rows)), minor=True)
     if max(values.shape) <= 100:
         axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
+    bar = figure.colorbar(
+        image, ax=axes, pad=0.01, fraction=0.05, aspect=max(10, min(40, 2 * len(rows)))
+    )
     bar.set_label(label, fontsize=LABEL_SIZE)
     bar.ax.tick_params(labelsize=TICK_SIZE)
     for row, column in np.argwhere(present & ~np.isfinite(values)):
