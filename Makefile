@@ -1,0 +1,77 @@
+# `make help` lists what can be made. Everything is installed into .venv; PYTHON chooses the
+# interpreter that makes it: `make test PYTHON=python3.13`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# The installation is renewed when one of these changes; Python sources are used in place.
+SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/installed ## install, and merge two adapters into a small model made on the spot
+	$(BIN)/lorafast demo
+
+.PHONY: test
+test: $(VENV)/installed-test ## install what the tests need, and run them (Rust and Python)
+	cargo test --locked
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Python)
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/stubtest lorafast._core
+
+.PHONY: bench
+bench: $(VENV)/installed-test ## time a merge against cp and PEFT; takes minutes, memory and 10 GB of disk
+	$(BIN)/python benches/merge.py
+
+.PHONY: clean
+clean: ## remove the virtual environment, build products and caches
+	rm -rf $(VENV) target lorafast-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f python/lorafast/_core*.so
+	find python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each of these holds what the one before it holds, and more.
+$(VENV)/installed: $(SOURCES) | $(VENV)/bin/python rust
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(SOURCES) tests/requirements-data.txt | $(VENV)/bin/python rust
+	$(PIP) install --editable '.[test]'
+	$(PIP) install --no-deps --requirement tests/requirements-data.txt
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-dev: $(SOURCES) | $(VENV)/bin/python rust
+	$(PIP) install --editable '.[dev]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "lorafast needs Python 3.11 or newer, and $(PYTHON) is not; install it or name it: make … PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Cargo would say the same, but pip buries it.
+.PHONY: rust
+rust:
+	@need=$$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml); \
+	have=$$(cargo --version 2>/dev/null | cut -d' ' -f2); \
+	if [ "$$(printf '%s\n' "$$need" "$${have:-0}" | sort -V | head -n1)" != "$$need" ]; then \
+	  echo "lorafast is compiled from Rust $$need or newer, and $${have:+only }$${have:-no} cargo is here; install it with rustup (https://rustup.rs)" >&2; \
+	  exit 1; \
+	fi

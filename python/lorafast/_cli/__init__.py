@@ -1,0 +1,114 @@
+"""The `lorafast` command.
+
+`main` parses, runs one subcommand and turns what it raises into the exit codes of a Unix tool:
+
+==== =====================================================================================
+0    done
+1    the work could not be done: one line `error: …` on stderr
+2    the command line is wrong: usage and one line `error: …` on stderr
+130  interrupted by Ctrl-C
+141  whoever read the output went away (`lorafast info … | head`)
+==== =====================================================================================
+
+Results go to stdout; progress, warnings and errors go to stderr. Each subcommand is a module with a
+`COMMAND`, listed in `_commands.py`. Nothing that is slow to import (numpy, rich) is imported before
+it is needed: `lorafast --version` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+# A wrong base gives a problem for each module; the first ones tell it.
+MOST_PROBLEMS = 3
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: The arguments after the program's name; those of the process if None.
+    """
+    if argv is None:
+        _escape_what_the_streams_cannot_encode()
+    try:
+        status = _run(argv)
+        # Here rather than at the interpreter's exit, where a closed pipe cannot be caught.
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _discard_further_output()
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        from lorafast._cli._terminal import printable
+
+        if not _is_for_the_user(error):
+            raise
+        print("error:", printable(_sentence(error)), file=sys.stderr)
+        return EXIT_ERROR
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from lorafast._cli._parser import build_parser
+    from lorafast._cli._terminal import Terminal
+
+    try:
+        arguments = build_parser().parse_args(argv)
+        terminal = Terminal(quiet=getattr(arguments, "quiet", False))
+        with terminal.python_warnings_as_lines():
+            status: int = arguments.run(arguments, terminal)
+    except SystemExit as stop:  # argparse ends --help, --version and wrong flags this way
+        return stop.code if isinstance(stop.code, int) else EXIT_ERROR
+    return status
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether an error tells about the user's input or machine; any other is a bug in lorafast."""
+    import lorafast
+
+    return isinstance(error, (lorafast.LorafastError, OSError, ValueError, ImportError))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        message = f"{error.strerror}: {os.fsdecode(error.filename)}"
+    else:
+        message = str(error) or type(error).__name__
+    problems: list[str] = getattr(error, "problems", [])
+    if len(problems) > 1:
+        shown = "; ".join(problems[:MOST_PROBLEMS])
+        rest = len(problems) - MOST_PROBLEMS
+        message = f"{len(problems)} problems: {shown}" + (f"; and {rest} more" if rest > 0 else "")
+    return " ".join(message.split())
+
+
+def _escape_what_the_streams_cannot_encode() -> None:
+    import io
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_further_output() -> None:
+    """Keep the interpreter from complaining, at exit, about a pipe that is closed."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(devnull, stream.fileno())
+    os.close(devnull)

@@ -1,0 +1,214 @@
+"""`lorafast merge`: merge adapters into a base checkpoint, or show what a merge would do."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafast._cli._command import Command
+from lorafast._cli._format import bytes_text, count_text, number_text, plural, seconds_text
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from lorafast import MergeReport
+    from lorafast._cli._terminal import Terminal
+
+STRATEGIES = ("sequential", "weighted", "average")
+DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
+DEVICES = ("cpu", "cuda", "auto")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `lorafast merge`."""
+    inputs = parser.add_argument_group("what to merge")
+    inputs.add_argument(
+        "--base",
+        required=True,
+        metavar="PATH",
+        help="the model: a directory of safetensors files, one .safetensors file, or a hub id",
+    )
+    inputs.add_argument(
+        "--adapters",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="the adapters, in the order in which they are to be added: directories or hub ids",
+    )
+    inputs.add_argument(
+        "--output", metavar="DIR", help="the directory to write; not needed with --dry-run"
+    )
+    how = parser.add_argument_group("how to merge")
+    how.add_argument(
+        "--merge-strategy",
+        choices=STRATEGIES,
+        default="sequential",
+        help="sequential: each adapter at its full scale; weighted: each times its weight; "
+        "average: each times 1/N (default: %(default)s)",
+    )
+    how.add_argument(
+        "--weights",
+        nargs="+",
+        action="extend",
+        type=float,
+        metavar="W",
+        help="a weight for each adapter, for the weighted strategy; negative ones subtract",
+    )
+    how.add_argument(
+        "--merge-dtype",
+        choices=DTYPES,
+        default="auto",
+        help="what to write the floating-point tensors as; auto keeps the base's "
+        "(default: %(default)s)",
+    )
+    how.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="where to compute (default: %(default)s)",
+    )
+    how.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
+    )
+    outcome = parser.add_argument_group("what to write and show")
+    outcome.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything and print the plan: what changes, at which scale; write nothing",
+    )
+    outcome.add_argument(
+        "--overwrite", action="store_true", help="replace the output directory if it exists"
+    )
+    outcome.add_argument(
+        "--no-report",
+        action="store_true",
+        help="leave merge_report.json and merge_report.md out of the output",
+    )
+    outcome.add_argument(
+        "--json", action="store_true", help="print the report, or the plan, as JSON and no table"
+    )
+    outcome.add_argument(
+        "--quiet", action="store_true", help="print warnings and errors only, and --json's JSON"
+    )
+
+
+def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Merge, or with --dry-run plan, and show the result."""
+    if arguments.output is None and not arguments.dry_run:
+        arguments.parser.error("the following arguments are required: --output (or --dry-run)")
+    if arguments.dry_run:
+        _dry_run(arguments, terminal)
+    else:
+        _merge(arguments, terminal)
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    import lorafast
+    from lorafast._cli._plan_summary import show_plan
+
+    plan = lorafast.plan(
+        arguments.base,
+        arguments.adapters,
+        strategy=arguments.merge_strategy,
+        weights=arguments.weights,
+        dtype=arguments.merge_dtype,
+    ).to_dict()
+    if arguments.json:
+        terminal.json(plan)
+    else:
+        show_plan(plan, terminal)
+    for warning in plan["warnings"]:
+        terminal.warn(warning)
+    if arguments.output is not None and not arguments.overwrite and _is_occupied(arguments.output):
+        terminal.warn(f"{arguments.output} is not empty: a merge into it needs --overwrite")
+
+
+def _is_occupied(path: str) -> bool:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return any(Path(path).iterdir())
+    return Path(path).exists()
+
+
+def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    import lorafast
+
+    report = lorafast.merge(
+        arguments.base,
+        arguments.adapters,
+        arguments.output,
+        strategy=arguments.merge_strategy,
+        weights=arguments.weights,
+        dtype=arguments.merge_dtype,
+        device=arguments.device,
+        threads=arguments.threads,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
+        report=not arguments.no_report,
+    )
+    if arguments.json:
+        terminal.json(report.to_dict())
+    else:
+        show_report(report, terminal)
+    for warning in report.warnings:
+        terminal.warn(warning)
+
+
+def show_report(report: MergeReport, terminal: Terminal) -> None:
+    """Print the closing table of a merge."""
+    count = plural(len(report.adapters), "adapter")
+    terminal.heading(f"Merged {count} into {report.output_path}")
+    tensors = f"{report.tensors_merged:,} merged, {report.tensors_copied:,} copied"
+    if report.tensors_cast:
+        tensors += f", {report.tensors_cast:,} converted"
+    speed = report.bytes_written / report.merge_time if report.merge_time > 0 else 0.0
+    where = f"{plural(report.threads, 'thread')} of the {report.device}"
+    facts = {
+        "base": report.base,
+        "adapters": adapters_text(report.adapters, report.weights),
+        "strategy": report.strategy,
+        "tensors": tensors,
+        "parameters": count_text(report.total_parameters),
+        "dtype": dtype_text(report.dtype),
+        "written": bytes_text(report.bytes_written),
+        "time": f"{seconds_text(report.merge_time)} on {where}"
+        + (f", {bytes_text(speed)}/s" if speed else ""),
+    }
+    terminal.facts(facts)
+    for note in report.notes:
+        terminal.line(f"note: {note}")
+
+
+def dtype_text(dtype: str) -> str:
+    """Return the output's dtype in words."""
+    return "as in the base" if dtype == "auto" else dtype
+
+
+def adapters_text(adapters: Sequence[str], weights: Sequence[float] | None) -> str:
+    """Return the adapters with their weights, if they have any: `style × 0.7, facts × -0.3`."""
+    if weights is None:
+        return ", ".join(adapters)
+    return ", ".join(
+        f"{adapter} × {number_text(weight)}"
+        for adapter, weight in zip(adapters, weights, strict=True)
+    )
+
+
+COMMAND = Command(
+    name="merge",
+    summary="merge adapters into a base model",
+    description="Write base + s·B·A for every layer that an adapter changes, and copy the rest.\n"
+    "The result is a model directory that loads as the base does. Nothing is written unless\n"
+    "everything fits: every tensor of every adapter has its place in the base, or is refused.",
+    examples=(
+        "lorafast merge --base llama --adapters style --output llama-style",
+        "lorafast merge --base llama --adapters style facts --output mixed \\",
+        "    --merge-strategy weighted --weights 0.7 -0.3",
+        "lorafast merge --base llama --adapters style --dry-run",
+    ),
+    add_arguments=add_arguments,
+    run=run,
+)
