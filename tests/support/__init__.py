@@ -1,0 +1,1 @@
+"""Makers of inputs, a float64 reference and comparisons, for the tests."""
