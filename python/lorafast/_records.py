@@ -226,7 +226,8 @@ class _Page:
         """The report with its plots as one HTML document that loads nothing from elsewhere."""
         from lorafast import _html
 
-        return str(_html.page(self))
+        subject: Any = self
+        return _html.page(subject)
 
     def plot(self, kind: str) -> Figure:
         """Draws one plot.
@@ -243,8 +244,8 @@ class _Page:
         """
         from lorafast import _plots
 
-        figure: Figure = _plots.figure(self, kind)
-        return figure
+        subject: Any = self
+        return _plots.figure(subject, kind)
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with a row for each module.
