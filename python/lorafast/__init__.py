@@ -4,6 +4,8 @@
 the model; `plan` says beforehand what it would do; `inspect` lists what a file holds. `analyze`
 measures an adapter, `compare` several of them. `LoRAAnalyzer` and its relatives in
 `lorafast.analyzers` do the same under the names of NeuroTrain's tools.
+the model; `plan` says beforehand what it would do, `verify`
+afterwards whether it was done right; `inspect` lists what a file holds.
 """
 
 from lorafast._analysis import analyze, compare
@@ -17,6 +19,7 @@ from lorafast._errors import (
     OutputError,
     PlanError,
     UnsupportedAdapterError,
+    VerificationError,
 )
 from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
 from lorafast._records import (
@@ -30,6 +33,7 @@ from lorafast._records import (
     PairComparison,
     TensorStatistics,
 )
+from lorafast._verify import Verification, verify
 from lorafast.analyzers import (
     LoRAAnalyzer,
     UnifiedAnalyzer,
@@ -60,6 +64,8 @@ __all__ = [
     "TensorStatistics",
     "UnifiedAnalyzer",
     "UnsupportedAdapterError",
+    "Verification",
+    "VerificationError",
     "__version__",
     "analyze",
     "analyze_lora_weights",
@@ -70,6 +76,7 @@ __all__ = [
     "merge",
     "merge_lora_adapters",
     "plan",
+    "verify",
 ]
 
 # Users see, and pickle, the public names.

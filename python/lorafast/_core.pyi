@@ -29,6 +29,14 @@ class Plan:
         instruction_set: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, Any]: ...
+    def verify(
+        self,
+        merged: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        full: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> dict[str, Any]: ...
 
 def plan_merge(
     base: str | os.PathLike[str],

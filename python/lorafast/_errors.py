@@ -9,6 +9,7 @@ Exception
     ├── PlanError                     base and adapters that do not fit together
     ├── OutputError                   an output that may not or cannot be written
     ├── NumericError                  a result outside the range of its type
+    ├── VerificationError             an output that reads back as something else
     └── MissingDependencyError        an optional package that is not installed (an ImportError)
 ```
 
@@ -58,6 +59,10 @@ class OutputError(LorafastError):
 
 class NumericError(LorafastError):
     """A merge or conversion would make a finite weight NaN or infinite."""
+
+
+class VerificationError(LorafastError):
+    """What was written reads back as something else than what was computed."""
 
 
 class MissingDependencyError(LorafastError, ImportError):

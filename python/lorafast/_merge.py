@@ -7,12 +7,14 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Literal
 
 from lorafast import _core, _sources
+from lorafast._errors import VerificationError
+from lorafast._verify import verify_plan
 
 Source = str | os.PathLike[str]
 Strategy = Literal["sequential", "weighted", "average"]
@@ -53,7 +55,7 @@ class MergePlan:
     """
 
     def __init__(self, core: _core.Plan, pickles: Path | None) -> None:
-        self._core = core
+        self.core = core
         if pickles is not None:
             # Rewritten pickles are needed for as long as the plan is.
             weakref.finalize(self, shutil.rmtree, pickles, ignore_errors=True)
@@ -93,13 +95,14 @@ class MergePlan:
         threads: int | None = None,
         overwrite: bool = False,
         progress: Progress = False,
+        verify: bool = False,
         report: bool = True,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
         device = _choose_device(device)
-        _check_threads(threads)
+        check_threads(threads)
         with _progress_callback(progress) as callback:
-            summary = self._core.execute(
+            summary = self.core.execute(
                 output,
                 threads=threads,
                 overwrite=overwrite,
@@ -133,8 +136,17 @@ class MergePlan:
             side_files=summary["side_files"],
             left_out=summary["left_out"],
         )
+        if verify:
+            checked = verify_plan(self, output, full=False, threads=threads, progress=progress)
+            result = replace(result, verification=checked.to_dict())
+            result.warnings.extend(checked.warnings)
         if report:
             result.write(output)
+        if verify and not checked.ok:
+            raise VerificationError(
+                f"{os.fspath(output)}: what was written is not what was computed: "
+                f"{checked.problems[0]}; check the disk and the memory of this machine"
+            )
         return result
 
 
@@ -167,6 +179,7 @@ class MergeReport:
         notes: how adapters were made to fit where it was not plain.
         side_files: files carried over beside the weights.
         left_out: other copies of the weights that were not carried over.
+        verification: what `lorafast.verify` found afterwards, where it was asked for.
     """
 
     base: str
@@ -193,6 +206,7 @@ class MergeReport:
     notes: list[str] = field(default_factory=list)
     side_files: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    verification: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""
@@ -230,6 +244,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress = False,
     allow: Sequence[str] = (),
+    verify: bool = False,
     report: bool = True,
 ) -> MergeReport:
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
@@ -256,6 +271,7 @@ def merge(
         progress: `True` draws a bar on a terminal; a callable is called with the bytes done and
             the bytes in all.
         allow: unknown fields of an adapter's config that are known not to change the result.
+        verify: read the result back and prove it, as `lorafast.verify` does.
         report: write `merge_report.json` and `merge_report.md` beside the model.
 
     Returns:
@@ -269,9 +285,10 @@ def merge(
         PlanError: base and adapters do not fit together.
         OutputError: the output may not or cannot be written.
         NumericError: a finite weight would become NaN or infinite.
+        VerificationError: with `verify`, the output reads back as something else.
     """
     _choose_device(device)
-    _check_threads(threads)
+    check_threads(threads)
     prepared = plan(base, adapters, strategy=strategy, weights=weights, dtype=dtype, allow=allow)
     return prepared.execute(
         output,
@@ -279,6 +296,7 @@ def merge(
         threads=threads,
         overwrite=overwrite,
         progress=progress,
+        verify=verify,
         report=report,
     )
 
@@ -363,7 +381,8 @@ def _choose_device(device: str) -> str:
     raise ValueError(f"unknown device {device!r}; there are {', '.join(DEVICES)}")
 
 
-def _check_threads(threads: int | None) -> None:
+def check_threads(threads: int | None) -> None:
+    """Raises ValueError for a number of threads below 1."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; it is at least 1, or None for one per core")
 

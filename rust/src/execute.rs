@@ -4,29 +4,29 @@
 //! buffer, updated in place, and written to its final offset. What does not change is copied
 //! inside the kernel. Memory is threads × buffers and the factors of the tensors in work.
 
-mod queue;
+pub(crate) mod compute;
+pub(crate) mod queue;
 mod tile;
 
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::file;
-use crate::kernel::{self, InstructionSet};
-use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor};
+use crate::kernel::InstructionSet;
+use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
 use crate::side_files;
 use crate::task::{self, Task};
 use crate::writer::{self, Staging};
 
+use compute::{Buffers, Computer, Slot, lock};
 use queue::Work;
-use tile::{Prepared, Real};
 
 /// What the caller decides about the execution.
 #[derive(Debug, Clone, Default)]
@@ -131,31 +131,18 @@ pub fn execute(
     })
 }
 
-/// The prepared updates of one tensor: made by the first thread that needs them, dropped by the
-/// last.
-#[derive(Debug)]
-struct Slot {
-    prepared: Mutex<Option<Arc<Prepared>>>,
-    remaining: AtomicUsize,
-}
-
 struct Job<'a> {
     inputs: &'a Inputs,
     plan: &'a Plan,
     output: &'a Path,
     files: &'a [File],
-    set: InstructionSet,
+    computer: Computer<'a>,
     task: &'a Task,
     work: Vec<Work>,
     slots: Vec<Slot>,
     /// Units of work left for each shard, so that the last one syncs it.
     remaining: Vec<AtomicUsize>,
     digests: Vec<Mutex<Option<String>>>,
-}
-
-/// A lock whose holder panicked protects nothing that could be half-made here.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'a> Job<'a> {
@@ -171,16 +158,14 @@ impl<'a> Job<'a> {
         let queues: Vec<_> = (plan.shards.iter().enumerate())
             .map(|(position, shard)| queue::queue_of(inputs, position, shard, &mut tiles))
             .collect();
-        let slots = tiles
-            .into_iter()
-            .map(|tiles| Slot { prepared: Mutex::new(None), remaining: AtomicUsize::new(tiles) })
-            .collect();
+        let slots = tiles.into_iter().map(Slot::new).collect();
+        let computer = Computer { inputs, set, task };
         let remaining = queues.iter().map(|queue| AtomicUsize::new(queue.len())).collect();
         let mut work: Vec<_> =
             (0..inputs.adapters.len()).map(|adapter| Work::Digest { adapter }).collect();
         work.extend(queue::interleave(queues));
         let digests = inputs.adapters.iter().map(|_| Mutex::new(None)).collect();
-        Self { inputs, plan, output, files, set, task, work, slots, remaining, digests }
+        Self { inputs, plan, output, files, computer, task, work, slots, remaining, digests }
     }
 
     /// Runs all work on the pool; the first error stops it.
@@ -248,23 +233,6 @@ impl<'a> Job<'a> {
         Error::io(self.output.join(&self.plan.shards[shard].name), error)
     }
 
-    /// Reads a tensor's bytes from `offset` on, wherever it comes from.
-    fn read(&self, tensor: &PlannedTensor, buffer: &mut [u8], offset: usize) -> Result<()> {
-        match tensor.origin {
-            Origin::Base(shard) => {
-                let source = &self.inputs.base.shards()[shard].file;
-                let start = source.data_start() + tensor.source.range.start + offset as u64;
-                file::read_at(source.file(), buffer, start)
-                    .map_err(|error| Error::io(source.path(), error))
-            }
-            Origin::Adapter(adapter) => {
-                let bytes = self.inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
-                buffer.copy_from_slice(&bytes[offset..offset + buffer.len()]);
-                Ok(())
-            }
-        }
-    }
-
     fn write(&self, shard: usize, bytes: &[u8], offset: u64) -> Result<()> {
         file::write_at(&self.files[shard], bytes, offset)
             .map_err(|error| self.write_error(shard, error))?;
@@ -280,7 +248,7 @@ impl<'a> Job<'a> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let from = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
-        let buffer = reserve(&mut buffers.stored, queue::TILE_BYTES);
+        let buffer = buffers.stored(queue::TILE_BYTES);
         file::copy_range(from.file(), source.clone(), &self.files[shard], target, buffer)
             .map_err(|error| self.write_error(shard, error))?;
         self.task.advance(source.end - source.start);
@@ -311,16 +279,8 @@ impl<'a> Job<'a> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let (tensor, target) = self.tensor(shard, tensor);
-        let (from, to) = (&tensor.source.dtype, &tensor.output_dtype);
-        let first = elements.start as usize;
-        let count = elements.end as usize - first;
-        let stored = reserve(&mut buffers.stored, count * from.size());
-        let result = reserve(&mut buffers.result, count * to.size());
-        self.read(tensor, stored, first * from.size())?;
-        if !kernel::convert(self.set, from, stored, to, result) {
-            self.find_overflow(tensor, result, first)?;
-        }
-        self.write(shard, result, target + (first * to.size()) as u64)
+        let result = self.computer.cast(tensor, elements, buffers)?;
+        self.write(shard, result, target + elements.start * tensor.output_dtype.size() as u64)
     }
 
     fn merge(
@@ -332,181 +292,14 @@ impl<'a> Job<'a> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let (tensor, target) = self.tensor(shard, tensor);
-        let (from, to) = (&tensor.source.dtype, &tensor.output_dtype);
-        let prepared = self.prepared(slot, tensor)?;
-        let first = rows.start * prepared.columns();
-        let count = rows.len() * prepared.columns();
-        let stored = reserve(&mut buffers.stored, count * from.size());
-        self.read(tensor, stored, first * from.size())?;
-        let (finite, result) = match prepared.only_sum() {
-            Some(factors) if from == to => {
-                (kernel::merge_rows(self.set, factors, rows.start, from, stored), stored)
-            }
-            // Through the accumulator's type, so that the only rounding is the last one.
-            _ => {
-                let result = reserve(&mut buffers.result, count * to.size());
-                let apply = if queue::accumulator(from) == Dtype::F64 {
-                    let wide = &mut buffers.double;
-                    apply::<f64>(
-                        self.set,
-                        self.inputs,
-                        &prepared,
-                        rows,
-                        (from, stored),
-                        wide,
-                        (to, result),
-                    )
-                } else {
-                    let wide = &mut buffers.single;
-                    apply::<f32>(
-                        self.set,
-                        self.inputs,
-                        &prepared,
-                        rows,
-                        (from, stored),
-                        wide,
-                        (to, result),
-                    )
-                };
-                (apply, result)
-            }
-        };
-        if !finite {
-            self.find_overflow(tensor, result, first)?;
-        }
-        self.write(shard, result, target + (first * to.size()) as u64)?;
-        if self.slots[slot].remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
-            lock(&self.slots[slot].prepared).take();
-        }
+        let slot = &self.slots[slot];
+        let prepared = slot.prepared(|| self.computer.prepare(tensor))?;
+        let first = rows.start * prepared.columns() * tensor.output_dtype.size();
+        let result = self.computer.merge(tensor, &prepared, rows, buffers)?;
+        self.write(shard, result, target + first as u64)?;
+        slot.release();
         Ok(())
     }
-
-    /// The prepared updates of a tensor.
-    fn prepared(&self, slot: usize, tensor: &PlannedTensor) -> Result<Arc<Prepared>> {
-        let mut prepared = lock(&self.slots[slot].prepared);
-        if let Some(prepared) = &*prepared {
-            return Ok(prepared.clone());
-        }
-        let Action::Merge(updates) = &tensor.action else { unreachable!("only merges have slots") };
-        let wide = queue::accumulator(&tensor.source.dtype);
-        let shape = queue::shape_of(tensor);
-        let scan = |each: &mut dyn FnMut(usize, &mut [u8])| self.scan(tensor, &wide, shape, each);
-        let made = Prepared::new(self.set, self.inputs, updates, &wide, shape, scan)?;
-        Ok(prepared.insert(Arc::new(made)).clone())
-    }
-
-    /// Reads a tensor tile by tile in the accumulator's type.
-    fn scan(
-        &self,
-        tensor: &PlannedTensor,
-        wide: &Dtype,
-        (rows, columns): (usize, usize),
-        each: &mut dyn FnMut(usize, &mut [u8]),
-    ) -> Result<()> {
-        let from = &tensor.source.dtype;
-        let unit = queue::tile_rows(columns, from);
-        let (mut stored, mut widened) = (Vec::new(), Vec::new());
-        for start in (0..rows).step_by(unit) {
-            self.task.check()?;
-            let count = unit.min(rows - start) * columns;
-            let stored = reserve(&mut stored, count * from.size());
-            let widened = reserve(&mut widened, count * wide.size());
-            self.read(tensor, stored, start * columns * from.size())?;
-            kernel::convert(self.set, from, stored, wide, widened);
-            each(start, widened);
-        }
-        Ok(())
-    }
-
-    /// Something in the result is not finite: an error unless it came so from its source.
-    fn find_overflow(&self, tensor: &PlannedTensor, result: &[u8], first: usize) -> Result<()> {
-        let dtype = &tensor.source.dtype;
-        let mut stored = vec![0; result.len() / tensor.output_dtype.size() * dtype.size()];
-        self.read(tensor, &mut stored, first * dtype.size())?;
-        let before = kernel::convert::widen_f64(dtype, &stored);
-        let after = kernel::convert::widen_f64(&tensor.output_dtype, result);
-        let is_made = |(before, after): (&f64, &f64)| before.is_finite() && !after.is_finite();
-        match before.iter().zip(&after).position(is_made) {
-            Some(index) => Err(overflow(tensor, first + index, &self.culprit(tensor))),
-            None => Ok(()),
-        }
-    }
-
-    /// Names an adapter whose tensors are not finite themselves, or else the operation.
-    fn culprit(&self, tensor: &PlannedTensor) -> String {
-        let Action::Merge(updates) = &tensor.action else { return "the conversion".into() };
-        for update in updates {
-            let adapter = &self.inputs.adapters[update.adapter];
-            let module = adapter.modules().get(&update.module);
-            let parts = module.map(|module| {
-                [Some(&module.a), Some(&module.b), module.magnitude.as_ref(), module.bias.as_ref()]
-            });
-            for part in parts.into_iter().flatten().flatten() {
-                if adapter.read_f32(part).iter().any(|value| !value.is_finite()) {
-                    let path = adapter.path().display();
-                    return format!("the NaN or infinity in {} of {path}", part.name);
-                }
-            }
-        }
-        "the merge".into()
-    }
-}
-
-/// Applies updates to a tile in the accumulator's type and rounds once; whether all is finite.
-fn apply<T: Real>(
-    set: InstructionSet,
-    inputs: &Inputs,
-    prepared: &Prepared,
-    rows: &Range<usize>,
-    (from, stored): (&Dtype, &[u8]),
-    wide: &mut [Vec<T>; 3],
-    (to, result): (&Dtype, &mut [u8]),
-) -> bool {
-    let count = rows.len() * prepared.columns();
-    let [start, scratch, sum] = wide;
-    for buffer in [&mut *start, &mut *scratch, &mut *sum] {
-        if buffer.len() < count {
-            buffer.resize(count, T::default());
-        }
-    }
-    let (start, sum) = (&mut start[..count], &mut sum[..count]);
-    kernel::convert(set, from, stored, &T::DTYPE, bytemuck::cast_slice_mut(start));
-    prepared.apply(set, inputs, rows, start, &mut scratch[..count], sum);
-    kernel::convert(set, &T::DTYPE, bytemuck::cast_slice(sum), to, result)
-}
-
-fn overflow(tensor: &PlannedTensor, index: usize, culprit: &str) -> Error {
-    let shape = &tensor.source.shape;
-    let columns = shape.last().copied().unwrap_or(1).max(1) as usize;
-    Error::Numeric {
-        tensor: tensor.name.clone(),
-        message: format!(
-            "{culprit} makes a finite weight NaN or infinite in {} (the first at row {}, column {}); \
-             nothing was written",
-            tensor.output_dtype,
-            index / columns,
-            index % columns
-        ),
-    }
-}
-
-/// A thread's memory, grown to what its work needs and kept.
-#[derive(Default)]
-struct Buffers {
-    /// Rows as they are stored; the result too, where products are added in place.
-    stored: Vec<u8>,
-    /// Rows as the output stores them.
-    result: Vec<u8>,
-    /// W₀, scratch and sum in the accumulator's type.
-    single: [Vec<f32>; 3],
-    double: [Vec<f64>; 3],
-}
-
-fn reserve(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
-    if buffer.len() < bytes {
-        buffer.resize(bytes, 0);
-    }
-    &mut buffer[..bytes]
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ pub mod side_files;
 pub mod spectrum;
 pub mod statistics;
 pub mod task;
+pub mod verify;
 pub mod writer;
 
 mod dense;

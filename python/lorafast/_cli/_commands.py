@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorafast._cli import _analyze, _compare, _demo, _info, _merge, _report
+from lorafast._cli import _analyze, _compare, _demo, _info, _merge, _report, _verify
 
 if TYPE_CHECKING:
     from lorafast._cli._command import Command
 
 COMMANDS: tuple[Command, ...] = (
     _merge.COMMAND,
+    _verify.COMMAND,
     _info.COMMAND,
     _analyze.COMMAND,
     _compare.COMMAND,

@@ -21,8 +21,8 @@ DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
 DEVICES = ("cpu", "cuda", "auto")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `lorafast merge`."""
+def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the flags that say what is merged; returns their group in the help."""
     inputs = parser.add_argument_group("what to merge")
     inputs.add_argument(
         "--base",
@@ -38,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the adapters, in the order in which they are to be added: directories or hub ids",
     )
-    inputs.add_argument(
-        "--output", metavar="DIR", help="the directory to write; not needed with --dry-run"
-    )
+    return inputs
+
+
+def add_strategy_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the flags that say how adapters combine; returns their group in the help."""
     how = parser.add_argument_group("how to merge")
     how.add_argument(
         "--merge-strategy",
@@ -58,6 +60,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a weight for each adapter, for the weighted strategy; negative ones subtract",
     )
     how.add_argument(
+        "--allow",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD",
+        help="unknown fields of an adapter's config that are known not to change the result",
+    )
+    how.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
+    )
+    return how
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `lorafast merge`."""
+    inputs = add_input_arguments(parser)
+    inputs.add_argument(
+        "--output", metavar="DIR", help="the directory to write; not needed with --dry-run"
+    )
+    how = add_strategy_arguments(parser)
+    how.add_argument(
         "--merge-dtype",
         choices=DTYPES,
         default="auto",
@@ -70,9 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="where to compute (default: %(default)s)",
     )
-    how.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
-    )
     outcome = parser.add_argument_group("what to write and show")
     outcome.add_argument(
         "--dry-run",
@@ -81,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     outcome.add_argument(
         "--overwrite", action="store_true", help="replace the output directory if it exists"
+    )
+    outcome.add_argument(
+        "--verify", action="store_true", help="read the result back and prove it, as verify does"
     )
     outcome.add_argument(
         "--no-report",
@@ -116,6 +139,7 @@ def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         strategy=arguments.merge_strategy,
         weights=arguments.weights,
         dtype=arguments.merge_dtype,
+        allow=arguments.allow,
     ).to_dict()
     if arguments.json:
         terminal.json(plan)
@@ -147,6 +171,8 @@ def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
         threads=arguments.threads,
         overwrite=arguments.overwrite,
         progress=not arguments.quiet,
+        allow=arguments.allow,
+        verify=arguments.verify,
         report=not arguments.no_report,
     )
     if arguments.json:
@@ -177,6 +203,9 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
         "time": f"{seconds_text(report.merge_time)} on {where}"
         + (f", {bytes_text(speed)}/s" if speed else ""),
     }
+    if report.verification is not None:
+        count = report.verification["elements"]
+        facts["verified"] = f"every one of {count_text(count)} weights, read back"
     terminal.facts(facts)
     for note in report.notes:
         terminal.line(f"note: {note}")

@@ -66,6 +66,10 @@ class Terminal:
         """Print a whole report, which is made to be safe to print: --quiet or not."""
         print(text.rstrip("\n"))
 
+    def problem(self, text: str) -> None:
+        """Print a line of a verdict that must be seen, --quiet or not."""
+        print(printable(text))
+
     def warn(self, message: str) -> None:
         """Print `warning: …` on stderr, once for each message."""
         if message not in self._warned:

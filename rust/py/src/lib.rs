@@ -17,7 +17,7 @@ use lorafast::dtype::Dtype;
 use lorafast::kernel::InstructionSet;
 use lorafast::plan::{self, Inputs, Strategy};
 use lorafast::task::build_pool;
-use lorafast::{describe, execute};
+use lorafast::{describe, execute, verify};
 
 use errors::to_python;
 
@@ -64,6 +64,23 @@ impl Plan {
             execute::execute(&self.inputs, &self.plan, &output, &options, task)
         })?;
         to_object(py, &summary)
+    }
+
+    /// Holds a merged checkpoint against the plan; returns the outcome as plain objects.
+    #[pyo3(signature = (merged, *, threads=None, full=false, progress=None))]
+    fn verify(
+        &self,
+        py: Python<'_>,
+        merged: PathBuf,
+        threads: Option<usize>,
+        full: bool,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let options = verify::Options { threads, full };
+        let outcome = job::run(py, progress, |task| {
+            verify::verify(&self.inputs, &self.plan, &merged, &options, task)
+        })?;
+        to_object(py, &outcome)
     }
 }
 

@@ -8,7 +8,7 @@ use crate::plan::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
 
 /// Bytes of a tile of the widest type involved. Half of a common second-level cache, so that the
 /// factors have room beside it.
-pub(super) const TILE_BYTES: usize = 512 << 10;
+pub(crate) const TILE_BYTES: usize = 512 << 10;
 /// Bytes of one unit of copying: large enough to be cheap, small enough to be cancelled within
 /// a fraction of a second and to be shared between threads.
 const COPY_BYTES: u64 = 16 << 20;
@@ -31,12 +31,12 @@ pub(super) enum Work {
 }
 
 /// The type in which a tensor of that type is added to.
-pub(super) fn accumulator(dtype: &Dtype) -> Dtype {
+pub(crate) fn accumulator(dtype: &Dtype) -> Dtype {
     if *dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 }
 }
 
 /// Rows and columns of a tensor that is merged into.
-pub(super) fn shape_of(tensor: &PlannedTensor) -> (usize, usize) {
+pub(crate) fn shape_of(tensor: &PlannedTensor) -> (usize, usize) {
     let shape = &tensor.source.shape;
     let rows = shape.first().copied().unwrap_or(1);
     let columns: u64 = shape.iter().skip(1).product();
@@ -119,7 +119,7 @@ pub(super) fn queue_of(
 
 /// Rows of a tile: as many whole register blocks as fit, at least one. The same for every output
 /// type and kind of update, so that a plan's tiles are a matter of shapes alone.
-pub(super) fn tile_rows(columns: usize, from: &Dtype) -> usize {
+pub(crate) fn tile_rows(columns: usize, from: &Dtype) -> usize {
     let rows = TILE_BYTES / (columns * from.size()).max(1);
     (rows / kernel::ROW_MULTIPLE).max(1) * kernel::ROW_MULTIPLE
 }

@@ -3,6 +3,7 @@ use std::fs;
 use indexmap::IndexMap;
 
 use super::*;
+use crate::dtype::Dtype;
 use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan;

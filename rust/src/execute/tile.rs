@@ -12,7 +12,7 @@ use crate::plan::{Inputs, Update, UpdateKind};
 use crate::safetensors::TensorInfo;
 
 /// A type in which tiles are accumulated.
-pub(super) trait Real: bytemuck::Pod + Default {
+pub(crate) trait Real: bytemuck::Pod + Default {
     /// Its dtype.
     const DTYPE: Dtype;
     fn from_f64(value: f64) -> Self;
@@ -52,7 +52,7 @@ real!(f64, Dtype::F64);
 
 /// One tensor's updates, ready to be applied to any of its tiles.
 #[derive(Debug)]
-pub(super) struct Prepared {
+pub(crate) struct Prepared {
     rows: usize,
     columns: usize,
     /// All products that are only added.

@@ -1,0 +1,271 @@
+//! The bytes of the output's tensors, a tile at a time, wherever they go then.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::queue;
+use super::tile::{Prepared, Real};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::file;
+use crate::kernel::{self, InstructionSet};
+use crate::plan::{Action, Inputs, Origin, PlannedTensor};
+use crate::task::Task;
+
+/// A lock whose holder panicked protects nothing that could be half-made here.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The prepared updates of one tensor: made by the first thread that needs them, dropped by the
+/// last.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    prepared: Mutex<Option<Arc<Prepared>>>,
+    remaining: AtomicUsize,
+}
+
+impl Slot {
+    /// For a tensor that comes in that many tiles.
+    pub fn new(tiles: usize) -> Self {
+        Self { prepared: Mutex::new(None), remaining: AtomicUsize::new(tiles) }
+    }
+
+    /// What is prepared, made now if nobody has yet; whoever else asks waits for it.
+    pub fn prepared(&self, make: impl FnOnce() -> Result<Prepared>) -> Result<Arc<Prepared>> {
+        let mut prepared = lock(&self.prepared);
+        match &*prepared {
+            Some(prepared) => Ok(prepared.clone()),
+            None => Ok(prepared.insert(Arc::new(make()?)).clone()),
+        }
+    }
+
+    /// Says that one more tile is done.
+    pub fn release(&self) {
+        if self.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
+            lock(&self.prepared).take();
+        }
+    }
+}
+
+/// A thread's memory, grown to what its work needs and kept.
+#[derive(Default)]
+pub(crate) struct Buffers {
+    /// Rows as they are stored; the result too, where products are added in place.
+    stored: Vec<u8>,
+    /// Rows as the output stores them.
+    result: Vec<u8>,
+    /// W₀, scratch and sum in the accumulator's type.
+    single: [Vec<f32>; 3],
+    double: [Vec<f64>; 3],
+}
+
+fn reserve(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
+    if buffer.len() < bytes {
+        buffer.resize(bytes, 0);
+    }
+    &mut buffer[..bytes]
+}
+
+impl Buffers {
+    /// Room for that many bytes.
+    pub fn stored(&mut self, bytes: usize) -> &mut [u8] {
+        reserve(&mut self.stored, bytes)
+    }
+}
+
+/// What every computation needs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Computer<'a> {
+    pub inputs: &'a Inputs,
+    pub set: InstructionSet,
+    pub task: &'a Task,
+}
+
+impl Computer<'_> {
+    /// Reads a tensor's bytes from `offset` on, wherever it comes from.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read(&self, tensor: &PlannedTensor, buffer: &mut [u8], offset: usize) -> Result<()> {
+        match tensor.origin {
+            Origin::Base(shard) => {
+                let source = &self.inputs.base.shards()[shard].file;
+                let start = source.data_start() + tensor.source.range.start + offset as u64;
+                file::read_at(source.file(), buffer, start)
+                    .map_err(|error| Error::io(source.path(), error))
+            }
+            Origin::Adapter(adapter) => {
+                let bytes = self.inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
+                buffer.copy_from_slice(&bytes[offset..offset + buffer.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    /// Converts a run of elements; the bytes are in `buffers` until they are used again.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Numeric`] if a finite element became infinite.
+    pub fn cast<'b>(
+        &self,
+        tensor: &PlannedTensor,
+        elements: &Range<u64>,
+        buffers: &'b mut Buffers,
+    ) -> Result<&'b [u8]> {
+        let (from, to) = (&tensor.source.dtype, &tensor.output_dtype);
+        let first = elements.start as usize;
+        let count = elements.end as usize - first;
+        let stored = reserve(&mut buffers.stored, count * from.size());
+        let result = reserve(&mut buffers.result, count * to.size());
+        self.read(tensor, stored, first * from.size())?;
+        if !kernel::convert(self.set, from, stored, to, result) {
+            self.find_overflow(tensor, result, first)?;
+        }
+        Ok(result)
+    }
+
+    /// Computes whole rows; the bytes are in `buffers` until they are used again.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Numeric`] if a finite weight became NaN or infinite.
+    pub fn merge<'b>(
+        &self,
+        tensor: &PlannedTensor,
+        prepared: &Prepared,
+        rows: &Range<usize>,
+        buffers: &'b mut Buffers,
+    ) -> Result<&'b [u8]> {
+        let (from, to) = (&tensor.source.dtype, &tensor.output_dtype);
+        let first = rows.start * prepared.columns();
+        let count = rows.len() * prepared.columns();
+        let Buffers { stored, result, single, double } = buffers;
+        let stored = reserve(stored, count * from.size());
+        self.read(tensor, stored, first * from.size())?;
+        let (finite, result) = match prepared.only_sum() {
+            Some(factors) if from == to => {
+                (kernel::merge_rows(self.set, factors, rows.start, from, stored), stored)
+            }
+            // Through the accumulator's type, so that the only rounding is the last one.
+            _ => {
+                let result = reserve(result, count * to.size());
+                let finite = if queue::accumulator(from) == Dtype::F64 {
+                    self.apply(prepared, rows, (from, stored), double, (to, result))
+                } else {
+                    self.apply(prepared, rows, (from, stored), single, (to, result))
+                };
+                (finite, result)
+            }
+        };
+        if !finite {
+            self.find_overflow(tensor, result, first)?;
+        }
+        Ok(result)
+    }
+
+    /// Applies updates to a tile in the accumulator's type and rounds once; whether all is finite.
+    fn apply<T: Real>(
+        &self,
+        prepared: &Prepared,
+        rows: &Range<usize>,
+        (from, stored): (&Dtype, &[u8]),
+        wide: &mut [Vec<T>; 3],
+        (to, result): (&Dtype, &mut [u8]),
+    ) -> bool {
+        let count = rows.len() * prepared.columns();
+        for buffer in wide.iter_mut().filter(|buffer| buffer.len() < count) {
+            buffer.resize(count, T::default());
+        }
+        let [start, scratch, sum] = wide;
+        let (start, sum) = (&mut start[..count], &mut sum[..count]);
+        kernel::convert(self.set, from, stored, &T::DTYPE, bytemuck::cast_slice_mut(start));
+        prepared.apply(self.set, self.inputs, rows, start, &mut scratch[..count], sum);
+        kernel::convert(self.set, &T::DTYPE, bytemuck::cast_slice(sum), to, result)
+    }
+
+    /// The updates of a merged tensor, packed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the whole tensor had to be read for it.
+    pub fn prepare(&self, tensor: &PlannedTensor) -> Result<Prepared> {
+        let Action::Merge(updates) = &tensor.action else {
+            unreachable!("only merged tensors have updates")
+        };
+        let wide = queue::accumulator(&tensor.source.dtype);
+        let shape = queue::shape_of(tensor);
+        let scan = |each: &mut dyn FnMut(usize, &mut [u8])| self.scan(tensor, &wide, shape, each);
+        Prepared::new(self.set, self.inputs, updates, &wide, shape, scan)
+    }
+
+    /// Reads a tensor tile by tile in the accumulator's type.
+    fn scan(
+        &self,
+        tensor: &PlannedTensor,
+        wide: &Dtype,
+        (rows, columns): (usize, usize),
+        each: &mut dyn FnMut(usize, &mut [u8]),
+    ) -> Result<()> {
+        let from = &tensor.source.dtype;
+        let unit = queue::tile_rows(columns, from);
+        let (mut stored, mut widened) = (Vec::new(), Vec::new());
+        for start in (0..rows).step_by(unit) {
+            self.task.check()?;
+            let count = unit.min(rows - start) * columns;
+            let stored = reserve(&mut stored, count * from.size());
+            let widened = reserve(&mut widened, count * wide.size());
+            self.read(tensor, stored, start * columns * from.size())?;
+            kernel::convert(self.set, from, stored, wide, widened);
+            each(start, widened);
+        }
+        Ok(())
+    }
+
+    /// Something in the result is not finite: an error unless it came so from its source.
+    fn find_overflow(&self, tensor: &PlannedTensor, result: &[u8], first: usize) -> Result<()> {
+        let dtype = &tensor.source.dtype;
+        let mut stored = vec![0; result.len() / tensor.output_dtype.size() * dtype.size()];
+        self.read(tensor, &mut stored, first * dtype.size())?;
+        let before = kernel::convert::widen_f64(dtype, &stored);
+        let after = kernel::convert::widen_f64(&tensor.output_dtype, result);
+        let is_made = |(before, after): (&f64, &f64)| before.is_finite() && !after.is_finite();
+        match before.iter().zip(&after).position(is_made) {
+            Some(index) => Err(overflow(tensor, first + index, &self.culprit(tensor))),
+            None => Ok(()),
+        }
+    }
+
+    /// Names an adapter whose tensors are not finite themselves, or else the operation.
+    fn culprit(&self, tensor: &PlannedTensor) -> String {
+        let Action::Merge(updates) = &tensor.action else { return "the conversion".into() };
+        for update in updates {
+            let adapter = &self.inputs.adapters[update.adapter];
+            let module = adapter.modules().get(&update.module);
+            let parts = module.map(|module| {
+                [Some(&module.a), Some(&module.b), module.magnitude.as_ref(), module.bias.as_ref()]
+            });
+            for part in parts.into_iter().flatten().flatten() {
+                if adapter.read_f32(part).iter().any(|value| !value.is_finite()) {
+                    let path = adapter.path().display();
+                    return format!("the NaN or infinity in {} of {path}", part.name);
+                }
+            }
+        }
+        "the merge".into()
+    }
+}
+
+fn overflow(tensor: &PlannedTensor, index: usize, culprit: &str) -> Error {
+    let shape = &tensor.source.shape;
+    let columns = shape.last().copied().unwrap_or(1).max(1) as usize;
+    Error::Numeric {
+        tensor: tensor.name.clone(),
+        message: format!(
+            "{culprit} makes a finite weight NaN or infinite in {} (the first at row {}, column {}); \
+             nothing was written",
+            tensor.output_dtype,
+            index / columns,
+            index % columns
+        ),
+    }
+}
