@@ -34,8 +34,9 @@ lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Pytho
 	$(BIN)/stubtest lorafast._core
 
 .PHONY: bench
-bench: $(VENV)/installed-test ## time a merge against cp and PEFT; takes minutes, memory and 10 GB of disk
+bench: $(VENV)/installed-test ## time merge and analysis; takes minutes, memory and 10 GB of disk
 	$(BIN)/python benches/merge.py
+	$(BIN)/python benches/analyze.py
 
 .PHONY: clean
 clean: ## remove the virtual environment, build products and caches

@@ -4,7 +4,16 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-__all__ = ["Plan", "__version__", "build_info", "list_adapter", "list_checkpoint", "plan_merge"]
+__all__ = [
+    "Plan",
+    "__version__",
+    "analyze_adapter",
+    "build_info",
+    "compare_adapters",
+    "list_adapter",
+    "list_checkpoint",
+    "plan_merge",
+]
 
 __version__: str
 
@@ -41,5 +50,22 @@ def plan_merge(
 def list_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]: ...
 def list_adapter(
     path: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
+) -> dict[str, Any]: ...
+def analyze_adapter(
+    path: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None,
+    percentiles: Sequence[float],
+    bins: int,
+    entries: bool,
+    threads: int | None,
+    progress: Callable[[int, int], object] | None,
+) -> dict[str, Any]: ...
+def compare_adapters(
+    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+    *,
+    threads: int | None,
+    progress: Callable[[int, int], object] | None,
 ) -> dict[str, Any]: ...
 def build_info() -> dict[str, Any]: ...

@@ -2,6 +2,7 @@
 //! tile by tile, looked at while they are in the cache, and forgotten; ΔW is never stored.
 
 use rayon::prelude::*;
+use serde::Serialize;
 
 use crate::dense::LongSide;
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ const UNIT: usize = ROWS * PANEL;
 
 /// The entries of an update, as f32 products and sums give them: s·B is rounded to f32, then
 /// multiplied with A and added up in the order of the rank index.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct EntryStatistics {
     /// All entries, m·n.
     pub count: u64,

@@ -13,6 +13,8 @@ mod update;
 #[cfg(test)]
 mod tests;
 
+use serde::Serialize;
+
 pub use update::{Term, Update, Values};
 
 use crate::dense::{
@@ -32,7 +34,7 @@ const SHARE_TOLERANCE: f64 = 1e-9;
 /// Of an update with NaN or infinity in its factors or scale, every figure is NaN and every
 /// count 0. Of a zero update (B never trained), norms, ranks and counts are 0 and the condition
 /// number is infinite.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Spectrum {
     /// σ, descending: min(rank, m, n) of them, the others of ΔW being zero.
     pub singular_values: Vec<f64>,

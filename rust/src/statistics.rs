@@ -17,6 +17,7 @@ mod radix;
 mod tests;
 
 use rayon::prelude::*;
+use serde::Serialize;
 
 pub use element::{ElementType, Tensor};
 pub use histogram::{Bins, Histogram};
@@ -24,6 +25,7 @@ pub use histogram::{Bins, Histogram};
 pub(crate) use histogram::log_magnitude;
 
 use crate::error::{Error, Result};
+use crate::task::Task;
 use element::Format;
 use histogram::{linear_counts, linear_thresholds, log_counts, log_thresholds};
 use moments::Moments;
@@ -69,7 +71,7 @@ impl Request {
 
 /// The statistics of one population of values. Of finite values alone, but for the two counts.
 /// Means, extremes and percentiles of an empty population are NaN.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
     /// All values, finite or not.
     pub count: u64,
@@ -116,11 +118,15 @@ pub fn describe(tensors: &[Tensor<'_>], request: &Request) -> Result<Summary> {
 }
 
 /// The statistics of each tensor for itself, and of all of them together: the same figures as of
-/// [`describe`], with less reading.
+/// [`describe`], with less reading. Progress is counted in bytes.
 ///
 /// # Errors
-/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins.
-pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<Summary>, Summary)> {
+/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins, [`Error::Cancelled`].
+pub fn describe_each(
+    tensors: &[Tensor<'_>],
+    request: &Request,
+    task: &Task,
+) -> Result<(Vec<Summary>, Summary)> {
     request.check()?;
     let format = common_format(tensors);
     let size = total_len(tensors);
@@ -130,6 +136,9 @@ pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<S
         .fold(
             || (Vec::new(), Vec::new(), None::<Counts>),
             |(mut summaries, mut all_moments, mut all_counts), tensor| {
+                if task.check().is_err() {
+                    return (summaries, all_moments, all_counts);
+                }
                 let one = std::slice::from_ref(tensor);
                 let own_format = tensor.element().format();
                 let (moments, counts) = first_look(one, own_format, needs_counts);
@@ -143,6 +152,7 @@ pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<S
                 }
                 summaries.push(summarize(one, request, &moments, counts));
                 all_moments.push(moments);
+                task.advance((tensor.len() * tensor.element().size()) as u64);
                 (summaries, all_moments, all_counts)
             },
         )
@@ -154,6 +164,7 @@ pub fn describe_each(tensors: &[Tensor<'_>], request: &Request) -> Result<(Vec<S
                 (left.0, left.1, merge_counts(left.2, right.2))
             },
         );
+    task.check()?;
     let moments = merge_in_order(&all_moments);
     let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
     let all = summarize(tensors, request, &moments, counts);

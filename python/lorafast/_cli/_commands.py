@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorafast._cli import _demo, _info, _merge, _verify
+from lorafast._cli import _analyze, _compare, _demo, _info, _merge, _report, _verify
 
 if TYPE_CHECKING:
     from lorafast._cli._command import Command
@@ -13,5 +13,8 @@ COMMANDS: tuple[Command, ...] = (
     _merge.COMMAND,
     _verify.COMMAND,
     _info.COMMAND,
+    _analyze.COMMAND,
+    _compare.COMMAND,
+    _report.COMMAND,
     _demo.COMMAND,
 )

@@ -62,6 +62,10 @@ class Terminal:
         json.dump(value, sys.stdout, indent=2)
         print()
 
+    def document(self, text: str) -> None:
+        """Print a whole report, which is made to be safe to print: --quiet or not."""
+        print(text.rstrip("\n"))
+
     def problem(self, text: str) -> None:
         """Print a line of a verdict that must be seen, --quiet or not."""
         print(printable(text))

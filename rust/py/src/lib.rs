@@ -11,10 +11,12 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use lorafast::adapter::Adapter;
+use lorafast::analysis;
 use lorafast::checkpoint::Checkpoint;
 use lorafast::dtype::Dtype;
 use lorafast::kernel::InstructionSet;
 use lorafast::plan::{self, Inputs, Strategy};
+use lorafast::task::build_pool;
 use lorafast::{describe, execute, verify};
 
 use errors::to_python;
@@ -143,6 +145,53 @@ mod _core {
         let open = || Adapter::open(&path, weights.as_deref());
         let listing = py.detach(|| open().map(|adapter| describe::adapter(&adapter)));
         to_object(py, &listing.map_err(|error| to_python(py, error))?)
+    }
+
+    /// Measures an adapter; a base gives the norms of the weights that it changes. Returns plain
+    /// objects.
+    #[pyfunction]
+    #[pyo3(signature = (path, weights=None, *, base, percentiles, bins, entries, threads, progress))]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+    fn analyze_adapter(
+        py: Python<'_>,
+        path: PathBuf,
+        weights: Option<PathBuf>,
+        base: Option<PathBuf>,
+        percentiles: Vec<f64>,
+        bins: usize,
+        entries: bool,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let options = analysis::Options { percentiles, bins, entries };
+        let analysis = job::run(py, progress, |task| {
+            let pool = build_pool(threads)?;
+            let adapter = Adapter::open(&path, weights.as_deref())?;
+            let base = base.as_deref().map(Checkpoint::open).transpose()?;
+            analysis::analyze(&adapter, base.as_ref(), &options, &pool, task)
+        })?;
+        to_object(py, &analysis)
+    }
+
+    /// Compares any number of adapters. Returns plain objects.
+    #[pyfunction]
+    #[pyo3(signature = (adapters, *, threads, progress))]
+    fn compare_adapters(
+        py: Python<'_>,
+        adapters: Vec<AdapterPath>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let comparison = job::run(py, progress, |task| {
+            let pool = build_pool(threads)?;
+            let adapters = adapters
+                .iter()
+                .map(|(path, weights)| Adapter::open(path, weights.as_deref()))
+                .collect::<lorafast::Result<Vec<_>>>()?;
+            let adapters: Vec<&Adapter> = adapters.iter().collect();
+            analysis::compare(&adapters, &pool, task)
+        })?;
+        to_object(py, &comparison)
     }
 
     /// How this binary was built and what it uses of this processor.

@@ -1,5 +1,7 @@
 //! Edges of histograms, and the keys at which a value passes from one bin to the next.
 
+use serde::Serialize;
+
 use super::element::Format;
 use crate::error::{Error, Result};
 
@@ -58,7 +60,7 @@ fn automatic_edges(bins: usize, low: f64, high: f64) -> Vec<f64> {
 }
 
 /// Counts of values between edges. A bin holds its left edge; the last holds both.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Histogram {
     /// The n+1 edges of the n bins, ascending.
     pub edges: Vec<f64>,

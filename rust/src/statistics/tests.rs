@@ -146,7 +146,7 @@ proptest! {
         let request = request();
         let all = describe(&tensors, &request).unwrap();
         check(&tensors, &all, &request);
-        let (each, together) = describe_each(&tensors, &request).unwrap();
+        let (each, together) = describe_each(&tensors, &request, &Task::new()).unwrap();
         prop_assert_eq!(format!("{together:?}"), format!("{all:?}"));
         for (tensor, found) in tensors.iter().zip(&each) {
             check(std::slice::from_ref(tensor), found, &request);
