@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -80,24 +81,24 @@ class Column(Generic[Row]):
     Attributes:
         title: its heading.
         meaning: the formula or the explanation shown on hover.
-        value: a row's value: a number, a text, `None`, or `Html`, which is not sorted by.
-        digits: significant digits of a number.
+        value: a row's value: a number, a text, `None`, or `Html`.
+        sortable: whether the values have an order.
     """
 
     title: str
     meaning: str
     value: Callable[[Row], float | str | None]
-    digits: int = 4
+    sortable: bool = True
 
 
-def _cell(value: float | str | None, digits: int) -> Html:
+def _cell(value: float | str | None) -> Html:
     if isinstance(value, Html):
         return element("td", value)
     if isinstance(value, str):
         return element("td", value, class_="text")
     # What has no order, as NaN, has no value to sort by and stays at the end.
     key = "" if value is None or math.isnan(value) else repr(float(value))
-    return element("td", number(value, digits), data_value=key)
+    return element("td", number(value), data_value=key)
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Html:
@@ -113,19 +114,16 @@ def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Htm
         *(
             element(
                 "th",
-                element("button", column.title, type="button"),
+                element("button", column.title, type="button") if column.sortable else column.title,
                 title=column.meaning,
                 scope="col",
-                aria_sort="none",
+                aria_sort="none" if column.sortable else None,
             )
             for column in columns
         ),
     )
     body = join(
-        (
-            element("tr", *(_cell(column.value(row), column.digits) for column in columns))
-            for row in rows
-        ),
+        (element("tr", *(_cell(column.value(row)) for column in columns)) for row in rows),
         "\n",
     )
     label = f"Show only {noun} with all of these words"
@@ -168,6 +166,15 @@ def folded(summary: str, *content: str, open_: bool = False) -> Html:
 def section(title: str, *content: str) -> Html:
     """A part of the page under a heading."""
     return element("section", element("h2", title), *content)
+
+
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """A key that sorts names as a reader would: layer 2 before layer 10."""
+    return tuple(
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", text)
+        if part
+    )
 
 
 def words(value: Any) -> str:

@@ -183,6 +183,9 @@ def cosine(comparison: Comparison) -> Figure:
     side = min(14.0, max(6.0, 3.5 + 0.45 * n))
     figure = _figure.new(side + 1.0, side, "Cosine of the adapters' updates")
     axes = figure.subplots()
+    if not n:
+        nothing(axes, "there are no adapters")
+        return figure
     names = fit_all(comparison.names, 24)
     values = np.asarray(comparison.cosine, dtype=float)
     colours, scale = colormaps["PuOr"], Normalize(-1.0, 1.0)

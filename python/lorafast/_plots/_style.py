@@ -188,17 +188,6 @@ def thin_ticks(
             text.set(rotation=rotation, ha="right", rotation_mode="anchor")
 
 
-def natural(text: str) -> tuple[tuple[int, int, str], ...]:
-    """A key that sorts names as a reader would: layer 2 before layer 10."""
-    import re
-
-    return tuple(
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", text)
-        if part
-    )
-
-
 def grid_of(
     modules: Sequence[ModuleAnalysis], values: Sequence[float | None]
 ) -> tuple[list[str], list[str], NDArray[np.float64], NDArray[np.bool_]]:
@@ -231,7 +220,7 @@ def grid_size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float
     longest = max((len(fit(row, ROW_LABEL)) for row in rows), default=0)
     width = 2.2 + 0.075 * longest + max(2.5, min(14.0, 0.34 * len(columns)))
     height = 1.4 + min(24.0, (0.32 if len(rows) <= 12 else 0.18) * max(3, len(rows)))
-    return max(7.0, width), height
+    return max(7.0, width), max(3.0, height)
 
 
 def draw_grid(
