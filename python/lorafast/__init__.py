@@ -1,9 +1,12 @@
 """Merge LoRA adapters into safetensors checkpoints, and measure what adapters hold.
 
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
-the model; `plan` says beforehand what it would do; `inspect` lists what a file holds.
+the model; `plan` says beforehand what it would do; `inspect` lists what a file holds. `analyze`
+measures an adapter, `compare` several of them. `LoRAAnalyzer` and its relatives in
+`lorafast.analyzers` do the same under the names of NeuroTrain's tools.
 """
 
+from lorafast._analysis import analyze, compare
 from lorafast._core import __version__, build_info
 from lorafast._errors import (
     AdapterError,
@@ -16,22 +19,56 @@ from lorafast._errors import (
     UnsupportedAdapterError,
 )
 from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
+from lorafast._records import (
+    AdapterAnalysis,
+    Comparison,
+    EntryStatistics,
+    Finding,
+    Histogram,
+    ModuleAnalysis,
+    ModuleComparison,
+    PairComparison,
+    TensorStatistics,
+)
+from lorafast.analyzers import (
+    LoRAAnalyzer,
+    UnifiedAnalyzer,
+    analyze_lora_weights,
+    compare_lora_adapters,
+    merge_lora_adapters,
+)
 
 __all__ = [
+    "AdapterAnalysis",
     "AdapterError",
     "CheckpointError",
+    "Comparison",
+    "EntryStatistics",
+    "Finding",
+    "Histogram",
+    "LoRAAnalyzer",
     "LorafastError",
     "MergePlan",
     "MergeReport",
     "MissingDependencyError",
+    "ModuleAnalysis",
+    "ModuleComparison",
     "NumericError",
     "OutputError",
+    "PairComparison",
     "PlanError",
+    "TensorStatistics",
+    "UnifiedAnalyzer",
     "UnsupportedAdapterError",
     "__version__",
+    "analyze",
+    "analyze_lora_weights",
     "build_info",
+    "compare",
+    "compare_lora_adapters",
     "inspect",
     "merge",
+    "merge_lora_adapters",
     "plan",
 ]
 

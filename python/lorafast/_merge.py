@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Literal
 
 from lorafast import _core, _sources
@@ -50,10 +52,11 @@ class MergePlan:
         notes: how adapters were made to fit where it was not plain.
     """
 
-    def __init__(self, core: _core.Plan, pickles: TemporaryDirectory[str] | None) -> None:
+    def __init__(self, core: _core.Plan, pickles: Path | None) -> None:
         self._core = core
-        # Holds rewritten pickles for as long as the plan needs them.
-        self._pickles = pickles
+        if pickles is not None:
+            # Rewritten pickles are needed for as long as the plan is.
+            weakref.finalize(self, shutil.rmtree, pickles, ignore_errors=True)
         self._description: dict[str, Any] = core.describe()
         self.base: str = self._description["base"]
         self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
@@ -94,6 +97,7 @@ class MergePlan:
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
         device = _choose_device(device)
+        _check_threads(threads)
         with _progress_callback(progress) as callback:
             summary = self._core.execute(
                 output,
@@ -267,6 +271,7 @@ def merge(
         NumericError: a finite weight would become NaN or infinite.
     """
     _choose_device(device)
+    _check_threads(threads)
     prepared = plan(base, adapters, strategy=strategy, weights=weights, dtype=dtype, allow=allow)
     return prepared.execute(
         output,
@@ -297,22 +302,28 @@ def plan(
         adapters = [adapters]
     base_path = _sources.locate(base, _sources.BASE_PATTERNS)
     paths = [_sources.locate(adapter, _sources.ADAPTER_PATTERNS) for adapter in adapters]
-    pickles: TemporaryDirectory[str] | None = None
-    sources: list[tuple[Path, Path | None]] = []
-    for path in paths:
-        rewritten = None
-        if _sources.has_only_pickle(path):
-            pickles = pickles or TemporaryDirectory(prefix="lorafast-")
-            rewritten = _sources.rewrite_pickle(path, Path(pickles.name) / f"{len(sources)}")
-        sources.append((path, rewritten))
-    core = _core.plan_merge(
-        base_path,
-        sources,
-        strategy=strategy,
-        weights=None if weights is None else [float(weight) for weight in weights],
-        dtype=DTYPES[dtype],
-        allow=list(allow),
-    )
+    pickles: Path | None = None
+    if any(_sources.has_only_pickle(path) for path in paths):
+        pickles = Path(mkdtemp(prefix="lorafast-"))
+    try:
+        sources: list[tuple[Path, Path | None]] = []
+        for position, path in enumerate(paths):
+            rewritten = None
+            if pickles is not None and _sources.has_only_pickle(path):
+                rewritten = _sources.rewrite_pickle(path, pickles / str(position))
+            sources.append((path, rewritten))
+        core = _core.plan_merge(
+            base_path,
+            sources,
+            strategy=strategy,
+            weights=None if weights is None else [float(weight) for weight in weights],
+            dtype=DTYPES[dtype],
+            allow=list(allow),
+        )
+    except BaseException:
+        if pickles is not None:
+            shutil.rmtree(pickles, ignore_errors=True)
+        raise
     return MergePlan(core, pickles)
 
 
@@ -350,6 +361,11 @@ def _choose_device(device: str) -> str:
     if device == "cuda" or device.startswith("cuda:"):
         raise ValueError(f"device {device!r} cannot be used yet; use 'cpu'")
     raise ValueError(f"unknown device {device!r}; there are {', '.join(DEVICES)}")
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; it is at least 1, or None for one per core")
 
 
 def _progress_callback(progress: Progress) -> Any:

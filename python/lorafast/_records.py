@@ -226,7 +226,8 @@ class _Page:
         """The report with its plots as one HTML document that loads nothing from elsewhere."""
         from lorafast import _html
 
-        return str(_html.page(self))
+        subject: Any = self
+        return _html.page(subject)
 
     def plot(self, kind: str) -> Figure:
         """Draws one plot.
@@ -243,8 +244,8 @@ class _Page:
         """
         from lorafast import _plots
 
-        figure: Figure = _plots.figure(self, kind)
-        return figure
+        subject: Any = self
+        return _plots.figure(subject, kind)
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with a row for each module.
@@ -359,7 +360,8 @@ class ModuleComparison:
         cosine: N×N, of the updates; NaN where one is absent, zero or not finite.
         sign_agreement: N×N, NaN where one is absent.
         subspace: N×N, φ of the whole output subspaces; NaN where one is absent.
-        subspace_expected: N×N, its expectation for random subspaces of these ranks.
+        subspace_expected: N×N, its expectation for random subspaces of these ranks; NaN on the
+            diagonal.
         pairs: the pairs of adapters that both have the module, in order.
     """
 

@@ -17,8 +17,15 @@ ADAPTER_PATTERNS = ["adapter_config.json", WEIGHTS, PICKLED_WEIGHTS]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def locate(source: str | os.PathLike[str], patterns: list[str]) -> Path:
+def locate(
+    source: str | os.PathLike[str], patterns: list[str], *, local_files_only: bool = False
+) -> Path:
     """The local path of a base or an adapter; a hub id is fetched if it is no path.
+
+    Args:
+        source: what the user named.
+        patterns: the files to fetch.
+        local_files_only: take a hub id from the local cache, and never ask the hub.
 
     Raises:
         FileNotFoundError: it is neither a path that exists nor could it be a hub id.
@@ -44,7 +51,10 @@ def locate(source: str | os.PathLike[str], patterns: list[str]) -> Path:
             "huggingface_hub", "hub", f"fetch {text!r}, which is no path here, from the hub"
         ) from not_found
     try:
-        return Path(huggingface_hub.snapshot_download(text, allow_patterns=patterns))
+        fetched = huggingface_hub.snapshot_download(
+            text, allow_patterns=patterns, local_files_only=local_files_only
+        )
+        return Path(fetched)
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         # Nothing was fetched and nothing can be: the path is what the user can mend.
         raise FileNotFoundError(

@@ -3,6 +3,7 @@
 //! whoever uses the adapter can account for every tensor.
 
 pub mod config;
+mod tensors;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -18,8 +19,6 @@ use crate::safetensors::{SafetensorsFile, TensorInfo};
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
-/// PEFT's wrapper around the user's model; not part of any module's name.
-const PREFIX: &str = "base_model.model.";
 
 /// What kind of layer a pair of factors belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +53,10 @@ pub struct Module {
     pub a: TensorInfo,
     /// The second factor, (out, r).
     pub b: TensorInfo,
+    /// DoRA's magnitude, (out), also as (1, out, 1…) for convolutions.
+    pub magnitude: Option<TensorInfo>,
+    /// The bias of the second factor, (out), which adds to the layer's own.
+    pub bias: Option<TensorInfo>,
     /// The rank r, the factors' common extent.
     pub rank: u64,
     /// The alpha that the config gives this module.
@@ -62,19 +65,23 @@ pub struct Module {
     pub scaling: f64,
 }
 
-/// The part that a tensor beside the factors plays.
+/// A parameter that was trained whole: one of a module in `modules_to_save`, a bias, or an
+/// embedding that was saved beside its update.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    /// The parameter's path in the model that was trained.
+    pub path: String,
+    /// Its new value.
+    pub tensor: TensorInfo,
+}
+
+/// The part that a tensor plays that is neither a module's nor a saved parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// DoRA's magnitude.
-    Magnitude,
-    /// The bias of `lora_B`.
-    LoraBias,
     /// Trained token embeddings.
     TokenDelta,
     /// KaSA's diagonal.
     Diagonal,
-    /// A trained bias, or a whole saved parameter (`modules_to_save`, resized embeddings).
-    Saved,
     /// Left over from training; PEFT's merge ignores it as well.
     TrainingOnly,
 }
@@ -83,11 +90,8 @@ impl Role {
     /// What it is, in words for a message.
     pub fn describe(self) -> &'static str {
         match self {
-            Self::Magnitude => "a DoRA magnitude",
-            Self::LoraBias => "a bias of lora_B",
             Self::TokenDelta => "trained token embeddings",
             Self::Diagonal => "a KaSA diagonal",
-            Self::Saved => "a saved parameter (modules_to_save, bias, or embeddings)",
             Self::TrainingOnly => "used in training only",
         }
     }
@@ -100,6 +104,7 @@ pub struct Adapter {
     config: PeftConfig,
     file: SafetensorsFile,
     modules: IndexMap<String, Module>,
+    saved: Vec<Saved>,
     others: Vec<(String, Role)>,
 }
 
@@ -139,14 +144,15 @@ impl Adapter {
             Error::Checkpoint { path, message } => Error::Adapter { path, message },
             other => other,
         })?;
-        let (modules, others) = sort_tensors(&file, &config).map_err(|error| {
+        let sorted = tensors::sort(&file, &config).map_err(|error| {
             // Factors that do not pair up are no damage where the config says why.
             match config.obstacles(&[]).as_slice() {
                 [] => error,
                 obstacles => Error::unsupported(path, obstacles.join("; ")),
             }
         })?;
-        Ok(Self { path: path.to_path_buf(), config, file, modules, others })
+        let tensors::Sorted { modules, saved, others } = sorted;
+        Ok(Self { path: path.to_path_buf(), config, file, modules, saved, others })
     }
 
     /// The path that was opened.
@@ -169,13 +175,17 @@ impl Adapter {
         &self.modules
     }
 
-    /// The tensors that are no factors, with the part each plays.
+    /// The parameters that were trained whole.
+    pub fn saved(&self) -> &[Saved] {
+        &self.saved
+    }
+
+    /// The tensors that belong to no module and no parameter, with the part each plays.
     pub fn others(&self) -> &[(String, Role)] {
         &self.others
     }
 
-    /// Everything in the adapter that a merge of plain products on linear layers would get wrong,
-    /// in words that name the feature. Config fields named in `allow` are let pass.
+    /// Everything in the adapter that cannot be merged, in words that name the feature. Config fields named in `allow` are let pass.
     pub fn obstacles(&self, allow: &[String]) -> Vec<String> {
         let mut obstacles = self.config.obstacles(allow);
         let mut roles = IndexMap::<&str, (usize, &str)>::new();
@@ -190,18 +200,6 @@ impl Adapter {
                 "{count} tensors (the first: {first}) are each {role}, which cannot be merged yet"
             ),
         }));
-        for kind in [LayerKind::Embedding, LayerKind::Convolution] {
-            let mut modules = self.modules.values().filter(|module| module.kind == kind);
-            if let Some(first) = modules.next() {
-                obstacles.push(format!(
-                    "{} modules (the first: {}) are a LoRA on an {} layer, \
-                     which cannot be merged yet",
-                    modules.count() + 1,
-                    first.path,
-                    kind.name()
-                ));
-            }
-        }
         obstacles
     }
 
@@ -285,135 +283,5 @@ fn no_config(directory: &Path) -> String {
     }
 }
 
-/// What a key of the adapter's file names.
-enum Key<'a> {
-    Factor { module: &'a str, first: bool, embedding: bool },
-    Other(Role),
-}
-
-fn classify(name: &str) -> Key<'_> {
-    let path = name.strip_prefix(PREFIX).unwrap_or(name);
-    // Saved files leave the adapter's name out; files made by hand sometimes keep it.
-    let factor = |marker: &str, tails: &[&str]| {
-        let (module, tail) = path.rsplit_once(marker)?;
-        (tails.contains(&tail) && !module.is_empty()).then_some(module)
-    };
-    let weight: &[&str] = &[".weight", ".default.weight"];
-    let parameter: &[&str] = &["", ".default"];
-    if let Some(module) = factor(".lora_A", weight) {
-        return Key::Factor { module, first: true, embedding: false };
-    }
-    if let Some(module) = factor(".lora_B", weight) {
-        return Key::Factor { module, first: false, embedding: false };
-    }
-    if let Some(module) = factor(".lora_embedding_A", parameter) {
-        return Key::Factor { module, first: true, embedding: true };
-    }
-    if let Some(module) = factor(".lora_embedding_B", parameter) {
-        return Key::Factor { module, first: false, embedding: true };
-    }
-    Key::Other(if path.contains(".lora_magnitude_vector") {
-        Role::Magnitude
-    } else if path.contains(".lora_B.") && path.ends_with(".bias") || path.ends_with(".lora_B.bias")
-    {
-        Role::LoraBias
-    } else if path.contains("trainable_tokens_delta") {
-        Role::TokenDelta
-    } else if path.contains(".lora_diag") {
-        Role::Diagonal
-    } else if path.contains("lora_velora_embed") || path.contains("lora_monteclora_sampler") {
-        Role::TrainingOnly
-    } else {
-        Role::Saved
-    })
-}
-
-type Sorted = (IndexMap<String, Module>, Vec<(String, Role)>);
-
-/// Pairs the factors up and checks each pair against the config.
-fn sort_tensors(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted> {
-    #[derive(Default)]
-    struct Pair {
-        embedding: bool,
-        a: Option<TensorInfo>,
-        b: Option<TensorInfo>,
-    }
-    let mut pairs = IndexMap::<String, Pair>::new();
-    let mut others = Vec::new();
-    let broken = |message: String| Error::adapter(file.path(), message);
-    for tensor in &file.header().tensors {
-        match classify(&tensor.name) {
-            Key::Other(role) => others.push((tensor.name.clone(), role)),
-            Key::Factor { module, first, embedding } => {
-                if !tensor.dtype.is_mergeable() {
-                    return Err(broken(format!(
-                        "tensor {} has the type {}; a factor is of a floating-point type",
-                        tensor.name, tensor.dtype
-                    )));
-                }
-                let pair = pairs.entry(module.to_owned()).or_default();
-                pair.embedding = embedding;
-                let slot = if first { &mut pair.a } else { &mut pair.b };
-                if let Some(other) = slot.replace(tensor.clone()) {
-                    return Err(broken(format!(
-                        "tensors {} and {} are the same factor of one module",
-                        other.name, tensor.name
-                    )));
-                }
-            }
-        }
-    }
-    let mut modules = IndexMap::with_capacity(pairs.len());
-    for (path, pair) in pairs {
-        let (a, b) = match (pair.a, pair.b) {
-            (Some(a), Some(b)) => (a, b),
-            (Some(a), None) => return Err(broken(format!("has {} but not its lora_B", a.name))),
-            (None, Some(b)) => return Err(broken(format!("has {} but not its lora_A", b.name))),
-            (None, None) => continue,
-        };
-        let module = pair_up(path, pair.embedding, a, b, config).map_err(broken)?;
-        modules.insert(module.path.clone(), module);
-    }
-    if modules.is_empty() && others.is_empty() {
-        return Err(broken("holds no tensors".into()));
-    }
-    Ok((modules, others))
-}
-
-fn pair_up(
-    path: String,
-    embedding: bool,
-    a: TensorInfo,
-    b: TensorInfo,
-    config: &PeftConfig,
-) -> Result<Module, String> {
-    if a.shape.len() < 2 || b.shape.len() != a.shape.len() {
-        return Err(format!(
-            "{} of shape {:?} and {} of shape {:?} are no pair of factors",
-            a.name, a.shape, b.name, b.shape
-        ));
-    }
-    let rank = a.shape[0];
-    if rank == 0 {
-        return Err(format!("{} has rank 0", a.name));
-    }
-    if b.shape[1] != rank {
-        return Err(format!("{} has rank {rank} but {} has rank {}", a.name, b.name, b.shape[1]));
-    }
-    let expected = config.rank_of(&path);
-    if expected != rank {
-        return Err(format!(
-            "{} has rank {rank} but the config gives this module rank {expected} \
-             (r or rank_pattern); the weights and the config do not belong together",
-            a.name
-        ));
-    }
-    let kind = match (embedding, a.shape.len()) {
-        (true, _) => LayerKind::Embedding,
-        (false, 2) => LayerKind::Linear,
-        (false, _) => LayerKind::Convolution,
-    };
-    let alpha = config.alpha_of(&path);
-    let scaling = config.scaling(alpha, rank);
-    Ok(Module { path, kind, a, b, rank, alpha, scaling })
-}
+#[cfg(test)]
+mod tests;

@@ -137,6 +137,17 @@ impl Checkpoint {
         self.config.as_ref()
     }
 
+    /// Whether the config says that the output head shares the input embeddings.
+    pub fn ties_embeddings(&self) -> bool {
+        let flag = |config: &serde_json::Map<String, Value>| {
+            config.get("tie_word_embeddings").and_then(Value::as_bool)
+        };
+        self.config().is_some_and(|config| {
+            let inner = config.get("text_config").and_then(Value::as_object);
+            flag(config).or_else(|| inner.and_then(flag)).unwrap_or(false)
+        })
+    }
+
     /// What is odd about the checkpoint without making it unusable.
     pub fn warnings(&self) -> &[String] {
         &self.warnings

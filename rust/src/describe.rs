@@ -7,7 +7,7 @@ use crate::adapter::Adapter;
 use crate::adapter::config;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::plan::{Action, Inputs, Plan, Strategy, Update};
+use crate::plan::{Action, ConfigChanges, Inputs, Plan, Strategy, Update};
 use crate::safetensors::SafetensorsFile;
 use crate::side_files;
 
@@ -48,6 +48,7 @@ pub struct PlanDescription<'a> {
     tensors_cast: usize,
     total_parameters: u64,
     bytes_to_write: u64,
+    config_changes: &'a ConfigChanges,
     warnings: &'a [String],
     notes: &'a [String],
     side_files: Vec<String>,
@@ -73,7 +74,7 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
         bytes: adapter.file().bytes().len() as u64,
     });
     let tensors = plan.tensors().map(|(shard, tensor)| TensorDescription {
-        name: &tensor.source.name,
+        name: &tensor.name,
         shape: &tensor.source.shape,
         dtype: tensor.source.dtype.name(),
         output_dtype: tensor.output_dtype.name(),
@@ -96,6 +97,7 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
         tensors_cast: plan.count("cast"),
         total_parameters: plan.parameters(),
         bytes_to_write: plan.bytes(),
+        config_changes: &plan.config_changes,
         warnings: &plan.warnings,
         notes: &plan.notes,
         side_files: side_files.carried.into_iter().map(|(name, _)| name).collect(),

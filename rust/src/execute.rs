@@ -4,6 +4,9 @@
 //! buffer, updated in place, and written to its final offset. What does not change is copied
 //! inside the kernel. Memory is threads × buffers and the factors of the tensors in work.
 
+mod queue;
+mod tile;
+
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -16,18 +19,14 @@ use serde::Serialize;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::file;
-use crate::kernel::{self, Factors, InstructionSet, Operand};
-use crate::plan::{Action, Inputs, Plan, PlannedShard, PlannedTensor, Update};
+use crate::kernel::{self, InstructionSet};
+use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor};
 use crate::side_files;
 use crate::task::{self, Task};
 use crate::writer::{self, Staging};
 
-/// Bytes of a tile of the widest type involved. Half of a common second-level cache, so that the
-/// factors have room beside it.
-const TILE_BYTES: usize = 512 << 10;
-/// Bytes of one unit of copying: large enough to be cheap, small enough to be cancelled within
-/// a fraction of a second and to be shared between threads.
-const COPY_BYTES: u64 = 16 << 20;
+use queue::Work;
+use tile::{Prepared, Real};
 
 /// What the caller decides about the execution.
 #[derive(Debug, Clone, Default)]
@@ -96,12 +95,11 @@ pub fn execute(
     job.run(&pool)?;
     let adapter_sha256 = job.digests()?;
     drop(files);
-    let header_dtype = plan.options.dtype.as_ref().and_then(Dtype::torch_name);
     for (name, bytes) in &side_files.carried {
         task.check()?;
-        match (name.as_str(), header_dtype, inputs.base.config()) {
-            ("config.json", Some(dtype), Some(config)) => {
-                staging.write(name, &writer::config_with_dtype(config, dtype))?;
+        match (name.as_str(), inputs.base.config()) {
+            ("config.json", Some(config)) if !plan.config_changes.is_empty() => {
+                staging.write(name, &writer::changed_config(config, &plan.config_changes))?;
             }
             _ => {
                 let source = inputs.base.root().join(name);
@@ -133,23 +131,11 @@ pub fn execute(
     })
 }
 
-/// One unit of work.
-#[derive(Debug, Clone)]
-enum Work {
-    /// Bytes of the shard's file that are the same in the output, at another place perhaps.
-    Copy { shard: usize, source: Range<u64>, target: u64 },
-    /// A run of elements to convert.
-    Cast { shard: usize, tensor: usize, elements: Range<u64> },
-    /// Whole rows to update.
-    Merge { shard: usize, tensor: usize, rows: Range<usize>, slot: usize },
-    /// The digest of an adapter's file.
-    Digest { adapter: usize },
-}
-
-/// The packed factors of one tensor: made by the first thread that needs them, dropped by the last.
+/// The prepared updates of one tensor: made by the first thread that needs them, dropped by the
+/// last.
 #[derive(Debug)]
 struct Slot {
-    factors: Mutex<Option<Arc<Factors>>>,
+    prepared: Mutex<Option<Arc<Prepared>>>,
     remaining: AtomicUsize,
 }
 
@@ -181,14 +167,18 @@ impl<'a> Job<'a> {
         set: InstructionSet,
         task: &'a Task,
     ) -> Self {
-        let mut slots = Vec::new();
+        let mut tiles = Vec::new();
         let queues: Vec<_> = (plan.shards.iter().enumerate())
-            .map(|(position, shard)| queue_of(inputs, position, shard, &mut slots))
+            .map(|(position, shard)| queue::queue_of(inputs, position, shard, &mut tiles))
+            .collect();
+        let slots = tiles
+            .into_iter()
+            .map(|tiles| Slot { prepared: Mutex::new(None), remaining: AtomicUsize::new(tiles) })
             .collect();
         let remaining = queues.iter().map(|queue| AtomicUsize::new(queue.len())).collect();
         let mut work: Vec<_> =
             (0..inputs.adapters.len()).map(|adapter| Work::Digest { adapter }).collect();
-        work.extend(interleave(queues));
+        work.extend(queue::interleave(queues));
         let digests = inputs.adapters.iter().map(|_| Mutex::new(None)).collect();
         Self { inputs, plan, output, files, set, task, work, slots, remaining, digests }
     }
@@ -231,6 +221,10 @@ impl<'a> Job<'a> {
                 self.copy(*shard, source, *target, buffers)?;
                 *shard
             }
+            Work::Place { shard, tensor } => {
+                self.place(*shard, *tensor)?;
+                *shard
+            }
             Work::Cast { shard, tensor, elements } => {
                 self.cast(*shard, *tensor, elements, buffers)?;
                 *shard
@@ -254,10 +248,21 @@ impl<'a> Job<'a> {
         Error::io(self.output.join(&self.plan.shards[shard].name), error)
     }
 
-    fn read(&self, shard: usize, buffer: &mut [u8], offset: u64) -> Result<()> {
-        let source = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
-        file::read_at(source.file(), buffer, offset)
-            .map_err(|error| Error::io(source.path(), error))
+    /// Reads a tensor's bytes from `offset` on, wherever it comes from.
+    fn read(&self, tensor: &PlannedTensor, buffer: &mut [u8], offset: usize) -> Result<()> {
+        match tensor.origin {
+            Origin::Base(shard) => {
+                let source = &self.inputs.base.shards()[shard].file;
+                let start = source.data_start() + tensor.source.range.start + offset as u64;
+                file::read_at(source.file(), buffer, start)
+                    .map_err(|error| Error::io(source.path(), error))
+            }
+            Origin::Adapter(adapter) => {
+                let bytes = self.inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
+                buffer.copy_from_slice(&bytes[offset..offset + buffer.len()]);
+                Ok(())
+            }
+        }
     }
 
     fn write(&self, shard: usize, bytes: &[u8], offset: u64) -> Result<()> {
@@ -275,124 +280,149 @@ impl<'a> Job<'a> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let from = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
-        let buffer = reserve(&mut buffers.stored, TILE_BYTES);
+        let buffer = reserve(&mut buffers.stored, queue::TILE_BYTES);
         file::copy_range(from.file(), source.clone(), &self.files[shard], target, buffer)
             .map_err(|error| self.write_error(shard, error))?;
         self.task.advance(source.end - source.start);
         Ok(())
     }
 
-    fn tensor(&self, shard: usize, tensor: usize) -> (&PlannedShard, &PlannedTensor) {
+    /// A planned tensor, and where it begins in its output file.
+    fn tensor(&self, shard: usize, tensor: usize) -> (&PlannedTensor, u64) {
         let shard = &self.plan.shards[shard];
-        (shard, &shard.tensors[tensor])
+        let tensor = &shard.tensors[tensor];
+        (tensor, shard.header.len() as u64 + tensor.target.start)
     }
 
-    /// Where a tensor's first byte lies in the base's file and in the output's.
-    fn offsets(&self, shard: &PlannedShard, tensor: &PlannedTensor) -> (u64, u64) {
-        let source = &self.inputs.base.shards()[shard.source].file;
-        let source = source.data_start() + tensor.source.range.start;
-        (source, shard.header.len() as u64 + tensor.target.start)
+    fn place(&self, shard: usize, tensor: usize) -> Result<()> {
+        let (tensor, target) = self.tensor(shard, tensor);
+        let Origin::Adapter(adapter) = tensor.origin else {
+            unreachable!("the base's tensors are copied in the kernel")
+        };
+        let bytes = self.inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
+        self.write(shard, bytes, target)
     }
 
     fn cast(
         &self,
-        position: usize,
+        shard: usize,
         tensor: usize,
         elements: &Range<u64>,
         buffers: &mut Buffers,
     ) -> Result<()> {
-        let (shard, tensor) = self.tensor(position, tensor);
+        let (tensor, target) = self.tensor(shard, tensor);
         let (from, to) = (&tensor.source.dtype, &tensor.output_dtype);
-        let count = (elements.end - elements.start) as usize;
-        let (source, target) = self.offsets(shard, tensor);
+        let first = elements.start as usize;
+        let count = elements.end as usize - first;
         let stored = reserve(&mut buffers.stored, count * from.size());
         let result = reserve(&mut buffers.result, count * to.size());
-        self.read(position, stored, source + elements.start * from.size() as u64)?;
-        kernel::convert::convert(from, stored, to, result)
-            .map_err(|index| overflow(tensor, elements.start as usize + index, "the conversion"))?;
-        self.write(position, result, target + elements.start * to.size() as u64)
+        self.read(tensor, stored, first * from.size())?;
+        if !kernel::convert(self.set, from, stored, to, result) {
+            self.find_overflow(tensor, result, first)?;
+        }
+        self.write(shard, result, target + (first * to.size()) as u64)
     }
 
     fn merge(
         &self,
-        position: usize,
+        shard: usize,
         tensor: usize,
         rows: &Range<usize>,
         slot: usize,
         buffers: &mut Buffers,
     ) -> Result<()> {
-        let (shard, tensor) = self.tensor(position, tensor);
-        let Action::Merge(updates) = &tensor.action else { unreachable!("only merges have slots") };
+        let (tensor, target) = self.tensor(shard, tensor);
         let (from, to) = (&tensor.source.dtype, &tensor.output_dtype);
-        let (source, target) = self.offsets(shard, tensor);
-        let factors = self.factors(slot, tensor, updates);
-        let columns = factors.columns();
-        let count = rows.len() * columns;
-        let first = rows.start * columns;
+        let prepared = self.prepared(slot, tensor)?;
+        let first = rows.start * prepared.columns();
+        let count = rows.len() * prepared.columns();
         let stored = reserve(&mut buffers.stored, count * from.size());
-        self.read(position, stored, source + (first * from.size()) as u64)?;
-        let (finite, result) = if from == to {
-            (kernel::merge_rows(self.set, &factors, rows.start, from, stored), stored)
-        } else {
+        self.read(tensor, stored, first * from.size())?;
+        let (finite, result) = match prepared.only_sum() {
+            Some(factors) if from == to => {
+                (kernel::merge_rows(self.set, factors, rows.start, from, stored), stored)
+            }
             // Through the accumulator's type, so that the only rounding is the last one.
-            let wide_dtype = accumulator(from);
-            let wide = reserve(&mut buffers.wide, count * wide_dtype.size());
-            let result = reserve(&mut buffers.result, count * to.size());
-            kernel::convert::convert(from, stored, &wide_dtype, wide)
-                .expect("a wider type holds every value");
-            let merged = kernel::merge_rows(self.set, &factors, rows.start, &wide_dtype, wide);
-            let converted = kernel::convert::convert(&wide_dtype, wide, to, result);
-            (merged && converted.is_ok(), result)
+            _ => {
+                let result = reserve(&mut buffers.result, count * to.size());
+                let apply = if queue::accumulator(from) == Dtype::F64 {
+                    let wide = &mut buffers.double;
+                    apply::<f64>(
+                        self.set,
+                        self.inputs,
+                        &prepared,
+                        rows,
+                        (from, stored),
+                        wide,
+                        (to, result),
+                    )
+                } else {
+                    let wide = &mut buffers.single;
+                    apply::<f32>(
+                        self.set,
+                        self.inputs,
+                        &prepared,
+                        rows,
+                        (from, stored),
+                        wide,
+                        (to, result),
+                    )
+                };
+                (apply, result)
+            }
         };
         if !finite {
-            self.find_overflow(position, tensor, result, first)?;
+            self.find_overflow(tensor, result, first)?;
         }
-        self.write(position, result, target + (first * to.size()) as u64)?;
+        self.write(shard, result, target + (first * to.size()) as u64)?;
         if self.slots[slot].remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
-            lock(&self.slots[slot].factors).take();
+            lock(&self.slots[slot].prepared).take();
         }
         Ok(())
     }
 
-    /// The packed factors of a tensor's updates.
-    fn factors(&self, slot: usize, tensor: &PlannedTensor, updates: &[Update]) -> Arc<Factors> {
-        let mut factors = lock(&self.slots[slot].factors);
-        factors.get_or_insert_with(|| Arc::new(self.pack(tensor, updates))).clone()
+    /// The prepared updates of a tensor.
+    fn prepared(&self, slot: usize, tensor: &PlannedTensor) -> Result<Arc<Prepared>> {
+        let mut prepared = lock(&self.slots[slot].prepared);
+        if let Some(prepared) = &*prepared {
+            return Ok(prepared.clone());
+        }
+        let Action::Merge(updates) = &tensor.action else { unreachable!("only merges have slots") };
+        let wide = queue::accumulator(&tensor.source.dtype);
+        let shape = queue::shape_of(tensor);
+        let scan = |each: &mut dyn FnMut(usize, &mut [u8])| self.scan(tensor, &wide, shape, each);
+        let made = Prepared::new(self.set, self.inputs, updates, &wide, shape, scan)?;
+        Ok(prepared.insert(Arc::new(made)).clone())
     }
 
-    fn pack(&self, tensor: &PlannedTensor, updates: &[Update]) -> Factors {
-        let operands: Vec<_> = updates
-            .iter()
-            .map(|update| {
-                let adapter = &self.inputs.adapters[update.adapter];
-                let module = &adapter.modules()[&update.module];
-                Operand {
-                    a: adapter.file().tensor_bytes(&module.a),
-                    a_dtype: &module.a.dtype,
-                    b: adapter.file().tensor_bytes(&module.b),
-                    b_dtype: &module.b.dtype,
-                    rank: module.rank as usize,
-                    coefficient: update.coefficient(),
-                }
-            })
-            .collect();
-        let orientation = updates[0].orientation();
-        let shape = shape_of(tensor);
-        Factors::pack(self.set, &accumulator(&tensor.source.dtype), shape, orientation, &operands)
-    }
-
-    /// Something in the result is not finite: an error unless it came so from the base.
-    fn find_overflow(
+    /// Reads a tensor tile by tile in the accumulator's type.
+    fn scan(
         &self,
-        position: usize,
         tensor: &PlannedTensor,
-        result: &[u8],
-        first: usize,
+        wide: &Dtype,
+        (rows, columns): (usize, usize),
+        each: &mut dyn FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        let (shard, dtype) = (&self.plan.shards[position], &tensor.source.dtype);
-        let (source, _) = self.offsets(shard, tensor);
+        let from = &tensor.source.dtype;
+        let unit = queue::tile_rows(columns, from);
+        let (mut stored, mut widened) = (Vec::new(), Vec::new());
+        for start in (0..rows).step_by(unit) {
+            self.task.check()?;
+            let count = unit.min(rows - start) * columns;
+            let stored = reserve(&mut stored, count * from.size());
+            let widened = reserve(&mut widened, count * wide.size());
+            self.read(tensor, stored, start * columns * from.size())?;
+            kernel::convert(self.set, from, stored, wide, widened);
+            each(start, widened);
+        }
+        Ok(())
+    }
+
+    /// Something in the result is not finite: an error unless it came so from its source.
+    fn find_overflow(&self, tensor: &PlannedTensor, result: &[u8], first: usize) -> Result<()> {
+        let dtype = &tensor.source.dtype;
         let mut stored = vec![0; result.len() / tensor.output_dtype.size() * dtype.size()];
-        self.read(position, &mut stored, source + (first * dtype.size()) as u64)?;
+        self.read(tensor, &mut stored, first * dtype.size())?;
         let before = kernel::convert::widen_f64(dtype, &stored);
         let after = kernel::convert::widen_f64(&tensor.output_dtype, result);
         let is_made = |(before, after): (&f64, &f64)| before.is_finite() && !after.is_finite();
@@ -402,21 +432,19 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Names an adapter whose factors are not finite themselves, or else the merge.
+    /// Names an adapter whose tensors are not finite themselves, or else the operation.
     fn culprit(&self, tensor: &PlannedTensor) -> String {
-        let Action::Merge(updates) = &tensor.action else {
-            return "the merge".into();
-        };
+        let Action::Merge(updates) = &tensor.action else { return "the conversion".into() };
         for update in updates {
             let adapter = &self.inputs.adapters[update.adapter];
-            let module = &adapter.modules()[&update.module];
-            for factor in [&module.a, &module.b] {
-                if adapter.read_f32(factor).iter().any(|value| !value.is_finite()) {
-                    return format!(
-                        "the NaN or infinity in {} of {}",
-                        factor.name,
-                        adapter.path().display()
-                    );
+            let module = adapter.modules().get(&update.module);
+            let parts = module.map(|module| {
+                [Some(&module.a), Some(&module.b), module.magnitude.as_ref(), module.bias.as_ref()]
+            });
+            for part in parts.into_iter().flatten().flatten() {
+                if adapter.read_f32(part).iter().any(|value| !value.is_finite()) {
+                    let path = adapter.path().display();
+                    return format!("the NaN or infinity in {} of {path}", part.name);
                 }
             }
         }
@@ -424,11 +452,34 @@ impl<'a> Job<'a> {
     }
 }
 
+/// Applies updates to a tile in the accumulator's type and rounds once; whether all is finite.
+fn apply<T: Real>(
+    set: InstructionSet,
+    inputs: &Inputs,
+    prepared: &Prepared,
+    rows: &Range<usize>,
+    (from, stored): (&Dtype, &[u8]),
+    wide: &mut [Vec<T>; 3],
+    (to, result): (&Dtype, &mut [u8]),
+) -> bool {
+    let count = rows.len() * prepared.columns();
+    let [start, scratch, sum] = wide;
+    for buffer in [&mut *start, &mut *scratch, &mut *sum] {
+        if buffer.len() < count {
+            buffer.resize(count, T::default());
+        }
+    }
+    let (start, sum) = (&mut start[..count], &mut sum[..count]);
+    kernel::convert(set, from, stored, &T::DTYPE, bytemuck::cast_slice_mut(start));
+    prepared.apply(set, inputs, rows, start, &mut scratch[..count], sum);
+    kernel::convert(set, &T::DTYPE, bytemuck::cast_slice(sum), to, result)
+}
+
 fn overflow(tensor: &PlannedTensor, index: usize, culprit: &str) -> Error {
     let shape = &tensor.source.shape;
     let columns = shape.last().copied().unwrap_or(1).max(1) as usize;
     Error::Numeric {
-        tensor: tensor.source.name.clone(),
+        tensor: tensor.name.clone(),
         message: format!(
             "{culprit} makes a finite weight NaN or infinite in {} (the first at row {}, column {}); \
              nothing was written",
@@ -439,133 +490,16 @@ fn overflow(tensor: &PlannedTensor, index: usize, culprit: &str) -> Error {
     }
 }
 
-/// The type in which a tensor of that type is added to.
-fn accumulator(dtype: &Dtype) -> Dtype {
-    if *dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 }
-}
-
-/// Rows and columns of a tensor that is merged into.
-fn shape_of(tensor: &PlannedTensor) -> (usize, usize) {
-    let shape = &tensor.source.shape;
-    let rows = shape.first().copied().unwrap_or(1);
-    let columns: u64 = shape.iter().skip(1).product();
-    (rows as usize, columns as usize)
-}
-
-/// The work of one shard, in the order of the output's data.
-fn queue_of(
-    inputs: &Inputs,
-    position: usize,
-    shard: &PlannedShard,
-    slots: &mut Vec<Slot>,
-) -> Vec<Work> {
-    let source = &inputs.base.shards()[shard.source].file;
-    let mut queue = Vec::new();
-    // A run of neighbours that are copied, in the source and in the output.
-    let mut run: Option<(Range<u64>, u64)> = None;
-    let flush = |run: &mut Option<(Range<u64>, u64)>, queue: &mut Vec<Work>| {
-        let Some((range, target)) = run.take() else {
-            return;
-        };
-        let mut start = range.start;
-        while start < range.end {
-            // Split at multiples of the unit in the file, where file systems can share blocks.
-            let end = range.end.min((start / COPY_BYTES + 1) * COPY_BYTES);
-            let target = target + (start - range.start);
-            queue.push(Work::Copy { shard: position, source: start..end, target });
-            start = end;
-        }
-    };
-    for (index, tensor) in shard.tensors.iter().enumerate() {
-        let from = source.data_start() + tensor.source.range.start;
-        let to = shard.header.len() as u64 + tensor.target.start;
-        match &tensor.action {
-            Action::Copy => {
-                let end = from + tensor.source.bytes();
-                match &mut run {
-                    Some((range, target))
-                        if range.end == from && *target + (range.end - range.start) == to =>
-                    {
-                        range.end = end;
-                    }
-                    _ => {
-                        flush(&mut run, &mut queue);
-                        run = Some((from..end, to));
-                    }
-                }
-            }
-            Action::Cast => {
-                flush(&mut run, &mut queue);
-                let widest = tensor.source.dtype.size().max(tensor.output_dtype.size());
-                let unit = (TILE_BYTES / widest) as u64;
-                let elements = tensor.source.elements();
-                for start in (0..elements).step_by(unit as usize) {
-                    let elements = start..elements.min(start + unit);
-                    queue.push(Work::Cast { shard: position, tensor: index, elements });
-                }
-            }
-            Action::Merge(_) => {
-                flush(&mut run, &mut queue);
-                let (rows, columns) = shape_of(tensor);
-                let unit = tile_rows(columns, &tensor.source.dtype, &tensor.output_dtype);
-                let slot = slots.len();
-                slots.push(Slot {
-                    factors: Mutex::new(None),
-                    remaining: AtomicUsize::new(rows.div_ceil(unit)),
-                });
-                for start in (0..rows).step_by(unit) {
-                    let rows = start..rows.min(start + unit);
-                    queue.push(Work::Merge { shard: position, tensor: index, rows, slot });
-                }
-            }
-        }
-    }
-    flush(&mut run, &mut queue);
-    queue
-}
-
-/// Rows of a tile: as many whole register blocks as fit, at least one.
-fn tile_rows(columns: usize, from: &Dtype, to: &Dtype) -> usize {
-    let widest = if from == to { from.size() } else { accumulator(from).size() };
-    let rows = TILE_BYTES / (columns * widest).max(1);
-    (rows / kernel::ROW_MULTIPLE).max(1) * kernel::ROW_MULTIPLE
-}
-
-/// Takes turns between the shards: writes to one file exclude each other in the kernel, so
-/// neighbours in the queue, which different threads take, should be of different files.
-fn interleave(queues: Vec<Vec<Work>>) -> Vec<Work> {
-    let total = queues.iter().map(Vec::len).sum();
-    let mut work = Vec::with_capacity(total);
-    let mut pending = queues.into_iter().map(Vec::into_iter);
-    let mut lanes: Vec<_> = pending.by_ref().take(LANES).collect();
-    while !lanes.is_empty() {
-        let mut index = 0;
-        while index < lanes.len() {
-            if let Some(unit) = lanes[index].next() {
-                work.push(unit);
-                index += 1;
-            } else if let Some(queue) = pending.next() {
-                lanes[index] = queue;
-            } else {
-                lanes.remove(index);
-            }
-        }
-    }
-    work
-}
-
-/// Shards that are written at the same time.
-const LANES: usize = 2;
-
 /// A thread's memory, grown to what its work needs and kept.
 #[derive(Default)]
 struct Buffers {
-    /// Rows as the base stores them; the result too, where the type stays.
+    /// Rows as they are stored; the result too, where products are added in place.
     stored: Vec<u8>,
-    /// Rows in the accumulator's type.
-    wide: Vec<u8>,
     /// Rows as the output stores them.
     result: Vec<u8>,
+    /// W₀, scratch and sum in the accumulator's type.
+    single: [Vec<f32>; 3],
+    double: [Vec<f64>; 3],
 }
 
 fn reserve(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {

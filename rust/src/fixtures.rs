@@ -26,7 +26,8 @@ pub fn write(path: &Path, tensors: &[Tensor<'_>]) {
     for (name, dtype, shape, values) in tensors {
         let wide: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let mut bytes = vec![0; values.len() * dtype.size()];
-        convert::convert(&Dtype::F32, &wide, dtype, &mut bytes).expect("in range");
+        // Some tests want infinities.
+        let _ = convert::convert(&Dtype::F32, &wide, dtype, &mut bytes);
         let start = data.len() as u64;
         header.tensors.push(TensorInfo {
             name: (*name).to_owned(),

@@ -124,6 +124,25 @@ pub fn merge_rows(
     }
 }
 
+/// Converts a slice between any two mergeable types with one rounding. Returns whether every
+/// element of the result is finite.
+///
+/// # Panics
+/// If the lengths differ, or for types that cannot be merged.
+pub fn convert(
+    set: InstructionSet,
+    from: &Dtype,
+    source: &[u8],
+    to: &Dtype,
+    target: &mut [u8],
+) -> bool {
+    if *from == Dtype::F64 || *to == Dtype::F64 {
+        return convert::convert(from, source, to, target);
+    }
+    assert_eq!(source.len() / from.size(), target.len() / to.size(), "as many elements");
+    block::convert_slice(set, from, source, to, target) < overflow_threshold(to)
+}
+
 /// The least magnitude, as the bits of an f32, that rounds to infinity in `dtype`. NaN lies above.
 fn overflow_threshold(dtype: &Dtype) -> u32 {
     match dtype {

@@ -17,15 +17,13 @@ pub enum Mapping {
 }
 
 impl Mapping {
-    /// The base tensor for a parameter of a module, or `None` if the module lies elsewhere.
-    pub fn apply(&self, module: &str, parameter: &str) -> Option<String> {
+    /// The base's name for a parameter of the adapter, or `None` if it lies outside the prefix
+    /// that is stripped.
+    pub fn apply(&self, parameter: &str) -> Option<String> {
         Some(match self {
-            Self::Same => format!("{module}.{parameter}"),
-            Self::Strip(prefix) => {
-                let rest = module.strip_prefix(prefix.as_str())?;
-                format!("{rest}.{parameter}")
-            }
-            Self::Add(prefix) => format!("{prefix}{module}.{parameter}"),
+            Self::Same => parameter.to_owned(),
+            Self::Strip(prefix) => parameter.strip_prefix(prefix.as_str())?.to_owned(),
+            Self::Add(prefix) => format!("{prefix}{parameter}"),
         })
     }
 
@@ -43,71 +41,60 @@ impl Mapping {
     }
 }
 
-/// Finds the mapping under which every module has its tensor in the base.
-///
-/// # Errors
-/// The problems in words: the modules that fit nothing under the best mapping, or that more than
-/// one mapping fits.
-pub fn find_mapping<'a>(
-    modules: impl Iterator<Item = &'a str> + Clone,
-    parameter: &str,
-    base: &Checkpoint,
-) -> Result<Mapping, Vec<String>> {
-    let fitting = |mapping: &Mapping| {
-        let fits = |module: &&str| {
-            let name = mapping.apply(module, parameter);
-            name.is_some_and(|name| base.tensor(&name).is_some())
-        };
-        modules.clone().filter(fits).count()
+/// How an adapter's names fit a base.
+#[derive(Debug, Clone)]
+pub struct Fit {
+    /// The mapping that fits most; all of them, where there are no problems.
+    pub mapping: Mapping,
+    /// In words: the parameters that fit nothing under it, or that there is more than one mapping.
+    pub problems: Vec<String>,
+}
+
+/// Finds the mapping under which every parameter has its tensor in the base.
+pub fn find_mapping(parameters: &[String], base: &Checkpoint) -> Fit {
+    let fits = |mapping: &Mapping, parameter: &String| {
+        mapping.apply(parameter).is_some_and(|name| base.tensor(&name).is_some())
     };
-    let total = modules.clone().count();
+    let fitting =
+        |mapping: &Mapping| parameters.iter().filter(|parameter| fits(mapping, parameter)).count();
     let same = fitting(&Mapping::Same);
-    if same == total {
-        return Ok(Mapping::Same);
+    if same == parameters.len() {
+        return Fit { mapping: Mapping::Same, problems: Vec::new() };
     }
-    // Only mappings that fit some module can be the best; a module that fits under none is a
-    // problem under all. The first module that the names as they stand do not fit is as good as
-    // any to learn candidates from, unless it is the odd one out, so all are asked.
+    // A mapping that fits them all can be learned from any of them; the others are asked only to
+    // find the best one that does not.
     let mut candidates: Vec<(Mapping, usize)> = vec![(Mapping::Same, same)];
-    for module in modules.clone() {
-        for mapping in candidates_for(module, parameter, base) {
+    for parameter in parameters {
+        for mapping in candidates_for(parameter, base) {
             if !candidates.iter().any(|(known, _)| *known == mapping) {
                 let count = fitting(&mapping);
                 candidates.push((mapping, count));
             }
         }
-        if candidates.iter().any(|(_, count)| *count == total) {
+        if candidates.iter().any(|(_, count)| *count == parameters.len()) {
             break;
         }
     }
-    let complete: Vec<_> = candidates.iter().filter(|(_, count)| *count == total).collect();
-    match complete.as_slice() {
-        [(mapping, _)] => Ok(mapping.clone()),
-        [_, _, ..] => Err(vec![format!(
+    // The first of the best: the names as they stand win a tie.
+    let best = candidates.iter().rev().max_by_key(|(_, count)| *count);
+    let (mapping, count) = best.cloned().unwrap_or((Mapping::Same, same));
+    let mut problems: Vec<_> = parameters
+        .iter()
+        .filter(|parameter| !fits(&mapping, parameter))
+        .map(|parameter| complain(parameter, base))
+        .collect();
+    let equal: Vec<_> = (candidates.iter())
+        .filter(|(_, other)| *other == count && count == parameters.len())
+        .filter_map(|(mapping, _)| mapping.describe())
+        .collect();
+    if equal.len() > 1 {
+        problems.push(format!(
             "its modules fit the base in {} ways ({}); give the part of the base that was trained",
-            complete.len(),
-            complete
-                .iter()
-                .filter_map(|(mapping, _)| mapping.describe())
-                .collect::<Vec<_>>()
-                .join(", or ")
-        )]),
-        [] => {
-            // The first of the best: the names as they stand win a tie.
-            let best = candidates
-                .iter()
-                .rev()
-                .max_by_key(|(_, count)| *count)
-                .map_or(Mapping::Same, |(mapping, _)| mapping.clone());
-            Err(modules
-                .filter(|module| {
-                    let name = best.apply(module, parameter);
-                    name.is_none_or(|name| base.tensor(&name).is_none())
-                })
-                .map(|module| complain(module, parameter, base))
-                .collect())
-        }
+            equal.len(),
+            equal.join(", or ")
+        ));
     }
+    Fit { mapping, problems }
 }
 
 /// A leading part that is part of a name, not the place in a list of layers.
@@ -117,15 +104,16 @@ fn is_plain(prefix: &str) -> bool {
         .any(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-fn candidates_for(module: &str, parameter: &str, base: &Checkpoint) -> Vec<Mapping> {
+fn candidates_for(parameter: &str, base: &Checkpoint) -> Vec<Mapping> {
     let mut candidates = Vec::new();
-    for (position, _) in module.match_indices('.') {
-        let (prefix, rest) = module.split_at(position + 1);
-        if is_plain(prefix) && base.tensor(&format!("{rest}.{parameter}")).is_some() {
+    for (position, _) in parameter.match_indices('.') {
+        let (prefix, rest) = parameter.split_at(position + 1);
+        // What is left must still name a module and its parameter.
+        if rest.contains('.') && is_plain(prefix) && base.tensor(rest).is_some() {
             candidates.push(Mapping::Strip(prefix.to_owned()));
         }
     }
-    let tail = format!(".{module}.{parameter}");
+    let tail = format!(".{parameter}");
     for name in base.tensors().keys() {
         if let Some(prefix) = name.strip_suffix(&tail).filter(|prefix| is_plain(prefix)) {
             candidates.push(Mapping::Add(format!("{prefix}.")));
@@ -134,20 +122,16 @@ fn candidates_for(module: &str, parameter: &str, base: &Checkpoint) -> Vec<Mappi
     candidates
 }
 
-fn complain(module: &str, parameter: &str, base: &Checkpoint) -> String {
-    let tied = base
-        .config()
-        .and_then(|config| config.get("tie_word_embeddings"))
-        .and_then(serde_json::Value::as_bool)
-        .unwrap_or(false);
-    if tied && (module == "lm_head" || module.ends_with(".lm_head")) {
+fn complain(parameter: &str, base: &Checkpoint) -> String {
+    let (module, kind) = parameter.rsplit_once('.').unwrap_or((parameter, ""));
+    let leaf = module.rsplit('.').next().unwrap_or(module);
+    if leaf == "lm_head" && base.ties_embeddings() {
         return format!(
             "its module {module} is tied to the input embeddings in this base, \
-             which holds no {module}.{parameter}; a LoRA on it cannot be merged yet"
+             which holds no {parameter}; a LoRA on it cannot be merged yet"
         );
     }
-    let leaf = module.rsplit('.').next().unwrap_or(module);
-    let tail = format!(".{leaf}.{parameter}");
+    let tail = format!(".{leaf}.{kind}");
     let similar = base.tensors().keys().find(|name| name.ends_with(&tail));
     let hint = match similar {
         Some(name) => format!(" (the base has, for example, {name})"),

@@ -30,13 +30,19 @@ pub fn decide(
     let turned = shape == [inputs, outputs];
     match (straight, turned) {
         (true, false) => Ok(Orientation::OutIn),
-        (false, true) => Ok(Orientation::InOut),
-        (false, false) => Err(format!(
+        // Turned on a layer that nothing says is stored so, it is another layer's update.
+        (false, true) if may_be_turned(base, module, flag) => Ok(Orientation::InOut),
+        (false, _) => Err(format!(
             "its module {module} updates a weight of shape [{outputs}, {inputs}], \
              but the base's is {shape:?}"
         )),
         (true, true) => decide_square(base, module, flag),
     }
+}
+
+fn may_be_turned(base: &Checkpoint, module: &str, flag: bool) -> bool {
+    let layer = module.rsplit('.').next().unwrap_or(module);
+    flag || CONV1D_LAYERS.contains(&layer) || base.config().is_none_or(names_conv1d_model)
 }
 
 fn decide_square(base: &Checkpoint, module: &str, flag: bool) -> Result<Orientation, String> {

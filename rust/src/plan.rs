@@ -2,20 +2,22 @@
 //! one action. A plan is a value: it refers to its inputs by position and name, and any executor
 //! can carry it out.
 
+mod layout;
+mod planner;
+
 use std::ops::Range;
 use std::sync::Arc;
 
-use indexmap::IndexMap;
 use serde::Serialize;
 
 use crate::adapter::{Adapter, Module};
-use crate::checkpoint::{Checkpoint, Shard};
+use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::Orientation;
-use crate::names::{self, Mapping};
-use crate::orientation;
-use crate::safetensors::{Header, TensorInfo};
+use crate::safetensors::TensorInfo;
+
+use planner::Planner;
 
 /// The opened base and adapters of a merge.
 #[derive(Debug, Clone)]
@@ -73,13 +75,13 @@ pub struct Options {
 pub struct Update {
     /// Which adapter, by its position.
     pub adapter: usize,
-    /// The adapter's module.
+    /// The adapter's module, or for a replacement the tensor in its file.
     pub module: String,
-    /// The kind of update; so far all are products of two factors.
+    /// What the update does.
     pub kind: UpdateKind,
-    /// The rank.
+    /// The rank; 1 for a vector, 0 for a replacement.
     pub rank: u64,
-    /// s of s·B·A: α/r, or α/√r for rsLoRA.
+    /// s of s·B·A: α/r, or α/√r for rsLoRA; 1 for a replacement.
     pub scale: f64,
     /// The adapter's weight under the strategy.
     pub weight: f64,
@@ -87,12 +89,26 @@ pub struct Update {
     pub transposed: bool,
 }
 
-/// What an update does.
+/// What an update does to W₀, the base's weight. With several updates of one tensor the result is
+/// W₀ + Σ wᵢ·(Wᵢ − W₀), each Wᵢ made from W₀ alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateKind {
-    /// W += weight · scale · B·A.
+    /// W₀ + s·B·A.
     LowRank,
+    /// m/‖V‖ ⊙ V with V = W₀ + s·B·A, a norm for each output (Liu et al. 2024, arXiv:2402.09353).
+    Dora,
+    /// b₀ + s·b, with the bias of B.
+    Vector,
+    /// The adapter's own tensor.
+    Replace,
+}
+
+impl UpdateKind {
+    /// Whether Wᵢ is more than W₀ with something added.
+    pub fn takes_the_place(self) -> bool {
+        matches!(self, Self::Dora | Self::Replace)
+    }
 }
 
 impl Update {
@@ -129,14 +145,27 @@ impl Action {
     }
 }
 
+/// Where a tensor's W₀ comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// From the base's shard, by its position.
+    Base(usize),
+    /// From an adapter's file, by the adapter's position.
+    Adapter(usize),
+}
+
 /// One tensor of the output.
 #[derive(Debug, Clone)]
 pub struct PlannedTensor {
-    /// The tensor in the base, its range counted from the beginning of the shard's data.
+    /// Its name in the output.
+    pub name: String,
+    /// Where it comes from.
+    pub origin: Origin,
+    /// The tensor there, its range counted from the beginning of that file's data.
     pub source: TensorInfo,
     /// Its type in the output.
     pub output_dtype: Dtype,
-    /// Its range in the output, counted likewise.
+    /// Its range in the output's data.
     pub target: Range<u64>,
     /// What happens to it.
     pub action: Action,
@@ -164,7 +193,27 @@ impl PlannedShard {
 
     /// Whether the file is the base's, byte for byte.
     pub fn is_untouched(&self) -> bool {
-        self.tensors.iter().all(|tensor| matches!(tensor.action, Action::Copy))
+        self.tensors.iter().all(|tensor| {
+            matches!((&tensor.action, tensor.origin), (Action::Copy, Origin::Base(_)))
+        })
+    }
+}
+
+/// What a merge changes in the base's config.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ConfigChanges {
+    /// The type of the weights, by torch's name, where they were converted.
+    pub dtype: Option<String>,
+    /// The number of tokens, where an adapter brought embeddings of another number.
+    pub vocabulary: Option<u64>,
+    /// Set to false where the merge makes the output head differ from the embeddings it was tied to.
+    pub tied: Option<bool>,
+}
+
+impl ConfigChanges {
+    /// Whether the config stays as it is.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
     }
 }
 
@@ -177,6 +226,8 @@ pub struct Plan {
     pub weights: Vec<f64>,
     /// The shards of the output.
     pub shards: Vec<PlannedShard>,
+    /// What has to change in the config.
+    pub config_changes: ConfigChanges,
     /// What a careful person would want to know before using the result.
     pub warnings: Vec<String>,
     /// How the adapters were made to fit, where it was not plain.
@@ -192,20 +243,23 @@ impl Plan {
     pub fn new(inputs: &Inputs, options: Options) -> Result<Self> {
         let weights = weights_of(&options, inputs.adapters.len())?;
         refuse_obstacles(inputs, &options.allow)?;
-        let mut planner = Planner::new(&inputs.base);
-        for (position, adapter) in inputs.adapters.iter().enumerate() {
-            planner.add(position, adapter, weights[position]);
+        let mut planner = Planner::new(inputs, &options);
+        for (position, weight) in weights.iter().enumerate() {
+            planner.add(position, *weight);
         }
-        if !planner.problems.is_empty() {
-            return Err(Error::Plan(planner.problems));
-        }
+        let decided = planner.finish().map_err(Error::Plan)?;
         let mut warnings = inputs.base.warnings().to_vec();
         warnings.extend(inputs.adapters.iter().filter_map(|adapter| untrained(adapter)));
-        let mut updates = planner.updates;
-        let shards = (inputs.base.shards().iter().enumerate())
-            .map(|(source, shard)| plan_shard(source, shard, &options, &mut updates))
-            .collect();
-        Ok(Self { options, weights, shards, warnings, notes: planner.notes })
+        warnings.extend(decided.warnings);
+        let shards = layout::plan_shards(inputs, &options, decided.tensors, decided.additions);
+        Ok(Self {
+            options,
+            weights,
+            shards,
+            config_changes: decided.config_changes,
+            warnings,
+            notes: decided.notes,
+        })
     }
 
     /// Every tensor of the output with the shard it lies in.
@@ -259,7 +313,7 @@ fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>> {
     }
 }
 
-/// Refuses, adapter by adapter, whatever is not a plain product on a linear layer.
+/// Refuses, adapter by adapter, whatever cannot be merged.
 fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
     let refused: Vec<_> = (inputs.adapters.iter())
         .map(|adapter| (adapter.path(), adapter.obstacles(allow)))
@@ -277,7 +331,16 @@ fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
 
 /// A warning if some of an adapter's products are zero because B never moved from its start.
 fn untrained(adapter: &Adapter) -> Option<String> {
-    let is_zero = |module: &&Module| adapter.file().tensor_bytes(&module.b).iter().all(|b| *b == 0);
+    let is_zero = |module: &&Module| {
+        let size = module.b.dtype.size();
+        // Zero but for the sign, which is the highest bit of the last byte.
+        let mut elements = adapter.file().tensor_bytes(&module.b).chunks_exact(size);
+        let all_zero = elements.all(|element| {
+            element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
+        });
+        // DoRA's magnitude can have been trained beside a B that stayed zero.
+        all_zero && module.magnitude.is_none()
+    };
     let mut zero = adapter.modules().values().filter(is_zero);
     let first = &zero.next()?.path;
     let count = zero.count() + 1;
@@ -287,143 +350,6 @@ fn untrained(adapter: &Adapter) -> Option<String> {
         adapter.path().display(),
         adapter.modules().len()
     ))
-}
-
-/// Collects the updates of every tensor, and what stands in their way.
-struct Planner<'a> {
-    base: &'a Checkpoint,
-    updates: IndexMap<String, Vec<Update>>,
-    problems: Vec<String>,
-    notes: Vec<String>,
-}
-
-impl<'a> Planner<'a> {
-    fn new(base: &'a Checkpoint) -> Self {
-        Self { base, updates: IndexMap::new(), problems: Vec::new(), notes: Vec::new() }
-    }
-
-    fn add(&mut self, position: usize, adapter: &Adapter, weight: f64) {
-        let label = adapter.path().display();
-        let paths = adapter.modules().keys().map(String::as_str);
-        let mapping = match names::find_mapping(paths, "weight", self.base) {
-            Ok(mapping) => mapping,
-            Err(problems) => {
-                self.problems.extend(problems.iter().map(|problem| format!("{label}: {problem}")));
-                return;
-            }
-        };
-        if let Some(description) = mapping.describe() {
-            self.notes.push(format!("{label}: {description}"));
-        }
-        let mut turned_against_flag = 0;
-        for module in adapter.modules().values() {
-            match self.update(position, adapter, module, &mapping, weight) {
-                Ok((tensor, update)) => {
-                    let flag = adapter.config().fan_in_fan_out();
-                    turned_against_flag += usize::from(update.transposed != flag);
-                    self.updates.entry(tensor).or_default().push(update);
-                }
-                Err(problem) => self.problems.push(format!("{label}: {problem}")),
-            }
-        }
-        if turned_against_flag > 0 {
-            self.notes.push(format!(
-                "{label}: fan_in_fan_out in its config does not fit {turned_against_flag} of the \
-                 base's weights; their shapes and architecture decided"
-            ));
-        }
-    }
-
-    fn update(
-        &self,
-        position: usize,
-        adapter: &Adapter,
-        module: &Module,
-        mapping: &Mapping,
-        weight: f64,
-    ) -> Result<(String, Update), String> {
-        let path = &module.path;
-        let name = mapping.apply(path, "weight").expect("the mapping fits every module");
-        let tensor = self.base.tensor(&name).expect("the mapping fits every module");
-        if !tensor.dtype.is_mergeable() {
-            return Err(format!(
-                "its module {path} updates {name}, which the base stores as {}: \
-                 merge into the unquantised base instead",
-                tensor.dtype
-            ));
-        }
-        let extents = (module.b.shape[0], module.a.shape[1]);
-        let flag = adapter.config().fan_in_fan_out();
-        let orientation = orientation::decide(self.base, path, &tensor.shape, extents, flag)?;
-        let update = Update {
-            adapter: position,
-            module: path.clone(),
-            kind: UpdateKind::LowRank,
-            rank: module.rank,
-            scale: module.scaling,
-            weight,
-            transposed: orientation == Orientation::InOut,
-        };
-        Ok((name, update))
-    }
-}
-
-fn plan_shard(
-    source: usize,
-    shard: &Shard,
-    options: &Options,
-    updates: &mut IndexMap<String, Vec<Update>>,
-) -> PlannedShard {
-    let header = shard.file.header();
-    let mut tensors: Vec<_> = header
-        .tensors
-        .iter()
-        .map(|tensor| {
-            let output_dtype = match &options.dtype {
-                Some(dtype) if tensor.dtype.is_mergeable() => dtype.clone(),
-                _ => tensor.dtype.clone(),
-            };
-            let action = match updates.swap_remove(&tensor.name) {
-                Some(updates) if tensor.elements() > 0 => Action::Merge(updates),
-                _ if output_dtype != tensor.dtype => Action::Cast,
-                _ => Action::Copy,
-            };
-            PlannedTensor {
-                source: tensor.clone(),
-                output_dtype,
-                target: tensor.range.clone(),
-                action,
-            }
-        })
-        .collect();
-    if tensors.iter().all(|tensor| tensor.output_dtype == tensor.source.dtype) {
-        let header = shard.file.header_bytes().to_vec();
-        return PlannedShard { name: shard.name.clone(), source, header, tensors };
-    }
-    // New sizes: lay the data out anew, widest elements first, so that each tensor begins at a
-    // multiple of its element's size, which loaders rely on.
-    tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.output_dtype.bits().unwrap_or(64)));
-    let mut position = 0;
-    for tensor in &mut tensors {
-        let bytes = if tensor.output_dtype == tensor.source.dtype {
-            tensor.source.bytes()
-        } else {
-            tensor.source.elements() * tensor.output_dtype.size() as u64
-        };
-        tensor.target = position..position + bytes;
-        position += bytes;
-    }
-    let entries = tensors
-        .iter()
-        .map(|tensor| TensorInfo {
-            name: tensor.source.name.clone(),
-            dtype: tensor.output_dtype.clone(),
-            shape: tensor.source.shape.clone(),
-            range: tensor.target.clone(),
-        })
-        .collect();
-    let header = Header { metadata: header.metadata.clone(), tensors: entries }.encode();
-    PlannedShard { name: shard.name.clone(), source, header, tensors }
 }
 
 #[cfg(test)]

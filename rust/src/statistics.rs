@@ -129,6 +129,7 @@ pub fn describe_each(
 ) -> Result<(Vec<Summary>, Summary)> {
     request.check()?;
     let format = common_format(tensors);
+    let size = total_len(tensors);
     let needs_counts = request.needs_counts();
     let (summaries, all_moments, counts) = tensors
         .par_iter()
@@ -142,8 +143,8 @@ pub fn describe_each(
                 let own_format = tensor.element().format();
                 let (moments, counts) = first_look(one, own_format, needs_counts);
                 if let Some(own) = &counts {
-                    let all = all_counts.get_or_insert_with(|| Counts::new(format));
-                    if own_format == format {
+                    let all = all_counts.get_or_insert_with(|| Counts::new(format, size));
+                    if all.is_like(own) {
                         all.merge(own);
                     } else {
                         all.add(tensor);
@@ -165,9 +166,13 @@ pub fn describe_each(
         );
     task.check()?;
     let moments = merge_in_order(&all_moments);
-    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format)));
+    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
     let all = summarize(tensors, request, &moments, counts);
     Ok((summaries, all))
+}
+
+fn total_len(tensors: &[Tensor<'_>]) -> u64 {
+    tensors.iter().map(|tensor| tensor.len() as u64).sum()
 }
 
 fn common_format(tensors: &[Tensor<'_>]) -> Format {
@@ -215,11 +220,12 @@ fn first_look(
     format: Format,
     needs_counts: bool,
 ) -> (Moments, Option<Counts>) {
+    let size = total_len(tensors);
     let work = segments(tensors);
     let visit = |(mut moments, mut counts): (Vec<Moments>, Option<Counts>), part: &Tensor<'_>| {
         moments.push(Moments::of(part));
         if needs_counts {
-            counts.get_or_insert_with(|| Counts::new(format)).add(part);
+            counts.get_or_insert_with(|| Counts::new(format, size)).add(part);
         }
         (moments, counts)
     };
@@ -242,7 +248,7 @@ fn first_look(
         of_tensors.push(merge_in_order(own));
         rest = others;
     }
-    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format)));
+    let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
     (merge_in_order(&of_tensors), counts)
 }
 

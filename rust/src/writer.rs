@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::plan::{Inputs, Plan};
+use crate::plan::{ConfigChanges, Inputs, Plan};
 
 /// The directory inside the output in which a merge is prepared.
 pub const STAGING: &str = ".lorafast-partial";
@@ -95,7 +95,8 @@ fn check_content(output: &Path, overwrite: bool) -> Result<()> {
     if occupied && !overwrite {
         return Err(Error::output(
             output,
-            "exists and is not empty; give another directory, or allow it to be overwritten",
+            "exists and is not empty; give another directory, or replace it with --overwrite \
+             (overwrite=True)",
         ));
     }
     Ok(())
@@ -324,7 +325,7 @@ pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)
         _ => Map::new(),
     };
     for (shard, tensor) in plan.tensors() {
-        map.insert(tensor.source.name.clone(), Value::from(shard.name.clone()));
+        map.insert(tensor.name.clone(), Value::from(shard.name.clone()));
     }
     let mut metadata = match content.get("metadata") {
         Some(Value::Object(metadata)) => metadata.clone(),
@@ -338,29 +339,37 @@ pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)
     Some((index.file_name.clone(), pretty(&Value::Object(content))))
 }
 
-/// The base's config with the output's dtype in every place that names one.
-pub fn config_with_dtype(config: &Map<String, Value>, dtype: &str) -> Vec<u8> {
-    fn replace(fields: &mut Map<String, Value>, dtype: &str) -> bool {
-        let mut found = false;
+/// The base's config with what the merge changes in it, in every place that names it.
+pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> Vec<u8> {
+    fn change(fields: &mut Map<String, Value>, changes: &ConfigChanges) -> bool {
+        let mut has_dtype = false;
         for (name, value) in fields.iter_mut() {
-            match value {
-                Value::String(old) if name == "torch_dtype" || name == "dtype" => {
-                    *old = dtype.to_owned();
-                    found = true;
+            match (name.as_str(), &mut *value) {
+                ("torch_dtype" | "dtype", Value::String(old)) => {
+                    has_dtype = true;
+                    if let Some(dtype) = &changes.dtype {
+                        old.clone_from(dtype);
+                    }
                 }
-                Value::Object(inner)
-                    if name.ends_with("_config") && name != "quantization_config" =>
-                {
-                    replace(inner, dtype);
+                ("vocab_size", Value::Number(_)) => {
+                    if let Some(vocabulary) = changes.vocabulary {
+                        *value = Value::from(vocabulary);
+                    }
+                }
+                ("tie_word_embeddings", Value::Bool(tied)) => *tied = changes.tied.unwrap_or(*tied),
+                ("quantization_config", _) => {}
+                (name, Value::Object(inner)) if name.ends_with("_config") => {
+                    change(inner, changes);
                 }
                 _ => {}
             }
         }
-        found
+        has_dtype
     }
     let mut config = config.clone();
-    if !replace(&mut config, dtype) {
-        config.insert("torch_dtype".into(), Value::from(dtype));
+    let has_dtype = change(&mut config, changes);
+    if let Some(dtype) = changes.dtype.as_ref().filter(|_| !has_dtype) {
+        config.insert("torch_dtype".into(), Value::from(dtype.as_str()));
     }
     pretty(&Value::Object(config))
 }

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# A wrong base gives a problem for each module; the first ones tell it.
-MOST_PROBLEMS = 3
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -52,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_further_output()
         return EXIT_BROKEN_PIPE
     except Exception as error:
-        from lorafast._cli._terminal import printable
+        from lorafast._cli._failures import print_error
 
         if not _is_for_the_user(error):
             raise
-        print("error:", printable(_sentence(error)), file=sys.stderr)
+        print_error(error)
         return EXIT_ERROR
     return status
 
@@ -80,19 +78,6 @@ def _is_for_the_user(error: Exception) -> bool:
     import lorafast
 
     return isinstance(error, (lorafast.LorafastError, OSError, ValueError, ImportError))
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        message = f"{error.strerror}: {os.fsdecode(error.filename)}"
-    else:
-        message = str(error) or type(error).__name__
-    problems: list[str] = getattr(error, "problems", [])
-    if len(problems) > 1:
-        shown = "; ".join(problems[:MOST_PROBLEMS])
-        rest = len(problems) - MOST_PROBLEMS
-        message = f"{len(problems)} problems: {shown}" + (f"; and {rest} more" if rest > 0 else "")
-    return " ".join(message.split())
 
 
 def _escape_what_the_streams_cannot_encode() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorafast._cli import _demo, _info, _merge
+from lorafast._cli import _analyze, _compare, _demo, _info, _merge, _report
 
 if TYPE_CHECKING:
     from lorafast._cli._command import Command
@@ -12,5 +12,8 @@ if TYPE_CHECKING:
 COMMANDS: tuple[Command, ...] = (
     _merge.COMMAND,
     _info.COMMAND,
+    _analyze.COMMAND,
+    _compare.COMMAND,
+    _report.COMMAND,
     _demo.COMMAND,
 )

@@ -62,6 +62,10 @@ class Terminal:
         json.dump(value, sys.stdout, indent=2)
         print()
 
+    def document(self, text: str) -> None:
+        """Print a whole report, which is made to be safe to print: --quiet or not."""
+        print(text.rstrip("\n"))
+
     def warn(self, message: str) -> None:
         """Print `warning: …` on stderr, once for each message."""
         if message not in self._warned:

@@ -30,6 +30,8 @@ pub struct PeftConfig {
     alpha_patterns: Vec<Pattern<f64>>,
     rank_stabilised: bool,
     fan_in_fan_out: bool,
+    dora: bool,
+    lora_bias: bool,
 }
 
 /// What a config field means for the merge.
@@ -55,11 +57,9 @@ fn meaning(field: &str) -> Option<Meaning> {
         // Extra training-time tensors; PEFT's merge ignores them.
         | "velora_config" | "monteclora_config"
         // The tensors in the file say which modules were saved, and each is accounted for.
-        | "modules_to_save" => Meaning::Harmless,
+        | "modules_to_save" | "bias" | "lora_bias" => Meaning::Harmless,
         "r" | "lora_alpha" | "rank_pattern" | "alpha_pattern" | "use_rslora" | "fan_in_fan_out"
-        | "init_lora_weights" | "bias" | "alpha" => Meaning::Used,
-        "use_dora" => Meaning::Feature("DoRA"),
-        "lora_bias" => Meaning::Feature("a bias on lora_B"),
+        | "init_lora_weights" | "use_dora" | "alpha" => Meaning::Used,
         "trainable_token_indices" => Meaning::Feature("trained token embeddings"),
         "target_parameters" => Meaning::Feature("LoRA on parameters (target_parameters)"),
         "layer_replication" => Meaning::Feature("layer replication"),
@@ -130,6 +130,8 @@ impl PeftConfig {
         let alpha_patterns = reader.patterns("alpha_pattern", Reader::alpha)?;
         let rank_stabilised = reader.flag("use_rslora")?;
         let fan_in_fan_out = reader.flag("fan_in_fan_out")?;
+        let dora = reader.flag("use_dora")?;
+        let lora_bias = reader.flag("lora_bias")?;
         Ok(Self {
             path: path.to_path_buf(),
             rank,
@@ -138,6 +140,8 @@ impl PeftConfig {
             alpha_patterns,
             rank_stabilised,
             fan_in_fan_out,
+            dora,
+            lora_bias,
             raw,
         })
     }
@@ -167,6 +171,16 @@ impl PeftConfig {
         self.rank_stabilised
     }
 
+    /// Whether every module has a magnitude (`use_dora`; Liu et al. 2024, arXiv:2402.09353).
+    pub fn uses_dora(&self) -> bool {
+        self.dora
+    }
+
+    /// Whether every `lora_B` has a bias (`lora_bias`).
+    pub fn has_lora_bias(&self) -> bool {
+        self.lora_bias
+    }
+
     /// The flag as it stands in the file. PEFT corrects it from the layer's type when it loads the
     /// adapter and does not always write the correction back, so it is a hint and no more.
     pub fn fan_in_fan_out(&self) -> bool {
@@ -189,6 +203,16 @@ impl PeftConfig {
     pub fn scaling(&self, alpha: f64, rank: u64) -> f64 {
         let rank = rank as f64;
         alpha / if self.rank_stabilised { rank.sqrt() } else { rank }
+    }
+
+    /// Whether a parameter belongs to a module that `modules_to_save` names. PEFT matches the names
+    /// against the ends of the modules' paths.
+    pub fn saves_module_of(&self, parameter: &str) -> bool {
+        let Some(Value::Array(names)) = self.raw.get("modules_to_save") else { return false };
+        parameter.match_indices('.').any(|(end, _)| {
+            let module = &parameter[..end];
+            names.iter().filter_map(Value::as_str).any(|name| module.ends_with(name))
+        })
     }
 
     /// What the config asks for that a merge of plain low-rank products would get wrong, each as
@@ -216,10 +240,6 @@ impl PeftConfig {
 
     fn obstacle_in_used(&self, field: &str, value: &Value) -> Option<String> {
         match (field, value) {
-            ("bias", Value::String(kind)) if kind == "none" => None,
-            ("bias", _) => {
-                Some(format!("trained biases (bias = {value}), which cannot be merged yet"))
-            }
             // A stray copy of lora_alpha that some tools write.
             ("alpha", _) if value.as_f64() == Some(self.alpha) => None,
             ("alpha", _) => Some(format!(
@@ -406,8 +426,7 @@ mod tests {
         let harmless = r#""bias": "none", "init_lora_weights": true, "eva_config": null,
             "loftq_config": {}, "use_dora": false, "target_modules": ["q"], "alpha": 16"#;
         assert_eq!(obstacles(harmless, &[]), Vec::<String>::new());
-        assert!(obstacles(r#""use_dora": true"#, &[])[0].contains("DoRA (use_dora)"));
-        assert!(obstacles(r#""bias": "all""#, &[])[0].contains("trained biases"));
+        assert!(obstacles(r#""kasa_config": {"a": 1}"#, &[])[0].contains("KaSA (kasa_config)"));
         assert!(obstacles(r#""init_lora_weights": "pissa""#, &[])[0].contains("pissa"));
         assert!(obstacles(r#""alpha": 4"#, &[])[0].contains("beside lora_alpha"));
         assert!(obstacles(r#""new_thing": 3"#, &[])[0].contains("unknown config field new_thing"));

@@ -1,10 +1,12 @@
 use std::fs;
 
+use indexmap::IndexMap;
+
 use super::*;
-use crate::fixtures::{open, plain, ramp, write, write_adapter};
+use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan;
-use crate::safetensors::SafetensorsFile;
+use crate::safetensors::{SafetensorsFile, TensorInfo};
 
 const ROWS: u64 = 70;
 const COLUMNS: u64 = 90;
@@ -233,16 +235,190 @@ fn an_overflow_names_its_tensor_and_leaves_nothing() {
     run(&inputs, plain(), &output, 1).expect("merged");
 }
 
+/// A base of one file and a rank-2 adapter from tensors, merged into f32, by name.
+fn merge_tensors(
+    base: &[Tensor<'_>],
+    adapter: &[Tensor<'_>],
+    fields: &str,
+    options: plan::Options,
+) -> (tempfile::TempDir, IndexMap<String, Vec<f64>>) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    write(&root.join("base/model.safetensors"), base);
+    write_adapter(&root.join("adapter"), &[], fields);
+    write(&root.join("adapter/adapter_model.safetensors"), adapter);
+    let inputs = open(&root.join("base"), &[root.join("adapter")]);
+    run(&inputs, options, &root.join("output"), 2).expect("merged");
+    let file = SafetensorsFile::open(&root.join("output/model.safetensors")).expect("sound");
+    let tensors = file.header().tensors.iter();
+    let read = |tensor: &TensorInfo| widen_f64(&tensor.dtype, file.tensor_bytes(tensor));
+    let values = tensors.map(|tensor| (tensor.name.clone(), read(tensor))).collect();
+    (directory, values)
+}
+
+/// Rows × columns of W + 2·B·A, with W, A and B as ramps of those seeds.
+fn product(rows: usize, columns: usize) -> Vec<f64> {
+    let weight = ramp((rows * columns) as u64, 1);
+    let (a, b) = (ramp(2 * columns as u64, 2), ramp(2 * rows as u64, 3));
+    (0..rows * columns)
+        .map(|index| {
+            let (row, column) = (index / columns, index % columns);
+            let sum: f32 = (0..2).map(|k| b[row * 2 + k] * a[k * columns + column]).sum();
+            f64::from(weight[index]) + 2.0 * f64::from(sum)
+        })
+        .collect()
+}
+
+#[track_caller]
+fn assert_close(actual: &[f64], expected: &[f64]) {
+    assert_eq!(actual.len(), expected.len());
+    for (index, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+        let bound = 2e-6 * expected.abs().max(1.0);
+        assert!((actual - expected).abs() <= bound, "{index}: {actual} for {expected}");
+    }
+}
+
 #[test]
-fn neighbours_in_the_queue_are_of_different_shards() {
-    let unit = |shard| Work::Cast { shard, tensor: 0, elements: 0..1 };
-    let queues = vec![vec![unit(0); 3], vec![unit(1)], vec![], vec![unit(3); 2]];
-    let order: Vec<_> = interleave(queues)
-        .iter()
-        .map(|work| match work {
-            Work::Cast { shard, .. } => *shard,
-            _ => unreachable!("only casts were queued"),
+fn dora_gives_every_output_its_magnitude() {
+    let (rows, columns) = (20, 30);
+    let sum = product(rows, columns);
+    let norm = |values: &mut dyn Iterator<Item = f64>| {
+        values.map(|value| value * value).sum::<f64>().sqrt()
+    };
+    let magnitude: Vec<f32> = (0..rows).map(|row| 1.0 + row as f32 / 8.0).collect();
+    let weight = [("x.weight", Dtype::F32, &[20, 30][..], ramp(600, 1))];
+    let factors = [
+        ("x.lora_A.weight", Dtype::F32, &[2, 30][..], ramp(60, 2)),
+        ("x.lora_B.weight", Dtype::F32, &[20, 2][..], ramp(40, 3)),
+        ("x.lora_magnitude_vector", Dtype::F32, &[20][..], magnitude.clone()),
+    ];
+    let dora = r#", "use_dora": true"#;
+    let (_kept, merged) = merge_tensors(&weight, &factors, dora, plain());
+    let expected: Vec<_> = (0..600)
+        .map(|index| {
+            let row = index / columns;
+            let norm = norm(&mut sum[row * columns..][..columns].iter().copied());
+            sum[index] * f64::from(magnitude[row]) / norm
         })
         .collect();
-    assert_eq!(order, [0, 1, 0, 3, 0, 3]);
+    assert_close(&merged["x.weight"], &expected);
+
+    // Half of it: W₀ + ½·(W₁ − W₀).
+    let half =
+        plan::Options { strategy: plan::Strategy::Weighted, weights: Some(vec![0.5]), ..plain() };
+    let (_kept, merged) = merge_tensors(&weight, &factors, dora, half);
+    let base = ramp(600, 1);
+    let between: Vec<_> =
+        expected.iter().zip(&base).map(|(to, from)| (to + f64::from(*from)) / 2.0).collect();
+    assert_close(&merged["x.weight"], &between);
+}
+
+#[test]
+fn dora_on_an_embedding_scales_its_columns() {
+    // Stored (tokens, width): 30 tokens of width 20, the transpose of the product above.
+    let sum = product(20, 30);
+    let straight = ramp(600, 1);
+    let turned: Vec<f32> = (0..600).map(|index| straight[index % 20 * 30 + index / 20]).collect();
+    let magnitude: Vec<f32> = (0..20).map(|column| 2.0 - column as f32 / 16.0).collect();
+    let factors = [
+        ("x.lora_embedding_A", Dtype::F32, &[2, 30][..], ramp(60, 2)),
+        ("x.lora_embedding_B", Dtype::F32, &[20, 2][..], ramp(40, 3)),
+        ("x.lora_magnitude_vector", Dtype::F32, &[20][..], magnitude.clone()),
+    ];
+    let base = [("x.weight", Dtype::F32, &[30, 20][..], turned)];
+    let (_kept, merged) = merge_tensors(&base, &factors, r#", "use_dora": true"#, plain());
+    let expected: Vec<_> = (0..600)
+        .map(|index| {
+            let (token, column) = (index / 20, index % 20);
+            let output = &sum[column * 30..][..30];
+            let norm = output.iter().map(|value| value * value).sum::<f64>().sqrt();
+            output[token] * f64::from(magnitude[column]) / norm
+        })
+        .collect();
+    assert_close(&merged["x.weight"], &expected);
+}
+
+#[test]
+fn embeddings_convolutions_and_biases_are_products_too() {
+    let straight = ramp(600, 1);
+    let turned: Vec<f32> = (0..600).map(|index| straight[index % 20 * 30 + index / 20]).collect();
+    let base = [
+        ("e.weight", Dtype::F32, &[30, 20][..], turned),
+        ("c.weight", Dtype::F32, &[20, 5, 3, 2][..], straight),
+        ("c.bias", Dtype::F32, &[20][..], ramp(20, 4)),
+    ];
+    let factors = [
+        ("e.lora_embedding_A", Dtype::F32, &[2, 30][..], ramp(60, 2)),
+        ("e.lora_embedding_B", Dtype::F32, &[20, 2][..], ramp(40, 3)),
+        ("c.lora_A.weight", Dtype::F32, &[2, 5, 3, 2][..], ramp(60, 2)),
+        ("c.lora_B.weight", Dtype::F32, &[20, 2, 1, 1][..], ramp(40, 3)),
+        ("c.lora_B.bias", Dtype::F32, &[20][..], ramp(20, 5)),
+    ];
+    let biased = r#", "lora_bias": true"#;
+    let (_kept, merged) = merge_tensors(&base, &factors, biased, plain());
+    let expected = product(20, 30);
+    assert_close(&merged["c.weight"], &expected);
+    let turned: Vec<_> = (0..600).map(|index| expected[index % 20 * 30 + index / 20]).collect();
+    assert_close(&merged["e.weight"], &turned);
+    let pairs = ramp(20, 4).into_iter().zip(ramp(20, 5));
+    let bias: Vec<_> = pairs.map(|(base, bias)| f64::from(base) + 2.0 * f64::from(bias)).collect();
+    assert_close(&merged["c.bias"], &bias);
+}
+
+#[test]
+fn saved_parameters_replace_the_bases_or_join_them() {
+    let base = [
+        ("x.weight", Dtype::Bf16, &[4, 6][..], ramp(24, 1)),
+        ("x.bias", Dtype::F32, &[4][..], ramp(4, 2)),
+    ];
+    let adapter = [
+        ("base_model.model.x.base_layer.bias", Dtype::F16, &[4][..], ramp(4, 7)),
+        ("base_model.model.score.weight", Dtype::F32, &[3, 6][..], ramp(18, 8)),
+    ];
+    let fields = r#", "bias": "all", "modules_to_save": ["score"]"#;
+    let (_kept, merged) = merge_tensors(&base, &adapter, fields, plain());
+    let exactly = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<_>>();
+    assert_eq!(merged["x.bias"], exactly(ramp(4, 7)));
+    // In the type that most of the base has; these values are exact in it.
+    assert_eq!(merged["score.weight"], exactly(ramp(18, 8)));
+    assert_eq!(merged["x.weight"], exactly(ramp(24, 1)));
+
+    let stray = [("base_model.model.other.weight", Dtype::F32, &[3, 6][..], ramp(18, 8))];
+    let directory = tempfile::tempdir().expect("a directory");
+    write(&directory.path().join("base/model.safetensors"), &base);
+    let path = write_adapter(&directory.path().join("adapter"), &[("x", 4, 6)], fields);
+    write(&path.join("adapter_model.safetensors"), &[&stray[..], &adapter[..1]].concat());
+    let inputs = open(&directory.path().join("base"), &[path]);
+    let problems = Plan::new(&inputs, plain()).expect_err("a stray tensor").to_string();
+    assert!(problems.contains("other"), "{problems}");
+}
+
+#[test]
+fn a_saved_embedding_of_another_size_changes_the_vocabulary() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let base = [("model.embed_tokens.weight", Dtype::F32, &[30, 20][..], ramp(600, 9))];
+    write(&root.join("base/model.safetensors"), &base);
+    let config = r#"{"vocab_size": 30, "tie_word_embeddings": true}"#;
+    fs::write(root.join("base/config.json"), config).expect("written");
+    let straight = ramp(640, 1);
+    let adapter = [
+        ("model.embed_tokens.lora_embedding_A", Dtype::F32, &[2, 32][..], ramp(64, 2)),
+        ("model.embed_tokens.lora_embedding_B", Dtype::F32, &[20, 2][..], vec![0.0; 40]),
+        ("model.embed_tokens.base_layer.weight", Dtype::F32, &[32, 20][..], straight.clone()),
+        ("lm_head.weight", Dtype::F32, &[32, 20][..], straight.clone()),
+    ];
+    write_adapter(&root.join("adapter"), &[], "");
+    write(&root.join("adapter/adapter_model.safetensors"), &adapter);
+    let inputs = open(&root.join("base"), &[root.join("adapter")]);
+    run(&inputs, plain(), &root.join("output"), 1).expect("merged");
+    let file = SafetensorsFile::open(&root.join("output/model.safetensors")).expect("sound");
+    assert_eq!(file.header().tensors.len(), 1, "the tied head is not written twice");
+    let tensor = file.tensor("model.embed_tokens.weight").expect("there");
+    assert_eq!(tensor.shape, [32, 20]);
+    let expected: Vec<_> = straight.into_iter().map(f64::from).collect();
+    assert_eq!(widen_f64(&tensor.dtype, file.tensor_bytes(tensor)), expected);
+    let config = fs::read_to_string(root.join("output/config.json")).expect("read");
+    assert!(config.contains("\"vocab_size\": 32"), "{config}");
+    assert!(config.contains("\"tie_word_embeddings\": true"), "{config}");
 }

@@ -67,6 +67,106 @@ unsafe fn rows_avx512<E: Element>(
     unsafe { rows::<Avx512, E, 8, 3>(factors, first_row, tile) }
 }
 
+/// Converts a slice between single-precision types; returns the largest magnitude of the source as
+/// the bits of an f32. The caller has checked the lengths.
+pub(super) fn convert_slice(
+    set: InstructionSet,
+    from: &Dtype,
+    source: &[u8],
+    to: &Dtype,
+    target: &mut [u8],
+) -> u32 {
+    match from {
+        Dtype::F32 => convert_from::<PlainF32>(set, source, to, target),
+        Dtype::Bf16 => convert_from::<PlainBf16>(set, source, to, target),
+        Dtype::F16 => convert_from::<PlainF16>(set, source, to, target),
+        Dtype::F64 | Dtype::Other(_) => panic!("{from} is no single-precision type"),
+    }
+}
+
+fn convert_from<F: Element>(
+    set: InstructionSet,
+    source: &[u8],
+    to: &Dtype,
+    target: &mut [u8],
+) -> u32 {
+    match to {
+        Dtype::F32 => convert_dispatch::<F, PlainF32>(set, source, target),
+        Dtype::Bf16 => convert_dispatch::<F, PlainBf16>(set, source, target),
+        Dtype::F16 => convert_dispatch::<F, PlainF16>(set, source, target),
+        Dtype::F64 | Dtype::Other(_) => panic!("{to} is no single-precision type"),
+    }
+}
+
+fn convert_dispatch<F: Element, T: Element>(
+    set: InstructionSet,
+    source: &[u8],
+    target: &mut [u8],
+) -> u32 {
+    match set {
+        // SAFETY: the portable form needs no instructions beyond the target's baseline.
+        InstructionSet::Portable => unsafe { convert_elements::<Portable, F, T>(source, target) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: an `InstructionSet` other than the portable one comes from detection alone.
+        InstructionSet::Avx2 => unsafe { convert_avx2::<F, T>(source, target) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        InstructionSet::Avx512 => unsafe { convert_avx512::<F, T>(source, target) },
+        #[cfg(not(target_arch = "x86_64"))]
+        InstructionSet::Avx2 | InstructionSet::Avx512 => unreachable!("never detected here"),
+    }
+}
+
+/// # Safety
+/// The processor must have the instructions named.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn convert_avx2<F: Element, T: Element>(source: &[u8], target: &mut [u8]) -> u32 {
+    // SAFETY: this function's own contract.
+    unsafe { convert_elements::<Avx2, F, T>(source, target) }
+}
+
+/// # Safety
+/// The processor must have the instructions named.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn convert_avx512<F: Element, T: Element>(source: &[u8], target: &mut [u8]) -> u32 {
+    // SAFETY: this function's own contract.
+    unsafe { convert_elements::<Avx512, F, T>(source, target) }
+}
+
+/// # Safety
+/// The processor must have the instructions of `S`.
+#[inline(always)]
+unsafe fn convert_elements<S: Simd, F: Element, T: Element>(
+    source: &[u8],
+    target: &mut [u8],
+) -> u32 {
+    // SAFETY: a vector of zeros; the instructions are there by the caller's contract.
+    let mut maximum = unsafe { S::splat(0.0) };
+    let mut sources = source.chunks_exact(S::LANES * F::SIZE);
+    let mut targets = target.chunks_exact_mut(S::LANES * T::SIZE);
+    for (source, target) in sources.by_ref().zip(targets.by_ref()) {
+        // SAFETY: each chunk holds one whole vector.
+        unsafe {
+            let value = F::load::<S>(source.as_ptr());
+            maximum = S::max_magnitude(maximum, value);
+            T::store::<S>(value, target.as_mut_ptr());
+        }
+    }
+    let (rest, place) = (sources.remainder(), targets.into_remainder());
+    let mut buffer = [0u8; 16 * 4];
+    buffer[..rest.len()].copy_from_slice(rest);
+    // SAFETY: the buffer holds a whole vector of the widest element.
+    unsafe {
+        let value = F::load::<S>(buffer.as_ptr());
+        maximum = S::max_magnitude(maximum, value);
+        T::store::<S>(value, buffer.as_mut_ptr());
+        place.copy_from_slice(&buffer[..place.len()]);
+        S::reduce_magnitude(maximum)
+    }
+}
+
 /// All blocks of a tile, a panel of columns at a time: the panel stays in the first-level cache
 /// while the tile's rows pass it.
 ///

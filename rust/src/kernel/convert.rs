@@ -129,41 +129,35 @@ fn round_to_odd(value: f64) -> f32 {
     f32::from_bits(nearest.to_bits().wrapping_add(step))
 }
 
-/// Converts between any two mergeable types with one rounding.
-///
-/// # Errors
-/// The index of the first finite element that became infinite.
+/// Converts between any two mergeable types with one rounding. Returns whether every element of
+/// the result is finite.
 ///
 /// # Panics
 /// If the lengths differ, or for types that cannot be merged.
-pub fn convert(from: &Dtype, source: &[u8], to: &Dtype, target: &mut [u8]) -> Result<(), usize> {
+pub fn convert(from: &Dtype, source: &[u8], to: &Dtype, target: &mut [u8]) -> bool {
     assert_eq!(source.len() / from.size(), target.len() / to.size(), "as many elements");
-    let mut overflow = None;
-    let mut check = |index: usize, value: f64, finite: bool| {
-        if !finite && value.is_finite() {
-            overflow.get_or_insert(index);
-        }
-    };
+    let mut finite = true;
     match to {
         Dtype::F64 => for_each_f64(from, source, |index, value| {
+            finite &= value.is_finite();
             target[index * 8..][..8].copy_from_slice(&value.to_le_bytes());
         }),
         Dtype::F32 => for_each_f64(from, source, |index, value| {
             let narrow = value as f32;
-            check(index, value, narrow.is_finite());
+            finite &= narrow.is_finite();
             target[index * 4..][..4].copy_from_slice(&narrow.to_le_bytes());
         }),
         Dtype::Bf16 => for_each_f64(from, source, |index, value| {
             let narrow = half::bf16::from_f32(round_to_odd(value));
-            check(index, value, narrow.is_finite());
+            finite &= narrow.is_finite();
             target[index * 2..][..2].copy_from_slice(&narrow.to_le_bytes());
         }),
         Dtype::F16 => for_each_f64(from, source, |index, value| {
             let narrow = half::f16::from_f32(round_to_odd(value));
-            check(index, value, narrow.is_finite());
+            finite &= narrow.is_finite();
             target[index * 2..][..2].copy_from_slice(&narrow.to_le_bytes());
         }),
         Dtype::Other(name) => panic!("a tensor was to become {name}"),
     }
-    overflow.map_or(Ok(()), Err)
+    finite
 }

@@ -16,7 +16,7 @@ fn random(seed: u64, count: usize) -> Vec<f32> {
 fn bytes_of(dtype: &Dtype, values: &[f32]) -> Vec<u8> {
     let wide: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let mut bytes = vec![0; values.len() * dtype.size()];
-    convert::convert(&Dtype::F32, &wide, dtype, &mut bytes).expect("in range");
+    assert!(convert::convert(&Dtype::F32, &wide, dtype, &mut bytes), "in range");
     bytes
 }
 
@@ -199,11 +199,36 @@ fn conversion_rounds_once_and_reports_overflow() {
     // 1 + 2⁻⁸ + 2⁻³⁰ lies above the tie between two bf16 values; by way of f32 it would be the tie.
     let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-30);
     let mut narrow = [0; 2];
-    convert::convert(&Dtype::F64, &value.to_le_bytes(), &Dtype::Bf16, &mut narrow).expect("fits");
+    assert!(convert::convert(&Dtype::F64, &value.to_le_bytes(), &Dtype::Bf16, &mut narrow));
     assert_eq!(half::bf16::from_le_bytes(narrow).to_f64(), 1.0 + 2f64.powi(-7));
     let large = [1.0f32, 1e6].map(f32::to_le_bytes).concat();
     let mut narrow = [0; 4];
-    assert_eq!(convert::convert(&Dtype::F32, &large, &Dtype::F16, &mut narrow), Err(1));
-    let infinite = f32::INFINITY.to_le_bytes();
-    assert!(convert::convert(&Dtype::F32, &infinite, &Dtype::F16, &mut narrow[..2]).is_ok());
+    assert!(!convert::convert(&Dtype::F32, &large, &Dtype::F16, &mut narrow));
+    for set in InstructionSet::available() {
+        assert!(!convert(set, &Dtype::F32, &large, &Dtype::F16, &mut narrow));
+    }
+}
+
+#[test]
+fn every_instruction_set_converts_alike() {
+    let mut values = random(7, 1000);
+    values.extend([0.0, -0.0, 1e-40, -1e-7, 65504.0, f32::NAN, f32::INFINITY, 3.0e38]);
+    let wide: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    for middle in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+        let mut source = vec![0; values.len() * middle.size()];
+        convert::convert(&Dtype::F32, &wide, &middle, &mut source);
+        for to in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+            let mut expected = vec![0; values.len() * to.size()];
+            convert::convert(&middle, &source, &to, &mut expected);
+            for set in InstructionSet::available() {
+                let mut actual = vec![0; expected.len()];
+                assert!(!convert(set, &middle, &source, &to, &mut actual), "NaN is not finite");
+                // A NaN may keep its payload or not.
+                for (actual, expected) in actual.chunks(to.size()).zip(expected.chunks(to.size())) {
+                    let pair = [actual, expected].map(|bytes| convert::widen_f64(&to, bytes)[0]);
+                    assert!(actual == expected || pair.iter().all(|value| value.is_nan()));
+                }
+            }
+        }
+    }
 }

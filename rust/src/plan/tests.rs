@@ -166,7 +166,12 @@ fn an_untrained_adapter_is_a_warning() {
     write_adapter(&root.join("adapter"), &[], "");
     let tensors = [
         ("base_model.model.a.lora_A.weight", Dtype::F32, &[2, 6][..], ramp(12, 1)),
-        ("base_model.model.a.lora_B.weight", Dtype::F32, &[4, 2][..], vec![0.0; 8]),
+        (
+            "base_model.model.a.lora_B.weight",
+            Dtype::F32,
+            &[4, 2][..],
+            vec![0.0, -0.0, 0.0, -0.0, 0.0, 0.0, 0.0, -0.0],
+        ),
     ];
     write(&root.join("adapter/adapter_model.safetensors"), &tensors);
     let plan =

@@ -337,6 +337,16 @@ impl Format {
         if key & self.sign() == 0 { -magnitude } else { magnitude }
     }
 
+    /// The key of the nearest number of the format to one that is not NaN; infinity's key beyond.
+    pub(crate) fn key(self, value: f64) -> u64 {
+        match self {
+            Self::Half => u64::from(order16(f16::from_f64(value).to_bits())),
+            Self::Brain => u64::from(order16(bf16::from_f64(value).to_bits())),
+            Self::Single => u64::from(order32((value as f32).to_bits())),
+            Self::Double => order64(value.to_bits()),
+        }
+    }
+
     /// The first key in `low..high` whose number satisfies a predicate that turns from false to
     /// true once; `high` where none does.
     pub(crate) fn first(self, low: u64, high: u64, predicate: impl Fn(f64) -> bool) -> u64 {
@@ -386,6 +396,7 @@ mod tests {
                 tensor.buckets(format, &mut bucket);
                 assert!(key[0] > previous, "{format:?} {number}");
                 assert_eq!(format.value(key[0]).to_bits(), rounded.to_bits());
+                assert_eq!(format.key(number), key[0]);
                 assert_eq!(u64::from(bucket[0]), key[0] >> (format.width() - 16));
                 previous = key[0];
             }

@@ -68,6 +68,9 @@ pub struct Histogram {
     pub counts: Vec<u64>,
 }
 
+/// Keys to either side of a guess that are searched before all are.
+const NEAR: u64 = 8;
+
 /// The offset under the logarithm that keeps zeros in the picture.
 pub(crate) const LOG_OFFSET: f64 = 1e-8;
 
@@ -106,16 +109,27 @@ pub(super) fn linear_counts(below: &[u64]) -> Vec<u64> {
 /// logarithmic magnitude is below the edge.
 pub(super) fn log_thresholds(format: Format, edges: &[f64]) -> Vec<u64> {
     let last = edges.len() - 1;
-    let search =
-        |predicate: &dyn Fn(f64) -> bool| format.first(format.zero(), format.infinity(), predicate);
+    let (zero, infinity) = (format.zero(), format.infinity());
+    let search = |edge: f64, predicate: &dyn Fn(f64) -> bool| {
+        // The logarithm is dear: look for the key next to where it must be first.
+        let guess = format.key((10f64.powf(edge) - LOG_OFFSET).max(0.0));
+        let (low, high) = (guess.saturating_sub(NEAR).max(zero), guess + NEAR);
+        if low > zero && high < infinity && !predicate(format.value(low - 1)) {
+            let found = format.first(low, high, predicate);
+            if found < high {
+                return found;
+            }
+        }
+        format.first(zero, infinity, predicate)
+    };
     edges
         .iter()
         .enumerate()
         .flat_map(|(i, &edge)| {
             let upper = if i == last {
-                search(&|value| log_magnitude(value) > edge)
+                search(edge, &|value| log_magnitude(value) > edge)
             } else {
-                search(&|value| log_magnitude(value) >= edge)
+                search(edge, &|value| log_magnitude(value) >= edge)
             };
             [format.negate(upper) + 1, upper]
         })

@@ -1,4 +1,4 @@
-//! Exact ranks without a sort: counts by the upper 16 bits of order-preserving keys, then a
+//! Exact ranks without a sort: counts by the upper bits of order-preserving keys, then a
 //! second look at those few buckets in which an answer lies.
 //!
 //! Two questions are answered of a population: which value stands at a rank (percentiles), and
@@ -7,8 +7,17 @@
 
 use super::element::{BLOCK, Format, Tensor};
 
-/// Buckets of one 16-bit digit.
+/// Buckets of a 16-bit digit.
 const DIGITS: usize = 1 << 16;
+
+/// Bits of the first digit of large populations, and of those with at most [`SMALL`] values, to
+/// which a table of 2¹⁶ counts would be more work than the values. Either digit holds the whole
+/// exponent of every format, so that infinities and NaN have buckets of their own.
+const LARGE_DIGIT: u32 = 16;
+const SMALL_DIGIT: u32 = 12;
+
+/// See [`SMALL_DIGIT`]. Not above [`KEEP`], so that second digits are never counted there.
+const SMALL: u64 = 1 << 14;
 
 /// Buckets that one coarse count covers.
 const COARSE: usize = 256;
@@ -16,15 +25,24 @@ const COARSE: usize = 256;
 /// A bucket with no more candidates than this keeps them; a fuller one counts its next digit.
 const KEEP: u64 = 1 << 15;
 
-/// How many values fall in each bucket of the keys' upper 16 bits.
+/// How many values fall in each bucket of the keys' upper bits.
 pub(crate) struct Counts {
     format: Format,
+    /// Bits of a key below the first digit.
+    shift: u32,
     table: Vec<u64>,
 }
 
 impl Counts {
-    pub(crate) fn new(format: Format) -> Self {
-        Self { format, table: vec![0; DIGITS] }
+    /// No values yet, of a population of about `size`.
+    pub(crate) fn new(format: Format, size: u64) -> Self {
+        let digit = if size <= SMALL { SMALL_DIGIT } else { LARGE_DIGIT };
+        Self { format, shift: format.width() - digit, table: vec![0; 1 << digit] }
+    }
+
+    /// Whether counts of the one can be added to the other.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.format == other.format && self.shift == other.shift
     }
 
     pub(crate) fn format(&self) -> Format {
@@ -33,22 +51,30 @@ impl Counts {
 
     /// Counts a tensor's values in.
     pub(crate) fn add(&mut self, tensor: &Tensor<'_>) {
-        let table: &mut [u64; DIGITS] = self.table.as_mut_slice().try_into().expect("the table");
+        let excess = self.shift + 16 - self.format.width();
+        let table = &mut self.table;
         let mut buffer = [0u16; BLOCK];
         let mut start = 0;
         while start < tensor.len() {
             let end = tensor.len().min(start + BLOCK);
             let buckets = &mut buffer[..end - start];
             tensor.slice(start, end).buckets(self.format, buckets);
-            for &bucket in buckets.iter() {
-                table[usize::from(bucket)] += 1;
+            // With arrays of a known size no index has to be checked.
+            if let Ok(table) = <&mut [u64; DIGITS]>::try_from(table.as_mut_slice()) {
+                for &bucket in buckets.iter() {
+                    table[usize::from(bucket)] += 1;
+                }
+            } else {
+                for &bucket in buckets.iter() {
+                    table[usize::from(bucket >> excess)] += 1;
+                }
             }
             start = end;
         }
     }
 
     pub(crate) fn merge(&mut self, other: &Self) {
-        debug_assert_eq!(self.format, other.format);
+        debug_assert!(self.is_like(other));
         for (own, theirs) in self.table.iter_mut().zip(&other.table) {
             *own += theirs;
         }
@@ -56,33 +82,34 @@ impl Counts {
 
     /// Drops NaN and infinities and prepares the rank queries.
     pub(crate) fn index(mut self) -> Index {
-        let shift = self.format.width() - 16;
+        let shift = self.shift;
         // The infinities share their buckets with NaN alone.
         let first = (self.format.least() >> shift) as usize;
         let end = (self.format.infinity() >> shift) as usize;
         self.table[..first].fill(0);
         self.table[end..].fill(0);
-        let mut coarse = Vec::with_capacity(DIGITS / COARSE + 1);
+        let mut coarse = Vec::with_capacity(self.table.len() / COARSE + 1);
         let mut total = 0;
         for group in self.table.chunks_exact(COARSE) {
             coarse.push(total);
             total += group.iter().sum::<u64>();
         }
         coarse.push(total);
-        Index { format: self.format, table: self.table, coarse }
+        Index { format: self.format, shift, table: self.table, coarse }
     }
 }
 
 /// The first-level counts of finite values, with their running totals.
 pub(crate) struct Index {
     format: Format,
+    shift: u32,
     table: Vec<u64>,
     coarse: Vec<u64>,
 }
 
 impl Index {
     pub(crate) fn total(&self) -> u64 {
-        self.coarse[DIGITS / COARSE]
+        self.coarse[self.table.len() / COARSE]
     }
 
     /// Values in the buckets before this one.
@@ -106,9 +133,10 @@ impl Index {
     /// What has to be looked at again to know the values at `ranks` (each below the total) and
     /// the number of values below each of `thresholds`.
     pub(crate) fn refine(&self, ranks: &[u64], thresholds: &[u64]) -> Refinement {
-        let shift = self.format.width() - 16;
+        let shift = self.shift;
         let mut refinement = Refinement {
             format: self.format,
+            shift,
             map: Vec::new(),
             slots: Vec::new(),
             thresholds: Vec::new(),
@@ -164,7 +192,7 @@ struct Selection {
     count: u64,
 }
 
-/// A bucket of the upper 16 bits that is looked at again.
+/// A bucket that is looked at again.
 #[derive(Default)]
 struct Slot {
     /// Keys to count below, ascending.
@@ -176,6 +204,8 @@ struct Slot {
 /// The questions of a second look.
 pub(crate) struct Refinement {
     format: Format,
+    /// Bits of a key below the first digit.
+    shift: u32,
     /// For every bucket 0, or the number of its slot plus one. Empty when there is no question.
     map: Vec<u16>,
     slots: Vec<Slot>,
@@ -205,7 +235,7 @@ enum Content {
 impl Refinement {
     fn slot(&mut self, bucket: usize) -> usize {
         if self.map.is_empty() {
-            self.map = vec![0; DIGITS];
+            self.map = vec![0; 1 << (self.format.width() - self.shift)];
         }
         if self.map[bucket] == 0 {
             self.slots.push(Slot::default());
@@ -229,9 +259,8 @@ impl Refinement {
 
     /// Gives every unfinished prefix its slot.
     fn mark(&mut self) {
-        let width = self.format.width();
         for (store, (prefix, shift, _)) in self.prefixes().into_iter().enumerate() {
-            let slot = self.slot((prefix >> (width - 16 - shift)) as usize);
+            let slot = self.slot((prefix >> (self.shift - shift)) as usize);
             let stores = &mut self.slots[slot].stores;
             if stores.start == stores.end {
                 *stores = store..store;
@@ -268,8 +297,7 @@ impl Refinement {
 
     /// Looks at a tensor's values.
     pub(crate) fn visit(&self, tensor: &Tensor<'_>, tally: &mut Tally) {
-        let map: &[u16; DIGITS] = self.map.as_slice().try_into().expect("a marked map");
-        let shift = self.format.width() - 16;
+        let (map, shift) = (self.map.as_slice(), self.shift);
         let mut buffer = [0u64; BLOCK];
         let mut start = 0;
         while start < tensor.len() {
@@ -281,10 +309,10 @@ impl Refinement {
             for index in 0..keys.len() {
                 let key = keys[index];
                 keys[kept] = key;
-                kept += usize::from(map[(key >> shift) as u16 as usize] != 0);
+                kept += usize::from(map[(key >> shift) as usize] != 0);
             }
             for &key in &keys[..kept] {
-                let number = usize::from(map[(key >> shift) as u16 as usize]) - 1;
+                let number = usize::from(map[(key >> shift) as usize]) - 1;
                 let slot = &self.slots[number];
                 if !slot.thresholds.is_empty() {
                     let below = slot.thresholds.partition_point(|&threshold| threshold <= key);
@@ -326,6 +354,7 @@ impl Refinement {
         }
         let mut next = Self {
             format: self.format,
+            shift: self.shift,
             map: Vec::new(),
             slots: Vec::new(),
             thresholds: Vec::new(),

@@ -1,0 +1,109 @@
+use std::fs;
+
+use super::*;
+use crate::fixtures::{Tensor, ramp, write, write_adapter};
+
+/// An adapter of rank 2 with those tensors, zeros all, and those config fields.
+fn adapter(root: &Path, tensors: &[(&str, &[u64])], fields: &str) -> Result<Adapter> {
+    let tensors: Vec<Tensor<'_>> = tensors
+        .iter()
+        .map(|(name, shape)| (*name, Dtype::F32, *shape, ramp(shape.iter().product(), 1)))
+        .collect();
+    write_adapter(root, &[], fields);
+    write(&root.join("adapter_model.safetensors"), &tensors);
+    Adapter::open(root, None)
+}
+
+fn complaint(root: &Path, tensors: &[(&str, &[u64])], fields: &str) -> String {
+    adapter(root, tensors, fields).expect_err("a broken adapter").to_string()
+}
+
+#[test]
+fn every_key_has_its_place() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let tensors: &[(&str, &[u64])] = &[
+        ("base_model.model.a.q.lora_A.weight", &[2, 6]),
+        ("base_model.model.a.q.lora_B.weight", &[4, 2]),
+        ("base_model.model.a.q.lora_B.bias", &[4]),
+        ("a.k.lora_A.default.weight", &[2, 6]),
+        ("a.k.lora_B.default.weight", &[4, 2]),
+        ("a.k.lora_B.default.bias", &[4]),
+        ("base_model.model.wte.lora_embedding_A", &[2, 9]),
+        ("base_model.model.wte.lora_embedding_B", &[6, 2]),
+        ("base_model.model.conv.lora_A.weight", &[2, 3, 5, 5]),
+        ("base_model.model.conv.lora_B.weight", &[4, 2, 1, 1]),
+        ("base_model.model.conv.lora_B.bias", &[4]),
+        ("base_model.model.a.q.base_layer.bias", &[4]),
+        ("base_model.model.score.modules_to_save.weight", &[3, 6]),
+        ("base_model.model.score.original_module.weight", &[3, 6]),
+        ("base_model.model.wte.token_adapter.trainable_tokens_delta", &[2, 6]),
+    ];
+    let fields = r#", "lora_bias": true"#;
+    let adapter = adapter(directory.path(), tensors, fields).expect("sound");
+    let kinds: Vec<_> =
+        adapter.modules().values().map(|module| (module.path.as_str(), module.kind)).collect();
+    assert_eq!(
+        kinds,
+        [
+            ("a.q", LayerKind::Linear),
+            ("a.k", LayerKind::Linear),
+            ("wte", LayerKind::Embedding),
+            ("conv", LayerKind::Convolution),
+        ]
+    );
+    assert!(adapter.modules()["a.q"].bias.is_some() && adapter.modules()["wte"].bias.is_none());
+    let saved: Vec<_> = adapter.saved().iter().map(|saved| saved.path.as_str()).collect();
+    assert_eq!(saved, ["a.q.bias", "score.weight"]);
+    let roles: Vec<_> = adapter.others().iter().map(|(_, role)| *role).collect();
+    assert_eq!(roles, [Role::TrainingOnly, Role::TokenDelta]);
+    assert!(adapter.obstacles(&[])[0].contains("trained token embeddings"));
+}
+
+#[test]
+fn factors_that_do_not_belong_together_are_named() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    assert!(complaint(root, &[], "").contains("holds no tensors"));
+    let a: (&str, &[u64]) = ("x.lora_A.weight", &[2, 6]);
+    assert!(complaint(root, &[a], "").contains("x.lora_A.weight but not its lora_B"));
+    let b = |shape: &'static [u64]| ("x.lora_B.weight", shape);
+    assert!(complaint(root, &[b(&[4, 2])], "").contains("not its lora_A"));
+    assert!(
+        complaint(root, &[a, b(&[4, 3])], "").contains("rank 2 but x.lora_B.weight has rank 3")
+    );
+    assert!(complaint(root, &[a, b(&[4, 2, 1])], "").contains("no pair of factors"));
+    let pattern = r#", "rank_pattern": {"x": 3}"#;
+    assert!(complaint(root, &[a, b(&[4, 2])], pattern).contains("gives this module rank 3"));
+    let magnitude = ("x.lora_magnitude_vector", &[4u64][..]);
+    assert!(complaint(root, &[a, b(&[4, 2]), magnitude], "").contains("does not set use_dora"));
+    let dora = r#", "use_dora": true"#;
+    assert!(complaint(root, &[a, b(&[4, 2])], dora).contains("no magnitude for x"));
+    let long = ("x.lora_magnitude_vector", &[5u64][..]);
+    assert!(complaint(root, &[a, b(&[4, 2]), long], dora).contains("has 4 outputs"));
+    let bias = ("x.lora_B.bias", &[4u64][..]);
+    assert!(complaint(root, &[a, b(&[4, 2]), bias], "").contains("does not set lora_bias"));
+    let biased = r#", "lora_bias": true"#;
+    assert!(complaint(root, &[a, b(&[4, 2])], biased).contains("no bias of lora_B for x"));
+    // What the config explains is no damage.
+    let parameters = r#", "target_parameters": ["experts.gate"]"#;
+    assert!(complaint(root, &[a, b(&[4, 3])], parameters).contains("LoRA on parameters"));
+}
+
+#[test]
+fn what_is_missing_is_said() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let open = || Adapter::open(root, None).expect_err("no adapter").to_string();
+    assert!(open().contains("holds no adapter_config.json; it is no PEFT adapter"));
+    fs::write(root.join("config.json"), "{}").expect("written");
+    assert!(open().contains("looks like a whole model"));
+    write_adapter(&root.join("inner"), &[("x", 4, 6)], "");
+    assert!(open().contains("its folder inner does"));
+    write_adapter(root, &[("x", 4, 6)], "");
+    assert!(Adapter::open(root, None).is_ok());
+    fs::remove_file(root.join(WEIGHTS)).expect("removed");
+    assert!(open().contains("no adapter_model.safetensors"));
+    fs::write(root.join(PICKLED_WEIGHTS), "").expect("written");
+    assert!(open().contains("needs torch"));
+    assert!(matches!(Adapter::open(&root.join("absent"), None), Err(Error::Io { .. })));
+}

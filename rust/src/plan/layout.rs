@@ -1,0 +1,110 @@
+//! Where the output's tensors lie: the base's shards, byte for byte the same layout where nothing
+//! changes its size, and a new one where something does.
+
+use indexmap::IndexMap;
+
+use super::planner::{Addition, TensorChange};
+use super::{Action, Inputs, Options, Origin, PlannedShard, PlannedTensor};
+use crate::dtype::Dtype;
+use crate::safetensors::{Header, TensorInfo};
+
+/// Lays out every shard. Tensors that the base does not have go into its last one.
+pub(super) fn plan_shards(
+    inputs: &Inputs,
+    options: &Options,
+    mut changes: IndexMap<String, TensorChange>,
+    additions: Vec<Addition>,
+) -> Vec<PlannedShard> {
+    let last = inputs.base.shards().len().saturating_sub(1);
+    let mut additions = Some(additions);
+    (inputs.base.shards().iter().enumerate())
+        .map(|(position, shard)| {
+            let header = shard.file.header();
+            let mut tensors: Vec<_> = header
+                .tensors
+                .iter()
+                .map(|tensor| {
+                    let change = changes.swap_remove(&tensor.name).unwrap_or_default();
+                    plan_tensor(position, tensor, change, options)
+                })
+                .collect();
+            if position == last {
+                tensors.extend(additions.take().unwrap_or_default().into_iter().map(add));
+            }
+            let source = position;
+            let name = shard.name.clone();
+            let keeps_layout = |tensor: &PlannedTensor| {
+                tensor.origin == Origin::Base(position)
+                    && tensor.output_dtype == tensor.source.dtype
+            };
+            if tensors.len() == header.tensors.len() && tensors.iter().all(keeps_layout) {
+                let header = shard.file.header_bytes().to_vec();
+                return PlannedShard { name, source, header, tensors };
+            }
+            let header = lay_out(&mut tensors, header);
+            PlannedShard { name, source, header, tensors }
+        })
+        .collect()
+}
+
+fn plan_tensor(
+    shard: usize,
+    tensor: &TensorInfo,
+    change: TensorChange,
+    options: &Options,
+) -> PlannedTensor {
+    let output_dtype = match &options.dtype {
+        Some(dtype) if tensor.dtype.is_mergeable() => dtype.clone(),
+        _ => tensor.dtype.clone(),
+    };
+    let (origin, source) = match change.origin {
+        Some((adapter, source)) => (Origin::Adapter(adapter), source),
+        None => (Origin::Base(shard), tensor.clone()),
+    };
+    let action = action(&source, &output_dtype, change.updates);
+    let target = tensor.range.clone();
+    PlannedTensor { name: tensor.name.clone(), origin, source, output_dtype, target, action }
+}
+
+fn add(addition: Addition) -> PlannedTensor {
+    let Addition { name, origin, source, output_dtype } = addition;
+    let action = action(&source, &output_dtype, Vec::new());
+    PlannedTensor { name, origin, source, output_dtype, target: 0..0, action }
+}
+
+fn action(source: &TensorInfo, output_dtype: &Dtype, updates: Vec<super::Update>) -> Action {
+    if !updates.is_empty() && source.elements() > 0 {
+        Action::Merge(updates)
+    } else if *output_dtype != source.dtype {
+        Action::Cast
+    } else {
+        Action::Copy
+    }
+}
+
+/// Gives every tensor its place in a new file and returns that file's header. The widest elements
+/// come first, so that each tensor begins at a multiple of its element's size, which loaders rely
+/// on.
+fn lay_out(tensors: &mut [PlannedTensor], old: &Header) -> Vec<u8> {
+    tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.output_dtype.bits().unwrap_or(64)));
+    let mut position = 0;
+    for tensor in tensors.iter_mut() {
+        let bytes = if tensor.output_dtype == tensor.source.dtype {
+            tensor.source.bytes()
+        } else {
+            tensor.source.elements() * tensor.output_dtype.size() as u64
+        };
+        tensor.target = position..position + bytes;
+        position += bytes;
+    }
+    let entries = tensors
+        .iter()
+        .map(|tensor| TensorInfo {
+            name: tensor.name.clone(),
+            dtype: tensor.output_dtype.clone(),
+            shape: tensor.source.shape.clone(),
+            range: tensor.target.clone(),
+        })
+        .collect();
+    Header { metadata: old.metadata.clone(), tensors: entries }.encode()
+}
