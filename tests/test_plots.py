@@ -148,12 +148,13 @@ from lorafast import _plots
 assert "matplotlib" not in sys.modules, "imported before it was needed"
 from support import records
 import matplotlib
-before = dict.copy(matplotlib.rcParams)  # to ask for the backend would import pyplot
+raw = lambda: dict(dict.items(matplotlib.rcParams))  # to ask for the backend would import pyplot
+before = raw()
 for subject in (records.analysis(), records.comparison([records.analysis()] * 2)):
     for kind in _plots.kinds(subject):
         _plots.png(_plots.figure(subject, kind))
 assert "matplotlib.pyplot" not in sys.modules
-assert dict.copy(matplotlib.rcParams) == before
+assert raw() == before
 """
     subprocess.run(
         [sys.executable, "-c", program], check=True, cwd=Path(__file__).parent, timeout=120
