@@ -157,11 +157,13 @@ def test_findings_stand_first_and_say_module_figure_and_reason() -> None:
     assert "<b>run-1</b>" in page_of("comparison of two")
 
 
-def test_many_findings_are_folded_away_but_all_there() -> None:
+def test_many_findings_of_a_kind_are_folded_away_but_all_there() -> None:
     many = [Finding("note", "dead_module", f"m.{i}", 0.0, "Dead.") for i in range(100)]
+    many.append(Finding("severe", "non_finite", None, 1.0, "NaN."))
     text = _html.page(records.analysis(findings=many))
-    assert text.count('<li class="note">') == 100
-    assert "<summary>60 more findings</summary>" in text
+    assert text.count("<code>m.") == 100
+    assert "<summary>99 more of this kind</summary>" in text
+    assert text.index("NaN.") < text.index("Dead."), "the severe first"
 
 
 def test_the_modules_table_holds_the_figures_in_the_order_of_the_blocks() -> None:

@@ -19,7 +19,8 @@ from lorafast._records import AdapterAnalysis, Comparison, Finding
 Row = TypeVar("Row")
 
 VOID = frozenset({"meta", "img", "input", "polyline"})
-#: Findings beyond these are folded away.
+SEVERITIES = ("severe", "warning", "note")
+#: Kinds of findings beyond these are folded away.
 FINDINGS_SHOWN = 40
 #: Nothing from outside may be loaded, whatever a name in a file holds.
 POLICY = (
@@ -196,26 +197,45 @@ def findings(items: Sequence[tuple[str | None, Finding]]) -> Html:
     """The findings, each with the adapter it is about where there are several."""
     if not items:
         return section("Findings", element("p", "Nothing out of the ordinary was found."))
-    entries = [
-        element(
-            "li",
-            element("span", finding.severity, class_="badge"),
-            " ",
-            *((element("b", adapter), ": ") if adapter is not None else ()),
-            *((element("code", finding.module), " ") if finding.module is not None else ()),
-            finding.reason,
-            " ",
-            element("small", f"{finding.kind.replace('_', ' ')}{_figure_of(finding)}"),
-            class_=finding.severity,
-        )
-        for adapter, finding in items
-    ]
+    groups: dict[tuple[str | None, str, str], list[Finding]] = {}
+    for adapter, finding in sorted(items, key=lambda item: SEVERITIES.index(item[1].severity)):
+        groups.setdefault((adapter, finding.severity, finding.kind), []).append(finding)
+    entries = [_finding_group(adapter, group) for (adapter, _, _), group in groups.items()]
     shown = element("ul", *entries[:FINDINGS_SHOWN], class_="findings")
     rest = entries[FINDINGS_SHOWN:]
     if rest:
         hidden = element("ul", *rest, class_="findings")
-        shown = join([shown, folded(f"{len(rest):,} more findings", hidden)])
+        shown = join([shown, folded(f"{len(rest):,} more kinds of findings", hidden)])
     return section("Findings", shown)
+
+
+def _finding_group(adapter: str | None, group: Sequence[Finding]) -> Html:
+    """Findings of one kind in one adapter: the first of many, the others folded away."""
+    first, rest = group[0], group[1:]
+    return element(
+        "li",
+        element("span", first.severity, class_="badge"),
+        " ",
+        *((element("b", adapter), ": ") if adapter is not None else ()),
+        _finding(first),
+        *([folded(f"{len(rest):,} more of this kind", _plain_list(rest))] if rest else []),
+        class_=first.severity,
+    )
+
+
+def _plain_list(group: Sequence[Finding]) -> Html:
+    return element("ul", *(element("li", _finding(finding)) for finding in group))
+
+
+def _finding(finding: Finding) -> Html:
+    return join(
+        [
+            *((element("code", finding.module), " ") if finding.module is not None else ()),
+            finding.reason,
+            " ",
+            element("small", f"{finding.kind.replace('_', ' ')}{_figure_of(finding)}"),
+        ]
+    )
 
 
 def _figure_of(finding: Finding) -> str:

@@ -231,6 +231,7 @@ def draw_grid(
     colours: Colormap,
     scale: Normalize,
     label: str,
+    number: str = ".2g",
 ) -> None:
     """Draws what `grid_of` arranged as a heatmap: grey without a module, × without a value."""
     rows, columns, values, present = grid
@@ -256,17 +257,26 @@ def draw_grid(
     bar.ax.tick_params(labelsize=TICK_SIZE)
     for row, column in np.argwhere(present & ~np.isfinite(values)):
         axes.text(column, row, "×", ha="center", va="center", color="#B00020", fontsize=9)
-    if len(columns) <= 14 and len(rows) <= 40:
-        annotate(axes, values, colours, scale, 8)
+    longest = max((len(f"{v:{number}}") for v in values[np.isfinite(values)]), default=0)
+    # A character of this size is 0.075 inches wide; grid_size gave a cell at least 0.34.
+    room = max(2.5, 0.34 * len(columns)) / len(columns)
+    if len(columns) <= 14 and len(rows) <= 40 and 0.075 * longest <= room:
+        annotate(axes, values, colours, scale, size=8, number=number)
 
 
 def annotate(
-    axes: Axes, values: NDArray[np.float64], colours: Colormap, scale: Normalize, size: float
+    axes: Axes,
+    values: NDArray[np.float64],
+    colours: Colormap,
+    scale: Normalize,
+    *,
+    size: float,
+    number: str,
 ) -> None:
     """Writes each finite value into its cell, black or white, whichever is legible there."""
     for row, column in np.argwhere(np.isfinite(values)):
         value = float(values[row, column])
         red, green, blue, _ = colours(float(scale(value)))
         light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-        axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=size,
+        axes.text(column, row, f"{value:{number}}", ha="center", va="center", fontsize=size,
                   color="black" if light else "white")  # fmt: skip
