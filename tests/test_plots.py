@@ -224,6 +224,15 @@ def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
         assert module.k90 == 1 or energy[module.k90 - 2] < 0.9
 
 
+@pytest.mark.parametrize("name", ["one module", "nan", "zero", "224 modules"])
+def test_no_point_of_a_factor_lies_outside_of_its_panel(name: str) -> None:
+    for axes in _plots.figure(subject_of(name), "layers").axes:
+        low, high = axes.get_ylim()
+        for line in axes.get_lines()[:2]:
+            y = np.asarray(line.get_ydata(), dtype=float)
+            assert all(low <= value < high for value in y[np.isfinite(y)])
+
+
 def test_distributions_are_densities_of_the_histograms() -> None:
     comparison = subject_of("three")
     axes = _plots.figure(comparison, "distributions").axes[0]

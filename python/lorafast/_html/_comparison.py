@@ -124,7 +124,8 @@ def _cosine_cell(value: float, pair: str) -> Html:
     ink = None if strength < 0.8 else "dark" if value >= 0 else "light"
     return element(
         "td",
-        f"{value:.3f}",
+        # Rounded first, and zero added, so that no zero has a minus.
+        f"{round(value, 3) + 0.0:.3f}",
         title=f"{pair}: cosine {value:.9g}",
         style=f"background:rgba({colour},{strength:.2f})",
         class_=ink,

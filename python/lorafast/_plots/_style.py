@@ -31,6 +31,8 @@ TICK_SIZE = 8
 LABEL_SIZE = 10
 #: Longest label of a heatmap's row, in characters.
 ROW_LABEL = 70
+#: Of a heatmap's cell, in inches, while the columns are few.
+CELL_WIDTH = 0.42
 
 
 @lru_cache(maxsize=8)
@@ -218,7 +220,7 @@ def grid_of(
 def grid_size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
     """Width and height in inches in which the cells and the labels of a grid fit."""
     longest = max((len(fit(row, ROW_LABEL)) for row in rows), default=0)
-    width = 2.2 + 0.075 * longest + max(2.5, min(14.0, 0.34 * len(columns)))
+    width = 2.2 + 0.075 * longest + max(2.5, min(14.0, CELL_WIDTH * len(columns)))
     height = 1.4 + min(24.0, (0.32 if len(rows) <= 12 else 0.18) * max(3, len(rows)))
     return max(7.0, width), max(3.0, height)
 
@@ -258,8 +260,8 @@ def draw_grid(
     for row, column in np.argwhere(present & ~np.isfinite(values)):
         axes.text(column, row, "×", ha="center", va="center", color="#B00020", fontsize=9)
     longest = max((len(f"{v:{number}}") for v in values[np.isfinite(values)]), default=0)
-    # A character of this size is 0.075 inches wide; grid_size gave a cell at least 0.34.
-    room = max(2.5, 0.34 * len(columns)) / len(columns)
+    # A character of this size is 0.075 inches wide.
+    room = max(2.5, CELL_WIDTH * len(columns)) / len(columns)
     if len(columns) <= 14 and len(rows) <= 40 and 0.075 * longest <= room:
         annotate(axes, values, colours, scale, size=8, number=number)
 
