@@ -51,7 +51,7 @@ KINDS: dict[str, str] = {
     "overwhelming_update": "the update is larger than the weight that it changes",
     "unused_rank": "most of the rank is unused",
     "exhausted_rank": "the rank is used up",
-    "feature": "something that a merge of plain products would get wrong",
+    "feature": "more than plain low-rank products",
     "unmeasured": "something that could not be measured",
     "no_modules": "there is no low-rank update",
     "duplicate": "two adapters are one update",
@@ -71,7 +71,7 @@ def of_adapter(
     found += _of_scales(modules)
     found += _of_updates(modules)
     found += _of_ranks(modules)
-    found += [Finding("note", "feature", None, None, f"The adapter {text}.") for text in features]
+    found += [Finding("note", "feature", None, None, f"{_capital(text)}.") for text in features]
     found += [Finding("note", "unmeasured", None, None, f"{_capital(text)}.") for text in notes]
     if not modules:
         reason = "The adapter holds no pair of low-rank factors."

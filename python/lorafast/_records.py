@@ -284,7 +284,7 @@ class AdapterAnalysis(_Page):
         summary: the figures of the whole adapter: `modules`, `tensors`, `total_parameters`,
             `total_bytes`, `ranks`, `alphas`, `scalings`, `frobenius_norm` (√Σ‖ΔW‖²),
             `max_spectral_norm`, `median_spectral_norm`, `mean_effective_rank`, `dtypes`,
-            `features` (what a merge of plain products would get wrong), `base`.
+            `features` (what there is beside plain low-rank products), `base`.
         findings: what an expert would point at, the most severe first.
         weights: all stored weights taken together.
         tensors: statistics of each tensor by its name, in the order of the file.

@@ -18,7 +18,7 @@ use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::entries::{EntryStatistics, scan_entries};
 use crate::error::{Error, Result};
-use crate::names::{self, Mapping};
+use crate::names;
 use crate::safetensors::TensorInfo;
 use crate::spectrum::{Spectrum, Update, Values};
 use crate::statistics::{Bins, ElementType, Request, Summary, Tensor, describe, describe_each};
@@ -114,7 +114,7 @@ pub struct Analysis {
     pub tensors: Vec<TensorAnalysis>,
     /// Each update, in the order of the file.
     pub modules: Vec<ModuleAnalysis>,
-    /// What a merge of plain products would get wrong.
+    /// What there is beside plain low-rank products, in words.
     pub features: Vec<String>,
     /// What could not be measured, and why.
     pub notes: Vec<String>,
@@ -195,10 +195,36 @@ pub fn analyze(
             weights: all,
             tensors,
             modules: measured.into_iter().flatten().collect(),
-            features: adapter.obstacles(&[]),
+            features: features(adapter),
             notes,
         })
     })
+}
+
+/// What the figures of s·B·A do not tell of an adapter.
+fn features(adapter: &Adapter) -> Vec<String> {
+    let mut features = adapter.obstacles(&[]);
+    let modules = || adapter.modules().values();
+    let magnitudes = modules().filter(|module| module.magnitude.is_some()).count();
+    if magnitudes > 0 {
+        features.push(format!(
+            "{magnitudes} modules have a DoRA magnitude, which rescales the whole weight; \
+             figures are of s·B·A alone"
+        ));
+    }
+    let biases = modules().filter(|module| module.bias.is_some()).count();
+    if biases > 0 {
+        features.push(format!("{biases} modules have a bias of lora_B beside s·B·A"));
+    }
+    if let Some(first) = adapter.saved().first() {
+        features.push(format!(
+            "{} parameters were trained whole (the first: {}); they are in the tensors' \
+             statistics, not among the modules",
+            adapter.saved().len(),
+            first.path
+        ));
+    }
+    features
 }
 
 /// The bytes that an analysis reads.
@@ -297,25 +323,29 @@ fn measure(
 
 /// The base's weight of each module.
 fn find_weights(adapter: &Adapter, base: &Checkpoint) -> Result<Vec<TensorInfo>> {
-    let paths = adapter.modules().keys().map(String::as_str);
-    let mapping = names::find_mapping(paths, "weight", base).map_err(|problems| {
-        let prefix = adapter.path().display();
-        Error::Plan(problems.iter().map(|problem| format!("{prefix}: {problem}")).collect())
-    })?;
-    let mut problems = Vec::new();
+    let parameters: Vec<_> =
+        adapter.modules().keys().map(|path| format!("{path}.weight")).collect();
+    let fit = names::find_mapping(&parameters, base);
+    let mut problems = fit.problems;
     let mut weights = Vec::new();
-    for module in adapter.modules().values() {
-        match weight_of(module, &mapping, base) {
-            Ok(weight) => weights.push(weight),
-            Err(problem) => problems.push(format!("{}: {problem}", adapter.path().display())),
+    if problems.is_empty() {
+        for (module, parameter) in adapter.modules().values().zip(&parameters) {
+            let name = fit.mapping.apply(parameter).unwrap_or_default();
+            match weight_of(module, &name, base) {
+                Ok(weight) => weights.push(weight),
+                Err(problem) => problems.push(problem),
+            }
         }
     }
-    if problems.is_empty() { Ok(weights) } else { Err(Error::Plan(problems)) }
+    if problems.is_empty() {
+        return Ok(weights);
+    }
+    let path = adapter.path().display();
+    Err(Error::Plan(problems.iter().map(|problem| format!("{path}: {problem}")).collect()))
 }
 
-fn weight_of(module: &Module, mapping: &Mapping, base: &Checkpoint) -> Result<TensorInfo, String> {
-    let name = mapping.apply(&module.path, "weight").unwrap_or_default();
-    let Some(weight) = base.tensor(&name) else {
+fn weight_of(module: &Module, name: &str, base: &Checkpoint) -> Result<TensorInfo, String> {
+    let Some(weight) = base.tensor(name) else {
         return Err(format!("its module {} has no weight in the base", module.path));
     };
     if !weight.dtype.is_mergeable() {
