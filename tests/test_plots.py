@@ -211,6 +211,14 @@ def test_a_norm_that_is_not_finite_is_marked_and_no_colour() -> None:
     assert crosses == [(9, records.LLAMA.index("mlp.up_proj"))]
 
 
+def test_a_spectrum_of_one_value_has_one_tick() -> None:
+    figure = _plots.figure(subject_of("one module"), "spectrum")
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
     analysis = subject_of("small")
     left, right = _plots.figure(analysis, "spectrum").axes

@@ -159,7 +159,7 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
                        color=GUIDE)  # fmt: skip
     right.set_ylim(0, 1.04)
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True, min_n_ticks=1))
         margin = max(0.5, 0.03 * longest)
         axes.set_xlim(1 - margin, longest + margin)
     sizes = [len(groups[label]) for label in labels]
@@ -292,7 +292,7 @@ def _by_layer(axes: Axes, analysis: AdapterAnalysis, figure: str) -> None:
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
     axes.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
     _layer_ticks(axes, modules)
-    legend_above(axes, axes.get_lines()[:2])
+    legend_above(axes, axes.get_lines()[:2], enlarge=max(1.0, 5.0 / size))
 
 
 def _layer_ticks(axes: Axes, modules: Sequence[ModuleAnalysis]) -> None:

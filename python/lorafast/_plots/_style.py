@@ -108,11 +108,13 @@ def dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def legend_above(axes: Axes, handles: Sequence[Artist]) -> None:
-    """A legend on the line of the title, where it covers nothing."""
+def legend_above(axes: Axes, handles: Sequence[Artist], *, enlarge: float = 1.0) -> None:
+    """A legend on the line of the title, where it covers nothing; its markers enlarged."""
     if handles:
-        axes.legend(handles=handles, fontsize=8, frameon=False, ncols=len(handles),
-                    loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)  # fmt: skip
+        axes.legend(
+            handles=handles, fontsize=8, frameon=False, ncols=len(handles), loc="lower right",
+            bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, markerscale=enlarge,
+        )  # fmt: skip
 
 
 def nothing(axes: Axes, reason: str) -> None:
