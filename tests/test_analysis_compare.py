@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_dense_updates(tmp_path: Path) -> None:
                     assert value == pytest.approx(overlap, rel=1e-9)
             expected = np.sort(scipy.linalg.subspace_angles(u, v))
             # SciPy sees angles near zero to no more than 1e-8.
-                np.testing.assert_allclose(angles, expected, atol=1e-7)
+            np.testing.assert_allclose(angles, expected, atol=1e-7)
         for sizes, rank in zip(pair.sizes, module.ranks, strict=True):
             assert sizes == sorted({1, 2, 4, rank} - {size for size in (1, 2, 4) if size > rank})
         assert pair.output_expected[-1][-1] == max(pair.sizes[0][-1], pair.sizes[1][-1]) / len(left)
