@@ -78,7 +78,8 @@ def module(
 ) -> ModuleAnalysis:
     """The analysis of s·B·A."""
     rank = a.shape[0]
-    update = scaling * b.astype(float) @ a.astype(float)
+    with np.errstate(invalid="ignore"):
+        update = scaling * b.astype(float) @ a.astype(float)
     broken = not np.isfinite(update).all()
     sigma = np.full(rank, math.nan) if broken else np.linalg.svd(update, compute_uv=False)[:rank]
     energy = sigma**2
@@ -207,7 +208,7 @@ def comparison(analyses: Sequence[AdapterAnalysis], seed: int = 0) -> Comparison
     def cosines(present: Sequence[bool]) -> np.ndarray:
         half = np.triu(random.uniform(-0.4, 0.9, (n, n)), 1)
         matrix = half + half.T + np.eye(n)
-        absent = ~np.asarray(present)
+        absent = ~np.asarray(present, dtype=bool)
         matrix[absent] = math.nan
         matrix[:, absent] = math.nan
         return matrix

@@ -13,6 +13,7 @@ from lorafast._html._elements import (
     element,
     findings,
     folded,
+    natural,
     plots,
     section,
     table,
@@ -23,6 +24,15 @@ from lorafast._records import AdapterAnalysis, ModuleAnalysis, TensorStatistics
 PLOTS = ("overview", "heatmap", "spectrum")
 #: Points of a spectrum in a table's row.
 SPARK_POINTS = 32
+#: Keys of the summary that say more in other words.
+SUMMARY_WORDS = {
+    "total_parameters": "stored values",
+    "total_bytes": "bytes",
+    "frobenius_norm": "Frobenius norm of all updates",
+    "max_spectral_norm": "greatest spectral norm",
+    "median_spectral_norm": "median spectral norm",
+    "mean_effective_rank": "mean effective rank (Roy–Vetterli)",
+}
 
 
 def spark(module: ModuleAnalysis) -> Html:
@@ -61,7 +71,8 @@ MODULE_COLUMNS: list[Column[ModuleAnalysis]] = [
     Column("‖ΔW‖/‖W₀‖", "Frobenius norm of the update over the one of the base's weight.",
            lambda m: m.relative_norm),
     Column("σ₁", "Spectral norm: the greatest singular value.", lambda m: m.spectral_norm),
-    Column("spectrum", "σᵢ/σ₁ from the first to the last, from 0 to 1.", spark),
+    Column("spectrum", "σᵢ/σ₁ from the first to the last, from 0 to 1.", spark,
+           sortable=False),
     Column("stable rank", "Σσ²/σ₁².", lambda m: m.stable_rank),
     Column("effective rank", "Roy and Vetterli: exp H(σ/Σσ), H the entropy.",
            lambda m: m.effective_rank),
@@ -114,7 +125,11 @@ def page(analysis: AdapterAnalysis) -> str:
             "Stored tensors",
             folded(
                 f"Statistics of {len(analysis.tensors):,} tensors",
-                table(list(analysis.tensors.items()), TENSOR_COLUMNS, "tensors"),
+                table(
+                    sorted(analysis.tensors.items(), key=lambda item: natural(item[0])),
+                    TENSOR_COLUMNS,
+                    "tensors",
+                ),
             ),
         ),
         section("Configuration", folded("adapter_config.json", element("pre", _json(analysis)))),
@@ -124,7 +139,10 @@ def page(analysis: AdapterAnalysis) -> str:
 def summary(analysis: AdapterAnalysis) -> Html:
     """The figures of the whole adapter, and of all its stored weights."""
     weights = analysis.weights
-    items = [(key.replace("_", " "), words(value)) for key, value in analysis.summary.items()]
+    items = [
+        (SUMMARY_WORDS.get(key, key.replace("_", " ")), words(value))
+        for key, value in analysis.summary.items()
+    ]
     items += [
         ("mean of the weights", words(weights.mean)),
         ("standard deviation", words(weights.std)),
@@ -133,7 +151,7 @@ def summary(analysis: AdapterAnalysis) -> Html:
         ("not finite", words(weights.non_finite)),
     ]
     items += [
-        (f"{words(percent)}th percentile", words(value))
+        (f"percentile {words(percent)}", words(value))
         for percent, value in weights.percentiles.items()
     ]
     return definitions(items)
@@ -141,6 +159,7 @@ def summary(analysis: AdapterAnalysis) -> Html:
 
 def modules_table(modules: list[ModuleAnalysis]) -> Html:
     """A row a module; columns that hold nothing are left out."""
+    modules = sorted(modules, key=lambda module: natural(module.path))
     columns = [
         column
         for column in MODULE_COLUMNS

@@ -16,6 +16,7 @@ from lorafast._html._elements import (
     findings,
     folded,
     join,
+    natural,
     number,
     plots,
     section,
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.float64]
 
-PLOTS = ("cosine", "modules", "distributions", "adapters")
+PLOTS = ("modules", "distributions", "adapters")
 #: Up to so many adapters have columns of their own in the table of modules.
 OWN_COLUMNS = 6
-#: Up to so many adapters the matrix stands in the page; for more there is the picture.
+#: Up to so many adapters the matrix of cosines is a table; for more it is a picture.
 MATRIX_AT_MOST = 60
 
 COSINE = "⟨X, Y⟩/(‖X‖·‖Y‖), exact, of two adapters' updates of the module."
@@ -65,16 +66,15 @@ def _number(value: object) -> float | None:
 def page(comparison: Comparison) -> str:
     """The report of several adapters."""
     pairs = list(zip(comparison.names, comparison.analyses, strict=True))
+    modules = sorted(comparison.modules.values(), key=lambda module: natural(module.path))
     found = [(None, finding) for finding in comparison.findings]
     return document(
         f"Comparison of {len(pairs)} adapters",
         findings([*found, *((name, one) for name, a in pairs for one in a.findings)]),
         section("Adapters", table(pairs, ADAPTER_COLUMNS, "adapters")),
         section("Cosine of the updates", _matrix(comparison)),
-        plots(comparison, PLOTS),
-        section(
-            "Modules", table(list(comparison.modules.values()), _columns(comparison), "modules")
-        ),
+        plots(comparison, PLOTS if len(pairs) <= MATRIX_AT_MOST else ("cosine", *PLOTS)),
+        section("Modules", table(modules, _columns(comparison), "modules")),
         _only_in(comparison),
     )
 
@@ -120,10 +120,12 @@ def _cosine_cell(value: float, pair: str) -> Html:
         return element("td", "–", title=f"{pair}: undefined, a zero or non-finite update")
     strength = min(1.0, abs(value))
     colour = "94,60,153" if value >= 0 else "230,97,1"
-    ink = None if strength < 0.55 else "dark" if value >= 0 else "light"
+    # On a full colour the page's own ink would be too faint in one of its two themes.
+    ink = None if strength < 0.8 else "dark" if value >= 0 else "light"
     return element(
         "td",
-        f"{value:.3f}",
+        # Rounded first, and zero added, so that no zero has a minus.
+        f"{round(value, 3) + 0.0:.3f}",
         title=f"{pair}: cosine {value:.9g}",
         style=f"background:rgba({colour},{strength:.2f})",
         class_=ink,

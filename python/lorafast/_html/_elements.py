@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +19,8 @@ from lorafast._records import AdapterAnalysis, Comparison, Finding
 Row = TypeVar("Row")
 
 VOID = frozenset({"meta", "img", "input", "polyline"})
-#: Findings beyond these are folded away.
+SEVERITIES = ("severe", "warning", "note")
+#: Kinds of findings beyond these are folded away.
 FINDINGS_SHOWN = 40
 #: Nothing from outside may be loaded, whatever a name in a file holds.
 POLICY = (
@@ -80,24 +82,24 @@ class Column(Generic[Row]):
     Attributes:
         title: its heading.
         meaning: the formula or the explanation shown on hover.
-        value: a row's value: a number, a text, `None`, or `Html`, which is not sorted by.
-        digits: significant digits of a number.
+        value: a row's value: a number, a text, `None`, or `Html`.
+        sortable: whether the values have an order.
     """
 
     title: str
     meaning: str
     value: Callable[[Row], float | str | None]
-    digits: int = 4
+    sortable: bool = True
 
 
-def _cell(value: float | str | None, digits: int) -> Html:
+def _cell(value: float | str | None) -> Html:
     if isinstance(value, Html):
         return element("td", value)
     if isinstance(value, str):
         return element("td", value, class_="text")
     # What has no order, as NaN, has no value to sort by and stays at the end.
     key = "" if value is None or math.isnan(value) else repr(float(value))
-    return element("td", number(value, digits), data_value=key)
+    return element("td", number(value), data_value=key)
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Html:
@@ -113,19 +115,16 @@ def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Htm
         *(
             element(
                 "th",
-                element("button", column.title, type="button"),
+                element("button", column.title, type="button") if column.sortable else column.title,
                 title=column.meaning,
                 scope="col",
-                aria_sort="none",
+                aria_sort="none" if column.sortable else None,
             )
             for column in columns
         ),
     )
     body = join(
-        (
-            element("tr", *(_cell(column.value(row), column.digits) for column in columns))
-            for row in rows
-        ),
+        (element("tr", *(_cell(column.value(row)) for column in columns)) for row in rows),
         "\n",
     )
     label = f"Show only {noun} with all of these words"
@@ -170,6 +169,15 @@ def section(title: str, *content: str) -> Html:
     return element("section", element("h2", title), *content)
 
 
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """A key that sorts names as a reader would: layer 2 before layer 10."""
+    return tuple(
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", text)
+        if part
+    )
+
+
 def words(value: Any) -> str:
     """A value of the summary as a reader would write it."""
     if value is None:
@@ -189,26 +197,45 @@ def findings(items: Sequence[tuple[str | None, Finding]]) -> Html:
     """The findings, each with the adapter it is about where there are several."""
     if not items:
         return section("Findings", element("p", "Nothing out of the ordinary was found."))
-    entries = [
-        element(
-            "li",
-            element("span", finding.severity, class_="badge"),
-            " ",
-            *((element("b", adapter), ": ") if adapter is not None else ()),
-            *((element("code", finding.module), " ") if finding.module is not None else ()),
-            finding.reason,
-            " ",
-            element("small", f"{finding.kind.replace('_', ' ')}{_figure_of(finding)}"),
-            class_=finding.severity,
-        )
-        for adapter, finding in items
-    ]
+    groups: dict[tuple[str | None, str, str], list[Finding]] = {}
+    for adapter, finding in sorted(items, key=lambda item: SEVERITIES.index(item[1].severity)):
+        groups.setdefault((adapter, finding.severity, finding.kind), []).append(finding)
+    entries = [_finding_group(adapter, group) for (adapter, _, _), group in groups.items()]
     shown = element("ul", *entries[:FINDINGS_SHOWN], class_="findings")
     rest = entries[FINDINGS_SHOWN:]
     if rest:
         hidden = element("ul", *rest, class_="findings")
-        shown = join([shown, folded(f"{len(rest):,} more findings", hidden)])
+        shown = join([shown, folded(f"{len(rest):,} more kinds of findings", hidden)])
     return section("Findings", shown)
+
+
+def _finding_group(adapter: str | None, group: Sequence[Finding]) -> Html:
+    """Findings of one kind in one adapter: the first of many, the others folded away."""
+    first, rest = group[0], group[1:]
+    return element(
+        "li",
+        element("span", first.severity, class_="badge"),
+        " ",
+        *((element("b", adapter), ": ") if adapter is not None else ()),
+        _finding(first),
+        *([folded(f"{len(rest):,} more of this kind", _plain_list(rest))] if rest else []),
+        class_=first.severity,
+    )
+
+
+def _plain_list(group: Sequence[Finding]) -> Html:
+    return element("ul", *(element("li", _finding(finding)) for finding in group))
+
+
+def _finding(finding: Finding) -> Html:
+    return join(
+        [
+            *((element("code", finding.module), " ") if finding.module is not None else ()),
+            finding.reason,
+            " ",
+            element("small", f"{finding.kind.replace('_', ' ')}{_figure_of(finding)}"),
+        ]
+    )
 
 
 def _figure_of(finding: Finding) -> str:

@@ -32,7 +32,8 @@ for (const part of document.querySelectorAll(".sortable")) {
     body.append(...keyed.map((entry) => entry.row));
   };
   headings.forEach((heading, column) => {
-    heading.querySelector("button").addEventListener("click", () => sort(column, heading));
+    const button = heading.querySelector("button"); // a column of pictures has no order
+    if (button) button.addEventListener("click", () => sort(column, heading));
   });
 
   const texts = rows.map((row) => row.textContent.toLowerCase());

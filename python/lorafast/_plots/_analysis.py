@@ -159,8 +159,9 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
                        color=GUIDE)  # fmt: skip
     right.set_ylim(0, 1.04)
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
-        axes.set_xlim(1 - 0.03 * longest, longest + 0.03 * longest)
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True, min_n_ticks=1))
+        margin = max(0.5, 0.03 * longest)
+        axes.set_xlim(1 - margin, longest + margin)
     sizes = [len(groups[label]) for label in labels]
     if max(sizes) > 1:
         shown = [f"{label}  ({n})" for label, n in zip(fit_all(labels), sizes, strict=True)]
@@ -287,11 +288,11 @@ def _by_layer(axes: Axes, analysis: AdapterAnalysis, figure: str) -> None:
     if figure == "mean":
         axes.axhline(0.0, color=GUIDE, linewidth=0.8, zorder=0)
     else:
-        axes.set_ylim(bottom=0.0)
+        axes.set_ylim(0.0, 1.06 * axes.dataLim.ymax or 1.0)
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
     axes.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
     _layer_ticks(axes, modules)
-    legend_above(axes, axes.get_lines()[:2])
+    legend_above(axes, axes.get_lines()[:2], enlarge=max(1.0, 5.0 / size))
 
 
 def _layer_ticks(axes: Axes, modules: Sequence[ModuleAnalysis]) -> None:

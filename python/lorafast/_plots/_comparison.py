@@ -183,6 +183,9 @@ def cosine(comparison: Comparison) -> Figure:
     side = min(14.0, max(6.0, 3.5 + 0.45 * n))
     figure = _figure.new(side + 1.0, side, "Cosine of the adapters' updates")
     axes = figure.subplots()
+    if not n:
+        nothing(axes, "there are no adapters")
+        return figure
     names = fit_all(comparison.names, 24)
     values = np.asarray(comparison.cosine, dtype=float)
     colours, scale = colormaps["PuOr"], Normalize(-1.0, 1.0)
@@ -196,7 +199,7 @@ def cosine(comparison: Comparison) -> Figure:
         for text in axes.get_xticklabels():
             text.set(va="center")
     if n <= 16:
-        annotate(axes, values, colours, scale, 9 if n <= 8 else 7)
+        annotate(axes, values, colours, scale, size=9 if n <= 8 else 7, number=".2f")
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
     bar.set_label("cosine; grey: undefined (a zero or non-finite update)", fontsize=9)
     bar.ax.tick_params(labelsize=TICK_SIZE)
@@ -226,7 +229,7 @@ def modules(comparison: Comparison) -> Figure:
         nothing(axes, "no module is in two of the adapters")
         return figure
     draw_grid(figure, axes, grid, colours=colormaps["PuOr"], scale=Normalize(-1.0, 1.0),
-              label="cosine")  # fmt: skip
+              label="cosine", number=".2f")  # fmt: skip
     return figure
 
 

@@ -31,6 +31,8 @@ TICK_SIZE = 8
 LABEL_SIZE = 10
 #: Longest label of a heatmap's row, in characters.
 ROW_LABEL = 70
+#: Of a heatmap's cell, in inches, while the columns are few.
+CELL_WIDTH = 0.42
 
 
 @lru_cache(maxsize=8)
@@ -106,11 +108,13 @@ def dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def legend_above(axes: Axes, handles: Sequence[Artist]) -> None:
-    """A legend on the line of the title, where it covers nothing."""
+def legend_above(axes: Axes, handles: Sequence[Artist], *, enlarge: float = 1.0) -> None:
+    """A legend on the line of the title, where it covers nothing; its markers enlarged."""
     if handles:
-        axes.legend(handles=handles, fontsize=8, frameon=False, ncols=len(handles),
-                    loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)  # fmt: skip
+        axes.legend(
+            handles=handles, fontsize=8, frameon=False, ncols=len(handles), loc="lower right",
+            bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, markerscale=enlarge,
+        )  # fmt: skip
 
 
 def nothing(axes: Axes, reason: str) -> None:
@@ -188,17 +192,6 @@ def thin_ticks(
             text.set(rotation=rotation, ha="right", rotation_mode="anchor")
 
 
-def natural(text: str) -> tuple[tuple[int, int, str], ...]:
-    """A key that sorts names as a reader would: layer 2 before layer 10."""
-    import re
-
-    return tuple(
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", text)
-        if part
-    )
-
-
 def grid_of(
     modules: Sequence[ModuleAnalysis], values: Sequence[float | None]
 ) -> tuple[list[str], list[str], NDArray[np.float64], NDArray[np.bool_]]:
@@ -229,9 +222,9 @@ def grid_of(
 def grid_size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
     """Width and height in inches in which the cells and the labels of a grid fit."""
     longest = max((len(fit(row, ROW_LABEL)) for row in rows), default=0)
-    width = 2.2 + 0.075 * longest + max(2.5, min(14.0, 0.34 * len(columns)))
+    width = 2.2 + 0.075 * longest + max(2.5, min(14.0, CELL_WIDTH * len(columns)))
     height = 1.4 + min(24.0, (0.32 if len(rows) <= 12 else 0.18) * max(3, len(rows)))
-    return max(7.0, width), height
+    return max(7.0, width), max(3.0, height)
 
 
 def draw_grid(
@@ -242,6 +235,7 @@ def draw_grid(
     colours: Colormap,
     scale: Normalize,
     label: str,
+    number: str = ".2g",
 ) -> None:
     """Draws what `grid_of` arranged as a heatmap: grey without a module, × without a value."""
     rows, columns, values, present = grid
@@ -267,17 +261,26 @@ def draw_grid(
     bar.ax.tick_params(labelsize=TICK_SIZE)
     for row, column in np.argwhere(present & ~np.isfinite(values)):
         axes.text(column, row, "×", ha="center", va="center", color="#B00020", fontsize=9)
-    if len(columns) <= 14 and len(rows) <= 40:
-        annotate(axes, values, colours, scale, 8)
+    longest = max((len(f"{v:{number}}") for v in values[np.isfinite(values)]), default=0)
+    # A character of this size is 0.075 inches wide.
+    room = max(2.5, CELL_WIDTH * len(columns)) / len(columns)
+    if len(columns) <= 14 and len(rows) <= 40 and 0.075 * longest <= room:
+        annotate(axes, values, colours, scale, size=8, number=number)
 
 
 def annotate(
-    axes: Axes, values: NDArray[np.float64], colours: Colormap, scale: Normalize, size: float
+    axes: Axes,
+    values: NDArray[np.float64],
+    colours: Colormap,
+    scale: Normalize,
+    *,
+    size: float,
+    number: str,
 ) -> None:
     """Writes each finite value into its cell, black or white, whichever is legible there."""
     for row, column in np.argwhere(np.isfinite(values)):
         value = float(values[row, column])
         red, green, blue, _ = colours(float(scale(value)))
         light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-        axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=size,
+        axes.text(column, row, f"{value:{number}}", ha="center", va="center", fontsize=size,
                   color="black" if light else "white")  # fmt: skip
