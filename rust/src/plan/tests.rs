@@ -126,6 +126,20 @@ fn shape_decides_the_orientation_whatever_the_flag() {
 }
 
 #[test]
+fn a_bias_shows_that_a_weight_is_stored_turned() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let config = r#"{"model_type": "own"}"#;
+    base(root, &[("x.weight", [4, 12]), ("x.bias", [1, 12])], config);
+    assert!(problems(plan(root, &[("x", 12, 4)], ""))[0].contains("updates a weight of shape"));
+    let bias = ("x.bias", Dtype::F32, &[12][..], ramp(12, 1));
+    let weight = ("x.weight", Dtype::F32, &[4, 12][..], ramp(48, 2));
+    write(&root.join("base/model.safetensors"), &[weight, bias]);
+    let plan = plan(root, &[("x", 12, 4)], "").expect("fits");
+    assert_eq!(merged(&plan), [("x.weight".into(), true)]);
+}
+
+#[test]
 fn architecture_decides_for_square_weights() {
     let directory = tempfile::tempdir().expect("a directory");
     let root = directory.path();
