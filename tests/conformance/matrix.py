@@ -148,9 +148,15 @@ FEATURES = (
         "as Linear",
         tuple(
             one(kind, "lin0", "lin1", init_lora_weights=kind)
-            for kind in ("gaussian", "orthogonal", "eva", "mica")
+            for kind in ("gaussian", "orthogonal", "eva")
         )
         + (one("false", "lin0", init_lora_weights=False),),
+    ),
+    Feature(
+        "MiCA",
+        "as Linear; PEFT rounds the frozen B to the base's type first",
+        (one("mica", "lin0", "lin1", init_lora_weights="mica"),),
+        roundings=2,
     ),
     Feature(
         "Conv1D of GPT-2 (`fan_in_fan_out`)",
@@ -167,8 +173,13 @@ FEATURES = (
         (
             one("embedding", "emb"),
             one("embedding and Conv1D", "emb", "conv1d"),
-            one("rsLoRA and patterns", "emb", use_rslora=True, rank_pattern={"emb": 3},
-                alpha_pattern={"emb": 11}),
+            one(
+                "rsLoRA and patterns",
+                "emb",
+                use_rslora=True,
+                rank_pattern={"emb": 3},
+                alpha_pattern={"emb": 11},
+            ),
             one("position embeddings", "wpe", base="gpt2"),
             one("token types", "token_type_embeddings", base="bert-classifier"),
         ),
@@ -248,10 +259,22 @@ FEATURES = (
         (
             one("lin0", "lin0", use_dora=True),
             one("lin0 lin1 nobias", "lin0", "lin1", "nobias", use_dora=True),
-            one("rsLoRA and patterns", "lin0", "lin1", use_dora=True, use_rslora=True,
-                rank_pattern={"lin1": 3}, alpha_pattern={"lin0": 40}),
-            one("biases and a saved module", "lin0", use_dora=True, bias="all",
-                modules_to_save=["lin1"]),
+            one(
+                "rsLoRA and patterns",
+                "lin0",
+                "lin1",
+                use_dora=True,
+                use_rslora=True,
+                rank_pattern={"lin1": 3},
+                alpha_pattern={"lin0": 40},
+            ),
+            one(
+                "biases and a saved module",
+                "lin0",
+                use_dora=True,
+                bias="all",
+                modules_to_save=["lin1"],
+            ),
             one("Llama", *ALL_LINEAR, base="llama", use_dora=True),
         ),
     ),
@@ -349,7 +372,6 @@ REFUSALS = (
     ),
     Refusal("`nn.MultiheadAttention`", lora("mha"), "mha"),
     Refusal("Convolutions in groups", lora("grouped", r=8), "grouped"),
-
     Refusal(
         "`target_parameters`",
         {"r": 4, "target_modules": [], "target_parameters": ["lin0.weight"]},

@@ -98,6 +98,11 @@ def test_a_resized_vocabulary(
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
         return model
 
+    if kind == "llama" and "embed_tokens" in targets:
+        # PEFT then saves no head of the new size, and makes up its rows when it loads.
+        with pytest.raises(lorafast.PlanError, match=r"no adapter brings lm_head\.weight"):
+            lorafast.merge(base, adapter, tmp_path / "out")
+        return
     lorafast.merge(base, adapter, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vocab_size"] == vocabulary
@@ -116,8 +121,8 @@ TIES = {
     "the head saved": lora("q_proj", modules_to_save=["lm_head"]),
     "the embeddings saved": lora("q_proj", modules_to_save=["embed_tokens"]),
     "both saved": lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]),
-    "both saved and kept tied": lora(
-        "q_proj", modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    "the embeddings saved, the head adapted": lora(
+        "q_proj", "gate_proj", modules_to_save=["embed_tokens"], use_dora=True
     ),
 }
 

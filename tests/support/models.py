@@ -243,9 +243,7 @@ def cast_adapter(adapter: Path, dtype: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def merge_with_peft(
-    base: Path, adapters: list[Path], *, load: Callable[[Path], Any] = load
-) -> Any:
+def merge_with_peft(base: Path, adapters: list[Path], *, load: Callable[[Path], Any] = load) -> Any:
     """The model that PEFT makes of the same files, its adapters merged in order."""
     from peft import PeftModel
 

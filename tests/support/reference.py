@@ -117,10 +117,12 @@ def read_updates(adapter: Path) -> dict[str, Update]:
 def read_saved(adapter: Path) -> dict[str, NDArray[np.float64]]:
     """The parameters that an adapter saved whole, by their names in the model."""
     tensors = read_safetensors(adapter / "adapter_model.safetensors")
+    # PEFT's wrappers are no part of the model's own names.
+    wrappers = re.compile(r"\.(base_layer|modules_to_save)\.")
     return {
-        name.removeprefix(PREFIX).replace(".base_layer.", "."): value.float64()
+        wrappers.sub(".", name.removeprefix(PREFIX)): value.float64()
         for name, value in tensors.items()
-        if ".lora_" not in name
+        if ".lora_" not in name and ".original_module." not in name
     }
 
 
