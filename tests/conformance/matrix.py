@@ -146,11 +146,12 @@ FEATURES = (
     Feature(
         "`init_lora_weights` that leaves the base alone",
         "as Linear",
-        tuple(
-            one(kind, "lin0", "lin1", init_lora_weights=kind)
-            for kind in ("gaussian", "orthogonal", "eva")
-        )
-        + (one("false", "lin0", init_lora_weights=False),),
+        (
+            one("gaussian", "lin0", "lin1", init_lora_weights="gaussian"),
+            one("orthogonal", "lin0", "lin1", init_lora_weights="orthogonal"),
+            one("eva", "lin0", "lin1", init_lora_weights="eva"),
+            one("false", "lin0", init_lora_weights=False),
+        ),
     ),
     Feature(
         "MiCA",

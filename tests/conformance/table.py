@@ -20,11 +20,11 @@ INTRODUCTION = """\
 
 # What PEFT writes, and what a merge makes of it
 
-Each entry below is an adapter that PEFT 0.21.2 makes, every tensor of which is then moved by noise.
-`tests/conformance` merges it with PEFT (`from_pretrained(...).merge_and_unload()`) and with lorafast
-from the same files, on bases in float32, bfloat16 and float16 with adapters in each of the three
-(nine pairs an entry), and compares every tensor of the two results, by name, shape and value. Every
-result is also compared with the same merge in float64, rounded once.
+Each entry below is an adapter that PEFT 0.21.2 makes; noise is then added to every one of its
+tensors. `tests/conformance` merges it with PEFT (load, then `merge_and_unload()`) and with
+lorafast from the same files, on bases in float32, bfloat16 and float16 with adapters in each of the
+three (nine pairs an entry), and compares every tensor of the two results by name, shape and value.
+Every result is also compared with the same merge in float64, rounded once.
 
 - **same**: float32 to 10⁻⁶ relative to the size of the terms; 16-bit to 1 ulp.
 - **nearer**: PEFT rounds 16-bit weights more than once, lorafast once. The two lie no further apart

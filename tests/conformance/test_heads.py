@@ -13,7 +13,7 @@ from support.compare import assert_merged_like_float64
 from support.files import read_checkpoint
 from support.models import VOCABULARY, Models
 from support.reference import merge_float64, read_saved
-from toys import Toys, assert_same_outputs, load, load_all, load_with_head, merge_with_peft
+from toys import Toys, assert_same_outputs, load, load_with_head, merge_with_peft
 
 
 @pytest.fixture

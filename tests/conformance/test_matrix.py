@@ -17,7 +17,7 @@ from support.compare import (
 )
 from support.files import Tensor, narrow, read_checkpoint
 from support.models import Models, state
-from support.reference import Merged, merge_float64, read_saved
+from support.reference import Merged, merge_float64
 from toys import Toys, assert_same_outputs, is_conv1d, merge_with_peft, written
 
 DTYPES = ["F32", "BF16", "F16"]
@@ -70,12 +70,12 @@ def expected_state(
     return result
 
 
-@pytest.mark.parametrize("adapter_dtype", DTYPES)
-@pytest.mark.parametrize("base_dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", [(b, a) for b in DTYPES for a in DTYPES], ids="-".join)
 @pytest.mark.parametrize(("feature", "entry"), ENTRIES)
 def test_entry(
-    toys: Toys, tmp_path: Path, feature: Feature, entry: Entry, base_dtype: str, adapter_dtype: str
+    toys: Toys, tmp_path: Path, feature: Feature, entry: Entry, dtypes: tuple[str, str]
 ) -> None:
+    base_dtype, adapter_dtype = dtypes
     base = toys.base(entry.base, base_dtype)
     adapters = make_adapters(toys, feature, entry, adapter_dtype)
     report = lorafast.merge(base, adapters if len(adapters) > 1 else adapters[0], tmp_path / "out")

@@ -299,13 +299,3 @@ def assert_same_outputs(output: Path, theirs: Any, *, load: Any = load, base: An
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
     if base is not None:
         assert (support.outputs(base) - expected).abs().max() > 1e-3 * expected.abs().max()
-
-
-def load_all(path: Path, name: str, settings: dict[str, Any] | None = None) -> Any:
-    """A directory as that class of transformers; every tensor comes from its files."""
-    import transformers
-
-    loader = getattr(transformers, name).from_pretrained
-    model, info = loader(path, output_loading_info=True, **(settings or {}))
-    assert not any(info.values()), info
-    return model.eval()
