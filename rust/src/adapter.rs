@@ -84,6 +84,8 @@ pub enum Role {
     Diagonal,
     /// Left over from training; PEFT's merge ignores it as well.
     TrainingOnly,
+    /// A parameter that the file holds under another name as well.
+    Repeated,
 }
 
 impl Role {
@@ -93,6 +95,7 @@ impl Role {
             Self::TokenDelta => "trained token embeddings",
             Self::Diagonal => "a KaSA diagonal",
             Self::TrainingOnly => "used in training only",
+            Self::Repeated => "a parameter that the file holds twice",
         }
     }
 }
@@ -190,7 +193,7 @@ impl Adapter {
         let mut obstacles = self.config.obstacles(allow);
         let mut roles = IndexMap::<&str, (usize, &str)>::new();
         for (name, role) in &self.others {
-            if *role != Role::TrainingOnly {
+            if !matches!(role, Role::TrainingOnly | Role::Repeated) {
                 roles.entry(role.describe()).or_insert((0, name)).0 += 1;
             }
         }

@@ -144,8 +144,21 @@ impl Checkpoint {
         };
         self.config().is_some_and(|config| {
             let inner = config.get("text_config").and_then(Value::as_object);
-            flag(config).or_else(|| inner.and_then(flag)).unwrap_or(false)
+            // Where no config says so, a language model without a head of its own has a tied one.
+            let implied = || self.is_language_model() && self.tensor("lm_head.weight").is_none();
+            flag(config).or_else(|| inner.and_then(flag)).unwrap_or_else(implied)
         })
+    }
+
+    /// Whether its config is of a causal language model of transformers, with its head.
+    pub fn is_language_model(&self) -> bool {
+        let names = self.config().and_then(|config| config.get("architectures"));
+        names
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .any(|name| ["ForCausalLM", "LMHeadModel"].iter().any(|ending| name.ends_with(ending)))
     }
 
     /// What is odd about the checkpoint without making it unusable.

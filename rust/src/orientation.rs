@@ -31,7 +31,7 @@ pub fn decide(
     match (straight, turned) {
         (true, false) => Ok(Orientation::OutIn),
         // Turned on a layer that nothing says is stored so, it is another layer's update.
-        (false, true) if may_be_turned(base, module, flag) => Ok(Orientation::InOut),
+        (false, true) if may_be_turned(base, module, outputs, flag) => Ok(Orientation::InOut),
         (false, _) => Err(format!(
             "its module {module} updates a weight of shape [{outputs}, {inputs}], \
              but the base's is {shape:?}"
@@ -40,9 +40,14 @@ pub fn decide(
     }
 }
 
-fn may_be_turned(base: &Checkpoint, module: &str, flag: bool) -> bool {
+fn may_be_turned(base: &Checkpoint, module: &str, outputs: u64, flag: bool) -> bool {
     let layer = module.rsplit('.').next().unwrap_or(module);
-    flag || CONV1D_LAYERS.contains(&layer) || base.config().is_none_or(names_conv1d_model)
+    // A layer's bias is as long as its output. PEFT's flag is that of the last layer it adapted, so
+    // that in a model of both kinds it is wrong for one of them.
+    let bias = base.tensor(&format!("{module}.bias"));
+    flag || CONV1D_LAYERS.contains(&layer)
+        || base.config().is_none_or(names_conv1d_model)
+        || bias.is_some_and(|bias| bias.shape == [outputs])
 }
 
 fn decide_square(base: &Checkpoint, module: &str, flag: bool) -> Result<Orientation, String> {

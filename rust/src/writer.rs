@@ -341,8 +341,8 @@ pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)
 
 /// The base's config with what the merge changes in it, in every place that names it.
 pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> Vec<u8> {
-    fn change(fields: &mut Map<String, Value>, changes: &ConfigChanges) -> bool {
-        let mut has_dtype = false;
+    fn change(fields: &mut Map<String, Value>, changes: &ConfigChanges) -> (bool, bool) {
+        let (mut has_dtype, mut has_tie) = (false, false);
         for (name, value) in fields.iter_mut() {
             match (name.as_str(), &mut *value) {
                 ("torch_dtype" | "dtype", Value::String(old)) => {
@@ -356,7 +356,10 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
                         *value = Value::from(vocabulary);
                     }
                 }
-                ("tie_word_embeddings", Value::Bool(tied)) => *tied = changes.tied.unwrap_or(*tied),
+                ("tie_word_embeddings", Value::Bool(tied)) => {
+                    has_tie = true;
+                    *tied = changes.tied.unwrap_or(*tied);
+                }
                 ("quantization_config", _) => {}
                 (name, Value::Object(inner)) if name.ends_with("_config") => {
                     change(inner, changes);
@@ -364,12 +367,15 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
                 _ => {}
             }
         }
-        has_dtype
+        (has_dtype, has_tie)
     }
     let mut config = config.clone();
-    let has_dtype = change(&mut config, changes);
+    let (has_dtype, has_tie) = change(&mut config, changes);
     if let Some(dtype) = changes.dtype.as_ref().filter(|_| !has_dtype) {
         config.insert("torch_dtype".into(), Value::from(dtype.as_str()));
+    }
+    if let Some(tied) = changes.tied.filter(|_| !has_tie) {
+        config.insert("tie_word_embeddings".into(), Value::from(tied));
     }
     pretty(&Value::Object(config))
 }

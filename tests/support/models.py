@@ -195,6 +195,9 @@ def sample_inputs(config: Any, *, rows: int = 3, length: int = 11) -> dict[str, 
     import torch
 
     generator = torch.Generator().manual_seed(9)
+    if config.model_type == "vit":
+        shape = (rows, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
     tokens = torch.randint(3, config.vocab_size, (rows, length), generator=generator)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if config.model_type == "t5":
@@ -240,7 +243,7 @@ def cast_adapter(adapter: Path, dtype: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def merge_with_peft(base: Path, adapters: list[Path]) -> Any:
+def merge_with_peft(base: Path, adapters: list[Path], *, load: Callable[[Path], Any] = load) -> Any:
     """The model that PEFT makes of the same files, its adapters merged in order."""
     from peft import PeftModel
 

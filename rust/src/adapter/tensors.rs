@@ -98,7 +98,19 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
         let (module, part) = match classify(&tensor.name) {
             Key::Module(module, part) => (module, part),
             Key::Saved(path) => {
-                saved.push(Saved { path, tensor: tensor.clone() });
+                match saved.iter().find(|other: &&Saved| other.path == path) {
+                    None => saved.push(Saved { path, tensor: tensor.clone() }),
+                    // PEFT writes the biases of saved modules twice under bias = "all".
+                    Some(other) if is_repeated(file, &other.tensor, tensor) => {
+                        others.push((tensor.name.clone(), Role::Repeated));
+                    }
+                    Some(other) => {
+                        return Err(broken(format!(
+                            "tensors {} and {} differ, but both are the parameter {path}",
+                            other.tensor.name, tensor.name
+                        )));
+                    }
+                }
                 continue;
             }
             Key::Other(role) => {
@@ -136,6 +148,11 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
         return Err(broken("holds no tensors".into()));
     }
     Ok(Sorted { modules, saved, others })
+}
+
+fn is_repeated(file: &SafetensorsFile, first: &TensorInfo, second: &TensorInfo) -> bool {
+    let alike = first.dtype == second.dtype && first.shape == second.shape;
+    alike && file.tensor_bytes(first) == file.tensor_bytes(second)
 }
 
 fn assemble(path: String, parts: Parts, config: &PeftConfig) -> Result<Module, String> {

@@ -90,6 +90,20 @@ fn factors_that_do_not_belong_together_are_named() {
 }
 
 #[test]
+fn a_parameter_saved_twice_counts_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let twice: &[(&str, &[u64])] =
+        &[("x.bias", &[4]), ("x.modules_to_save.bias", &[4]), ("x.original_module.bias", &[4])];
+    let adapter = adapter(directory.path(), twice, "").expect("sound");
+    assert_eq!(adapter.saved().len(), 1);
+    let roles: Vec<_> = adapter.others().iter().map(|(_, role)| *role).collect();
+    assert_eq!(roles, [Role::Repeated, Role::TrainingOnly]);
+    assert!(adapter.obstacles(&[]).is_empty());
+    let unlike: &[(&str, &[u64])] = &[("x.bias", &[4]), ("x.modules_to_save.bias", &[5])];
+    assert!(complaint(directory.path(), unlike, "").contains("differ, but both are"));
+}
+
+#[test]
 fn what_is_missing_is_said() {
     let directory = tempfile::tempdir().expect("a directory");
     let root = directory.path();

@@ -8,7 +8,8 @@ use super::{Action, Inputs, Options, Origin, PlannedShard, PlannedTensor};
 use crate::dtype::Dtype;
 use crate::safetensors::{Header, TensorInfo};
 
-/// Lays out every shard. Tensors that the base does not have go into its last one.
+/// Lays out every shard. Tensors that the base does not have go into its last one, or into that of
+/// the tensor they are a copy of.
 pub(super) fn plan_shards(
     inputs: &Inputs,
     options: &Options,
@@ -16,7 +17,10 @@ pub(super) fn plan_shards(
     additions: Vec<Addition>,
 ) -> Vec<PlannedShard> {
     let last = inputs.base.shards().len().saturating_sub(1);
-    let mut additions = Some(additions);
+    let home = |addition: &Addition| match addition.origin {
+        Origin::Base(shard) => shard,
+        Origin::Adapter(_) => last,
+    };
     (inputs.base.shards().iter().enumerate())
         .map(|(position, shard)| {
             let header = shard.file.header();
@@ -28,9 +32,7 @@ pub(super) fn plan_shards(
                     plan_tensor(position, tensor, change, options)
                 })
                 .collect();
-            if position == last {
-                tensors.extend(additions.take().unwrap_or_default().into_iter().map(add));
-            }
+            tensors.extend(additions.iter().filter(|new| home(new) == position).map(add));
             let source = position;
             let name = shard.name.clone();
             let keeps_layout = |tensor: &PlannedTensor| {
@@ -66,8 +68,8 @@ fn plan_tensor(
     PlannedTensor { name: tensor.name.clone(), origin, source, output_dtype, target, action }
 }
 
-fn add(addition: Addition) -> PlannedTensor {
-    let Addition { name, origin, source, output_dtype } = addition;
+fn add(addition: &Addition) -> PlannedTensor {
+    let Addition { name, origin, source, output_dtype } = addition.clone();
     let action = action(&source, &output_dtype, Vec::new());
     PlannedTensor { name, origin, source, output_dtype, target: 0..0, action }
 }

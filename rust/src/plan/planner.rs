@@ -20,6 +20,7 @@ pub(super) struct TensorChange {
 }
 
 /// A tensor that the base does not have.
+#[derive(Clone)]
 pub(super) struct Addition {
     pub name: String,
     pub origin: Origin,
@@ -44,7 +45,10 @@ pub(super) struct Planner<'a> {
     tensors: IndexMap<String, TensorChange>,
     /// By the tensor's name: the adapters that bring it, in order.
     additions: IndexMap<String, Vec<(usize, TensorInfo)>>,
-    vocabulary: Option<u64>,
+    /// Its size before and after, where an adapter's embeddings change it.
+    vocabulary: Option<(u64, u64)>,
+    /// The input embedding that an adapter trained apart from the head it was tied to.
+    untied_head: Option<String>,
     problems: Vec<String>,
     notes: Vec<String>,
     warnings: Vec<String>,
@@ -59,6 +63,7 @@ impl<'a> Planner<'a> {
             tensors: IndexMap::new(),
             additions: IndexMap::new(),
             vocabulary: None,
+            untied_head: None,
             problems: Vec::new(),
             notes: Vec::new(),
             warnings: Vec::new(),
@@ -209,7 +214,7 @@ impl<'a> Planner<'a> {
         let name = mapping.apply(&saved.path).unwrap_or_else(|| saved.path.clone());
         let Some(tensor) = self.base.tensor(&name) else {
             let adapter = &self.inputs.adapters[position];
-            let is_head = name.ends_with("lm_head.weight") && self.base.ties_embeddings();
+            let is_head = name.ends_with(HEAD) && self.base.ties_embeddings();
             if !is_head && !adapter.config().saves_module_of(&saved.path) {
                 return Err(format!(
                     "its tensor {} fits nothing in the base and belongs to no module that its \
@@ -227,9 +232,9 @@ impl<'a> Planner<'a> {
                 saved.tensor.name, saved.tensor.dtype, tensor.dtype
             ));
         }
-        let grows = tensor.shape.len() == 2
-            && saved.tensor.shape.len() == 2
-            && tensor.shape[1] == saved.tensor.shape[1];
+        let grows = is_of_vocabulary(&name)
+            && tensor.shape.len() == saved.tensor.shape.len()
+            && tensor.shape[1..] == saved.tensor.shape[1..];
         let same = tensor.shape == saved.tensor.shape;
         let alone =
             self.inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential;
@@ -243,6 +248,7 @@ impl<'a> Planner<'a> {
         if !same {
             self.resize_vocabulary(tensor.shape[0], saved.tensor.shape[0])?;
         }
+        self.untie(position, saved, &name)?;
         let change = self.tensors.entry(name.clone()).or_default();
         if weight == 1.0 && self.options.strategy == Strategy::Sequential {
             // Whatever earlier adapters did to it is gone, as when one is merged after the other.
@@ -271,8 +277,8 @@ impl<'a> Planner<'a> {
     }
 
     fn resize_vocabulary(&mut self, old: u64, new: u64) -> Result<(), String> {
-        match self.vocabulary.replace(new) {
-            Some(other) if other != new => {
+        match self.vocabulary.replace((old, new)) {
+            Some((_, other)) if other != new => {
                 Err(format!("its saved tensors have {new} tokens, but others have {other}"))
             }
             _ => {
@@ -283,14 +289,69 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// `modules_to_save` trains a copy of the embeddings and leaves the head that they were tied to
+    /// as it was: the head needs a tensor of its own.
+    fn untie(&mut self, position: usize, saved: &Saved, name: &str) -> Result<(), String> {
+        let adapter = &self.inputs.adapters[position];
+        let saves_head = || adapter.saved().iter().any(|saved| saved.path.ends_with(HEAD));
+        if !is_input_embedding(name)
+            || !adapter.config().saves_module_of(&saved.path)
+            || !self.base.is_language_model()
+            || !self.base.ties_embeddings()
+            || saves_head()
+        {
+            return Ok(());
+        }
+        if self.tensors.contains_key(name) {
+            return Err(format!(
+                "its tensor {} replaces {name} alone, after another adapter changed it together \
+                 with the head that it is tied to; merge them one after the other",
+                saved.tensor.name
+            ));
+        }
+        self.untied_head = Some(name.to_owned());
+        Ok(())
+    }
+
+    /// What has to have another number of tokens once the vocabulary has, and was not replaced.
+    fn check_vocabulary(&mut self) {
+        let Some((old, new)) = self.vocabulary else { return };
+        for shard in self.base.shards() {
+            for tensor in &shard.file.header().tensors {
+                let replaced =
+                    || self.tensors.get(&tensor.name).is_some_and(|change| change.origin.is_some());
+                if is_of_vocabulary(&tensor.name)
+                    && tensor.shape.first() == Some(&old)
+                    && !replaced()
+                {
+                    self.problems.push(format!(
+                        "the vocabulary changes from {old} to {new} tokens, but no adapter brings \
+                         {} of the new size; its module has to be among modules_to_save in training",
+                        tensor.name
+                    ));
+                }
+            }
+        }
+        if let Some(name) = &self.untied_head {
+            self.problems.push(format!(
+                "the vocabulary changes from {old} to {new} tokens, but no adapter brings the head \
+                 that {name} is no longer tied to"
+            ));
+        }
+    }
+
     /// The decision, or every problem.
     pub fn finish(mut self) -> Result<Decided, Vec<String>> {
         let mut config_changes = ConfigChanges {
             dtype: self.options.dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
-            vocabulary: self.vocabulary,
+            vocabulary: self.vocabulary.map(|(_, new)| new),
             tied: None,
         };
-        let additions = self.decide_additions(&mut config_changes);
+        self.check_vocabulary();
+        let mut additions = self.decide_additions(&mut config_changes);
+        if !additions.iter().any(|addition| addition.name.ends_with(HEAD)) {
+            additions.extend(self.add_untied_head(&mut config_changes));
+        }
         for (name, change) in &self.tensors {
             let replacing = change.updates.iter().any(|update| update.kind == UpdateKind::Replace);
             let rescaling = change.updates.iter().any(|update| update.kind == UpdateKind::Dora);
@@ -330,7 +391,7 @@ impl<'a> Planner<'a> {
                 ));
             }
             let Some((adapter, source)) = sources.pop() else { continue };
-            if name.ends_with("lm_head.weight") && self.base.ties_embeddings() {
+            if name.ends_with(HEAD) && self.base.ties_embeddings() {
                 if self.is_the_embedding(adapter, &source) {
                     self.notes.push(format!(
                         "{name} is the input embedding that it is tied to; it is not written twice"
@@ -360,15 +421,28 @@ impl<'a> Planner<'a> {
         additions
     }
 
+    /// The head that stays as the base's embeddings were.
+    fn add_untied_head(&mut self, config_changes: &mut ConfigChanges) -> Option<Addition> {
+        let embedding = self.untied_head.as_ref()?;
+        let (shard, source) =
+            self.base.shards().iter().enumerate().find_map(|(position, shard)| {
+                Some((position, shard.file.tensor(embedding)?.clone()))
+            })?;
+        config_changes.tied = Some(false);
+        self.notes.push(format!(
+            "{embedding} was trained apart from the head that it was tied to; the head is written \
+             out as {HEAD}, and tie_word_embeddings becomes false"
+        ));
+        let output_dtype = self.options.dtype.clone().unwrap_or_else(|| source.dtype.clone());
+        Some(Addition { name: HEAD.into(), origin: Origin::Base(shard), source, output_dtype })
+    }
+
     /// Whether an adapter's tensor is byte for byte the embedding that the same adapter saved.
     fn is_the_embedding(&self, adapter: usize, tensor: &TensorInfo) -> bool {
         let adapter = &self.inputs.adapters[adapter];
         let bytes = adapter.file().tensor_bytes(tensor);
         adapter.saved().iter().any(|saved| {
-            let is_embedding = ["embed_tokens.weight", "wte.weight", "word_embeddings.weight"]
-                .iter()
-                .any(|ending| saved.path.ends_with(ending));
-            is_embedding && adapter.file().tensor_bytes(&saved.tensor) == bytes
+            is_input_embedding(&saved.path) && adapter.file().tensor_bytes(&saved.tensor) == bytes
         })
     }
 
@@ -387,6 +461,23 @@ impl<'a> Planner<'a> {
             .max_by_key(|(_, bytes)| *bytes)
             .map_or(Dtype::F32, |(dtype, _)| dtype.clone())
     }
+}
+
+/// The output head of language models that tie it to their embeddings.
+const HEAD: &str = "lm_head.weight";
+/// The names of input embeddings.
+const EMBEDDINGS: [&str; 5] = ["embed_tokens", "wte", "word_embeddings", "embed_in", "shared"];
+
+fn is_input_embedding(parameter: &str) -> bool {
+    let mut parts = parameter.rsplit('.');
+    parts.next() == Some("weight") && parts.next().is_some_and(|leaf| EMBEDDINGS.contains(&leaf))
+}
+
+/// Whether a parameter has a row for each token.
+fn is_of_vocabulary(parameter: &str) -> bool {
+    let mut parts = parameter.rsplit('.').skip(1);
+    let is_head = parts.next().is_some_and(|leaf| ["lm_head", "embed_out"].contains(&leaf));
+    is_head || is_input_embedding(parameter)
 }
 
 fn refuse_quantised(path: &str, tensor: &TensorInfo) -> Result<(), String> {

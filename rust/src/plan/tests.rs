@@ -126,6 +126,20 @@ fn shape_decides_the_orientation_whatever_the_flag() {
 }
 
 #[test]
+fn a_bias_shows_that_a_weight_is_stored_turned() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let config = r#"{"model_type": "own"}"#;
+    base(root, &[("x.weight", [4, 12]), ("x.bias", [1, 12])], config);
+    assert!(problems(plan(root, &[("x", 12, 4)], ""))[0].contains("updates a weight of shape"));
+    let bias = ("x.bias", Dtype::F32, &[12][..], ramp(12, 1));
+    let weight = ("x.weight", Dtype::F32, &[4, 12][..], ramp(48, 2));
+    write(&root.join("base/model.safetensors"), &[weight, bias]);
+    let plan = plan(root, &[("x", 12, 4)], "").expect("fits");
+    assert_eq!(merged(&plan), [("x.weight".into(), true)]);
+}
+
+#[test]
 fn architecture_decides_for_square_weights() {
     let directory = tempfile::tempdir().expect("a directory");
     let root = directory.path();
@@ -216,4 +230,57 @@ fn new_sizes_make_a_new_layout_and_the_old_one_is_kept_to_the_byte() {
     assert_eq!(cast.tensor_bytes(), 6 + 48);
     assert_eq!((cast.count("cast"), cast.count("merge"), cast.count("copy")), (1, 1, 0));
     assert_eq!(cast.bytes(), cast.shards[0].header.len() as u64 + 54);
+}
+
+const TIED: &str = r#"{"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": true,
+    "vocab_size": 5}"#;
+
+/// An adapter that holds these parameters whole and nothing else.
+fn saving(root: &Path, parameters: &[(&str, [u64; 2])], modules: &str) -> Result<Plan> {
+    let adapter = write_adapter(&root.join("adapter"), &[], modules);
+    let tensors: Vec<_> = parameters
+        .iter()
+        .map(|(name, shape)| (*name, Dtype::F32, &shape[..], ramp(shape[0] * shape[1], 9)))
+        .collect();
+    write(&root.join("adapter/adapter_model.safetensors"), &tensors);
+    Plan::new(&open(&root.join("base"), &[adapter]), plain())
+}
+
+#[test]
+fn embeddings_trained_apart_leave_their_head_as_it_was() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let fields = r#", "modules_to_save": ["embed_tokens"]"#;
+    let implied = r#"{"architectures": ["GPT2LMHeadModel"]}"#;
+    for (config, origin) in [(TIED, Some(Origin::Base(0))), (implied, Some(Origin::Base(0)))] {
+        base(root, &[("embed_tokens.weight", [5, 4]), ("x.weight", [4, 4])], config);
+        let plan = saving(root, &[("embed_tokens.weight", [5, 4])], fields).expect("fits");
+        let head = plan.tensors().find(|(_, tensor)| tensor.name == "lm_head.weight");
+        assert_eq!(head.map(|(_, tensor)| tensor.origin), origin);
+        assert_eq!(plan.config_changes.tied, Some(false));
+    }
+    // A model without a language head has none to untie; a whole saved embedding is not apart.
+    base(root, &[("embed_tokens.weight", [5, 4])], r#"{"architectures": ["BertModel"]}"#);
+    let plan = saving(root, &[("embed_tokens.weight", [5, 4])], fields).expect("fits");
+    assert_eq!((plan.tensors().count(), plan.config_changes.tied), (1, None));
+    base(root, &[("embed_tokens.weight", [5, 4])], TIED);
+    let plan = saving(root, &[("embed_tokens.weight", [5, 4])], "").expect("fits");
+    assert_eq!((plan.tensors().count(), plan.config_changes.tied), (1, None));
+}
+
+#[test]
+fn a_vocabulary_changes_as_a_whole_or_not_at_all() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let names = [("embed_tokens.weight", [5, 4]), ("lm_head.weight", [5, 4])];
+    base(root, &names, r#"{"tie_word_embeddings": false}"#);
+    let both = [("embed_tokens.weight", [7, 4]), ("lm_head.weight", [7, 4])];
+    let plan = saving(root, &both, "").expect("fits");
+    assert_eq!(plan.config_changes.vocabulary, Some(7));
+    let complaints = problems(saving(root, &both[..1], ""));
+    assert!(complaints[0].contains("no adapter brings lm_head.weight"), "{complaints:?}");
+    // A head with other labels is no vocabulary.
+    base(root, &[("score.weight", [5, 4])], "");
+    let complaints = problems(saving(root, &[("score.weight", [7, 4])], ""));
+    assert!(complaints[0].contains("replaces score.weight of shape [5, 4]"), "{complaints:?}");
 }

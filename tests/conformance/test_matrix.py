@@ -1,0 +1,155 @@
+"""Every entry of the matrix, in every pair of dtypes: PEFT's merge of the same files and ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import lorafast
+import numpy as np
+import pytest
+from matrix import FEATURES, REFUSALS, Entry, Feature, Refusal
+from support.compare import (
+    assert_merged_like,
+    assert_merged_like_float64,
+    assert_rest_untouched,
+)
+from support.files import Tensor, narrow, read_checkpoint
+from support.models import Models, state
+from support.reference import Merged, merge_float64
+from toys import Toys, assert_same_outputs, is_conv1d, merge_with_peft, written
+
+DTYPES = ["F32", "BF16", "F16"]
+# Relative error of one rounding to nearest.
+HALF_ULP = {"F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
+# Half of the distance between float16's smallest numbers.
+SMALLEST = {"F32": 0.0, "BF16": 0.0, "F16": 2.0**-25}
+# Some tensors are small, and float16's steps are near to a float32 sum's error in large terms.
+IDENTICAL = 0.995
+
+ENTRIES = [
+    pytest.param(feature, entry, id=f"{feature.name}-{entry.name}".replace(" ", "_"))
+    for feature in FEATURES
+    for entry in feature.entries
+]
+
+
+@pytest.fixture
+def toys(models: Models) -> Toys:
+    return Toys(models)
+
+
+def make_adapters(toys: Toys, feature: Feature, entry: Entry, dtype: str) -> list[Path]:
+    base = toys.base(entry.base)
+    return [
+        toys.adapter(
+            f"{feature.name}-{entry.name}-{number}".replace("/", "").replace(" ", "_"),
+            base,
+            dict(config),
+            dtype=dtype,
+            seed=number,
+        )
+        for number, config in enumerate(entry.configs)
+    ]
+
+
+def expected_state(
+    base: Path, adapters: list[Path], folder: Path, *, summed: bool
+) -> dict[str, Tensor]:
+    """What PEFT makes of the files; `summed`, from what it makes of each adapter alone."""
+    if not summed:
+        return written(merge_with_peft(base, adapters), folder)
+    start = read_checkpoint(base)
+    alone = [state(merge_with_peft(base, [adapter])) for adapter in adapters]
+    result = {}
+    for name, value in start.items():
+        first = value.float64()
+        total = first + sum(merged[name].float64() - first for merged in alone)
+        result[name] = Tensor(value.dtype, value.shape, narrow(total, value.dtype))
+    return result
+
+
+@pytest.mark.parametrize("dtypes", [(b, a) for b in DTYPES for a in DTYPES], ids="-".join)
+@pytest.mark.parametrize(("feature", "entry"), ENTRIES)
+def test_entry(
+    toys: Toys, tmp_path: Path, feature: Feature, entry: Entry, dtypes: tuple[str, str]
+) -> None:
+    base_dtype, adapter_dtype = dtypes
+    base = toys.base(entry.base, base_dtype)
+    adapters = make_adapters(toys, feature, entry, adapter_dtype)
+    report = lorafast.merge(base, adapters if len(adapters) > 1 else adapters[0], tmp_path / "out")
+
+    before = read_checkpoint(base)
+    ours = read_checkpoint(tmp_path / "out")
+    terms = merge_float64(before, adapters, transposed=is_conv1d)
+    assert_rest_untouched(ours, before, terms)
+    still = [name for name in terms if ours[name] == before[name]]
+    assert not still, f"left as they were: {still}"
+    assert 0 < report.tensors_merged <= len(terms)
+    assert len(adapters) > 1 or not report.warnings
+    assert_merged_like_float64(ours, terms, identical=IDENTICAL)
+    if feature.peft_fails:
+        with pytest.raises(RuntimeError):
+            merge_with_peft(base, adapters)
+        return
+
+    if entry.base != "layers" and base_dtype == adapter_dtype == "F32":
+        assert_same_outputs(tmp_path / "out", merge_with_peft(base, adapters))
+    theirs = expected_state(base, adapters, tmp_path / "theirs", summed=feature.summed)
+    assert_same_names(ours, theirs)
+    if feature.roundings == 1 and not (feature.summed and base_dtype != "F32"):
+        assert_merged_like(ours, theirs, terms, identical=IDENTICAL)
+    else:
+        roundings = len(adapters) if feature.summed else feature.roundings
+        assert_several_roundings(ours, theirs, terms, roundings)
+    for name in theirs.keys() & before.keys() - terms.keys():
+        assert theirs[name] == before[name], f"{name}: PEFT changed what no reference knows of"
+
+
+def assert_same_names(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """The same names and shapes in both, but for what is one tensor under two names."""
+    assert ours.keys() <= theirs.keys(), f"not in PEFT's: {ours.keys() - theirs.keys()}"
+    for name in theirs.keys() - ours.keys():
+        assert theirs[name] in ours.values(), f"{name} is missing"
+    wrong = [name for name in ours if ours[name].shape != theirs[name].shape]
+    assert not wrong, f"of another shape than PEFT's: {wrong}"
+
+
+def assert_several_roundings(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    terms: Mapping[str, Merged],
+    roundings: int,
+) -> None:
+    """No further apart than PEFT's roundings and our one explain, and ours the nearer one."""
+    for name, term in terms.items():
+        dtype = ours[name].dtype
+        assert theirs[name].dtype == dtype
+        unit = HALF_ULP[dtype] * term.magnitude + SMALLEST[dtype]
+        # In float32 the sums' own rounding is as large: the bound of `assert_merged_like`.
+        allowed = (roundings + 1) * unit
+        if dtype == "F32":
+            allowed = np.maximum(allowed, 1e-6 * np.abs(term.value) + 4 * unit)
+        apart = np.abs(ours[name].float64() - theirs[name].float64())
+        assert (apart <= allowed).all(), f"{name}: {np.max(apart / allowed)} of what is allowed"
+        if dtype != "F32":
+            our_error = np.abs(ours[name].float64() - term.value).mean()
+            their_error = np.abs(theirs[name].float64() - term.value).mean()
+            # Where PEFT's second rounding changes nothing, ties that fall otherwise are left.
+            nearer = our_error <= their_error * (1 + 1e-5)
+            assert nearer, f"{name}: PEFT is nearer to the exact value"
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name.replace(" ", "_"))
+def test_refused_by_name(toys: Toys, tmp_path: Path, refusal: Refusal) -> None:
+    base = toys.base(refusal.base)
+    name = f"refused-{refusal.name}".replace(" ", "_")
+    adapter = toys.adapter(name, base, dict(refusal.config))
+    if refusal.by_hand:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(refusal.by_hand)))
+    with pytest.raises(lorafast.LorafastError) as caught:
+        lorafast.merge(base, adapter, tmp_path / "out")
+    assert refusal.says.lower() in str(caught.value).lower()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,192 @@
+"""Files that others made: each merges right on a base of its shapes, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lorafast
+import numpy as np
+import pytest
+from support.compare import assert_merged_like_float64
+from support.files import Tensor, read_checkpoint, read_safetensors, tensor, write_safetensors
+from support.models import Models
+from support.reference import PREFIX, merge_float64
+from toys import assert_same_outputs, is_conv1d, load_with_head, merge_with_peft
+
+pytestmark = pytest.mark.real_data
+
+MERGED = {"gpt2_cls", "gpt2_mycguo", "tiny_lora", "peft_repo__2026-03-16"}
+# The part of a folder's name -> words of the refusal.
+REFUSED = {
+    "bloom_legacy": ["MergedLinear", "enable_lora"],
+    "cloneofsimo_examples": ["adapter_config.json"],
+    "diffusers_repo": ["adapter_config.json"],
+    "lycoris_lokr": ["adapter_config.json"],
+    "mlx_test_dpo": ["MLX"],
+    "peft_repo__2023-08-07": ["IA3"],
+    "peft_repo__2026-01-21": ["peft_type"],
+    "peft_repo__2026-08-05": ["peft_type"],
+    "sam_lora_ranks": ["adapter_config.json"],
+    "sd15_catund": ["adapter_config.json"],
+}
+
+
+def fitting_base(path: Path, adapter: Path, config: dict[str, Any]) -> Path:
+    """A random base with a weight for each pair of factors and for each saved tensor."""
+    random = np.random.default_rng(5)
+    tensors: dict[str, Tensor] = {}
+    file = adapter / "adapter_model.safetensors"
+    found = read_safetensors(file) if file.is_file() else {}
+    noise = random.normal(scale=0.02, size=100_003)
+    for key, value in found.items():
+        name, shape = key.removeprefix(PREFIX), value.shape
+        if key.endswith(".lora_A.weight"):
+            name = name.replace(".lora_A", "")
+            shape = (found[key.replace("lora_A", "lora_B")].shape[0], value.shape[1])
+        elif ".lora_" in key:
+            continue
+        if config["model_type"] == "gpt2" and len(shape) == 2 and ".c_" in name:
+            shape = shape[::-1]
+        tensors[name] = tensor(np.resize(noise, shape))
+    tensors["last.weight"] = tensor(random.normal(size=(3, 2)))
+    path.mkdir()
+    write_safetensors(path / "model.safetensors", tensors, {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_every_adapter(real_data: Path, tmp_path: Path) -> None:
+    folders = sorted(path for path in (real_data / "adapters").iterdir() if path.is_dir())
+    assert len(folders) >= 20
+    for folder in folders:
+        files = [folder] if (folder / "adapter_config.json").is_file() else list(folder.iterdir())
+        for source in files:
+            words = next((w for key, w in REFUSED.items() if folder.name.startswith(key)), None)
+            # tiny_lora names DialoGPT, which is a GPT-2.
+            gpt2 = folder.name.startswith(("gpt2", "tiny_lora"))
+            config = {"model_type": "gpt2" if gpt2 else "roberta"}
+            scratch = tmp_path / folder.name / source.name
+            scratch.mkdir(parents=True)
+            base = fitting_base(scratch / "base", folder, config)
+            if words is None:
+                assert any(folder.name.startswith(key) for key in MERGED), folder.name
+                if folder.name.startswith("gpt2"):
+                    # Merged whole, and against PEFT, below and in test_peft.py.
+                    assert lorafast.plan(base, source).tensors_merged == 36
+                    continue
+                lorafast.merge(base, source, scratch / "out")
+                before = read_checkpoint(base)
+                # tiny_lora's weights alone are stored (in, out) here.
+                terms = merge_float64(before, [source], transposed=is_conv1d)
+                assert_merged_like_float64(read_checkpoint(scratch / "out"), terms)
+                continue
+            with pytest.raises(lorafast.LorafastError) as caught:
+                lorafast.merge(base, source, scratch / "out")
+            message = str(caught.value)
+            assert str(folder) in message
+            assert any(word in message for word in words), f"{folder.name}: {message}"
+
+
+def test_every_config(real_data: Path, tmp_path: Path) -> None:
+    """Around each config, an adapter of its rank on a base of two layers."""
+    merged = refused = 0
+    for path in sorted((real_data / "configs").glob("*.json")):
+        adapter = tmp_path / path.stem
+        adapter.mkdir()
+        shutil.copy(path, adapter / "adapter_config.json")
+        try:
+            config = json.loads(path.read_text())
+        except ValueError:
+            config = {}
+        write_safetensors(adapter / "adapter_model.safetensors", fitting_factors(config))
+        base = fitting_base(tmp_path / f"{path.stem}-base", adapter, {"model_type": "llama"})
+        try:
+            lorafast.merge(base, adapter, tmp_path / f"{path.stem}-out")
+        except lorafast.LorafastError as error:
+            refused += 1
+            message = str(error)
+            assert str(adapter) in message
+            kind = str(config.get("peft_type"))
+            named = [field for field in config if field in message and field != "r"]
+            assert kind != "LORA" or named, f"{path.name}: {message}"
+            assert kind in message or named or "peft_type" in message, f"{path.name}: {message}"
+        else:
+            merged += 1
+            assert config["peft_type"] == "LORA"
+            terms = merge_float64(read_checkpoint(base), [adapter])
+            assert_merged_like_float64(read_checkpoint(tmp_path / f"{path.stem}-out"), terms)
+    assert merged >= 30
+    assert refused >= 30
+
+
+def fitting_factors(config: dict[str, Any]) -> dict[str, Tensor]:
+    random = np.random.default_rng(6)
+    rank = config.get("r") or 4
+    shapes = {
+        "lora_A.weight": (rank, 20),
+        "lora_B.weight": (24, rank),
+        "lora_magnitude_vector": (24,),
+        "lora_B.bias": (24,),
+    }
+    if not config.get("use_dora"):
+        del shapes["lora_magnitude_vector"]
+    if not config.get("lora_bias"):
+        del shapes["lora_B.bias"]
+    return {
+        f"{PREFIX}layers.0.q_proj.{part}": tensor(random.normal(scale=0.1, size=shape))
+        for part, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["lora_mlp", "lora_mlp_modules_to_save", "lora_conv2d"])
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_outputs_of_peft_0_6_1(real_data: Path, tmp_path: Path, name: str, weights: str) -> None:
+    """The networks of PEFT's regression tests, from the merged weights alone."""
+    import torch
+    from safetensors.torch import load_file
+
+    case = real_data / "peft_0.6.1" / name
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in ("adapter_config.json", weights):
+        shutil.copy(case / file, adapter)
+    base = tmp_path / "base.safetensors"
+    shutil.copy(case / "base_seed0.safetensors", base)
+    lorafast.merge(base, adapter, tmp_path / "out")
+    merged = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    (expected,) = load_file(case / "expected_output.safetensors").values()
+
+    functional = torch.nn.functional
+    inputs = torch.arange(90).reshape(9, 10).float()
+    if name == "lora_conv2d":
+        hidden = inputs.reshape(2, 5, 3, 3)
+        hidden = functional.conv2d(hidden, merged["conv2d.weight"], merged["conv2d.bias"])
+        hidden = functional.relu(hidden).flatten(1)
+        actual = functional.linear(hidden, merged["lin0.weight"], merged["lin0.bias"])
+    else:
+        hidden = functional.linear(inputs, merged["lin0.weight"], merged["lin0.bias"])
+        hidden = functional.relu(hidden)
+        actual = functional.linear(hidden, merged["lin1.weight"], merged["lin1.bias"])
+    actual = functional.log_softmax(actual, dim=-1)
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_a_classifier_of_others(models: Models, real_data: Path, tmp_path: Path) -> None:
+    (adapter,) = (real_data / "adapters").glob("gpt2_cls*")
+    labels = read_safetensors(adapter / "adapter_model.safetensors")[f"{PREFIX}score.weight"].shape[
+        0
+    ]
+    base = models.gpt2("F32", hidden=768, layers=12)
+    settings = {"num_labels": labels, "pad_token_id": 1}
+    name = "GPT2ForSequenceClassification"
+    lorafast.merge(base, adapter, tmp_path / "out")
+    assert_same_outputs(
+        tmp_path / "out",
+        merge_with_peft(base, [adapter], load=lambda base: load_with_head(base, name, settings)),
+        load=lambda path: load_with_head(path, name, settings),
+        base=load_with_head(base, name, settings),
+    )
