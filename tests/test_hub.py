@@ -21,7 +21,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     asked: dict[str, Any] = {}
 
-    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        repository: str, *, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
         asked[repository] = allow_patterns
         return str(repositories[repository])
 
