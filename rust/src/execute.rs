@@ -236,6 +236,7 @@ impl<'a> Job<'a> {
     fn write(&self, shard: usize, bytes: &[u8], offset: u64) -> Result<()> {
         file::write_at(&self.files[shard], bytes, offset)
             .map_err(|error| self.write_error(shard, error))?;
+        file::begin_writing(&self.files[shard], offset..offset + bytes.len() as u64);
         self.task.advance(bytes.len() as u64);
         Ok(())
     }
@@ -251,7 +252,9 @@ impl<'a> Job<'a> {
         let buffer = buffers.stored(queue::TILE_BYTES);
         file::copy_range(from.file(), source.clone(), &self.files[shard], target, buffer)
             .map_err(|error| self.write_error(shard, error))?;
-        self.task.advance(source.end - source.start);
+        let length = source.end - source.start;
+        file::begin_writing(&self.files[shard], target..target + length);
+        self.task.advance(length);
         Ok(())
     }
 
