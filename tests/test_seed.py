@@ -166,6 +166,22 @@ def test_two_of_one_base_name_do_not_overwrite_each_other(
         assert written["adapter_path"] == str(path)
 
 
+def test_a_later_analyzer_does_not_overwrite_an_earlier_ones_files(tmp_path: Path) -> None:
+    adapters = [
+        make_adapter(tmp_path / run / "final", adapter_tensors(seed=seed))
+        for seed, run in enumerate(("run-1", "run-2", "run-3"))
+    ]
+    output = tmp_path / "analyses"
+    for adapter in [*adapters, *adapters]:
+        lorafast.analyze_lora_weights(adapter, output_dir=output, save_plots=False)
+    files = {path.name: json.loads(path.read_text()) for path in (output / "analysis").iterdir()}
+    assert {name: entry["adapter_path"] for name, entry in files.items()} == {
+        "final_analysis.json": str(adapters[0]),
+        "run-2_final_analysis.json": str(adapters[1]),
+        "run-3_final_analysis.json": str(adapters[2]),
+    }
+
+
 def test_the_report_has_the_sections(analyzer: lorafast.LoRAAnalyzer, style: Path) -> None:
     text = analyzer.generate_report(analyzer.analyze_lora_weights(style, save_plots=False))
     assert (analyzer.analysis_dir / "analysis_report.md").read_text() == text

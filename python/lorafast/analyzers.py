@@ -14,6 +14,7 @@ New code will find `lorafast.merge`, `lorafast.analyze` and `lorafast.compare` p
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -233,23 +234,46 @@ class LoRAAnalyzer:
         return _sources.locate(source, patterns, local_files_only=self.local_files_only)
 
     def _name(self, adapter: Source) -> str:
-        """A name that no other adapter of this analyzer has, the same each time."""
-        path = Path(adapter).expanduser()
-        key = str(path.resolve()) if path.exists() else os.fspath(adapter)
+        """A name that no other adapter in this output directory has, the same each time."""
+        key = _identity(adapter)
         if key not in self._names:
             # Those that were named first keep their names, since files are named after them.
             (short,) = _analysis.names_of([key])
             taken = list(self._names.values())
-            if short.casefold() in (name.casefold() for name in taken):
-                short = _analysis.names_of([*self._names, key])[-1]
-            self._names[key] = _analysis.numbered([*taken, short])[-1]
+            earlier = self._owner(short)
+            if short.casefold() in (name.casefold() for name in taken) or earlier not in {
+                None,
+                key,
+            }:
+                others = [*self._names, *([earlier] if earlier else [])]
+                short = _analysis.names_of([*others, key])[-1]
+            candidate, number = _analysis.numbered([*taken, short])[-1], 2
+            while self._owner(candidate) not in {None, key}:
+                candidate, number = f"{short}_{number}", number + 1
+            self._names[key] = candidate
         return self._names[key]
+
+    def _owner(self, name: str) -> str | None:
+        """The adapter, of this analyzer or an earlier one, whose analysis has that file name."""
+        (stem,) = _reports.file_stems([name])
+        try:
+            written = json.loads((self.analysis_dir / f"{stem}_analysis.json").read_text("utf-8"))
+            return _identity(written["adapter_path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # Not there, or nothing that an analyzer wrote.
+            return None
 
     def _plot(self, subject: Any, files: Mapping[str, str], stem: str) -> None:
         try:
             _reports.write_plots(self.visualization_dir, subject, files, stem)
         except MissingDependencyError as error:
             warnings.warn(f"no pictures were drawn: {error}", stacklevel=3)
+
+
+def _identity(adapter: Source) -> str:
+    """What tells an adapter from others: its whole path, or its hub id."""
+    path = Path(adapter).expanduser()
+    return str(path.resolve()) if path.exists() else os.fspath(adapter)
 
 
 class UnifiedAnalyzer:
