@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_dense_updates(tmp_path: Path) -> None:
         sides = [(b[0], b[2].T) for b in bases]
         grids = ((pair.output_phi, pair.output_angles), (pair.input_phi, pair.input_angles))
         for side, (phi, angles) in enumerate(grids):
-            u, v = (sides[k][side][:, : module.ranks[k]] for k in (0, 1))  # type: ignore[index]
+            u, v = (sides[k][side][:, : module.ranks[k]] for k in (0, 1))  # type: ignore[index]  # both adapters have it
             for i, row in zip(pair.sizes[0], phi, strict=True):
                 for j, value in zip(pair.sizes[1], row, strict=True):
                     overlap = np.sum((u[:, :i].T @ v[:, :j]) ** 2) / min(i, j)
@@ -174,7 +174,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ([path, path], ["x", "x"], "not distinct"),
     ):
         with pytest.raises(ValueError, match=message):
-            lorafast.compare(adapters, names=names)  # type: ignore[arg-type]
+            lorafast.compare(adapters, names=names)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(FileNotFoundError):
         lorafast.compare([path, tmp_path / "absent"])
 

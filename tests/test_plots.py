@@ -163,7 +163,7 @@ assert raw() == before
 
 def test_a_notebook_can_show_a_figure_and_a_figure_can_be_pickled() -> None:
     figure = _plots.figure(subject_of("small"), "weights")
-    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]  # a PlotFigure
     again = pickle.loads(pickle.dumps(figure))
     buffer = io.BytesIO()
     again.savefig(buffer)
@@ -174,7 +174,7 @@ def test_the_histogram_is_drawn_as_it_was_computed() -> None:
     analysis = subject_of("small")
     figure = _plots.figure(analysis, "weights")
     (patch,) = figure.axes[0].patches
-    values, edges, _ = patch.get_data()  # type: ignore[attr-defined]
+    values, edges, _ = patch.get_data()  # type: ignore[attr-defined]  # a StepPatch
     assert values.tolist() == analysis.weights.histogram.counts
     assert list(edges) == analysis.weights.histogram.edges
 
@@ -246,7 +246,7 @@ def test_distributions_are_densities_of_the_histograms() -> None:
     axes = _plots.figure(comparison, "distributions").axes[0]
     assert len(axes.patches) == 3
     for patch, analysis in zip(axes.patches, comparison.analyses, strict=True):
-        values, edges, _ = patch.get_data()  # type: ignore[attr-defined]
+        values, edges, _ = patch.get_data()  # type: ignore[attr-defined]  # a StepPatch
         assert (values * np.diff(edges)).sum() == pytest.approx(1)
         counts = np.asarray(analysis.weights.histogram.counts)
         np.testing.assert_allclose(values * np.diff(edges) * counts.sum(), counts, atol=1e-9)

@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 def require_torch() -> None:
     """Raises what says how to install torch, where it is missing."""
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401  # only its absence is asked for
     except ImportError as error:
         raise missing("torch", "torch", "write .bin files (save_safetensors=False)") from error
 

@@ -190,13 +190,6 @@ impl PlannedShard {
         let data = self.tensors.iter().map(|tensor| tensor.target.end).max().unwrap_or(0);
         self.header.len() as u64 + data
     }
-
-    /// Whether the file is the base's, byte for byte.
-    pub fn is_untouched(&self) -> bool {
-        self.tensors.iter().all(|tensor| {
-            matches!((&tensor.action, tensor.origin), (Action::Copy, Origin::Base(_)))
-        })
-    }
 }
 
 /// What a merge changes in the base's config.

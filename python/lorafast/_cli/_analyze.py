@@ -22,6 +22,27 @@ MOST_FINDINGS = 12
 MOST_MODULES = 10
 
 
+def add_report_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the flags that say what is written; returns their group in the help."""
+    outcome = parser.add_argument_group("what to write and show")
+    outcome.add_argument(
+        "--output", metavar="DIR", help="write JSON, report and plots into a directory"
+    )
+    outcome.add_argument(
+        "--plots",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw plots into the output directory (default: yes)",
+    )
+    outcome.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="the report: what --output writes beside the JSON (default: md); without --output it "
+        "is printed in place of the tables",
+    )
+    return outcome
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `lorafast analyze`."""
     parser.add_argument(
@@ -40,22 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
     )
-    outcome = parser.add_argument_group("what to write and show")
-    outcome.add_argument(
-        "--output", metavar="DIR", help="write JSON, report and plots into a directory"
-    )
-    outcome.add_argument(
-        "--plots",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw plots into the output directory (default: yes)",
-    )
-    outcome.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="the report: what --output writes beside the JSON (default: md); without --output it "
-        "is printed in place of the tables",
-    )
+    outcome = add_report_arguments(parser)
     outcome.add_argument("--json", action="store_true", help="print everything as JSON")
     outcome.add_argument(
         "--check", action="store_true", help="exit with 3 where there is a severe finding"

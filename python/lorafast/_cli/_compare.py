@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafast._cli._analyze import show_findings
+from lorafast._cli._analyze import add_report_arguments, show_findings
 from lorafast._cli._command import Command
 from lorafast._cli._failures import Failures, exit_code
 from lorafast._cli._format import count_text, number_text
@@ -34,22 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
     )
-    outcome = parser.add_argument_group("what to write and show")
-    outcome.add_argument(
-        "--output", metavar="DIR", help="write JSON, report and plots into a directory"
-    )
-    outcome.add_argument(
-        "--plots",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw plots into the output directory (default: yes)",
-    )
-    outcome.add_argument(
-        "--format",
-        choices=("md", "json", "html"),
-        help="the report: what --output writes beside the JSON (default: md); without --output it "
-        "is printed in place of the tables",
-    )
+    outcome = add_report_arguments(parser)
     outcome.add_argument("--json", action="store_true", help="print everything as JSON")
     outcome.add_argument(
         "--quiet", action="store_true", help="print errors only, and --json's JSON"
