@@ -169,18 +169,20 @@ def test_convolutions_and_embeddings_are_modules(tmp_path: Path) -> None:
         np.testing.assert_allclose(modules[name].singular_values, expected, rtol=1e-12)
 
 
-def test_what_cannot_be_merged_can_be_analysed(tmp_path: Path) -> None:
+def test_more_than_products_is_analysed_and_named(tmp_path: Path) -> None:
     others = {
         f"base_model.model.{path}.lora_magnitude_vector": tensor(1.0 + np.arange(shape[0]))
         for path, shape in MODULES.items()
     }
     others["base_model.model.lm_head.weight"] = tensor(np.ones((7, 5)))
-    others["base_model.model.embed.trainable_tokens_delta"] = tensor(np.ones((2, 5)))
+    rows = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+    others[rows] = tensor(np.ones((2, 5)))
     adapter = make_adapter(
         tmp_path / "adapter",
         adapter_tensors() | others,
         use_dora=True,
         modules_to_save=["lm_head"],
+        trainable_token_indices=[3, 1],
     )
     analysis = lorafast.analyze(adapter)
     assert set(others) < set(analysis.tensors)
@@ -188,7 +190,7 @@ def test_what_cannot_be_merged_can_be_analysed(tmp_path: Path) -> None:
     reasons = " ".join(f.reason for f in analysis.findings if f.kind == "feature")
     assert "DoRA" in reasons
     assert "lm_head" in reasons
-    assert "trained token embeddings" in reasons
+    assert "rows of embeddings" in reasons
 
 
 def test_entries_are_those_of_the_product(tmp_path: Path) -> None:

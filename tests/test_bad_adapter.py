@@ -252,25 +252,23 @@ def trainable_tokens(tensors: dict[str, Tensor]) -> None:
     )
 
 
-# What cannot be merged yet: the settings, what goes into the file, a word of the message.
+def long_diagonals(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+        tensors[name.replace("lora_A.weight", "lora_diag")] = tensor(np.ones(5))
+
+
+def experts(tensors: dict[str, Tensor]) -> None:
+    key = f"{PREFIX}model.layers.0.mlp.experts.lora_{{}}.weight"
+    tensors[key.format("A")] = tensor(np.ones((12, 20)))
+    tensors[key.format("B")] = tensor(np.ones((16, 12)))
+
+
+# What cannot be merged: the settings, what goes into the file, a word of the message.
 UNSUPPORTED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], None] | None, str]] = {
     "IA3": ({"peft_type": "IA3"}, None, "IA3"),
     "LOHA": ({"peft_type": "LOHA"}, None, "LOHA"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, None, "PROMPT_TUNING"),
     "an unknown type": ({"peft_type": "FROM_THE_FUTURE"}, None, "FROM_THE_FUTURE"),
-    "trainable tokens": (
-        {"trainable_token_indices": [1, 2]},
-        trainable_tokens,
-        "trainable_token_indices",
-    ),
-    "target_parameters": (
-        {"target_parameters": ["mlp.experts.gate_up_proj"]},
-        None,
-        "target_parameters",
-    ),
-    "PiSSA": ({"init_lora_weights": "pissa"}, None, "pissa"),
-    "PiSSA by iterations": ({"init_lora_weights": "pissa_niter_16"}, None, "pissa_niter_16"),
-    "OLoRA": ({"init_lora_weights": "olora"}, None, "olora"),
     "LoftQ": (
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
         None,
@@ -278,15 +276,18 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], None]
     ),
     "CorDA": ({"init_lora_weights": "corda", "corda_config": {}}, None, "corda"),
     "LoRA-GA": ({"init_lora_weights": "lora_ga"}, None, "lora_ga"),
-    "KaSA by its keys alone": ({}, diagonal, "lora_diag"),
-    "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, None, "layer_replication"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2, 3]}, None, "alora_invocation_tokens"),
     "QALoRA": ({"use_qalora": True, "qalora_group_size": 16}, None, "use_qalora"),
     "Arrow": ({"arrow_config": {"top_k": 3}}, None, "arrow_config"),
-    "BD-LoRA": (
-        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+    "one part of Megatron's": (
+        {"megatron_config": {"tensor_model_parallel_size": 4}},
         None,
-        "use_bdlora",
+        "megatron_config",
+    ),
+    "a start that nobody knows": (
+        {"init_lora_weights": "from_the_future"},
+        None,
+        "from_the_future",
     ),
     "a field from the future": ({"use_better_lora": True}, None, "use_better_lora"),
 }
@@ -304,6 +305,98 @@ CONTRADICTIONS: dict[
     "DoRA without magnitudes": ({"use_dora": True}, None, lorafast.AdapterError, "magnitude"),
     "lora_bias by its keys alone": ({}, bias_of_b, lorafast.AdapterError, "lora_bias"),
     "lora_bias without biases": ({"lora_bias": True}, None, lorafast.AdapterError, "lora_bias"),
+    "KaSA by its keys alone": ({}, diagonal, lorafast.AdapterError, "kasa_config"),
+    "KaSA without diagonals": ({"kasa_config": {}}, None, lorafast.AdapterError, "lora_diag"),
+    "KaSA's diagonal of another rank": (
+        {"kasa_config": {}},
+        long_diagonals,
+        lorafast.AdapterError,
+        "rank 4",
+    ),
+    "tokens by their keys alone": (
+        {},
+        trainable_tokens,
+        lorafast.AdapterError,
+        "trainable_token_indices",
+    ),
+    "tokens of another module": (
+        {"trainable_token_indices": {"wte": [1, 2]}},
+        trainable_tokens,
+        lorafast.AdapterError,
+        "trainable_token_indices",
+    ),
+    "more tokens than rows": (
+        {"trainable_token_indices": [1, 2, 3]},
+        trainable_tokens,
+        lorafast.AdapterError,
+        "3 tokens",
+    ),
+    "a token twice": (
+        {"trainable_token_indices": [2, 2]},
+        trainable_tokens,
+        lorafast.AdapterError,
+        "the token 2 twice",
+    ),
+    "a negative token": (
+        {"trainable_token_indices": [-1, 2]},
+        trainable_tokens,
+        lorafast.AdapterError,
+        "trainable_token_indices",
+    ),
+    "tokens in no embedding of the base": (
+        {"trainable_token_indices": [1, 2]},
+        trainable_tokens,
+        lorafast.PlanError,
+        "embed_tokens",
+    ),
+    "target_parameters that are no list": (
+        {"target_parameters": "mlp.experts"},
+        None,
+        lorafast.AdapterError,
+        "target_parameters",
+    ),
+    "target_parameters that fit nothing": (
+        {"target_parameters": ["experts.gate_up_proj"]},
+        experts,
+        lorafast.PlanError,
+        "experts",
+    ),
+    "blocks that do not divide A": (
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 3}},
+        None,
+        lorafast.AdapterError,
+        "blocks",
+    ),
+    "blocks of A wider than the base": (
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+        None,
+        lorafast.PlanError,
+        Q_PROJ,
+    ),
+    "blocks of B that add up to another rank": (
+        {"use_bdlora": {"target_modules_bd_b": ["q_proj"], "nblocks": 2}},
+        None,
+        lorafast.AdapterError,
+        "rank",
+    ),
+    "both factors in blocks": (
+        {
+            "use_bdlora": {
+                "target_modules_bd_a": ["q_proj"],
+                "target_modules_bd_b": ["proj"],
+                "nblocks": 2,
+            }
+        },
+        None,
+        lorafast.AdapterError,
+        "target_modules_bd_b",
+    ),
+    "no blocks at all": (
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 0}},
+        None,
+        lorafast.AdapterError,
+        "nblocks",
+    ),
     "an embedding of another size": ({}, embedding, lorafast.PlanError, "embed_tokens"),
     "a convolution that is not there": ({}, convolution, lorafast.PlanError, "conv"),
     "a saved module of another shape": ({}, saved_module, lorafast.PlanError, "norm"),
@@ -320,6 +413,56 @@ def test_tensors_and_config_that_disagree(tmp_path: Path, base: Path, name: str)
         add(tensors)
     adapter = make_adapter(tmp_path / "adapter", tensors, **settings)
     refuses(tmp_path, error, base, adapter, str(adapter), word)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "words"),
+    [
+        ((9, 20), [1, 9], ["token 9", "9 rows"]),
+        ((9, 24), [1, 2], ["[9, 24]"]),
+        ((20,), [1, 2], ["[20]"]),
+    ],
+)
+def test_trained_tokens_that_the_embedding_does_not_have(
+    tmp_path: Path, shape: tuple[int, ...], tokens: list[int], words: list[str]
+) -> None:
+    base = make_base(tmp_path / "base", others={EMBEDDING: tensor(np.zeros(shape))})
+    tensors = adapter_tensors()
+    trainable_tokens(tensors)
+    adapter = make_adapter(tmp_path / "adapter", tensors, trainable_token_indices=tokens)
+    refuses(tmp_path, lorafast.PlanError, base, adapter, str(adapter), EMBEDDING, *words)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        # Two experts where the factors are those of three; then none of either width.
+        ((2, 16, 20), ["experts"]),
+        ((3, 16, 21), ["experts"]),
+        ((3, 17, 20), ["experts"]),
+        ((16, 20), ["experts"]),
+        # Square: nothing tells which way the factors lie.
+        ((3, 20, 20), ["expert_layout"]),
+    ],
+    ids=str,
+)
+def test_experts_that_the_factors_do_not_fit(
+    tmp_path: Path, shape: tuple[int, ...], words: list[str]
+) -> None:
+    base = make_base(tmp_path / "base", others={EXPERTS: tensor(np.zeros(shape))})
+    tensors = adapter_tensors()
+    experts(tensors)
+    if shape[-2:] == (20, 20):
+        key = f"{PREFIX}model.layers.0.mlp.experts.lora_B.weight"
+        tensors[key] = tensor(np.ones((20, 12)))
+    adapter = make_adapter(
+        tmp_path / "adapter", tensors, target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    refuses(tmp_path, lorafast.LorafastError, base, adapter, str(adapter), *words)
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

@@ -46,6 +46,9 @@ def plan_merge(
     weights: Sequence[float] | None,
     dtype: str | None,
     allow: Sequence[str],
+    compat: str | None,
+    subtract: bool,
+    expert_layout: str | None = None,
 ) -> Plan: ...
 def list_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]: ...
 def list_adapter(

@@ -18,6 +18,8 @@ from lorafast._verify import verify_plan
 
 Source = str | os.PathLike[str]
 Strategy = Literal["sequential", "weighted", "average"]
+Compat = Literal["peft"]
+ExpertLayout = Literal["auto", "straight", "transposed"]
 Progress = bool | Callable[[int, int], object]
 
 REPORT_JSON = "merge_report.json"
@@ -244,6 +246,8 @@ def merge(
     overwrite: bool = False,
     progress: Progress = False,
     allow: Sequence[str] = (),
+    compat: Compat | None = None,
+    expert_layout: ExpertLayout = "auto",
     verify: bool = False,
     report: bool = True,
 ) -> MergeReport:
@@ -271,6 +275,12 @@ def merge(
         progress: `True` draws a bar on a terminal; a callable is called with the bytes done and
             the bytes in all.
         allow: unknown fields of an adapter's config that are known not to change the result.
+        compat: "peft" gives what PEFT's `merge_and_unload` gives where that is not what was
+            trained: an update of one of two tied layers changes both, replicated layers gather
+            every replica's updates, and several DoRA adapters are merged one into the other. The
+            default is what the adapters were trained to be.
+        expert_layout: how factors of experts that are stored as one tensor lie on it, where
+            neither shapes nor PEFT's version tell: "straight" (as B·A) or "transposed".
         verify: read the result back and prove it, as `lorafast.verify` does.
         report: write `merge_report.json` and `merge_report.md` beside the model.
 
@@ -289,7 +299,16 @@ def merge(
     """
     _choose_device(device)
     check_threads(threads)
-    prepared = plan(base, adapters, strategy=strategy, weights=weights, dtype=dtype, allow=allow)
+    prepared = plan(
+        base,
+        adapters,
+        strategy=strategy,
+        weights=weights,
+        dtype=dtype,
+        allow=allow,
+        compat=compat,
+        expert_layout=expert_layout,
+    )
     return prepared.execute(
         output,
         device=device,
@@ -309,11 +328,39 @@ def plan(
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     allow: Sequence[str] = (),
+    compat: Compat | None = None,
+    expert_layout: ExpertLayout = "auto",
 ) -> MergePlan:
     """Decides what a merge will do, and raises whatever can be known before writing.
 
     Arguments and exceptions are those of `lorafast.merge`.
     """
+    return _plan(
+        base,
+        adapters,
+        strategy=strategy,
+        weights=weights,
+        dtype=dtype,
+        allow=allow,
+        compat=compat,
+        subtract=False,
+        expert_layout=expert_layout,
+    )
+
+
+def _plan(
+    base: Source,
+    adapters: Source | Sequence[Source],
+    *,
+    strategy: Strategy,
+    weights: Sequence[float] | None,
+    dtype: str,
+    allow: Sequence[str],
+    compat: Compat | None,
+    subtract: bool,
+    expert_layout: ExpertLayout = "auto",
+) -> MergePlan:
+    """`plan`; with `subtract`, `base` is a merged model, out of which the adapters are taken."""
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if isinstance(adapters, str | os.PathLike):
@@ -337,6 +384,9 @@ def plan(
             weights=None if weights is None else [float(weight) for weight in weights],
             dtype=DTYPES[dtype],
             allow=list(allow),
+            compat=compat,
+            subtract=subtract,
+            expert_layout=None if expert_layout == "auto" else expert_layout,
         )
     except BaseException:
         if pickles is not None:

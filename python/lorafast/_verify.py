@@ -11,7 +11,7 @@ from lorafast import _sources
 from lorafast._progress import callback
 
 if TYPE_CHECKING:
-    from lorafast._merge import MergePlan, Progress, Source, Strategy
+    from lorafast._merge import Compat, ExpertLayout, MergePlan, Progress, Source, Strategy
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def verify(
     threads: int | None = None,
     progress: Progress = False,
     allow: Sequence[str] = (),
+    compat: Compat | None = None,
+    expert_layout: ExpertLayout = "auto",
 ) -> Verification:
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
 
@@ -94,6 +96,8 @@ def verify(
         threads: worker threads; one per core if missing.
         progress: as for `lorafast.merge`.
         allow: as for `lorafast.merge`.
+        compat: as for `lorafast.merge`; "peft" for what PEFT itself merged.
+        expert_layout: as for `lorafast.merge`.
 
     Returns:
         What was found; `.ok` says whether anything is wrong.
@@ -106,7 +110,15 @@ def verify(
     from lorafast._merge import check_threads, plan
 
     check_threads(threads)
-    prepared = plan(base, adapters, strategy=strategy, weights=weights, allow=allow)
+    prepared = plan(
+        base,
+        adapters,
+        strategy=strategy,
+        weights=weights,
+        allow=allow,
+        expert_layout=expert_layout,
+        compat=compat,
+    )
     return verify_plan(prepared, merged, full=full, threads=threads, progress=progress)
 
 

@@ -2,6 +2,7 @@
 //! factors with its scale. Everything else in the file is listed with the part it plays, so that
 //! whoever uses the adapter can account for every tensor.
 
+pub mod account;
 pub mod config;
 mod tensors;
 
@@ -11,7 +12,9 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use sha2::{Digest, Sha256};
 
+pub use account::{Account, Accounts, Verdict};
 pub use config::PeftConfig;
+pub use config::features::{Initialisation, Version};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -42,13 +45,37 @@ impl LayerKind {
     }
 }
 
+/// How the two tensors in the file make the product B·A.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Form {
+    /// They are A and B.
+    Plain,
+    /// They hold those of all experts of one parameter (`target_parameters`): A (E·r, in) one
+    /// expert after the other, B (out, r·E) with the expert as the fastest index of the columns.
+    Experts,
+    /// A is block-diagonal; its blocks lie below one another (r, in/n).
+    BlocksOfA(u64),
+    /// B is block-diagonal; its blocks lie below one another (out, r/n).
+    BlocksOfB(u64),
+    /// The outputs are equal parts, of which these have factors (PEFT's first MergedLinear): a
+    /// convolution in groups, A (n·r, in) and B (outputs of the n parts, r, 1).
+    Parts(Vec<bool>),
+}
+
 /// One module's low-rank update ΔW = scaling · B · A.
 #[derive(Debug, Clone)]
 pub struct Module {
+    /// The module's name in the file, PEFT's wrappers included: what tells it from all others.
+    pub key: String,
     /// The module's path in the model that was trained.
     pub path: String,
+    /// The parameters of the module that the factors may belong to, where they belong to a
+    /// parameter (`target_parameters`); else it is `weight`.
+    pub parameters: Vec<String>,
     /// What layer it is.
     pub kind: LayerKind,
+    /// How the factors are stored.
+    pub form: Form,
     /// The first factor, (r, in).
     pub a: TensorInfo,
     /// The second factor, (out, r).
@@ -57,12 +84,61 @@ pub struct Module {
     pub magnitude: Option<TensorInfo>,
     /// The bias of the second factor, (out), which adds to the layer's own.
     pub bias: Option<TensorInfo>,
-    /// The rank r, the factors' common extent.
+    /// KaSA's diagonal between the factors, (r).
+    pub diagonal: Option<TensorInfo>,
+    /// The rank r of one product: the factors' common extent where they are stored plainly.
     pub rank: u64,
     /// The alpha that the config gives this module.
     pub alpha: f64,
     /// α/r, or α/√r for rsLoRA.
     pub scaling: f64,
+}
+
+impl Module {
+    /// The number of outputs of the product.
+    pub fn outputs(&self) -> u64 {
+        let stored = self.b.shape[0];
+        match &self.form {
+            Form::Parts(parts) => {
+                let enabled = parts.iter().filter(|enabled| **enabled).count() as u64;
+                stored / enabled * parts.len() as u64
+            }
+            _ => stored,
+        }
+    }
+
+    /// The number of inputs, a convolution's kernel included.
+    pub fn inputs(&self) -> u64 {
+        let stored = self.a.shape[1..].iter().product();
+        match self.form {
+            Form::BlocksOfA(blocks) => stored * blocks,
+            _ => stored,
+        }
+    }
+
+    /// The common extent of the two factors of one product, of which the file leaves nothing out.
+    pub fn product_rank(&self, rank: u64) -> u64 {
+        match self.form {
+            Form::Parts(_) => self.a.shape[0],
+            _ => rank,
+        }
+    }
+
+    /// Whether the two tensors are B and A as they stand, and their product is all there is.
+    pub fn is_plain(&self) -> bool {
+        self.form == Form::Plain && self.diagonal.is_none()
+    }
+}
+
+/// Rows of an embedding that were trained, the others being as in the base.
+#[derive(Debug, Clone)]
+pub struct TrainedRows {
+    /// The module's path in the model that was trained.
+    pub path: String,
+    /// Which rows of its weight, in the order of the tensor's own.
+    pub rows: Vec<u64>,
+    /// Their new values, (rows, width).
+    pub tensor: TensorInfo,
 }
 
 /// A parameter that was trained whole: one of a module in `modules_to_save`, a bias, or an
@@ -78,10 +154,6 @@ pub struct Saved {
 /// The part that a tensor plays that is neither a module's nor a saved parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Trained token embeddings.
-    TokenDelta,
-    /// KaSA's diagonal.
-    Diagonal,
     /// Left over from training; PEFT's merge ignores it as well.
     TrainingOnly,
     /// A parameter that the file holds under another name as well.
@@ -92,8 +164,6 @@ impl Role {
     /// What it is, in words for a message.
     pub fn describe(self) -> &'static str {
         match self {
-            Self::TokenDelta => "trained token embeddings",
-            Self::Diagonal => "a KaSA diagonal",
             Self::TrainingOnly => "used in training only",
             Self::Repeated => "a parameter that the file holds twice",
         }
@@ -108,6 +178,7 @@ pub struct Adapter {
     file: SafetensorsFile,
     modules: IndexMap<String, Module>,
     saved: Vec<Saved>,
+    rows: Vec<TrainedRows>,
     others: Vec<(String, Role)>,
 }
 
@@ -154,8 +225,8 @@ impl Adapter {
                 obstacles => Error::unsupported(path, obstacles.join("; ")),
             }
         })?;
-        let tensors::Sorted { modules, saved, others } = sorted;
-        Ok(Self { path: path.to_path_buf(), config, file, modules, saved, others })
+        let tensors::Sorted { modules, saved, rows, others } = sorted;
+        Ok(Self { path: path.to_path_buf(), config, file, modules, saved, rows, others })
     }
 
     /// The path that was opened.
@@ -173,7 +244,7 @@ impl Adapter {
         &self.file
     }
 
-    /// The low-rank updates by the path of their module, in the order of the file.
+    /// The low-rank updates by the name of their module in the file, in the file's order.
     pub fn modules(&self) -> &IndexMap<String, Module> {
         &self.modules
     }
@@ -183,27 +254,59 @@ impl Adapter {
         &self.saved
     }
 
+    /// The embeddings of which some rows were trained.
+    pub fn trained_rows(&self) -> &[TrainedRows] {
+        &self.rows
+    }
+
     /// The tensors that belong to no module and no parameter, with the part each plays.
     pub fn others(&self) -> &[(String, Role)] {
         &self.others
     }
 
-    /// Everything in the adapter that cannot be merged, in words that name the feature. Config fields named in `allow` are let pass.
+    /// Everything in the adapter that cannot be merged, in words that name the feature. Config
+    /// fields named in `allow` are let pass.
     pub fn obstacles(&self, allow: &[String]) -> Vec<String> {
-        let mut obstacles = self.config.obstacles(allow);
-        let mut roles = IndexMap::<&str, (usize, &str)>::new();
-        for (name, role) in &self.others {
-            if !matches!(role, Role::TrainingOnly | Role::Repeated) {
-                roles.entry(role.describe()).or_insert((0, name)).0 += 1;
+        self.config.obstacles(allow)
+    }
+
+    /// What becomes of every config field and every tensor. Config fields named in `allow` are let
+    /// pass.
+    pub fn account(&self, allow: &[String]) -> Accounts {
+        let mut known = IndexMap::<&str, (Verdict, String)>::new();
+        for module in self.modules.values() {
+            let path = &module.path;
+            let mut used = |tensor: &TensorInfo, what: &str| {
+                let name = self.file.tensor(&tensor.name).map_or("", |tensor| &tensor.name);
+                known.insert(name, (Verdict::Used, format!("{what} of {path}")));
+            };
+            used(&module.a, "the first factor");
+            used(&module.b, "the second factor");
+            let others = [
+                (&module.magnitude, "DoRA's magnitude"),
+                (&module.bias, "the bias of the second factor"),
+                (&module.diagonal, "KaSA's diagonal"),
+            ];
+            for (tensor, what) in others {
+                tensor.iter().for_each(|tensor| used(tensor, what));
             }
         }
-        obstacles.extend(roles.iter().map(|(role, (count, first))| match count {
-            1 => format!("the tensor {first} is {role}, which cannot be merged yet"),
-            _ => format!(
-                "{count} tensors (the first: {first}) are each {role}, which cannot be merged yet"
-            ),
-        }));
-        obstacles
+        for saved in &self.saved {
+            known.insert(&saved.tensor.name, (Verdict::Used, format!("replaces {}", saved.path)));
+        }
+        for rows in &self.rows {
+            let reason = format!("replaces {} rows of {}", rows.rows.len(), rows.path);
+            known.insert(&rows.tensor.name, (Verdict::Used, reason));
+        }
+        for (name, role) in &self.others {
+            known.insert(name, (Verdict::NotNeeded, role.describe().to_owned()));
+        }
+        let tensors = self.file.header().tensors.iter().map(|tensor| {
+            let account = known.swap_remove(tensor.name.as_str());
+            let unknown = || (Verdict::Refused, "has no known part".to_owned());
+            Account::new(tensor.name.as_str(), account.unwrap_or_else(unknown))
+        });
+        Accounts { tensors: tensors.collect(), fields: self.config.account(allow) }
     }
 
     /// A factor widened to f32, row-major.

@@ -126,7 +126,7 @@ fn extents(module: &Module) -> Option<(usize, usize, usize)> {
     let rank = module.rank;
     let rows = module.b.shape[0];
     // A grouped or depthwise kernel in B would not be a plain product.
-    let is_plain = module.b.elements() == rows * rank;
+    let is_plain = module.is_plain() && module.b.elements() == rows * rank;
     let columns = module.a.elements() / rank;
     is_plain.then_some((rows as usize, columns as usize, rank as usize))
 }
@@ -215,6 +215,14 @@ fn features(adapter: &Adapter) -> Vec<String> {
     let biases = modules().filter(|module| module.bias.is_some()).count();
     if biases > 0 {
         features.push(format!("{biases} modules have a bias of lora_B beside s·B·A"));
+    }
+    if let Some(first) = adapter.trained_rows().first() {
+        let rows: usize = adapter.trained_rows().iter().map(|rows| rows.rows.len()).sum();
+        features.push(format!(
+            "{rows} rows of embeddings were trained whole (the first: of {}); they are in the \
+             tensors' statistics, not among the modules",
+            first.path
+        ));
     }
     if let Some(first) = adapter.saved().first() {
         features.push(format!(

@@ -13,6 +13,8 @@ use crate::safetensors::{SafetensorsFile, TensorInfo};
 /// looks for them; diffusers' come after.
 const SINGLE_FILES: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
+/// How the classes of transformers end that have a language head.
+const LANGUAGE_MODELS: [&str; 3] = ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"];
 const ADAPTER_FILES: [&str; 3] =
     ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"];
 
@@ -150,7 +152,7 @@ impl Checkpoint {
         })
     }
 
-    /// Whether its config is of a causal language model of transformers, with its head.
+    /// Whether its config is of a model of transformers that ends in a language head.
     pub fn is_language_model(&self) -> bool {
         let names = self.config().and_then(|config| config.get("architectures"));
         names
@@ -158,7 +160,7 @@ impl Checkpoint {
             .into_iter()
             .flatten()
             .filter_map(Value::as_str)
-            .any(|name| ["ForCausalLM", "LMHeadModel"].iter().any(|ending| name.ends_with(ending)))
+            .any(|name| LANGUAGE_MODELS.iter().any(|ending| name.ends_with(ending)))
     }
 
     /// What is odd about the checkpoint without making it unusable.

@@ -218,7 +218,7 @@ pub fn adapter(adapter: &Adapter) -> Listing {
             rank: module.rank,
             alpha: module.alpha,
             scaling: module.scaling,
-            shape: [module.b.shape[0], module.a.shape[1..].iter().product()],
+            shape: [module.outputs(), module.inputs()],
         })
         .collect();
     let mut summary: Map<String, Value> = config::summary(adapter.config())

@@ -306,4 +306,6 @@ impl<'a> Job<'a> {
 }
 
 #[cfg(test)]
+mod band_tests;
+#[cfg(test)]
 mod tests;

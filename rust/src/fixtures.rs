@@ -81,5 +81,13 @@ pub fn open(base: &Path, adapters: &[PathBuf]) -> Inputs {
 
 /// Every adapter at its full scale, nothing converted.
 pub fn plain() -> Options {
-    Options { strategy: Strategy::Sequential, weights: None, dtype: None, allow: Vec::new() }
+    Options {
+        strategy: Strategy::Sequential,
+        weights: None,
+        dtype: None,
+        allow: Vec::new(),
+        compat: None,
+        subtract: false,
+        expert_layout: None,
+    }
 }

@@ -16,6 +16,7 @@ pub mod dtype;
 pub mod entries;
 pub mod error;
 pub mod execute;
+pub mod factors;
 pub mod file;
 #[cfg(test)]
 mod fixtures;
@@ -24,6 +25,7 @@ pub mod names;
 pub mod orientation;
 pub mod overlap;
 pub mod plan;
+mod residual;
 pub mod safetensors;
 pub mod side_files;
 pub mod spectrum;

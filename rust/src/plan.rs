@@ -4,6 +4,11 @@
 
 mod layout;
 mod planner;
+mod rescaling;
+mod saved;
+mod targets;
+mod ties;
+mod tokens;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,6 +23,7 @@ use crate::kernel::Orientation;
 use crate::safetensors::TensorInfo;
 
 use planner::Planner;
+pub use targets::ExpertLayout;
 
 /// The opened base and adapters of a merge.
 #[derive(Debug, Clone)]
@@ -68,6 +74,33 @@ pub struct Options {
     pub dtype: Option<Dtype>,
     /// Unknown config fields that are known not to matter.
     pub allow: Vec<String>,
+    /// Whose result is wanted where PEFT's own merge is not what was trained.
+    pub compat: Option<Compat>,
+    /// The base is a merged checkpoint, out of which the adapters are to be taken.
+    pub subtract: bool,
+    /// How experts' factors lie where neither shapes nor versions tell.
+    pub expert_layout: Option<ExpertLayout>,
+}
+
+/// Another tool whose results are reproduced where they differ from the right ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compat {
+    /// `merge_and_unload` of PEFT 0.21.
+    Peft,
+}
+
+impl Compat {
+    /// The one of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "peft" => Ok(Self::Peft),
+            _ => Err(Error::Argument(format!("unknown compat {name:?}; there is peft"))),
+        }
+    }
 }
 
 /// One low-rank update of one tensor.
@@ -87,6 +120,75 @@ pub struct Update {
     pub weight: f64,
     /// Whether the base stores the weight (in, out), so that the product is turned.
     pub transposed: bool,
+    /// Which part of the module's product it is, and where it lies.
+    #[serde(skip_serializing_if = "Part::is_whole")]
+    pub part: Part,
+    /// The adapter's tensor that it is made from, where that replaces W₀.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on: Option<String>,
+    /// What the adapter's initialisation took out of W₀, which it was trained without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual: Option<Residual>,
+    /// Updates are made from what those of all lower stages leave. There is one stage but where
+    /// PEFT's order is followed.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub stage: usize,
+}
+
+fn is_zero(stage: &usize) -> bool {
+    *stage == 0
+}
+
+/// Which part of a module's product an update takes, and on which rows of the stored tensor it
+/// lies: experts that are stored as one tensor, modules that are stored fused or split. The default
+/// is the whole product on the whole tensor.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Part {
+    /// The expert, where the module's factors hold those of all experts.
+    pub expert: Option<Expert>,
+    /// The outputs of the product that are used: rows of B, or rows of a replacement.
+    pub outputs: Option<Range<u64>>,
+    /// The rows of the stored tensor that are changed, its leading dimensions taken as one.
+    pub rows: Option<Range<u64>>,
+}
+
+impl Part {
+    /// Whether it is the whole product on the whole tensor.
+    pub fn is_whole(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// One of the experts whose factors a module holds together, as PEFT's `target_parameters` do:
+/// of A (count·r, in) the rows e·r to (e+1)·r, of B (out, r·count) the columns k·count + e.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Expert {
+    /// Which one.
+    pub index: u64,
+    /// Of how many.
+    pub count: u64,
+}
+
+/// What an initialisation took out of W₀; the rank is the update's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// The largest singular components (PiSSA; Meng et al. 2024, arXiv:2404.02948).
+    Largest,
+    /// The smallest singular components (KaSA; Wang et al. 2024, arXiv:2412.06071).
+    Smallest,
+    /// s·Q·R of the first columns' QR decomposition (OLoRA; Büyükakyüz 2024, arXiv:2406.01775).
+    Leading,
+}
+
+impl Residual {
+    /// The factor on the product that was taken out, of an update with the scale s.
+    pub fn scale(self, scale: f64) -> f64 {
+        match self {
+            Self::Largest | Self::Smallest => 1.0,
+            Self::Leading => scale,
+        }
+    }
 }
 
 /// What an update does to W₀, the base's weight. With several updates of one tensor the result is
@@ -171,6 +273,40 @@ pub struct PlannedTensor {
     pub action: Action,
 }
 
+impl PlannedTensor {
+    /// Rows and columns of the matrix on which updates act: the first dimension and the rest, as
+    /// layers have it; or, where an update lies on a band of a stack of matrices, all leading
+    /// dimensions and the last.
+    pub fn matrix(&self) -> (usize, usize) {
+        let shape = &self.source.shape;
+        let stacked = self.updates().iter().any(|update| update.part.rows.is_some());
+        let leading = if stacked { shape.len().saturating_sub(1).max(1) } else { 1 };
+        let extent = |dimensions: &[u64]| dimensions.iter().product::<u64>() as usize;
+        let split = leading.min(shape.len());
+        (extent(&shape[..split]), extent(&shape[split..]))
+    }
+
+    /// Its updates, if it is merged.
+    pub fn updates(&self) -> &[Update] {
+        match &self.action {
+            Action::Merge(updates) => updates,
+            Action::Copy | Action::Cast => &[],
+        }
+    }
+
+    /// The rows of its matrix in runs that the same updates change. Tiles do not cross their ends.
+    pub fn segments(&self) -> Vec<Range<usize>> {
+        let (rows, _) = self.matrix();
+        let mut cuts = vec![0, rows];
+        for band in self.updates().iter().filter_map(|update| update.part.rows.as_ref()) {
+            cuts.extend([band.start as usize, band.end as usize]);
+        }
+        cuts.sort_unstable();
+        cuts.dedup();
+        cuts.windows(2).map(|pair| pair[0]..pair[1]).collect()
+    }
+}
+
 /// One shard of the output, with the same name as in the base.
 #[derive(Debug, Clone)]
 pub struct PlannedShard {
@@ -234,7 +370,10 @@ impl Plan {
     /// [`Error::Argument`] for weights that do not fit the strategy, [`Error::Unsupported`] for
     /// what cannot be merged, [`Error::Plan`] with everything that does not fit together.
     pub fn new(inputs: &Inputs, options: Options) -> Result<Self> {
-        let weights = weights_of(&options, inputs.adapters.len())?;
+        let mut weights = weights_of(&options, inputs.adapters.len())?;
+        if options.subtract {
+            weights.iter_mut().for_each(|weight| *weight = -*weight);
+        }
         refuse_obstacles(inputs, &options.allow)?;
         let mut planner = Planner::new(inputs, &options);
         for (position, weight) in weights.iter().enumerate() {
@@ -324,17 +463,7 @@ fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
 
 /// A warning if some of an adapter's products are zero because B never moved from its start.
 fn untrained(adapter: &Adapter) -> Option<String> {
-    let is_zero = |module: &&Module| {
-        let size = module.b.dtype.size();
-        // Zero but for the sign, which is the highest bit of the last byte.
-        let mut elements = adapter.file().tensor_bytes(&module.b).chunks_exact(size);
-        let all_zero = elements.all(|element| {
-            element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
-        });
-        // DoRA's magnitude can have been trained beside a B that stayed zero.
-        all_zero && module.magnitude.is_none()
-    };
-    let mut zero = adapter.modules().values().filter(is_zero);
+    let mut zero = adapter.modules().values().filter(|module| changes_nothing(adapter, module));
     let first = &zero.next()?.path;
     let count = zero.count() + 1;
     Some(format!(
@@ -343,6 +472,18 @@ fn untrained(adapter: &Adapter) -> Option<String> {
         adapter.path().display(),
         adapter.modules().len()
     ))
+}
+
+/// Whether a module's product is zero because its B is.
+fn changes_nothing(adapter: &Adapter, module: &Module) -> bool {
+    let size = module.b.dtype.size();
+    // Zero but for the sign, which is the highest bit of the last byte.
+    let mut elements = adapter.file().tensor_bytes(&module.b).chunks_exact(size);
+    // DoRA's magnitude can have been trained beside a B that stayed zero.
+    module.magnitude.is_none()
+        && elements.all(|element| {
+            element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
+        })
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::execute::compute::{Buffers, Computer, Slot, lock};
+use crate::execute::compute::{Buffers, Computer, lock};
 use crate::execute::queue;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
@@ -336,7 +336,7 @@ impl Checker<'_> {
         let task = self.computer.task;
         let size = planned.output_dtype.bits().unwrap_or(8).div_ceil(8) as usize;
         let complain = |element: usize, text: &str| {
-            let columns = queue::shape_of(planned).1.max(1);
+            let columns = planned.matrix().1.max(1);
             let (row, column) = (element / columns, element % columns);
             Some(format!("tensor {}: row {row}, column {column}: {text}", planned.name))
         };
@@ -383,17 +383,15 @@ impl Checker<'_> {
         stored: &[u8],
         buffers: &mut Buffers,
     ) -> Result<(Option<String>, Change)> {
-        let (rows, columns) = queue::shape_of(planned);
+        let (rows, columns) = planned.matrix();
         let row_bytes = columns * planned.output_dtype.size();
-        let unit = queue::tile_rows(columns, &planned.source.dtype);
-        let slot = Slot::new(rows.div_ceil(unit));
-        let prepared = slot.prepared(|| self.computer.prepare(planned))?;
+        let prepared = self.computer.prepare(planned)?;
         let mut exact = ExactRow::new(self.computer, planned)?;
         let mut change = Change::default();
         let sample = sample_rows(&planned.name, rows);
-        for start in (0..rows).step_by(unit) {
+        for tile in queue::tiles(planned) {
             self.computer.task.check()?;
-            let tile = start..rows.min(start + unit);
+            let start = tile.start;
             let computed = self.computer.merge(planned, &prepared, &tile, buffers)?;
             let tile_bytes = &stored[tile.start * row_bytes..tile.end * row_bytes];
             self.computer.task.advance(tile_bytes.len() as u64);

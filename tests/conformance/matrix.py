@@ -12,6 +12,7 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CONVOLUTIONS = ["convolution1", "convolution2", "pointwise", "convolution3"]
 
 
@@ -35,6 +36,9 @@ class Feature:
         roundings: how often PEFT rounds each weight to a 16-bit type; lorafast rounds once.
         summed: several adapters are base + sum of (merged alone - base), not one after another.
         peft_fails: PEFT's merge raises; the float64 reference alone is compared against.
+        few: not every pair of dtypes is tried.
+        decomposed: PEFT decomposes the weight in float32, which is off by some units of the
+            largest element's rounding, not of each element's own.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Feature:
     roundings: int = 1
     summed: bool = False
     peft_fails: bool = False
+    few: bool = False
+    decomposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class Refusal:
 def lora(*targets: str, r: int = 6, lora_alpha: float = 15, **settings: Any) -> dict[str, Any]:
     """A config whose scale is no power of two and not 1."""
     return {"target_modules": list(targets), "r": r, "lora_alpha": lora_alpha} | settings
+
+
+def parameters(*targets: str, **settings: Any) -> dict[str, Any]:
+    """A config that targets parameters by their names."""
+    return lora(target_parameters=list(targets), **({"r": 4} | settings))
 
 
 def one(name: str, *targets: str, base: str = "layers", **settings: Any) -> Entry:
@@ -319,6 +330,113 @@ FEATURES = (
         ),
     ),
     Feature(
+        "`target_parameters`",
+        "each expert: W_e + s·B_e·A_e, or + s·(B_e·A_e)ᵀ on experts stored (in, out)",
+        (
+            Entry("one", (parameters("experts.gate_up_proj"),), "experts"),
+            Entry("two on one module", (parameters(*EXPERTS),), "experts"),
+            Entry("square", (parameters("square.proj", use_rslora=True),), "experts"),
+            Entry("one expert", (parameters("single.proj"),), "experts"),
+            Entry(
+                "patterns, beside a layer",
+                (
+                    parameters(
+                        *EXPERTS,
+                        target_modules=["router"],
+                        rank_pattern={"experts.down_proj": 3, "mlp.router": 2},
+                        alpha_pattern={"gate_up_proj": 5},
+                    ),
+                ),
+                "experts",
+            ),
+            Entry("two on one module", (parameters(*EXPERTS),), "transposed-experts"),
+            Entry("square", (parameters("square.proj"),), "transposed-experts"),
+            Entry("of a layer", (parameters("lin0.weight", "nobias.weight"),)),
+            Entry("of Conv1D", (parameters("c_fc.weight", "c_attn.weight"),), "gpt2"),
+        ),
+        roundings=2,
+    ),
+    Feature(
+        "`trainable_token_indices`",
+        "rows of W are the file's",
+        (
+            one("by name", "conv1d", trainable_token_indices={"emb": [0, 10, 11]}),
+            one("input embedding", "q_proj", base="llama", trainable_token_indices=[3, 2, 330]),
+            one(
+                "input embedding and head",
+                "q_proj",
+                base="llama",
+                trainable_token_indices={"embed_tokens": [7, 1], "lm_head": [2]},
+            ),
+            one("tied", "q_proj", base="tied-llama", trainable_token_indices=[5, 6, 300]),
+        ),
+    ),
+    Feature(
+        "`nn.MultiheadAttention`",
+        "W_in + s·BA; W_out + 2s·BA, as PEFT trains it",
+        (
+            one("mha", "mha"),
+            one("mha and Linear", "mha", "lin0", use_rslora=True),
+            one("biases", "mha", bias="all"),
+            one("output alone", "mha.out_proj"),
+        ),
+        # In bf16 and f16 the product itself is rounded, then each of two sums.
+        roundings=4,
+    ),
+    Feature(
+        "PiSSA",
+        "W - U_r·S_r·V_rᵀ + s·B·A: the r largest singular components are taken out",
+        (
+            one("pissa", "lin0", "lin1", init_lora_weights="pissa"),
+            one("rsLoRA", "nobias", init_lora_weights="pissa", use_rslora=True, r=3),
+            one("Conv1D", "c_attn", "c_fc", base="gpt2", init_lora_weights="pissa"),
+            one("with DoRA", "lin0", init_lora_weights="pissa", use_dora=True),
+        ),
+        roundings=2,
+        decomposed=True,
+    ),
+    Feature(
+        "OLoRA",
+        "W - s·Q_r·R_r + s·B·A: the first r of a QR decomposition are taken out",
+        (
+            one("olora", "lin0", "lin1", init_lora_weights="olora"),
+            one("patterns", "lin0", "nobias", init_lora_weights="olora", rank_pattern={"n0": 3}),
+        ),
+        roundings=2,
+        decomposed=True,
+    ),
+    Feature(
+        "KaSA",
+        "W - U_k·S_k·V_kᵀ + s·B·diag(d)·A: the r smallest singular components are taken out",
+        (
+            one("kasa", "lin0", "lin1", kasa_config={}),
+            one("rsLoRA", "nobias", kasa_config={}, use_rslora=True, r=3),
+        ),
+        roundings=3,
+        decomposed=True,
+    ),
+    Feature(
+        "BD-LoRA",
+        "as Linear, with the blocks of A or B on a diagonal",
+        (
+            one("A", "lin1", use_bdlora={"target_modules_bd_a": ["lin1"], "nblocks": 3}),
+            one("B", "lin0", use_bdlora={"target_modules_bd_b": ["lin0"], "nblocks": 2}),
+            one(
+                "A, B and neither",
+                "lin0",
+                "lin1",
+                "nobias",
+                use_bdlora={
+                    "target_modules_bd_a": ["lin1"],
+                    "target_modules_bd_b": ["n0"],
+                    "nblocks": 3,
+                    "match_strict": False,
+                },
+            ),
+        ),
+        roundings=2,
+    ),
+    Feature(
         "Two and three adapters",
         "W + Σ sᵢ·BᵢAᵢ",
         (
@@ -366,29 +484,10 @@ FEATURES = (
 )
 
 REFUSALS = (
-    Refusal(
-        "`trainable_token_indices`",
-        lora("conv1d", trainable_token_indices={"emb": [0, 10]}),
-        "trainable_token_indices",
-    ),
-    Refusal("`nn.MultiheadAttention`", lora("mha"), "mha"),
     Refusal("Convolutions in groups", lora("grouped", r=8), "grouped"),
-    Refusal(
-        "`target_parameters`",
-        {"r": 4, "target_modules": [], "target_parameters": ["lin0.weight"]},
-        "target_parameters",
-    ),
-    Refusal("PiSSA", lora("lin0", init_lora_weights="pissa"), "pissa"),
-    Refusal("OLoRA", lora("lin0", init_lora_weights="olora"), "olora"),
     Refusal("LoftQ", lora("lin0"), "loftq", by_hand={"init_lora_weights": "loftq"}),
     Refusal("CorDA", lora("lin0"), "corda", by_hand={"init_lora_weights": "corda"}),
     Refusal("LoRA-GA", lora("lin0"), "lora_ga", by_hand={"init_lora_weights": "lora_ga"}),
-    Refusal("KaSA", lora("lin0", kasa_config={}), "kasa"),
-    Refusal(
-        "BD-LoRA",
-        lora("lin0", use_bdlora={"target_modules_bd_a": ["lin0"], "nblocks": 1}),
-        "use_bdlora",
-    ),
     Refusal(
         "aLoRA",
         lora("q_proj", alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"),
@@ -403,13 +502,11 @@ REFUSALS = (
         "layer_replication",
         base="llama",
     ),
-    Refusal("Megatron", lora("lin0"), "megatron_config", by_hand={"megatron_config": {"tp": 2}}),
-    Refusal("The head of tied embeddings", lora("lm_head"), "lm_head", base="tied-llama"),
     Refusal(
-        "Tied embeddings, both targeted",
-        lora("embed_tokens", "lm_head", ensure_weight_tying=True),
-        "ensure_weight_tying",
-        base="tied-llama",
+        "Megatron, one of several parts",
+        lora("lin0"),
+        "megatron_config",
+        by_hand={"megatron_config": {"tensor_model_parallel_size": 2}},
     ),
     Refusal(
         "Modules that transformers 5 names otherwise than the file",

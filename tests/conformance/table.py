@@ -9,7 +9,10 @@ from matrix import FEATURES, REFUSALS, Entry, Feature
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
 BASES = {
     "layers": "one layer of each kind",
+    "experts": "experts",
+    "transposed-experts": "experts stored (in, out)",
     "llama": "Llama",
+    "tied-llama": "Llama with a tied head",
     "gpt2": "GPT-2",
     "bert-classifier": "BERT",
     "vit-classifier": "ViT",

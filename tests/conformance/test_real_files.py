@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from toys import assert_same_outputs, is_conv1d, load_with_head, merge_with_peft
 
 pytestmark = pytest.mark.real_data
 
-MERGED = {"gpt2_cls", "gpt2_mycguo", "tiny_lora", "peft_repo__2026-03-16"}
+WEIGHTS = "adapter_model.safetensors"
+# The module that each config gets factors for.
+MODULE = "layers.0.q_proj"
+MERGED = {"bloom_legacy", "gpt2_cls", "gpt2_mycguo", "tiny_lora", "peft_repo__2026-03-16"}
 # The part of a folder's name -> words of the refusal.
 REFUSED = {
-    "bloom_legacy": ["MergedLinear", "enable_lora"],
     "cloneofsimo_examples": ["adapter_config.json"],
     "diffusers_repo": ["adapter_config.json"],
     "lycoris_lokr": ["adapter_config.json"],
@@ -34,18 +37,48 @@ REFUSED = {
 }
 
 
-def fitting_base(path: Path, adapter: Path, config: dict[str, Any]) -> Path:
-    """A random base with a weight for each pair of factors and for each saved tensor."""
+def with_safetensors(folder: Path, copy: Path) -> Path:
+    """The adapter with its weights as safetensors, for the reference; torch alone reads a .bin."""
+    if not (folder / "adapter_model.bin").is_file():
+        return folder
+    import torch
+    from safetensors.torch import save_file
+
+    state = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+    copy.mkdir()
+    shutil.copy(folder / "adapter_config.json", copy)
+    save_file({key: value.contiguous() for key, value in state.items()}, copy / WEIGHTS)
+    return copy
+
+
+def fitting_base(
+    path: Path,
+    adapter: Path,
+    config: dict[str, Any],
+    *,
+    parts: Sequence[bool] = (True,),
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+) -> Path:
+    """A random base with a weight for each pair of factors and for each saved tensor.
+
+    Args:
+        path: the directory to make.
+        adapter: the adapter that it is to fit.
+        config: its config.
+        parts: which parts of each weight's outputs have factors (`enable_lora`).
+        shapes: of weights that the factors' own shapes do not tell.
+    """
     random = np.random.default_rng(5)
     tensors: dict[str, Tensor] = {}
-    file = adapter / "adapter_model.safetensors"
+    file = adapter / WEIGHTS
     found = read_safetensors(file) if file.is_file() else {}
     noise = random.normal(scale=0.02, size=100_003)
     for key, value in found.items():
         name, shape = key.removeprefix(PREFIX), value.shape
         if key.endswith(".lora_A.weight"):
             name = name.replace(".lora_A", "")
-            shape = (found[key.replace("lora_A", "lora_B")].shape[0], value.shape[1])
+            outputs = found[key.replace("lora_A", "lora_B")].shape[0] * len(parts) // sum(parts)
+            shape = (shapes or {}).get(name, (outputs, value.shape[1]))
         elif ".lora_" in key:
             continue
         if config["model_type"] == "gpt2" and len(shape) == 2 and ".c_" in name:
@@ -58,6 +91,13 @@ def fitting_base(path: Path, adapter: Path, config: dict[str, Any]) -> Path:
     return path
 
 
+def model_type(folder: Path) -> str:
+    # tiny_lora names DialoGPT, which is a GPT-2.
+    if folder.name.startswith(("gpt2", "tiny_lora")):
+        return "gpt2"
+    return "bloom" if folder.name.startswith("bloom") else "roberta"
+
+
 def test_every_adapter(real_data: Path, tmp_path: Path) -> None:
     folders = sorted(path for path in (real_data / "adapters").iterdir() if path.is_dir())
     assert len(folders) >= 20
@@ -65,29 +105,60 @@ def test_every_adapter(real_data: Path, tmp_path: Path) -> None:
         files = [folder] if (folder / "adapter_config.json").is_file() else list(folder.iterdir())
         for source in files:
             words = next((w for key, w in REFUSED.items() if folder.name.startswith(key)), None)
-            # tiny_lora names DialoGPT, which is a GPT-2.
-            gpt2 = folder.name.startswith(("gpt2", "tiny_lora"))
-            config = {"model_type": "gpt2" if gpt2 else "roberta"}
             scratch = tmp_path / folder.name / source.name
             scratch.mkdir(parents=True)
-            base = fitting_base(scratch / "base", folder, config)
-            if words is None:
-                assert any(folder.name.startswith(key) for key in MERGED), folder.name
-                if folder.name.startswith("gpt2"):
-                    # Merged whole, and against PEFT, below and in test_peft.py.
-                    assert lorafast.plan(base, source).tensors_merged == 36
-                    continue
-                lorafast.merge(base, source, scratch / "out")
-                before = read_checkpoint(base)
-                # tiny_lora's weights alone are stored (in, out) here.
-                terms = merge_float64(before, [source], transposed=is_conv1d)
-                assert_merged_like_float64(read_checkpoint(scratch / "out"), terms)
+            config = {"model_type": model_type(folder)}
+            if words is not None:
+                base = fitting_base(scratch / "base", folder, config)
+                with pytest.raises(lorafast.LorafastError) as caught:
+                    lorafast.merge(base, source, scratch / "out")
+                message = str(caught.value)
+                assert str(folder) in message
+                assert any(word in message for word in words), f"{folder.name}: {message}"
+                assert not (scratch / "out").exists()
                 continue
-            with pytest.raises(lorafast.LorafastError) as caught:
-                lorafast.merge(base, source, scratch / "out")
-            message = str(caught.value)
-            assert str(folder) in message
-            assert any(word in message for word in words), f"{folder.name}: {message}"
+            assert any(folder.name.startswith(key) for key in MERGED), folder.name
+            readable = with_safetensors(folder, scratch / "readable")
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            parts = settings.get("enable_lora") or [True]
+            base = fitting_base(scratch / "base", readable, config, parts=parts)
+            if folder.name.startswith("gpt2"):
+                # Merged whole, and against PEFT, below and in test_peft.py.
+                assert lorafast.plan(base, source).tensors_merged == 36
+                continue
+            lorafast.merge(base, source, scratch / "out")
+            before = read_checkpoint(base)
+            # tiny_lora's weights alone are stored (in, out) here.
+            terms = merge_float64(before, [readable], transposed=is_conv1d)
+            assert_merged_like_float64(read_checkpoint(scratch / "out"), terms)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["peft_0.6.1/lora_mlp", "peft_0.6.1/lora_mlp_modules_to_save", "peft_0.6.1/lora_conv2d"],
+)
+def test_every_part_of_an_old_adapter_has_an_account(real_data: Path, folder: str) -> None:
+    assert_accounted(lorafast.inspect(real_data / folder), refused=False)
+
+
+def test_every_part_of_every_adapter_has_an_account(real_data: Path) -> None:
+    """Used, not needed or refused: each tensor and each config field of what can be opened."""
+    opened = 0
+    for config in sorted((real_data / "adapters").glob("*/adapter_config.json")):
+        if any(config.parent.name.startswith(name) for name in MERGED):
+            assert_accounted(lorafast.inspect(config.parent), refused=False)
+            opened += 1
+    assert opened >= len(MERGED)
+
+
+def assert_accounted(contents: dict[str, Any], *, refused: bool) -> None:
+    account = contents["adapter"]["account"]
+    assert [e["name"] for e in account["tensors"]] == [e["name"] for e in contents["tensors"]]
+    assert [entry["name"] for entry in account["fields"]] == list(contents["config"])
+    for entry in account["tensors"] + account["fields"]:
+        assert entry["verdict"] in {"used", "not_needed", "refused"}
+        assert entry["reason"]
+        assert (entry["verdict"] == "refused") <= refused, entry
 
 
 def test_every_config(real_data: Path, tmp_path: Path) -> None:
@@ -101,8 +172,14 @@ def test_every_config(real_data: Path, tmp_path: Path) -> None:
             config = json.loads(path.read_text())
         except ValueError:
             config = {}
-        write_safetensors(adapter / "adapter_model.safetensors", fitting_factors(config))
-        base = fitting_base(tmp_path / f"{path.stem}-base", adapter, {"model_type": "llama"})
+        factors, shape = fitting_factors(config)
+        write_safetensors(adapter / WEIGHTS, factors)
+        base = fitting_base(
+            tmp_path / f"{path.stem}-base",
+            adapter,
+            {"model_type": "llama"},
+            shapes={f"{MODULE}.weight": shape},
+        )
         try:
             lorafast.merge(base, adapter, tmp_path / f"{path.stem}-out")
         except lorafast.LorafastError as error:
@@ -118,27 +195,39 @@ def test_every_config(real_data: Path, tmp_path: Path) -> None:
             assert config["peft_type"] == "LORA"
             terms = merge_float64(read_checkpoint(base), [adapter])
             assert_merged_like_float64(read_checkpoint(tmp_path / f"{path.stem}-out"), terms)
-    assert merged >= 30
+            assert_accounted(lorafast.inspect(adapter), refused=False)
+    assert merged >= 45
     assert refused >= 30
 
 
-def fitting_factors(config: dict[str, Any]) -> dict[str, Tensor]:
+def fitting_factors(config: dict[str, Any]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """Factors of one module as the config says they are, and the shape of its weight."""
     random = np.random.default_rng(6)
     rank = config.get("r") or 4
-    shapes = {
-        "lora_A.weight": (rank, 20),
-        "lora_B.weight": (24, rank),
-        "lora_magnitude_vector": (24,),
-        "lora_B.bias": (24,),
+    blocks = config.get("use_bdlora") or {}
+    parts = config.get("enable_lora") or [True]
+    count = blocks.get("nblocks", 1)
+    rows, columns = 24 * count * len(parts), 20 * count
+    a, b = (rank * sum(parts), columns), (rows * sum(parts) // len(parts), rank)
+    if any(part in MODULE for part in blocks.get("target_modules_bd_a") or []):
+        a = (a[0], columns // count)
+    if any(part in MODULE for part in blocks.get("target_modules_bd_b") or []):
+        b = (b[0], rank // count)
+    shapes: dict[str, tuple[int, ...]] = {
+        "lora_A.weight": a,
+        "lora_B.weight": (*b, 1) if config.get("enable_lora") else b,
     }
-    if not config.get("use_dora"):
-        del shapes["lora_magnitude_vector"]
-    if not config.get("lora_bias"):
-        del shapes["lora_B.bias"]
-    return {
-        f"{PREFIX}layers.0.q_proj.{part}": tensor(random.normal(scale=0.1, size=shape))
+    if config.get("use_dora"):
+        shapes["lora_magnitude_vector"] = (rows,)
+    if config.get("lora_bias"):
+        shapes["lora_B.bias"] = (rows,)
+    if config.get("kasa_config") is not None:
+        shapes["lora_diag"] = (rank,)
+    factors = {
+        f"{PREFIX}{MODULE}.{part}": tensor(random.normal(scale=0.1, size=shape))
         for part, shape in shapes.items()
     }
+    return factors, (rows, columns)
 
 
 @pytest.mark.parametrize("name", ["lora_mlp", "lora_mlp_modules_to_save", "lora_conv2d"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,14 @@ CONV1D = ("conv1d", "c_attn", "c_proj", "c_fc")
 
 def is_conv1d(module: str) -> bool:
     return module.rsplit(".", 1)[-1] in CONV1D
+
+
+def is_transposed(base: str, config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Says of a base's modules whether a product lies turned on their weights."""
+    if base == "transposed-experts":
+        return lambda module: module != "mlp.router"
+    # A parameter that is targeted by its name is taken as it is stored.
+    return (lambda module: False) if config.get("target_parameters") else is_conv1d
 
 
 def layers() -> Any:
@@ -46,12 +54,45 @@ def layers() -> Any:
     )
 
 
-def load_layers(base: Path) -> Any:
+def experts(*, transposed: bool = False) -> Any:
+    """Experts that are one parameter, as (out, in) or as (in, out), and a plain layer."""
+    import torch
+
+    class Stacks(torch.nn.Module):
+        """Parameters that PEFT finds by their own names."""
+
+        def __init__(self, **shapes: tuple[int, ...]) -> None:
+            super().__init__()
+            for name, (count, *shape) in shapes.items():
+                stored = shape[::-1] if transposed else shape
+                value = 0.1 * torch.randn(count, *stored)
+                self.register_parameter(name, torch.nn.Parameter(value))
+            # What transformers says of its modules.
+            self.is_transposed = transposed
+
+    experts = Stacks(gate_up_proj=(3, 34, 21), down_proj=(3, 21, 17))
+    layer = {
+        "experts": experts,
+        "square": Stacks(proj=(3, 19, 19)),
+        "single": Stacks(proj=(1, 15, 22)),
+        "router": torch.nn.Linear(21, 3),
+    }
+    return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict(layer)})
+
+
+MODULES = {
+    "layers": layers,
+    "experts": experts,
+    "transposed-experts": lambda: experts(transposed=True),
+}
+
+
+def load_modules(base: Path, kind: str) -> Any:
     import torch
     from safetensors.torch import load_file
 
     tensors = load_file(base / "model.safetensors")
-    model = layers().to(next(iter(tensors.values())).dtype)
+    model = MODULES[kind]().to(next(iter(tensors.values())).dtype)
     model.load_state_dict(tensors)
     assert all(isinstance(value, torch.Tensor) for value in tensors.values())
     return model.eval()
@@ -59,8 +100,9 @@ def load_layers(base: Path) -> Any:
 
 def load(base: Path) -> Any:
     """The model of a directory that this module made, in its own dtype."""
-    if json.loads((base / "config.json").read_text())["model_type"] == "layers":
-        return load_layers(base)
+    config = json.loads((base / "config.json").read_text())
+    if config["model_type"] == "layers":
+        return load_modules(base, config["modules"])
     return support.load(base)
 
 
@@ -174,7 +216,6 @@ def load_with_head(base: Path, name: str, settings: dict[str, Any]) -> Any:
 
 def make_layers(path: Path, dtype: str) -> None:
     import torch
-    from safetensors.torch import save_file
 
     torch.manual_seed(11)
     model = layers()
@@ -183,10 +224,33 @@ def make_layers(path: Path, dtype: str) -> None:
         model["norm"].bias.normal_(std=0.1)
         model["conv1d"].weight.normal_(std=0.1)
         model["conv1d"].bias.normal_(std=0.1)
-    torch_dtype = getattr(torch, support.TORCH_NAMES[dtype])
-    tensors = {name: value.to(torch_dtype) for name, value in model.state_dict().items()}
+    save_modules(model, path, dtype, "layers")
+
+
+def make_experts(path: Path, dtype: str) -> None:
+    import torch
+
+    torch.manual_seed(13)
+    save_modules(experts(), path, dtype, "experts")
+
+
+def make_transposed_experts(path: Path, dtype: str) -> None:
+    import torch
+
+    torch.manual_seed(14)
+    # The type of a model whose experts transformers takes as (in, out).
+    settings = {"text_config": {"model_type": "gpt_oss"}}
+    save_modules(experts(transposed=True), path, dtype, "transposed-experts", **settings)
+
+
+def save_modules(model: Any, path: Path, dtype: str, kind: str, **settings: Any) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    name = support.TORCH_NAMES[dtype]
+    tensors = {key: value.to(getattr(torch, name)) for key, value in model.state_dict().items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "layers", "torch_dtype": support.TORCH_NAMES[dtype]}
+    config = {"model_type": "layers", "modules": kind, "torch_dtype": name} | settings
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -274,6 +338,8 @@ def vit_classifier() -> Any:
 
 MAKERS = {
     "layers": make_layers,
+    "experts": make_experts,
+    "transposed-experts": make_transposed_experts,
     "tied-llama": saver(tied_llama),
     "bert-classifier": saver(bert_classifier),
     "bert-backbone": saver(bert_backbone),

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from lorafast._cli._terminal import Terminal
 
 STRATEGIES = ("sequential", "weighted", "average")
+COMPAT = ("peft",)
 DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
 DEVICES = ("cpu", "cuda", "auto")
+EXPERT_LAYOUTS = ("auto", "straight", "transposed")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -66,6 +68,19 @@ def add_strategy_arguments(parser: argparse.ArgumentParser) -> argparse._Argumen
         default=[],
         metavar="FIELD",
         help="unknown fields of an adapter's config that are known not to change the result",
+    )
+    how.add_argument(
+        "--compat",
+        choices=COMPAT,
+        help="peft: the result of PEFT's own merge where that is not what was trained (tied "
+        "embeddings, replicated layers, several DoRA adapters)",
+    )
+    how.add_argument(
+        "--expert-layout",
+        choices=EXPERT_LAYOUTS,
+        default="auto",
+        help="how factors of experts stored as one tensor lie on it, where neither shapes nor "
+        "versions tell (default: %(default)s)",
     )
     how.add_argument(
         "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
@@ -140,6 +155,8 @@ def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         weights=arguments.weights,
         dtype=arguments.merge_dtype,
         allow=arguments.allow,
+        compat=arguments.compat,
+        expert_layout=arguments.expert_layout,
     ).to_dict()
     if arguments.json:
         terminal.json(plan)
@@ -172,6 +189,8 @@ def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
         overwrite=arguments.overwrite,
         progress=not arguments.quiet,
         allow=arguments.allow,
+        compat=arguments.compat,
+        expert_layout=arguments.expert_layout,
         verify=arguments.verify,
         report=not arguments.no_report,
     )

@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         threads=arguments.threads,
         progress=not arguments.quiet,
         allow=arguments.allow,
+        compat=arguments.compat,
+        expert_layout=arguments.expert_layout,
     )
     if arguments.json:
         terminal.json(outcome.to_dict())

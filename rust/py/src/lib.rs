@@ -15,7 +15,7 @@ use lorafast::analysis;
 use lorafast::checkpoint::Checkpoint;
 use lorafast::dtype::Dtype;
 use lorafast::kernel::InstructionSet;
-use lorafast::plan::{self, Inputs, Strategy};
+use lorafast::plan::{self, Compat, ExpertLayout, Inputs, Strategy};
 use lorafast::task::build_pool;
 use lorafast::{describe, execute, verify};
 
@@ -98,7 +98,8 @@ mod _core {
 
     /// Opens base and adapters and plans their merge. `dtype` is a safetensors name.
     #[pyfunction]
-    #[pyo3(signature = (base, adapters, *, strategy, weights, dtype, allow))]
+    #[pyo3(signature = (base, adapters, *, strategy, weights, dtype, allow, compat, subtract, expert_layout=None))]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
     fn plan_merge(
         py: Python<'_>,
         base: PathBuf,
@@ -107,6 +108,9 @@ mod _core {
         weights: Option<Vec<f64>>,
         dtype: Option<&str>,
         allow: Vec<String>,
+        compat: Option<&str>,
+        subtract: bool,
+        expert_layout: Option<&str>,
     ) -> PyResult<Plan> {
         let make = || -> lorafast::Result<Plan> {
             let options = plan::Options {
@@ -114,6 +118,9 @@ mod _core {
                 weights,
                 dtype: dtype.map(Dtype::from_name),
                 allow,
+                compat: compat.map(Compat::from_name).transpose()?,
+                subtract,
+                expert_layout: expert_layout.map(ExpertLayout::from_name).transpose()?,
             };
             let base = Arc::new(Checkpoint::open(&base)?);
             let adapters = adapters

@@ -2,7 +2,7 @@
 
 use indexmap::IndexMap;
 
-use super::{LayerKind, Module, PeftConfig, Role, Saved};
+use super::{Form, LayerKind, Module, PeftConfig, Role, Saved, TrainedRows};
 use crate::error::{Error, Result};
 use crate::safetensors::{SafetensorsFile, TensorInfo};
 
@@ -13,6 +13,7 @@ const PREFIX: &str = "base_model.model.";
 pub(super) struct Sorted {
     pub modules: IndexMap<String, Module>,
     pub saved: Vec<Saved>,
+    pub rows: Vec<TrainedRows>,
     pub others: Vec<(String, Role)>,
 }
 
@@ -25,11 +26,12 @@ enum Part {
     EmbeddingB,
     Magnitude,
     Bias,
+    Diagonal,
 }
 
 /// The endings of keys that belong to a module. Saved files leave the adapter's name out; files
 /// made by hand sometimes keep it.
-const ENDINGS: [(&str, Part); 13] = [
+const ENDINGS: [(&str, Part); 15] = [
     (".lora_A.weight", Part::A),
     (".lora_A.default.weight", Part::A),
     (".lora_B.weight", Part::B),
@@ -43,11 +45,18 @@ const ENDINGS: [(&str, Part); 13] = [
     (".lora_magnitude_vector.default.weight", Part::Magnitude),
     (".lora_B.bias", Part::Bias),
     (".lora_B.default.bias", Part::Bias),
+    (".lora_diag", Part::Diagonal),
+    (".lora_diag.default", Part::Diagonal),
 ];
+
+/// The endings of trained rows of an embedding.
+const ROW_ENDINGS: [&str; 2] =
+    [".token_adapter.trainable_tokens_delta", ".token_adapter.trainable_tokens_delta.default"];
 
 /// What a key of the file names.
 enum Key {
     Module(String, Part),
+    Rows(String),
     Saved(String),
     Other(Role),
 }
@@ -59,23 +68,29 @@ fn classify(name: &str) -> Key {
             return Key::Module(module.to_owned(), part);
         }
     }
-    if path.contains("trainable_tokens_delta") {
-        Key::Other(Role::TokenDelta)
-    } else if path.contains(".lora_diag") {
-        Key::Other(Role::Diagonal)
+    if let Some(module) = ROW_ENDINGS.iter().find_map(|ending| path.strip_suffix(ending)) {
+        Key::Rows(unwrapped(module))
     } else if ["lora_velora_embed", "lora_monteclora_sampler", ".original_module."]
         .iter()
         .any(|leftover| path.contains(leftover))
     {
         Key::Other(Role::TrainingOnly)
     } else {
-        // PEFT's wrappers within a path; not part of the model's own names.
-        let wrappers = ["base_layer", "modules_to_save", "modules_to_save.default"];
-        let plain = wrappers
-            .iter()
-            .fold(path.to_owned(), |path, wrapper| path.replace(&format!(".{wrapper}."), "."));
-        Key::Saved(plain)
+        Key::Saved(unwrapped(path))
     }
+}
+
+/// A path without the wrappers that PEFT puts around modules; they are not part of the model's own
+/// names.
+fn unwrapped(path: &str) -> String {
+    let mut parts: Vec<&str> = path.split('.').collect();
+    // `default` is the adapter's name, which only follows a wrapper.
+    while let Some(at) = parts.windows(2).position(|pair| pair == ["modules_to_save", "default"]) {
+        parts.remove(at + 1);
+    }
+    let wrappers = ["base_layer", "modules_to_save", "token_adapter"];
+    parts.retain(|part| !wrappers.contains(part));
+    parts.join(".")
 }
 
 /// The tensors of one module, as they are found.
@@ -86,12 +101,14 @@ struct Parts {
     b: Option<TensorInfo>,
     magnitude: Option<TensorInfo>,
     bias: Option<TensorInfo>,
+    diagonal: Option<TensorInfo>,
 }
 
 /// Puts every tensor in its place, pairs the factors up and checks each pair against the config.
 pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted> {
     let mut all = IndexMap::<String, Parts>::new();
     let mut saved = Vec::new();
+    let mut rows = Vec::new();
     let mut others = Vec::new();
     let broken = |message: String| Error::adapter(file.path(), message);
     for tensor in &file.header().tensors {
@@ -113,6 +130,10 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
                 }
                 continue;
             }
+            Key::Rows(path) => {
+                rows.push(trained_rows(path, tensor, config).map_err(broken)?);
+                continue;
+            }
             Key::Other(role) => {
                 others.push((tensor.name.clone(), role));
                 continue;
@@ -131,6 +152,7 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
             Part::B | Part::EmbeddingB => &mut parts.b,
             Part::Magnitude => &mut parts.magnitude,
             Part::Bias => &mut parts.bias,
+            Part::Diagonal => &mut parts.diagonal,
         };
         if let Some(other) = slot.replace(tensor.clone()) {
             return Err(broken(format!(
@@ -140,14 +162,36 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
         }
     }
     let mut modules = IndexMap::with_capacity(all.len());
-    for (path, parts) in all {
-        let module = assemble(path, parts, config).map_err(broken)?;
-        modules.insert(module.path.clone(), module);
+    for (key, parts) in all {
+        let module = assemble(&key, parts, config).map_err(broken)?;
+        modules.insert(key, module);
     }
-    if modules.is_empty() && saved.is_empty() && others.is_empty() {
+    if file.header().tensors.is_empty() {
         return Err(broken("holds no tensors".into()));
     }
-    Ok(Sorted { modules, saved, others })
+    Ok(Sorted { modules, saved, rows, others })
+}
+
+fn trained_rows(
+    path: String,
+    tensor: &TensorInfo,
+    config: &PeftConfig,
+) -> Result<TrainedRows, String> {
+    let name = &tensor.name;
+    let rows = config.features().tokens.as_ref().and_then(|tokens| tokens.rows_of(&path));
+    let Some(rows) = rows else {
+        return Err(format!(
+            "has {name}, but trainable_token_indices in its config does not say which rows they are"
+        ));
+    };
+    if tensor.shape.len() != 2 || tensor.shape[0] != rows.len() as u64 {
+        return Err(format!(
+            "{name} has shape {:?}, but trainable_token_indices in its config names {} tokens",
+            tensor.shape,
+            rows.len()
+        ));
+    }
+    Ok(TrainedRows { path, rows: rows.to_vec(), tensor: tensor.clone() })
 }
 
 fn is_repeated(file: &SafetensorsFile, first: &TensorInfo, second: &TensorInfo) -> bool {
@@ -155,38 +199,40 @@ fn is_repeated(file: &SafetensorsFile, first: &TensorInfo, second: &TensorInfo) 
     alike && file.tensor_bytes(first) == file.tensor_bytes(second)
 }
 
-fn assemble(path: String, parts: Parts, config: &PeftConfig) -> Result<Module, String> {
-    let Parts { embedding, a, b, magnitude, bias } = parts;
+fn assemble(key: &str, parts: Parts, config: &PeftConfig) -> Result<Module, String> {
+    let Parts { embedding, a, b, magnitude, bias, diagonal } = parts;
     let (a, b) = match (a, b) {
         (Some(a), Some(b)) => (a, b),
         (Some(a), None) => return Err(format!("has {} but not its lora_B", a.name)),
         (None, Some(b)) => return Err(format!("has {} but not its lora_A", b.name)),
-        (None, None) => return Err(format!("has parts of the module {path} but not its factors")),
+        (None, None) => return Err(format!("has parts of the module {key} but not its factors")),
     };
-    if a.shape.len() < 2 || b.shape.len() != a.shape.len() {
+    let path = unwrapped(key);
+    let features = config.features();
+    let parameters: Vec<String> = match embedding {
+        false => features.parameters_of(&path).into_iter().map(str::to_owned).collect(),
+        true => Vec::new(),
+    };
+    let parts = features.enabled_parts.as_ref().filter(|_| a.shape.len() == 2 && !embedding);
+    if a.shape.len() < 2 || b.shape.len() != a.shape.len() + usize::from(parts.is_some()) {
         return Err(format!(
             "{} of shape {:?} and {} of shape {:?} are no pair of factors",
             a.name, a.shape, b.name, b.shape
         ));
     }
-    let rank = a.shape[0];
-    if rank == 0 {
+    if a.shape[0] == 0 {
         return Err(format!("{} has rank 0", a.name));
-    }
-    if b.shape[1] != rank {
-        return Err(format!("{} has rank {rank} but {} has rank {}", a.name, b.name, b.shape[1]));
     }
     if b.shape[2..].iter().any(|extent| *extent != 1) {
         return Err(format!("{} has shape {:?}; its kernel must be 1", b.name, b.shape));
     }
-    let expected = config.rank_of(&path);
-    if expected != rank {
-        return Err(format!(
-            "{} has rank {rank} but the config gives this module rank {expected} \
-             (r or rank_pattern); the weights and the config do not belong together",
-            a.name
-        ));
-    }
+    let (named, expected) = expected_rank(&path, &parameters, a.shape[0], config);
+    let form = match parts {
+        Some(parts) => Form::Parts(parts.clone()),
+        None if a.shape[0] != expected && !parameters.is_empty() => Form::Experts,
+        None => block_form(&path, config)?,
+    };
+    check_rank(&form, (&a, &b), expected)?;
     if config.uses_dora() != magnitude.is_some() {
         return Err(match magnitude {
             Some(magnitude) => {
@@ -202,20 +248,121 @@ fn assemble(path: String, parts: Parts, config: &PeftConfig) -> Result<Module, S
             None => format!("sets lora_bias in its config but has no bias of lora_B for {path}"),
         });
     }
-    for vector in [&magnitude, &bias].into_iter().flatten() {
-        if vector.elements() != b.shape[0] {
-            return Err(format!(
-                "{} has shape {:?} but its module has {} outputs",
-                vector.name, vector.shape, b.shape[0]
-            ));
-        }
+    if features.kasa != diagonal.is_some() {
+        return Err(match diagonal {
+            Some(diagonal) => {
+                format!("has {} but its config sets no kasa_config", diagonal.name)
+            }
+            None => format!("sets kasa_config in its config but has no lora_diag for {path}"),
+        });
     }
     let kind = match (embedding, a.shape.len()) {
         (true, _) => LayerKind::Embedding,
         (false, 2) => LayerKind::Linear,
         (false, _) => LayerKind::Convolution,
     };
-    let alpha = config.alpha_of(&path);
-    let scaling = config.scaling(alpha, rank);
-    Ok(Module { path, kind, a, b, magnitude, bias, rank, alpha, scaling })
+    let alpha = config.alpha_of(&named);
+    let scaling = config.scaling(alpha, expected);
+    let module = Module {
+        key: key.to_owned(),
+        path,
+        parameters,
+        kind,
+        form,
+        a,
+        b,
+        magnitude,
+        bias,
+        diagonal,
+        rank: expected,
+        alpha,
+        scaling,
+    };
+    for vector in [&module.magnitude, &module.bias].into_iter().flatten() {
+        if vector.elements() != module.outputs() {
+            return Err(format!(
+                "{} has shape {:?} but its module has {} outputs",
+                vector.name,
+                vector.shape,
+                module.outputs()
+            ));
+        }
+    }
+    match &module.diagonal {
+        Some(diagonal) if diagonal.elements() != module.rank => Err(format!(
+            "{} has shape {:?} but its module has rank {}",
+            diagonal.name, diagonal.shape, module.rank
+        )),
+        _ => Ok(module),
+    }
+}
+
+/// The path under which the config's patterns know a module, and the rank they give it. Patterns
+/// know a parameter by its own name; which of several it is, only the base can tell, so that this
+/// is the first whose rank fits.
+fn expected_rank(
+    path: &str,
+    parameters: &[String],
+    rows: u64,
+    config: &PeftConfig,
+) -> (String, u64) {
+    let names = parameters.iter().map(|parameter| format!("{path}.{parameter}"));
+    names
+        .map(|name| (config.rank_of(&name), name))
+        .find(|(rank, _)| rows.is_multiple_of(*rank))
+        .map_or_else(|| (path.to_owned(), config.rank_of(path)), |(rank, name)| (name, rank))
+}
+
+fn block_form(path: &str, config: &PeftConfig) -> Result<Form, String> {
+    let Some(blocks) = &config.features().block_diagonal else { return Ok(Form::Plain) };
+    match (blocks.has_a(path), blocks.has_b(path)) {
+        (false, false) => Ok(Form::Plain),
+        (true, false) => Ok(Form::BlocksOfA(blocks.blocks)),
+        (false, true) => Ok(Form::BlocksOfB(blocks.blocks)),
+        (true, true) => Err(format!(
+            "its module {path} is among both target_modules_bd_a and target_modules_bd_b"
+        )),
+    }
+}
+
+/// Whether the factors' shapes are those of a module of that rank in that form.
+fn check_rank(form: &Form, (a, b): (&TensorInfo, &TensorInfo), rank: u64) -> Result<(), String> {
+    let (rows, columns) = (a.shape[0], b.shape[1]);
+    let fit = match form {
+        Form::Plain | Form::BlocksOfA(_) => rows == columns,
+        Form::BlocksOfB(blocks) => rows == columns * blocks,
+        Form::Experts => rows == columns && rows.is_multiple_of(rank),
+        // A convolution in groups: each group of B's rows reads its own rows of A.
+        Form::Parts(_) => rows.is_multiple_of(columns) && b.shape[0].is_multiple_of(rows / columns),
+    };
+    if !fit {
+        return Err(format!("{} has rank {rows} but {} has rank {columns}", a.name, b.name));
+    }
+    let expected = match form {
+        Form::Experts => return Ok(()),
+        Form::Parts(parts) => rank * parts.iter().filter(|enabled| **enabled).count() as u64,
+        _ => rank,
+    };
+    if rows != expected {
+        return Err(format!(
+            "{} has rank {rows} but the config gives this module rank {expected} \
+             (r or rank_pattern); the weights and the config do not belong together",
+            a.name
+        ));
+    }
+    let divided = match form {
+        Form::BlocksOfA(blocks) => rows.is_multiple_of(*blocks),
+        Form::BlocksOfB(blocks) => b.shape[0].is_multiple_of(*blocks),
+        Form::Parts(parts) => {
+            b.shape[0].is_multiple_of(parts.iter().filter(|enabled| **enabled).count() as u64)
+        }
+        Form::Plain | Form::Experts => true,
+    };
+    match divided {
+        true => Ok(()),
+        false => Err(format!(
+            "{} of shape {:?} and {} of shape {:?} cannot be cut into the config's blocks",
+            a.name, a.shape, b.name, b.shape
+        )),
+    }
 }

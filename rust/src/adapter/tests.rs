@@ -37,8 +37,9 @@ fn every_key_has_its_place() {
         ("base_model.model.score.modules_to_save.weight", &[3, 6]),
         ("base_model.model.score.original_module.weight", &[3, 6]),
         ("base_model.model.wte.token_adapter.trainable_tokens_delta", &[2, 6]),
+        ("base_model.model.wte.token_adapter.base_layer.weight", &[9, 6]),
     ];
-    let fields = r#", "lora_bias": true"#;
+    let fields = r#", "lora_bias": true, "trainable_token_indices": [4, 0]"#;
     let adapter = adapter(directory.path(), tensors, fields).expect("sound");
     let kinds: Vec<_> =
         adapter.modules().values().map(|module| (module.path.as_str(), module.kind)).collect();
@@ -53,10 +54,15 @@ fn every_key_has_its_place() {
     );
     assert!(adapter.modules()["a.q"].bias.is_some() && adapter.modules()["wte"].bias.is_none());
     let saved: Vec<_> = adapter.saved().iter().map(|saved| saved.path.as_str()).collect();
-    assert_eq!(saved, ["a.q.bias", "score.weight"]);
+    assert_eq!(saved, ["a.q.bias", "score.weight", "wte.weight"]);
     let roles: Vec<_> = adapter.others().iter().map(|(_, role)| *role).collect();
-    assert_eq!(roles, [Role::TrainingOnly, Role::TokenDelta]);
-    assert!(adapter.obstacles(&[])[0].contains("trained token embeddings"));
+    assert_eq!(roles, [Role::TrainingOnly]);
+    let [rows] = adapter.trained_rows() else { panic!("one tensor of rows") };
+    assert_eq!((rows.path.as_str(), rows.rows.as_slice()), ("wte", &[4, 0][..]));
+    let accounts = adapter.account(&[]);
+    let verdicts: Vec<_> = accounts.tensors.iter().map(|account| account.verdict).collect();
+    assert_eq!(verdicts.iter().filter(|verdict| **verdict == Verdict::Used).count(), 15);
+    assert_eq!(verdicts[13], Verdict::NotNeeded);
 }
 
 #[test]
@@ -85,8 +91,27 @@ fn factors_that_do_not_belong_together_are_named() {
     let biased = r#", "lora_bias": true"#;
     assert!(complaint(root, &[a, b(&[4, 2])], biased).contains("no bias of lora_B for x"));
     // What the config explains is no damage.
-    let parameters = r#", "target_parameters": ["experts.gate"]"#;
-    assert!(complaint(root, &[a, b(&[4, 3])], parameters).contains("LoRA on parameters"));
+    let grouped = r#", "use_qalora": true"#;
+    assert!(complaint(root, &[a, b(&[4, 3])], grouped).contains("is a QALoRA"));
+    let experts = r#", "target_parameters": ["x.weights"]"#;
+    assert!(adapter(root, &[("x.lora_A.weight", &[6, 5]), b(&[4, 6])], experts).is_ok());
+    let uneven = [("x.lora_A.weight", &[5u64, 5][..]), b(&[4, 5])];
+    assert!(complaint(root, &uneven, experts).contains("rank 5"));
+    let blocks = r#", "use_bdlora": {"target_modules_bd_b": ["x"], "nblocks": 2}"#;
+    assert!(adapter(root, &[a, b(&[4, 1])], blocks).is_ok());
+    assert!(complaint(root, &[a, b(&[4, 2])], blocks).contains("has rank 2"));
+    assert!(complaint(root, &[a, b(&[5, 1])], blocks).contains("cut into the config's blocks"));
+    let kasa = r#", "kasa_config": {}"#;
+    assert!(complaint(root, &[a, b(&[4, 2])], kasa).contains("no lora_diag for x"));
+    let diagonal = |shape: &'static [u64]| ("x.lora_diag", shape);
+    assert!(adapter(root, &[a, b(&[4, 2]), diagonal(&[2])], kasa).is_ok());
+    assert!(complaint(root, &[a, b(&[4, 2]), diagonal(&[3])], kasa).contains("has rank 2"));
+    assert!(complaint(root, &[a, b(&[4, 2]), diagonal(&[2])], "").contains("no kasa_config"));
+    let rows: (&str, &[u64]) = ("x.token_adapter.trainable_tokens_delta", &[3, 6]);
+    let tokens = r#", "trainable_token_indices": {"y": [1, 2, 7]}"#;
+    assert!(complaint(root, &[rows], tokens).contains("which rows they are"));
+    let tokens = r#", "trainable_token_indices": [1, 2]"#;
+    assert!(complaint(root, &[rows], tokens).contains("names 2 tokens"));
 }
 
 #[test]

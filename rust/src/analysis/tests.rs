@@ -104,17 +104,18 @@ fn what_cannot_be_merged_is_still_measured() {
             tensor("base_model.model.conv.lora_B.weight", &[8, 2, 1, 1][..], 16),
             tensor("base_model.model.embed.lora_embedding_A", &[2, 30][..], 60),
             tensor("base_model.model.embed.lora_embedding_B", &[8, 2][..], 16),
-            tensor("base_model.model.embed.trainable_tokens_delta", &[1, 8][..], 8),
+            tensor("base_model.model.head.token_adapter.trainable_tokens_delta", &[1, 8][..], 8),
         ],
     );
-    let config = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4}"#;
+    let config =
+        r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "trainable_token_indices": [3]}"#;
     fs::write(directory.path().join("adapter_config.json"), config).expect("written");
     let analysis = run(&open(directory.path()), None, 2).expect("analysed");
     let shapes: Vec<_> = analysis.modules.iter().map(|m| (m.kind, m.shape)).collect();
     assert_eq!(shapes, [("convolution", [8, 27]), ("embedding", [8, 30])]);
     assert_eq!(analysis.tensors.len(), 5);
     assert_eq!(analysis.weights.count, 54 + 16 + 60 + 16 + 8);
-    assert!(analysis.features.iter().any(|feature| feature.contains("token embeddings")));
+    assert!(analysis.features.iter().any(|feature| feature.contains("rows of embeddings")));
 }
 
 #[test]

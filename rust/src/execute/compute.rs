@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::queue;
-use super::tile::{Prepared, Real};
+use super::tile::{Prepared, Real, Segment};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::factors::Pair;
 use crate::file;
 use crate::kernel::{self, InstructionSet};
 use crate::plan::{Action, Inputs, Origin, PlannedTensor};
+use crate::residual::Weight;
 use crate::task::Task;
 
 /// A lock whose holder panicked protects nothing that could be half-made here.
@@ -143,17 +145,19 @@ impl Computer<'_> {
         let Buffers { stored, result, single, double } = buffers;
         let stored = reserve(stored, count * from.size());
         self.read(tensor, stored, first * from.size())?;
-        let (finite, result) = match prepared.only_sum() {
+        let segment = prepared.segment(rows);
+        let (finite, result) = match segment.only_sum() {
             Some(factors) if from == to => {
-                (kernel::merge_rows(self.set, factors, rows.start, from, stored), stored)
+                let first = rows.start - segment.first_row();
+                (kernel::merge_rows(self.set, factors, first, from, stored), stored)
             }
             // Through the accumulator's type, so that the only rounding is the last one.
             _ => {
                 let result = reserve(result, count * to.size());
                 let finite = if queue::accumulator(from) == Dtype::F64 {
-                    self.apply(prepared, rows, (from, stored), double, (to, result))
+                    self.apply(segment, rows, (from, stored), double, (to, result))
                 } else {
-                    self.apply(prepared, rows, (from, stored), single, (to, result))
+                    self.apply(segment, rows, (from, stored), single, (to, result))
                 };
                 (finite, result)
             }
@@ -167,20 +171,20 @@ impl Computer<'_> {
     /// Applies updates to a tile in the accumulator's type and rounds once; whether all is finite.
     fn apply<T: Real>(
         &self,
-        prepared: &Prepared,
+        segment: &Segment,
         rows: &Range<usize>,
         (from, stored): (&Dtype, &[u8]),
         wide: &mut [Vec<T>; 3],
         (to, result): (&Dtype, &mut [u8]),
     ) -> bool {
-        let count = rows.len() * prepared.columns();
+        let count = stored.len() / from.size();
         for buffer in wide.iter_mut().filter(|buffer| buffer.len() < count) {
             buffer.resize(count, T::default());
         }
         let [start, scratch, sum] = wide;
         let (start, sum) = (&mut start[..count], &mut sum[..count]);
         kernel::convert(self.set, from, stored, &T::DTYPE, bytemuck::cast_slice_mut(start));
-        prepared.apply(self.set, self.inputs, rows, start, &mut scratch[..count], sum);
+        segment.apply(self.set, self.inputs, rows, start, &mut scratch[..count], sum);
         kernel::convert(self.set, &T::DTYPE, bytemuck::cast_slice(sum), to, result)
     }
 
@@ -189,13 +193,45 @@ impl Computer<'_> {
     /// # Errors
     /// [`Error::Io`] where the whole tensor had to be read for it.
     pub fn prepare(&self, tensor: &PlannedTensor) -> Result<Prepared> {
-        let Action::Merge(updates) = &tensor.action else {
-            unreachable!("only merged tensors have updates")
-        };
         let wide = queue::accumulator(&tensor.source.dtype);
-        let shape = queue::shape_of(tensor);
-        let scan = |each: &mut dyn FnMut(usize, &mut [u8])| self.scan(tensor, &wide, shape, each);
-        Prepared::new(self.set, self.inputs, updates, &wide, shape, scan)
+        let removed = self.removed(tensor)?;
+        let scan = |each: &mut dyn FnMut(usize, &mut [u8])| self.scan(tensor, &wide, each);
+        Prepared::new(self.set, self.inputs, tensor, &wide, removed, scan)
+    }
+
+    /// What the initialisations of a tensor's updates took out of it, by the adapter's position and
+    /// its module.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the tensor cannot be read, [`Error::Numeric`] if it cannot be decomposed.
+    pub fn removed<'t>(
+        &self,
+        tensor: &'t PlannedTensor,
+    ) -> Result<Vec<((usize, &'t str), Pair<'static>)>> {
+        let mut removed = Vec::new();
+        let mut weight = None;
+        for update in tensor.updates() {
+            let Some(what) = update.residual else { continue };
+            let weight = match &weight {
+                Some(weight) => weight,
+                None => {
+                    let (rows, columns) = tensor.matrix();
+                    let mut values = Vec::with_capacity(rows * columns);
+                    self.scan(tensor, &Dtype::F64, &mut |_, tile| {
+                        values.extend(
+                            tile.chunks_exact(size_of::<f64>())
+                                .map(bytemuck::pod_read_unaligned::<f64>),
+                        );
+                    })?;
+                    &*weight.insert(Weight { rows, columns, values })
+                }
+            };
+            let pair = weight
+                .removed(what, update.rank as usize, update.orientation())
+                .map_err(|message| Error::Numeric { tensor: tensor.name.clone(), message })?;
+            removed.push(((update.adapter, update.module.as_str()), pair));
+        }
+        Ok(removed)
     }
 
     /// Reads a tensor tile by tile in the accumulator's type.
@@ -203,20 +239,19 @@ impl Computer<'_> {
         &self,
         tensor: &PlannedTensor,
         wide: &Dtype,
-        (rows, columns): (usize, usize),
         each: &mut dyn FnMut(usize, &mut [u8]),
     ) -> Result<()> {
         let from = &tensor.source.dtype;
-        let unit = queue::tile_rows(columns, from);
+        let (_, columns) = tensor.matrix();
         let (mut stored, mut widened) = (Vec::new(), Vec::new());
-        for start in (0..rows).step_by(unit) {
+        for tile in queue::tiles(tensor) {
             self.task.check()?;
-            let count = unit.min(rows - start) * columns;
+            let count = tile.len() * columns;
             let stored = reserve(&mut stored, count * from.size());
             let widened = reserve(&mut widened, count * wide.size());
-            self.read(tensor, stored, start * columns * from.size())?;
+            self.read(tensor, stored, tile.start * columns * from.size())?;
             kernel::convert(self.set, from, stored, wide, widened);
-            each(start, widened);
+            each(tile.start, widened);
         }
         Ok(())
     }
@@ -237,8 +272,10 @@ impl Computer<'_> {
 
     /// Names an adapter whose tensors are not finite themselves, or else the operation.
     fn culprit(&self, tensor: &PlannedTensor) -> String {
-        let Action::Merge(updates) = &tensor.action else { return "the conversion".into() };
-        for update in updates {
+        if !matches!(tensor.action, Action::Merge(_)) {
+            return "the conversion".into();
+        }
+        for update in tensor.updates() {
             let adapter = &self.inputs.adapters[update.adapter];
             let module = adapter.modules().get(&update.module);
             let parts = module.map(|module| {

@@ -35,14 +35,6 @@ pub(crate) fn accumulator(dtype: &Dtype) -> Dtype {
     if *dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 }
 }
 
-/// Rows and columns of a tensor that is merged into.
-pub(crate) fn shape_of(tensor: &PlannedTensor) -> (usize, usize) {
-    let shape = &tensor.source.shape;
-    let rows = shape.first().copied().unwrap_or(1);
-    let columns: u64 = shape.iter().skip(1).product();
-    (rows as usize, columns as usize)
-}
-
 /// The work of one shard, in the order of the output's data. Each merged tensor takes the next
 /// place in `tiles`, which says in how many units it comes.
 pub(super) fn queue_of(
@@ -102,14 +94,15 @@ pub(super) fn queue_of(
             }
             Action::Merge(_) => {
                 flush(&mut run, &mut queue);
-                let (rows, columns) = shape_of(tensor);
-                let unit = tile_rows(columns, &tensor.source.dtype);
                 let slot = tiles.len();
-                tiles.push(rows.div_ceil(unit));
-                for start in (0..rows).step_by(unit) {
-                    let rows = start..rows.min(start + unit);
-                    queue.push(Work::Merge { shard: position, tensor: index, rows, slot });
-                }
+                let units = self::tiles(tensor);
+                tiles.push(units.len());
+                queue.extend(units.into_iter().map(|rows| Work::Merge {
+                    shard: position,
+                    tensor: index,
+                    rows,
+                    slot,
+                }));
             }
         }
     }
@@ -119,9 +112,19 @@ pub(super) fn queue_of(
 
 /// Rows of a tile: as many whole register blocks as fit, at least one. The same for every output
 /// type and kind of update, so that a plan's tiles are a matter of shapes alone.
-pub(crate) fn tile_rows(columns: usize, from: &Dtype) -> usize {
+fn tile_rows(columns: usize, from: &Dtype) -> usize {
     let rows = TILE_BYTES / (columns * from.size()).max(1);
     (rows / kernel::ROW_MULTIPLE).max(1) * kernel::ROW_MULTIPLE
+}
+
+/// The tiles of a merged tensor, each within one of its segments.
+pub(crate) fn tiles(tensor: &PlannedTensor) -> Vec<Range<usize>> {
+    let (_, columns) = tensor.matrix();
+    let unit = tile_rows(columns, &tensor.source.dtype);
+    let of_segment = |rows: Range<usize>| {
+        rows.clone().step_by(unit).map(move |start| start..rows.end.min(start + unit))
+    };
+    tensor.segments().into_iter().flat_map(of_segment).collect()
 }
 
 /// Takes turns between the shards: writes to one file exclude each other in the kernel, so

@@ -1,14 +1,17 @@
 //! The arithmetic of one tensor's updates, tile by tile.
 //!
 //! Updates that only add are one packed product. Those that take W₀'s place (DoRA, replacements)
-//! are made from W₀ each on its own and added by their difference: W₀ + Σ wᵢ·(Wᵢ − W₀).
+//! are made from W₀ each on its own and added by their difference: W₀ + Σ wᵢ·(Wᵢ − W₀). Where
+//! updates lie on bands of rows, each run of rows with the same updates is a segment of its own.
+//! In stages, each stage's W₀ is what the one before it left.
 
 use std::ops::Range;
 
-use crate::adapter::{Adapter, Module};
+use crate::adapter::Adapter;
 use crate::dtype::Dtype;
-use crate::kernel::{self, Factors, InstructionSet, Operand, Orientation};
-use crate::plan::{Inputs, Update, UpdateKind};
+use crate::factors::Pair;
+use crate::kernel::{self, Factors, InstructionSet, Orientation};
+use crate::plan::{Inputs, PlannedTensor, Update, UpdateKind};
 use crate::safetensors::TensorInfo;
 
 /// A type in which tiles are accumulated.
@@ -53,10 +56,25 @@ real!(f64, Dtype::F64);
 /// One tensor's updates, ready to be applied to any of its tiles.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    rows: usize,
     columns: usize,
-    /// All products that are only added.
-    sum: Option<Factors>,
+    /// In the order of the rows, without gaps.
+    segments: Vec<Segment>,
+}
+
+/// Rows that the same updates change.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    rows: Range<usize>,
+    columns: usize,
+    /// Each made from what the one before leaves; nearly always one.
+    stages: Vec<Stage>,
+}
+
+/// Updates that are made from the same W₀.
+#[derive(Debug)]
+struct Stage {
+    /// All products that are only added, one packing for each way in which they lie.
+    sums: Vec<Factors>,
     /// 1 − Σ wᵢ over the updates that take W₀'s place.
     keep: f64,
     places: Vec<Place>,
@@ -71,103 +89,264 @@ struct Place {
 
 #[derive(Debug)]
 enum Value {
-    Rescaled { factors: Factors, gains: Gains },
-    Replaced { adapter: usize, tensor: TensorInfo },
+    Rescaled {
+        factors: Factors,
+        gains: Gains,
+        /// What it is made from, where that is not W₀.
+        on: Option<Own>,
+    },
+    Replaced(Own),
+}
+
+/// Rows of an adapter's own tensor, from `first` on.
+#[derive(Debug)]
+struct Own {
+    adapter: usize,
+    tensor: TensorInfo,
+    first: usize,
+}
+
+impl Own {
+    fn read<T: Real>(
+        &self,
+        set: InstructionSet,
+        inputs: &Inputs,
+        rows: &Range<usize>,
+        columns: usize,
+        target: &mut [T],
+    ) {
+        let bytes = inputs.adapters[self.adapter].file().tensor_bytes(&self.tensor);
+        let row = columns * self.tensor.dtype.size();
+        let bytes = &bytes[(self.first + rows.start) * row..(self.first + rows.end) * row];
+        let target = bytemuck::cast_slice_mut(target);
+        kernel::convert(set, &self.tensor.dtype, bytes, &T::DTYPE, target);
+    }
 }
 
 /// DoRA's m/‖V‖.
 #[derive(Debug)]
 enum Gains {
-    /// Magnitudes of the rows; the norms are the tile's own.
+    /// Magnitudes of the segment's rows; the norms are the tile's own.
     OfRows(Vec<f64>),
     /// Finished factors of the columns, whose norms needed the whole tensor.
     OfColumns(Vec<f64>),
 }
 
-/// The operand of a module's product on its weight.
-fn product<'a>(adapter: &'a Adapter, module: &'a Module, coefficient: f64) -> Operand<'a> {
-    Operand {
-        a: adapter.file().tensor_bytes(&module.a),
-        a_dtype: &module.a.dtype,
-        b: adapter.file().tensor_bytes(&module.b),
-        b_dtype: &module.b.dtype,
-        rank: module.rank as usize,
-        coefficient,
-    }
+/// What packing needs to know of a tensor.
+struct Packing<'a> {
+    set: InstructionSet,
+    inputs: &'a Inputs,
+    dtype: &'a Dtype,
+    columns: usize,
+    /// What initialisations took out of W₀, by the adapter's position and its module.
+    removed: Vec<((usize, &'a str), Pair<'static>)>,
 }
 
-/// The A of a vector that is added: a vector is a product with one column.
-const ONE: [u8; 4] = 1f32.to_le_bytes();
+impl Packing<'_> {
+    /// The rows of the update's band that lie in a segment.
+    fn rows_within(update: &Update, segment: &Range<usize>) -> Range<usize> {
+        let first = update.part.rows.as_ref().map_or(0, |band| band.start as usize);
+        segment.start - first..segment.end - first
+    }
 
-impl Prepared {
-    /// Packs the updates of a tensor of `shape` that is accumulated in `dtype` (f32 or f64).
-    ///
-    /// `scan` streams W₀ once, in that type and in order; it is only called for norms of columns.
-    pub fn new<E>(
-        set: InstructionSet,
-        inputs: &Inputs,
-        updates: &[Update],
-        dtype: &Dtype,
-        shape: (usize, usize),
-        mut scan: impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
-    ) -> Result<Self, E> {
+    /// The products that an update adds to what it is made from, each with its scale.
+    fn pairs(&self, update: &Update, segment: &Range<usize>) -> Vec<(Pair<'_>, f64)> {
+        let rows = Self::rows_within(update, segment);
+        let cut = |pair: Pair<'static>| pair.stored_rows(update.orientation(), rows.clone());
+        let key = (update.adapter, update.module.as_str());
+        let removed = self.removed.iter().find(|(other, _)| *other == key);
+        let removed = removed
+            .zip(update.residual)
+            .map(|((_, pair), residual)| (cut(pair.clone()), -residual.scale(update.scale)));
+        let own = Pair::of(&self.inputs.adapters[update.adapter], update);
+        let own = (own.stored_rows(update.orientation(), rows.clone()), update.scale);
+        removed.into_iter().chain([own]).collect()
+    }
+
+    fn pack(
+        &self,
+        orientation: Orientation,
+        rows: &Range<usize>,
+        pairs: &[(Pair<'_>, f64)],
+    ) -> Factors {
+        let operands: Vec<_> =
+            pairs.iter().map(|(pair, coefficient)| pair.operand(*coefficient)).collect();
+        Factors::pack(self.set, self.dtype, (rows.len(), self.columns), orientation, &operands)
+    }
+
+    fn segment<E>(
+        &self,
+        rows: Range<usize>,
+        updates: &[&Update],
+        scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
+    ) -> Result<Segment, E> {
+        let mut segment = Segment { rows, columns: self.columns, stages: Vec::new() };
+        for stage in updates.chunk_by(|left, right| left.stage == right.stage) {
+            let stage = self.stage(&segment, stage, scan)?;
+            segment.stages.push(stage);
+        }
+        Ok(segment)
+    }
+
+    /// The next stage of a segment.
+    fn stage<E>(
+        &self,
+        segment: &Segment,
+        updates: &[&Update],
+        scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
+    ) -> Result<Stage, E> {
+        let rows = &segment.rows;
         let mut keep = 1.0;
         let mut places = Vec::new();
-        // Neighbours of one orientation share a packing; a tensor has one orientation.
-        let mut operands = Vec::new();
-        let mut orientation = Orientation::OutIn;
         for update in updates {
-            let adapter = &*inputs.adapters[update.adapter];
             match update.kind {
-                UpdateKind::LowRank => {
-                    let module = &adapter.modules()[&update.module];
-                    orientation = update.orientation();
-                    operands.push(product(adapter, module, update.coefficient()));
-                }
-                UpdateKind::Vector => {
-                    let module = &adapter.modules()[&update.module];
-                    let bias = module.bias.as_ref().expect("planned from its bias");
-                    operands.push(Operand {
-                        a: &ONE,
-                        a_dtype: &Dtype::F32,
-                        b: adapter.file().tensor_bytes(bias),
-                        b_dtype: &bias.dtype,
-                        rank: 1,
-                        coefficient: update.coefficient(),
-                    });
-                }
+                UpdateKind::LowRank | UpdateKind::Vector => {}
                 UpdateKind::Dora => {
                     keep -= update.weight;
-                    let module = &adapter.modules()[&update.module];
-                    let magnitude = module.magnitude.as_ref().expect("planned from its magnitude");
-                    let magnitude = adapter.read_f64(magnitude);
-                    let operand = [product(adapter, module, update.scale)];
-                    let factors = Factors::pack(set, dtype, shape, update.orientation(), &operand);
+                    let pairs = self.pairs(update, rows);
+                    let factors = self.pack(update.orientation(), rows, &pairs);
+                    let magnitude = magnitude(&self.inputs.adapters[update.adapter], update);
+                    let on = update.on.as_ref().map(|tensor| self.own(update, tensor, rows));
                     let gains = match update.orientation() {
-                        Orientation::OutIn => Gains::OfRows(magnitude),
+                        Orientation::OutIn => {
+                            let within = Self::rows_within(update, rows);
+                            Gains::OfRows(magnitude[within].to_vec())
+                        }
                         Orientation::InOut => {
-                            let norms = column_norms(set, &factors, dtype, shape.1, &mut scan)?;
+                            let norms = self.column_norms(segment, &factors, on.as_ref(), scan)?;
                             let pairs = magnitude.iter().zip(norms);
                             Gains::OfColumns(
                                 pairs.map(|(magnitude, norm)| magnitude / norm).collect(),
                             )
                         }
                     };
-                    let value = Value::Rescaled { factors, gains };
+                    let value = Value::Rescaled { factors, gains, on };
                     places.push(Place { weight: update.weight, value });
                 }
                 UpdateKind::Replace => {
                     keep -= update.weight;
-                    let tensor = adapter.file().tensor(&update.module);
-                    let tensor = tensor.expect("planned from this tensor").clone();
-                    let value = Value::Replaced { adapter: update.adapter, tensor };
+                    let value = Value::Replaced(self.own(update, &update.module, rows));
                     places.push(Place { weight: update.weight, value });
                 }
             }
         }
-        let sum = (!operands.is_empty())
-            .then(|| Factors::pack(set, dtype, shape, orientation, &operands));
-        Ok(Self { rows: shape.0, columns: shape.1, sum, keep, places })
+        // Neighbours of one orientation share a packing.
+        let sums = [Orientation::OutIn, Orientation::InOut].into_iter().filter_map(|orientation| {
+            let pairs: Vec<_> = (updates.iter())
+                .filter(|update| !update.kind.takes_the_place())
+                .filter(|update| update.orientation() == orientation)
+                .flat_map(|update| {
+                    let weighted = |(pair, scale)| (pair, scale * update.weight);
+                    self.pairs(update, rows).into_iter().map(weighted)
+                })
+                .collect();
+            (!pairs.is_empty()).then(|| self.pack(orientation, rows, &pairs))
+        });
+        Ok(Stage { sums: sums.collect(), keep, places })
+    }
+
+    /// The rows of an adapter's tensor that lie on a segment.
+    fn own(&self, update: &Update, tensor: &str, segment: &Range<usize>) -> Own {
+        let tensor = self.inputs.adapters[update.adapter].file().tensor(tensor);
+        let tensor = tensor.expect("planned from this tensor").clone();
+        let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
+        let first = first + Self::rows_within(update, segment).start;
+        Own { adapter: update.adapter, tensor, first }
+    }
+
+    /// ‖V‖ of every column, in f64, row after row. V is made from what the segment's stages so far
+    /// leave of W₀, or from the adapter's own tensor.
+    fn column_norms<E>(
+        &self,
+        segment: &Segment,
+        factors: &Factors,
+        on: Option<&Own>,
+        scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
+    ) -> Result<Vec<f64>, E> {
+        let mut sums = vec![0.0; self.columns];
+        scan(&mut |first_row, tile| {
+            if *self.dtype == Dtype::F64 {
+                self.begin::<f64>(segment, on, first_row, tile);
+            } else {
+                self.begin::<f32>(segment, on, first_row, tile);
+            }
+            kernel::merge_rows(self.set, factors, first_row, self.dtype, tile);
+            kernel::convert::for_each_f64(self.dtype, tile, |index, value| {
+                sums[index % self.columns] += value * value;
+            });
+        })?;
+        sums.iter_mut().for_each(|sum| *sum = sum.sqrt());
+        Ok(sums)
+    }
+
+    /// Turns a tile of W₀ into what the next stage of a segment is made from.
+    fn begin<T: Real>(
+        &self,
+        segment: &Segment,
+        on: Option<&Own>,
+        first_row: usize,
+        tile: &mut [u8],
+    ) {
+        if on.is_none() && segment.stages.is_empty() {
+            return;
+        }
+        let values: &[T] = &tile
+            .chunks_exact(size_of::<T>())
+            .map(bytemuck::pod_read_unaligned)
+            .collect::<Vec<T>>();
+        let mut result = vec![T::default(); values.len()];
+        let rows = first_row..first_row + values.len() / self.columns;
+        match on {
+            Some(own) => own.read(self.set, self.inputs, &rows, self.columns, &mut result),
+            None => {
+                let (mut start, mut scratch) = (values.to_vec(), result.clone());
+                segment.apply(self.set, self.inputs, &rows, &mut start, &mut scratch, &mut result);
+            }
+        }
+        tile.copy_from_slice(bytemuck::cast_slice(&result));
+    }
+}
+
+/// DoRA's magnitudes of the outputs that an update uses.
+fn magnitude(adapter: &Adapter, update: &Update) -> Vec<f64> {
+    let module = &adapter.modules()[&update.module];
+    let magnitude = module.magnitude.as_ref().expect("planned from its magnitude");
+    let magnitude = adapter.read_f64(magnitude);
+    match &update.part.outputs {
+        Some(outputs) => magnitude[outputs.start as usize..outputs.end as usize].to_vec(),
+        None => magnitude,
+    }
+}
+
+impl Prepared {
+    /// Packs the updates of a tensor that is accumulated in `dtype` (f32 or f64).
+    ///
+    /// `scan` streams W₀ once, in that type and in order; it is only called for norms of columns.
+    /// `removed` has what initialisations took out of W₀, by the adapter and its module.
+    pub fn new<E>(
+        set: InstructionSet,
+        inputs: &Inputs,
+        tensor: &PlannedTensor,
+        dtype: &Dtype,
+        removed: Vec<((usize, &str), Pair<'static>)>,
+        mut scan: impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let (_, columns) = tensor.matrix();
+        let packing = Packing { set, inputs, dtype, columns, removed };
+        let segments = tensor.segments().into_iter().map(|rows| {
+            let updates: Vec<_> = tensor
+                .updates()
+                .iter()
+                .filter(|update| match &update.part.rows {
+                    Some(band) => {
+                        band.start as usize <= rows.start && rows.end <= band.end as usize
+                    }
+                    None => true,
+                })
+                .collect();
+            packing.segment(rows, &updates, &mut scan)
+        });
+        Ok(Self { columns, segments: segments.collect::<Result<_, E>>()? })
     }
 
     /// Elements of a row.
@@ -175,55 +354,98 @@ impl Prepared {
         self.columns
     }
 
-    /// The packed product, if that is all there is, so that it can be added in place.
-    pub fn only_sum(&self) -> Option<&Factors> {
-        self.sum.as_ref().filter(|_| self.places.is_empty())
+    /// The segment in which a tile lies.
+    ///
+    /// # Panics
+    /// If it lies in none, or in more than one.
+    pub fn segment(&self, tile: &Range<usize>) -> &Segment {
+        let index = self.segments.partition_point(|segment| segment.rows.end <= tile.start);
+        let segment = &self.segments[index];
+        assert!(
+            segment.rows.start <= tile.start && tile.end <= segment.rows.end,
+            "a tile lies in one segment"
+        );
+        segment
+    }
+}
+
+impl Segment {
+    /// The segment's first row in the tensor.
+    pub fn first_row(&self) -> usize {
+        self.rows.start
     }
 
-    /// Applies everything to whole rows. `start` holds W₀, `result` takes the outcome, `scratch`
-    /// is as long as they are.
+    /// The packed product, if that is all there is, so that it can be added in place.
+    pub fn only_sum(&self) -> Option<&Factors> {
+        match self.stages.as_slice() {
+            [Stage { sums, places, .. }] if places.is_empty() => match sums.as_slice() {
+                [factors] => Some(factors),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Applies everything to whole rows, counted in the tensor. `start` holds W₀ and is used up,
+    /// `result` takes the outcome, `scratch` is as long as they are.
     pub fn apply<T: Real>(
         &self,
         set: InstructionSet,
         inputs: &Inputs,
         rows: &Range<usize>,
+        start: &mut [T],
+        scratch: &mut [T],
+        result: &mut [T],
+    ) {
+        debug_assert!(start.len() == rows.len() * self.columns);
+        let rows = rows.start - self.rows.start..rows.end - self.rows.start;
+        result.copy_from_slice(start);
+        for (position, stage) in self.stages.iter().enumerate() {
+            if position > 0 {
+                start.copy_from_slice(result);
+            }
+            stage.apply(set, inputs, &rows, self.columns, start, scratch, result);
+        }
+    }
+}
+
+impl Stage {
+    /// `rows` are counted in the segment; `result` holds what `start` does.
+    #[allow(clippy::too_many_arguments, reason = "three buffers of one call")]
+    fn apply<T: Real>(
+        &self,
+        set: InstructionSet,
+        inputs: &Inputs,
+        rows: &Range<usize>,
+        columns: usize,
         start: &[T],
         scratch: &mut [T],
         result: &mut [T],
     ) {
-        debug_assert!(rows.end <= self.rows && start.len() == rows.len() * self.columns);
         if self.keep == 0.0 {
             // Not by a product with zero, which would make NaN of a base's infinity.
             result.fill(T::default());
-        } else if self.keep == 1.0 {
-            result.copy_from_slice(start);
-        } else {
+        } else if self.keep != 1.0 {
             let keep = T::from_f64(self.keep);
             result.iter_mut().zip(start).for_each(|(to, from)| *to = from.times(keep));
         }
-        if let Some(factors) = &self.sum {
-            kernel::merge_rows(
-                set,
-                factors,
-                rows.start,
-                &T::DTYPE,
-                bytemuck::cast_slice_mut(result),
-            );
+        for factors in &self.sums {
+            let bytes = bytemuck::cast_slice_mut(result);
+            kernel::merge_rows(set, factors, rows.start, &T::DTYPE, bytes);
         }
         for place in &self.places {
             match &place.value {
-                Value::Rescaled { factors, gains } => {
-                    scratch.copy_from_slice(start);
+                Value::Rescaled { factors, gains, on } => {
+                    match on {
+                        Some(own) => own.read(set, inputs, rows, columns, scratch),
+                        None => scratch.copy_from_slice(start),
+                    }
                     let bytes = bytemuck::cast_slice_mut(scratch);
                     kernel::merge_rows(set, factors, rows.start, &T::DTYPE, bytes);
-                    add_rescaled(gains, place.weight, rows, self.columns, scratch, result);
+                    add_rescaled(gains, place.weight, rows, columns, scratch, result);
                 }
-                Value::Replaced { adapter, tensor } => {
-                    let bytes = inputs.adapters[*adapter].file().tensor_bytes(tensor);
-                    let row = self.columns * tensor.dtype.size();
-                    let bytes = &bytes[rows.start * row..rows.end * row];
-                    let target = bytemuck::cast_slice_mut(scratch);
-                    kernel::convert(set, &tensor.dtype, bytes, &T::DTYPE, target);
+                Value::Replaced(own) => {
+                    own.read(set, inputs, rows, columns, scratch);
                     let weight = T::from_f64(place.weight);
                     let pairs = result.iter_mut().zip(&*scratch);
                     pairs.for_each(|(to, from)| *to = to.plus(from.times(weight)));
@@ -276,23 +498,4 @@ fn sum_of_squares<T: Real>(values: &[T]) -> f64 {
     }
     let rest: f64 = rest.iter().map(|value| value.to_f64() * value.to_f64()).sum();
     sums.iter().sum::<f64>() + rest
-}
-
-/// ‖V‖ of every column, in f64, row after row.
-fn column_norms<E>(
-    set: InstructionSet,
-    factors: &Factors,
-    dtype: &Dtype,
-    columns: usize,
-    scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
-) -> Result<Vec<f64>, E> {
-    let mut sums = vec![0.0; columns];
-    scan(&mut |first_row, tile| {
-        kernel::merge_rows(set, factors, first_row, dtype, tile);
-        kernel::convert::for_each_f64(dtype, tile, |index, value| {
-            sums[index % columns] += value * value;
-        });
-    })?;
-    sums.iter_mut().for_each(|sum| *sum = sum.sqrt());
-    Ok(sums)
 }

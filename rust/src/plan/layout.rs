@@ -9,7 +9,7 @@ use crate::dtype::Dtype;
 use crate::safetensors::{Header, TensorInfo};
 
 /// Lays out every shard. Tensors that the base does not have go into its last one, or into that of
-/// the tensor they are a copy of.
+/// the tensor they begin as a copy of.
 pub(super) fn plan_shards(
     inputs: &Inputs,
     options: &Options,
@@ -17,10 +17,7 @@ pub(super) fn plan_shards(
     additions: Vec<Addition>,
 ) -> Vec<PlannedShard> {
     let last = inputs.base.shards().len().saturating_sub(1);
-    let home = |addition: &Addition| match addition.origin {
-        Origin::Base(shard) => shard,
-        Origin::Adapter(_) => last,
-    };
+    let home = |addition: &Addition| addition.home.unwrap_or(last);
     (inputs.base.shards().iter().enumerate())
         .map(|(position, shard)| {
             let header = shard.file.header();
@@ -69,8 +66,8 @@ fn plan_tensor(
 }
 
 fn add(addition: &Addition) -> PlannedTensor {
-    let Addition { name, origin, source, output_dtype } = addition.clone();
-    let action = action(&source, &output_dtype, Vec::new());
+    let Addition { name, origin, home: _, source, output_dtype, updates } = addition.clone();
+    let action = action(&source, &output_dtype, updates);
     PlannedTensor { name, origin, source, output_dtype, target: 0..0, action }
 }
 

@@ -2,8 +2,10 @@
 
 use indexmap::IndexMap;
 
-use super::{ConfigChanges, Inputs, Options, Origin, Strategy, Update, UpdateKind};
-use crate::adapter::{Adapter, LayerKind, Module, Saved};
+use super::targets::{self, ExpertLayout, Target};
+use super::ties::Tie;
+use super::{ConfigChanges, Inputs, Options, Origin, Part, Residual, Update, UpdateKind};
+use crate::adapter::{Adapter, Form, Initialisation, LayerKind, Module};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::kernel::Orientation;
@@ -12,11 +14,18 @@ use crate::orientation;
 use crate::safetensors::TensorInfo;
 
 /// What happens to one tensor of the base.
-#[derive(Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct TensorChange {
     /// An adapter's tensor that stands in for W₀, where one replaces it outright.
     pub origin: Option<(usize, TensorInfo)>,
     pub updates: Vec<Update>,
+}
+
+impl TensorChange {
+    /// Whether nothing happens to it.
+    pub fn is_empty(&self) -> bool {
+        self.origin.is_none() && self.updates.is_empty()
+    }
 }
 
 /// A tensor that the base does not have.
@@ -24,8 +33,11 @@ pub(super) struct TensorChange {
 pub(super) struct Addition {
     pub name: String,
     pub origin: Origin,
+    /// The shard that it belongs into; the last one, if none is named.
+    pub home: Option<usize>,
     pub source: TensorInfo,
     pub output_dtype: Dtype,
+    pub updates: Vec<Update>,
 }
 
 /// The whole decision.
@@ -39,19 +51,19 @@ pub(super) struct Decided {
 
 /// Collects the changes of every tensor, and the problems.
 pub(super) struct Planner<'a> {
-    inputs: &'a Inputs,
-    base: &'a Checkpoint,
-    options: &'a Options,
-    tensors: IndexMap<String, TensorChange>,
+    pub(super) inputs: &'a Inputs,
+    pub(super) base: &'a Checkpoint,
+    pub(super) options: &'a Options,
+    pub(super) tensors: IndexMap<String, TensorChange>,
     /// By the tensor's name: the adapters that bring it, in order.
-    additions: IndexMap<String, Vec<(usize, TensorInfo)>>,
+    pub(super) additions: IndexMap<String, Vec<(usize, TensorInfo)>>,
     /// Its size before and after, where an adapter's embeddings change it.
-    vocabulary: Option<(u64, u64)>,
-    /// The input embedding that an adapter trained apart from the head it was tied to.
-    untied_head: Option<String>,
-    problems: Vec<String>,
-    notes: Vec<String>,
-    warnings: Vec<String>,
+    pub(super) vocabulary: Option<(u64, u64)>,
+    /// The head that shares the input embeddings, where an adapter changes either.
+    pub(super) tie: Option<Tie>,
+    pub(super) problems: Vec<String>,
+    pub(super) notes: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 impl<'a> Planner<'a> {
@@ -63,7 +75,7 @@ impl<'a> Planner<'a> {
             tensors: IndexMap::new(),
             additions: IndexMap::new(),
             vocabulary: None,
-            untied_head: None,
+            tie: Tie::of(&inputs.base, inputs),
             problems: Vec::new(),
             notes: Vec::new(),
             warnings: Vec::new(),
@@ -75,13 +87,19 @@ impl<'a> Planner<'a> {
         let inputs = self.inputs;
         let adapter = &inputs.adapters[position];
         let label = adapter.path().display().to_string();
-        let mapping = if adapter.modules().is_empty() {
+        let (targets, problems) = targets::find(adapter, self.base, self.options.expert_layout);
+        self.problems.extend(problems.iter().map(|problem| format!("{label}: {problem}")));
+        let mapping = if targets.is_empty() {
             // Saved parameters need not be in the base; each is asked for below.
-            let saved: Vec<_> = adapter.saved().iter().map(|saved| saved.path.clone()).collect();
-            names::find_mapping(&saved, self.base).mapping
+            let whole = adapter.saved().iter().map(|saved| saved.path.clone());
+            let rows = adapter.trained_rows().iter().map(|rows| format!("{}.weight", rows.path));
+            names::find_mapping(&whole.chain(rows).collect::<Vec<_>>(), self.base).mapping
         } else {
-            let weights: Vec<_> =
-                adapter.modules().keys().map(|path| format!("{path}.weight")).collect();
+            // A head that shares the embeddings' tensor has none of its own to be found by.
+            let weights: Vec<_> = (targets.values())
+                .map(|target| target.parameter.clone())
+                .filter(|weight| self.name_in_tie(weight).is_none())
+                .collect();
             let fit = names::find_mapping(&weights, self.base);
             self.problems.extend(fit.problems.iter().map(|problem| format!("{label}: {problem}")));
             fit.mapping
@@ -89,26 +107,48 @@ impl<'a> Planner<'a> {
         if let Some(description) = mapping.describe() {
             self.notes.push(format!("{label}: {description}"));
         }
-        // Replacements first: what the adapter adds, it adds to its own tensors.
-        for saved in adapter.saved() {
-            if let Err(problem) = self.replace(position, saved, &mapping, weight) {
+        // Replacements first: what the adapter adds, it adds to its own tensors. Of those, first the
+        // modules that were trained apart from what they shared.
+        for trained_apart in [true, false] {
+            for saved in adapter.saved() {
+                if adapter.config().saves_module_of(&saved.path) == trained_apart
+                    && let Err(problem) = self.replace(position, saved, &mapping, weight)
+                {
+                    self.problems.push(format!("{label}: {problem}"));
+                }
+            }
+        }
+        for rows in adapter.trained_rows() {
+            if let Err(problem) = self.replace_rows(position, rows, &mapping, weight) {
                 self.problems.push(format!("{label}: {problem}"));
             }
         }
         let flag = adapter.config().fan_in_fan_out();
         let mut turned_against_flag = 0;
-        let fits = |module: &&Module| {
-            let name = mapping.apply(&format!("{}.weight", module.path));
-            name.is_some_and(|name| inputs.base.tensor(&name).is_some())
-        };
-        for module in adapter.modules().values().filter(fits) {
-            match self.update(position, adapter, module, &mapping, weight) {
+        for (key, target) in &targets {
+            let module = &adapter.modules()[key];
+            let name = mapping.apply(&target.parameter);
+            let name = name.and_then(|name| self.name_in_tie(&name).or(Some(name)));
+            // What fits nothing has been complained of.
+            let Some(name) = name.filter(|name| self.source(name).is_some()) else { continue };
+            match self.update(position, (module, target), &name, &mapping, weight) {
                 Ok(transposed) => {
-                    let counts = module.kind == LayerKind::Linear && transposed != flag;
+                    let counts = module.kind == LayerKind::Linear
+                        && module.parameters.is_empty()
+                        && transposed != flag;
                     turned_against_flag += usize::from(counts);
                 }
                 Err(problem) => self.problems.push(format!("{label}: {problem}")),
             }
+        }
+        if adapter.config().features().initialisation
+            == (Initialisation::Pissa { randomised: true })
+        {
+            self.warnings.push(format!(
+                "{label}: began with singular components that a randomised method came near to \
+                 (init_lora_weights), which nobody can repeat; the exact ones are taken out of the \
+                 base, and the result differs from what was trained by as much"
+            ));
         }
         if turned_against_flag > 0 {
             self.notes.push(format!(
@@ -122,52 +162,114 @@ impl<'a> Planner<'a> {
     fn update(
         &mut self,
         position: usize,
-        adapter: &Adapter,
-        module: &Module,
+        (module, target): (&Module, &Target),
+        name: &str,
         mapping: &Mapping,
         weight: f64,
     ) -> Result<bool, String> {
+        let adapter = &self.inputs.adapters[position];
         let path = &module.path;
-        let name = mapping.apply(&format!("{path}.weight")).expect("the mapping fits");
-        let tensor = self.base.tensor(&name).expect("the mapping fits");
+        let tensor = self.source(name).expect("the caller found it");
         refuse_quantised(path, tensor)?;
         // An adapter's own tensor in the base's place may have another shape.
-        let replaced = self.tensors.get(&name).and_then(|change| change.origin.as_ref());
+        let replaced = self.tensors.get(name).and_then(|change| change.origin.as_ref());
         let shape = match replaced {
             Some((owner, source)) if *owner == position => source.shape.clone(),
             _ => tensor.shape.clone(),
         };
-        let orientation = self.orientation(adapter, module, &shape)?;
+        let (orientation, parts) = match target.layout {
+            Some(ExpertLayout::Straight) => (Orientation::OutIn, targets::parts(module, &shape)),
+            Some(ExpertLayout::Transposed) => (Orientation::InOut, targets::parts(module, &shape)),
+            None => (self.orientation(adapter, module, &shape)?, vec![Part::default()]),
+        };
         let transposed = orientation == Orientation::InOut;
+        let residual = self.residual(adapter, (module, target), &shape)?;
         let kind = if module.magnitude.is_some() { UpdateKind::Dora } else { UpdateKind::LowRank };
-        let update = |kind, rank, transposed| Update {
+        let update = |kind, rank, transposed, part| Update {
             adapter: position,
-            module: path.clone(),
+            module: module.key.clone(),
             kind,
             rank,
-            scale: module.scaling,
+            scale: target.scale * targets::repeats(module),
             weight,
             transposed,
+            part,
+            on: None,
+            residual,
+            stage: 0,
         };
+        if self.options.subtract && kind == UpdateKind::Dora {
+            return Err(format!(
+                "its module {path} is rescaled by DoRA, and the norms by which its rows were divided \
+                 are in neither the merged model nor the adapter; give the base that it was merged \
+                 into"
+            ));
+        }
         if module.bias.is_some() {
             let name = mapping.apply(&format!("{path}.bias")).expect("as for the weight");
             let bias = self.base.tensor(&name).ok_or_else(|| {
                 format!("its module {path} has a bias on lora_B, but the base has no {name}")
             })?;
             refuse_quantised(path, bias)?;
-            if bias.shape != [module.b.shape[0]] {
-                let outputs = module.b.shape[0];
+            if bias.shape != [module.outputs()] {
+                let outputs = module.outputs();
                 return Err(format!(
                     "its module {path} adds {outputs} values to {name}, which has shape {:?}",
                     bias.shape
                 ));
             }
-            let update = update(UpdateKind::Vector, 1, false);
+            let mut update = update(UpdateKind::Vector, 1, false, Part::default());
+            update.residual = None;
             self.tensors.entry(name).or_default().updates.push(update);
         }
-        let update = update(kind, module.rank, transposed);
-        self.tensors.entry(name).or_default().updates.push(update);
+        let rank = module.product_rank(target.rank);
+        let names = self.updated_by(path, name)?;
+        for name in names {
+            let parts = parts.iter().cloned();
+            let updates = parts.map(|part| update(kind, rank, transposed, part));
+            self.tensors.entry(name).or_default().updates.extend(updates);
+        }
         Ok(transposed)
+    }
+
+    /// What the adapter's initialisation took out of a module's weight of that shape.
+    fn residual(
+        &self,
+        adapter: &Adapter,
+        (module, target): (&Module, &Target),
+        shape: &[u64],
+    ) -> Result<Option<Residual>, String> {
+        let path = &module.path;
+        let residual = match adapter.config().features().initialisation {
+            _ if module.diagonal.is_some() => Residual::Smallest,
+            Initialisation::Pissa { .. } => Residual::Largest,
+            Initialisation::Olora => Residual::Leading,
+            Initialisation::Plain | Initialisation::Unknown => return Ok(None),
+        };
+        let is_linear = module.kind == LayerKind::Linear;
+        let is_layer =
+            is_linear && target.layout.is_none() && target.parameter.ends_with(".weight");
+        if !is_layer || !matches!(module.form, Form::Plain) || targets::repeats(module) != 1.0 {
+            return Err(format!(
+                "its module {path} is no plain linear layer, and how its initialisation changed \
+                 the base is not known (init_lora_weights, kasa_config); convert it in training"
+            ));
+        }
+        if self.options.subtract {
+            return Err(format!(
+                "its module {path} was trained beside a part of the base's weight that is in \
+                 neither the merged model nor the adapter; give the base that it was merged into"
+            ));
+        }
+        let extent = shape.iter().min().copied().unwrap_or(0);
+        if residual == Residual::Smallest && target.rank >= extent {
+            return Err(format!(
+                "its module {path} of rank {} leaves nothing of a weight of shape {shape:?}, whose \
+                 smallest singular components KaSA takes out",
+                target.rank
+            ));
+        }
+        Ok(Some(residual))
     }
 
     /// Which way a module's product lies on a weight of that shape.
@@ -178,10 +280,11 @@ impl<'a> Planner<'a> {
         shape: &[u64],
     ) -> Result<Orientation, String> {
         let (a, b, path) = (&module.a.shape, &module.b.shape, &module.path);
+        let extents = (module.outputs(), module.inputs());
         match module.kind {
             LayerKind::Linear => {
                 let flag = adapter.config().fan_in_fan_out();
-                orientation::decide(self.base, path, shape, (b[0], a[1]), flag)
+                orientation::decide(self.base, path, shape, extents, flag)
             }
             // Stored (tokens, width): the product's transpose.
             LayerKind::Embedding if shape == [a[1], b[0]] => Ok(Orientation::InOut),
@@ -202,165 +305,18 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Puts a saved parameter in the place of the base's, or beside it.
-    fn replace(
-        &mut self,
-        position: usize,
-        saved: &Saved,
-        mapping: &Mapping,
-        weight: f64,
-    ) -> Result<(), String> {
-        // A head that the backbone does not have keeps the name that the whole model gives it.
-        let name = mapping.apply(&saved.path).unwrap_or_else(|| saved.path.clone());
-        let Some(tensor) = self.base.tensor(&name) else {
-            let adapter = &self.inputs.adapters[position];
-            let is_head = name.ends_with(HEAD) && self.base.ties_embeddings();
-            if !is_head && !adapter.config().saves_module_of(&saved.path) {
-                return Err(format!(
-                    "its tensor {} fits nothing in the base and belongs to no module that its \
-                     config saves (modules_to_save)",
-                    saved.tensor.name
-                ));
-            }
-            self.additions.entry(name).or_default().push((position, saved.tensor.clone()));
-            return Ok(());
-        };
-        if !tensor.dtype.is_mergeable() && tensor.dtype != saved.tensor.dtype {
-            return Err(format!(
-                "its tensor {} of type {} replaces {name}, which the base stores as {}: \
-                 merge into the unquantised base instead",
-                saved.tensor.name, saved.tensor.dtype, tensor.dtype
-            ));
-        }
-        let grows = is_of_vocabulary(&name)
-            && tensor.shape.len() == saved.tensor.shape.len()
-            && tensor.shape[1..] == saved.tensor.shape[1..];
-        let same = tensor.shape == saved.tensor.shape;
-        let alone =
-            self.inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential;
-        let may_resize = grows && alone;
-        if !same && !may_resize {
-            return Err(format!(
-                "its tensor {} of shape {:?} replaces {name} of shape {:?}",
-                saved.tensor.name, saved.tensor.shape, tensor.shape
-            ));
-        }
-        if !same {
-            self.resize_vocabulary(tensor.shape[0], saved.tensor.shape[0])?;
-        }
-        self.untie(position, saved, &name)?;
-        let change = self.tensors.entry(name.clone()).or_default();
-        if weight == 1.0 && self.options.strategy == Strategy::Sequential {
-            // Whatever earlier adapters did to it is gone, as when one is merged after the other.
-            if !change.updates.is_empty() || change.origin.is_some() {
-                self.warnings.push(format!(
-                    "{}: replaces {name}, which an earlier adapter changed; that change is lost",
-                    self.inputs.adapters[position].path().display()
-                ));
-            }
-            *change = TensorChange {
-                origin: Some((position, saved.tensor.clone())),
-                updates: Vec::new(),
-            };
-        } else {
-            change.updates.push(Update {
-                adapter: position,
-                module: saved.tensor.name.clone(),
-                kind: UpdateKind::Replace,
-                rank: 0,
-                scale: 1.0,
-                weight,
-                transposed: false,
-            });
-        }
-        Ok(())
-    }
-
-    fn resize_vocabulary(&mut self, old: u64, new: u64) -> Result<(), String> {
-        match self.vocabulary.replace((old, new)) {
-            Some((_, other)) if other != new => {
-                Err(format!("its saved tensors have {new} tokens, but others have {other}"))
-            }
-            _ => {
-                self.notes.push(format!("the vocabulary changes from {old} to {new} tokens"));
-                self.notes.dedup();
-                Ok(())
-            }
-        }
-    }
-
-    /// `modules_to_save` trains a copy of the embeddings and leaves the head that they were tied to
-    /// as it was: the head needs a tensor of its own.
-    fn untie(&mut self, position: usize, saved: &Saved, name: &str) -> Result<(), String> {
-        let adapter = &self.inputs.adapters[position];
-        let saves_head = || adapter.saved().iter().any(|saved| saved.path.ends_with(HEAD));
-        if !is_input_embedding(name)
-            || !adapter.config().saves_module_of(&saved.path)
-            || !self.base.is_language_model()
-            || !self.base.ties_embeddings()
-            || saves_head()
-        {
-            return Ok(());
-        }
-        if self.tensors.contains_key(name) {
-            return Err(format!(
-                "its tensor {} replaces {name} alone, after another adapter changed it together \
-                 with the head that it is tied to; merge them one after the other",
-                saved.tensor.name
-            ));
-        }
-        self.untied_head = Some(name.to_owned());
-        Ok(())
-    }
-
-    /// What has to have another number of tokens once the vocabulary has, and was not replaced.
-    fn check_vocabulary(&mut self) {
-        let Some((old, new)) = self.vocabulary else { return };
-        for shard in self.base.shards() {
-            for tensor in &shard.file.header().tensors {
-                let replaced =
-                    || self.tensors.get(&tensor.name).is_some_and(|change| change.origin.is_some());
-                if is_of_vocabulary(&tensor.name)
-                    && tensor.shape.first() == Some(&old)
-                    && !replaced()
-                {
-                    self.problems.push(format!(
-                        "the vocabulary changes from {old} to {new} tokens, but no adapter brings \
-                         {} of the new size; its module has to be among modules_to_save in training",
-                        tensor.name
-                    ));
-                }
-            }
-        }
-        if let Some(name) = &self.untied_head {
-            self.problems.push(format!(
-                "the vocabulary changes from {old} to {new} tokens, but no adapter brings the head \
-                 that {name} is no longer tied to"
-            ));
-        }
-    }
-
     /// The decision, or every problem.
     pub fn finish(mut self) -> Result<Decided, Vec<String>> {
         let mut config_changes = ConfigChanges {
             dtype: self.options.dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
             vocabulary: self.vocabulary.map(|(_, new)| new),
-            tied: None,
+            ..ConfigChanges::default()
         };
+        let head = self.resolve_tie(&mut config_changes);
         self.check_vocabulary();
-        let mut additions = self.decide_additions(&mut config_changes);
-        if !additions.iter().any(|addition| addition.name.ends_with(HEAD)) {
-            additions.extend(self.add_untied_head(&mut config_changes));
-        }
-        for (name, change) in &self.tensors {
-            let replacing = change.updates.iter().any(|update| update.kind == UpdateKind::Replace);
-            let rescaling = change.updates.iter().any(|update| update.kind == UpdateKind::Dora);
-            if rescaling && (replacing || change.origin.is_some()) {
-                self.problems.push(format!(
-                    "{name} is replaced and rescaled by DoRA at once, which cannot be merged yet"
-                ));
-            }
-        }
+        let mut additions = self.decide_additions();
+        additions.extend(head);
+        self.settle_rescaling(&mut additions);
         if !self.problems.is_empty() {
             return Err(self.problems);
         }
@@ -373,81 +329,8 @@ impl<'a> Planner<'a> {
         })
     }
 
-    fn decide_additions(&mut self, config_changes: &mut ConfigChanges) -> Vec<Addition> {
-        let mut additions = Vec::new();
-        for (name, mut sources) in std::mem::take(&mut self.additions) {
-            if sources.len() > 1 && self.options.strategy != Strategy::Sequential {
-                self.problems.push(format!(
-                    "{} adapters bring {name}, which the base does not have, so that they cannot \
-                     be weighted against it; merge one of them, or use the strategy sequential",
-                    sources.len()
-                ));
-                continue;
-            }
-            if sources.len() > 1 {
-                self.warnings.push(format!(
-                    "{} adapters bring {name}, which the base does not have; the last one's is used",
-                    sources.len()
-                ));
-            }
-            let Some((adapter, source)) = sources.pop() else { continue };
-            if name.ends_with(HEAD) && self.base.ties_embeddings() {
-                if self.is_the_embedding(adapter, &source) {
-                    self.notes.push(format!(
-                        "{name} is the input embedding that it is tied to; it is not written twice"
-                    ));
-                    continue;
-                }
-                config_changes.tied = Some(false);
-                self.notes.push(format!(
-                    "{name} differs from the input embeddings that it was tied to; it is written \
-                     out, and tie_word_embeddings becomes false"
-                ));
-            }
-            let path = self.inputs.adapters[adapter].path().display().to_string();
-            self.notes.push(format!("{path}: brings {name}, which the base does not have"));
-            let output_dtype = if source.dtype.is_mergeable() {
-                self.options.dtype.clone().unwrap_or_else(|| self.usual_dtype())
-            } else {
-                source.dtype.clone()
-            };
-            additions.push(Addition {
-                name,
-                origin: Origin::Adapter(adapter),
-                source,
-                output_dtype,
-            });
-        }
-        additions
-    }
-
-    /// The head that stays as the base's embeddings were.
-    fn add_untied_head(&mut self, config_changes: &mut ConfigChanges) -> Option<Addition> {
-        let embedding = self.untied_head.as_ref()?;
-        let (shard, source) =
-            self.base.shards().iter().enumerate().find_map(|(position, shard)| {
-                Some((position, shard.file.tensor(embedding)?.clone()))
-            })?;
-        config_changes.tied = Some(false);
-        self.notes.push(format!(
-            "{embedding} was trained apart from the head that it was tied to; the head is written \
-             out as {HEAD}, and tie_word_embeddings becomes false"
-        ));
-        let output_dtype = self.options.dtype.clone().unwrap_or_else(|| source.dtype.clone());
-        Some(Addition { name: HEAD.into(), origin: Origin::Base(shard), source, output_dtype })
-    }
-
-    /// Whether an adapter's tensor is byte for byte the embedding that the same adapter saved.
-    fn is_the_embedding(&self, adapter: usize, tensor: &TensorInfo) -> bool {
-        let adapter = &self.inputs.adapters[adapter];
-        let bytes = adapter.file().tensor_bytes(tensor);
-        adapter.saved().iter().any(|saved| {
-            is_input_embedding(&saved.path) && adapter.file().tensor_bytes(&saved.tensor) == bytes
-        })
-    }
-
     /// The floating-point type that most of the base's bytes have.
-    fn usual_dtype(&self) -> Dtype {
+    pub(super) fn usual_dtype(&self) -> Dtype {
         let mut bytes = IndexMap::<&Dtype, u64>::new();
         for shard in self.base.shards() {
             for tensor in &shard.file.header().tensors {
@@ -463,24 +346,7 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// The output head of language models that tie it to their embeddings.
-const HEAD: &str = "lm_head.weight";
-/// The names of input embeddings.
-const EMBEDDINGS: [&str; 5] = ["embed_tokens", "wte", "word_embeddings", "embed_in", "shared"];
-
-fn is_input_embedding(parameter: &str) -> bool {
-    let mut parts = parameter.rsplit('.');
-    parts.next() == Some("weight") && parts.next().is_some_and(|leaf| EMBEDDINGS.contains(&leaf))
-}
-
-/// Whether a parameter has a row for each token.
-fn is_of_vocabulary(parameter: &str) -> bool {
-    let mut parts = parameter.rsplit('.').skip(1);
-    let is_head = parts.next().is_some_and(|leaf| ["lm_head", "embed_out"].contains(&leaf));
-    is_head || is_input_embedding(parameter)
-}
-
-fn refuse_quantised(path: &str, tensor: &TensorInfo) -> Result<(), String> {
+pub(super) fn refuse_quantised(path: &str, tensor: &TensorInfo) -> Result<(), String> {
     if tensor.dtype.is_mergeable() {
         return Ok(());
     }

@@ -1,12 +1,14 @@
 //! One row of a merged tensor in f64, with a bound on what a correct f32 merge may differ by.
 
+use std::ops::Range;
+
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::execute::compute::Computer;
-use crate::execute::queue;
+use crate::factors::Pair;
 use crate::kernel::Orientation;
 use crate::kernel::convert::widen_f64;
-use crate::plan::{Action, PlannedTensor, Update, UpdateKind};
+use crate::plan::{PlannedTensor, Update, UpdateKind};
 
 use super::Change;
 
@@ -21,34 +23,68 @@ pub(super) struct ExactRow<'a> {
 /// One update, its factors widened.
 struct Term {
     kind: UpdateKind,
+    stage: usize,
     weight: f64,
     scale: f64,
     rank: usize,
     transposed: bool,
+    /// The rows on which it lies.
+    band: Range<usize>,
     a: Vec<f64>,
     b: Vec<f64>,
     /// DoRA's gain m/‖V‖ of each column, where the norms run over rows.
     column_gains: Vec<f64>,
     magnitude: Vec<f64>,
+    /// The adapter's tensor that it is made from, where that is not W₀.
+    on: Option<Vec<f64>>,
+    /// The product that the initialisation took out of W₀.
+    removed: Option<Removed>,
+}
+
+struct Removed {
+    scale: f64,
+    rank: usize,
+    a: Vec<f64>,
+    b: Vec<f64>,
 }
 
 impl Term {
-    /// Element (k, column) of the right factor and (row, k) of the left one, as they lie on the
-    /// stored weight.
-    fn product(&self, row: usize, column: usize, shape: (usize, usize)) -> (f64, f64) {
-        let (rows, columns) = shape;
-        let mut sum = 0.0;
-        let mut size = 0.0;
-        for k in 0..self.rank {
-            let term = if self.transposed {
-                self.a[k * rows + row] * self.b[column * self.rank + k]
-            } else {
-                self.b[row * self.rank + k] * self.a[k * columns + column]
-            };
-            sum += term;
-            size += term.abs();
+    /// An element of s·B·A as it lies on the stored weight, and the sum of the sizes of its terms.
+    fn product(&self, row: usize, column: usize, columns: usize) -> (f64, f64) {
+        let (row, rows) = (row - self.band.start, self.band.len());
+        let product = |a: &[f64], b: &[f64], rank: usize, scale: f64| {
+            let mut sum = 0.0;
+            let mut size = 0.0;
+            for k in 0..rank {
+                let term = if self.transposed {
+                    a[k * rows + row] * b[column * rank + k]
+                } else {
+                    b[row * rank + k] * a[k * columns + column]
+                };
+                sum += term;
+                size += term.abs();
+            }
+            (scale * sum, scale.abs() * size)
+        };
+        let (sum, size) = product(&self.a, &self.b, self.rank, self.scale);
+        match &self.removed {
+            Some(Removed { scale, rank, a, b }) => {
+                let (removed, removed_size) = product(a, b, *rank, *scale);
+                (sum - removed, size + removed_size)
+            }
+            None => (sum, size),
         }
-        (self.scale * sum, self.scale.abs() * size)
+    }
+
+    /// How many terms an element's sum has.
+    fn steps(&self) -> usize {
+        self.rank + self.removed.as_ref().map_or(0, |removed| removed.rank)
+    }
+
+    /// The row of the tensor that stands in for W₀, where one does.
+    fn own_row(&self, row: usize, columns: usize) -> Option<&[f64]> {
+        let row = row - self.band.start;
+        self.on.as_ref().map(|tensor| &tensor[row * columns..(row + 1) * columns])
     }
 }
 
@@ -56,13 +92,20 @@ impl<'a> ExactRow<'a> {
     /// # Errors
     /// [`crate::Error::Io`] where norms need the whole tensor.
     pub fn new(computer: Computer<'a>, planned: &'a PlannedTensor) -> Result<Self> {
-        let (_, columns) = queue::shape_of(planned);
-        let Action::Merge(updates) = &planned.action else {
-            unreachable!("only merged tensors are computed again")
-        };
+        let (_, columns) = planned.matrix();
         let mut this = Self { computer, planned, columns, terms: Vec::new() };
-        for update in updates {
+        let mut removed = this.computer.removed(planned)?.into_iter();
+        for update in planned.updates() {
             let mut term = this.read(update);
+            if let Some(residual) = update.residual {
+                let (_, pair) = removed.next().expect("one for each update that has a residual");
+                term.removed = Some(Removed {
+                    scale: residual.scale(update.scale),
+                    rank: pair.rank,
+                    a: widen_f64(&pair.a_dtype, &pair.a),
+                    b: widen_f64(&pair.b_dtype, &pair.b),
+                });
+            }
             if update.kind == UpdateKind::Dora && update.orientation() == Orientation::InOut {
                 term.column_gains = this.column_gains(&term)?;
             }
@@ -75,30 +118,42 @@ impl<'a> ExactRow<'a> {
         let adapter = &self.computer.inputs.adapters[update.adapter];
         let mut term = Term {
             kind: update.kind,
+            stage: update.stage,
             weight: update.weight,
             scale: update.scale,
             rank: update.rank as usize,
             transposed: update.transposed,
+            band: match &update.part.rows {
+                Some(band) => band.start as usize..band.end as usize,
+                None => 0..self.planned.matrix().0,
+            },
             a: Vec::new(),
             b: Vec::new(),
             column_gains: Vec::new(),
             magnitude: Vec::new(),
+            on: None,
+            removed: None,
         };
+        let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         if update.kind == UpdateKind::Replace {
             let tensor = adapter.file().tensor(&update.module).expect("planned from this tensor");
-            term.a = adapter.read_f64(tensor);
+            let bytes = adapter.file().tensor_bytes(tensor);
+            let row = self.columns * tensor.dtype.size();
+            let stored = &bytes[first * row..(first + term.band.len()) * row];
+            term.a = widen_f64(&tensor.dtype, stored);
             return term;
         }
-        let module = &adapter.modules()[&update.module];
-        if update.kind == UpdateKind::Vector {
-            term.a = vec![1.0];
-            term.b = adapter.read_f64(module.bias.as_ref().expect("planned from its bias"));
-            return term;
+        let pair = Pair::of(adapter, update);
+        term.a = widen_f64(&pair.a_dtype, &pair.a);
+        term.b = widen_f64(&pair.b_dtype, &pair.b);
+        if let (UpdateKind::Dora, Some(magnitude)) =
+            (update.kind, &adapter.modules()[&update.module].magnitude)
+        {
+            term.magnitude = adapter.read_f64(magnitude).split_off(first);
         }
-        term.a = adapter.read_f64(&module.a);
-        term.b = adapter.read_f64(&module.b);
-        if let Some(magnitude) = &module.magnitude {
-            term.magnitude = adapter.read_f64(magnitude);
+        if let Some(tensor) = &update.on {
+            let tensor = adapter.file().tensor(tensor).expect("planned from this tensor");
+            term.on = Some(adapter.read_f64(tensor).split_off(first * self.columns));
         }
         term
     }
@@ -112,17 +167,15 @@ impl<'a> ExactRow<'a> {
         Ok(widen_f64(dtype, &bytes))
     }
 
-    fn shape(&self) -> (usize, usize) {
-        queue::shape_of(self.planned)
-    }
-
     fn column_gains(&self, term: &Term) -> Result<Vec<f64>> {
-        let (rows, columns) = self.shape();
+        let columns = self.columns;
         let mut squares = vec![0.0; columns];
-        for row in 0..rows {
+        for row in term.band.clone() {
             self.computer.task.check()?;
-            for (column, weight) in self.base(row)?.into_iter().enumerate() {
-                let value = weight + term.product(row, column, (rows, columns)).0;
+            let start = self.row(row, &self.base(row)?, term.stage).0;
+            let start = term.own_row(row, columns).unwrap_or(&start);
+            for (column, weight) in start.iter().enumerate() {
+                let value = weight + term.product(row, column, columns).0;
                 squares[column] += value * value;
             }
         }
@@ -140,8 +193,8 @@ impl<'a> ExactRow<'a> {
         stored: &[f64],
     ) -> Result<Result<Change, (usize, String)>> {
         let base = self.base(row)?;
-        let (exact, sizes) = self.row(row, &base);
-        let steps = self.terms.iter().map(|term| term.rank + 4).sum::<usize>() as f64;
+        let (exact, sizes) = self.row(row, &base, usize::MAX);
+        let steps = self.terms.iter().map(|term| term.steps() + 4).sum::<usize>() as f64;
         let single = self.planned.source.dtype != Dtype::F64;
         let gamma = (steps + 4.0) * if single { 2f64.powi(-24) } else { 2f64.powi(-53) };
         let mut change = Change { rows: 1, ..Change::default() };
@@ -180,49 +233,73 @@ impl<'a> ExactRow<'a> {
         Ok(Ok(change))
     }
 
-    /// The exact row, and for each element the sum of the sizes of its terms.
-    fn row(&self, row: usize, base: &[f64]) -> (Vec<f64>, Vec<f64>) {
-        let shape = self.shape();
+    /// The exact row after all stages below `end`, and for each element the sum of the sizes of its
+    /// terms.
+    fn row(&self, row: usize, base: &[f64], end: usize) -> (Vec<f64>, Vec<f64>) {
         let mut exact = base.to_vec();
         let mut sizes: Vec<_> = base.iter().map(|value| value.abs()).collect();
-        for term in &self.terms {
-            match term.kind {
-                UpdateKind::LowRank | UpdateKind::Vector => {
-                    for column in 0..self.columns {
-                        let (sum, size) = term.product(row, column, shape);
-                        exact[column] += term.weight * sum;
-                        sizes[column] += term.weight.abs() * size;
-                    }
-                }
-                UpdateKind::Dora => {
-                    let values: Vec<_> = (0..self.columns)
-                        .map(|column| {
-                            let (sum, size) = term.product(row, column, shape);
-                            (base[column] + sum, base[column].abs() + size)
-                        })
-                        .collect();
-                    let norm = values.iter().map(|(value, _)| value * value).sum::<f64>().sqrt();
-                    for (column, (value, size)) in values.into_iter().enumerate() {
-                        let gain = match term.column_gains.get(column) {
-                            Some(gain) => *gain,
-                            None => term.magnitude[row] / norm,
-                        };
-                        exact[column] += term.weight * (gain * value - base[column]);
-                        let size = gain.abs() * size + base[column].abs();
-                        sizes[column] += term.weight.abs() * size;
-                    }
-                }
-                UpdateKind::Replace => {
-                    for column in 0..self.columns {
-                        let value = term.a[row * self.columns + column];
-                        exact[column] += term.weight * (value - base[column]);
-                        let size = value.abs() + base[column].abs();
-                        sizes[column] += term.weight.abs() * size;
-                    }
-                }
+        for stage in self.terms.chunk_by(|left, right| left.stage == right.stage) {
+            if stage[0].stage >= end {
+                break;
+            }
+            let (start, start_sizes) = (exact.clone(), sizes.clone());
+            for term in stage.iter().filter(|term| term.band.contains(&row)) {
+                self.add(term, row, (&start, &start_sizes), (&mut exact, &mut sizes));
             }
         }
         (exact, sizes)
+    }
+
+    /// Adds w·(W' − W₀) of one term to a row, and the sizes of what it is made of.
+    fn add(
+        &self,
+        term: &Term,
+        row: usize,
+        (start, start_sizes): (&[f64], &[f64]),
+        (exact, sizes): (&mut [f64], &mut [f64]),
+    ) {
+        let columns = self.columns;
+        match term.kind {
+            UpdateKind::LowRank | UpdateKind::Vector => {
+                for column in 0..columns {
+                    let (sum, size) = term.product(row, column, columns);
+                    exact[column] += term.weight * sum;
+                    sizes[column] += term.weight.abs() * size;
+                }
+            }
+            UpdateKind::Dora => {
+                let own = term.own_row(row, columns);
+                let values: Vec<_> = (0..columns)
+                    .map(|column| {
+                        let (sum, size) = term.product(row, column, columns);
+                        let (first, first_size) = match own {
+                            Some(own) => (own[column], own[column].abs()),
+                            None => (start[column], start_sizes[column]),
+                        };
+                        (first + sum, first_size + size)
+                    })
+                    .collect();
+                let norm = values.iter().map(|(value, _)| value * value).sum::<f64>().sqrt();
+                for (column, (value, size)) in values.into_iter().enumerate() {
+                    let gain = match term.column_gains.get(column) {
+                        Some(gain) => *gain,
+                        None => term.magnitude[row - term.band.start] / norm,
+                    };
+                    exact[column] += term.weight * (gain * value - start[column]);
+                    let size = gain.abs() * size + start_sizes[column];
+                    sizes[column] += term.weight.abs() * size;
+                }
+            }
+            UpdateKind::Replace => {
+                let stored = (row - term.band.start) * columns;
+                for column in 0..columns {
+                    let value = term.a[stored + column];
+                    exact[column] += term.weight * (value - start[column]);
+                    let size = value.abs() + start_sizes[column];
+                    sizes[column] += term.weight.abs() * size;
+                }
+            }
+        }
     }
 }
 

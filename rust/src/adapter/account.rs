@@ -1,0 +1,42 @@
+//! What becomes of each config field and each tensor of an adapter: used, not needed, or refused.
+
+use serde::Serialize;
+
+/// What becomes of a part of an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// It shapes the result.
+    Used,
+    /// The result is the same without it.
+    NotNeeded,
+    /// It cannot be merged.
+    Refused,
+}
+
+/// One config field or tensor, and what becomes of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Account {
+    /// The field's or tensor's name.
+    pub name: String,
+    /// What becomes of it.
+    pub verdict: Verdict,
+    /// Why, in half a sentence.
+    pub reason: String,
+}
+
+impl Account {
+    /// One part's account.
+    pub fn new(name: impl Into<String>, (verdict, reason): (Verdict, impl Into<String>)) -> Self {
+        Self { name: name.into(), verdict, reason: reason.into() }
+    }
+}
+
+/// A whole adapter's account, in the order of its files.
+#[derive(Debug, Clone, Serialize)]
+pub struct Accounts {
+    /// Every field of the config.
+    pub fields: Vec<Account>,
+    /// Every tensor.
+    pub tensors: Vec<Account>,
+}

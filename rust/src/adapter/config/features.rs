@@ -1,0 +1,240 @@
+//! The settings that change what the factors in a file mean, beyond their ranks and scales.
+
+use serde_json::{Map, Value};
+
+use super::Reader;
+use crate::error::Result;
+
+/// Which rows of which embeddings were trained (`trainable_token_indices`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tokens {
+    /// Rows of the input embedding.
+    Input(Vec<u64>),
+    /// Rows by the name of the module that has them.
+    Named(Vec<(String, Vec<u64>)>),
+}
+
+impl Tokens {
+    /// The rows of the module at `path`, whose end PEFT holds against the names.
+    pub fn rows_of(&self, path: &str) -> Option<&[u64]> {
+        match self {
+            Self::Input(rows) => Some(rows),
+            Self::Named(entries) => {
+                let (_, rows) = entries.iter().find(|(name, _)| path.ends_with(name.as_str()))?;
+                Some(rows)
+            }
+        }
+    }
+}
+
+/// Which factors are block-diagonal (`use_bdlora`), by parts of their modules' paths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockDiagonal {
+    a: Vec<String>,
+    b: Vec<String>,
+    /// The number of blocks.
+    pub blocks: u64,
+}
+
+impl BlockDiagonal {
+    /// Whether the first factor of the module at `path` is.
+    pub fn has_a(&self, path: &str) -> bool {
+        self.a.iter().any(|part| path.contains(part.as_str()))
+    }
+
+    /// Whether the second factor is.
+    pub fn has_b(&self, path: &str) -> bool {
+        self.b.iter().any(|part| path.contains(part.as_str()))
+    }
+}
+
+/// What the initialisation took out of the base's weight and put into the factors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Initialisation {
+    /// Nothing: the factors began with a product of zero.
+    Plain,
+    /// PiSSA: the r largest singular components (Meng et al. 2024, arXiv:2404.02948).
+    Pissa {
+        /// Whether by a randomised method (`pissa_niter_N`), so that nobody can repeat it exactly.
+        randomised: bool,
+    },
+    /// OLoRA: s times the product of the first r columns and rows of a QR decomposition
+    /// (Büyükakyüz 2024, arXiv:2406.01775).
+    Olora,
+    /// Something that this list does not have, by its name in the config.
+    Unknown,
+}
+
+/// The version of PEFT that wrote a config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version {
+    /// Major, minor and patch.
+    pub release: (u64, u64, u64),
+    /// Whether it was built from a state between two releases.
+    pub development: bool,
+}
+
+impl Version {
+    fn parse(text: &str) -> Option<Self> {
+        let mut numbers = text.split(['.', '@', '+']);
+        let mut next = || numbers.next().and_then(|number| number.parse().ok());
+        let release = (next()?, next()?, next().unwrap_or(0));
+        Some(Self { release, development: text.contains("dev") })
+    }
+}
+
+/// Everything that this module reads.
+#[derive(Debug, Clone)]
+pub struct Features {
+    /// The parameters that have factors of their own, by the ends of their names.
+    pub target_parameters: Vec<String>,
+    /// Trained rows of embeddings.
+    pub tokens: Option<Tokens>,
+    /// Block-diagonal factors.
+    pub block_diagonal: Option<BlockDiagonal>,
+    /// Whether each module has a diagonal and a base without its smallest singular components
+    /// (KaSA; Wang et al. 2024, arXiv:2412.06071).
+    pub kasa: bool,
+    /// Which of the equal parts of a fused weight's outputs have factors (`enable_lora`).
+    pub enabled_parts: Option<Vec<bool>>,
+    /// How the factors began.
+    pub initialisation: Initialisation,
+    /// Who wrote it; configs say so since 0.18.
+    pub version: Option<Version>,
+}
+
+impl Features {
+    pub(super) fn read(reader: &Reader<'_>) -> Result<Self> {
+        let text = |field: &str| reader.raw.get(field).and_then(Value::as_str);
+        Ok(Self {
+            target_parameters: reader.strings(reader.raw, "target_parameters")?,
+            tokens: reader.tokens()?,
+            block_diagonal: reader.block_diagonal()?,
+            kasa: matches!(reader.raw.get("kasa_config"), Some(Value::Object(_))),
+            enabled_parts: reader.enabled_parts()?,
+            initialisation: initialisation(reader.raw.get("init_lora_weights")),
+            version: text("peft_version").and_then(Version::parse),
+        })
+    }
+
+    /// The names of parameters that a module's factors may belong to, as `target_parameters` has
+    /// them: all whose leading part ends the module's path.
+    pub fn parameters_of(&self, path: &str) -> Vec<&str> {
+        let mut names: Vec<_> = (self.target_parameters.iter())
+            .filter_map(|target| match target.rsplit_once('.') {
+                Some((module, name)) => ends_in(path, module).then_some(name),
+                None => Some(target.as_str()),
+            })
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+}
+
+fn ends_in(path: &str, module: &str) -> bool {
+    path.strip_suffix(module).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+fn initialisation(value: Option<&Value>) -> Initialisation {
+    let Some(Value::String(kind)) = value else {
+        return match value {
+            None | Some(Value::Null | Value::Bool(_)) => Initialisation::Plain,
+            Some(_) => Initialisation::Unknown,
+        };
+    };
+    match kind.to_lowercase().as_str() {
+        "gaussian" | "eva" | "orthogonal" | "mica" => Initialisation::Plain,
+        "pissa" => Initialisation::Pissa { randomised: false },
+        "olora" => Initialisation::Olora,
+        other if other.starts_with("pissa_niter_") => Initialisation::Pissa { randomised: true },
+        _ => Initialisation::Unknown,
+    }
+}
+
+impl Reader<'_> {
+    /// A list of names; none where the field is not set.
+    fn strings(&self, fields: &Map<String, Value>, field: &str) -> Result<Vec<String>> {
+        let names = match fields.get(field) {
+            None | Some(Value::Null) => return Ok(Vec::new()),
+            Some(Value::Array(names)) => names,
+            Some(other) => {
+                return Err(self.broken(format!("sets {field} to {other}; it is a list of names")));
+            }
+        };
+        names
+            .iter()
+            .map(|name| match name.as_str() {
+                Some(name) if !name.is_empty() => Ok(name.to_owned()),
+                _ => Err(self.broken(format!("has {name} among the names of {field}"))),
+            })
+            .collect()
+    }
+
+    fn tokens(&self) -> Result<Option<Tokens>> {
+        let field = "trainable_token_indices";
+        Ok(match self.raw.get(field) {
+            None | Some(Value::Null) => None,
+            Some(Value::Array(items)) if items.is_empty() => None,
+            Some(Value::Object(items)) if items.is_empty() => None,
+            Some(Value::Object(entries)) => {
+                let read = |(name, rows)| Ok((String::clone(name), self.rows(field, rows)?));
+                Some(Tokens::Named(entries.iter().map(read).collect::<Result<_>>()?))
+            }
+            Some(rows) => Some(Tokens::Input(self.rows(field, rows)?)),
+        })
+    }
+
+    fn rows(&self, field: &str, value: &Value) -> Result<Vec<u64>> {
+        let broken = || {
+            self.broken(format!("sets {field} to {value}; tokens are whole numbers of at least 0"))
+        };
+        let rows: Vec<_> = value
+            .as_array()
+            .and_then(|rows| rows.iter().map(Value::as_u64).collect())
+            .ok_or_else(broken)?;
+        let mut sorted = rows.clone();
+        sorted.sort_unstable();
+        match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(self.broken(format!("names the token {} twice in {field}", pair[0]))),
+            None => Ok(rows),
+        }
+    }
+
+    fn block_diagonal(&self) -> Result<Option<BlockDiagonal>> {
+        let fields = match self.raw.get("use_bdlora") {
+            None | Some(Value::Null | Value::Bool(false)) => return Ok(None),
+            Some(Value::Object(fields)) => fields,
+            Some(other) => {
+                return Err(self.broken(format!("sets use_bdlora to {other}; it is an object")));
+            }
+        };
+        let blocks = match fields.get("nblocks") {
+            None => 1,
+            Some(value) => value.as_u64().filter(|blocks| *blocks > 0).ok_or_else(|| {
+                self.broken(format!("sets nblocks of use_bdlora to {value}; it is at least 1"))
+            })?,
+        };
+        Ok(Some(BlockDiagonal {
+            a: self.strings(fields, "target_modules_bd_a")?,
+            b: self.strings(fields, "target_modules_bd_b")?,
+            blocks,
+        }))
+    }
+
+    fn enabled_parts(&self) -> Result<Option<Vec<bool>>> {
+        let value = match self.raw.get("enable_lora") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(value) => value,
+        };
+        let flags: Option<Vec<_>> =
+            value.as_array().and_then(|flags| flags.iter().map(Value::as_bool).collect());
+        match flags {
+            Some(flags) if flags.is_empty() => Ok(None),
+            Some(flags) if flags.contains(&true) => Ok(Some(flags)),
+            _ => Err(self.broken(format!(
+                "sets enable_lora to {value}; it is a list of true and false, not all false"
+            ))),
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! What each field of a config means for a merge.
+
+use serde_json::Value;
+
+use super::{Initialisation, PeftConfig};
+use crate::adapter::account::{
+    Account,
+    Verdict::{self, NotNeeded, Refused, Used},
+};
+
+/// Whether a value leaves a field unset.
+fn is_unset(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        Value::Bool(true) | Value::Number(_) | Value::String(_) => false,
+    }
+}
+
+/// Every field that a PEFT LoRA config of the releases up to 0.21 can hold, where its value does
+/// not matter for the verdict.
+fn meaning(field: &str) -> Option<(Verdict, &'static str)> {
+    Some(match field {
+        "peft_type" => (Used, "says that this is a LoRA"),
+        "r" | "rank_pattern" => (Used, "gives the modules' ranks"),
+        "lora_alpha" | "alpha_pattern" => (Used, "gives the modules' scales"),
+        "use_rslora" => (Used, "makes the scale α/√r"),
+        "use_dora" => (Used, "rescales each output by a trained magnitude"),
+        "fan_in_fan_out" => (Used, "a hint at how weights are stored"),
+        "target_parameters" => (Used, "says which parameters the factors belong to"),
+        "trainable_token_indices" => (Used, "says which rows of an embedding are replaced"),
+        "use_bdlora" => (Used, "says which factors are block-diagonal"),
+        "kasa_config" => (Used, "takes the smallest singular components out of the base"),
+        "enable_lora" => (Used, "says which parts of a fused weight have factors"),
+        "modules_to_save" => (Used, "says which modules are replaced whole"),
+        "ensure_weight_tying" => (Used, "says whether tied modules were trained as one"),
+        "peft_version" => (Used, "tells how experts' factors lie where shapes do not"),
+        "task_type"
+        | "auto_mapping"
+        | "revision"
+        | "base_model_name_or_path"
+        | "inference_mode" => (NotNeeded, "says what the base is, which is given"),
+        "target_modules"
+        | "exclude_modules"
+        | "layers_to_transform"
+        | "layers_pattern"
+        | "bias"
+        | "lora_bias" => (NotNeeded, "the tensors in the file say the same"),
+        "lora_dropout" | "runtime_config" | "merge_weights" | "megatron_core"
+        | "qalora_group_size" => (NotNeeded, "mattered in training only"),
+        "loftq_config" | "eva_config" | "corda_config" | "lora_ga_config" => (
+            NotNeeded,
+            "says how the factors began; init_lora_weights, whether that changed the base",
+        ),
+        "velora_config" | "monteclora_config" => {
+            (NotNeeded, "its tensors were used in training only")
+        }
+        "layer_replication" => {
+            (Refused, "uses layer replication (layer_replication), which cannot be merged yet")
+        }
+        "alora_invocation_tokens" => (
+            Refused,
+            "is an activated LoRA (alora_invocation_tokens), which acts only after its invocation \
+             and so cannot be merged; serve it beside its base",
+        ),
+        "use_qalora" => (
+            Refused,
+            "is a QALoRA (use_qalora), which acts on groups of quantised inputs and cannot be \
+             merged; serve it beside its base",
+        ),
+        "arrow_config" => (
+            Refused,
+            "is routed by Arrow (arrow_config), which chooses an adapter for each token and cannot \
+             be merged; merge one of its adapters",
+        ),
+        _ => return None,
+    })
+}
+
+impl PeftConfig {
+    /// What becomes of each field. Fields named in `allow` are let pass.
+    pub fn account(&self, allow: &[String]) -> Vec<Account> {
+        let account = |(field, value): (&String, &Value)| {
+            Account::new(field.as_str(), self.account_of(field, value, allow))
+        };
+        self.raw.iter().map(account).collect()
+    }
+
+    /// What the config asks for that cannot be merged, each as half a sentence that names the
+    /// field. Fields named in `allow` are let pass.
+    pub fn obstacles(&self, allow: &[String]) -> Vec<String> {
+        let accounts = self.account(allow).into_iter();
+        accounts
+            .filter(|account| account.verdict == Refused)
+            .map(|account| account.reason)
+            .collect()
+    }
+
+    fn account_of(&self, field: &str, value: &Value, allow: &[String]) -> (Verdict, String) {
+        let known = meaning(field);
+        let (verdict, reason) = match (field, known) {
+            ("init_lora_weights", _) => self.account_of_initialisation(value),
+            ("alpha", _) => self.account_of_alpha(value),
+            _ if is_unset(value) && !matches!(known, Some((Used, _))) => {
+                (NotNeeded, "is not set".into())
+            }
+            ("megatron_config", _) => account_of_megatron(value),
+            (_, Some((verdict, reason))) => (verdict, reason.to_owned()),
+            (_, None) => (
+                Refused,
+                format!(
+                    "has the unknown config field {field} = {value}, which could change the \
+                     result; allow it by name if it does not"
+                ),
+            ),
+        };
+        match verdict {
+            Refused if allow.iter().any(|allowed| allowed == field) => {
+                (NotNeeded, "allowed by name".into())
+            }
+            _ => (verdict, reason),
+        }
+    }
+
+    /// A stray copy of `lora_alpha` that some tools write.
+    fn account_of_alpha(&self, value: &Value) -> (Verdict, String) {
+        match value {
+            Value::Null => (NotNeeded, "is not set".into()),
+            _ if value.as_f64() == Some(self.alpha) => (NotNeeded, "repeats lora_alpha".into()),
+            _ => (
+                Refused,
+                format!(
+                    "has the field alpha = {value} beside lora_alpha = {}; remove the wrong one",
+                    self.alpha
+                ),
+            ),
+        }
+    }
+
+    fn account_of_initialisation(&self, value: &Value) -> (Verdict, String) {
+        let kind = value.as_str().unwrap_or_default().to_lowercase();
+        match self.features.initialisation {
+            Initialisation::Plain => (NotNeeded, "left the base as it is".into()),
+            Initialisation::Pissa { .. } => {
+                (Used, "took the largest singular components out of the base".into())
+            }
+            Initialisation::Olora => {
+                (Used, "took the first components of a QR decomposition out of the base".into())
+            }
+            Initialisation::Unknown if ["loftq", "lora_ga", "corda"].contains(&kind.as_str()) => (
+                Refused,
+                format!(
+                    "was initialised with {value} (init_lora_weights), which changed the base in \
+                     a way that its files do not tell: convert it in training \
+                     (save_pretrained(…, path_initial_model_for_weight_conversion=…)), or give the \
+                     changed base and allow init_lora_weights"
+                ),
+            ),
+            Initialisation::Unknown => (
+                Refused,
+                format!(
+                    "was initialised with {value} (init_lora_weights), which is unknown and could \
+                     have changed the base; allow init_lora_weights if it did not"
+                ),
+            ),
+        }
+    }
+}
+
+/// Megatron's layers hold plain LoRA, but where tensors are split between processes each saves its
+/// own part.
+fn account_of_megatron(value: &Value) -> (Verdict, String) {
+    match value.get("tensor_model_parallel_size").and_then(Value::as_u64) {
+        Some(parts) if parts > 1 => (
+            Refused,
+            format!(
+                "holds one of {parts} parts of Megatron's tensor-parallel layers \
+                 (megatron_config); gather them into one adapter first"
+            ),
+        ),
+        _ => (NotNeeded, "Megatron's layers hold plain LoRA".into()),
+    }
+}

@@ -1,0 +1,112 @@
+//! What DoRA's norms are taken over, where something else changes the same tensor.
+
+use super::planner::{Addition, Planner, TensorChange};
+use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
+use crate::safetensors::TensorInfo;
+
+impl Planner<'_> {
+    /// Says of every rescaled tensor what each of its updates is made from.
+    pub(super) fn settle_rescaling(&mut self, additions: &mut [Addition]) {
+        let staged = self.options.compat == Some(Compat::Peft)
+            && self.options.strategy == Strategy::Sequential;
+        let mut problems = Vec::new();
+        let mut settle = |name: &str, change: &mut TensorChange, base: Option<&TensorInfo>| {
+            if !change.updates.iter().any(|update| update.kind == UpdateKind::Dora) {
+                return;
+            }
+            let in_part = |update: &Update| update.part.rows.is_some();
+            let over_rows = |update: &Update| update.kind == UpdateKind::Dora && update.transposed;
+            if change.updates.iter().any(over_rows) && change.updates.iter().any(in_part) {
+                problems.push(format!(
+                    "{name} is rescaled by DoRA, whose norms run over all of its rows, while some \
+                     of them are changed on their own; merge them one after the other"
+                ));
+            } else if staged {
+                in_stages(&mut change.updates);
+            } else if let Err(problem) = from_their_own(change, base) {
+                problems.push(format!("{name} {problem}"));
+            }
+        };
+        for (name, change) in &mut self.tensors {
+            settle(name, change, self.base.tensor(name));
+        }
+        for addition in additions {
+            let origin = match addition.origin {
+                Origin::Base(_) => None,
+                Origin::Adapter(adapter) => Some((adapter, addition.source.clone())),
+            };
+            let mut change =
+                TensorChange { origin, updates: std::mem::take(&mut addition.updates) };
+            settle(&addition.name, &mut change, None);
+            addition.updates = change.updates;
+        }
+        self.problems.extend(problems);
+    }
+}
+
+/// One after another, as PEFT merges: each from what those before it left.
+fn in_stages(updates: &mut [Update]) {
+    let mut stage = 0;
+    for position in 1..updates.len() {
+        let both_add = [&updates[position - 1], &updates[position]]
+            .iter()
+            .all(|update| !update.kind.takes_the_place());
+        stage += usize::from(!both_add);
+        updates[position].stage = stage;
+    }
+}
+
+/// Each from W₀, or from the tensor that its own adapter puts in W₀'s place.
+fn from_their_own(change: &mut TensorChange, base: Option<&TensorInfo>) -> Result<(), String> {
+    let rescaling = |update: &Update| update.kind == UpdateKind::Dora;
+    if let Some((owner, source)) = &change.origin {
+        let owner = *owner;
+        if change.updates.iter().filter(|update| rescaling(update)).all(|u| u.adapter == owner) {
+            return Ok(());
+        }
+        // Another adapter's norms are those of the base's own tensor.
+        if base.is_none_or(|base| base.shape != source.shape) {
+            return Err(
+                "is replaced by one adapter and rescaled by another's DoRA, which was trained on \
+                 the base's own; merge them one after the other"
+                    .into(),
+            );
+        }
+        let replacement = Update {
+            adapter: owner,
+            module: source.name.clone(),
+            kind: UpdateKind::Replace,
+            rank: 0,
+            scale: 1.0,
+            weight: 1.0,
+            transposed: false,
+            part: Part::default(),
+            on: None,
+            residual: None,
+            stage: 0,
+        };
+        change.origin = None;
+        change.updates.insert(0, replacement);
+    }
+    let replaced: Vec<_> = (change.updates.iter())
+        .filter(|update| update.kind == UpdateKind::Replace)
+        .cloned()
+        .collect();
+    for replacement in replaced {
+        let beside = |update: &Update| {
+            update.adapter == replacement.adapter && update.part.rows == replacement.part.rows
+        };
+        let mut found = false;
+        for update in &mut change.updates {
+            if beside(update) && rescaling(update) {
+                update.on = Some(replacement.module.clone());
+                found = true;
+            }
+        }
+        // The rescaled sum takes W₀'s place, not the replacement beside it.
+        change
+            .updates
+            .retain(|update| !found || !beside(update) || update.kind != UpdateKind::Replace);
+    }
+    Ok(())
+}

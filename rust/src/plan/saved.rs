@@ -1,0 +1,237 @@
+//! Parameters that an adapter brings whole: in the place of the base's, beside them, and with
+//! another number of tokens.
+
+use super::planner::{Addition, Planner, TensorChange};
+use super::ties;
+use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
+use crate::adapter::Saved;
+use crate::kernel::{self, InstructionSet};
+use crate::names::Mapping;
+use crate::safetensors::TensorInfo;
+
+impl Planner<'_> {
+    /// Puts a saved parameter in the place of the base's, or beside it.
+    pub(super) fn replace(
+        &mut self,
+        position: usize,
+        saved: &Saved,
+        mapping: &Mapping,
+        weight: f64,
+    ) -> Result<(), String> {
+        let inputs = self.inputs;
+        let adapter = &inputs.adapters[position];
+        if self.options.subtract {
+            return self.leave(position, saved);
+        }
+        // A head that the backbone does not have keeps the name that the whole model gives it.
+        let name = mapping.apply(&saved.path).unwrap_or_else(|| saved.path.clone());
+        let name = self.name_in_tie(&name).unwrap_or(name);
+        let trained_apart = adapter.config().saves_module_of(&saved.path);
+        let Some(tensor) = self.source(&name).cloned() else {
+            if !trained_apart {
+                return Err(format!(
+                    "its tensor {} fits nothing in the base and belongs to no module that its \
+                     config saves (modules_to_save)",
+                    saved.tensor.name
+                ));
+            }
+            self.additions.entry(name).or_default().push((position, saved.tensor.clone()));
+            return Ok(());
+        };
+        if !tensor.dtype.is_mergeable() && tensor.dtype != saved.tensor.dtype {
+            return Err(format!(
+                "its tensor {} of type {} replaces {name}, which the base stores as {}: \
+                 merge into the unquantised base instead",
+                saved.tensor.name, saved.tensor.dtype, tensor.dtype
+            ));
+        }
+        let (old, new) = (&tensor.shape, &saved.tensor.shape);
+        let grows = ties::is_of_vocabulary(&name) && old.len() == new.len() && old[1..] == new[1..];
+        let same = old == new;
+        let alone = inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential;
+        if !(same || grows && alone) {
+            return Err(format!(
+                "its tensor {} of shape {new:?} replaces {name} of shape {old:?}",
+                saved.tensor.name
+            ));
+        }
+        if !same {
+            self.resize_vocabulary(old[0], new[0])?;
+        } else if !trained_apart && self.is_unchanged(position, saved, &name) {
+            return Ok(());
+        }
+        for name in self.replaced_by(position, &name, trained_apart) {
+            self.put(position, saved, name, weight)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a parameter that was saved beside an update is only the base's own again. Then it
+    /// replaces nothing, least of all what an earlier adapter added; in PEFT's merge it does.
+    fn is_unchanged(&self, position: usize, saved: &Saved, name: &str) -> bool {
+        let Some(location) = self.base.tensors().get(name) else { return false };
+        let base = self.base.at(*location);
+        let (from, to) = (&base.dtype, &saved.tensor.dtype);
+        if self.options.compat == Some(Compat::Peft) || from.size() > to.size() {
+            return false;
+        }
+        let base = self.base.shards()[location.shard].file.tensor_bytes(base);
+        let bytes = self.inputs.adapters[position].file().tensor_bytes(&saved.tensor);
+        if from == to {
+            return base == bytes;
+        }
+        let mergeable = from.is_mergeable() && to.is_mergeable();
+        mergeable && from.size() < to.size() && {
+            let mut widened = vec![0; bytes.len()];
+            kernel::convert(InstructionSet::detect(), from, base, to, &mut widened);
+            widened == bytes
+        }
+    }
+
+    /// Puts a saved parameter in the place of one tensor.
+    fn put(
+        &mut self,
+        position: usize,
+        saved: &Saved,
+        name: String,
+        weight: f64,
+    ) -> Result<(), String> {
+        let file = self.inputs.adapters[position].file();
+        let is_same =
+            |other: &TensorInfo| file.tensor_bytes(other) == file.tensor_bytes(&saved.tensor);
+        let change = self.tensors.entry(name.clone()).or_default();
+        // A parameter that two modules share can be in the file under either name, and under both.
+        let by_name = |update: &Update| {
+            let own = update.adapter == position && update.kind == UpdateKind::Replace;
+            own.then(|| file.tensor(&update.module)).flatten()
+        };
+        let already = match &change.origin {
+            Some((owner, tensor)) if *owner == position => Some(tensor),
+            _ => change.updates.iter().find_map(by_name),
+        };
+        if let Some(other) = already {
+            return if is_same(other) {
+                Ok(())
+            } else {
+                Err(format!(
+                    "its tensors {} and {} differ, but both are {name}, which the base ties",
+                    other.name, saved.tensor.name
+                ))
+            };
+        }
+        if weight == 1.0 && self.options.strategy == Strategy::Sequential {
+            // Whatever earlier adapters did to it is gone, as when one is merged after the other.
+            if !change.is_empty() {
+                self.warnings.push(format!(
+                    "{}: replaces {name}, which an earlier adapter changed; that change is lost",
+                    self.inputs.adapters[position].path().display()
+                ));
+            }
+            *change = TensorChange {
+                origin: Some((position, saved.tensor.clone())),
+                updates: Vec::new(),
+            };
+        } else {
+            change.updates.push(Update {
+                adapter: position,
+                module: saved.tensor.name.clone(),
+                kind: UpdateKind::Replace,
+                rank: 0,
+                scale: 1.0,
+                weight,
+                transposed: false,
+                part: Part::default(),
+                on: None,
+                residual: None,
+                stage: 0,
+            });
+        }
+        Ok(())
+    }
+
+    /// What a parameter saved whole means where adapters are taken out again.
+    fn leave(&mut self, position: usize, saved: &Saved) -> Result<(), String> {
+        let adapter = &self.inputs.adapters[position];
+        let module = saved.path.strip_suffix(".weight").unwrap_or_default();
+        let is_updated = adapter.modules().values().any(|updated| updated.path == module);
+        if is_updated && !adapter.config().saves_module_of(&saved.path) {
+            self.notes.push(format!(
+                "{}: carries {} of its own, to which its update was added; that is what comes back",
+                adapter.path().display(),
+                saved.path
+            ));
+            return Ok(());
+        }
+        Err(format!(
+            "its tensor {} stands in the place of the base's {}, which is in neither; give the \
+             base that it was merged into",
+            saved.tensor.name, saved.path
+        ))
+    }
+
+    fn resize_vocabulary(&mut self, old: u64, new: u64) -> Result<(), String> {
+        match self.vocabulary.replace((old, new)) {
+            Some((_, other)) if other != new => {
+                Err(format!("its saved tensors have {new} tokens, but others have {other}"))
+            }
+            _ => {
+                self.notes.push(format!("the vocabulary changes from {old} to {new} tokens"));
+                self.notes.dedup();
+                Ok(())
+            }
+        }
+    }
+
+    /// What has to have another number of tokens once the vocabulary has, and was not replaced.
+    pub(super) fn check_vocabulary(&mut self) {
+        let Some((old, new)) = self.vocabulary else { return };
+        let names: Vec<String> = self.base.tensors().keys().cloned().collect();
+        for name in names {
+            let tensor = self.base.tensor(&name).expect("one of the base's");
+            let replaced = || self.tensors.get(&name).is_some_and(|change| change.origin.is_some());
+            if ties::is_of_vocabulary(&name) && tensor.shape.first() == Some(&old) && !replaced() {
+                self.problems.push(format!(
+                    "the vocabulary changes from {old} to {new} tokens, but no adapter brings \
+                     {name} of the new size; its module has to be among modules_to_save in training"
+                ));
+            }
+        }
+    }
+
+    pub(super) fn decide_additions(&mut self) -> Vec<Addition> {
+        let mut additions = Vec::new();
+        for (name, mut sources) in std::mem::take(&mut self.additions) {
+            if sources.len() > 1 && self.options.strategy != Strategy::Sequential {
+                self.problems.push(format!(
+                    "{} adapters bring {name}, which the base does not have, so that they cannot \
+                     be weighted against it; merge one of them, or use the strategy sequential",
+                    sources.len()
+                ));
+                continue;
+            }
+            if sources.len() > 1 {
+                self.warnings.push(format!(
+                    "{} adapters bring {name}, which the base does not have; the last one's is used",
+                    sources.len()
+                ));
+            }
+            let Some((adapter, source)) = sources.pop() else { continue };
+            let path = self.inputs.adapters[adapter].path().display().to_string();
+            self.notes.push(format!("{path}: brings {name}, which the base does not have"));
+            let output_dtype = if source.dtype.is_mergeable() {
+                self.options.dtype.clone().unwrap_or_else(|| self.usual_dtype())
+            } else {
+                source.dtype.clone()
+            };
+            additions.push(Addition {
+                name,
+                origin: Origin::Adapter(adapter),
+                home: None,
+                source,
+                output_dtype,
+                updates: Vec::new(),
+            });
+        }
+        additions
+    }
+}

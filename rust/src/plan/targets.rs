@@ -1,0 +1,329 @@
+//! Which parameter of the model each module of an adapter changes, and which way a product lies on
+//! experts that are stored as one tensor.
+
+use indexmap::IndexMap;
+use serde::Serialize;
+
+use super::Part;
+use crate::adapter::{Adapter, Form, LayerKind, Module, Version};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::plan::Expert;
+use crate::safetensors::TensorInfo;
+
+/// Which way a product lies on the weight of an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertLayout {
+    /// As B·A: the factors take the weight as (out, in).
+    Straight,
+    /// As (B·A)ᵀ: they take it as (in, out).
+    Transposed,
+}
+
+impl ExpertLayout {
+    /// The layout of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "straight" => Ok(Self::Straight),
+            "transposed" => Ok(Self::Transposed),
+            _ => Err(Error::Argument(format!(
+                "unknown expert layout {name:?}; there are straight and transposed"
+            ))),
+        }
+    }
+}
+
+/// Model types of transformers whose experts take their weights as (in, out).
+const TRANSPOSED_MODELS: [&str; 4] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter"];
+/// The order in which experts' parameters are registered, which is the order of PEFT's wrappers.
+const REGISTRATION: [&str; 4] = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// The parameter that a module changes.
+#[derive(Debug, Clone)]
+pub(super) struct Target {
+    /// Its name in the model that was trained.
+    pub parameter: String,
+    /// How the product lies on it, where the factors were made for the parameter as it is stored;
+    /// else the layer decides.
+    pub layout: Option<ExpertLayout>,
+    /// The rank and the scale, which can depend on the parameter's name.
+    pub rank: u64,
+    /// As for the rank.
+    pub scale: f64,
+}
+
+/// Finds the parameter of every module, by the module's key; or says in words why not.
+pub(super) fn find(
+    adapter: &Adapter,
+    base: &Checkpoint,
+    asked: Option<ExpertLayout>,
+) -> (IndexMap<String, Target>, Vec<String>) {
+    let mut targets = IndexMap::new();
+    let mut problems = Vec::new();
+    let mut groups = IndexMap::<&str, Vec<&Module>>::new();
+    for module in adapter.modules().values() {
+        groups.entry(&module.path).or_default().push(module);
+    }
+    for (path, mut modules) in groups {
+        // The innermost wrapper first.
+        modules.sort_by_key(|module| std::cmp::Reverse(module.key.len()));
+        let parameters = parameters(base, &modules);
+        if parameters.is_empty() {
+            match modules.as_slice() {
+                [module] if module.form != Form::Experts => {
+                    targets.insert(module.key.clone(), plain(base, module));
+                }
+                _ => problems.push(unknown_parameter(&modules)),
+            }
+            continue;
+        }
+        match assign(adapter, &modules, &parameters) {
+            Ok(found) => targets.extend(found),
+            Err(problem) => problems.push(format!("its module {path} {problem}")),
+        }
+    }
+    for problem in settle_layouts(adapter, base, asked, &mut targets) {
+        problems.push(problem);
+    }
+    (targets, problems)
+}
+
+/// A layer's own weight.
+fn plain(base: &Checkpoint, module: &Module) -> Target {
+    let path = &module.path;
+    let weight = format!("{path}.weight");
+    // torch's MultiheadAttention has no weight but this one.
+    let attention = format!("{path}.in_proj_weight");
+    let has = |name: &str| find_alike(base, name).is_some();
+    let is_attention =
+        module.kind == LayerKind::Linear && base.tensor(&weight).is_none() && has(&attention);
+    let parameter = if is_attention && !has(&weight) { attention } else { weight };
+    Target { parameter, layout: None, rank: module.rank, scale: module.scaling }
+}
+
+/// A tensor of that name, or one whose name differs by a leading part.
+fn find_alike<'a>(base: &'a Checkpoint, name: &str) -> Option<&'a TensorInfo> {
+    let alike = |other: &&String| {
+        let (long, short) =
+            if other.len() > name.len() { (other.as_str(), name) } else { (name, other.as_str()) };
+        long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'))
+    };
+    base.tensor(name)
+        .or_else(|| base.tensors().keys().find(alike).and_then(|name| base.tensor(name)))
+}
+
+/// The parameters among the modules' candidates that the base has, in the order in which PEFT
+/// wraps them, as far as it is known.
+fn parameters<'a>(base: &'a Checkpoint, modules: &[&'a Module]) -> Vec<(&'a str, &'a TensorInfo)> {
+    let Some(module) = modules.first() else { return Vec::new() };
+    let mut found: Vec<_> = (module.parameters.iter())
+        .filter_map(|name| {
+            let tensor = find_alike(base, &format!("{}.{name}", module.path))?;
+            matches!(tensor.shape.len(), 2 | 3).then_some((name.as_str(), tensor))
+        })
+        .collect();
+    let position = |name: &str| REGISTRATION.iter().position(|known| *known == name);
+    if found.iter().all(|(name, _)| position(name).is_some()) {
+        found.sort_by_key(|(name, _)| position(name));
+    }
+    found
+}
+
+fn unknown_parameter(modules: &[&Module]) -> String {
+    let module = modules[0];
+    let names: Vec<_> =
+        module.parameters.iter().map(|name| format!("{}.{name}", module.path)).collect();
+    match names.as_slice() {
+        [] => format!(
+            "{} and {} are factors of one module, {}, and its config names no parameters of it \
+             (target_parameters)",
+            module.a.name,
+            modules[modules.len() - 1].a.name,
+            module.path
+        ),
+        _ => format!(
+            "its module {} fits no tensor of the base, which has no {}",
+            module.path,
+            names.join(" and no ")
+        ),
+    }
+}
+
+/// How the factors of a module can lie on a parameter of that shape.
+fn layouts(adapter: &Adapter, module: &Module, name: &str, shape: &[u64]) -> Vec<ExpertLayout> {
+    let rank = adapter.config().rank_of(&format!("{}.{name}", module.path));
+    let (count, height, width) = match *shape {
+        [height, width] => (1, height, width),
+        [count, height, width] => (count, height, width),
+        _ => return Vec::new(),
+    };
+    if module.a.shape[0] != rank * count || module.a.shape.len() != 2 {
+        return Vec::new();
+    }
+    let (outputs, inputs) = (module.b.shape[0], module.a.shape[1]);
+    let mut layouts = Vec::new();
+    if (height, width) == (outputs, inputs) {
+        layouts.push(ExpertLayout::Straight);
+    }
+    // One matrix alone is taken as it stands.
+    if (width, height) == (outputs, inputs) && (count > 1 || layouts.is_empty() && shape.len() == 3)
+    {
+        layouts.push(ExpertLayout::Transposed);
+    }
+    layouts
+}
+
+/// Gives each module its parameter: the only way in which the shapes fit, or else the one in the
+/// order of registration.
+fn assign(
+    adapter: &Adapter,
+    modules: &[&Module],
+    parameters: &[(&str, &TensorInfo)],
+) -> Result<Vec<(String, Target)>, String> {
+    let fits = |module: &Module, (name, tensor): (&str, &TensorInfo)| {
+        !layouts(adapter, module, name, &tensor.shape).is_empty()
+    };
+    let mut ways = Vec::new();
+    let mut way = Vec::new();
+    search(modules, parameters, &fits, &mut way, &mut ways);
+    let in_order: Vec<_> = (0..modules.len()).collect();
+    let known = parameters.iter().all(|(name, _)| REGISTRATION.contains(name));
+    let way = match ways.as_slice() {
+        [way] => way,
+        [] => {
+            return Err(format!(
+                "has factors of shapes {}, which fit none of the base's {}",
+                modules
+                    .iter()
+                    .map(|module| format!("{:?} and {:?}", module.a.shape, module.b.shape))
+                    .collect::<Vec<_>>()
+                    .join(", "),
+                parameters
+                    .iter()
+                    .map(|(name, tensor)| format!("{name} of shape {:?}", tensor.shape))
+                    .collect::<Vec<_>>()
+                    .join(" and ")
+            ));
+        }
+        ways if known && ways.contains(&in_order) => &in_order,
+        _ => {
+            return Err(format!(
+                "has factors that fit {} in more than one way, and nothing tells which is meant; \
+                 merge with PEFT, or train each in an adapter of its own",
+                parameters.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" and ")
+            ));
+        }
+    };
+    Ok(modules
+        .iter()
+        .zip(way)
+        .map(|(module, position)| {
+            let (name, tensor) = parameters[*position];
+            let parameter = format!("{}.{name}", module.path);
+            let config = adapter.config();
+            let rank = config.rank_of(&parameter);
+            let scale = config.scaling(config.alpha_of(&parameter), rank);
+            let layouts = layouts(adapter, module, name, &tensor.shape);
+            let layout = if let [layout] = layouts[..] { Some(layout) } else { None };
+            (module.key.clone(), Target { parameter, layout, rank, scale })
+        })
+        .collect())
+}
+
+fn search(
+    modules: &[&Module],
+    parameters: &[(&str, &TensorInfo)],
+    fits: &impl Fn(&Module, (&str, &TensorInfo)) -> bool,
+    way: &mut Vec<usize>,
+    ways: &mut Vec<Vec<usize>>,
+) {
+    let Some(module) = modules.get(way.len()) else {
+        ways.push(way.clone());
+        return;
+    };
+    for (position, parameter) in parameters.iter().enumerate() {
+        if !way.contains(&position) && fits(module, *parameter) {
+            way.push(position);
+            search(modules, parameters, fits, way, ways);
+            way.pop();
+        }
+    }
+}
+
+/// Decides the layout of square experts: as their neighbours', which shapes have decided; as the
+/// version of PEFT lays them; as asked for.
+fn settle_layouts(
+    adapter: &Adapter,
+    base: &Checkpoint,
+    asked: Option<ExpertLayout>,
+    targets: &mut IndexMap<String, Target>,
+) -> Vec<String> {
+    let is_open = |key: &str, target: &Target| {
+        target.layout.is_none() && adapter.modules()[key].form == Form::Experts
+    };
+    if !targets.iter().any(|(key, target)| is_open(key, target)) {
+        return Vec::new();
+    }
+    let leaf = |key: &str| adapter.modules()[key].path.rsplit('.').next().unwrap_or("").to_owned();
+    let decided: Vec<_> =
+        (targets.iter()).filter_map(|(key, target)| Some((leaf(key), target.layout?))).collect();
+    let version = adapter.config().features().version;
+    let mut problems = Vec::new();
+    for (key, target) in targets.iter_mut().filter(|(key, target)| is_open(key, target)) {
+        let neighbour = decided.iter().find(|(other, _)| *other == leaf(key));
+        target.layout =
+            asked.or(neighbour.map(|(_, layout)| *layout)).or_else(|| by_version(version?, base));
+        if target.layout.is_none() {
+            problems.push(format!(
+                "its factors of {} fit its square experts both ways, and nothing tells which \
+                 (peft_version in the config would); say so by the option expert_layout",
+                target.parameter
+            ));
+        }
+    }
+    problems
+}
+
+/// How PEFT laid experts: as (in, out) before 0.19, in 0.19.0 but for those that the model takes
+/// as (in, out), and for those alone since.
+fn by_version(version: Version, base: &Checkpoint) -> Option<ExpertLayout> {
+    if version.development {
+        return None;
+    }
+    let takes_transposed = base.config().is_some_and(names_transposed_model);
+    let transposed = match version.release {
+        (0, ..=18, _) => true,
+        (0, 19, 0) => !takes_transposed,
+        _ => takes_transposed,
+    };
+    Some(if transposed { ExpertLayout::Transposed } else { ExpertLayout::Straight })
+}
+
+fn names_transposed_model(config: &serde_json::Map<String, serde_json::Value>) -> bool {
+    let own = config.get("model_type").and_then(serde_json::Value::as_str);
+    own.is_some_and(|name| TRANSPOSED_MODELS.contains(&name))
+        || config.values().filter_map(serde_json::Value::as_object).any(names_transposed_model)
+}
+
+/// The parts of a product on a parameter of that shape: one an expert.
+pub(super) fn parts(module: &Module, shape: &[u64]) -> Vec<Part> {
+    let [count, height, _] = *shape else { return vec![Part::default()] };
+    let is_stacked = module.form == Form::Experts;
+    (0..count)
+        .map(|index| Part {
+            expert: is_stacked.then_some(Expert { index, count }),
+            outputs: None,
+            rows: Some(index * height..(index + 1) * height),
+        })
+        .collect()
+}
+
+/// How often a product is added. PEFT adds that of the output projection of a MultiheadAttention
+/// twice, in training as in merging.
+pub(super) fn repeats(module: &Module) -> f64 {
+    if module.key.ends_with(".base_layer.out_proj") { 2.0 } else { 1.0 }
+}

@@ -1,0 +1,338 @@
+//! An output head that shares the input embeddings' tensor.
+//!
+//! A tied pair is one tensor on disk and two modules in memory, which an adapter can change each on
+//! its own: LoRA and `modules_to_save` leave the other module as it was. So the pair is planned as
+//! two tensors that begin alike, the head's standing in for one that the base may not hold. If both
+//! end alike, they stay tied and the head is not written; if not, it is written out.
+//!
+//! PEFT's own merge adds every update to the one shared tensor, also where the model that was
+//! trained did not (`compat = "peft"`).
+
+use super::planner::{Addition, Planner, TensorChange};
+use super::{Compat, ConfigChanges, Inputs, Origin, Update, UpdateKind, changes_nothing};
+use crate::adapter::{Adapter, LayerKind};
+use crate::checkpoint::Checkpoint;
+use crate::safetensors::TensorInfo;
+
+/// The usual name of the output head.
+const HEAD: &str = "lm_head.weight";
+/// The names of modules that are output heads with a row for each token.
+const HEADS: [&str; 2] = ["lm_head", "embed_out"];
+/// The names of input embeddings.
+const EMBEDDINGS: [&str; 5] = ["embed_tokens", "wte", "word_embeddings", "embed_in", "shared"];
+
+/// The last part of a weight's module.
+fn leaf(parameter: &str) -> Option<&str> {
+    parameter.strip_suffix(".weight")?.rsplit('.').next()
+}
+
+fn is_input_embedding(parameter: &str) -> bool {
+    leaf(parameter).is_some_and(|leaf| EMBEDDINGS.contains(&leaf))
+}
+
+fn is_head(parameter: &str) -> bool {
+    leaf(parameter).is_some_and(|leaf| HEADS.contains(&leaf))
+}
+
+/// Whether a parameter has a row for each token.
+pub(super) fn is_of_vocabulary(parameter: &str) -> bool {
+    is_head(parameter) || is_input_embedding(parameter)
+}
+
+/// The tied pair of a base.
+#[derive(Debug, Clone)]
+pub(super) struct Tie {
+    embedding: String,
+    head: String,
+    /// The embeddings' shard and tensor, which are the head's as well.
+    shard: usize,
+    tensor: TensorInfo,
+    /// Whether the base holds the head's copy too.
+    stored: bool,
+    /// Whether the model has a head at all, whatever the config says of tying it.
+    has_head: bool,
+    /// Whether more than two modules share the tensor.
+    shared_widely: bool,
+    /// Whether an adapter before gave one of the two a tensor of its own.
+    parted: bool,
+}
+
+impl Tie {
+    /// The pair, where an adapter changes either of the two.
+    pub fn of(base: &Checkpoint, inputs: &Inputs) -> Option<Self> {
+        let touches = |adapter: &Adapter| {
+            let weights =
+                adapter.modules().values().map(|module| format!("{}.weight", module.path));
+            let saved = adapter.saved().iter().map(|saved| saved.path.clone());
+            let rows = adapter.trained_rows().iter().map(|rows| format!("{}.weight", rows.path));
+            weights.chain(saved).chain(rows).any(|parameter| is_of_vocabulary(&parameter))
+        };
+        if !base.ties_embeddings() || !inputs.adapters.iter().any(|adapter| touches(adapter)) {
+            return None;
+        }
+        let embedding = find_embedding(base)?;
+        let location = base.tensors()[&embedding];
+        let tensor = base.at(location).clone();
+        let stored = base.tensors().keys().find(|name| is_head(name)).cloned();
+        let bytes = |name: &str| {
+            let location = base.tensors()[name];
+            base.shards()[location.shard].file.tensor_bytes(base.at(location))
+        };
+        // What the config ties but the files do not is not tied when it is loaded either.
+        if stored.as_deref().is_some_and(|head| bytes(head) != bytes(&embedding)) {
+            return None;
+        }
+        let flag = |name: &str| base.config().and_then(|config| config.get(name)?.as_bool());
+        Some(Self {
+            head: stored.clone().unwrap_or_else(|| match leaf(&embedding) {
+                Some("embed_in") => "embed_out.weight".to_owned(),
+                _ => match embedding.strip_prefix("language_model.") {
+                    Some(_) => format!("language_model.{HEAD}"),
+                    None => HEAD.to_owned(),
+                },
+            }),
+            shared_widely: flag("is_encoder_decoder") == Some(true)
+                || leaf(&embedding) == Some("shared"),
+            embedding,
+            shard: location.shard,
+            tensor,
+            has_head: base.is_language_model() || stored.is_some(),
+            stored: stored.is_some(),
+            parted: false,
+        })
+    }
+
+    fn other(&self, name: &str) -> Option<&str> {
+        match name {
+            _ if name == self.embedding => Some(&self.head),
+            _ if name == self.head => Some(&self.embedding),
+            _ => None,
+        }
+    }
+}
+
+/// The input embeddings: of several, the ones that all others share, or those with as many rows as
+/// the config has tokens.
+fn find_embedding(base: &Checkpoint) -> Option<String> {
+    let names = || base.tensors().keys().filter(|name| is_input_embedding(name));
+    let tokens = base.config().and_then(|config| {
+        let inner = config.get("text_config").and_then(|inner| inner.get("vocab_size"));
+        config.get("vocab_size").or(inner)?.as_u64()
+    });
+    let fits = |name: &&String| {
+        tokens.is_some()
+            && base.tensor(name).and_then(|tensor| tensor.shape.first()) == tokens.as_ref()
+    };
+    let shared = names().find(|name| leaf(name) == Some("shared"));
+    shared.or_else(|| names().find(fits)).or_else(|| names().next()).cloned()
+}
+
+impl Planner<'_> {
+    /// The name under which the pair is planned, of a head that the base does not hold.
+    pub(super) fn name_in_tie(&self, name: &str) -> Option<String> {
+        let tie = self.tie.as_ref()?;
+        let is_missing = is_head(name) && self.base.tensor(name).is_none();
+        is_missing.then(|| tie.head.clone())
+    }
+
+    /// The tensor of that name that the base holds, or the one that stands in for the tied head.
+    pub(super) fn source(&self, name: &str) -> Option<&TensorInfo> {
+        let tied = || self.tie.as_ref().filter(|tie| name == tie.head).map(|tie| &tie.tensor);
+        self.base.tensor(name).or_else(tied)
+    }
+
+    /// The tensors that a saved parameter stands in for. `modules_to_save` trains a copy of a
+    /// module; any other saved parameter is the one that the pair shares.
+    pub(super) fn replaced_by(&mut self, position: usize, name: &str, apart: bool) -> Vec<String> {
+        let mut names = vec![name.to_owned()];
+        let Some(tie) = &mut self.tie else { return names };
+        let Some(other) = tie.other(name) else { return names };
+        if !apart && !tie.parted {
+            names.push(other.to_owned());
+        } else if !self.inputs.adapters[position].config().ensures_weight_tying() {
+            tie.parted = true;
+        }
+        names
+    }
+
+    /// The tensors that an update of one weight changes.
+    ///
+    /// # Errors
+    /// In words, where the modules that share it cannot be told apart on disk.
+    pub(super) fn updated_by(&self, module: &str, name: &str) -> Result<Vec<String>, String> {
+        let mut names = vec![name.to_owned()];
+        let Some(tie) = &self.tie else { return Ok(names) };
+        let Some(other) = tie.other(name) else { return Ok(names) };
+        if self.options.compat == Some(Compat::Peft) {
+            if !tie.parted {
+                names.push(other.to_owned());
+            }
+        } else if tie.shared_widely {
+            return Err(format!(
+                "its module {module} shares {} with more than one other module, and only it was \
+                 trained; no checkpoint of this architecture can hold that. PEFT's merge changes \
+                 all of them: compat=\"peft\" (--compat peft) does the same",
+                tie.embedding
+            ));
+        }
+        Ok(names)
+    }
+
+    /// The tensors of which trained rows replace those. A head follows the embeddings that it is
+    /// tied to, unless it has trained rows of its own.
+    pub(super) fn rows_replaced_by(&self, position: usize, name: &str) -> Vec<String> {
+        let mut names = vec![name.to_owned()];
+        let Some(tie) = self.tie.as_ref().filter(|tie| !tie.parted) else { return names };
+        let rows = self.inputs.adapters[position].trained_rows();
+        let head_has_own = rows.iter().any(|rows| is_head(&format!("{}.weight", rows.path)));
+        let follows = name == tie.embedding && !head_has_own;
+        if follows || self.options.compat == Some(Compat::Peft) {
+            names.extend(tie.other(name).map(str::to_owned));
+        }
+        names
+    }
+
+    /// Decides whether the pair stays tied; the head, where it has to be written out.
+    pub(super) fn resolve_tie(&mut self, changes: &mut ConfigChanges) -> Option<Addition> {
+        let tie = self.tie.take()?;
+        let of = |name: &String| {
+            let mut change = self.tensors.get(name).cloned().unwrap_or_default();
+            // PEFT goes through the model's modules in order, and the embeddings stand first.
+            let of_head = |update: &Update| is_head(&format!("{}.weight", update.module));
+            change.updates.sort_by_key(|update| (update.adapter, of_head(update)));
+            change
+        };
+        let (embedding, head) = (of(&tie.embedding), of(&tie.head));
+        if !tie.stored {
+            self.tensors.swap_remove(&tie.head);
+        }
+        if embedding.is_empty() && head.is_empty() {
+            return None;
+        }
+        if is_same(self.inputs, &embedding, &head) {
+            self.notes.push(format!(
+                "{} and the head that is tied to it change alike and stay tied",
+                tie.embedding
+            ));
+            if tie.stored {
+                self.tensors.insert(tie.head, embedding.clone());
+            }
+            self.tensors.insert(tie.embedding, embedding);
+            return None;
+        }
+        // The model that was trained may have had another head.
+        if !tie.has_head && head.is_empty() {
+            return None;
+        }
+        if tie.shared_widely {
+            self.problems.push(format!(
+                "{} and the head that is tied to it would no longer be one tensor, which this \
+                 architecture cannot do without computing something else",
+                tie.embedding
+            ));
+            return None;
+        }
+        if let (Some((old, new)), None) = (self.vocabulary, &head.origin) {
+            self.problems.push(format!(
+                "the vocabulary changes from {old} to {new} tokens, but no adapter brings the head \
+                 that {} is no longer tied to",
+                tie.embedding
+            ));
+        }
+        changes.tied = Some(false);
+        self.notes.push(format!(
+            "{} differs from {}, to which it was tied; both are written out, and \
+             tie_word_embeddings becomes false",
+            tie.head, tie.embedding
+        ));
+        if tie.stored {
+            return None;
+        }
+        let output_dtype = self.options.dtype.clone().unwrap_or_else(|| tie.tensor.dtype.clone());
+        let (origin, source) = match head.origin {
+            Some((adapter, source)) => (Origin::Adapter(adapter), source),
+            None => (Origin::Base(tie.shard), tie.tensor),
+        };
+        Some(Addition {
+            name: tie.head,
+            origin,
+            home: Some(tie.shard),
+            source,
+            output_dtype,
+            updates: head.updates,
+        })
+    }
+}
+
+/// Whether two changes make the same of the same tensor. Products that are zero count for nothing.
+fn is_same(inputs: &Inputs, left: &TensorChange, right: &TensorChange) -> bool {
+    let bytes = |(adapter, tensor): &(usize, TensorInfo)| {
+        inputs.adapters[*adapter].file().tensor_bytes(tensor)
+    };
+    let same_origin = match (&left.origin, &right.origin) {
+        (None, None) => true,
+        (Some(left), Some(right)) => bytes(left) == bytes(right),
+        _ => false,
+    };
+    let effective = |change: &'_ TensorChange| -> Vec<Update> {
+        let counts = |update: &&Update| {
+            let adapter = &inputs.adapters[update.adapter];
+            update.kind != UpdateKind::LowRank
+                || !changes_nothing(adapter, &adapter.modules()[&update.module])
+        };
+        change.updates.iter().filter(counts).cloned().collect()
+    };
+    let (left, right) = (effective(left), effective(right));
+    same_origin
+        && left.len() == right.len()
+        && left.iter().zip(&right).all(|(l, r)| is_same_update(inputs, l, r))
+}
+
+fn is_same_update(inputs: &Inputs, left: &Update, right: &Update) -> bool {
+    let adapter = &inputs.adapters[left.adapter];
+    if (left.adapter, left.kind) != (right.adapter, right.kind)
+        || left.scale != right.scale
+        || left.weight != right.weight
+        || left.part != right.part
+    {
+        return false;
+    }
+    if left.module == right.module {
+        return true;
+    }
+    match left.kind {
+        UpdateKind::Replace => {
+            let bytes = |name: &str| {
+                adapter.file().tensor(name).map(|tensor| adapter.file().tensor_bytes(tensor))
+            };
+            bytes(&left.module) == bytes(&right.module)
+        }
+        UpdateKind::LowRank => {
+            let (left, right) =
+                (&adapter.modules()[&left.module], &adapter.modules()[&right.module]);
+            // An embedding's factors are the transposes of a linear layer's.
+            let turned =
+                (left.kind == LayerKind::Embedding) != (right.kind == LayerKind::Embedding);
+            turned
+                && is_transpose(adapter, &left.a, &right.b)
+                && is_transpose(adapter, &left.b, &right.a)
+        }
+        UpdateKind::Dora | UpdateKind::Vector => false,
+    }
+}
+
+fn is_transpose(adapter: &Adapter, left: &TensorInfo, right: &TensorInfo) -> bool {
+    let ([rows, columns], [turned_rows, turned_columns]) =
+        (left.shape.as_slice(), right.shape.as_slice())
+    else {
+        return false;
+    };
+    if (rows, columns) != (turned_columns, turned_rows) {
+        return false;
+    }
+    let (rows, columns) = (*rows as usize, *columns as usize);
+    let (left, right) = (adapter.read_f64(left), adapter.read_f64(right));
+    (0..rows).all(|row| {
+        (0..columns).all(|column| left[row * columns + column] == right[column * rows + row])
+    })
+}
