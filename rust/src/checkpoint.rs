@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use indexmap::IndexMap;
 use serde_json::Value;
@@ -46,12 +47,12 @@ pub struct Location {
 }
 
 /// An opened checkpoint.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     path: PathBuf,
     root: PathBuf,
     is_directory: bool,
-    shards: Vec<Shard>,
+    shards: Arc<Vec<Shard>>,
     index: Option<Index>,
     tensors: IndexMap<String, Location>,
     config: Option<serde_json::Map<String, Value>>,
@@ -101,7 +102,7 @@ impl Checkpoint {
             path: path.to_path_buf(),
             root,
             is_directory,
-            shards,
+            shards: Arc::new(shards),
             index: files.index,
             tensors,
             config,
@@ -168,7 +169,8 @@ impl Checkpoint {
         &self.warnings
     }
 
-    /// Every tensor by name, shard by shard in the order of its data.
+    /// Every tensor by name, shard by shard in the order of its data. A model that repeats layers has
+    /// a tensor under several names.
     pub fn tensors(&self) -> &IndexMap<String, Location> {
         &self.tensors
     }
@@ -176,6 +178,11 @@ impl Checkpoint {
     /// The tensor of that name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name).map(|location| self.at(*location))
+    }
+
+    /// The same files with their tensors under these names.
+    pub fn with_tensors(&self, tensors: IndexMap<String, Location>) -> Self {
+        Self { tensors, ..self.clone() }
     }
 
     /// The tensor at that place.

@@ -4,6 +4,7 @@
 
 mod layout;
 mod planner;
+mod replication;
 mod rescaling;
 mod saved;
 mod targets;
@@ -23,6 +24,7 @@ use crate::kernel::Orientation;
 use crate::safetensors::TensorInfo;
 
 use planner::Planner;
+pub use replication::Replication;
 pub use targets::ExpertLayout;
 
 /// The opened base and adapters of a merge.
@@ -335,6 +337,8 @@ pub struct ConfigChanges {
     pub dtype: Option<String>,
     /// The number of tokens, where an adapter brought embeddings of another number.
     pub vocabulary: Option<u64>,
+    /// The layers of the model, where an adapter repeats them.
+    pub layers: Option<Replication>,
     /// Set to false where the merge makes the output head differ from the embeddings it was tied to.
     pub tied: Option<bool>,
 }
@@ -375,11 +379,25 @@ impl Plan {
             weights.iter_mut().for_each(|weight| *weight = -*weight);
         }
         refuse_obstacles(inputs, &options.allow)?;
+        // A merged checkpoint has the repeated layers written out.
+        let replicated = match options.subtract {
+            true => None,
+            false => replication::apply(inputs).map_err(|problem| Error::Plan(vec![problem]))?,
+        };
+        let inputs = replicated.as_ref().map_or(inputs, |(inputs, _)| inputs);
         let mut planner = Planner::new(inputs, &options);
         for (position, weight) in weights.iter().enumerate() {
             planner.add(position, *weight);
         }
-        let decided = planner.finish().map_err(Error::Plan)?;
+        let mut decided = planner.finish().map_err(Error::Plan)?;
+        if let Some((_, replication)) = &replicated {
+            decided.notes.push(format!(
+                "the base's {} layers become {}, each written out with its own updates",
+                replication.layers,
+                replication.order.len()
+            ));
+            decided.config_changes.layers = Some(replication.clone());
+        }
         let mut warnings = inputs.base.warnings().to_vec();
         warnings.extend(inputs.adapters.iter().filter_map(|adapter| untrained(adapter)));
         warnings.extend(decided.warnings);

@@ -25,6 +25,7 @@ use crate::kernel::convert::widen_f64;
 use crate::plan::{Action, Inputs, Plan, PlannedTensor};
 use crate::safetensors::TensorInfo;
 use crate::task::{self, Task};
+use crate::writer;
 
 use exact::ExactRow;
 
@@ -296,6 +297,15 @@ fn check_config(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut
     {
         outcome.problems.push(format!(
             "config.json: vocab_size is {tokens}, but the embeddings have {vocabulary} tokens"
+        ));
+    }
+    let counts = || writer::LAYER_COUNTS.iter().find_map(|name| config.get(*name)?.as_u64());
+    if let (Some(layers), Some(count)) = (&plan.config_changes.layers, counts())
+        && count != layers.order.len() as u64
+    {
+        outcome.problems.push(format!(
+            "config.json: counts {count} layers, but the adapter makes them {}",
+            layers.order.len()
         ));
     }
     if plan.config_changes.tied == Some(false) && merged.ties_embeddings() {

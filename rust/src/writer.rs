@@ -6,6 +6,7 @@
 //! takes the directory for a model. What an earlier, killed merge left there is recognised by its
 //! name and started again.
 
+use std::collections::HashSet;
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -324,6 +325,9 @@ pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)
         Some(Value::Object(map)) => map.clone(),
         _ => Map::new(),
     };
+    // What stands in no shard any more.
+    let planned: HashSet<_> = plan.tensors().map(|(_, tensor)| tensor.name.as_str()).collect();
+    map.retain(|name, _| planned.contains(name.as_str()));
     for (shard, tensor) in plan.tensors() {
         map.insert(tensor.name.clone(), Value::from(shard.name.clone()));
     }
@@ -338,6 +342,9 @@ pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)
     content.insert("weight_map".into(), Value::Object(map));
     Some((index.file_name.clone(), pretty(&Value::Object(content))))
 }
+
+/// The names under which configs count layers.
+pub const LAYER_COUNTS: [&str; 4] = ["num_hidden_layers", "n_layer", "num_layers", "n_layers"];
 
 /// The base's config with what the merge changes in it, in every place that names it.
 pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> Vec<u8> {
@@ -354,6 +361,22 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
                 ("vocab_size", Value::Number(_)) => {
                     if let Some(vocabulary) = changes.vocabulary {
                         *value = Value::from(vocabulary);
+                    }
+                }
+                (name, Value::Number(number)) if LAYER_COUNTS.contains(&name) => {
+                    if let Some(layers) = &changes.layers
+                        && number.as_u64() == Some(layers.layers)
+                    {
+                        *value = Value::from(layers.order.len());
+                    }
+                }
+                // One entry for each layer: layer_types, no_rope_layers and their like.
+                (name, Value::Array(entries)) if name.contains("layer") => {
+                    if let Some(layers) = &changes.layers
+                        && entries.len() as u64 == layers.layers
+                    {
+                        let old = |layer: &u64| entries[*layer as usize].clone();
+                        *value = layers.order.iter().map(old).collect();
                     }
                 }
                 ("tie_word_embeddings", Value::Bool(tied)) => {

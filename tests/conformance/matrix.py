@@ -497,12 +497,6 @@ REFUSALS = (
     Refusal("QALoRA", lora("lin0"), "use_qalora", by_hand={"use_qalora": True}),
     Refusal("Arrow", lora("lin0"), "arrow_config", by_hand={"arrow_config": {"top_k": 2}}),
     Refusal(
-        "`layer_replication`",
-        lora("q_proj", layer_replication=[[0, 2], [1, 3]]),
-        "layer_replication",
-        base="llama",
-    ),
-    Refusal(
         "Megatron, one of several parts",
         lora("lin0"),
         "megatron_config",

@@ -21,12 +21,11 @@ pub(super) fn plan_shards(
     (inputs.base.shards().iter().enumerate())
         .map(|(position, shard)| {
             let header = shard.file.header();
-            let mut tensors: Vec<_> = header
-                .tensors
-                .iter()
-                .map(|tensor| {
-                    let change = changes.swap_remove(&tensor.name).unwrap_or_default();
-                    plan_tensor(position, tensor, change, options)
+            let own = inputs.base.tensors().iter().filter(|(_, place)| place.shard == position);
+            let mut tensors: Vec<_> = own
+                .map(|(name, location)| {
+                    let change = changes.swap_remove(name).unwrap_or_default();
+                    plan_tensor(position, name, inputs.base.at(*location), change, options)
                 })
                 .collect();
             tensors.extend(additions.iter().filter(|new| home(new) == position).map(add));
@@ -35,6 +34,7 @@ pub(super) fn plan_shards(
             let keeps_layout = |tensor: &PlannedTensor| {
                 tensor.origin == Origin::Base(position)
                     && tensor.output_dtype == tensor.source.dtype
+                    && tensor.name == tensor.source.name
             };
             if tensors.len() == header.tensors.len() && tensors.iter().all(keeps_layout) {
                 let header = shard.file.header_bytes().to_vec();
@@ -48,6 +48,7 @@ pub(super) fn plan_shards(
 
 fn plan_tensor(
     shard: usize,
+    name: &str,
     tensor: &TensorInfo,
     change: TensorChange,
     options: &Options,
@@ -62,7 +63,7 @@ fn plan_tensor(
     };
     let action = action(&source, &output_dtype, change.updates);
     let target = tensor.range.clone();
-    PlannedTensor { name: tensor.name.clone(), origin, source, output_dtype, target, action }
+    PlannedTensor { name: name.to_owned(), origin, source, output_dtype, target, action }
 }
 
 fn add(addition: &Addition) -> PlannedTensor {

@@ -2,9 +2,10 @@
 
 use indexmap::IndexMap;
 
+use super::replication;
 use super::targets::{self, ExpertLayout, Target};
 use super::ties::Tie;
-use super::{ConfigChanges, Inputs, Options, Origin, Part, Residual, Update, UpdateKind};
+use super::{Compat, ConfigChanges, Inputs, Options, Origin, Part, Residual, Update, UpdateKind};
 use crate::adapter::{Adapter, Form, Initialisation, LayerKind, Module};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
@@ -223,7 +224,18 @@ impl<'a> Planner<'a> {
             self.tensors.entry(name).or_default().updates.push(update);
         }
         let rank = module.product_rank(target.rank);
-        let names = self.updated_by(path, name)?;
+        let mut names = self.updated_by(path, name)?;
+        if self.options.compat == Some(Compat::Peft) {
+            // PEFT's repeated layers share their weights.
+            let shared = replication::sharing(self.base, name);
+            if shared.len() > 1 && kind == UpdateKind::Dora {
+                return Err(format!(
+                    "its module {path} is rescaled by DoRA in a layer that PEFT repeats, and what \
+                     PEFT makes of that depends on the order of its modules; leave compat out"
+                ));
+            }
+            names.extend(shared.into_iter().filter(|other| other != name));
+        }
         for name in names {
             let parts = parts.iter().cloned();
             let updates = parts.map(|part| update(kind, rank, transposed, part));

@@ -97,6 +97,8 @@ pub struct Features {
     pub kasa: bool,
     /// Which of the equal parts of a fused weight's outputs have factors (`enable_lora`).
     pub enabled_parts: Option<Vec<bool>>,
+    /// The layers of the base that make up the model, as ranges without their ends.
+    pub layer_replication: Option<Vec<(u64, u64)>>,
     /// How the factors began.
     pub initialisation: Initialisation,
     /// Who wrote it; configs say so since 0.18.
@@ -112,6 +114,7 @@ impl Features {
             block_diagonal: reader.block_diagonal()?,
             kasa: matches!(reader.raw.get("kasa_config"), Some(Value::Object(_))),
             enabled_parts: reader.enabled_parts()?,
+            layer_replication: reader.layer_replication()?,
             initialisation: initialisation(reader.raw.get("init_lora_weights")),
             version: text("peft_version").and_then(Version::parse),
         })
@@ -220,6 +223,27 @@ impl Reader<'_> {
             b: self.strings(fields, "target_modules_bd_b")?,
             blocks,
         }))
+    }
+
+    fn layer_replication(&self) -> Result<Option<Vec<(u64, u64)>>> {
+        let value = match self.raw.get("layer_replication") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::Array(ranges)) if ranges.is_empty() => return Ok(None),
+            Some(value) => value,
+        };
+        let range = |value: &Value| match value.as_array()?.as_slice() {
+            [start, end] => {
+                let (start, end) = (start.as_u64()?, end.as_u64()?);
+                (start < end).then_some((start, end))
+            }
+            _ => None,
+        };
+        let ranges = value.as_array().and_then(|ranges| ranges.iter().map(range).collect());
+        ranges.map(Some).ok_or_else(|| {
+            self.broken(format!(
+                "sets layer_replication to {value}; it is a list of pairs [first layer, end]"
+            ))
+        })
     }
 
     fn enabled_parts(&self) -> Result<Option<Vec<bool>>> {

@@ -56,9 +56,7 @@ fn meaning(field: &str) -> Option<(Verdict, &'static str)> {
         "velora_config" | "monteclora_config" => {
             (NotNeeded, "its tensors were used in training only")
         }
-        "layer_replication" => {
-            (Refused, "uses layer replication (layer_replication), which cannot be merged yet")
-        }
+        "layer_replication" => (Used, "says which layers of the base are repeated"),
         "alora_invocation_tokens" => (
             Refused,
             "is an activated LoRA (alora_invocation_tokens), which acts only after its invocation \

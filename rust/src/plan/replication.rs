@@ -1,0 +1,129 @@
+//! Layers that an adapter repeats (`layer_replication`): the base as the adapter saw it, in which
+//! a tensor can stand under the names of several layers.
+//!
+//! PEFT builds such a model over shared weights, and its merge adds every layer's update to the one
+//! tensor that they share. What was trained is a model whose layers differ, so each of them is
+//! written out with its own updates; `compat = "peft"` gives the other.
+
+use std::sync::Arc;
+
+use indexmap::{IndexMap, IndexSet};
+use serde::Serialize;
+
+use super::Inputs;
+use crate::checkpoint::{Checkpoint, Location};
+
+/// The names under which a model keeps the list of its layers, in PEFT's order of looking.
+const LISTS: [&str; 3] = ["layers", "encoder.layer", "h"];
+/// The parts of a model's names that may stand before the list.
+const WRAPPERS: [&str; 3] = ["model", "bert", "transformer"];
+
+/// The layers of a model, repeated or left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Replication {
+    /// How many layers the base has.
+    pub layers: u64,
+    /// For each layer of the result, which of the base's it begins as.
+    pub order: Vec<u64>,
+}
+
+/// The inputs with the base as the adapters saw it, where they repeat its layers.
+///
+/// # Errors
+/// In words, if the adapters do not agree on the layers, or the base does not have them.
+pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, String> {
+    let ranges = |adapter: usize| &inputs.adapters[adapter].config().features().layer_replication;
+    let first = ranges(0);
+    if let Some(other) = (1..inputs.adapters.len()).find(|adapter| ranges(*adapter) != first) {
+        return Err(format!(
+            "{} and {} do not repeat the same layers (layer_replication), so that they are not of \
+             one model; merge them one after the other, each into its own base",
+            inputs.adapters[0].path().display(),
+            inputs.adapters[other].path().display()
+        ));
+    }
+    let Some(ranges) = first else { return Ok(None) };
+    let order: Vec<u64> = ranges.iter().flat_map(|(start, end)| *start..*end).collect();
+    let (prefix, layers) = find_layers(&inputs.base)?;
+    if let Some(layer) = order.iter().find(|layer| **layer >= layers) {
+        return Err(format!(
+            "{}: repeats the layer {layer} (layer_replication), but the base has {layers} layers \
+             ({prefix}0 and so on)",
+            inputs.adapters[0].path().display()
+        ));
+    }
+    let base = Arc::new(repeat(&inputs.base, &prefix, &order));
+    let inputs = Inputs { base, adapters: inputs.adapters.clone() };
+    Ok(Some((inputs, Replication { layers, order })))
+}
+
+/// What stands before a layer's number in a tensor's name, and the number.
+fn layer_of(name: &str) -> Option<(&str, u64)> {
+    let mut start = 0;
+    for part in name.split('.') {
+        if let Ok(number) = part.parse() {
+            return Some((&name[..start], number));
+        }
+        start += part.len() + 1;
+    }
+    None
+}
+
+fn find_layers(base: &Checkpoint) -> Result<(String, u64), String> {
+    let mut lists = IndexMap::<&str, u64>::new();
+    for (prefix, number) in base.tensors().keys().filter_map(|name| layer_of(name)) {
+        let list = prefix.trim_end_matches('.');
+        let is_list = |known: &str| {
+            list.strip_suffix(known).is_some_and(|wrappers| {
+                let mut parts = wrappers.split('.').filter(|part| !part.is_empty());
+                (wrappers.is_empty() || wrappers.ends_with('.'))
+                    && parts.all(|part| WRAPPERS.contains(&part))
+            })
+        };
+        if LISTS.iter().any(|known| is_list(known)) {
+            let count = lists.entry(prefix).or_default();
+            *count = (*count).max(number + 1);
+        }
+    }
+    match lists.as_slice() {
+        lists if lists.len() == 1 => {
+            let (prefix, count) = lists.get_index(0).expect("there is one");
+            Ok(((*prefix).to_owned(), *count))
+        }
+        lists => Err(format!(
+            "the adapter repeats layers (layer_replication), but the base has {} lists of layers \
+             under the names that PEFT looks for ({})",
+            lists.len(),
+            LISTS.join(", ")
+        )),
+    }
+}
+
+/// The same shards under the names of the repeated layers.
+fn repeat(base: &Checkpoint, prefix: &str, order: &[u64]) -> Checkpoint {
+    let mut tensors = IndexMap::<String, Location>::new();
+    for (name, location) in base.tensors() {
+        match layer_of(name).filter(|(found, _)| *found == prefix) {
+            Some((_, layer)) => {
+                let rest = &name[prefix.len() + layer.to_string().len()..];
+                for (new, _) in order.iter().enumerate().filter(|(_, old)| **old == layer) {
+                    tensors.insert(format!("{prefix}{new}{rest}"), *location);
+                }
+            }
+            None => {
+                tensors.insert(name.clone(), *location);
+            }
+        }
+    }
+    base.with_tensors(tensors)
+}
+
+/// All names of the base under which the tensor of one of them stands.
+pub(super) fn sharing(base: &Checkpoint, name: &str) -> IndexSet<String> {
+    let mut names = IndexSet::from([name.to_owned()]);
+    if let Some(location) = base.tensors().get(name) {
+        let others = base.tensors().iter().filter(|(_, other)| *other == location);
+        names.extend(others.map(|(name, _)| name.clone()));
+    }
+    names
+}
