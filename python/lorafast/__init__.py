@@ -1,11 +1,10 @@
 """Merge LoRA adapters into safetensors checkpoints, and measure what adapters hold.
 
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
-the model; `plan` says beforehand what it would do; `inspect` lists what a file holds. `analyze`
-measures an adapter, `compare` several of them. `LoRAAnalyzer` and its relatives in
-`lorafast.analyzers` do the same under the names of NeuroTrain's tools.
-the model; `plan` says beforehand what it would do, `verify`
-afterwards whether it was done right; `inspect` lists what a file holds.
+the model; `plan` says beforehand what it would do, `verify` afterwards whether it was done right,
+and `subtract` undoes it; `inspect` lists what a file holds. `analyze` measures an adapter,
+`compare` several of them. `LoRAAnalyzer` and its relatives in `lorafast.analyzers` do the same
+under the names of NeuroTrain's tools.
 """
 
 from lorafast._analysis import analyze, compare
@@ -33,6 +32,7 @@ from lorafast._records import (
     PairComparison,
     TensorStatistics,
 )
+from lorafast._subtract import SubtractReport, subtract
 from lorafast._verify import Verification, verify
 from lorafast.analyzers import (
     LoRAAnalyzer,
@@ -61,6 +61,7 @@ __all__ = [
     "OutputError",
     "PairComparison",
     "PlanError",
+    "SubtractReport",
     "TensorStatistics",
     "UnifiedAnalyzer",
     "UnsupportedAdapterError",
@@ -76,6 +77,7 @@ __all__ = [
     "merge",
     "merge_lora_adapters",
     "plan",
+    "subtract",
     "verify",
 ]
 

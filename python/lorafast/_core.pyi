@@ -37,6 +37,14 @@ class Plan:
         full: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, Any]: ...
+    def of_base_alone(self, *, dtype: str | None = None) -> Plan: ...
+    def distance(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> dict[str, Any]: ...
 
 def plan_merge(
     base: str | os.PathLike[str],

@@ -30,6 +30,9 @@ class Verification:
             adapters' change that rounding to the output's dtype took away.
         unmoved: share of the weights there that should move and did not.
         rounding: for each merged tensor its name, `lost` and `unmoved`.
+        adapters: the same for each adapter, over the tensors that it changes: `lost` is
+            ‖stored - exact‖ / ‖w·Δ‖ with its own change alone.
+        untouched: for each tensor that is the base's byte for byte its name and SHA-256.
     """
 
     problems: list[str]
@@ -41,6 +44,8 @@ class Verification:
     lost: float
     unmoved: float
     rounding: list[dict[str, Any]]
+    adapters: list[dict[str, Any]]
+    untouched: list[dict[str, str]]
 
     @property
     def ok(self) -> bool:
@@ -83,8 +88,9 @@ def verify(
     computed again, and must lie within half a unit in the last place of its dtype around the
     exact value, widened by the bound on a float32 sum (n·2⁻²⁴·Σ|terms|; Higham, "Accuracy and
     Stability of Numerical Algorithms", §3.1), so that any order of summation passes. Index,
-    config and tied weights must agree with the tensors. A merged checkpoint in another dtype than
-    the base's is held against its own dtype.
+    config and tied weights must agree with the tensors. How the checkpoint is cut into shards does
+    not matter, nor does a prefix before all names, nor whether a tied head is written out. A merged
+    checkpoint in another dtype than the base's is held against its own dtype.
 
     Args:
         base: as for `lorafast.merge`.
@@ -96,7 +102,8 @@ def verify(
         threads: worker threads; one per core if missing.
         progress: as for `lorafast.merge`.
         allow: as for `lorafast.merge`.
-        compat: as for `lorafast.merge`; "peft" for what PEFT itself merged.
+        compat: as for `lorafast.merge`; "peft" for what PEFT itself merged, which also lets pass
+            that PEFT rounds 16-bit weights more than once for some layers and several adapters.
         expert_layout: as for `lorafast.merge`.
 
     Returns:

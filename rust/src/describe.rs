@@ -3,8 +3,8 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::adapter::Adapter;
 use crate::adapter::config;
+use crate::adapter::{Accounts, Adapter};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Plan, Strategy, Update};
@@ -13,13 +13,14 @@ use crate::side_files;
 
 /// An adapter within a plan.
 #[derive(Debug, Serialize)]
-pub struct PlannedAdapter {
+pub struct PlannedAdapter<'a> {
     path: String,
     name: String,
     format: &'static str,
     tensors: usize,
     modules: usize,
     bytes: u64,
+    account: &'a Accounts,
 }
 
 /// A tensor within a plan.
@@ -38,7 +39,7 @@ pub struct TensorDescription<'a> {
 #[derive(Debug, Serialize)]
 pub struct PlanDescription<'a> {
     base: String,
-    adapters: Vec<PlannedAdapter>,
+    adapters: Vec<PlannedAdapter<'a>>,
     strategy: Strategy,
     weights: Option<&'a [f64]>,
     dtype: &'a str,
@@ -65,14 +66,16 @@ fn last_part(path: &std::path::Path) -> String {
 /// [`crate::Error::Io`] if the base's directory cannot be listed.
 pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> {
     let side_files = side_files::list(&inputs.base)?;
-    let adapters = inputs.adapters.iter().map(|adapter| PlannedAdapter {
-        path: adapter.path().display().to_string(),
-        name: last_part(adapter.path()),
-        format: "peft",
-        tensors: adapter.file().header().tensors.len(),
-        modules: adapter.modules().len(),
-        bytes: adapter.file().bytes().len() as u64,
-    });
+    let adapters =
+        inputs.adapters.iter().zip(&plan.accounts).map(|(adapter, account)| PlannedAdapter {
+            path: adapter.path().display().to_string(),
+            name: last_part(adapter.path()),
+            format: "peft",
+            tensors: adapter.file().header().tensors.len(),
+            modules: adapter.modules().len(),
+            bytes: adapter.file().bytes().len() as u64,
+            account,
+        });
     let tensors = plan.tensors().map(|(shard, tensor)| TensorDescription {
         name: &tensor.name,
         shape: &tensor.source.shape,
@@ -227,6 +230,8 @@ pub fn adapter(adapter: &Adapter) -> Listing {
         .collect();
     summary.insert("modules".into(), serde_json::to_value(modules).unwrap_or(Value::Null));
     summary.insert("features".into(), Value::from(adapter.obstacles(&[])));
+    let account = serde_json::to_value(adapter.account(&[])).unwrap_or(Value::Null);
+    summary.insert("account".into(), account);
     listing.config = Some(adapter.config().raw().clone());
     listing.adapter = Some(summary);
     listing

@@ -30,6 +30,7 @@ pub mod safetensors;
 pub mod side_files;
 pub mod spectrum;
 pub mod statistics;
+pub mod subtract;
 pub mod task;
 pub mod verify;
 pub mod writer;

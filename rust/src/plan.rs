@@ -2,10 +2,12 @@
 //! one action. A plan is a value: it refers to its inputs by position and name, and any executor
 //! can carry it out.
 
+mod accounts;
 mod layout;
 mod planner;
 mod replication;
 mod rescaling;
+mod restoring;
 mod saved;
 mod targets;
 mod ties;
@@ -16,7 +18,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::adapter::{Adapter, Module};
+use crate::adapter::{Accounts, Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -365,6 +367,8 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// How the adapters were made to fit, where it was not plain.
     pub notes: Vec<String>,
+    /// What becomes of every config field and every tensor of each adapter.
+    pub accounts: Vec<Accounts>,
 }
 
 impl Plan {
@@ -402,6 +406,7 @@ impl Plan {
         warnings.extend(inputs.adapters.iter().filter_map(|adapter| untrained(adapter)));
         warnings.extend(decided.warnings);
         let shards = layout::plan_shards(inputs, &options, decided.tensors, decided.additions);
+        let accounts = accounts::settle(inputs, &options.allow, &shards, &decided.waived);
         Ok(Self {
             options,
             weights,
@@ -409,6 +414,7 @@ impl Plan {
             config_changes: decided.config_changes,
             warnings,
             notes: decided.notes,
+            accounts,
         })
     }
 

@@ -37,8 +37,15 @@ const WEIGHTS: [&str; 13] = [
 const LEFT_OUT: [&str; 9] =
     [".git", ".cache", ".huggingface", "original", "onnx", "openvino", "coreml", "metal", "flax"];
 /// Files that describe the directory they lie in, not the model.
-const OWN: [&str; 5] =
-    [".gitattributes", ".gitignore", "merge_report.json", "merge_report.md", "merge_info.json"];
+const OWN: [&str; 7] = [
+    ".gitattributes",
+    ".gitignore",
+    "merge_report.json",
+    "merge_report.md",
+    "merge_info.json",
+    "subtract_report.json",
+    "subtract_report.md",
+];
 
 /// Lists the side files of a checkpoint. A single file has none.
 ///

@@ -5,29 +5,33 @@
 //! value passes if it lies within half a unit in the last place of its type around the exact one,
 //! widened by the bound on a chain of f32 additions: |error| ≤ γ·Σ|terms| with γ = n·2⁻²⁴ (Higham,
 //! «Accuracy and Stability of Numerical Algorithms», 2nd ed., §3.1). So any correct order of
-//! summation passes, and a doubled scale or a flipped bit does not.
+//! summation passes, and a doubled scale or a flipped bit does not. PEFT rounds some sums more than
+//! once; for a plan that is to be PEFT's (`compat`), those roundings are let pass as well.
 
+mod consistency;
 mod exact;
+mod matching;
 
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
-use serde_json::Value;
+use sha2::{Digest, Sha256};
 
+use crate::adapter::hexadecimal;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::execute::compute::{Buffers, Computer, lock};
 use crate::execute::queue;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
-use crate::plan::{Action, Inputs, Plan, PlannedTensor};
-use crate::safetensors::TensorInfo;
+use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
 use crate::task::{self, Task};
-use crate::writer;
 
 use exact::ExactRow;
+pub(crate) use exact::half_ulp;
+use matching::Job;
 
 /// Rows of each merged tensor that are computed again in f64 when not all are asked for.
 const SAMPLED_ROWS: usize = 8;
@@ -76,20 +80,65 @@ pub struct Verification {
     pub unmoved: f64,
     /// The same for each merged tensor.
     pub rounding: Vec<Rounding>,
+    /// The same for each adapter, over the tensors that it changes.
+    pub adapters: Vec<AdapterRounding>,
+    /// The digest of each tensor that is the base's, byte for byte.
+    pub untouched: Vec<Untouched>,
+}
+
+/// What rounding did to one adapter's change.
+#[derive(Debug, Clone, Serialize)]
+pub struct AdapterRounding {
+    /// The adapter.
+    pub adapter: String,
+    /// ‖stored − exact‖ / ‖w·Δ‖ with Δ this adapter's alone: near 1, what it adds drowns in rounding.
+    pub lost: f64,
+    /// Share of the weights it should move that are still the base's.
+    pub unmoved: f64,
+}
+
+/// A tensor that no adapter changes.
+#[derive(Debug, Clone, Serialize)]
+pub struct Untouched {
+    /// Its name in the base.
+    pub tensor: String,
+    /// The SHA-256 of its bytes, here and there, in hexadecimal.
+    pub sha256: String,
 }
 
 /// Sums over the rows of one tensor that were computed in f64.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct Change {
     rows: u64,
     error: f64,
     delta: f64,
     moving: u64,
     unmoved: u64,
+    /// The part of `delta` that each adapter asks for, by its position.
+    by_adapter: Vec<(usize, f64)>,
 }
 
 impl Change {
-    fn add(&mut self, other: Self) {
+    /// Adds what one adapter asks for.
+    fn add_delta(&mut self, adapter: usize, delta: f64) {
+        match self.by_adapter.iter_mut().find(|(position, _)| *position == adapter) {
+            Some((_, sum)) => *sum += delta,
+            None => self.by_adapter.push((adapter, delta)),
+        }
+    }
+
+    /// What is known of one adapter alone, as if its change were the only one.
+    fn of(&self, adapter: usize) -> Self {
+        match self.by_adapter.iter().find(|(position, _)| *position == adapter) {
+            Some((_, delta)) => Self { delta: *delta, by_adapter: Vec::new(), ..*self },
+            None => Self::default(),
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (adapter, delta) in &other.by_adapter {
+            self.add_delta(*adapter, *delta);
+        }
         self.rows += other.rows;
         self.error += other.error;
         self.delta += other.delta;
@@ -129,24 +178,15 @@ pub fn verify(
         Err(error) => return Err(error),
     };
     outcome.warnings.extend_from_slice(merged.warnings());
-    let mut jobs = Vec::new();
-    let mut names = Vec::new();
-    for (_, planned) in plan.tensors() {
-        names.push(planned.name.as_str());
-        match match_up(planned, &merged) {
-            Ok((planned, stored)) => jobs.push(Job { planned, stored }),
-            Err(problem) => outcome.problems.push(problem),
-        }
-    }
-    check_extra(&merged, &names, &mut outcome);
-    check_index(&merged, &mut outcome);
-    check_config(inputs, plan, &merged, &mut outcome);
+    let (jobs, known) = matching::match_up(plan, &merged, &mut outcome);
+    consistency::check(inputs, plan, &merged, &known, &mut outcome);
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
     let checker = Checker {
         merged: &merged,
         computer: Computer { inputs, set: InstructionSet::detect(), task },
         full: options.full,
+        peft: plan.options.compat == Some(Compat::Peft),
     };
     let next = AtomicUsize::new(0);
     let results: Vec<_> = jobs.iter().map(|_| Mutex::new(None)).collect();
@@ -163,175 +203,82 @@ pub fn verify(
         }
     });
     let mut total = Change::default();
+    let mut of_adapters = vec![Change::default(); inputs.adapters.len()];
     for (job, result) in jobs.iter().zip(results) {
         let Some(result) = lock(&result).take() else { continue };
-        let (problem, change) = result?;
+        let Checked { problem, change, sha256 } = result?;
         outcome.problems.extend(problem);
         outcome.elements += job.planned.source.elements();
         match job.planned.action {
             Action::Merge(_) => {
                 outcome.tensors_merged += 1;
                 outcome.rows_exact += change.rows;
-                total.add(change);
+                total.add(&change);
+                for (position, of_adapter) in of_adapters.iter_mut().enumerate() {
+                    of_adapter.add(&change.of(position));
+                }
                 outcome.rounding.push(Rounding {
                     tensor: job.planned.name.clone(),
                     lost: change.lost(),
                     unmoved: change.unmoved_share(),
                 });
             }
-            Action::Copy | Action::Cast => outcome.tensors_copied += 1,
+            Action::Copy | Action::Cast => {
+                outcome.tensors_copied += 1;
+                let tensor = job.planned.name.clone();
+                outcome.untouched.extend(sha256.map(|sha256| Untouched { tensor, sha256 }));
+            }
         }
     }
     outcome.lost = total.lost();
     outcome.unmoved = total.unmoved_share();
-    if outcome.lost >= LOST {
-        outcome.warnings.push(format!(
-            "rounding took away {:.0} % of the adapters' change, and {:.0} % of the weights that \
-             should move did not; merge into a wider dtype (float32) to keep it",
-            100.0 * outcome.lost,
-            100.0 * outcome.unmoved
-        ));
+    for (adapter, change) in inputs.adapters.iter().zip(of_adapters) {
+        let rounding = AdapterRounding {
+            adapter: adapter.path().display().to_string(),
+            lost: change.lost(),
+            unmoved: change.unmoved_share(),
+        };
+        if rounding.lost >= LOST {
+            outcome.warnings.push(format!(
+                "rounding took away {:.0} % of what {} changes, and {:.0} % of the weights that \
+                 should move did not; merge into a wider dtype (float32) to keep it",
+                100.0 * rounding.lost.min(1.0),
+                rounding.adapter,
+                100.0 * rounding.unmoved
+            ));
+        }
+        outcome.adapters.push(rounding);
     }
     Ok(outcome)
-}
-
-/// One tensor: what it should be, and what is stored.
-struct Job {
-    planned: PlannedTensor,
-    stored: TensorInfo,
-}
-
-/// Finds a planned tensor in the merged checkpoint, and gives the plan the dtype that is there.
-fn match_up(
-    planned: &PlannedTensor,
-    merged: &Checkpoint,
-) -> Result<(PlannedTensor, TensorInfo), String> {
-    let name = &planned.name;
-    let Some(stored) = merged.tensor(name) else {
-        return Err(format!("tensor {name} is missing"));
-    };
-    if stored.shape != planned.source.shape {
-        return Err(format!(
-            "tensor {name} has shape {:?} instead of {:?}",
-            stored.shape, planned.source.shape
-        ));
-    }
-    let mut planned = planned.clone();
-    if stored.dtype != planned.output_dtype {
-        if !(stored.dtype.is_mergeable() && planned.output_dtype.is_mergeable()) {
-            return Err(format!(
-                "tensor {name} is stored as {} instead of {}",
-                stored.dtype, planned.output_dtype
-            ));
-        }
-        planned.output_dtype = stored.dtype.clone();
-        planned.action = match planned.action {
-            Action::Merge(updates) => Action::Merge(updates),
-            _ if planned.output_dtype == planned.source.dtype => Action::Copy,
-            _ => Action::Cast,
-        };
-    }
-    Ok((planned, stored.clone()))
-}
-
-/// Tensors that the merge does not make: a head written out beside the embeddings that it is tied
-/// to is only odd, if it equals them; anything else is wrong.
-fn check_extra(merged: &Checkpoint, names: &[&str], outcome: &mut Verification) {
-    for name in merged.tensors().keys().filter(|name| !names.contains(&name.as_str())) {
-        if name.ends_with("lm_head.weight") && merged.ties_embeddings() {
-            continue;
-        }
-        outcome.problems.push(format!("tensor {name} is in neither the base nor the adapters"));
-    }
-    if !merged.ties_embeddings() {
-        return;
-    }
-    let find = |ending: &str| merged.tensors().iter().find(|(name, _)| name.ends_with(ending));
-    let embedding = find("embed_tokens.weight").or_else(|| find("wte.weight"));
-    if let (Some((head, at_head)), Some((embedding, at_embedding))) =
-        (find("lm_head.weight"), embedding)
-    {
-        let bytes = |location: &crate::checkpoint::Location| {
-            merged.shards()[location.shard].file.tensor_bytes(merged.at(*location))
-        };
-        if bytes(at_head) != bytes(at_embedding) {
-            outcome.problems.push(format!(
-                "tensor {head} differs from {embedding}, to which config.json ties it; \
-                 one of the two is stale"
-            ));
-        }
-    }
-}
-
-/// The index's own arithmetic; opening has held its names against the shards.
-fn check_index(merged: &Checkpoint, outcome: &mut Verification) {
-    let Some(index) = merged.index() else { return };
-    let size: u64 = merged.tensors().values().map(|location| merged.at(*location).bytes()).sum();
-    let claimed = index.content.get("metadata").and_then(|metadata| metadata.get("total_size"));
-    match claimed.and_then(Value::as_f64) {
-        Some(claimed) if claimed == size as f64 => {}
-        Some(claimed) => outcome.problems.push(format!(
-            "{}: total_size is {claimed}, but the tensors have {size} bytes",
-            index.file_name
-        )),
-        None => outcome.warnings.push(format!("{}: has no total_size", index.file_name)),
-    }
-}
-
-/// The config's entries that depend on the merge.
-fn check_config(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Verification) {
-    let Some(config) = merged.config() else {
-        if inputs.base.config().is_some() {
-            outcome.problems.push("config.json is missing".into());
-        }
-        return;
-    };
-    let rows = |name: &str| {
-        let tensor = merged.tensors().keys().find(|other| other.ends_with(name));
-        tensor.and_then(|name| merged.tensor(name)).and_then(|tensor| tensor.shape.first().copied())
-    };
-    let tokens = config.get("vocab_size").and_then(Value::as_u64);
-    let embedded = rows("embed_tokens.weight").or_else(|| rows("wte.weight"));
-    if let (Some(tokens), Some(vocabulary)) = (tokens, plan.config_changes.vocabulary)
-        && (tokens != vocabulary || embedded.is_some_and(|embedded| embedded != tokens))
-    {
-        outcome.problems.push(format!(
-            "config.json: vocab_size is {tokens}, but the embeddings have {vocabulary} tokens"
-        ));
-    }
-    let counts = || writer::LAYER_COUNTS.iter().find_map(|name| config.get(*name)?.as_u64());
-    if let (Some(layers), Some(count)) = (&plan.config_changes.layers, counts())
-        && count != layers.order.len() as u64
-    {
-        outcome.problems.push(format!(
-            "config.json: counts {count} layers, but the adapter makes them {}",
-            layers.order.len()
-        ));
-    }
-    if plan.config_changes.tied == Some(false) && merged.ties_embeddings() {
-        outcome.problems.push(
-            "config.json: ties the output head to the embeddings, but the adapter made them differ"
-                .into(),
-        );
-    }
 }
 
 struct Checker<'a> {
     merged: &'a Checkpoint,
     computer: Computer<'a>,
     full: bool,
+    peft: bool,
+}
+
+/// What was found of one tensor.
+#[derive(Default)]
+struct Checked {
+    /// The first thing that is wrong.
+    problem: Option<String>,
+    /// What rounding did.
+    change: Change,
+    /// The digest of what is the base's, byte for byte.
+    sha256: Option<String>,
 }
 
 impl Checker<'_> {
-    /// The first problem of a tensor, and what rounding did to it.
-    fn check(&self, job: &Job, buffers: &mut Buffers) -> Result<(Option<String>, Change)> {
-        let Job { planned, stored } = job;
-        let location = self.merged.tensors()[&planned.name];
+    fn check(&self, job: &Job, buffers: &mut Buffers) -> Result<Checked> {
+        let Job { planned, location, stored } = job;
         let bytes = self.merged.shards()[location.shard].file.tensor_bytes(stored);
         match self.compare(planned, bytes, buffers) {
             // The recomputation itself overflowed: then so did the merge.
             Err(Error::Numeric { message, .. }) => {
-                Ok((Some(format!("tensor {}: {message}", planned.name)), Change::default()))
+                let problem = Some(format!("tensor {}: {message}", planned.name));
+                Ok(Checked { problem, ..Checked::default() })
             }
             other => other,
         }
@@ -342,7 +289,7 @@ impl Checker<'_> {
         planned: &PlannedTensor,
         stored: &[u8],
         buffers: &mut Buffers,
-    ) -> Result<(Option<String>, Change)> {
+    ) -> Result<Checked> {
         let task = self.computer.task;
         let size = planned.output_dtype.bits().unwrap_or(8).div_ceil(8) as usize;
         let complain = |element: usize, text: &str| {
@@ -353,19 +300,22 @@ impl Checker<'_> {
         let mut problem = None;
         match &planned.action {
             Action::Copy => {
+                let mut hasher = Sha256::new();
                 for start in (0..stored.len()).step_by(queue::TILE_BYTES) {
                     task.check()?;
                     let stored = &stored[start..stored.len().min(start + queue::TILE_BYTES)];
                     let buffer = buffers.stored(stored.len());
                     self.computer.read(planned, buffer, start)?;
                     task.advance(stored.len() as u64);
+                    hasher.update(stored);
                     if let Some(byte) = first_difference(buffer, stored) {
                         let text = "differs from the base, though no adapter changes this tensor";
                         problem = complain((start + byte) / size, text);
                         break;
                     }
                 }
-                Ok((problem, Change::default()))
+                let same = problem.is_none().then(|| hexadecimal(&hasher.finalize()));
+                Ok(Checked { problem, sha256: same, ..Checked::default() })
             }
             Action::Cast => {
                 let unit = (queue::TILE_BYTES / 8) as u64;
@@ -381,7 +331,7 @@ impl Checker<'_> {
                         break;
                     }
                 }
-                Ok((problem, Change::default()))
+                Ok(Checked { problem, ..Checked::default() })
             }
             Action::Merge(_) => self.compare_merged(planned, stored, buffers),
         }
@@ -392,11 +342,11 @@ impl Checker<'_> {
         planned: &PlannedTensor,
         stored: &[u8],
         buffers: &mut Buffers,
-    ) -> Result<(Option<String>, Change)> {
+    ) -> Result<Checked> {
         let (rows, columns) = planned.matrix();
         let row_bytes = columns * planned.output_dtype.size();
         let prepared = self.computer.prepare(planned)?;
-        let mut exact = ExactRow::new(self.computer, planned)?;
+        let mut exact = ExactRow::new(self.computer, planned, self.peft)?;
         let mut change = Change::default();
         let sample = sample_rows(&planned.name, rows);
         for tile in queue::tiles(planned) {
@@ -418,16 +368,16 @@ impl Checker<'_> {
                 let stored = &stored[row * row_bytes..(row + 1) * row_bytes];
                 let stored = widen_f64(&planned.output_dtype, stored);
                 match exact.compare(row, &stored)? {
-                    Ok(row_change) => change.add(row_change),
+                    Ok(row_change) => change.add(&row_change),
                     Err((column, text)) => {
                         let name = &planned.name;
                         let problem = format!("tensor {name}: row {row}, column {column}: {text}");
-                        return Ok((Some(problem), change));
+                        return Ok(Checked { problem: Some(problem), change, sha256: None });
                     }
                 }
             }
         }
-        Ok((None, change))
+        Ok(Checked { change, ..Checked::default() })
     }
 }
 

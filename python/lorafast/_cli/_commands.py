@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorafast._cli import _analyze, _compare, _demo, _info, _merge, _report, _verify
+from lorafast._cli import (
+    _analyze,
+    _compare,
+    _demo,
+    _info,
+    _merge,
+    _report,
+    _subtract,
+    _verify,
+)
 
 if TYPE_CHECKING:
     from lorafast._cli._command import Command
@@ -12,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS: tuple[Command, ...] = (
     _merge.COMMAND,
     _verify.COMMAND,
+    _subtract.COMMAND,
     _info.COMMAND,
     _analyze.COMMAND,
     _compare.COMMAND,

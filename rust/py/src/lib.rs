@@ -17,7 +17,7 @@ use lorafast::dtype::Dtype;
 use lorafast::kernel::InstructionSet;
 use lorafast::plan::{self, Compat, ExpertLayout, Inputs, Strategy};
 use lorafast::task::build_pool;
-use lorafast::{describe, execute, verify};
+use lorafast::{describe, execute, subtract, verify};
 
 use errors::to_python;
 
@@ -81,6 +81,30 @@ impl Plan {
             verify::verify(&self.inputs, &self.plan, &merged, &options, task)
         })?;
         to_object(py, &outcome)
+    }
+
+    /// The plan that writes the base alone, in that type (a safetensors name) or its own.
+    #[pyo3(signature = (*, dtype=None))]
+    fn of_base_alone(&self, py: Python<'_>, dtype: Option<&str>) -> Self {
+        let dtype = dtype.map(Dtype::from_name);
+        let plan = py.detach(|| self.plan.of_base_alone(&self.inputs, dtype));
+        Self { inputs: self.inputs.clone(), plan }
+    }
+
+    /// How far what came back can lie from the base, of a plan that subtracts and was carried out
+    /// into `output`; returns plain objects.
+    #[pyo3(signature = (output, *, threads=None, progress=None))]
+    fn distance(
+        &self,
+        py: Python<'_>,
+        output: PathBuf,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let distance = job::run(py, progress, |task| {
+            subtract::distance(&self.inputs, &self.plan, &output, threads, task)
+        })?;
+        to_object(py, &distance)
     }
 }
 

@@ -2,7 +2,9 @@
 
 use indexmap::IndexMap;
 
+use super::accounts::Waived;
 use super::replication;
+use super::restoring::GIVE_THE_BASE;
 use super::targets::{self, ExpertLayout, Target};
 use super::ties::Tie;
 use super::{Compat, ConfigChanges, Inputs, Options, Origin, Part, Residual, Update, UpdateKind};
@@ -48,6 +50,7 @@ pub(super) struct Decided {
     pub config_changes: ConfigChanges,
     pub notes: Vec<String>,
     pub warnings: Vec<String>,
+    pub waived: Vec<Waived>,
 }
 
 /// Collects the changes of every tensor, and the problems.
@@ -65,6 +68,7 @@ pub(super) struct Planner<'a> {
     pub(super) problems: Vec<String>,
     pub(super) notes: Vec<String>,
     pub(super) warnings: Vec<String>,
+    pub(super) waived: Vec<Waived>,
 }
 
 impl<'a> Planner<'a> {
@@ -80,6 +84,7 @@ impl<'a> Planner<'a> {
             problems: Vec::new(),
             notes: Vec::new(),
             warnings: Vec::new(),
+            waived: Vec::new(),
         }
     }
 
@@ -202,8 +207,7 @@ impl<'a> Planner<'a> {
         if self.options.subtract && kind == UpdateKind::Dora {
             return Err(format!(
                 "its module {path} is rescaled by DoRA, and the norms by which its rows were divided \
-                 are in neither the merged model nor the adapter; give the base that it was merged \
-                 into"
+                 are in neither the merged model nor the adapter; {GIVE_THE_BASE}"
             ));
         }
         if module.bias.is_some() {
@@ -267,12 +271,6 @@ impl<'a> Planner<'a> {
                  the base is not known (init_lora_weights, kasa_config); convert it in training"
             ));
         }
-        if self.options.subtract {
-            return Err(format!(
-                "its module {path} was trained beside a part of the base's weight that is in \
-                 neither the merged model nor the adapter; give the base that it was merged into"
-            ));
-        }
         let extent = shape.iter().min().copied().unwrap_or(0);
         if residual == Residual::Smallest && target.rank >= extent {
             return Err(format!(
@@ -329,6 +327,9 @@ impl<'a> Planner<'a> {
         let mut additions = self.decide_additions();
         additions.extend(head);
         self.settle_rescaling(&mut additions);
+        if self.options.subtract {
+            self.check_subtraction();
+        }
         if !self.problems.is_empty() {
             return Err(self.problems);
         }
@@ -338,6 +339,7 @@ impl<'a> Planner<'a> {
             config_changes,
             notes: self.notes,
             warnings: self.warnings,
+            waived: self.waived,
         })
     }
 

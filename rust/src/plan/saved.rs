@@ -58,6 +58,8 @@ impl Planner<'_> {
         if !same {
             self.resize_vocabulary(old[0], new[0])?;
         } else if !trained_apart && self.is_unchanged(position, saved, &name) {
+            let reason = format!("is the base's own {name} again");
+            self.waive(position, &saved.tensor.name, reason);
             return Ok(());
         }
         for name in self.replaced_by(position, &name, trained_apart) {
@@ -110,27 +112,36 @@ impl Planner<'_> {
             _ => change.updates.iter().find_map(by_name),
         };
         if let Some(other) = already {
-            return if is_same(other) {
-                Ok(())
-            } else {
-                Err(format!(
+            if !is_same(other) {
+                return Err(format!(
                     "its tensors {} and {} differ, but both are {name}, which the base ties",
                     other.name, saved.tensor.name
-                ))
-            };
+                ));
+            }
+            let reason = format!("is {} again, both being {name}, which the base ties", other.name);
+            self.waive(position, &saved.tensor.name, reason);
+            return Ok(());
         }
         if weight == 1.0 && self.options.strategy == Strategy::Sequential {
             // Whatever earlier adapters did to it is gone, as when one is merged after the other.
-            if !change.is_empty() {
+            let replacement = TensorChange {
+                origin: Some((position, saved.tensor.clone())),
+                updates: Vec::new(),
+            };
+            let lost = std::mem::replace(change, replacement);
+            if !lost.is_empty() {
                 self.warnings.push(format!(
                     "{}: replaces {name}, which an earlier adapter changed; that change is lost",
                     self.inputs.adapters[position].path().display()
                 ));
             }
-            *change = TensorChange {
-                origin: Some((position, saved.tensor.clone())),
-                updates: Vec::new(),
-            };
+            let reason = format!("what it makes of {name} is replaced by a later adapter");
+            if let Some((owner, tensor)) = lost.origin {
+                self.waive(owner, &tensor.name, reason.as_str());
+            }
+            for update in &lost.updates {
+                self.waive_update(update, &reason);
+            }
         } else {
             change.updates.push(Update {
                 adapter: position,
@@ -147,26 +158,6 @@ impl Planner<'_> {
             });
         }
         Ok(())
-    }
-
-    /// What a parameter saved whole means where adapters are taken out again.
-    fn leave(&mut self, position: usize, saved: &Saved) -> Result<(), String> {
-        let adapter = &self.inputs.adapters[position];
-        let module = saved.path.strip_suffix(".weight").unwrap_or_default();
-        let is_updated = adapter.modules().values().any(|updated| updated.path == module);
-        if is_updated && !adapter.config().saves_module_of(&saved.path) {
-            self.notes.push(format!(
-                "{}: carries {} of its own, to which its update was added; that is what comes back",
-                adapter.path().display(),
-                saved.path
-            ));
-            return Ok(());
-        }
-        Err(format!(
-            "its tensor {} stands in the place of the base's {}, which is in neither; give the \
-             base that it was merged into",
-            saved.tensor.name, saved.path
-        ))
     }
 
     fn resize_vocabulary(&mut self, old: u64, new: u64) -> Result<(), String> {
@@ -216,6 +207,10 @@ impl Planner<'_> {
                 ));
             }
             let Some((adapter, source)) = sources.pop() else { continue };
+            for (earlier, tensor) in sources {
+                let reason = format!("a later adapter brings {name} as well");
+                self.waive(earlier, &tensor.name, reason);
+            }
             let path = self.inputs.adapters[adapter].path().display().to_string();
             self.notes.push(format!("{path}: brings {name}, which the base does not have"));
             let output_dtype = if source.dtype.is_mergeable() {

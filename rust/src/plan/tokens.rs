@@ -1,6 +1,7 @@
 //! Trained rows of embeddings (`trainable_token_indices`): bands of a tensor that are replaced.
 
 use super::planner::{Planner, refuse_quantised};
+use super::restoring::GIVE_THE_BASE;
 use super::{Part, Strategy, Update, UpdateKind};
 use crate::adapter::TrainedRows;
 use crate::names::Mapping;
@@ -18,7 +19,7 @@ impl Planner<'_> {
         if self.options.subtract {
             return Err(format!(
                 "its tensor {} stands in the place of rows of the base's {path}, which are in \
-                 neither; give the base that it was merged into",
+                 neither the merged model nor the adapter; {GIVE_THE_BASE}",
                 rows.tensor.name
             ));
         }

@@ -12,16 +12,23 @@ use crate::plan::{PlannedTensor, Update, UpdateKind};
 
 use super::Change;
 
+/// How often PEFT's merge rounds what one adapter adds at most, beyond the last time: its product,
+/// the scaled product, and a sum before the last one (in attention's projections).
+const PEFT_ROUNDINGS: usize = 3;
+
 /// Computes rows of one tensor exactly, as far as f64 is exact.
 pub(super) struct ExactRow<'a> {
     computer: Computer<'a>,
     planned: &'a PlannedTensor,
     columns: usize,
     terms: Vec<Term>,
+    /// Whether PEFT's further roundings are let pass.
+    peft: bool,
 }
 
 /// One update, its factors widened.
 struct Term {
+    adapter: usize,
     kind: UpdateKind,
     stage: usize,
     weight: f64,
@@ -91,9 +98,9 @@ impl Term {
 impl<'a> ExactRow<'a> {
     /// # Errors
     /// [`crate::Error::Io`] where norms need the whole tensor.
-    pub fn new(computer: Computer<'a>, planned: &'a PlannedTensor) -> Result<Self> {
+    pub fn new(computer: Computer<'a>, planned: &'a PlannedTensor, peft: bool) -> Result<Self> {
         let (_, columns) = planned.matrix();
-        let mut this = Self { computer, planned, columns, terms: Vec::new() };
+        let mut this = Self { computer, planned, columns, terms: Vec::new(), peft };
         let mut removed = this.computer.removed(planned)?.into_iter();
         for update in planned.updates() {
             let mut term = this.read(update);
@@ -117,6 +124,7 @@ impl<'a> ExactRow<'a> {
     fn read(&self, update: &Update) -> Term {
         let adapter = &self.computer.inputs.adapters[update.adapter];
         let mut term = Term {
+            adapter: update.adapter,
             kind: update.kind,
             stage: update.stage,
             weight: update.weight,
@@ -172,7 +180,7 @@ impl<'a> ExactRow<'a> {
         let mut squares = vec![0.0; columns];
         for row in term.band.clone() {
             self.computer.task.check()?;
-            let start = self.row(row, &self.base(row)?, term.stage).0;
+            let start = self.row(row, &self.base(row)?, term.stage, |_, _| {}).0;
             let start = term.own_row(row, columns).unwrap_or(&start);
             for (column, weight) in start.iter().enumerate() {
                 let value = weight + term.product(row, column, columns).0;
@@ -193,18 +201,21 @@ impl<'a> ExactRow<'a> {
         stored: &[f64],
     ) -> Result<Result<Change, (usize, String)>> {
         let base = self.base(row)?;
-        let (exact, sizes) = self.row(row, &base, usize::MAX);
+        let mut change = Change { rows: 1, ..Change::default() };
+        let (exact, sizes) =
+            self.row(row, &base, usize::MAX, |adapter, delta| change.add_delta(adapter, delta));
         let steps = self.terms.iter().map(|term| term.steps() + 4).sum::<usize>() as f64;
         let single = self.planned.source.dtype != Dtype::F64;
         let gamma = (steps + 4.0) * if single { 2f64.powi(-24) } else { 2f64.powi(-53) };
-        let mut change = Change { rows: 1, ..Change::default() };
+        let roundings = if self.peft { PEFT_ROUNDINGS * self.terms.len() } else { 0 } as f64;
         for (column, ((stored, exact), (size, base))) in
             stored.iter().zip(&exact).zip(sizes.iter().zip(&base)).enumerate()
         {
             if !base.is_finite() && !stored.is_finite() {
                 continue;
             }
-            let bound = half_ulp(&self.planned.output_dtype, *exact) + gamma * size;
+            let dtype = &self.planned.output_dtype;
+            let bound = half_ulp(dtype, *exact) + roundings * half_ulp(dtype, *size) + gamma * size;
             let error = (stored - exact).abs();
             // A NaN is no error that could be within the bound.
             if error.is_nan() || error > bound {
@@ -234,8 +245,14 @@ impl<'a> ExactRow<'a> {
     }
 
     /// The exact row after all stages below `end`, and for each element the sum of the sizes of its
-    /// terms.
-    fn row(&self, row: usize, base: &[f64], end: usize) -> (Vec<f64>, Vec<f64>) {
+    /// terms. `each` gets the sum of squares of what each term changes, with its adapter.
+    fn row(
+        &self,
+        row: usize,
+        base: &[f64],
+        end: usize,
+        mut each: impl FnMut(usize, f64),
+    ) -> (Vec<f64>, Vec<f64>) {
         let mut exact = base.to_vec();
         let mut sizes: Vec<_> = base.iter().map(|value| value.abs()).collect();
         for stage in self.terms.chunk_by(|left, right| left.stage == right.stage) {
@@ -244,7 +261,10 @@ impl<'a> ExactRow<'a> {
             }
             let (start, start_sizes) = (exact.clone(), sizes.clone());
             for term in stage.iter().filter(|term| term.band.contains(&row)) {
+                let before = exact.clone();
                 self.add(term, row, (&start, &start_sizes), (&mut exact, &mut sizes));
+                let changes = exact.iter().zip(&before).map(|(after, before)| after - before);
+                each(term.adapter, changes.map(|change| change * change).sum());
             }
         }
         (exact, sizes)
@@ -304,7 +324,7 @@ impl<'a> ExactRow<'a> {
 }
 
 /// Half a unit in the last place of `dtype` at `value`, in its subnormal range too.
-fn half_ulp(dtype: &Dtype, value: f64) -> f64 {
+pub(crate) fn half_ulp(dtype: &Dtype, value: f64) -> f64 {
     let (precision, least) = match dtype {
         Dtype::F64 => (53, -1022),
         Dtype::F16 => (11, -14),

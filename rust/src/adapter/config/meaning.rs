@@ -100,9 +100,7 @@ impl PeftConfig {
         let (verdict, reason) = match (field, known) {
             ("init_lora_weights", _) => self.account_of_initialisation(value),
             ("alpha", _) => self.account_of_alpha(value),
-            _ if is_unset(value) && !matches!(known, Some((Used, _))) => {
-                (NotNeeded, "is not set".into())
-            }
+            _ if is_unset(value) && field != "fan_in_fan_out" => (NotNeeded, "is not set".into()),
             ("megatron_config", _) => account_of_megatron(value),
             (_, Some((verdict, reason))) => (verdict, reason.to_owned()),
             (_, None) => (

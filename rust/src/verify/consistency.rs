@@ -1,0 +1,171 @@
+//! What a merged checkpoint says of itself: its index, its config, and weights that are tied.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value};
+
+use super::Verification;
+use crate::checkpoint::{Checkpoint, Location};
+use crate::dtype::Dtype;
+use crate::plan::{Inputs, Plan};
+use crate::writer;
+
+/// Whether a tensor is an output head by its usual names.
+pub(super) fn is_head(name: &str) -> bool {
+    ["lm_head.weight", "embed_out.weight"].iter().any(|ending| ends_in(name, ending))
+}
+
+fn ends_in(name: &str, ending: &str) -> bool {
+    name.strip_suffix(ending).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// The input embeddings.
+pub(super) fn embedding(checkpoint: &Checkpoint) -> Option<(&String, Location)> {
+    let find = |ending| checkpoint.tensors().iter().find(|(name, _)| ends_in(name, ending));
+    let names = ["shared.weight", "embed_tokens.weight", "wte.weight", "embed_in.weight"];
+    names.into_iter().find_map(find).map(|(name, location)| (name, *location))
+}
+
+/// Everything of the kind.
+pub(super) fn check(
+    inputs: &Inputs,
+    plan: &Plan,
+    merged: &Checkpoint,
+    known: &HashSet<String>,
+    outcome: &mut Verification,
+) {
+    check_extra(merged, known, outcome);
+    check_tie(inputs, plan, merged, outcome);
+    check_index(merged, outcome);
+    check_config(inputs, plan, merged, outcome);
+}
+
+fn bytes(checkpoint: &Checkpoint, location: Location) -> &[u8] {
+    checkpoint.shards()[location.shard].file.tensor_bytes(checkpoint.at(location))
+}
+
+/// Tensors that the merge does not make: a head written out beside the embeddings that it is tied
+/// to is only odd, if it equals them; anything else is wrong.
+fn check_extra(merged: &Checkpoint, known: &HashSet<String>, outcome: &mut Verification) {
+    for (name, location) in merged.tensors().iter().filter(|(name, _)| !known.contains(*name)) {
+        match embedding(merged).filter(|_| is_head(name)) {
+            Some((other, at)) if bytes(merged, at) == bytes(merged, *location) => {
+                outcome
+                    .warnings
+                    .push(format!("tensor {name} is written out beside its twin {other}"));
+            }
+            // Told apart below.
+            Some(_) if merged.ties_embeddings() => {}
+            _ => {
+                let problem = format!("tensor {name} is in neither the base nor the adapters");
+                outcome.problems.push(problem);
+            }
+        }
+    }
+}
+
+/// The head and the embeddings, as the config ties them.
+fn check_tie(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Verification) {
+    let head = merged.tensors().iter().find(|(name, _)| is_head(name));
+    if !merged.ties_embeddings() {
+        if head.is_none() && inputs.base.ties_embeddings() && merged.is_language_model() {
+            outcome.problems.push(
+                "config.json: does not tie the output head to the embeddings any more, but there \
+                 is no head"
+                    .into(),
+            );
+        }
+        return;
+    }
+    if plan.config_changes.tied == Some(false) {
+        outcome.problems.push(
+            "config.json: ties the output head to the embeddings, but the adapter made them differ"
+                .into(),
+        );
+    }
+    if let (Some((head, at_head)), Some((embedding, at_embedding))) = (head, embedding(merged))
+        && bytes(merged, *at_head) != bytes(merged, at_embedding)
+    {
+        outcome.problems.push(format!(
+            "tensor {head} differs from {embedding}, to which config.json ties it; \
+             one of the two is stale"
+        ));
+    }
+}
+
+/// The index's own arithmetic; opening has held its names against the shards.
+fn check_index(merged: &Checkpoint, outcome: &mut Verification) {
+    let Some(index) = merged.index() else { return };
+    let size: u64 = merged.tensors().values().map(|location| merged.at(*location).bytes()).sum();
+    let claimed = index.content.get("metadata").and_then(|metadata| metadata.get("total_size"));
+    match claimed.and_then(Value::as_f64) {
+        Some(claimed) if claimed == size as f64 => {}
+        Some(claimed) => outcome.problems.push(format!(
+            "{}: total_size is {claimed}, but the tensors have {size} bytes",
+            index.file_name
+        )),
+        None => outcome.warnings.push(format!("{}: has no total_size", index.file_name)),
+    }
+}
+
+/// The config's entries that depend on the merge.
+fn check_config(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Verification) {
+    let Some(config) = merged.config() else {
+        // A single file has nothing beside it that belongs to it.
+        if inputs.base.config().is_some() && merged.is_directory() {
+            outcome.problems.push("config.json is missing".into());
+        }
+        return;
+    };
+    let embedded =
+        embedding(merged).and_then(|(_, location)| merged.at(location).shape.first().copied());
+    if let (Some(tokens), Some(vocabulary)) =
+        (entry(config, &["vocab_size"]).and_then(Value::as_u64), plan.config_changes.vocabulary)
+        && (tokens != vocabulary || embedded.is_some_and(|embedded| embedded != tokens))
+    {
+        outcome.problems.push(format!(
+            "config.json: vocab_size is {tokens}, but the embeddings have {vocabulary} tokens"
+        ));
+    }
+    let layers = entry(config, &writer::LAYER_COUNTS).and_then(Value::as_u64);
+    if let (Some(count), Some(replication)) = (layers, &plan.config_changes.layers)
+        && count != replication.order.len() as u64
+    {
+        outcome.problems.push(format!(
+            "config.json: counts {count} layers, but the adapter makes them {}",
+            replication.order.len()
+        ));
+    }
+    let named = entry(config, &["dtype", "torch_dtype"]).and_then(Value::as_str);
+    if let (Some(named), Some(dtype)) = (named, usual_dtype(merged))
+        && dtype.torch_name() != Some(named)
+        && usual_dtype(&inputs.base).as_ref() != Some(&dtype)
+    {
+        outcome.warnings.push(format!(
+            "config.json: says {named}, but most weights are {dtype}; loaders may convert them"
+        ));
+    }
+}
+
+/// The first of several entries, of the config or of its text model's.
+fn entry<'a>(config: &'a Map<String, Value>, names: &[&str]) -> Option<&'a Value> {
+    let inner = config.get("text_config").and_then(Value::as_object);
+    let places = std::iter::once(config).chain(inner);
+    places.flat_map(|place| names.iter().filter_map(|name| place.get(*name))).next()
+}
+
+/// The floating-point type of most bytes.
+fn usual_dtype(checkpoint: &Checkpoint) -> Option<Dtype> {
+    let mut counts: Vec<(Dtype, u64)> = Vec::new();
+    for location in checkpoint.tensors().values() {
+        let tensor = checkpoint.at(*location);
+        if !tensor.dtype.is_mergeable() {
+            continue;
+        }
+        match counts.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype) {
+            Some((_, bytes)) => *bytes += tensor.bytes(),
+            None => counts.push((tensor.dtype.clone(), tensor.bytes())),
+        }
+    }
+    counts.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(dtype, _)| dtype)
+}

@@ -1,0 +1,96 @@
+//! Which tensor of a merged checkpoint is which of the plan's, whoever named and sharded it.
+
+use std::collections::HashSet;
+
+use crate::checkpoint::{Checkpoint, Location};
+use crate::names::{self, Mapping};
+use crate::plan::{Action, Plan, PlannedTensor};
+use crate::safetensors::TensorInfo;
+
+use super::Verification;
+use super::consistency::{embedding, is_head};
+
+/// One tensor: what it should be, and what is stored where.
+pub(super) struct Job {
+    pub planned: PlannedTensor,
+    pub location: Location,
+    pub stored: TensorInfo,
+}
+
+/// Finds every planned tensor in the merged checkpoint; what is not there is a problem. Returns the
+/// names there that belong to the plan, too.
+pub(super) fn match_up(
+    plan: &Plan,
+    merged: &Checkpoint,
+    outcome: &mut Verification,
+) -> (Vec<Job>, HashSet<String>) {
+    let mapping = mapping(plan, merged);
+    if let Some(description) = mapping.describe() {
+        outcome.warnings.push(format!(
+            "the tensors' names are not the base's: {}",
+            description.replace("its names", "the base's").replace(
+                "which the base's do not have",
+                "which those of the merged checkpoint do not have"
+            )
+        ));
+    }
+    let mut jobs = Vec::new();
+    let mut known = HashSet::new();
+    for (_, planned) in plan.tensors() {
+        let name = mapping.apply(&planned.name).unwrap_or_else(|| planned.name.clone());
+        let found = merged.tensors().get(&name).copied();
+        // A head that shares the embeddings' tensor need not be stored.
+        let tied = || (is_head(&name) && merged.ties_embeddings()).then(|| embedding(merged));
+        let Some(location) = found.or_else(|| tied().flatten().map(|(_, location)| location))
+        else {
+            outcome.problems.push(format!("tensor {} is missing", planned.name));
+            continue;
+        };
+        known.insert(name);
+        match with_dtype_of(planned, merged.at(location)) {
+            Ok(planned) => {
+                jobs.push(Job { planned, location, stored: merged.at(location).clone() });
+            }
+            Err(problem) => outcome.problems.push(problem),
+        }
+    }
+    (jobs, known)
+}
+
+/// The change of names between the base and the merged checkpoint: none, as long as most are the
+/// same, so that a missing tensor is not taken for a renamed one.
+fn mapping(plan: &Plan, merged: &Checkpoint) -> Mapping {
+    let names: Vec<_> = plan.tensors().map(|(_, tensor)| tensor.name.clone()).collect();
+    let found = names.iter().filter(|name| merged.tensor(name).is_some()).count();
+    if 2 * found >= names.len() {
+        return Mapping::Same;
+    }
+    names::find_mapping(&names, merged).mapping
+}
+
+/// Gives the plan of one tensor the type in which it is stored.
+fn with_dtype_of(planned: &PlannedTensor, stored: &TensorInfo) -> Result<PlannedTensor, String> {
+    let name = &planned.name;
+    if stored.shape != planned.source.shape {
+        return Err(format!(
+            "tensor {name} has shape {:?} instead of {:?}",
+            stored.shape, planned.source.shape
+        ));
+    }
+    let mut planned = planned.clone();
+    if stored.dtype != planned.output_dtype {
+        if !(stored.dtype.is_mergeable() && planned.output_dtype.is_mergeable()) {
+            return Err(format!(
+                "tensor {name} is stored as {} instead of {}",
+                stored.dtype, planned.output_dtype
+            ));
+        }
+        planned.output_dtype = stored.dtype.clone();
+        planned.action = match planned.action {
+            Action::Merge(updates) => Action::Merge(updates),
+            _ if planned.output_dtype == planned.source.dtype => Action::Copy,
+            _ => Action::Cast,
+        };
+    }
+    Ok(planned)
+}
