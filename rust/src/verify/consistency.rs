@@ -77,12 +77,6 @@ fn check_tie(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Ve
         }
         return;
     }
-    if plan.config_changes.tied == Some(false) {
-        outcome.problems.push(
-            "config.json: ties the output head to the embeddings, but the adapter made them differ"
-                .into(),
-        );
-    }
     if let (Some((head, at_head)), Some((embedding, at_embedding))) = (head, embedding(merged))
         && bytes(merged, *at_head) != bytes(merged, at_embedding)
     {
@@ -90,6 +84,12 @@ fn check_tie(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Ve
             "tensor {head} differs from {embedding}, to which config.json ties it; \
              one of the two is stale"
         ));
+    }
+    if plan.config_changes.tied == Some(false) {
+        outcome.problems.push(
+            "config.json: ties the output head to the embeddings, but the adapter made them differ"
+                .into(),
+        );
     }
 }
 
