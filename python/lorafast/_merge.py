@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Literal
 
 from lorafast import _core, _sources
+from lorafast._accounts import left_over, summary_text
 from lorafast._errors import VerificationError
 from lorafast._verify import verify_plan
 
@@ -137,6 +138,7 @@ class MergePlan:
             notes=list(self.notes),
             side_files=summary["side_files"],
             left_out=summary["left_out"],
+            accounts=[adapter["account"] for adapter in description["adapters"]],
         )
         if verify:
             checked = verify_plan(self, output, full=False, threads=threads, progress=progress)
@@ -181,6 +183,8 @@ class MergeReport:
         notes: how adapters were made to fit where it was not plain.
         side_files: files carried over beside the weights.
         left_out: other copies of the weights that were not carried over.
+        accounts: for each adapter `fields` and `tensors`: the `name` of every config field and of
+            every tensor, its `verdict` (used, not_needed) and the `reason`.
         verification: what `lorafast.verify` found afterwards, where it was asked for.
     """
 
@@ -208,6 +212,7 @@ class MergeReport:
     notes: list[str] = field(default_factory=list)
     side_files: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    accounts: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -405,8 +410,9 @@ def inspect(path: Source) -> dict[str, Any]:
         Plain objects: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
         `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
         `config`, `warnings`, and for an adapter `adapter` with `type, base, r, alpha, rslora,
-        peft_version`, `modules` (name, kind, rank, alpha, scaling, shape (out, in)) and `features`
-        (what in it cannot be merged).
+        peft_version`, `modules` (name, kind, rank, alpha, scaling, shape (out, in)), `features`
+        (what in it cannot be merged) and `account`: of every tensor and every config field its
+        `name`, `verdict` (used, not_needed, refused) and `reason`.
 
     Raises:
         FileNotFoundError: the path is not there.
@@ -486,6 +492,13 @@ def _markdown(report: MergeReport) -> str:
             f"| {group['adapter']} | {group['rank']} | {group['scale']:g} "
             f"| {group['weight']:g} | {group['modules']} |"
         )
+    lines += ["", "## What became of every tensor and config field", ""]
+    for position, account in enumerate(report.accounts):
+        lines.append(f"- adapter {position}: {summary_text(account)}")
+        lines += [
+            f"    - {verdict}: {', '.join(f'`{name}`' for name in names)} ({reason})"
+            for verdict, reason, names in left_over(account)
+        ]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     if report.left_out:

@@ -58,6 +58,12 @@ def _show(contents: Contents, terminal: Terminal, *, every_tensor: bool) -> None
         _show_modules(contents["adapter"]["modules"], terminal)
     else:
         _show_tensor_groups(contents["tensors"], terminal)
+    if contents["adapter"] is not None:
+        from lorafast._cli._plan_summary import show_account
+
+        terminal.line()
+        terminal.heading("What a merge makes of it")
+        show_account(contents["adapter"]["account"], terminal, fields=True)
 
 
 def _show_summary(contents: Contents, terminal: Terminal) -> None:

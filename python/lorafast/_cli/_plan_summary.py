@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorafast._accounts import left_over, names_text, summary_text
 from lorafast._cli._format import bytes_text, count_text, number_text, plural
 from lorafast._cli._merge import dtype_text
 from lorafast._cli._patterns import collapse
@@ -30,6 +31,10 @@ def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
     changed = [tensor for tensor in tensors if tensor["updates"]]
     if changed:
         _show_changes(changed, adapters, terminal)
+    for adapter in adapters:
+        terminal.line()
+        terminal.heading(f"All of {adapter['name']}")
+        show_account(adapter["account"], terminal, fields=False)
     unchanged = [tensor for tensor in tensors if not tensor["updates"]]
     if unchanged:
         terminal.line()
@@ -37,6 +42,21 @@ def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
         _show_unchanged(unchanged, terminal)
     for note in plan["notes"]:
         terminal.line(f"note: {note}")
+
+
+def show_account(account: Mapping[str, Any], terminal: Terminal, *, fields: bool) -> None:
+    """Print what becomes of an adapter's tensors and config fields, and of which not all is used.
+
+    Args:
+        account: as a plan or a listing has it.
+        terminal: where to print.
+        fields: list the config fields that are not used as well as the tensors.
+    """
+    terminal.line(f"  {summary_text(account)}")
+    entries = account if fields else {"tensors": account["tensors"], "fields": []}
+    rows = [(verdict, names_text(names), reason) for verdict, reason, names in left_over(entries)]
+    if rows:
+        terminal.table((Column("verdict"), Column("names"), Column("reason")), rows)
 
 
 def _facts(plan: Mapping[str, Any], tensor_count: int) -> dict[str, str]:

@@ -1,0 +1,47 @@
+"""What became of an adapter's parts, counted and in words: used, not needed, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Of an adapter: `fields` and `tensors`, each a list of `name`, `verdict` and `reason`.
+Account = Mapping[str, Any]
+
+VERDICTS = {"used": "used", "not_needed": "not needed", "refused": "refused"}
+#: The reason of fields that say nothing, which nobody wants to read one by one.
+UNSET = "is not set"
+
+
+def counts_text(entries: Sequence[Mapping[str, str]]) -> str:
+    """`54 used, 2 not needed`; verdicts that nothing has are left out."""
+    counts = {
+        words: sum(entry["verdict"] == verdict for entry in entries)
+        for verdict, words in VERDICTS.items()
+    }
+    return ", ".join(f"{count:,} {words}" for words, count in counts.items() if count) or "none"
+
+
+def summary_text(account: Account) -> str:
+    """One line for both: tensors and config fields."""
+    tensors, fields = counts_text(account["tensors"]), counts_text(account["fields"])
+    return f"tensors: {tensors}; config fields: {fields}"
+
+
+def left_over(account: Account) -> list[tuple[str, str, list[str]]]:
+    """Whatever is not used, by verdict and reason: `(verdict in words, reason, names)`.
+
+    Fields that are not set are left out.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in [*account["tensors"], *account["fields"]]:
+        if entry["verdict"] != "used" and entry["reason"] != UNSET:
+            key = (VERDICTS[entry["verdict"]], entry["reason"])
+            groups.setdefault(key, []).append(entry["name"])
+    return [(verdict, reason, names) for (verdict, reason), names in groups.items()]
+
+
+def names_text(names: Sequence[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, … ({len(names):,} in all)"

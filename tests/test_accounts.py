@@ -1,0 +1,136 @@
+"""Nothing of an adapter is passed over in silence: each tensor and config field has an account."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lorafast
+import numpy as np
+import pytest
+from lorafast._cli import main
+from support.files import tensor
+from support.handmade import adapter_tensors, make_adapter, make_base
+from support.reference import PREFIX
+
+EMBEDDING = "model.embed_tokens.weight"
+LEFTOVER = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_velora_embed"
+
+
+def account_of(plan: lorafast.MergePlan, position: int = 0) -> dict[str, tuple[str, str]]:
+    """By the tensor's name its verdict and reason."""
+    account = plan.to_dict()["adapters"][position]["account"]
+    names = [entry["name"] for entry in account["tensors"]]
+    assert len(names) == len(set(names))
+    return {entry["name"]: (entry["verdict"], entry["reason"]) for entry in account["tensors"]}
+
+
+def test_every_tensor_and_field_once(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    tensors = adapter_tensors() | {LEFTOVER: tensor(np.ones(2))}
+    adapter = make_adapter(tmp_path / "adapter", tensors, future=3)
+    plan = lorafast.plan(base, adapter, allow=["future"])
+    account = account_of(plan)
+    assert account.keys() == tensors.keys()
+    assert account.pop(LEFTOVER)[0] == "not_needed"
+    assert {verdict for verdict, _ in account.values()} == {"used"}
+    fields = plan.to_dict()["adapters"][0]["account"]["fields"]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert [entry["name"] for entry in fields] == list(config)
+    verdicts = {entry["name"]: entry["verdict"] for entry in fields}
+    assert verdicts["r"] == verdicts["lora_alpha"] == "used"
+    assert verdicts["lora_dropout"] == verdicts["use_dora"] == "not_needed"
+    assert (verdicts["future"], fields[-1]["reason"]) == ("not_needed", "allowed by name")
+    report = lorafast.merge(base, adapter, tmp_path / "out", allow=["future"])
+    assert report.accounts == [plan.to_dict()["adapters"][0]["account"]]
+    written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert written["accounts"] == report.accounts
+    page = (tmp_path / "out" / "merge_report.md").read_text()
+    assert f"not needed: `{LEFTOVER}` (used in training only)" in page
+    assert "tensors: 8 used, 1 not needed" in page
+
+
+def test_what_is_refused_is_listed_without_a_base(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", use_qalora=True, future=3)
+    account = lorafast.inspect(adapter)["adapter"]["account"]
+    refused = {e["name"]: e["reason"] for e in account["fields"] if e["verdict"] == "refused"}
+    assert refused.keys() == {"use_qalora", "future"}
+    assert "QALoRA" in refused["use_qalora"]
+    assert {entry["verdict"] for entry in account["tensors"]} == {"used"}
+
+
+def embedding_case(tmp_path: Path, saved: Any) -> tuple[Path, Path, str]:
+    """An adapter on an embedding that carries a base weight of its own."""
+    values = np.random.default_rng(2).normal(size=(9, 20))
+    base = make_base(tmp_path / "base", others={EMBEDDING: tensor(values)})
+    key = f"{PREFIX}model.embed_tokens"
+    tensors = {
+        f"{key}.lora_embedding_A": tensor(np.ones((4, 9))),
+        f"{key}.lora_embedding_B": tensor(np.ones((20, 4))),
+        f"{key}.base_layer.weight": tensor(saved(values)),
+    }
+    return base, make_adapter(tmp_path / "adapter", tensors), f"{key}.base_layer.weight"
+
+
+def test_a_saved_weight_that_is_the_bases_own(tmp_path: Path) -> None:
+    base, adapter, saved = embedding_case(tmp_path, lambda values: values)
+    assert account_of(lorafast.plan(base, adapter))[saved] == (
+        "not_needed",
+        f"is the base's own {EMBEDDING} again",
+    )
+
+
+def test_a_saved_weight_of_its_own(tmp_path: Path) -> None:
+    base, adapter, saved = embedding_case(tmp_path, lambda values: values + 1)
+    assert account_of(lorafast.plan(base, adapter))[saved][0] == "used"
+
+
+def test_what_a_later_adapter_replaces(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    q_proj = "model.layers.0.self_attn.q_proj"
+    first = make_adapter(tmp_path / "first")
+    saved = adapter_tensors({"model.layers.1.mlp.up_proj": (50, 20)})
+    saved[f"{PREFIX}{q_proj}.weight"] = tensor(np.ones((24, 20)))
+    later = make_adapter(tmp_path / "later", saved, modules_to_save=["0.self_attn.q_proj"])
+    plan = lorafast.plan(base, [first, later])
+    assert any("that change is lost" in warning for warning in plan.warnings)
+    account = account_of(plan)
+    lost = {name for name, (verdict, _) in account.items() if verdict == "not_needed"}
+    assert lost == {f"{PREFIX}{q_proj}.lora_{letter}.weight" for letter in "AB"}
+    assert all("replaced by a later adapter" in account[name][1] for name in lost)
+    assert {verdict for verdict, _ in account_of(plan, 1).values()} == {"used"}
+
+
+def test_a_tensor_that_nothing_is_made_from_is_not_called_used(tmp_path: Path) -> None:
+    """Two adapters bring a module that the base does not have; the last one's counts."""
+    base = make_base(tmp_path / "base")
+    adapters = []
+    for number in (1.0, 2.0):
+        tensors = adapter_tensors() | {f"{PREFIX}score.weight": tensor(np.full((3, 20), number))}
+        path = tmp_path / f"adapter{number:.0f}"
+        adapters.append(make_adapter(path, tensors, modules_to_save=["score"]))
+    plan = lorafast.plan(base, adapters)
+    assert account_of(plan, 0)[f"{PREFIX}score.weight"][0] == "not_needed"
+    assert account_of(plan, 1)[f"{PREFIX}score.weight"][0] == "used"
+
+
+def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_base(tmp_path / "base")
+    tensors = adapter_tensors() | {LEFTOVER: tensor(np.ones(2))}
+    adapter = make_adapter(tmp_path / "adapter", tensors)
+    merge = ["merge", "--base", str(base), "--adapters", str(adapter), "--dry-run"]
+    assert main(merge) == 0
+    text = capsys.readouterr().out
+    assert "All of adapter\n  tensors: 8 used, 1 not needed; config fields: " in text
+    assert LEFTOVER in text
+    assert main([*merge, "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)["adapters"][0]["account"]
+    assert len(account["tensors"]) == 9
+    assert main(["info", str(adapter)]) == 0
+    text = capsys.readouterr().out
+    assert "What a merge makes of it\n  tensors: 8 used, 1 not needed; config fields: " in text
+    assert "lora_dropout" in text
+    unsupported = make_adapter(tmp_path / "unsupported", use_qalora=True)
+    assert main(["info", str(unsupported)]) == 0
+    assert "refused" in capsys.readouterr().out
