@@ -1,0 +1,85 @@
+"""What PEFT merges and transformers saves is proved as it is: its shards, names and roundings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lorafast
+import pytest
+from matrix import FEATURES, Entry, Feature
+from support.files import read_checkpoint
+from support.handmade import write_checkpoint
+from support.models import Models, state
+from test_matrix import make_adapters
+from toys import MODULES, Toys, merge_with_peft, quiet
+
+CASES = [
+    pytest.param(feature, entry, dtype, id=f"{feature.name}-{entry.name}-{dtype}".replace(" ", "_"))
+    for feature in FEATURES
+    for entry in feature.entries
+    # Roundings show in 16 bits; in 32 the bases that transformers saves are enough.
+    for dtype in (["BF16"] if entry.base in MODULES else ["BF16", "F32"])
+    if not feature.peft_fails
+]
+
+
+@pytest.fixture(scope="module")
+def toys(models: Models) -> Toys:
+    return Toys(models)
+
+
+def saved_by_peft(
+    toys: Toys, folder: Path, case: tuple[Feature, Entry, str], shard: str = "30KB"
+) -> tuple[Path, list[Path], Path]:
+    feature, entry, dtype = case
+    base = toys.base(entry.base, dtype)
+    adapters = make_adapters(toys, feature, entry, "F32")
+    model: Any = merge_with_peft(base, adapters)
+    if entry.base in MODULES:
+        folder.mkdir()
+        shutil.copy(base / "config.json", folder)
+        write_checkpoint(folder, state(model), shards=3)
+    else:
+        with quiet():
+            model.save_pretrained(folder, max_shard_size=shard)
+    return base, adapters, folder
+
+
+@pytest.mark.parametrize(("feature", "entry", "dtype"), CASES)
+def test_peft_s_own_output(
+    toys: Toys, tmp_path: Path, feature: Feature, entry: Entry, dtype: str
+) -> None:
+    inputs = saved_by_peft(toys, tmp_path / "merged", (feature, entry, dtype))
+    outcome = lorafast.verify(*inputs, compat="peft", full=True)
+    assert outcome.ok, outcome.problems
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    strict = lorafast.verify(*inputs)
+    if feature.summed:
+        # Each norm is then another one's; PEFT's result is another one, not another rounding.
+        assert not strict.ok
+    elif dtype == "F32" or feature.roundings == 1:
+        assert strict.ok, strict.problems
+
+
+def test_the_allowance_hides_no_factor(toys: Toys, tmp_path: Path) -> None:
+    """With PEFT's roundings let pass, a doubled scale is found all the same."""
+    feature = next(f for f in FEATURES if f.name == "Embedding")
+    entry = next(e for e in feature.entries if e.base == "gpt2")
+    case = (feature, entry, "BF16")
+    base, adapters, merged = saved_by_peft(toys, tmp_path / "merged", case, "1GB")
+    assert lorafast.verify(base, adapters, merged, compat="peft").ok
+    doubled = tmp_path / "doubled"
+    doubled.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (doubled / name).write_bytes((adapters[0] / name).read_bytes())
+    config = json.loads((doubled / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (doubled / "adapter_config.json").write_text(json.dumps(config))
+    outcome = lorafast.verify(base, [doubled], merged, compat="peft")
+    entries = lorafast.plan(base, doubled).to_dict()["tensors"]
+    (changed,) = [entry["name"] for entry in entries if entry["updates"]]
+    assert changed in read_checkpoint(merged)
+    assert changed in outcome.problems[0]
