@@ -18,6 +18,9 @@ use crate::factors::Pair;
 use crate::kernel::Orientation;
 use crate::plan::Residual;
 
+/// Enough for the digits that an error bound needs.
+const POWER_STEPS: usize = 24;
+
 /// A stored weight in f64, row after row.
 #[derive(Debug)]
 pub(crate) struct Weight {
@@ -29,6 +32,18 @@ pub(crate) struct Weight {
 impl Weight {
     fn view(&self) -> MatRef<'_, f64> {
         MatRef::from_row_major_slice(&self.values, self.rows, self.columns)
+    }
+
+    /// The largest singular value, from below, by power iteration.
+    pub fn largest(&self) -> f64 {
+        let weight = self.view();
+        let mut vector = Mat::from_fn(self.columns, 1, |row, _| 1.0 + (row % 7) as f64);
+        let mut norm = 0.0;
+        for _ in 0..POWER_STEPS {
+            vector = weight.transpose() * (weight * (faer::Scale(1.0 / vector.norm_l2()) * vector));
+            norm = vector.norm_l2();
+        }
+        norm.sqrt()
     }
 
     /// The factors of P, as a module's product lies on a weight that is stored that way; without
@@ -142,6 +157,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_largest_singular_value_is_found() {
+        let weight = weight(12, 7);
+        let svd = weight.view().thin_svd().expect("finite");
+        assert!((weight.largest() / svd.S().column_vector()[0] - 1.0).abs() < 1e-2);
     }
 
     #[test]

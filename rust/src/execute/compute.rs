@@ -199,6 +199,20 @@ impl Computer<'_> {
         Prepared::new(self.set, self.inputs, tensor, &wide, removed, scan)
     }
 
+    /// A whole tensor in f64.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn weight(&self, tensor: &PlannedTensor) -> Result<Weight> {
+        let (rows, columns) = tensor.matrix();
+        let mut values = Vec::with_capacity(rows * columns);
+        self.scan(tensor, &Dtype::F64, &mut |_, tile| {
+            let wide = tile.chunks_exact(size_of::<f64>());
+            values.extend(wide.map(bytemuck::pod_read_unaligned::<f64>));
+        })?;
+        Ok(Weight { rows, columns, values })
+    }
+
     /// What the initialisations of a tensor's updates took out of it, by the adapter's position and
     /// its module.
     ///
@@ -214,17 +228,7 @@ impl Computer<'_> {
             let Some(what) = update.residual else { continue };
             let weight = match &weight {
                 Some(weight) => weight,
-                None => {
-                    let (rows, columns) = tensor.matrix();
-                    let mut values = Vec::with_capacity(rows * columns);
-                    self.scan(tensor, &Dtype::F64, &mut |_, tile| {
-                        values.extend(
-                            tile.chunks_exact(size_of::<f64>())
-                                .map(bytemuck::pod_read_unaligned::<f64>),
-                        );
-                    })?;
-                    &*weight.insert(Weight { rows, columns, values })
-                }
+                None => &*weight.insert(self.weight(tensor)?),
             };
             let pair = weight
                 .removed(what, update.rank as usize, update.orientation())

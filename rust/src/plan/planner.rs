@@ -275,7 +275,7 @@ impl<'a> Planner<'a> {
         if residual == Residual::Smallest && target.rank >= extent {
             return Err(format!(
                 "its module {path} of rank {} leaves nothing of a weight of shape {shape:?}, whose \
-                 smallest singular components KaSA takes out",
+                 smallest singular components KaSA takes out (kasa_config)",
                 target.rank
             ));
         }
