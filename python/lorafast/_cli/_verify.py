@@ -74,14 +74,17 @@ def show(outcome: lorafast.Verification, terminal: Terminal) -> None:
             terminal.problem(f"  {problem}")
         if len(outcome.problems) > SHOWN:
             terminal.problem(f"  and {len(outcome.problems) - SHOWN} more")
+    lost = f"{outcome.lost:.2%} of the change; {outcome.unmoved:.2%} of the weights did not move"
+    if len(outcome.adapters) > 1:
+        shares = (f"{entry['adapter']} {entry['lost']:.2%}" for entry in outcome.adapters)
+        lost += f" (as a share of each adapter's own change: {', '.join(shares)})"
     terminal.facts(
         {
             "computed again": f"{outcome.tensors_merged:,} tensors, "
             f"{outcome.rows_exact:,} of their rows in float64 as well",
             "compared": f"{outcome.tensors_copied:,} tensors that no adapter changes",
             "weights in all": count_text(outcome.elements),
-            "lost to rounding": f"{outcome.lost:.2%} of the adapters' change; "
-            f"{outcome.unmoved:.2%} of the weights did not move",
+            "lost to rounding": lost,
         }
     )
 
