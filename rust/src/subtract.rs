@@ -5,6 +5,7 @@
 //! Σ|terms| of row i and column j of a product is at most |s|·‖Bᵢ‖·‖Aⱼ‖ (Cauchy and Schwarz), which
 //! costs one multiplication an element and no second product.
 
+use std::ops::Range;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -16,11 +17,14 @@ use crate::error::{Error, Result};
 use crate::execute::compute::Computer;
 use crate::execute::queue;
 use crate::factors::Pair;
-use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
+use crate::kernel::{self, InstructionSet};
 use crate::plan::{Inputs, Plan, PlannedTensor};
 use crate::task::{self, Task};
-use crate::verify::half_ulp;
+use crate::verify::HalfUlp;
+
+/// What the terms of second order can add to a bound, as a share of it and by far.
+const SECOND_ORDER: f64 = 1.0 / 64.0;
 
 /// A bound on the difference between what came back and what was merged into.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -43,6 +47,35 @@ impl Distance {
             largest: self.largest.max(other.largest),
             norm: self.norm + other.norm,
             change: self.change + other.change,
+        }
+    }
+
+    /// Adds rows of a tensor: the merged values and those that came back.
+    fn add_rows<T: Copy + Into<f64>>(
+        &mut self,
+        rows: Range<usize>,
+        [merged, restored]: &[Vec<T>; 2],
+        norms: &[Norms],
+        (from, to): (HalfUlp, HalfUlp),
+        gamma: f64,
+        sizes: &mut [f64],
+    ) {
+        let columns = sizes.len();
+        let values = merged.chunks_exact(columns).zip(restored.chunks_exact(columns));
+        for (row, (merged, restored)) in rows.zip(values) {
+            sizes.fill(0.0);
+            norms.iter().for_each(|norm| norm.add_sizes(row, sizes));
+            for ((merged, restored), terms) in merged.iter().zip(restored).zip(sizes.iter()) {
+                let (merged, restored): (f64, f64) = ((*merged).into(), (*restored).into());
+                // What is left out by taking |R| for |W| is of second order.
+                let size = (merged.abs() + restored.abs() + 2.0 * terms) * (1.0 + SECOND_ORDER);
+                let bound = from.at(merged) + to.at(restored) + gamma * size;
+                if merged.is_finite() && restored.is_finite() {
+                    self.largest = self.largest.max(bound);
+                    self.norm += bound * bound;
+                    self.change += (merged - restored) * (merged - restored);
+                }
+            }
         }
     }
 }
@@ -81,12 +114,12 @@ struct Norms {
 }
 
 impl Norms {
-    /// The bound on Σ|terms| at a row and column of the tensor.
-    fn size(&self, row: usize, column: usize) -> f64 {
-        match row.checked_sub(self.start).and_then(|row| self.rows.get(row)) {
-            Some(norm) => norm * self.columns[column],
-            None => 0.0,
-        }
+    /// Adds the bound on Σ|terms| of each element of a row of the tensor.
+    fn add_sizes(&self, row: usize, sizes: &mut [f64]) {
+        let Some(norm) = row.checked_sub(self.start).and_then(|row| self.rows.get(row)) else {
+            return;
+        };
+        sizes.iter_mut().zip(&self.columns).for_each(|(size, column)| *size += norm * column);
     }
 }
 
@@ -125,29 +158,104 @@ fn distance_of(
     let single = tensor.source.dtype != Dtype::F64;
     let gamma = (steps as f64 + 4.0) * if single { 2f64.powi(-24) } else { 2f64.powi(-53) };
     let (_, columns) = tensor.matrix();
-    let (from, to) = (tensor.source.dtype.clone(), stored.dtype.clone());
+    let (from, to) = (&tensor.source.dtype, &stored.dtype);
+    let half_ulps = (HalfUlp::of(from), HalfUlp::of(to));
+    let is_double = *from == Dtype::F64 || *to == Dtype::F64;
     let mut total = Distance { tensors: 1, ..Distance::default() };
     let mut buffer = Vec::new();
+    let mut sizes = vec![0.0; columns];
+    let mut single = [Vec::new(), Vec::new()];
     for tile in queue::tiles(tensor) {
         computer.task.check()?;
         buffer.resize(tile.len() * columns * from.size(), 0);
         computer.read(tensor, &mut buffer, tile.start * columns * from.size())?;
         computer.task.advance(buffer.len() as u64);
-        let merged = widen_f64(&from, &buffer);
-        let range = tile.start * columns * to.size()..tile.end * columns * to.size();
-        let restored = widen_f64(&to, &bytes[range]);
-        for (position, (merged, restored)) in merged.iter().zip(&restored).enumerate() {
-            let (row, column) = (tile.start + position / columns, position % columns);
-            let terms: f64 = norms.iter().map(|norm| norm.size(row, column)).sum();
-            // What is left out by taking |R| for |W| is of second order.
-            let sizes = (merged.abs() + restored.abs() + 2.0 * terms) * (1.0 + 2f64.powi(-6));
-            let bound = half_ulp(&from, *merged) + half_ulp(&to, *restored) + gamma * sizes;
-            if merged.is_finite() && restored.is_finite() {
-                total.largest = total.largest.max(bound);
-                total.norm += bound * bound;
-                total.change += (merged - restored) * (merged - restored);
+        let restored = &bytes[tile.start * columns * to.size()..tile.end * columns * to.size()];
+        if is_double {
+            let values = [widen_f64(from, &buffer), widen_f64(to, restored)];
+            total.add_rows(tile, &values, &norms, half_ulps, gamma, &mut sizes);
+        } else {
+            for (values, (dtype, bytes)) in
+                single.iter_mut().zip([(from, buffer.as_slice()), (to, restored)])
+            {
+                values.resize(tile.len() * columns, 0f32);
+                let wide = bytemuck::cast_slice_mut(values);
+                kernel::convert(computer.set, dtype, bytes, &Dtype::F32, wide);
             }
+            total.add_rows(tile, &single, &norms, half_ulps, gamma, &mut sizes);
         }
     }
     Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::execute;
+    use crate::fixtures::{open, plain, ramp, write, write_adapter};
+    use crate::plan::Options;
+
+    const ROWS: u64 = 30;
+    const COLUMNS: u64 = 44;
+
+    /// A base, its merge and what is left of that without the adapter, as values of one tensor.
+    fn round_trip(dtype: &Dtype) -> (Distance, Vec<f64>, Vec<f64>) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        let weight = ("a.weight", dtype.clone(), &[ROWS, COLUMNS][..], ramp(ROWS * COLUMNS, 5));
+        write(&root.join("base/model.safetensors"), &[weight]);
+        let adapter = write_adapter(&root.join("adapter"), &[("a", ROWS, COLUMNS)], "");
+        let run = |from: &str, to: &str, options: Options| {
+            let inputs = open(&root.join(from), std::slice::from_ref(&adapter));
+            let plan = Plan::new(&inputs, options).expect("fits");
+            let how = execute::Options::default();
+            execute::execute(&inputs, &plan, &root.join(to), &how, &Task::new()).expect("written");
+            (inputs, plan)
+        };
+        run("base", "merged", plain());
+        let (inputs, plan) = run("merged", "again", Options { subtract: true, ..plain() });
+        let found = distance(&inputs, &plan, &root.join("again"), None, &Task::new());
+        let values = |name: &str| {
+            let file = Checkpoint::open(&root.join(name)).expect("sound");
+            let at = file.tensors()["a.weight"];
+            widen_f64(dtype, file.shards()[at.shard].file.tensor_bytes(file.at(at)))
+        };
+        (found.expect("measured"), values("base"), values("again"))
+    }
+
+    #[test]
+    fn nothing_lies_further_from_the_base_than_is_said() {
+        for (dtype, share) in
+            [(Dtype::F64, 1e-13), (Dtype::F32, 1e-5), (Dtype::F16, 0.01), (Dtype::Bf16, 0.05)]
+        {
+            let (found, base, again) = round_trip(&dtype);
+            let errors: Vec<_> = base.iter().zip(&again).map(|(w, r)| (w - r).abs()).collect();
+            let furthest = errors.iter().copied().fold(0.0, f64::max);
+            assert!(furthest <= found.largest, "{dtype}: {furthest} and {found:?}");
+            let norm = errors.iter().map(|error| error * error).sum::<f64>().sqrt();
+            assert!(norm <= found.norm, "{dtype}: {norm} and {found:?}");
+            // And what is said is worth something.
+            assert!(found.norm <= share * found.change, "{dtype}: {found:?}");
+            assert_eq!(found.tensors, 1);
+        }
+    }
+
+    #[test]
+    fn the_base_alone_is_the_base() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        let weight = ("a.weight", Dtype::F32, &[ROWS, COLUMNS][..], ramp(ROWS * COLUMNS, 5));
+        write(&root.join("base/model.safetensors"), &[weight]);
+        let adapter = write_adapter(&root.join("adapter"), &[("a", ROWS, COLUMNS)], "");
+        let inputs = open(&root.join("base"), &[adapter]);
+        let plan = Plan::new(&inputs, plain()).expect("fits");
+        assert_eq!((plan.count("merge"), plan.count("copy")), (1, 0));
+        let alone = plan.of_base_alone(&inputs, None);
+        assert_eq!((alone.count("merge"), alone.count("copy")), (0, 1));
+        let wide = plan.of_base_alone(&inputs, Some(Dtype::F16));
+        assert_eq!(
+            (wide.count("cast"), wide.config_changes.dtype.as_deref()),
+            (1, Some("float16"))
+        );
+    }
 }
