@@ -255,6 +255,28 @@ def test_what_is_no_sum_needs_the_base(tmp_path: Path, kind: str) -> None:
     assert read_checkpoint(tmp_path / "out") == read_checkpoint(base)
 
 
+STARTS: dict[str, dict[str, Any]] = {
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "KaSA": {"kasa_config": {}},
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_start_that_changed_the_base_needs_the_base(tmp_path: Path, kind: str) -> None:
+    tensors = adapter_tensors()
+    if kind == "KaSA":
+        diagonals = {f"{PREFIX}{module}.lora_diag": tensor(np.ones(4)) for module in MODULES}
+        tensors |= diagonals
+    adapter = make_adapter(tmp_path / "adapter", tensors, **STARTS[kind])
+    merged = make_base(tmp_path / "merged")
+    with pytest.raises(lorafast.PlanError, match="original=") as caught:
+        lorafast.subtract(merged, adapter, tmp_path / "out")
+    assert "took components out of the base" in str(caught.value)
+    assert str(adapter) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_head_that_the_merge_untied(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     embedding = {"model.embed_tokens.weight": tensor(random.normal(size=(9, 20)))}

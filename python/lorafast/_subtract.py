@@ -46,9 +46,10 @@ class SubtractReport:
         exact: whether the output is the base, byte for byte (converted, where `dtype` says so).
         bound: where it is not: `largest`, what no weight lies further from the base's than; `norm`,
             the root of the sum of squares of every weight's bound; `change`, ‖merged - output‖;
-            `share`, norm over change; `tensors`, out of how many something was taken. For a merge
-            that rounded each weight once: |R - W| ≤ ½ulp(M) + ½ulp(R) + the bound of two float32
-            sums (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1).
+            `share`, norm over change; `tensors`, out of how many something was taken; `rounding`,
+            how the merge is taken to have rounded: "once", or "as PEFT does" with compat="peft".
+            Once: |R - W| ≤ ½ulp(M) + ½ulp(R) + the bound of two float32 sums (Higham, "Accuracy and
+            Stability of Numerical Algorithms", §3.1).
         proof: with the base at hand, what `lorafast.verify` found of the merged checkpoint.
         verification: with `verify`, what it found of the output.
         tensors_changed: tensors out of which something was taken.
@@ -99,7 +100,7 @@ class SubtractReport:
         return (
             f"the base to within rounding: no weight is further from it than "
             f"{self.bound['largest']:.3g}, and all together not further than {share} of the change "
-            "that was taken out, if the merge rounded each weight once"
+            f"that was taken out, if the merge rounded each weight {self.bound['rounding']}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,6 +245,7 @@ def subtract(
     if original is None:
         with callback(progress, label="measuring") as tell:
             bound = plan.core.distance(output, threads=threads, progress=tell)
+        bound["rounding"] = "once" if compat is None else "as PEFT does"
         bound["share"] = bound["norm"] / bound["change"] if bound["change"] > 0 else 0.0
     result = SubtractReport(
         merged=os.fspath(merged),

@@ -3,7 +3,8 @@
 //! A stored merged weight M is W + Δ rounded once, the result R is M − Δ rounded once, so that
 //! |R − W| ≤ ½ulp(M) + ½ulp(R) + γ·(Σ|terms| of either sum), with γ = n·2⁻²⁴ as in [`crate::verify`].
 //! Σ|terms| of row i and column j of a product is at most |s|·‖Bᵢ‖·‖Aⱼ‖ (Cauchy and Schwarz), which
-//! costs one multiplication an element and no second product.
+//! costs one multiplication an element and no second product. Where PEFT merged (`compat`), what it
+//! rounds before the last time is added.
 
 use std::ops::Range;
 use std::path::Path;
@@ -19,9 +20,9 @@ use crate::execute::queue;
 use crate::factors::Pair;
 use crate::kernel::convert::widen_f64;
 use crate::kernel::{self, InstructionSet};
-use crate::plan::{Inputs, Plan, PlannedTensor};
+use crate::plan::{Compat, Inputs, Plan, PlannedTensor};
 use crate::task::{self, Task};
-use crate::verify::HalfUlp;
+use crate::verify::{HalfUlp, PEFT_ROUNDINGS};
 
 /// What the terms of second order can add to a bound, as a share of it and by far.
 const SECOND_ORDER: f64 = 1.0 / 64.0;
@@ -56,8 +57,7 @@ impl Distance {
         rows: Range<usize>,
         [merged, restored]: &[Vec<T>; 2],
         norms: &[Norms],
-        (from, to): (HalfUlp, HalfUlp),
-        gamma: f64,
+        rounding: Rounding,
         sizes: &mut [f64],
     ) {
         let columns = sizes.len();
@@ -69,7 +69,7 @@ impl Distance {
                 let (merged, restored): (f64, f64) = ((*merged).into(), (*restored).into());
                 // What is left out by taking |R| for |W| is of second order.
                 let size = (merged.abs() + restored.abs() + 2.0 * terms) * (1.0 + SECOND_ORDER);
-                let bound = from.at(merged) + to.at(restored) + gamma * size;
+                let bound = rounding.bound(merged, restored, size);
                 if merged.is_finite() && restored.is_finite() {
                     self.largest = self.largest.max(bound);
                     self.norm += bound * bound;
@@ -97,13 +97,33 @@ pub fn distance(
     let merged: Vec<_> =
         plan.tensors().map(|(_, tensor)| tensor).filter(|t| !t.updates().is_empty()).collect();
     task.expect(merged.iter().map(|tensor| tensor.source.bytes()).sum());
+    let further = if plan.options.compat == Some(Compat::Peft) { PEFT_ROUNDINGS } else { 0 };
     let total = pool.install(|| {
         merged
             .par_iter()
-            .map(|tensor| distance_of(computer, tensor, &result))
+            .map(|tensor| distance_of(computer, tensor, &result, further * tensor.updates().len()))
             .try_reduce(Distance::default, |left, right| Ok(left.and(right)))
     })?;
     Ok(Distance { norm: total.norm.sqrt(), change: total.change.sqrt(), ..total })
+}
+
+/// What rounds, of one tensor.
+#[derive(Debug, Clone, Copy)]
+struct Rounding {
+    merged: HalfUlp,
+    /// How often the merge rounded something no larger than all terms together, before the last time.
+    further: f64,
+    restored: HalfUlp,
+    gamma: f64,
+}
+
+impl Rounding {
+    /// The bound at one weight, of whose sums the terms' sizes add up to no more than `size`.
+    #[inline]
+    fn bound(self, merged: f64, restored: f64, size: f64) -> f64 {
+        let last = self.merged.at(merged) + self.restored.at(restored);
+        last + self.further * self.merged.at(size) + self.gamma * size
+    }
 }
 
 /// One product: where it lies, and the norms of its factors' vectors.
@@ -149,6 +169,7 @@ fn distance_of(
     computer: Computer<'_>,
     tensor: &PlannedTensor,
     result: &Checkpoint,
+    further_roundings: usize,
 ) -> Result<Distance> {
     let missing = || Error::checkpoint(result.path(), format!("has no tensor {}", tensor.name));
     let location = *result.tensors().get(&tensor.name).ok_or_else(missing)?;
@@ -159,7 +180,12 @@ fn distance_of(
     let gamma = (steps as f64 + 4.0) * if single { 2f64.powi(-24) } else { 2f64.powi(-53) };
     let (_, columns) = tensor.matrix();
     let (from, to) = (&tensor.source.dtype, &stored.dtype);
-    let half_ulps = (HalfUlp::of(from), HalfUlp::of(to));
+    let rounding = Rounding {
+        merged: HalfUlp::of(from),
+        further: further_roundings as f64,
+        restored: HalfUlp::of(to),
+        gamma,
+    };
     let is_double = *from == Dtype::F64 || *to == Dtype::F64;
     let mut total = Distance { tensors: 1, ..Distance::default() };
     let mut buffer = Vec::new();
@@ -173,7 +199,7 @@ fn distance_of(
         let restored = &bytes[tile.start * columns * to.size()..tile.end * columns * to.size()];
         if is_double {
             let values = [widen_f64(from, &buffer), widen_f64(to, restored)];
-            total.add_rows(tile, &values, &norms, half_ulps, gamma, &mut sizes);
+            total.add_rows(tile, &values, &norms, rounding, &mut sizes);
         } else {
             for (values, (dtype, bytes)) in
                 single.iter_mut().zip([(from, buffer.as_slice()), (to, restored)])
@@ -182,7 +208,7 @@ fn distance_of(
                 let wide = bytemuck::cast_slice_mut(values);
                 kernel::convert(computer.set, dtype, bytes, &Dtype::F32, wide);
             }
-            total.add_rows(tile, &single, &norms, half_ulps, gamma, &mut sizes);
+            total.add_rows(tile, &single, &norms, rounding, &mut sizes);
         }
     }
     Ok(total)

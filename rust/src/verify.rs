@@ -30,7 +30,7 @@ use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
 use crate::task::{self, Task};
 
 use exact::ExactRow;
-pub(crate) use exact::HalfUlp;
+pub(crate) use exact::{HalfUlp, PEFT_ROUNDINGS};
 use matching::Job;
 
 /// Rows of each merged tensor that are computed again in f64 when not all are asked for.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lorafast
+import numpy as np
 import pytest
 from matrix import FEATURES, Entry, Feature
 from support.files import read_checkpoint
@@ -62,6 +63,33 @@ def test_peft_s_own_output(
         assert not strict.ok
     elif (dtype == "F32" and not feature.decomposed) or feature.roundings == 1:
         assert strict.ok, strict.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [("Embedding", 0), ("Two and three adapters", 0), ("Linear", 0), ("`lora_bias`", 0)],
+)
+def test_what_peft_merged_is_taken_out_again(
+    toys: Toys, tmp_path: Path, name: str, which: int
+) -> None:
+    """The base comes back to within the bound that is stated for PEFT's roundings."""
+    feature = next(f for f in FEATURES if f.name == name)
+    case = (feature, feature.entries[which], "BF16")
+    base, adapters, merged = saved_by_peft(toys, tmp_path / "merged", case)
+    report = lorafast.subtract(merged, adapters, tmp_path / "out", compat="peft")
+    assert report.bound is not None
+    assert "as PEFT does" in report.exactness()
+    before, after = read_checkpoint(base), read_checkpoint(tmp_path / "out")
+    changed = [
+        e["name"] for e in lorafast.plan(base, adapters).to_dict()["tensors"] if e["updates"]
+    ]
+    errors = [np.abs(after[n].float64() - before[n].float64()) for n in changed]
+    assert 0 < max(error.max() for error in errors) <= report.bound["largest"]
+    assert sum(np.square(error).sum() for error in errors) <= report.bound["norm"] ** 2
+    # It is rounding alone that stays, and of what was merged most is gone.
+    assert report.bound["share"] < 0.5
+    lorafast.subtract(merged, adapters, tmp_path / "exact", original=base, compat="peft")
+    assert read_checkpoint(tmp_path / "exact") == before
 
 
 def test_the_allowance_hides_no_factor(toys: Toys, tmp_path: Path) -> None:

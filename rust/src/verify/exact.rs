@@ -14,7 +14,7 @@ use super::Change;
 
 /// How often PEFT's merge rounds what one adapter adds at most, beyond the last time: its product,
 /// the scaled product, and a sum before the last one (in attention's projections).
-const PEFT_ROUNDINGS: usize = 3;
+pub(crate) const PEFT_ROUNDINGS: usize = 3;
 
 /// Computes rows of one tensor exactly, as far as f64 is exact.
 pub(super) struct ExactRow<'a> {
