@@ -409,7 +409,8 @@ def inspect(path: Source) -> dict[str, Any]:
     Returns:
         Plain objects: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
         `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
-        `config`, `warnings`, and for an adapter `adapter` with `type, base, r, alpha, rslora,
+        `config`, `warnings`, for a quantised checkpoint `quantised` (how many weights are stored
+            how), and for an adapter `adapter` with `type, base, r, alpha, rslora,
         peft_version`, `modules` (name, kind, rank, alpha, scaling, shape (out, in)), `features`
         (what in it cannot be merged) and `account`: of every tensor and every config field its
         `name`, `verdict` (used, not_needed, refused) and `reason`.

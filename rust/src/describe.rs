@@ -1,5 +1,6 @@
 //! Plans, checkpoints and adapters as plain data for a person or another program.
 
+use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -8,6 +9,7 @@ use crate::adapter::{Accounts, Adapter};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Plan, Strategy, Update};
+use crate::quantised::Catalogue;
 use crate::safetensors::SafetensorsFile;
 use crate::side_files;
 
@@ -33,6 +35,9 @@ pub struct TensorDescription<'a> {
     shard: &'a str,
     action: &'static str,
     updates: &'a [Update],
+    /// How it is stored, where it is quantised and does not stay as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantised: Option<&'a str>,
 }
 
 /// A plan in full.
@@ -79,14 +84,15 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
     let tensors = plan.tensors().map(|(shard, tensor)| TensorDescription {
         name: &tensor.name,
         shape: &tensor.source.shape,
-        dtype: tensor.source.dtype.name(),
+        dtype: tensor.stored().dtype.name(),
         output_dtype: tensor.output_dtype.name(),
         shard: &shard.name,
         action: tensor.action.name(),
         updates: match &tensor.action {
             Action::Merge(updates) => updates,
-            Action::Copy | Action::Cast => &[],
+            Action::Copy | Action::Cast | Action::Rescale => &[],
         },
+        quantised: tensor.quantised.as_ref().map(|quantised| quantised.scheme.as_str()),
     });
     Ok(PlanDescription {
         base: inputs.base.path().display().to_string(),
@@ -149,6 +155,9 @@ pub struct Listing {
     total_bytes: u64,
     config: Option<Map<String, Value>>,
     adapter: Option<Map<String, Value>>,
+    /// How weights are quantised, in words, and how many are so.
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    quantised: IndexMap<String, usize>,
     warnings: Vec<String>,
 }
 
@@ -168,6 +177,7 @@ impl Listing {
             total_bytes: 0,
             config: None,
             adapter: None,
+            quantised: IndexMap::new(),
             warnings: Vec::new(),
         };
         for (name, file) in files {
@@ -204,6 +214,13 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
     let mut listing = Listing::new("checkpoint", checkpoint.path(), files);
     listing.config = checkpoint.config().cloned();
     listing.warnings = checkpoint.warnings().to_vec();
+    let quantised = Catalogue::of(checkpoint);
+    let schemes = quantised.schemes().into_iter();
+    listing.quantised = schemes.map(|(scheme, count)| (scheme.to_owned(), count)).collect();
+    if let Some(foreign) = quantised.foreign() {
+        let words = format!("{} (nothing can be merged into them)", foreign.format);
+        listing.quantised.insert(words, foreign.count());
+    }
     listing
 }
 

@@ -6,8 +6,10 @@
 
 pub(crate) mod compute;
 pub(crate) mod queue;
+pub(crate) mod requantise;
 mod tile;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -27,6 +29,7 @@ use crate::writer::{self, Staging};
 
 use compute::{Buffers, Computer, Slot, lock};
 use queue::Work;
+use requantise::Requantising;
 
 /// What the caller decides about the execution.
 #[derive(Debug, Clone, Default)]
@@ -74,7 +77,7 @@ pub fn execute(
 ) -> Result<Summary> {
     let start = Instant::now();
     let pool = task::build_pool(options.threads)?;
-    let side_files = side_files::list(&inputs.base)?;
+    let mut side_files = side_files::list(&inputs.base)?;
     let side_bytes: u64 = side_files.carried.iter().map(|(_, bytes)| bytes).sum();
     let total = plan.bytes() + side_bytes;
     let staging = Staging::create(inputs, output, options.overwrite, total)?;
@@ -95,6 +98,10 @@ pub fn execute(
     job.run(&pool)?;
     let adapter_sha256 = job.digests()?;
     drop(files);
+    if plan.config_changes.unquantised {
+        // ModelOpt's description of what is no longer so.
+        side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
+    }
     for (name, bytes) in &side_files.carried {
         task.check()?;
         match (name.as_str(), inputs.base.config()) {
@@ -143,6 +150,8 @@ struct Job<'a> {
     /// Units of work left for each shard, so that the last one syncs it.
     remaining: Vec<AtomicUsize>,
     digests: Vec<Mutex<Option<String>>>,
+    /// What is known so far of tensors that are quantised again, by shard and position.
+    requantising: HashMap<(usize, usize), Requantising>,
 }
 
 impl<'a> Job<'a> {
@@ -160,12 +169,29 @@ impl<'a> Job<'a> {
             .collect();
         let slots = tiles.into_iter().map(Slot::new).collect();
         let computer = Computer { inputs, set, task };
-        let remaining = queues.iter().map(|queue| AtomicUsize::new(queue.len())).collect();
+        let mut remaining: Vec<_> = queues.iter().map(Vec::len).collect();
+        let requantising = requantise::all(plan);
+        for (shard, _) in requantising.values().flat_map(|tensor| &tensor.scales) {
+            remaining[*shard] += 1;
+        }
+        let remaining = remaining.into_iter().map(AtomicUsize::new).collect();
         let mut work: Vec<_> =
             (0..inputs.adapters.len()).map(|adapter| Work::Digest { adapter }).collect();
         work.extend(queue::interleave(queues));
         let digests = inputs.adapters.iter().map(|_| Mutex::new(None)).collect();
-        Self { inputs, plan, output, files, computer, task, work, slots, remaining, digests }
+        Self {
+            inputs,
+            plan,
+            output,
+            files,
+            computer,
+            task,
+            work,
+            slots,
+            remaining,
+            digests,
+            requantising,
+        }
     }
 
     /// Runs all work on the pool; the first error stops it.
@@ -184,7 +210,11 @@ impl<'a> Job<'a> {
                 if let Err(error) =
                     self.task.check().and_then(|()| self.carry_out(work, &mut buffers))
                 {
-                    lock(&failure).get_or_insert(error);
+                    let mut failure = lock(&failure);
+                    // A thread that another one's error stopped only says that it was.
+                    if matches!(*failure, None | Some(Error::Cancelled)) {
+                        *failure = Some(error);
+                    }
                     next.store(self.work.len(), Ordering::Relaxed);
                 }
             }
@@ -219,6 +249,11 @@ impl<'a> Job<'a> {
                 *shard
             }
         };
+        self.finish_unit(shard)
+    }
+
+    /// The last unit of a shard syncs it.
+    fn finish_unit(&self, shard: usize) -> Result<()> {
         if self.remaining[shard].fetch_sub(1, Ordering::AcqRel) == 1 {
             self.sync(shard)?;
         }
@@ -294,9 +329,21 @@ impl<'a> Job<'a> {
         slot: usize,
         buffers: &mut Buffers,
     ) -> Result<()> {
+        let requantising = self.requantising.get(&(shard, tensor));
         let (tensor, target) = self.tensor(shard, tensor);
         let slot = &self.slots[slot];
         let prepared = slot.prepared(|| self.computer.prepare(tensor))?;
+        if let Some(requantising) = requantising {
+            let unit = requantising.encode(&self.computer, tensor, &prepared, rows, buffers)?;
+            self.write(shard, &unit.codes, target + unit.first)?;
+            slot.release();
+            let scales = unit.scales.map(|scales| scales.tensors).unwrap_or_default();
+            for ((shard, offset), bytes) in requantising.scales.iter().zip(scales) {
+                self.write(*shard, &bytes, *offset)?;
+                self.finish_unit(*shard)?;
+            }
+            return Ok(());
+        }
         let first = rows.start * prepared.columns() * tensor.output_dtype.size();
         let result = self.computer.merge(tensor, &prepared, rows, buffers)?;
         self.write(shard, result, target + first as u64)?;

@@ -25,6 +25,7 @@ pub mod names;
 pub mod orientation;
 pub mod overlap;
 pub mod plan;
+pub mod quantised;
 mod residual;
 pub mod safetensors;
 pub mod side_files;

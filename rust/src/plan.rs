@@ -5,6 +5,7 @@
 mod accounts;
 mod layout;
 mod planner;
+mod quantised;
 mod replication;
 mod rescaling;
 mod restoring;
@@ -23,9 +24,11 @@ use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::Orientation;
+use crate::quantised::Quantised;
 use crate::safetensors::TensorInfo;
 
 use planner::Planner;
+pub(crate) use quantised::means;
 pub use replication::Replication;
 pub use targets::ExpertLayout;
 
@@ -238,6 +241,8 @@ pub enum Action {
     Cast,
     /// Updates are added to it, all in one pass with one rounding.
     Merge(Vec<Update>),
+    /// It holds the scales of a quantised weight that is merged, and is written with that.
+    Rescale,
 }
 
 impl Action {
@@ -247,6 +252,7 @@ impl Action {
             Self::Copy => "copy",
             Self::Cast => "cast",
             Self::Merge(_) => "merge",
+            Self::Rescale => "rescale",
         }
     }
 }
@@ -275,9 +281,34 @@ pub struct PlannedTensor {
     pub target: Range<u64>,
     /// What happens to it.
     pub action: Action,
+    /// How it is stored, where `source` is what a quantised weight means.
+    pub quantised: Option<Arc<Quantised>>,
+    /// Whether it is quantised again, with the same scheme.
+    pub requantised: bool,
 }
 
 impl PlannedTensor {
+    /// The tensor as the source's file holds it.
+    pub fn stored(&self) -> &TensorInfo {
+        self.quantised.as_ref().map_or(&self.source, |quantised| &quantised.stored.tensor)
+    }
+
+    /// The tensor as the output's file holds it, but for its range.
+    pub fn written(&self) -> TensorInfo {
+        let tensor = if self.requantised { self.stored() } else { &self.source };
+        TensorInfo { dtype: self.output_dtype.clone(), ..tensor.clone() }
+    }
+
+    /// The type to which sums are rounded: the output's, or what is quantised then.
+    pub fn rounded_dtype(&self) -> &Dtype {
+        if self.requantised { &self.source.dtype } else { &self.output_dtype }
+    }
+
+    /// Whether it has the same type and size as in the source's file.
+    pub fn keeps_its_size(&self) -> bool {
+        self.output_dtype == self.stored().dtype && (self.quantised.is_none() || self.requantised)
+    }
+
     /// Rows and columns of the matrix on which updates act: the first dimension and the rest, as
     /// layers have it; or, where an update lies on a band of a stack of matrices, all leading
     /// dimensions and the last.
@@ -294,7 +325,7 @@ impl PlannedTensor {
     pub fn updates(&self) -> &[Update] {
         match &self.action {
             Action::Merge(updates) => updates,
-            Action::Copy | Action::Cast => &[],
+            Action::Copy | Action::Cast | Action::Rescale => &[],
         }
     }
 
@@ -343,6 +374,8 @@ pub struct ConfigChanges {
     pub layers: Option<Replication>,
     /// Set to false where the merge makes the output head differ from the embeddings it was tied to.
     pub tied: Option<bool>,
+    /// Whether the weights are no longer quantised.
+    pub unquantised: bool,
 }
 
 impl ConfigChanges {
@@ -404,18 +437,12 @@ impl Plan {
         }
         let mut warnings = inputs.base.warnings().to_vec();
         warnings.extend(inputs.adapters.iter().filter_map(|adapter| untrained(adapter)));
-        warnings.extend(decided.warnings);
-        let shards = layout::plan_shards(inputs, &options, decided.tensors, decided.additions);
-        let accounts = accounts::settle(inputs, &options.allow, &shards, &decided.waived);
-        Ok(Self {
-            options,
-            weights,
-            shards,
-            config_changes: decided.config_changes,
-            warnings,
-            notes: decided.notes,
-            accounts,
-        })
+        warnings.extend_from_slice(&decided.warnings);
+        let (config_changes, notes) = (decided.config_changes.clone(), decided.notes.clone());
+        let waived = std::mem::take(&mut decided.waived);
+        let shards = layout::plan_shards(inputs, &options, decided);
+        let accounts = accounts::settle(inputs, &options.allow, &shards, &waived);
+        Ok(Self { options, weights, shards, config_changes, warnings, notes, accounts })
     }
 
     /// Every tensor of the output with the shard it lies in.

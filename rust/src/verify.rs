@@ -11,6 +11,7 @@
 mod consistency;
 mod exact;
 mod matching;
+mod quantised;
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -27,9 +28,10 @@ use crate::execute::queue;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
+use crate::quantised::Catalogue;
 use crate::task::{self, Task};
 
-use exact::ExactRow;
+use exact::{ExactRow, half_ulp};
 pub(crate) use exact::{HalfUlp, PEFT_ROUNDINGS};
 use matching::Job;
 
@@ -178,7 +180,8 @@ pub fn verify(
         Err(error) => return Err(error),
     };
     outcome.warnings.extend_from_slice(merged.warnings());
-    let (jobs, known) = matching::match_up(plan, &merged, &mut outcome);
+    let catalogue = Catalogue::of(&inputs.base);
+    let (jobs, known) = matching::match_up(plan, &catalogue, &merged, &mut outcome);
     consistency::check(inputs, plan, &merged, &known, &mut outcome);
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
@@ -187,6 +190,7 @@ pub fn verify(
         computer: Computer { inputs, set: InstructionSet::detect(), task },
         full: options.full,
         peft: plan.options.compat == Some(Compat::Peft),
+        quantised: Catalogue::of(&merged),
     };
     let next = AtomicUsize::new(0);
     let results: Vec<_> = jobs.iter().map(|_| Mutex::new(None)).collect();
@@ -223,6 +227,8 @@ pub fn verify(
                     unmoved: change.unmoved_share(),
                 });
             }
+            // Held against the base with the weight that it belongs to.
+            Action::Rescale => {}
             Action::Copy | Action::Cast => {
                 outcome.tensors_copied += 1;
                 let tensor = job.planned.name.clone();
@@ -257,6 +263,8 @@ struct Checker<'a> {
     computer: Computer<'a>,
     full: bool,
     peft: bool,
+    /// The merged checkpoint's quantised weights.
+    quantised: Catalogue,
 }
 
 /// What was found of one tensor.
@@ -333,6 +341,10 @@ impl Checker<'_> {
                 }
                 Ok(Checked { problem, ..Checked::default() })
             }
+            Action::Rescale => Ok(Checked::default()),
+            Action::Merge(_) if planned.requantised => {
+                self.compare_requantised(planned, stored, buffers)
+            }
             Action::Merge(_) => self.compare_merged(planned, stored, buffers),
         }
     }
@@ -367,7 +379,8 @@ impl Checker<'_> {
             for row in wanted {
                 let stored = &stored[row * row_bytes..(row + 1) * row_bytes];
                 let stored = widen_f64(&planned.output_dtype, stored);
-                match exact.compare(row, &stored)? {
+                let rounding = |_, exact| half_ulp(&planned.output_dtype, exact);
+                match exact.compare(row, &stored, &rounding)? {
                     Ok(row_change) => change.add(&row_change),
                     Err((column, text)) => {
                         let name = &planned.name;

@@ -398,6 +398,9 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
         (has_dtype, has_tie)
     }
     let mut config = config.clone();
+    if changes.unquantised {
+        remove_quantisation(&mut config);
+    }
     let (has_dtype, has_tie) = change(&mut config, changes);
     if let Some(dtype) = changes.dtype.as_ref().filter(|_| !has_dtype) {
         config.insert("torch_dtype".into(), Value::from(dtype.as_str()));
@@ -406,6 +409,16 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
         config.insert("tie_word_embeddings".into(), Value::from(tied));
     }
     pretty(&Value::Object(config))
+}
+
+/// Takes the entries on quantisation out, wherever they stand.
+fn remove_quantisation(fields: &mut Map<String, Value>) {
+    fields.retain(|name, _| name != "quantization_config" && name != "compression_config");
+    for (_, value) in fields.iter_mut().filter(|(name, _)| name.ends_with("_config")) {
+        if let Value::Object(inner) = value {
+            remove_quantisation(inner);
+        }
+    }
 }
 
 fn pretty(value: &Value) -> Vec<u8> {

@@ -90,6 +90,9 @@ def _show_summary(contents: Contents, terminal: Terminal) -> None:
         config = contents["config"]
         architectures = config.get("architectures") or [config.get("model_type", "")]
         facts["architecture"] = ", ".join(map(str, architectures))
+    if contents.get("quantised"):
+        schemes = contents["quantised"].items()
+        facts["quantised"] = "; ".join(f"{count:,} × {scheme}" for scheme, count in schemes)
     terminal.facts(facts)
 
 

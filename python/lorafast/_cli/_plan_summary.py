@@ -36,6 +36,14 @@ def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
         terminal.heading(f"All of {adapter['name']}")
         show_account(adapter["account"], terminal, fields=False)
     unchanged = [tensor for tensor in tensors if not tensor["updates"]]
+    rescaled = [tensor for tensor in tensors if tensor["action"] == "rescale"]
+    if rescaled:
+        terminal.line()
+        terminal.heading(f"{plural(len(rescaled), 'tensor')} with the scales of what changes")
+        _show_unchanged(rescaled, terminal)
+    unchanged = [
+        tensor for tensor in tensors if not tensor["updates"] and tensor["action"] != "rescale"
+    ]
     if unchanged:
         terminal.line()
         terminal.heading(f"{plural(len(unchanged), 'tensor')} no adapter changes")

@@ -91,6 +91,9 @@ impl Computer<'_> {
     /// # Errors
     /// [`Error::Io`].
     pub fn read(&self, tensor: &PlannedTensor, buffer: &mut [u8], offset: usize) -> Result<()> {
+        if let Some(quantised) = &tensor.quantised {
+            return quantised.read(&self.inputs.base, buffer, offset);
+        }
         match tensor.origin {
             Origin::Base(shard) => {
                 let source = &self.inputs.base.shards()[shard].file;
@@ -139,7 +142,7 @@ impl Computer<'_> {
         rows: &Range<usize>,
         buffers: &'b mut Buffers,
     ) -> Result<&'b [u8]> {
-        let (from, to) = (&tensor.source.dtype, &tensor.output_dtype);
+        let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let first = rows.start * prepared.columns();
         let count = rows.len() * prepared.columns();
         let Buffers { stored, result, single, double } = buffers;
@@ -263,10 +266,10 @@ impl Computer<'_> {
     /// Something in the result is not finite: an error unless it came so from its source.
     fn find_overflow(&self, tensor: &PlannedTensor, result: &[u8], first: usize) -> Result<()> {
         let dtype = &tensor.source.dtype;
-        let mut stored = vec![0; result.len() / tensor.output_dtype.size() * dtype.size()];
+        let mut stored = vec![0; result.len() / tensor.rounded_dtype().size() * dtype.size()];
         self.read(tensor, &mut stored, first * dtype.size())?;
         let before = kernel::convert::widen_f64(dtype, &stored);
-        let after = kernel::convert::widen_f64(&tensor.output_dtype, result);
+        let after = kernel::convert::widen_f64(tensor.rounded_dtype(), result);
         let is_made = |(before, after): (&f64, &f64)| before.is_finite() && !after.is_finite();
         match before.iter().zip(&after).position(is_made) {
             Some(index) => Err(overflow(tensor, first + index, &self.culprit(tensor))),
@@ -296,7 +299,7 @@ impl Computer<'_> {
     }
 }
 
-fn overflow(tensor: &PlannedTensor, index: usize, culprit: &str) -> Error {
+pub(super) fn overflow(tensor: &PlannedTensor, index: usize, culprit: &str) -> Error {
     let shape = &tensor.source.shape;
     let columns = shape.last().copied().unwrap_or(1).max(1) as usize;
     Error::Numeric {

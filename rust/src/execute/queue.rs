@@ -92,10 +92,13 @@ pub(super) fn queue_of(
                     queue.push(Work::Cast { shard: position, tensor: index, elements });
                 }
             }
+            // Written with the weight that it belongs to.
+            Action::Rescale => {}
             Action::Merge(_) => {
                 flush(&mut run, &mut queue);
                 let slot = tiles.len();
-                let units = self::tiles(tensor);
+                let units =
+                    if tensor.requantised { encoded_units(tensor) } else { self::tiles(tensor) };
                 tiles.push(units.len());
                 queue.extend(units.into_iter().map(|rows| Work::Merge {
                     shard: position,
@@ -125,6 +128,30 @@ pub(crate) fn tiles(tensor: &PlannedTensor) -> Vec<Range<usize>> {
         rows.clone().step_by(unit).map(move |start| start..rows.end.min(start + unit))
     };
     tensor.segments().into_iter().flat_map(of_segment).collect()
+}
+
+/// The units of a tensor that is quantised again: whole blocks.
+pub(crate) fn encoded_units(tensor: &PlannedTensor) -> Vec<Range<usize>> {
+    let (rows, columns) = tensor.matrix();
+    let quantised = tensor.quantised.as_ref().expect("it is quantised");
+    quantised.blocks.units(rows, columns, tile_rows(columns, &tensor.source.dtype))
+}
+
+/// The tiles that cover some rows of a merged tensor. They begin where tiles may begin, which can
+/// be a few rows before.
+pub(crate) fn tiles_covering(tensor: &PlannedTensor, rows: &Range<usize>) -> Vec<Range<usize>> {
+    let (_, columns) = tensor.matrix();
+    let unit = tile_rows(columns, &tensor.source.dtype);
+    let mut tiles = Vec::new();
+    for segment in tensor.segments() {
+        let (start, end) = (segment.start.max(rows.start), segment.end.min(rows.end));
+        if start < end {
+            let within = (start - segment.start) / kernel::ROW_MULTIPLE * kernel::ROW_MULTIPLE;
+            let first = segment.start + within;
+            tiles.extend((first..end).step_by(unit).map(|start| start..end.min(start + unit)));
+        }
+    }
+    tiles
 }
 
 /// Takes turns between the shards: writes to one file exclude each other in the kernel, so

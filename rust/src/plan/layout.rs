@@ -1,9 +1,8 @@
 //! Where the output's tensors lie: the base's shards, byte for byte the same layout where nothing
 //! changes its size, and a new one where something does.
 
-use indexmap::IndexMap;
-
-use super::planner::{Addition, TensorChange};
+use super::planner::{Addition, Decided, TensorChange};
+use super::quantised;
 use super::{Action, Inputs, Options, Origin, PlannedShard, PlannedTensor};
 use crate::dtype::Dtype;
 use crate::safetensors::{Header, TensorInfo};
@@ -13,9 +12,10 @@ use crate::safetensors::{Header, TensorInfo};
 pub(super) fn plan_shards(
     inputs: &Inputs,
     options: &Options,
-    mut changes: IndexMap<String, TensorChange>,
-    additions: Vec<Addition>,
+    decided: Decided,
 ) -> Vec<PlannedShard> {
+    let Decided { tensors: mut changes, additions, quantised, .. } = decided;
+    let fates = quantised::fates(&quantised, &changes, options);
     let last = inputs.base.shards().len().saturating_sub(1);
     let home = |addition: &Addition| addition.home.unwrap_or(last);
     (inputs.base.shards().iter().enumerate())
@@ -23,9 +23,12 @@ pub(super) fn plan_shards(
             let header = shard.file.header();
             let own = inputs.base.tensors().iter().filter(|(_, place)| place.shard == position);
             let mut tensors: Vec<_> = own
+                .filter(|(name, _)| !fates.is_left_out(name))
                 .map(|(name, location)| {
+                    let tensor = inputs.base.at(*location);
                     let change = changes.swap_remove(name).unwrap_or_default();
-                    plan_tensor(position, name, inputs.base.at(*location), change, options)
+                    let planned = plan_tensor(position, name, tensor, change.clone(), options);
+                    fates.settle(planned, change.updates, options)
                 })
                 .collect();
             tensors.extend(additions.iter().filter(|new| home(new) == position).map(add));
@@ -33,7 +36,7 @@ pub(super) fn plan_shards(
             let name = shard.name.clone();
             let keeps_layout = |tensor: &PlannedTensor| {
                 tensor.origin == Origin::Base(position)
-                    && tensor.output_dtype == tensor.source.dtype
+                    && tensor.keeps_its_size()
                     && tensor.name == tensor.source.name
             };
             if tensors.len() == header.tensors.len() && tensors.iter().all(keeps_layout) {
@@ -63,13 +66,31 @@ fn plan_tensor(
     };
     let action = action(&source, &output_dtype, change.updates);
     let target = tensor.range.clone();
-    PlannedTensor { name: name.to_owned(), origin, source, output_dtype, target, action }
+    PlannedTensor {
+        name: name.to_owned(),
+        origin,
+        source,
+        output_dtype,
+        target,
+        action,
+        quantised: None,
+        requantised: false,
+    }
 }
 
 fn add(addition: &Addition) -> PlannedTensor {
     let Addition { name, origin, home: _, source, output_dtype, updates } = addition.clone();
     let action = action(&source, &output_dtype, updates);
-    PlannedTensor { name, origin, source, output_dtype, target: 0..0, action }
+    PlannedTensor {
+        name,
+        origin,
+        source,
+        output_dtype,
+        target: 0..0,
+        action,
+        quantised: None,
+        requantised: false,
+    }
 }
 
 fn action(source: &TensorInfo, output_dtype: &Dtype, updates: Vec<super::Update>) -> Action {
@@ -89,8 +110,8 @@ fn lay_out(tensors: &mut [PlannedTensor], old: &Header) -> Vec<u8> {
     tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.output_dtype.bits().unwrap_or(64)));
     let mut position = 0;
     for tensor in tensors.iter_mut() {
-        let bytes = if tensor.output_dtype == tensor.source.dtype {
-            tensor.source.bytes()
+        let bytes = if tensor.keeps_its_size() {
+            tensor.stored().bytes()
         } else {
             tensor.source.elements() * tensor.output_dtype.size() as u64
         };
@@ -101,9 +122,8 @@ fn lay_out(tensors: &mut [PlannedTensor], old: &Header) -> Vec<u8> {
         .iter()
         .map(|tensor| TensorInfo {
             name: tensor.name.clone(),
-            dtype: tensor.output_dtype.clone(),
-            shape: tensor.source.shape.clone(),
             range: tensor.target.clone(),
+            ..tensor.written()
         })
         .collect();
     Header { metadata: old.metadata.clone(), tensors: entries }.encode()

@@ -14,6 +14,7 @@ use crate::dtype::Dtype;
 use crate::kernel::Orientation;
 use crate::names::{self, Mapping};
 use crate::orientation;
+use crate::quantised::Catalogue;
 use crate::safetensors::TensorInfo;
 
 /// What happens to one tensor of the base.
@@ -51,6 +52,22 @@ pub(super) struct Decided {
     pub notes: Vec<String>,
     pub warnings: Vec<String>,
     pub waived: Vec<Waived>,
+    pub quantised: Catalogue,
+}
+
+impl Decided {
+    /// Nothing happens to any tensor.
+    pub fn of_base_alone(base: &Checkpoint) -> Self {
+        Self {
+            tensors: IndexMap::new(),
+            additions: Vec::new(),
+            config_changes: ConfigChanges::default(),
+            notes: Vec::new(),
+            warnings: Vec::new(),
+            waived: Vec::new(),
+            quantised: Catalogue::of(base),
+        }
+    }
 }
 
 /// Collects the changes of every tensor, and the problems.
@@ -65,6 +82,8 @@ pub(super) struct Planner<'a> {
     pub(super) vocabulary: Option<(u64, u64)>,
     /// The head that shares the input embeddings, where an adapter changes either.
     pub(super) tie: Option<Tie>,
+    /// The base's quantised weights.
+    pub(super) quantised: Catalogue,
     pub(super) problems: Vec<String>,
     pub(super) notes: Vec<String>,
     pub(super) warnings: Vec<String>,
@@ -81,6 +100,7 @@ impl<'a> Planner<'a> {
             additions: IndexMap::new(),
             vocabulary: None,
             tie: Tie::of(&inputs.base, inputs),
+            quantised: Catalogue::of(&inputs.base),
             problems: Vec::new(),
             notes: Vec::new(),
             warnings: Vec::new(),
@@ -94,6 +114,10 @@ impl<'a> Planner<'a> {
         let adapter = &inputs.adapters[position];
         let label = adapter.path().display().to_string();
         let (targets, problems) = targets::find(adapter, self.base, self.options.expert_layout);
+        if let Some(problem) = self.refuse_foreign(targets.values()) {
+            self.problems.push(format!("{label}: {problem}"));
+            return;
+        }
         self.problems.extend(problems.iter().map(|problem| format!("{label}: {problem}")));
         let mapping = if targets.is_empty() {
             // Saved parameters need not be in the base; each is asked for below.
@@ -176,6 +200,7 @@ impl<'a> Planner<'a> {
         let adapter = &self.inputs.adapters[position];
         let path = &module.path;
         let tensor = self.source(name).expect("the caller found it");
+        self.refuse_unreadable(path, name)?;
         refuse_quantised(path, tensor)?;
         // An adapter's own tensor in the base's place may have another shape.
         let replaced = self.tensors.get(name).and_then(|change| change.origin.as_ref());
@@ -330,6 +355,7 @@ impl<'a> Planner<'a> {
         if self.options.subtract {
             self.check_subtraction();
         }
+        self.settle_quantised(&mut config_changes);
         if !self.problems.is_empty() {
             return Err(self.problems);
         }
@@ -340,6 +366,7 @@ impl<'a> Planner<'a> {
             notes: self.notes,
             warnings: self.warnings,
             waived: self.waived,
+            quantised: self.quantised,
         })
     }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::Inputs;
 use crate::checkpoint::{Checkpoint, Location};
+use crate::quantised::Catalogue;
 
 /// The names under which a model keeps the list of its layers, in PEFT's order of looking.
 const LISTS: [&str; 3] = ["layers", "encoder.layer", "h"];
@@ -43,6 +44,13 @@ pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, St
         ));
     }
     let Some(ranges) = first else { return Ok(None) };
+    if !Catalogue::of(&inputs.base).entries().is_empty() {
+        return Err(format!(
+            "{}: repeats layers (layer_replication), and the base is quantised; write the base out \
+             unquantised first, and merge into that",
+            inputs.adapters[0].path().display()
+        ));
+    }
     let order: Vec<u64> = ranges.iter().flat_map(|(start, end)| *start..*end).collect();
     let (prefix, layers) = find_layers(&inputs.base)?;
     if let Some(layer) = order.iter().find(|layer| **layer >= layers) {

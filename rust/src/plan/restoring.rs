@@ -1,8 +1,6 @@
 //! Adapters taken out of a merged model again: by subtraction, or with the base at hand.
 
-use indexmap::IndexMap;
-
-use super::planner::Planner;
+use super::planner::{Decided, Planner};
 use super::{ConfigChanges, Inputs, Plan, UpdateKind, layout};
 use crate::adapter::{Initialisation, Saved};
 use crate::dtype::Dtype;
@@ -22,7 +20,7 @@ impl Plan {
             ..ConfigChanges::default()
         };
         options.dtype = dtype;
-        let shards = layout::plan_shards(inputs, &options, IndexMap::new(), Vec::new());
+        let shards = layout::plan_shards(inputs, &options, Decided::of_base_alone(&inputs.base));
         let warnings = inputs.base.warnings().to_vec();
         Self { options, shards, config_changes, warnings, notes: Vec::new(), ..self.clone() }
     }

@@ -38,6 +38,7 @@ impl Planner<'_> {
             self.additions.entry(name).or_default().push((position, saved.tensor.clone()));
             return Ok(());
         };
+        self.refuse_replacing(saved, &name)?;
         if !tensor.dtype.is_mergeable() && tensor.dtype != saved.tensor.dtype {
             return Err(format!(
                 "its tensor {} of type {} replaces {name}, which the base stores as {}: \

@@ -138,7 +138,8 @@ impl Planner<'_> {
     /// The tensor of that name that the base holds, or the one that stands in for the tied head.
     pub(super) fn source(&self, name: &str) -> Option<&TensorInfo> {
         let tied = || self.tie.as_ref().filter(|tie| name == tie.head).map(|tie| &tie.tensor);
-        self.base.tensor(name).or_else(tied)
+        let meant = self.quantised.get(name).map(|quantised| &quantised.logical);
+        meant.or_else(|| self.base.tensor(name)).or_else(tied)
     }
 
     /// The tensors that a saved parameter stands in for. `modules_to_save` trains a copy of a
@@ -228,6 +229,14 @@ impl Planner<'_> {
             self.problems.push(format!(
                 "{} and the head that is tied to it would no longer be one tensor, which this \
                  architecture cannot do without computing something else",
+                tie.embedding
+            ));
+            return None;
+        }
+        if !tie.stored && self.quantised.get(&tie.embedding).is_some() {
+            self.problems.push(format!(
+                "{} is quantised, and the head that is tied to it would have to be written beside \
+                 it; merge into the unquantised base instead",
                 tie.embedding
             ));
             return None;

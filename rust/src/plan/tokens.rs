@@ -29,6 +29,7 @@ impl Planner<'_> {
         let Some(tensor) = self.source(&name) else {
             return Err(format!("its module {path} fits no tensor of the base"));
         };
+        self.refuse_unreadable(path, &name)?;
         refuse_quantised(path, tensor)?;
         // An adapter's own tensor in the base's place may have another number of rows.
         let origin = self.tensors.get(&name).and_then(|change| change.origin.as_ref());

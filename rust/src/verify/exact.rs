@@ -199,7 +199,7 @@ impl<'a> ExactRow<'a> {
     }
 
     /// Holds a stored row against the exact one: what rounding did, or the first column that is
-    /// outside the bound and how.
+    /// outside the bound and how. `rounding` is what storing the exact value of a column may change.
     ///
     /// # Errors
     /// [`crate::Error::Io`].
@@ -207,6 +207,7 @@ impl<'a> ExactRow<'a> {
         &mut self,
         row: usize,
         stored: &[f64],
+        rounding: &dyn Fn(usize, f64) -> f64,
     ) -> Result<Result<Change, (usize, String)>> {
         let base = self.base(row)?;
         let mut change = Change { rows: 1, ..Change::default() };
@@ -223,8 +224,8 @@ impl<'a> ExactRow<'a> {
                 continue;
             }
             let dtype = &self.planned.output_dtype;
-            let bound = half_ulp(dtype, *exact) + roundings * half_ulp(dtype, *size) + gamma * size;
-            let bound = bound + self.decomposition;
+            let again = if roundings > 0.0 { roundings * half_ulp(dtype, *size) } else { 0.0 };
+            let bound = rounding(column, *exact) + again + gamma * size + self.decomposition;
             let error = (stored - exact).abs();
             // A NaN is no error that could be within the bound.
             if error.is_nan() || error > bound {
@@ -333,7 +334,7 @@ impl<'a> ExactRow<'a> {
 }
 
 /// Half a unit in the last place of `dtype` at `value`, in its subnormal range too.
-fn half_ulp(dtype: &Dtype, value: f64) -> f64 {
+pub(super) fn half_ulp(dtype: &Dtype, value: f64) -> f64 {
     HalfUlp::of(dtype).at(value)
 }
 

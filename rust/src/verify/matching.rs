@@ -5,10 +5,12 @@ use std::collections::HashSet;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::names::{self, Mapping};
 use crate::plan::{Action, Plan, PlannedTensor};
+use crate::quantised::Catalogue;
 use crate::safetensors::TensorInfo;
 
 use super::Verification;
 use super::consistency::{embedding, is_head};
+use super::quantised;
 
 /// One tensor: what it should be, and what is stored where.
 pub(super) struct Job {
@@ -21,6 +23,7 @@ pub(super) struct Job {
 /// names there that belong to the plan, too.
 pub(super) fn match_up(
     plan: &Plan,
+    catalogue: &Catalogue,
     merged: &Checkpoint,
     outcome: &mut Verification,
 ) -> (Vec<Job>, HashSet<String>) {
@@ -38,6 +41,9 @@ pub(super) fn match_up(
     let mut known = HashSet::new();
     for (_, planned) in plan.tensors() {
         let name = mapping.apply(&planned.name).unwrap_or_else(|| planned.name.clone());
+        let Some(planned) = quantised::as_written(planned, &name, catalogue, merged) else {
+            continue;
+        };
         let found = merged.tensors().get(&name).copied();
         // A head that shares the embeddings' tensor need not be stored.
         let tied = || (is_head(&name) && merged.ties_embeddings()).then(|| embedding(merged));
@@ -47,7 +53,7 @@ pub(super) fn match_up(
             continue;
         };
         known.insert(name);
-        match with_dtype_of(planned, merged.at(location)) {
+        match with_dtype_of(&planned, merged.at(location)) {
             Ok(planned) => {
                 jobs.push(Job { planned, location, stored: merged.at(location).clone() });
             }
@@ -71,15 +77,14 @@ fn mapping(plan: &Plan, merged: &Checkpoint) -> Mapping {
 /// Gives the plan of one tensor the type in which it is stored.
 fn with_dtype_of(planned: &PlannedTensor, stored: &TensorInfo) -> Result<PlannedTensor, String> {
     let name = &planned.name;
-    if stored.shape != planned.source.shape {
-        return Err(format!(
-            "tensor {name} has shape {:?} instead of {:?}",
-            stored.shape, planned.source.shape
-        ));
+    let shape = planned.written().shape;
+    if stored.shape != shape {
+        return Err(format!("tensor {name} has shape {:?} instead of {shape:?}", stored.shape));
     }
     let mut planned = planned.clone();
     if stored.dtype != planned.output_dtype {
-        if !(stored.dtype.is_mergeable() && planned.output_dtype.is_mergeable()) {
+        let converts = stored.dtype.is_mergeable() && planned.output_dtype.is_mergeable();
+        if planned.requantised || matches!(planned.action, Action::Rescale) || !converts {
             return Err(format!(
                 "tensor {name} is stored as {} instead of {}",
                 stored.dtype, planned.output_dtype
