@@ -1,0 +1,1 @@
+"""Fleets: many adapters at once, what each holds and which of them are alike."""

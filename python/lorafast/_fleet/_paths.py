@@ -1,0 +1,243 @@
+"""From directories, globs and lists to the adapters that lie in them."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafast._errors import AdapterError
+from lorafast._sources import PICKLED_WEIGHTS, WEIGHTS
+
+Source = str | os.PathLike[str]
+
+CONFIG = "adapter_config.json"
+#: Any of these makes the directory that it lies in an adapter, even if the others are missing.
+MARKS = frozenset({CONFIG, WEIGHTS, PICKLED_WEIGHTS})
+#: What makes a directory a model's, whose weights files are none of adapters.
+MODEL_MARKS = ("config.json", "model_index.json")
+#: Weights of adapters that other programs save without a config.
+PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+#: What lies beside them in the directory of a training run.
+LEFTOVERS = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|pytorch_model|model)\b.*"
+    r"|.*(optim|sched)_states.*",
+    re.IGNORECASE,
+)
+#: In the tensors' names of adapters, whatever saved them.
+ADAPTER_NAMES = re.compile(
+    r"lora|hada_w|lokr_w|ia3|oft_|vera_lambda|:(up|down)\b|\.alpha\b|dora_scale", re.IGNORECASE
+)
+#: More than any header of an adapter; a file that says more is no safetensors file.
+LARGEST_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class ScanError:
+    """Something that could not be read.
+
+    Attributes:
+        path: the adapter, file or directory.
+        reason: why, in one sentence.
+    """
+
+    path: Path
+    reason: str
+
+
+@dataclass
+class Discovery:
+    """What was found.
+
+    Attributes:
+        adapters: adapters' directories, and weights files that stand alone; each once, in the
+            order of the paths given and by name within each.
+        errors: what could not be looked into, or was named and is not there.
+    """
+
+    adapters: list[Path] = field(default_factory=list)
+    errors: list[ScanError] = field(default_factory=list)
+
+
+def discover(paths: Source | Iterable[Source]) -> Discovery:
+    """Finds adapters.
+
+    A directory is searched with all that lies below it, links followed; what is reached in two
+    ways is found once, and hidden directories are passed over. An adapter is a directory that
+    holds `adapter_config.json` or weights under PEFT's names, whether they are sound or not, or a
+    weights file without a config whose tensors are named as adapters' are.
+
+    Args:
+        paths: directories, adapters, weights files, globs (`runs/*/final`, `**` for any depth), or
+            any number of these.
+
+    Raises:
+        ValueError: no path was given.
+        FileNotFoundError: the only path, or every path, is not there.
+        AdapterError: there is no adapter, and nothing that went wrong explains it.
+    """
+    sources = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not sources:
+        raise ValueError("no path was given; name a directory that holds adapters")
+    found = Discovery()
+    search = _Search(found)
+    missing = 0
+    for source in sources:
+        matches = _expand(source)
+        if not matches:
+            missing += 1
+            what = "Nothing matches" if _is_glob(source) else "No such file or directory"
+            found.errors.append(ScanError(Path(source), what))
+        for path in matches:
+            search.add(path)
+    if missing == len(sources):
+        raise FileNotFoundError(2, found.errors[0].reason, os.fspath(sources[0]))
+    if not found.adapters and not found.errors:
+        names = ", ".join(os.fspath(source) for source in sources[:3])
+        more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+        raise AdapterError(
+            f"{names}{more}: no adapter was found; one is a directory with {CONFIG} and {WEIGHTS}"
+        )
+    return found
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong with one path, without naming it again."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def natural(path: Path) -> list[tuple[tuple[int, int, str], ...]]:
+    """A key that puts `checkpoint-500` before `checkpoint-1000`."""
+    return [
+        tuple(
+            (0, int(piece), "") if piece.isdecimal() else (1, 0, piece)
+            for piece in re.split(r"(\d+)", part)
+            if piece
+        )
+        for part in path.parts
+    ]
+
+
+def _is_glob(source: Source) -> bool:
+    return glob.has_magic(os.fspath(source))
+
+
+def _expand(source: Source) -> list[Path]:
+    """The paths that a source names. One that is there is itself, whatever its characters."""
+    path = Path(source).expanduser()
+    if os.path.lexists(path):
+        return [path]
+    if not _is_glob(source):
+        return []
+    # Path.glob wants a pattern relative to a directory; what is given may be absolute or not.
+    matches = glob.iglob(os.fspath(path), recursive=True)  # noqa: PTH207
+    return sorted({Path(match) for match in matches}, key=natural)
+
+
+class _Search:
+    """One walk over everything that was named; remembers where it has been."""
+
+    def __init__(self, found: Discovery) -> None:
+        self._found = found
+        self._visited: set[tuple[int, int]] = set()
+        self._taken: set[tuple[int, int]] = set()
+
+    def add(self, path: Path) -> None:
+        """What a path is, or what lies below it."""
+        try:
+            is_directory = path.is_dir()
+            if not is_directory:
+                path.stat()
+        except OSError as error:
+            self._found.errors.append(ScanError(path, reason_of(error)))
+            return
+        if is_directory:
+            adapters = sorted(self._walk(path), key=natural)
+        elif path.name in MARKS:
+            adapters = [path.parent]
+        elif path.suffix in PICKLES | {".safetensors"}:
+            adapters = [path]
+        else:
+            # What a glob sweeps in beside the adapters is not meant.
+            return
+        self._found.adapters += [adapter for adapter in adapters if self._is_new(adapter)]
+
+    def _is_new(self, adapter: Path) -> bool:
+        try:
+            status = adapter.stat()
+        except OSError as error:
+            self._found.errors.append(ScanError(adapter, reason_of(error)))
+            return False
+        identity = (status.st_dev, status.st_ino)
+        if identity in self._taken:
+            return False
+        self._taken.add(identity)
+        return True
+
+    def _walk(self, root: Path) -> Iterator[Path]:
+        # Links come last, so that what is reached in two ways keeps its own name.
+        waiting = [root]
+        links: list[Path] = []
+        while waiting or links:
+            directory = waiting.pop() if waiting else links.pop()
+            try:
+                status = directory.stat()
+                identity = (status.st_dev, status.st_ino)
+                if identity in self._visited:
+                    continue
+                self._visited.add(identity)
+                with os.scandir(directory) as listing:
+                    entries = list(listing)
+            except OSError as error:
+                self._found.errors.append(ScanError(directory, reason_of(error)))
+                continue
+            files = []
+            for entry in entries:
+                if _is_directory(entry):
+                    if not entry.name.startswith("."):
+                        (links if entry.is_symlink() else waiting).append(Path(entry.path))
+                else:
+                    files.append(entry.name)
+            yield from _adapters_in(directory, files)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a directory; a link that leads nowhere or into itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _adapters_in(directory: Path, files: list[str]) -> Iterator[Path]:
+    if not MARKS.isdisjoint(files):
+        yield directory
+        return
+    is_model = any(mark in files for mark in MODEL_MARKS)
+    for name in files:
+        suffix = Path(name).suffix.lower()
+        if suffix == ".safetensors":
+            if _names_an_adapter(directory / name):
+                yield directory / name
+        elif suffix in PICKLES and not is_model and not LEFTOVERS.fullmatch(name):
+            yield directory / name
+
+
+def _names_an_adapter(file: Path) -> bool:
+    """Whether a safetensors file holds an adapter, by the names in its header."""
+    named = "lora" in file.name.lower()
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(LARGEST_HEADER, os.fstat(stream.fileno()).st_size):
+                return named
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError):
+        return named
+    return isinstance(header, dict) and any(map(ADAPTER_NAMES.search, header))
