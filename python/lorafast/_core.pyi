@@ -13,6 +13,8 @@ __all__ = [
     "list_adapter",
     "list_checkpoint",
     "plan_merge",
+    "scan_adapters",
+    "scan_columns",
 ]
 
 __version__: str
@@ -80,3 +82,15 @@ def compare_adapters(
     progress: Callable[[int, int], object] | None,
 ) -> dict[str, Any]: ...
 def build_info() -> dict[str, Any]: ...
+def scan_adapters(
+    sources: Sequence[
+        tuple[
+            str | os.PathLike[str], str | os.PathLike[str] | None, str | os.PathLike[str] | None
+        ]
+    ],
+    *,
+    metrics: str,
+    threads: int | None,
+    receive: Callable[[list[tuple[int, dict[str, Any] | Exception]], int, int], object],
+) -> None: ...
+def scan_columns(metrics: str) -> list[tuple[str, bool]]: ...

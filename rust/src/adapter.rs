@@ -20,7 +20,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::safetensors::{SafetensorsFile, TensorInfo};
 
-const WEIGHTS: &str = "adapter_model.safetensors";
+pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
 
 /// What kind of layer a pair of factors belongs to.

@@ -122,7 +122,7 @@ pub struct Analysis {
 
 /// The extents (m, n, r) of a module's ΔW = B·A, both factors flattened to matrices; `None` if
 /// the factors are not shaped as those of a LoRA.
-fn extents(module: &Module) -> Option<(usize, usize, usize)> {
+pub(crate) fn extents(module: &Module) -> Option<(usize, usize, usize)> {
     let rank = module.rank;
     let rows = module.b.shape[0];
     // A grouped or depthwise kernel in B would not be a plain product.
@@ -149,11 +149,18 @@ fn stored<'a>(adapter: &'a Adapter, tensor: &TensorInfo) -> Result<Option<Tensor
         .transpose()
 }
 
-fn unmeasured(module: &Module) -> String {
+pub(crate) fn unmeasured(module: &Module) -> String {
     format!(
         "module {} is not measured: its factors {} of shape {:?} and {} of shape {:?} \
          are no plain product of matrices",
         module.path, module.b.name, module.b.shape, module.a.name, module.a.shape
+    )
+}
+
+pub(crate) fn without_statistics(tensor: &TensorInfo) -> String {
+    format!(
+        "tensor {} has the type {}, of which there are no statistics",
+        tensor.name, tensor.dtype
     )
 }
 
@@ -202,7 +209,7 @@ pub fn analyze(
 }
 
 /// What the figures of s·B·A do not tell of an adapter.
-fn features(adapter: &Adapter) -> Vec<String> {
+pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
     let mut features = adapter.obstacles(&[]);
     let modules = || adapter.modules().values();
     let magnitudes = modules().filter(|module| module.magnitude.is_some()).count();
@@ -267,10 +274,7 @@ fn tensors(
                 infos.push(tensor);
                 values.push(stored);
             }
-            None => notes.push(format!(
-                "tensor {} has the type {}, of which there are no statistics",
-                tensor.name, tensor.dtype
-            )),
+            None => notes.push(without_statistics(tensor)),
         }
     }
     let bins = Some(Bins::Automatic(options.bins));

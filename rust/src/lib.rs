@@ -20,6 +20,7 @@ pub mod factors;
 pub mod file;
 #[cfg(test)]
 mod fixtures;
+pub mod fleet;
 pub mod kernel;
 pub mod names;
 pub mod orientation;

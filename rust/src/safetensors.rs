@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::file::read_at;
 
 /// Bytes of the header length that every file begins with.
 const PREFIX: u64 = 8;
@@ -130,7 +131,11 @@ impl SafetensorsFile {
         // file's length was taken from the open descriptor, and readers that must survive a
         // shrinking file use `read_at` instead of the map.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::io(path, error))?;
-        let (header, data_start) = parse(&map).map_err(broken)?;
+        let beginning = read_header(&file, metadata.len()).map_err(|error| match error {
+            HeaderError::Broken(message) => broken(message),
+            HeaderError::Io(error) => Error::io(path, error),
+        })?;
+        let (header, data_start) = parse(&beginning, metadata.len()).map_err(broken)?;
         let by_name = header
             .tensors
             .iter()
@@ -183,10 +188,26 @@ impl SafetensorsFile {
     }
 }
 
-fn parse(bytes: &[u8]) -> Result<(Header, u64), String> {
+enum HeaderError {
+    Broken(String),
+    Io(std::io::Error),
+}
+
+/// Length prefix and header. Read, not mapped: a file that is still being written may shrink.
+fn read_header(file: &File, size: u64) -> Result<Vec<u8>, HeaderError> {
+    let mut bytes = vec![0; PREFIX as usize];
+    read_at(file, &mut bytes, 0).map_err(HeaderError::Io)?;
+    let length = header_length(&bytes, size).map_err(HeaderError::Broken)?;
+    bytes.resize((PREFIX + length) as usize, 0);
+    read_at(file, &mut bytes[PREFIX as usize..], PREFIX).map_err(HeaderError::Io)?;
+    Ok(bytes)
+}
+
+/// The length that the prefix gives, if a file of that size can have it.
+fn header_length(bytes: &[u8], size: u64) -> Result<u64, String> {
     let prefix: [u8; 8] = bytes[..PREFIX as usize].try_into().expect("eight bytes");
     let length = u64::from_le_bytes(prefix);
-    let available = bytes.len() as u64 - PREFIX;
+    let available = size - PREFIX;
     if length > available {
         return Err(format!(
             "its header claims {length} bytes but only {available} follow: \
@@ -198,10 +219,16 @@ fn parse(bytes: &[u8]) -> Result<(Header, u64), String> {
             "its header of {length} bytes is longer than the {MAXIMUM_HEADER} that safetensors allows"
         ));
     }
+    Ok(length)
+}
+
+/// The header at the beginning of a file of that size.
+fn parse(bytes: &[u8], size: u64) -> Result<(Header, u64), String> {
+    let length = header_length(bytes, size)?;
     let text = &bytes[PREFIX as usize..(PREFIX + length) as usize];
     let raw: RawHeader = serde_json::from_slice(text)
         .map_err(|error| format!("its header is not a valid safetensors header: {error}"))?;
-    let tensors = check(raw.tensors, available - length)?;
+    let tensors = check(raw.tensors, size - PREFIX - length)?;
     Ok((Header { metadata: raw.metadata, tensors }, PREFIX + length))
 }
 
@@ -334,8 +361,12 @@ mod tests {
         bytes
     }
 
+    fn parse_whole(bytes: &[u8]) -> Result<(Header, u64), String> {
+        parse(bytes, bytes.len() as u64)
+    }
+
     fn complaint(header: &str, data: usize) -> String {
-        parse(&file(header, data)).expect_err("a broken header")
+        parse_whole(&file(header, data)).expect_err("a broken header")
     }
 
     #[test]
@@ -344,14 +375,14 @@ mod tests {
             "b":{"dtype":"BF16","shape":[2,2],"data_offsets":[4,12]},
             "a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},
             "odd":{"dtype":"Q3","shape":[5],"data_offsets":[12,14]}}"#;
-        let (header, start) = parse(&file(text, 14)).expect("sound");
+        let (header, start) = parse_whole(&file(text, 14)).expect("sound");
         assert_eq!(start as usize, 8 + text.len());
         let names: Vec<_> = header.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["a", "b", "odd"]);
         let mut encoded = header.encode();
         assert_eq!(encoded.len() % 8, 0);
         encoded.resize(encoded.len() + 14, 0);
-        let (again, _) = parse(&encoded).expect("sound");
+        let (again, _) = parse_whole(&encoded).expect("sound");
         assert_eq!(again.tensors, header.tensors);
         assert_eq!(again.metadata["format"], "pt");
     }
@@ -378,6 +409,6 @@ mod tests {
         assert!(complaint(overlap, 3).contains("x and y overlap"));
         let mut long = file("{}", 0);
         long[0] = 200;
-        assert!(parse(&long).expect_err("too long").contains("claims 200 bytes but only 2"));
+        assert!(parse_whole(&long).expect_err("too long").contains("claims 200 bytes but only 2"));
     }
 }

@@ -23,16 +23,16 @@ pub use element::{ElementType, Tensor};
 pub use histogram::{Bins, Histogram};
 
 pub(crate) use histogram::log_magnitude;
+pub(crate) use moments::Moments;
 
 use crate::error::{Error, Result};
 use crate::task::Task;
 use element::Format;
 use histogram::{linear_counts, linear_thresholds, log_counts, log_thresholds};
-use moments::Moments;
 use radix::{Counts, Refinement};
 
 /// Elements of one unit of work.
-const SEGMENT: usize = 1 << 16;
+pub(crate) const SEGMENT: usize = 1 << 16;
 
 /// Units of work that a thread takes at a time, so that its tables of counts are worth their
 /// setting up.
@@ -211,6 +211,19 @@ fn merge_in_order(parts: &[Moments]) -> Moments {
         moments.merge(part);
     }
     moments
+}
+
+/// The moments of each segment of a tensor, found by the calling thread alone.
+pub(crate) fn segment_moments(tensor: &Tensor<'_>) -> Vec<Moments> {
+    segments(std::slice::from_ref(tensor)).iter().map(Moments::of).collect()
+}
+
+/// What follows from moments alone, bit for bit as [`describe`] finds it: of one tensor from those
+/// of its segments, of several from those of each.
+pub(crate) fn summary_of(parts: &[Moments]) -> (Moments, Summary) {
+    let moments = merge_in_order(parts);
+    let summary = summarize(&[], &Request::default(), &moments, None);
+    (moments, summary)
 }
 
 /// Moments and first-level counts in one pass. The moments of a tensor are merged to one before

@@ -20,15 +20,26 @@ pub fn run<T: Send>(
     progress: Option<Py<PyAny>>,
     work: impl FnOnce(&Task) -> lorafast::Result<T> + Send,
 ) -> PyResult<T> {
+    let report = |py: Python<'_>, task: &Task| match (&progress, task.progress()) {
+        (Some(progress), (done, total)) if total > 0 => {
+            progress.call1(py, (done.min(total), total)).map(|_| ())
+        }
+        _ => Ok(()),
+    };
+    run_reporting(py, &report, work)
+}
+
+/// Runs `work` to its end, and `report` on the calling thread every now and then and at the end.
+/// A signal's exception or one from `report` cancels the work and is raised.
+pub fn run_reporting<T: Send>(
+    py: Python<'_>,
+    report: &(impl Fn(Python<'_>, &Task) -> PyResult<()> + Sync),
+    work: impl FnOnce(&Task) -> lorafast::Result<T> + Send,
+) -> PyResult<T> {
     let task = Task::new();
     let report = |py: Python<'_>| -> PyResult<()> {
         py.check_signals()?;
-        match (&progress, task.progress()) {
-            (Some(progress), (done, total)) if total > 0 => {
-                progress.call1(py, (done.min(total), total)).map(|_| ())
-            }
-            _ => Ok(()),
-        }
+        report(py, &task)
     };
     let mut interruption = None;
     let result = py.detach(|| {

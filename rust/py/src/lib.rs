@@ -2,6 +2,7 @@
 //! from the interpreter, calls the core, and wraps the result. No logic lives here.
 
 mod errors;
+mod fleet;
 mod job;
 
 use std::path::PathBuf;
@@ -114,6 +115,8 @@ mod _core {
 
     #[pymodule_export]
     use super::Plan;
+    #[pymodule_export]
+    use super::fleet::{scan_adapters, scan_columns};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
