@@ -20,6 +20,9 @@ from lorafast._errors import (
     UnsupportedAdapterError,
     VerificationError,
 )
+from lorafast._fleet._fleet import Fleet, FleetFinding
+from lorafast._fleet._paths import ScanError
+from lorafast._fleet._scan import scan
 from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
 from lorafast._records import (
     AdapterAnalysis,
@@ -49,6 +52,8 @@ __all__ = [
     "Comparison",
     "EntryStatistics",
     "Finding",
+    "Fleet",
+    "FleetFinding",
     "Histogram",
     "LoRAAnalyzer",
     "LorafastError",
@@ -61,6 +66,7 @@ __all__ = [
     "OutputError",
     "PairComparison",
     "PlanError",
+    "ScanError",
     "SubtractReport",
     "TensorStatistics",
     "UnifiedAnalyzer",
@@ -77,6 +83,7 @@ __all__ = [
     "merge",
     "merge_lora_adapters",
     "plan",
+    "scan",
     "subtract",
     "verify",
 ]

@@ -84,9 +84,7 @@ def compare_adapters(
 def build_info() -> dict[str, Any]: ...
 def scan_adapters(
     sources: Sequence[
-        tuple[
-            str | os.PathLike[str], str | os.PathLike[str] | None, str | os.PathLike[str] | None
-        ]
+        tuple[str | os.PathLike[str], str | os.PathLike[str] | None, str | os.PathLike[str] | None]
     ],
     *,
     metrics: str,

@@ -11,6 +11,7 @@ from lorafast._cli import (
     _info,
     _merge,
     _report,
+    _scan,
     _subtract,
     _verify,
 )
@@ -25,6 +26,7 @@ COMMANDS: tuple[Command, ...] = (
     _info.COMMAND,
     _analyze.COMMAND,
     _compare.COMMAND,
+    _scan.COMMAND,
     _report.COMMAND,
     _demo.COMMAND,
 )

@@ -231,13 +231,14 @@ def _adapters_in(directory: Path, files: list[str]) -> Iterator[Path]:
 
 def _names_an_adapter(file: Path) -> bool:
     """Whether a safetensors file holds an adapter, by the names in its header."""
-    named = "lora" in file.name.lower()
+    if "lora" in file.name.lower():
+        return True
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > min(LARGEST_HEADER, os.fstat(stream.fileno()).st_size):
-                return named
+                return False
             header = json.loads(stream.read(length))
     except (OSError, ValueError):
-        return named
+        return False
     return isinstance(header, dict) and any(map(ADAPTER_NAMES.search, header))

@@ -1,0 +1,215 @@
+"""A scan under way: what is known, what is read, and the fleet that comes of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lorafast import _core, _sources
+from lorafast._analysis import names_of
+from lorafast._findings import SEVERITIES
+from lorafast._fleet import _cache
+from lorafast._fleet._assemble import (
+    Entry,
+    Layouts,
+    adapter_table,
+    entry_of,
+    module_table,
+    row_type,
+)
+from lorafast._fleet._fleet import Fleet, FleetFinding
+from lorafast._fleet._overview import of_fleet
+from lorafast._fleet._paths import ScanError, Source, discover, reason_of
+from lorafast._fleet._progress import Follow
+from lorafast._fleet._scan import METRICS, Metrics
+
+Item = tuple[Path, Path | None, Path | None]
+
+#: Converted pickles that lie on the disk at one time, in bytes of the pickles.
+CONVERTED = 1 << 30
+
+
+def scan_followed(
+    paths: Source | Iterable[Source],
+    follow: Follow,
+    *,
+    metrics: Metrics = "full",
+    threads: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Fleet:
+    """`scan`, telling `follow` how far it is."""
+    if metrics not in METRICS:
+        raise ValueError(f"metrics must be one of {', '.join(METRICS)}, not {metrics!r}")
+    if threads is not None and threads < 1:
+        raise ValueError("threads must be at least 1")
+    found = discover(paths)
+    scanning = _Scanning(found.adapters, metrics, threads, follow)
+    with ExitStack() as stack:
+        if cache is not None:
+            scanning.use(stack.enter_context(_cache.opened(cache, metrics)))
+        scanning.run()
+    errors = sorted(scanning.errors.items())
+    return _fleet(
+        metrics,
+        [(found.adapters[position], entry) for position, entry in sorted(scanning.entries.items())],
+        found.errors + [error for _, error in errors],
+        scanning.bytes_read,
+        scanning.remembered,
+    )
+
+
+class _Scanning:
+    """One scan under way. Positions are those of the adapters that were found."""
+
+    def __init__(
+        self, adapters: Sequence[Path], metrics: Metrics, threads: int | None, follow: Follow
+    ) -> None:
+        self._adapters = adapters
+        self._metrics = metrics
+        self._threads = threads
+        self._follow = follow
+        self._type = row_type(metrics)
+        self._layouts: Layouts = {}
+        self._cache: _cache.Cache | None = None
+        self._stamps: dict[int, str] = {}
+        self.entries: dict[int, Entry] = {}
+        self.errors: dict[int, ScanError] = {}
+        self.bytes_read = 0
+        self.remembered = 0
+
+    def use(self, cache: _cache.Cache) -> None:
+        """Takes what the cache knows, and remembers what is found in it."""
+        self._cache = cache
+        stamped = []
+        settled = time.time_ns() - _cache.SETTLED
+        for position, adapter in enumerate(self._adapters):
+            stamp = _cache.stamp_of(adapter)
+            if stamp is not None and stamp[1] < settled:
+                self._stamps[position] = stamp[0]
+                stamped.append((adapter, stamp[0]))
+        known = cache.known(stamped, self._layouts)
+        for position, entry in zip(self._stamps, known, strict=True):
+            if entry is not None:
+                self.entries[position] = entry
+        self.remembered = len(self.entries)
+
+    def run(self) -> None:
+        """Reads everything that is not known."""
+        left = [position for position in range(len(self._adapters)) if position not in self.entries]
+        self._follow.begin(len(left))
+        pickled = [
+            position for position in left if _sources.has_only_pickle(self._adapters[position])
+        ]
+        others = sorted(set(left) - set(pickled))
+        if others:
+            self._scan(others, [(self._adapters[position], None, None) for position in others])
+        for batch in self._batches(pickled):
+            self._scan_pickled(batch)
+
+    def _batches(self, pickled: Sequence[int]) -> Iterator[list[int]]:
+        """Few enough pickles at a time to have room for them in another format."""
+        batch: list[int] = []
+        size = 0
+        for position in pickled:
+            pickle = self._adapters[position] / _sources.PICKLED_WEIGHTS
+            own = pickle.stat().st_size
+            if batch and size + own > CONVERTED:
+                yield batch
+                batch, size = [], 0
+            batch.append(position)
+            size += own
+        if batch:
+            yield batch
+
+    def _scan_pickled(self, batch: Sequence[int]) -> None:
+        with TemporaryDirectory(prefix="lorafast-") as directory:
+            positions = []
+            items: list[Item] = []
+            for position in batch:
+                adapter = self._adapters[position]
+                try:
+                    weights = _sources.rewrite_pickle(adapter, Path(directory) / f"{position}")
+                except Exception as error:
+                    # Whatever a stranger's pickle makes torch raise is about that adapter.
+                    self._fail(position, error)
+                    self._follow.finished(1)
+                    continue
+                positions.append(position)
+                items.append((adapter, weights, adapter / _sources.PICKLED_WEIGHTS))
+            if items:
+                self._scan(positions, items)
+
+    def _scan(self, positions: Sequence[int], items: list[Item]) -> None:
+        def receive(
+            batch: list[tuple[int, dict[str, object] | Exception]], done: int, total: int
+        ) -> None:
+            for place, result in batch:
+                position = positions[place]
+                if isinstance(result, Exception):
+                    self._fail(position, result)
+                else:
+                    self._succeed(position, result)
+            self._follow.finished(len(batch))
+            self._follow.read(done, total)
+            self._done = done
+
+        self._done = 0
+        _core.scan_adapters(items, metrics=self._metrics, threads=self._threads, receive=receive)
+        self.bytes_read += self._done
+        self._follow.end_of_part()
+
+    def _succeed(self, position: int, result: dict[str, object]) -> None:
+        entry = entry_of(result, self._type, self._layouts)
+        self.entries[position] = entry
+        if self._cache is not None and position in self._stamps:
+            self._cache.keep(self._adapters[position], self._stamps[position], entry)
+
+    def _fail(self, position: int, error: Exception) -> None:
+        adapter = self._adapters[position]
+        self.errors[position] = ScanError(adapter, _reason(adapter, error))
+
+
+def _reason(adapter: Path, error: Exception) -> str:
+    """Why an adapter cannot be read, without its own path, which stands beside it."""
+    text = reason_of(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        name = os.path.relpath(error.filename, adapter)
+        return text if name == "." else f"{name}: {text}"
+    own = os.fspath(adapter)
+    return text.removeprefix(f"{own}: ").replace(f"{own}{os.sep}", "")
+
+
+def _fleet(
+    metrics: Metrics,
+    found: Sequence[tuple[Path, Entry]],
+    errors: list[ScanError],
+    bytes_read: int,
+    remembered: int,
+) -> Fleet:
+    paths = [path for path, _ in found]
+    entries = [entry for _, entry in found]
+    names = names_of(paths)
+    kind = row_type(metrics)
+    findings = [
+        FleetFinding(name, finding, count)
+        for name, entry in zip(names, entries, strict=True)
+        for finding, count in entry.findings
+    ]
+    adapters = adapter_table([os.fspath(path) for path in paths], names, entries, kind)
+    findings += of_fleet(adapters)
+    findings.sort(key=lambda item: SEVERITIES.index(item.finding.severity))
+    return Fleet(
+        metrics=metrics,
+        paths=paths,
+        names=names,
+        adapters=adapters,
+        modules=module_table(names, entries, kind),
+        findings=findings,
+        errors=errors,
+        bytes_read=bytes_read,
+        remembered=remembered,
+    )
