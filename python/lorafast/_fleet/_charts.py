@@ -36,6 +36,8 @@ MOST_CELLS = 500
 #: Names along the matrix that can be read.
 MOST_NAMES = 60
 OTHERS = "other bases"
+#: Ticks at 1, 2 and 5 of each power of ten.
+LOGARITHMIC = {"type": "log", "dtick": "D2"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
         "hoverinfo": "text",
     }
     layout = {
-        "xaxis": {"type": "log", "title": {"text": axis}},
+        "xaxis": {**LOGARITHMIC, "title": {"text": axis}},
         "yaxis": {"title": {"text": "adapters"}},
         "bargap": 0.03,
     }
@@ -155,7 +157,7 @@ def _scatter(adapters: Table) -> Chart | None:
             }
         )
     layout = {
-        "xaxis": {"type": "log", "title": {"text": "‖ΔW‖"}},
+        "xaxis": {**LOGARITHMIC, "title": {"text": "‖ΔW‖"}},
         "yaxis": {"title": {"text": "mean effective rank"}, "rangemode": "tozero"},
         "hovermode": "closest",
         "showlegend": len(groups) > 1,
@@ -212,15 +214,15 @@ def _spectra(modules: Table) -> Chart | None:
     layout = {
         "xaxis": {
             "title": {"text": "k"},
-            **({"type": "log"} if longest > 32 else {}),
+            **(LOGARITHMIC if longest > 32 else {}),
         },
         "yaxis": {"title": {"text": "σₖ/σ₁"}, "rangemode": "tozero"},
         "hovermode": "x unified",
         "showlegend": False,
     }
     caption = (
-        "Singular values of ΔW relative to the greatest: the median of all modules, and the range "
-        "from 10 % to 90 % of them."
+        "Singular values of ΔW relative to the greatest: the median of all modules that have as "
+        "many, and the range from 10 % to 90 % of them."
     )
     return Chart("Spectra", caption, traces, layout)
 
@@ -363,6 +365,7 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
         else [],
         "automargin": True,
         "showgrid": False,
+        "zeroline": False,
         "ticks": "",
         "constrain": "domain",
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorafast._errors import LorafastError, missing
 from lorafast._fleet import _charts
-from lorafast._fleet._overview import KINDS
+from lorafast._fleet._overview import KINDS, listed
 from lorafast._html._elements import (
     SEVERITIES,
     Column,
@@ -132,7 +132,11 @@ def _summary(fleet: Fleet) -> Html:
     common = ", ".join(f"{base} ({count:,})" for base, count in bases.most_common(3))
     more = f" and {len(bases) - 3} more" if len(bases) > 3 else ""
     counts = Counter[str](item.finding.severity for item in fleet.findings)
-    counted = [f"{counts[severity]:,} {severity}" for severity in SEVERITIES if counts[severity]]
+    counted = [
+        f"{counts[severity]:,} {word if counts[severity] != 1 else word.removesuffix('s')}"
+        for severity, word in zip(SEVERITIES, ("severe", "warnings", "notes"), strict=True)
+        if counts[severity]
+    ]
     facts = [
         ("adapters", f"{len(fleet):,}"),
         ("could not be read", f"{len(fleet.errors):,}"),
@@ -163,22 +167,21 @@ def _findings(fleet: Fleet) -> Html:
 
 def _finding_group(severity: str, kind: str, items: Sequence[FleetFinding]) -> Html:
     """Findings of one kind in any number of adapters."""
-    named = [item for item in items if item.adapter is not None]
-    adapters = len(dict.fromkeys(item.adapter for item in named))
+    adapters = list(dict.fromkeys(item.adapter for item in items if item.adapter is not None))
     meaning = KINDS.get(kind, kind.replace("_", " "))
     # A formula is not written with another letter.
     first = meaning[:1].upper() if meaning[:1].isascii() else meaning[:1]
     head: list[str] = [element("b", first + meaning[1:])]
     if adapters:
-        head.append(f": {adapters:,} adapter{'' if adapters == 1 else 's'}")
+        head.append(f": {listed(adapters)}" if len(items) > 1 else "")
     body: list[str] = []
     if len(items) == 1:
-        body.append(join([". ", _finding(items[0])]))
+        body.append(join([". " if items[0].adapter is None else ": ", _finding(items[0])]))
     else:
-        listed = [element("li", _finding(item)) for item in items[:MOST_LISTED]]
+        entries = [element("li", _finding(item)) for item in items[:MOST_LISTED]]
         if len(items) > MOST_LISTED:
-            listed.append(element("li", f"and {len(items) - MOST_LISTED:,} more"))
-        body.append(folded("which", element("ul", *listed)))
+            entries.append(element("li", f"and {len(items) - MOST_LISTED:,} more"))
+        body.append(folded(f"all {len(items):,}", element("ul", *entries)))
     return element(
         "li", element("span", severity, class_="badge"), " ", *head, *body, class_=severity
     )
