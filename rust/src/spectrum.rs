@@ -18,12 +18,16 @@ use serde::Serialize;
 pub use update::{Term, Update, Values};
 
 use crate::dense::{
-    Decomposition, Matrix, Reflectors, decompose, gram, gram_factor, singular_values,
-    triangular_factor,
+    Decomposition, Matrix, Reflectors, decompose, gram, gram_factor, leading_singular_values,
+    singular_values, triangular_factor,
 };
 
 /// Below this σ_r/σ₁ the Gram matrices are not trusted.
 const SHORT_SPECTRUM: f64 = 1e-5;
+
+/// From this σ_r/σ₁ on, values that are exact relative to σ₁ have as many digits as Gram matrices
+/// leave.
+const EVEN_SPECTRUM: f64 = 1e-4;
 
 /// How far the energy of the first k values may fall short of a share and still count as it, so
 /// that rounding does not decide about k.
@@ -197,6 +201,11 @@ pub(crate) fn values_of(update: &Update<'_>) -> Vec<f64> {
         Core::NotFinite => return vec![f64::NAN; count],
         Core::Zero => return vec![0.0; count],
         Core::Small(core) => {
+            if let Some(values) = leading_singular_values(&core)
+                && values[count - 1] >= EVEN_SPECTRUM * values[0]
+            {
+                return values;
+            }
             let values = singular_values(&core);
             if values[count - 1] >= SHORT_SPECTRUM * values[0] {
                 return values;

@@ -1,6 +1,7 @@
 //! From a Gram matrix to a factor of it, where that is safe.
 
-use super::Matrix;
+use super::{Matrix, dot};
+use crate::vector::vectorized;
 
 /// The least pivot of the unit-diagonal Gram matrix's factor that is trusted. The factor's
 /// relative error is about ε·κ², and this pivot is about 1/κ: 1e-3 leaves ten digits.
@@ -17,7 +18,6 @@ pub(crate) fn gram_factor(gram: &Matrix) -> Option<Matrix> {
     }
     let mut rest: Vec<f64> = vec![1.0; size];
     let mut open: Vec<usize> = (0..size).collect();
-    // Row `step` of R, for all columns, is kept as column `step` so that it is contiguous.
     let mut factor = Matrix::zeros(size, size);
     for step in 0..size {
         let (position, &pivot) =
@@ -26,23 +26,36 @@ pub(crate) fn gram_factor(gram: &Matrix) -> Option<Matrix> {
         if rest[pivot] < LEAST_PIVOT * LEAST_PIVOT {
             return None;
         }
-        let root = rest[pivot].sqrt();
-        factor.set(pivot, step, root);
-        for &column in &open {
-            let mut value = gram.get(pivot, column) / (lengths[pivot] * lengths[column]);
-            for earlier in 0..step {
-                value -= factor.get(pivot, earlier) * factor.get(column, earlier);
-            }
-            value /= root;
-            factor.set(column, step, value);
-            rest[column] -= value * value;
-        }
+        eliminate(&mut factor.data, gram.column(pivot), &lengths, &mut rest, &open, (step, pivot));
     }
-    let mut factor = factor.transposed();
     for (column, length) in lengths.iter().enumerate() {
         for value in factor.column_mut(column) {
             *value *= length;
         }
     }
     Some(factor)
+}
+
+vectorized! {
+    /// Finds row `step` of the factor, of which the pivot's column of the Gram matrix is given.
+    fn eliminate(
+        factor: &mut [f64],
+        products: &[f64],
+        lengths: &[f64],
+        rest: &mut [f64],
+        open: &[usize],
+        place: (usize, usize),
+    ) {
+        let (step, pivot) = place;
+        let size = lengths.len();
+        let root = rest[pivot].sqrt();
+        factor[pivot * size + step] = root;
+        for &column in open {
+            let (own, other) = (&factor[pivot * size..][..step], &factor[column * size..][..step]);
+            let unit = products[column] / (lengths[pivot] * lengths[column]);
+            let value = (unit - dot(own, other)) / root;
+            factor[column * size + step] = value;
+            rest[column] -= value * value;
+        }
+    }
 }

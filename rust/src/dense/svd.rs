@@ -76,7 +76,7 @@ fn length(column: &[f64]) -> f64 {
 
 /// The matrix divided by a power of two near its largest entry, which keeps squares in range;
 /// `None` for zero.
-fn normalised(matrix: &Matrix) -> Option<(Matrix, f64)> {
+pub(super) fn normalised(matrix: &Matrix) -> Option<(Matrix, f64)> {
     let largest = matrix.data.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     if largest == 0.0 {
         return None;

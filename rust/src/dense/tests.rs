@@ -98,3 +98,49 @@ fn zero_and_empty_matrices_decompose() {
     assert_eq!(decompose(&Matrix::zeros(3, 4)).values, [0.0; 3]);
     assert_eq!(decompose(&Matrix::zeros(3, 0)).values.len(), 0);
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn the_two_ways_to_singular_values_agree(size in 1usize..70, fall in 0.0f64..0.9, rank in 1usize..70, seed: u64) {
+        // Graded columns, a few orders of magnitude apart, and sometimes of lower rank.
+        let mut matrix = random(size, size, seed);
+        for column in 0..size {
+            let factor = if column < rank { (-fall * column as f64).exp() } else { 0.0 };
+            matrix.column_mut(column).iter_mut().for_each(|value| *value *= factor);
+        }
+        let mixed = matrix.product(&random(size, size, seed ^ 1));
+        for matrix in [matrix, mixed] {
+            let exact = singular_values(&matrix);
+            let quick = leading_singular_values(&matrix).expect("converges");
+            prop_assert_eq!(quick.len(), size);
+            for (a, b) in quick.iter().zip(&exact) {
+                prop_assert!((a - b).abs() <= 1e-14 * size as f64 * exact[0], "{} {}", a, b);
+            }
+        }
+    }
+}
+
+#[test]
+fn singular_values_of_special_matrices_converge() {
+    let ones = Matrix { rows: 5, columns: 5, data: vec![1.0; 25] };
+    let mut shift = Matrix::zeros(6, 6);
+    for index in 0..5 {
+        shift.set(index, index + 1, 1.0);
+    }
+    let mut tiny = identity(4);
+    tiny.data.iter_mut().for_each(|value| *value *= 1e-300);
+    for (matrix, expected) in [
+        (identity(7), vec![1.0; 7]),
+        (Matrix::zeros(3, 3), vec![0.0; 3]),
+        (ones, vec![5.0, 0.0, 0.0, 0.0, 0.0]),
+        (shift, vec![1.0, 1.0, 1.0, 1.0, 1.0, 0.0]),
+        (tiny, vec![1e-300; 4]),
+    ] {
+        let found = leading_singular_values(&matrix).expect("converges");
+        for (a, b) in found.iter().zip(&expected) {
+            assert!((a - b).abs() <= 1e-14 * expected[0], "{found:?}");
+        }
+    }
+}
