@@ -72,6 +72,30 @@ def test_without_a_matrix_there_is_no_section_for_it(fleet: lorafast.Fleet) -> N
     assert "<h2>Similarity</h2>" not in fleet.to_html(similarity=None)
 
 
+def test_the_matrix_is_computed_unless_it_is_given(
+    fleet: lorafast.Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def compute(adapters: object, **options: object) -> SimpleNamespace:
+        asked.append((adapters, options))
+        return similarity(fleet)
+
+    monkeypatch.setattr(lorafast, "similarity", compute, raising=False)
+    assert "<h3>Which adapters are alike</h3>" in fleet.to_html()
+    # Fleets of several bases are compared within each.
+    assert asked == [(fleet, {"group_by_base": True})]
+
+    def refuse(adapters: object, **options: object) -> None:
+        raise lorafast.LorafastError("no two are of one shape")
+
+    monkeypatch.setattr(lorafast, "similarity", refuse, raising=False)
+    page = without_scripts(fleet.to_html())
+    assert "were not compared with each other: no two are of one shape" in page
+    monkeypatch.setattr(_page, "COMPARED_UNASKED", 11)
+    assert "More than 11 adapters are compared only when" in fleet.to_html()
+
+
 @pytest.mark.parametrize("metrics", ["headers", "moments", "spectra"])
 def test_every_level_has_a_page(fleet: lorafast.Fleet, metrics: Any) -> None:
     root = fleet.paths[0].parent

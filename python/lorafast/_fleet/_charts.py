@@ -90,10 +90,11 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
     positive = values[np.isfinite(values) & (values > 0)]
     if not len(positive):
         return None
-    low, high = math.log10(positive.min()), math.log10(positive.max())
+    powers = np.log10(positive)
+    low, high = float(powers.min()), float(powers.max())
     if high - low < 1e-6:
         low, high = low - 0.5, high + 0.5
-    counts, edges = np.histogram(np.log10(positive), bins=BINS, range=(low, high))
+    counts, edges = np.histogram(powers, bins=BINS, range=(low, high))
     bars = 10 ** ((edges[:-1] + edges[1:]) / 2)
     hover = [
         f"{10**start:.4g} to {10**end:.4g}<br>{count:,} adapters"

@@ -118,7 +118,8 @@ def _alike(fleet: Fleet, similarity: Any) -> _charts.Chart | str | None:
         if compute is None:
             return None
         try:
-            similarity = compute(fleet)
+            # Those of another base have nothing to be compared by, and leave their cells empty.
+            similarity = compute(fleet, group_by_base=True)
         except (LorafastError, ValueError, OSError) as error:
             return f"The adapters were not compared with each other: {error}"
     if similarity is None:
