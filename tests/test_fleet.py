@@ -127,6 +127,16 @@ def test_figures_are_those_of_analyze(tmp_path: Path) -> None:
     assert fleet.findings[: len(severe)] == severe
 
 
+def test_rows_have_as_many_singular_values_as_their_updates(tmp_path: Path) -> None:
+    # No more than the smaller side of the weight, whatever the rank.
+    make_adapter(tmp_path / "wide", adapter_tensors(rank=22), r=22)
+    make_adapter(tmp_path / "narrow", adapter_tensors(rank=2), r=2)
+    fleet = lorafast.scan(tmp_path)
+    lengths = [len(values) for values in fleet.modules["singular_values"]]
+    assert lengths == [2] * 4 + [20] * 4
+    assert_same_figures(fleet)
+
+
 def test_threads_do_not_change_the_tables(tmp_path: Path) -> None:
     make_fleet(tmp_path, 20)
     assert tables(lorafast.scan(tmp_path, threads=1)) == tables(lorafast.scan(tmp_path, threads=5))

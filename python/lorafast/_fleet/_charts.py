@@ -36,8 +36,6 @@ MOST_CELLS = 500
 #: Names along the matrix that can be read.
 MOST_NAMES = 60
 OTHERS = "other bases"
-#: Ticks at 1, 2 and 5 of each power of ten.
-LOGARITHMIC = {"type": "log", "dtick": "D2"}
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,16 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
         "hoverinfo": "text",
     }
     layout = {
-        "xaxis": {**LOGARITHMIC, "title": {"text": axis}},
+        "xaxis": {**_logarithmic(low, high), "title": {"text": axis}},
         "yaxis": {"title": {"text": "adapters"}},
         "bargap": 0.03,
     }
     return Chart(title, caption, [trace], layout)
+
+
+def _logarithmic(low: float, high: float) -> dict[str, Any]:
+    """An axis from one power of ten to another, with ticks at 1, 2 and 5 where there are many."""
+    return {"type": "log", **({"dtick": "D2"} if high - low > 1 else {})}
 
 
 def _norms(adapters: Table) -> Chart | None:
@@ -157,8 +160,9 @@ def _scatter(adapters: Table) -> Chart | None:
                 "marker": {"color": colour, "size": 7, "opacity": 0.75},
             }
         )
+    low, high = np.log10([norms[drawn].min(), norms[drawn].max()]).tolist()
     layout = {
-        "xaxis": {**LOGARITHMIC, "title": {"text": "‖ΔW‖"}},
+        "xaxis": {**_logarithmic(low, high), "title": {"text": "‖ΔW‖"}},
         "yaxis": {"title": {"text": "mean effective rank"}, "rangemode": "tozero"},
         "hovermode": "closest",
         "showlegend": len(groups) > 1,
@@ -215,7 +219,7 @@ def _spectra(modules: Table) -> Chart | None:
     layout = {
         "xaxis": {
             "title": {"text": "k"},
-            **(LOGARITHMIC if longest > 32 else {}),
+            **(_logarithmic(0, math.log10(longest)) if longest > 32 else {}),
         },
         "yaxis": {"title": {"text": "σₖ/σ₁"}, "rangemode": "tozero"},
         "hovermode": "x unified",
