@@ -9,6 +9,7 @@
 compile_error!("lorafast runs on little-endian processors only");
 
 pub mod adapter;
+pub mod alike;
 pub mod analysis;
 pub mod checkpoint;
 pub mod describe;

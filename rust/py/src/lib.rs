@@ -1,6 +1,7 @@
 //! `lorafast._core`: the Python face of the core. Each function converts its arguments, detaches
 //! from the interpreter, calls the core, and wraps the result. No logic lives here.
 
+mod alike;
 mod errors;
 mod fleet;
 mod job;
@@ -117,6 +118,9 @@ mod _core {
     use super::Plan;
     #[pymodule_export]
     use super::fleet::{scan_adapters, scan_columns};
+
+    #[pymodule_export]
+    use super::alike::{Collection, open_collection};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,0 +1,175 @@
+//! Collections of adapters. Matrices leave as bytes, which NumPy reads as they are.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyList};
+
+use lorafast::alike::{self, Options, Precision};
+use lorafast::task::build_pool;
+
+use crate::errors::to_python;
+use crate::{AdapterPath, job, to_object};
+
+/// Where the factors of many adapters lie.
+#[pyclass(frozen, module = "lorafast._core")]
+pub struct Collection {
+    inner: alike::Collection,
+}
+
+/// Little-endian float64.
+fn to_bytes<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound<'py, PyBytes>> {
+    PyBytes::new_with(py, values.len() * 8, |bytes| {
+        for (target, value) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(values) {
+            *target = value.to_le_bytes();
+        }
+        Ok(())
+    })
+}
+
+/// Opens each adapter for a moment. Returns the collection, and the position and the exception of
+/// each that could not be read.
+#[pyfunction]
+#[pyo3(signature = (adapters, *, threads, progress))]
+pub fn open_collection(
+    py: Python<'_>,
+    adapters: Vec<AdapterPath>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<(Collection, Vec<(usize, Py<PyAny>)>)> {
+    let (inner, failures) = job::run(py, progress, |task| {
+        alike::Collection::open(&adapters, &build_pool(threads)?, task)
+    })?;
+    let failures = failures
+        .into_iter()
+        .map(|(position, error)| (position, to_python(py, error).into_value(py).into_any()));
+    Ok((Collection { inner }, failures.collect()))
+}
+
+#[pymethods]
+impl Collection {
+    /// The members as plain objects.
+    fn members(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let members = PyList::empty(py);
+        for member in self.inner.members() {
+            let item = PyDict::new(py);
+            item.set_item("path", member.path().display().to_string())?;
+            item.set_item("base", member.base())?;
+            item.set_item("modules", member.module_positions())?;
+            item.set_item("ranks", member.ranks())?;
+            item.set_item("bytes", member.bytes())?;
+            item.set_item("left_out", member.left_out())?;
+            members.append(item)?;
+        }
+        Ok(members.into_any().unbind())
+    }
+
+    /// Name, m and n of every module.
+    fn modules(&self) -> Vec<(&str, usize, usize)> {
+        let modules = self.inner.modules().iter();
+        modules.map(|module| (module.name.as_str(), module.rows, module.columns)).collect()
+    }
+
+    /// The members by their base.
+    fn groups(&self, by_shape_alone: bool) -> Vec<(String, Vec<usize>)> {
+        let groups = self.inner.groups(by_shape_alone).into_iter();
+        groups.map(|group| (group.base, group.members)).collect()
+    }
+
+    /// Multiplications that the products within groups take.
+    fn work(&self, py: Python<'_>, groups: Vec<Vec<usize>>) -> u64 {
+        py.detach(|| alike::work(&self.inner, &groups))
+    }
+
+    /// N×N inner products of all and of each module, and the number of blocks that were in the
+    /// cache.
+    #[pyo3(signature = (groups, *, precision, per_module, memory, cache, threads, progress))]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+    fn products<'py>(
+        &self,
+        py: Python<'py>,
+        groups: Vec<Vec<usize>>,
+        precision: &str,
+        per_module: bool,
+        memory: usize,
+        cache: Option<PathBuf>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<(Bound<'py, PyBytes>, Vec<Bound<'py, PyBytes>>, usize)> {
+        let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
+        let options = Options { precision, per_module, memory, cache };
+        let products = job::run(py, progress, |task| {
+            alike::products(&self.inner, &groups, &options, &build_pool(threads)?, task)
+        })?;
+        let modules = products.modules.iter().map(|module| to_bytes(py, module));
+        Ok((to_bytes(py, &products.all)?, modules.collect::<PyResult<_>>()?, products.found))
+    }
+
+    /// Each member's signature as plain objects with its leading singular values, or the exception
+    /// in their place.
+    #[pyo3(signature = (*, threads, progress))]
+    fn signatures<'py>(
+        &self,
+        py: Python<'py>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<(Py<PyAny>, Bound<'py, PyBytes>)>> {
+        let signatures = job::run(py, progress, |task| {
+            alike::signatures(&self.inner, &build_pool(threads)?, task)
+        })?;
+        let convert = |signature: lorafast::Result<alike::Signature>| match signature {
+            Ok(signature) => Ok((to_object(py, &signature)?, to_bytes(py, &signature.leading)?)),
+            Err(error) => {
+                let error = to_python(py, error).into_value(py).into_any();
+                Ok((error, PyBytes::new(py, &[])))
+            }
+        };
+        signatures.into_iter().map(convert).collect()
+    }
+
+    /// How the two of each pair lie to each other, as plain objects.
+    #[pyo3(signature = (pairs, *, threads, progress))]
+    fn relations(
+        &self,
+        py: Python<'_>,
+        pairs: Vec<(usize, usize)>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let relations = job::run(py, progress, |task| {
+            alike::relations(&self.inner, &pairs, &build_pool(threads)?, task)
+        })?;
+        to_object(py, &relations)
+    }
+
+    /// ‖T − Σ wᵢ·Cᵢ‖.
+    #[pyo3(signature = (target, terms, *, threads))]
+    fn combination_norm(
+        &self,
+        py: Python<'_>,
+        target: usize,
+        terms: Vec<(usize, f64)>,
+        threads: Option<usize>,
+    ) -> PyResult<f64> {
+        job::run(py, None, |task| {
+            task.check()?;
+            let pool = build_pool(threads)?;
+            pool.install(|| alike::combination_norm(&self.inner, target, &terms))
+        })
+    }
+
+    /// How some members, in this order, move from one to the next, as plain objects.
+    #[pyo3(signature = (order, *, threads, progress))]
+    fn drift(
+        &self,
+        py: Python<'_>,
+        order: Vec<usize>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let steps = job::run(py, progress, |task| {
+            alike::drift(&self.inner, &order, &build_pool(threads)?, task)
+        })?;
+        to_object(py, &steps)
+    }
+}

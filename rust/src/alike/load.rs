@@ -1,0 +1,226 @@
+//! Factors read from their files, in the number type and the order that products want.
+
+use std::fs::File;
+
+use super::collection::{Member, Piece, Source, Stored};
+use crate::adapter::Adapter;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::factors::Pair;
+use crate::file::read_at;
+use crate::kernel::convert::{widen, widen_f64};
+use crate::plan::{Part, Update as Planned, UpdateKind};
+use crate::safetensors::TensorInfo;
+use crate::spectrum::{Update, Values};
+
+/// Largest magnitudes beyond 2 to this power, up or down, are brought to one before they are
+/// multiplied, so that no product of four factors leaves the range of f32.
+const EXTREME: i32 = 24;
+
+/// The number type that products are summed in.
+pub(super) trait Real: Copy + Send + Sync + Default + 'static {
+    fn from_f32(value: f32) -> Self;
+    fn from_f64(value: f64) -> Self;
+    fn to_f64(self) -> f64;
+
+    /// Σ xᵢyᵢ in f64.
+    fn dot(x: &[Self], y: &[Self]) -> f64;
+
+    /// `output = left · rightᵀ`: left (rows, depth) and right (columns, depth), both stored with
+    /// the depth outermost; output with its columns outermost.
+    fn multiply(left: &[Self], right: &[Self], depth: usize, output: &mut [Self]);
+}
+
+macro_rules! real {
+    ($type:ty, $dot:path, $multiply:path) => {
+        impl Real for $type {
+            fn from_f32(value: f32) -> Self {
+                value as $type
+            }
+
+            fn from_f64(value: f64) -> Self {
+                value as $type
+            }
+
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+
+            fn dot(x: &[Self], y: &[Self]) -> f64 {
+                $dot(x, y)
+            }
+
+            fn multiply(left: &[Self], right: &[Self], depth: usize, output: &mut [Self]) {
+                if depth == 0 {
+                    return output.fill(0.0);
+                }
+                let (rows, columns) = (left.len() / depth, right.len() / depth);
+                assert_eq!(left.len(), rows * depth, "whole rows");
+                assert_eq!(right.len(), columns * depth, "whole rows");
+                assert_eq!(output.len(), rows * columns, "a value for each pair");
+                // SAFETY: by the assertions, the strides reach every element of the three slices
+                // and none beyond; the output is not read (`read_dst` is false) and is borrowed
+                // mutably, so that it overlaps neither side.
+                unsafe {
+                    $multiply()(
+                        rows,
+                        columns,
+                        depth,
+                        output.as_mut_ptr(),
+                        rows as isize,
+                        1,
+                        false,
+                        left.as_ptr(),
+                        rows as isize,
+                        1,
+                        right.as_ptr(),
+                        1,
+                        columns as isize,
+                        0.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        // Whole tiles are spread over the caller's threads.
+                        gemm_common::Parallelism::None,
+                    );
+                }
+            }
+        }
+    };
+}
+
+real!(f32, super::tiles::dot_f32, gemm_f32::gemm::f32::get_gemm_fn);
+real!(f64, super::tiles::dot_f64, gemm_f64::gemm::f64::get_gemm_fn);
+
+/// Stored values, widened.
+enum Wide {
+    Single(Vec<f32>),
+    Double(Vec<f64>),
+}
+
+impl Wide {
+    fn of(dtype: &Dtype, bytes: &[u8]) -> Self {
+        if *dtype == Dtype::F64 {
+            return Self::Double(widen_f64(dtype, bytes));
+        }
+        let mut values = vec![0.0; bytes.len() / dtype.size()];
+        widen(dtype, bytes, &mut values);
+        Self::Single(values)
+    }
+
+    /// The values as numbers of one type times a power of two, and what they are to be multiplied
+    /// by: 1 but for values that are extremely large or small.
+    fn into_numbers<T: Real>(self) -> (Vec<T>, f64) {
+        let largest = match &self {
+            Self::Single(values) => {
+                f64::from(values.iter().fold(0.0f32, |most, value| most.max(value.abs())))
+            }
+            Self::Double(values) => values.iter().fold(0.0f64, |most, value| most.max(value.abs())),
+        };
+        let exponent = if largest > 0.0 { largest.log2().floor() as i32 } else { 0 };
+        let is_extreme = largest.is_finite() && exponent.abs() > EXTREME;
+        if !is_extreme {
+            let numbers = match self {
+                Self::Single(values) => values.into_iter().map(T::from_f32).collect(),
+                Self::Double(values) => values.into_iter().map(T::from_f64).collect(),
+            };
+            return (numbers, 1.0);
+        }
+        // Twice half the way: 2^-exponent of a subnormal would be infinite.
+        let half = 2f64.powi(-exponent / 2);
+        let rest = 2f64.powi(-exponent + exponent / 2);
+        let shift = |value: f64| T::from_f64(value * half * rest);
+        let numbers = match self {
+            Self::Single(values) => values.into_iter().map(|value| shift(value.into())).collect(),
+            Self::Double(values) => values.into_iter().map(shift).collect(),
+        };
+        (numbers, 2f64.powi(exponent))
+    }
+}
+
+/// One adapter's factors of one module, row-major: B (m, r) and A (r, n).
+pub(super) struct Factors<T> {
+    pub b: Vec<T>,
+    pub a: Vec<T>,
+    /// s, times what was taken out of extreme factors.
+    pub scale: f64,
+}
+
+impl Factors<f64> {
+    /// The update that they make.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] never: the shapes were read with the factors.
+    pub fn update(&self, rows: usize, columns: usize, rank: usize) -> Result<Update<'_>> {
+        let (left, right) = (Values::F64(&self.b), Values::F64(&self.a));
+        Update::new(rows, columns, rank, left, right, self.scale)
+    }
+}
+
+/// A tensor's bytes, read rather than mapped: a file that becomes shorter is an error, not a crash.
+pub(super) fn tensor_bytes(adapter: &Adapter, tensor: &TensorInfo) -> Result<Vec<u8>> {
+    let file = adapter.file();
+    let mut bytes = vec![0; tensor.bytes() as usize];
+    let offset = file.data_start() + tensor.range.start;
+    read_at(file.file(), &mut bytes, offset).map_err(|error| Error::io(file.path(), error))?;
+    Ok(bytes)
+}
+
+/// A member's factors, read one after another from one opening of its file.
+pub(super) struct Reader<'a> {
+    member: &'a Member,
+    file: File,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(member: &'a Member) -> Result<Self> {
+        Ok(Self { member, file: member.open_file()? })
+    }
+
+    pub fn factors<T: Real>(&self, piece: &Piece) -> Result<Factors<T>> {
+        let (b, a) = match &piece.source {
+            Source::Plain { a, b } => (self.wide(b)?, self.wide(a)?),
+            Source::Composed { .. } => self.composed(piece)?,
+        };
+        let (b, left) = b.into_numbers();
+        let (a, right) = a.into_numbers();
+        Ok(Factors { b, a, scale: piece.scale * left * right })
+    }
+
+    fn wide(&self, stored: &Stored) -> Result<Wide> {
+        let mut bytes = vec![0; stored.length];
+        read_at(&self.file, &mut bytes, stored.offset).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => self.member.changed(),
+            _ => Error::io(&self.member.file, error),
+        })?;
+        Ok(Wide::of(&stored.dtype, &bytes))
+    }
+
+    fn composed(&self, piece: &Piece) -> Result<(Wide, Wide)> {
+        let Source::Composed { key, expert } = &piece.source else {
+            unreachable!("a plain product is read as it stands");
+        };
+        let adapter = self.member.open()?;
+        if !adapter.modules().contains_key(key) {
+            return Err(self.member.changed());
+        }
+        let planned = Planned {
+            adapter: 0,
+            module: key.clone(),
+            kind: UpdateKind::LowRank,
+            rank: piece.rank as u64,
+            scale: piece.scale,
+            weight: 1.0,
+            transposed: false,
+            part: Part { expert: *expert, ..Part::default() },
+            on: None,
+            stage: 0,
+        };
+        let pair = Pair::of(&adapter, &planned);
+        if pair.rank != piece.rank {
+            return Err(self.member.changed());
+        }
+        Ok((Wide::of(&pair.b_dtype, &pair.b), Wide::of(&pair.a_dtype, &pair.a)))
+    }
+}

@@ -1,0 +1,183 @@
+//! Some adapters' factors of one module, stacked; and the products of two such stacks.
+
+use super::collection::Collection;
+use super::load::{Reader, Real};
+use crate::error::Result;
+use crate::vector::vectorized;
+
+/// Ranks that a tile holds side by side, where no adapter alone has more. As large as the products
+/// need to run at full speed, and small enough for a tile of the results to stay in the cache.
+pub(super) const TILE_RANKS: usize = 512;
+/// Adapters that a tile holds at most: results are a number for each pair of them.
+const TILE_MEMBERS: usize = 256;
+
+/// Neighbouring adapters, by their positions in the order of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Tile {
+    pub start: usize,
+    pub end: usize,
+    /// The sum of the members' largest ranks.
+    pub ranks: usize,
+}
+
+impl Tile {
+    pub fn len(&self) -> usize {
+        self.end - self.start
+    }
+}
+
+/// Cuts a group of members into tiles, whatever the memory or the threads, so that these do not
+/// decide about the last bits of a product.
+pub(super) fn cut(collection: &Collection, order: &[usize]) -> Vec<Tile> {
+    let mut tiles: Vec<Tile> = Vec::new();
+    for (position, &member) in order.iter().enumerate() {
+        let pieces = &collection.members[member].pieces;
+        let rank = pieces.iter().map(|piece| piece.rank).max().unwrap_or(0);
+        match tiles.last_mut() {
+            Some(tile) if tile.ranks + rank <= TILE_RANKS && tile.len() < TILE_MEMBERS => {
+                tile.end = position + 1;
+                tile.ranks += rank;
+            }
+            _ => tiles.push(Tile { start: position, end: position + 1, ranks: rank }),
+        }
+    }
+    tiles
+}
+
+/// A tile's factors of one module.
+pub(super) struct Stack<T> {
+    /// B of all, (m, ranks): a row holds those of one adapter beside those of the next.
+    left: Vec<T>,
+    /// Aᵀ of all, (n, ranks).
+    right: Vec<T>,
+    rows: usize,
+    columns: usize,
+    /// For each adapter that has the module: its position in the tile, its first rank and the one
+    /// after its last, and its scale.
+    parts: Vec<StackPart>,
+}
+
+struct StackPart {
+    member: usize,
+    first: usize,
+    end: usize,
+    scale: f64,
+}
+
+impl<T: Real> Stack<T> {
+    /// Reads what the members of a tile have of a module.
+    pub fn read(collection: &Collection, members: &[usize], module: usize) -> Result<Self> {
+        let info = &collection.modules[module];
+        let mut parts = Vec::new();
+        let mut ranks = 0;
+        for (position, &member) in members.iter().enumerate() {
+            if let Some(piece) = collection.members[member].piece(module) {
+                let end = ranks + piece.rank;
+                parts.push(StackPart { member: position, first: ranks, end, scale: 0.0 });
+                ranks = end;
+            }
+        }
+        let mut left = vec![T::default(); info.rows * ranks];
+        let mut right = vec![T::default(); info.columns * ranks];
+        for part in &mut parts {
+            let member = &collection.members[members[part.member]];
+            let piece = member.piece(module).expect("was found above");
+            let factors = Reader::new(member)?.factors::<T>(piece)?;
+            part.scale = factors.scale;
+            for (row, source) in left.chunks_exact_mut(ranks).zip(factors.b.chunks(piece.rank)) {
+                row[part.first..part.end].copy_from_slice(source);
+            }
+            let lines: Vec<_> = factors.a.chunks_exact(info.columns).collect();
+            for (column, row) in right.chunks_exact_mut(ranks).enumerate() {
+                for (target, line) in row[part.first..part.end].iter_mut().zip(&lines) {
+                    *target = line[column];
+                }
+            }
+        }
+        Ok(Self { left, right, rows: info.rows, columns: info.columns, parts })
+    }
+
+    /// Whether no member has the module.
+    pub fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    fn ranks(&self) -> usize {
+        self.parts.last().map_or(0, |part| part.end)
+    }
+
+    /// Multiplications that the products with another tile take.
+    pub fn work(&self, other: &Self) -> u64 {
+        (self.ranks() * other.ranks()) as u64 * (self.rows + self.columns) as u64
+    }
+
+    /// ⟨X, Y⟩ for each member X of this tile and Y of the other, added to a table with a row for
+    /// each member of this one: block sums of (𝐁ᵀ𝐁)∘(𝐀𝐀ᵀ). The products have the precision of
+    /// T; they are multiplied with each other and added up in f64.
+    pub fn add_products(&self, other: &Self, width: usize, table: &mut [f64]) {
+        let (ranks, others) = (self.ranks(), other.ranks());
+        let mut outputs = vec![T::default(); ranks * others];
+        let mut inputs = vec![T::default(); ranks * others];
+        T::multiply(&self.left, &other.left, self.rows, &mut outputs);
+        T::multiply(&self.right, &other.right, self.columns, &mut inputs);
+        for theirs in &other.parts {
+            for ours in &self.parts {
+                let mut sum = 0.0;
+                for column in theirs.first..theirs.end {
+                    let lines = column * ranks + ours.first..column * ranks + ours.end;
+                    sum += T::dot(&outputs[lines.clone()], &inputs[lines]);
+                }
+                table[ours.member * width + theirs.member] += ours.scale * theirs.scale * sum;
+            }
+        }
+    }
+
+    /// ‖X‖² of each member, in f64 whatever T is.
+    pub fn squares(&self, members: usize) -> Vec<f64> {
+        let ranks = self.ranks();
+        let mut squares = vec![0.0; members];
+        for part in &self.parts {
+            let gram = |stacked: &[T], depth: usize| {
+                let rank = part.end - part.first;
+                let mut own = Vec::with_capacity(depth * rank);
+                for row in stacked.chunks_exact(ranks) {
+                    own.extend(row[part.first..part.end].iter().map(|value| value.to_f64()));
+                }
+                let mut gram = vec![0.0; rank * rank];
+                f64::multiply(&own, &own, depth, &mut gram);
+                gram
+            };
+            let (outputs, inputs) = (gram(&self.left, self.rows), gram(&self.right, self.columns));
+            squares[part.member] = part.scale * part.scale * dot_f64(&outputs, &inputs);
+        }
+        squares
+    }
+}
+
+/// Sums that run side by side in a dot product, whatever the vector width.
+const LANES: usize = 8;
+
+macro_rules! dot {
+    ($name:ident, $type:ty) => {
+        vectorized! {
+            /// Σ xᵢyᵢ in f64, in a fixed order.
+            pub(super) fn $name(x: &[$type], y: &[$type]) -> f64 {
+                let mut lanes = [0.0f64; LANES];
+                let (x_blocks, x_rest) = x.as_chunks::<LANES>();
+                let (y_blocks, y_rest) = y.as_chunks::<LANES>();
+                for (a, b) in x_blocks.iter().zip(y_blocks) {
+                    for lane in 0..LANES {
+                        lanes[lane] += f64::from(a[lane]) * f64::from(b[lane]);
+                    }
+                }
+                for (lane, (a, b)) in x_rest.iter().zip(y_rest).enumerate() {
+                    lanes[lane] += f64::from(*a) * f64::from(*b);
+                }
+                lanes.iter().sum()
+            }
+        }
+    };
+}
+
+dot!(dot_f32, f32);
+dot!(dot_f64, f64);
