@@ -20,9 +20,13 @@ from lorafast._errors import (
     UnsupportedAdapterError,
     VerificationError,
 )
+from lorafast._fleet._duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
 from lorafast._fleet._fleet import Fleet, FleetFinding
+from lorafast._fleet._lineage import Lineage, lineage
 from lorafast._fleet._paths import ScanError
 from lorafast._fleet._scan import scan
+from lorafast._fleet._similarity import Similarity, similarity
+from lorafast._fleet._trajectory import Checkpoint, Trajectory, trajectory
 from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
 from lorafast._records import (
     AdapterAnalysis,
@@ -48,13 +52,18 @@ from lorafast.analyzers import (
 __all__ = [
     "AdapterAnalysis",
     "AdapterError",
+    "Checkpoint",
     "CheckpointError",
     "Comparison",
+    "DuplicateGroup",
+    "Duplicates",
     "EntryStatistics",
+    "Evidence",
     "Finding",
     "Fleet",
     "FleetFinding",
     "Histogram",
+    "Lineage",
     "LoRAAnalyzer",
     "LorafastError",
     "MergePlan",
@@ -67,8 +76,10 @@ __all__ = [
     "PairComparison",
     "PlanError",
     "ScanError",
+    "Similarity",
     "SubtractReport",
     "TensorStatistics",
+    "Trajectory",
     "UnifiedAnalyzer",
     "UnsupportedAdapterError",
     "Verification",
@@ -79,12 +90,16 @@ __all__ = [
     "build_info",
     "compare",
     "compare_lora_adapters",
+    "duplicates",
     "inspect",
+    "lineage",
     "merge",
     "merge_lora_adapters",
     "plan",
     "scan",
+    "similarity",
     "subtract",
+    "trajectory",
     "verify",
 ]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 __all__ = [
+    "Collection",
     "Plan",
     "__version__",
     "analyze_adapter",
@@ -12,6 +13,7 @@ __all__ = [
     "compare_adapters",
     "list_adapter",
     "list_checkpoint",
+    "open_collection",
     "plan_merge",
     "scan_adapters",
     "scan_columns",
@@ -92,3 +94,52 @@ def scan_adapters(
     receive: Callable[[list[tuple[int, dict[str, Any] | Exception]], int, int], object],
 ) -> None: ...
 def scan_columns(metrics: str) -> list[tuple[str, bool]]: ...
+
+@final
+class Collection:
+    def members(self) -> list[dict[str, Any]]: ...
+    def modules(self) -> list[tuple[str, int, int]]: ...
+    def groups(self, by_shape_alone: bool) -> list[tuple[str, list[int]]]: ...
+    def work(self, groups: Sequence[Sequence[int]]) -> int: ...
+    def products(
+        self,
+        groups: Sequence[Sequence[int]],
+        *,
+        precision: str,
+        per_module: bool,
+        memory: int,
+        cache: str | os.PathLike[str] | None,
+        threads: int | None,
+        progress: Callable[[int, int], object] | None,
+    ) -> tuple[bytearray, list[bytearray], int]: ...
+    def signatures(
+        self,
+        members: Sequence[int],
+        *,
+        threads: int | None,
+        progress: Callable[[int, int], object] | None,
+    ) -> list[tuple[dict[str, Any] | Exception, bytearray]]: ...
+    def relations(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        *,
+        threads: int | None,
+        progress: Callable[[int, int], object] | None,
+    ) -> list[dict[str, Any]]: ...
+    def combination_norm(
+        self, target: int, terms: Sequence[tuple[int, float]], *, threads: int | None
+    ) -> float: ...
+    def drift(
+        self,
+        order: Sequence[int],
+        *,
+        threads: int | None,
+        progress: Callable[[int, int], object] | None,
+    ) -> list[dict[str, Any]]: ...
+
+def open_collection(
+    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+    *,
+    threads: int | None,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[Collection, list[tuple[int, Exception]]]: ...

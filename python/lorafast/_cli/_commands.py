@@ -8,10 +8,13 @@ from lorafast._cli import (
     _analyze,
     _compare,
     _demo,
+    _duplicates,
     _info,
+    _lineage,
     _merge,
     _report,
     _scan,
+    _similar,
     _subtract,
     _verify,
 )
@@ -27,6 +30,9 @@ COMMANDS: tuple[Command, ...] = (
     _analyze.COMMAND,
     _compare.COMMAND,
     _scan.COMMAND,
+    _similar.COMMAND,
+    _duplicates.COMMAND,
+    _lineage.COMMAND,
     _report.COMMAND,
     _demo.COMMAND,
 )

@@ -1,9 +1,9 @@
-//! Collections of adapters. Matrices leave as bytes, which NumPy reads as they are.
+//! Collections of adapters. Matrices leave as byte arrays, which are NumPy's as they are.
 
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList};
+use pyo3::types::{PyByteArray, PyDict, PyList};
 
 use lorafast::alike::{self, Options, Precision};
 use lorafast::task::build_pool;
@@ -17,9 +17,12 @@ pub struct Collection {
     inner: alike::Collection,
 }
 
+/// What could not be read: its position, and the exception.
+type Failures = Vec<(usize, Py<PyAny>)>;
+
 /// Little-endian float64.
-fn to_bytes<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound<'py, PyBytes>> {
-    PyBytes::new_with(py, values.len() * 8, |bytes| {
+fn to_bytes<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound<'py, PyByteArray>> {
+    PyByteArray::new_with(py, values.len() * 8, |bytes| {
         for (target, value) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(values) {
             *target = value.to_le_bytes();
         }
@@ -36,7 +39,7 @@ pub fn open_collection(
     adapters: Vec<AdapterPath>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
-) -> PyResult<(Collection, Vec<(usize, Py<PyAny>)>)> {
+) -> PyResult<(Collection, Failures)> {
     let (inner, failures) = job::run(py, progress, |task| {
         alike::Collection::open(&adapters, &build_pool(threads)?, task)
     })?;
@@ -95,7 +98,7 @@ impl Collection {
         cache: Option<PathBuf>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<(Bound<'py, PyBytes>, Vec<Bound<'py, PyBytes>>, usize)> {
+    ) -> PyResult<(Bound<'py, PyByteArray>, Vec<Bound<'py, PyByteArray>>, usize)> {
         let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
         let options = Options { precision, per_module, memory, cache };
         let products = job::run(py, progress, |task| {
@@ -105,23 +108,24 @@ impl Collection {
         Ok((to_bytes(py, &products.all)?, modules.collect::<PyResult<_>>()?, products.found))
     }
 
-    /// Each member's signature as plain objects with its leading singular values, or the exception
+    /// Some members' signatures as plain objects with its leading singular values, or the exception
     /// in their place.
-    #[pyo3(signature = (*, threads, progress))]
+    #[pyo3(signature = (members, *, threads, progress))]
     fn signatures<'py>(
         &self,
         py: Python<'py>,
+        members: Vec<usize>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<Vec<(Py<PyAny>, Bound<'py, PyBytes>)>> {
+    ) -> PyResult<Vec<(Py<PyAny>, Bound<'py, PyByteArray>)>> {
         let signatures = job::run(py, progress, |task| {
-            alike::signatures(&self.inner, &build_pool(threads)?, task)
+            alike::signatures(&self.inner, &members, &build_pool(threads)?, task)
         })?;
         let convert = |signature: lorafast::Result<alike::Signature>| match signature {
             Ok(signature) => Ok((to_object(py, &signature)?, to_bytes(py, &signature.leading)?)),
             Err(error) => {
                 let error = to_python(py, error).into_value(py).into_any();
-                Ok((error, PyBytes::new(py, &[])))
+                Ok((error, PyByteArray::new(py, &[])))
             }
         };
         signatures.into_iter().map(convert).collect()

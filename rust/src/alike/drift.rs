@@ -118,7 +118,7 @@ fn along(
         let sizes = (x.rank(), y.rank());
         let phi = |table: crate::overlap::SubspaceSimilarity| table.phi(sizes.0, sizes.1);
         let sides = (phi(x.left_similarity(y)?), phi(x.right_similarity(y)?));
-        Ok(sides.0.zip(sides.1).map(|(output, input)| [output, input]))
+        Ok(sides.0.zip(sides.1).map(|(output, input)| [output.min(1.0), input.min(1.0)]))
     };
     let mut steps = Vec::with_capacity(order.len());
     for (step, update) in updates.iter().enumerate() {

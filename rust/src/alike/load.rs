@@ -215,6 +215,7 @@ impl<'a> Reader<'a> {
             transposed: false,
             part: Part { expert: *expert, ..Part::default() },
             on: None,
+            residual: None,
             stage: 0,
         };
         let pair = Pair::of(&adapter, &planned);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::collection::{Collection, Member};
+use super::collection::Collection;
 use super::load::{Factors, Reader, tensor_bytes};
 use crate::adapter::{Adapter, sha256_of_bytes};
 use crate::error::Result;
@@ -84,24 +84,26 @@ pub fn signature(collection: &Collection, member: usize) -> Result<Signature> {
     })
 }
 
-/// The signature of every member, or why there is none, on the given threads. Progress is counted in
+/// The signatures of some members, or why there is none, on the given threads. Progress is counted in
 /// bytes.
 ///
 /// # Errors
 /// [`crate::Error::Cancelled`].
 pub fn signatures(
     collection: &Collection,
+    members: &[usize],
     pool: &rayon::ThreadPool,
     task: &Task,
 ) -> Result<Vec<Result<Signature>>> {
-    task.expect(collection.members.iter().map(Member::bytes).sum());
+    let bytes = |member: &usize| collection.members[*member].bytes();
+    task.expect(members.iter().map(bytes).sum());
     let signatures = pool.install(|| {
-        (0..collection.members.len())
-            .into_par_iter()
+        members
+            .par_iter()
             .map(|member| {
                 task.check()?;
-                let signature = signature(collection, member);
-                task.advance(collection.members[member].bytes());
+                let signature = signature(collection, *member);
+                task.advance(bytes(member));
                 signature
             })
             .collect()
