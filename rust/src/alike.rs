@@ -17,6 +17,9 @@ mod products;
 mod relation;
 mod signature;
 mod tiles;
+
+#[cfg(test)]
+mod tests;
 pub use collection::{Collection, Member, ModuleInfo};
 pub use drift::{Drift, drift};
 pub use groups::Group;

@@ -128,9 +128,9 @@ def _readable(
 
 
 def _reason(error: Exception, path: Path) -> str:
+    """What went wrong, without the path that stands beside it."""
     reason = reason_of(error)
-    prefix = f"{path}: "
-    return reason.removeprefix(prefix)
+    return reason.removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
 
 
 def _nothing(errors: Sequence[ScanError]) -> str:

@@ -170,7 +170,7 @@ def duplicates(
     - `truncated`: Y is X with only its leading singular values in every module, up to a number.
 
     Two updates are the same where ‖X − Y‖ is no more than rounding explains: for independent
-    errors of ulp²/12 in the stored factors, E‖δ(s·B·A)‖² follows from the factors, and four times
+    errors of ulp²/12 in the stored factors, E‖δ(s·B·A)‖² follows from the factors, and twice
     its root is allowed for 16-bit factors, 64 times for longer ones, whose arithmetic counts as
     well (four times that for truncations). So the threshold is relative, is finer for float32
     than for bfloat16, and grows for badly conditioned factorisations as their errors do; every

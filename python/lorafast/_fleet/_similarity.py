@@ -500,8 +500,9 @@ def _to_cosines(matrix: Matrix, norms: NDArray[numpy.float64]) -> None:
 
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.where((norms > 0) & np.isfinite(norms), 1 / norms, np.nan)
-    matrix *= inverse[:, None]
-    matrix *= inverse[None, :]
+    # One factor a pair, so that the matrix stays symmetric to the bit.
+    for place, own in enumerate(inverse):
+        matrix[place] *= own * inverse
     np.clip(matrix, -1.0, 1.0, out=matrix)
     places = np.flatnonzero(np.isfinite(inverse))
     matrix[places, places] = 1.0

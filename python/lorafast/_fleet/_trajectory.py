@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,13 +84,15 @@ class Trajectory:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain objects, with `schema_version` and `kind`."""
+        from lorafast._serialise import to_plain
+
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": "trajectory",
             "by": self.by,
             "agrees": self.agrees,
             "length": self.length,
-            "steps": [{**asdict(step), "path": os.fspath(step.path)} for step in self.steps],
+            "steps": [{**to_plain(step), "path": os.fspath(step.path)} for step in self.steps],
             "errors": [
                 {"path": os.fspath(error.path), "reason": error.reason} for error in self.errors
             ],

@@ -172,6 +172,12 @@ fn plan(collection: &Collection, group: &[usize], most_ranks: usize) -> Vec<Bloc
 }
 
 impl Block {
+    /// All of a group at once.
+    #[cfg(test)]
+    pub fn whole(collection: &Collection, group: &[usize]) -> Self {
+        plan(collection, group, usize::MAX).remove(0)
+    }
+
     fn is_diagonal(&self) -> bool {
         self.rows == self.columns
     }

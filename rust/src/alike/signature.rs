@@ -17,8 +17,8 @@ use crate::task::Task;
 pub const LEADING: usize = 4;
 
 /// How many times their own rounding two copies of 16-bit factors may be apart. That outweighs
-/// whatever arithmetic made them.
-const SLACK_OF_HALF: f64 = 4.0;
+/// whatever arithmetic made them, and is known to a percent for all but tiny factors.
+const SLACK_OF_HALF: f64 = 2.0;
 /// The same of factors of 32 and 64 bits, where the arithmetic counts as well: another
 /// factorisation goes through an inverse, whose condition is that of a random matrix.
 const SLACK: f64 = 64.0;

@@ -1,0 +1,294 @@
+"""Time the products of N adapters with each other against NumPy's on a BLAS.
+
+    python benches/similarity.py                           # 128, 256 and 512 adapters of rank 16
+    python benches/similarity.py --counts 32 64 --hidden 1024   # small and short
+
+Adapters in PEFT's format on all linear layers, of one rank, are made of random numbers. Then, in
+one run and on the same number of threads:
+
+    peak       what the processor can do: benches/peak.rs, fused multiply-adds on registers alone,
+               compiled by rustc and run before and after; the best counts
+    lorafast   lorafast.similarity(), whole: finding, opening, reading, products, cosines
+    NumPy      the same algebra: X @ Xᵀ of the stacked factors of a module (which is BLAS's syrk)
+               or X @ Yᵀ with a copy (its gemm), whichever is faster; the element-wise product of
+               both sides; the sums over blocks. The factors are stacked, in memory and in float32
+               before the clock starts
+
+FLOP/s count what has to be done, N²r²(m + n) operations a module with one side of the diagonal.
+Each figure is the best of the repetitions; every one comes from a process of its own, of which
+the highest memory is shown. Variables that choose a kernel of OpenBLAS are removed from the
+environment of NumPy's; which one it took is shown where threadpoolctl is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from inputs import ALL_LINEAR, DTYPES, Noise, Shape, write_safetensors
+from measure import processor, run_process, versions
+from rich.console import Console
+from rich.table import Table
+
+#: They make OpenBLAS take another kernel than the processor's own.
+KERNEL_CHOICES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_VERBOSE")
+PREFIX = "base_model.model.model.layers"
+
+
+def shape_of(options: argparse.Namespace) -> Shape:
+    """A Llama of 7 B parameters, or a smaller one of the same proportions."""
+    hidden = options.hidden
+    return Shape(
+        hidden=hidden,
+        layers=options.layers,
+        intermediate=hidden * 11008 // 4096,
+        heads=32,
+        key_value_heads=32,
+        vocabulary=32000,
+        tied=False,
+    )
+
+
+def modules_of(shape: Shape) -> dict[str, tuple[int, int]]:
+    wanted = ALL_LINEAR.split(",")
+    return {
+        f"{PREFIX}.{layer}.{name}": extents
+        for layer in range(shape.layers)
+        for name, extents in shape.linear().items()
+        if name.split(".")[-1] in wanted
+    }
+
+
+def make(folder: Path, count: int, options: argparse.Namespace) -> None:
+    modules = modules_of(shape_of(options))
+    noise = Noise(DTYPES[options.dtype], 1)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "made",
+        "r": options.rank,
+        "lora_alpha": 2 * options.rank,
+    }
+    for number in range(count):
+        path = folder / f"a{number:05}"
+        path.mkdir(parents=True)
+        tensors: dict[str, tuple[int, ...]] = {}
+        for name, (rows, columns) in modules.items():
+            tensors[f"{name}.lora_A.weight"] = (options.rank, columns)
+            tensors[f"{name}.lora_B.weight"] = (rows, options.rank)
+        write_safetensors(path / "adapter_model.safetensors", tensors, DTYPES[options.dtype], noise)
+        (path / "adapter_config.json").write_text(json.dumps(config))
+
+
+# The two ways, each in a process of its own
+
+
+def by_lorafast(folder: Path, count: int, options: argparse.Namespace) -> Any:
+    import lorafast
+
+    paths = [folder / f"a{number:05}" for number in range(count)]
+    begin = time.perf_counter()
+    found = lorafast.similarity(
+        paths, precision=options.precision, threads=options.threads, memory=options.memory
+    )
+    return found.matrix, time.perf_counter() - begin
+
+
+def by_numpy(folder: Path, count: int, options: argparse.Namespace) -> Any:
+    """Cosines in float32 products, all of a module at once."""
+    from safetensors import safe_open
+
+    modules = list(modules_of(shape_of(options)))
+    total = np.zeros((count, count))
+    seconds = 0.0
+    for name in modules:
+        left, right = [], []
+        for number in range(count):
+            file = folder / f"a{number:05}" / "adapter_model.safetensors"
+            with safe_open(file, framework="numpy") as tensors:
+                left.append(wide(tensors, f"{name}.lora_B.weight").T)
+                right.append(wide(tensors, f"{name}.lora_A.weight"))
+        b, a = np.concatenate(left), np.concatenate(right)
+        b_again, a_again = (b.copy(), a.copy()) if options.gemm else (b, a)
+        begin = time.perf_counter()
+        products = b @ b_again.T
+        products *= a @ a_again.T
+        sums = products.reshape(count, options.rank, -1).sum(axis=1)
+        total += sums.reshape(count, count, options.rank).sum(axis=2)
+        seconds += time.perf_counter() - begin
+    norms = np.sqrt(total.diagonal())
+    return total / np.outer(norms, norms), seconds
+
+
+def wide(tensors: Any, name: str) -> Any:
+    values = tensors.get_tensor(name)
+    return values.astype(np.float32)
+
+
+def child(options: argparse.Namespace) -> None:
+    way = by_lorafast if options.child == "lorafast" else by_numpy
+    matrix, seconds = way(options.directory, options.counts[0], options)
+    np.save(options.result, matrix)
+    if options.child == "numpy":
+        try:
+            from threadpoolctl import threadpool_info
+
+            kernels = {info.get("architecture") for info in threadpool_info()}
+            print("kernel", ", ".join(sorted(filter(None, kernels))))
+        except ImportError:
+            print("kernel unknown")
+    print(seconds)
+
+
+def run(
+    way: str, folder: Path, count: int, options: argparse.Namespace, *flags: str
+) -> tuple[dict[str, Any], Any]:
+    """The best of the repetitions, and the matrix."""
+    result = folder.parent / "matrix.npy"
+    command = [sys.executable, __file__, "--child", way, "--directory", str(folder)]
+    command += ["--result", str(result), "--counts", str(count), "--rank", str(options.rank)]
+    command += ["--layers", str(options.layers), "--hidden", str(options.hidden)]
+    command += ["--threads", str(options.threads), "--memory", str(options.memory), *flags]
+    runs = [run_process(command, inner=True) for _ in range(options.repetitions)]
+    best = min(runs, key=lambda run: run.inner_seconds or 0.0)
+    memory = max(run.anonymous_mb or 0.0 for run in runs)
+    return {"seconds": best.inner_seconds, "memory_mb": memory}, np.load(result)
+
+
+def peak(program: Path, threads: int) -> tuple[float, float]:
+    printed = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
+    single, double = map(float, printed.stdout.split())
+    return single, double
+
+
+def compile_peak(folder: Path) -> Path | None:
+    source = Path(__file__).with_name("peak.rs")
+    program = folder / "peak"
+    try:
+        subprocess.run(
+            ["rustc", "--edition", "2024", "-O", "-o", program, source],
+            check=True,
+            capture_output=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return program
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    for choice in KERNEL_CHOICES:
+        os.environ.pop(choice, None)
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    program = compile_peak(folder)
+    peaks = [] if program is None else [peak(program, options.threads)]
+    fleet = folder / "fleet"
+    make(fleet, max(options.counts), options)
+    extents = sum(rows + columns for rows, columns in modules_of(shape_of(options)).values())
+    results = []
+    for count in options.counts:
+        operations = float(count * options.rank) ** 2 * extents
+        row: dict[str, Any] = {"count": count, "operations": operations}
+        expected = None
+        ways = [("syrk", "numpy", []), ("gemm", "numpy", ["--gemm"])]
+        ways += [(name, "lorafast", ["--precision", name]) for name in ("float32", "float64")]
+        for name, way, flags in ways:
+            if (way == "numpy" and options.without_numpy) or (
+                name == "float64" and options.without_float64
+            ):
+                continue
+            row[name], matrix = run(way, fleet, count, options, *flags)
+            row[name]["gflops"] = operations / row[name]["seconds"] / 1e9
+            if expected is None:
+                expected = matrix
+            row[name]["difference"] = float(np.abs(matrix - expected).max())
+            if row[name]["difference"] > 1e-4:
+                sys.exit(f"error: {name} disagrees by {row[name]['difference']:.2g}")
+        results.append(row)
+        if program is not None:
+            peaks.append(peak(program, options.threads))
+    best = [max(values) for values in zip(*peaks, strict=True)] if peaks else [None, None]
+    return {"peak_float32": best[0], "peak_float64": best[1], "results": results}
+
+
+def show(measured: dict[str, Any], options: argparse.Namespace, console: Console) -> None:
+    table = Table(
+        title=f"All products of N adapters of rank {options.rank}, {options.threads} threads"
+    )
+    for name in ("N", "", "time", "GFLOP/s", "of f32 peak", "over NumPy", "memory"):
+        table.add_column(name, justify="left" if not name else "right")
+    single = measured["peak_float32"]
+    for row in measured["results"]:
+        numpy_seconds = [row[name]["seconds"] for name in ("syrk", "gemm") if name in row]
+        labels = {
+            "float32": "lorafast, float32",
+            "float64": "lorafast, float64",
+            "syrk": "NumPy, X @ Xᵀ",
+            "gemm": "NumPy, X @ Yᵀ",
+        }
+        for name, label in labels.items():
+            if name not in row:
+                continue
+            own = row[name]
+            table.add_row(
+                str(row["count"]) if name == "float32" else "",
+                label,
+                f"{own['seconds']:.2f} s",
+                f"{own['gflops']:.0f}",
+                "–" if single is None else f"{100 * own['gflops'] / single:.0f} %",
+                f"{min(numpy_seconds) / own['seconds']:.2f} ×" if numpy_seconds else "–",
+                f"{own['memory_mb']:.0f} MB",
+            )
+    console.print(table)
+    if single is not None:
+        console.print(
+            f"peak: {single:.0f} GFLOP/s in float32, {measured['peak_float64']:.0f} in float64"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--counts", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--memory", type=int, default=1 << 30, help="bytes of stacked factors")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--without-numpy", action="store_true")
+    parser.add_argument("--without-float64", action="store_true")
+    parser.add_argument("--directory", type=Path, help="where to put the adapters for the while")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--child", choices=("lorafast", "numpy"), help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", default="float32", help=argparse.SUPPRESS)
+    parser.add_argument("--gemm", action="store_true", help=argparse.SUPPRESS)
+    # NumPy knows no bfloat16.
+    parser.set_defaults(dtype="float16")
+    options = parser.parse_args()
+    if options.child:
+        child(options)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="lorafast-bench-", dir=options.directory))
+    try:
+        measured = measure(folder, options)
+    finally:
+        shutil.rmtree(folder)
+    if options.json:
+        machine = {"processor": processor(), "versions": versions(), "threads": options.threads}
+        print(json.dumps({**machine, "rank": options.rank, **measured}, indent=2))
+    else:
+        show(measured, options, Console())
+
+
+if __name__ == "__main__":
+    main()
