@@ -37,6 +37,7 @@ lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Pytho
 bench: $(VENV)/installed-test ## time merge and analysis; takes minutes, memory and 10 GB of disk
 	$(BIN)/python benches/merge.py
 	$(BIN)/python benches/analyze.py
+	$(BIN)/python benches/similarity.py
 
 .PHONY: clean
 clean: ## remove the virtual environment, build products and caches

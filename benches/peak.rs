@@ -10,7 +10,7 @@ use std::time::Instant;
 /// Chains that run side by side: latency 4 times 2 or 3 units, and registers for all of them.
 const CHAINS: usize = 12;
 const STEPS: u64 = 4_000_000;
-const RUNS: usize = 9;
+const RUNS: usize = 60;
 
 macro_rules! chains {
     ($name:ident, $feature:literal, $splat:path, $add:path) => {

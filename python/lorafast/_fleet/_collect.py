@@ -51,7 +51,7 @@ class Collected:
 
 
 @contextmanager
-def collected(adapters: Adapters, threads: int | None) -> Iterator[Collected]:
+def collected(adapters: Adapters, threads: int | None, progress: Progress) -> Iterator[Collected]:
     """Opens each adapter for a moment; those that cannot be read are errors, not the end.
 
     Raises:
@@ -60,7 +60,7 @@ def collected(adapters: Adapters, threads: int | None) -> Iterator[Collected]:
         AdapterError: there is no adapter, or none that can be read.
     """
     found, errors, names = found_by(adapters)
-    with opened(found, errors, names, threads) as result:
+    with opened(found, errors, names, threads, progress=progress) as result:
         yield result
 
 
@@ -82,7 +82,12 @@ def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str]
 
 @contextmanager
 def opened(
-    found: Sequence[Path], errors: list[ScanError], names: Sequence[str] | None, threads: int | None
+    found: Sequence[Path],
+    errors: list[ScanError],
+    names: Sequence[str] | None,
+    threads: int | None,
+    *,
+    progress: Progress,
 ) -> Iterator[Collected]:
     """Opens adapters whose paths are known; adds to `errors` what cannot be read.
 
@@ -94,7 +99,9 @@ def opened(
         raise ValueError("threads must be at least 1")
     with TemporaryDirectory(prefix="lorafast-") as directory:
         sources, positions = _readable(found, Path(directory), errors)
-        core, failures = _core.open_collection(sources, threads=threads, progress=None)
+        # A callable is told of the work that follows.
+        with pace(progress is True, "opening", len(sources), "adapters") as report:
+            core, failures = _core.open_collection(sources, threads=threads, progress=report)
         failed = {position for position, _ in failures}
         errors += [
             ScanError(sources[position][0], _reason(error, sources[position][0]))
@@ -151,7 +158,7 @@ def errors_text(errors: Sequence[ScanError]) -> str:
 
 @contextmanager
 def pace(
-    progress: Progress, label: str, count: int, unit: str
+    progress: Progress, label: str, count: int, unit: str, *, is_bytes: bool = False
 ) -> Iterator[Callable[[int, int], object] | None]:
     """What the core is to call with (done, total) of its own units.
 
@@ -161,6 +168,7 @@ def pace(
         label: the word before the bar.
         count: how many there are of what a person counts in.
         unit: what that is, in the plural.
+        is_bytes: whether the core counts in bytes.
     """
     import sys
     import time
@@ -188,6 +196,8 @@ def pace(
             share = done / total if total else 1.0
             speed = share * count / max(time.monotonic() - start, 1e-3)
             rate = f"{share * count:,.0f} of {count:,} {unit} · {speed:,.0f} {unit}/s"
+            if is_bytes:
+                rate += f" · {speed * total / count / 1e9:.2f} GB/s"
             bar.update(task, completed=done, total=total, rate=rate)
 
         yield update

@@ -195,7 +195,7 @@ def duplicates(
         FileNotFoundError: no path is there.
         AdapterError: no adapter can be read, or one was changed meanwhile.
     """
-    with collected(adapters, threads) as found:
+    with collected(adapters, threads, progress) as found:
         return _Search(found, threads).run(progress)
 
 
@@ -264,7 +264,7 @@ class _Search:
         import numpy as np
 
         count = len(self.found.names)
-        with pace(progress, "reading", count, "adapters") as report:
+        with pace(progress, "reading", count, "adapters", is_bytes=True) as report:
             signed = self.found.core.signatures(range(count), threads=self.threads, progress=report)
         for at, (plain, leading) in enumerate(signed):
             if isinstance(plain, Exception):

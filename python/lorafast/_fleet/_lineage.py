@@ -167,7 +167,7 @@ def lineage(
         raise ValueError("there is no candidate beside the target itself")
     chosen = None if names is None else ["", *(names[at] for at in kept)]
     paths = [targets[0], *(others[at] for at in kept)]
-    with opened(paths, errors, chosen, threads) as found:
+    with opened(paths, errors, chosen, threads, progress=progress) as found:
         if found.paths[0] != targets[0]:
             reason = next(error.reason for error in errors if error.path == targets[0])
             raise AdapterError(f"{targets[0]}: {reason}")

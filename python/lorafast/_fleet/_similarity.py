@@ -226,17 +226,23 @@ class Similarity:
         return parts
 
     def pairs(self, count: int = 20) -> list[tuple[str, str, float]]:
-        """The most alike pairs, the most alike first."""
+        """The most alike pairs, the most alike first.
+
+        Args:
+            count: how many; fewer where there are fewer with a figure.
+        """
         import numpy as np
 
-        rows, columns = np.triu_indices(len(self), 1)
-        values = self.matrix[rows, columns]
-        known = np.flatnonzero(np.isfinite(values))
-        order = known[np.argsort(-values[known], kind="stable")][:count]
-        return [
-            (self.names[rows[pair]], self.names[columns[pair]], float(values[pair]))
-            for pair in order
-        ]
+        # Row after row: an index for every pair of many adapters would be larger than the matrix.
+        best: list[tuple[float, int, int]] = []
+        for row in range(len(self) - 1):
+            values = self.matrix[row, row + 1 :]
+            known = np.flatnonzero(np.isfinite(values))
+            if len(known) > count:
+                known = known[np.argsort(-values[known], kind="stable")[:count]]
+            best += [(-float(values[at]), row, row + 1 + int(at)) for at in known]
+            best = sorted(best)[:count]
+        return [(self.names[x], self.names[y], -value) for value, x, y in best]
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects, with `schema_version` and `kind`; NaN stays NaN."""
@@ -400,7 +406,7 @@ def similarity(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if memory < 1:
         raise ValueError("memory must be a positive number of bytes")
-    with collected(adapters, threads) as found:
+    with collected(adapters, threads, progress) as found:
         groups = dict(found.core.groups(ignore_base))
         if len(groups) > 1 and not group_by_base:
             raise LorafastError(_several_bases(groups, found.names, ignore_base))

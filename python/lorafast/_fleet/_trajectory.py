@@ -141,7 +141,7 @@ def trajectory(
 
     if by not in ORDERS:
         raise ValueError(f"by must be one of {', '.join(ORDERS)}, not {by!r}")
-    with collected(adapters, threads) as found:
+    with collected(adapters, threads, progress) as found:
         groups = found.core.groups(True)
         if len(groups) > 1:
             firsts = ", ".join(found.names[members[0]] for _, members in groups)

@@ -30,6 +30,8 @@ def clustered(similarity: Similarity, method: str) -> Figure:
     count = len(order)
     side = min(18.0, max(4.0, 0.45 * count if count <= WRITTEN else LABEL_HEIGHT * count))
     title = f"Cosine of the updates of {count:,} adapters"
+    if not np.isfinite(matrix).all():
+        title += " (grey: of different bases, or none)"
     names = fit_all([similarity.names[at] for at in order], NAME)
     labels = 0.075 * max(map(len, names), default=0)
     figure = _figure.new(side + labels + 3.2, side + labels + 1.0, title)
@@ -92,14 +94,7 @@ def _dendrograms(axes: Axes, trees: list[tuple[int, Any]], count: int) -> None:
 
     deepest = 0.0
     for start, joined in trees:
-        drawn = hierarchy().dendrogram(joined, no_plot=True)
-        # SciPy puts leaves at 5, 15, 25, …
-        places = [[(y - 5.0) / 10.0 + start for y in link] for link in drawn["icoord"]]
-        lines = [
-            list(zip(depths, ys, strict=True))
-            for depths, ys in zip(drawn["dcoord"], places, strict=True)
-        ]
-        axes.add_collection(LineCollection(lines, colors="#333333", linewidths=0.8))
+        axes.add_collection(LineCollection(_links(joined, start), colors="#333333", linewidths=0.8))
         deepest = max(deepest, float(joined[:, 2].max()))
     axes.set_ylim(count - 0.5, -0.5)
     axes.set_xlim(deepest * 1.05 or 1.0, 0.0)
@@ -107,3 +102,22 @@ def _dendrograms(axes: Axes, trees: list[tuple[int, Any]], count: int) -> None:
     axes.set_xlabel("1 − cosine", fontsize=LABEL_SIZE)
     axes.tick_params(labelsize=TICK_SIZE)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _links(joined: Any, start: int) -> list[list[tuple[float, float]]]:
+    """A bracket for each two clusters that are joined, the leaves in their rows from `start` on.
+
+    SciPy's own dendrogram descends the tree by recursion, and long chains end at Python's limit.
+    """
+    leaves = len(joined) + 1
+    places, depths = np.empty(2 * leaves - 1), np.zeros(2 * leaves - 1)
+    places[hierarchy().leaves_list(joined)] = start + np.arange(leaves)
+    links = []
+    for number, (one, other, depth, _) in enumerate(joined):
+        children = sorted((int(one), int(other)), key=lambda child: places[child])
+        first, last = (float(places[child]) for child in children)
+        corners = [(float(depths[children[0]]), first), (depth, first), (depth, last)]
+        links.append([*corners, (float(depths[children[1]]), last)])
+        places[leaves + number] = (first + last) / 2
+        depths[leaves + number] = depth
+    return links

@@ -72,13 +72,19 @@ pub struct Member {
 pub(super) struct Stamp {
     length: u64,
     modified: u128,
+    inode: u64,
 }
 
 impl Stamp {
     fn of(metadata: &Metadata) -> Self {
         let modified = metadata.modified().ok();
         let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Self { length: metadata.len(), modified: since.map_or(0, |since| since.as_nanos()) }
+        #[cfg(unix)]
+        let inode = std::os::unix::fs::MetadataExt::ino(metadata);
+        #[cfg(not(unix))]
+        let inode = 0;
+        let modified = since.map_or(0, |since| since.as_nanos());
+        Self { length: metadata.len(), modified, inode }
     }
 }
 
@@ -294,7 +300,7 @@ fn identity_of(adapter: &Adapter, weights: Option<&Path>, stamp: Stamp) -> Resul
     use std::fmt::Write;
     let mut text = format!("{}\n", adapter.path().display());
     if weights.is_none() {
-        let _ = writeln!(text, "{} {}", stamp.length, stamp.modified);
+        let _ = writeln!(text, "{stamp:?}");
     } else {
         // A converted file is new every time; its bytes are not.
         let _ = writeln!(text, "{}", adapter.sha256()?);
