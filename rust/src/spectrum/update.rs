@@ -3,6 +3,7 @@
 use crate::dense::{LongSide, PANEL};
 use crate::error::{Error, Result};
 use crate::statistics::Tensor;
+use crate::vector::vectorized;
 
 /// The values of a factor, row-major.
 #[derive(Debug, Clone, Copy)]
@@ -187,18 +188,100 @@ pub(crate) struct Side<'a> {
 impl Side<'_> {
     /// The sum of each column.
     pub(crate) fn column_sums(&self) -> Vec<f64> {
-        let mut sums = vec![0.0; self.width()];
-        let step = 256;
-        let mut buffer = vec![0.0; step * self.width()];
-        for start in (0..self.length()).step_by(step) {
-            let end = self.length().min(start + step);
-            let columns = &mut buffer[..(end - start) * self.width()];
-            self.read(start, end, columns);
-            for (sum, column) in sums.iter_mut().zip(columns.chunks_exact(end - start)) {
-                *sum += column.iter().sum::<f64>();
+        let mut sums = Vec::with_capacity(self.width());
+        for term in &self.update.terms {
+            if self.is_left {
+                sums.extend(sums_of_columns(&term.left, self.update.rows, term.rank));
+            } else {
+                sums.extend(sums_of_rows(&term.right, term.rank, self.update.columns));
             }
         }
         sums
+    }
+}
+
+/// Values that are widened at a time.
+const STEP: usize = 4096;
+
+/// The sums of the columns of a row-major matrix.
+fn sums_of_columns(values: &Values<'_>, rows: usize, columns: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; columns];
+    if columns == 0 {
+        return sums;
+    }
+    let step = (STEP / columns).max(1);
+    let mut buffer = vec![0.0; step * columns];
+    for start in (0..rows).step_by(step) {
+        let part = &mut buffer[..step.min(rows - start) * columns];
+        values.read(start * columns, part);
+        add_rows(part, &mut sums);
+    }
+    sums
+}
+
+/// The sums of the rows of a row-major matrix.
+fn sums_of_rows(values: &Values<'_>, rows: usize, columns: usize) -> Vec<f64> {
+    let mut buffer = vec![0.0; STEP.min(columns)];
+    let mut sum = |row: usize| {
+        let mut sum = 0.0;
+        for start in (0..columns).step_by(STEP) {
+            let part = &mut buffer[..STEP.min(columns - start)];
+            values.read(row * columns + start, part);
+            sum += sum_of(part);
+        }
+        sum
+    };
+    (0..rows).map(&mut sum).collect()
+}
+
+vectorized! {
+    /// Adds each row to `sums`.
+    fn add_rows(rows: &[f64], sums: &mut [f64]) {
+        for row in rows.chunks_exact(sums.len()) {
+            for (sum, value) in sums.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// The sum, by partial sums side by side that do not depend on the width of vectors.
+    fn sum_of(values: &[f64]) -> f64 {
+        let mut lanes = [0.0; 16];
+        let (blocks, rest) = values.as_chunks::<16>();
+        for block in blocks {
+            for (lane, value) in lanes.iter_mut().zip(block) {
+                *lane += value;
+            }
+        }
+        for (lane, value) in lanes.iter_mut().zip(rest) {
+            *lane += value;
+        }
+        lanes.iter().sum()
+    }
+}
+
+/// Puts rows of `width` values into panels that begin with the first of them.
+fn pack_rows(values: &[f64], width: usize, panel: usize, output: &mut [f64]) {
+    for (row, source) in values.chunks_exact(width).enumerate() {
+        for (number, part) in source.chunks(PANEL).enumerate() {
+            let start = number * panel + row * PANEL;
+            output[start..start + part.len()].copy_from_slice(part);
+        }
+    }
+}
+
+vectorized! {
+    /// Puts eight columns of `output.len() / PANEL` values side by side.
+    fn interleave(columns: &[f64], output: &mut [f64]) {
+        let lines = output.as_chunks_mut::<PANEL>().0;
+        let depth = lines.len();
+        for (index, line) in lines.iter_mut().enumerate() {
+            for (place, value) in line.iter_mut().enumerate() {
+                *value = columns[place * depth + index];
+            }
+        }
     }
 }
 
@@ -237,26 +320,44 @@ impl LongSide for Side<'_> {
     fn pack(&self, start: usize, end: usize, output: &mut [f64]) {
         let depth = end - start;
         let panel = depth * PANEL;
-        output.fill(0.0);
+        // Where no panel is left with room, everything is written anyway.
+        if !self.width().is_multiple_of(PANEL) {
+            output.fill(0.0);
+        }
         let mut first = 0;
         let mut values = vec![0.0; depth * self.width()];
         for term in &self.update.terms {
             let values = &mut values[..depth * term.rank];
+            // Factors of several products may meet within a panel; single ones never do.
+            let is_aligned = first % PANEL == 0 && term.rank > 0;
+            let place =
+                |column: usize, row: usize| column / PANEL * panel + row * PANEL + column % PANEL;
             if self.is_left {
                 term.left.read(start * term.rank, values);
-                for (row, source) in values.chunks_exact(term.rank.max(1)).enumerate() {
-                    for (column, &value) in (first..).zip(source) {
-                        output[column / PANEL * panel + row * PANEL + column % PANEL] = value;
+                if is_aligned {
+                    pack_rows(values, term.rank, panel, &mut output[first / PANEL * panel..]);
+                } else {
+                    for (row, source) in values.chunks_exact(term.rank.max(1)).enumerate() {
+                        for (column, &value) in (first..).zip(source) {
+                            output[place(column, row)] = value;
+                        }
                     }
                 }
             } else {
                 for row in 0..term.rank {
-                    let values = &mut values[..depth];
+                    let values = &mut values[row * depth..(row + 1) * depth];
                     term.right.read(row * self.update.columns + start, values);
-                    let column = first + row;
-                    let target = &mut output[column / PANEL * panel..];
-                    for (line, &value) in target.chunks_exact_mut(PANEL).zip(values.iter()) {
-                        line[column % PANEL] = value;
+                }
+                let whole = if is_aligned { term.rank / PANEL * PANEL } else { 0 };
+                for column in (0..whole).step_by(PANEL) {
+                    let columns = &values[column * depth..(column + PANEL) * depth];
+                    let number = (first + column) / PANEL;
+                    interleave(columns, &mut output[number * panel..(number + 1) * panel]);
+                }
+                for row in whole..term.rank {
+                    for (index, &value) in values[row * depth..(row + 1) * depth].iter().enumerate()
+                    {
+                        output[place(first + row, index)] = value;
                     }
                 }
             }
