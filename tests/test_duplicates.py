@@ -225,15 +225,27 @@ def test_a_truncation_of_a_neighbour_is_none(tmp_path: Path, factors: Factors) -
     assert groups(lorafast.duplicates(tmp_path)) == []
 
 
-def test_one_spectrum_is_not_one_update(tmp_path: Path, factors: Factors) -> None:
-    """Rotated, so that every singular value is the same and no direction is."""
+@pytest.mark.parametrize("kind", ["same", "scaled", "truncated"])
+@pytest.mark.parametrize("angle", [1e-3, 1.0])
+def test_one_spectrum_is_not_one_update(
+    tmp_path: Path, factors: Factors, kind: str, angle: float
+) -> None:
+    """Turned a little, or far: every singular value is the same, and no direction is."""
     write_factors(tmp_path / "a", factors, dtype="F32")
     random = np.random.default_rng(1)
 
-    def rotate(b: Array, a: Array) -> tuple[Array, Array]:
-        return np.linalg.qr(random.normal(size=(len(b), len(b))))[0] @ b, a
+    def turn(b: Array, a: Array) -> tuple[Array, Array]:
+        skew = random.normal(size=(len(b), len(b)))
+        skew = angle * (skew - skew.T) / np.linalg.norm(skew, 2)
+        identity = np.eye(len(b))
+        return np.linalg.solve(identity - skew / 2, (identity + skew / 2) @ b), a
 
-    write_factors(tmp_path / "b", each(factors, rotate), dtype="F32")
+    other = each(factors, turn)
+    if kind == "scaled":
+        other = each(other, lambda b, a: (2.5 * b, a))
+    elif kind == "truncated":
+        other = truncated(other, 3)
+    write_factors(tmp_path / "b", other, dtype="F32")
     assert groups(lorafast.duplicates(tmp_path)) == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import lorafast
 import numpy as np
 import pytest
 from lorafast import AdapterError, LorafastError
+from lorafast._fleet._trajectory import _shortest
 from support.analysis import Array, Factors, random_factors, write_factors
 
 SHAPES = {"layers.0.q": (40, 30, 4), "layers.1.q": (26, 50, 3)}
@@ -254,6 +255,29 @@ def test_a_run_that_shrinks_again_keeps_its_order(tmp_path: Path) -> None:
     ):
         write_factors(tmp_path / name, mixed([(x, first), (y, second)]))
     assert lorafast.trajectory(tmp_path).names == names
+
+
+def test_the_way_is_about_the_shortest_there_is() -> None:
+    """Among all orders of six points; going to the nearest each time is not enough."""
+    greedy_is_worse = 0
+    for seed in range(30):
+        points = np.random.default_rng(seed).normal(size=(6, 2))
+        places = np.concatenate([np.zeros((1, 2)), points])
+        steps = np.linalg.norm(places[:, None] - places[None], axis=2)
+
+        def length(order: tuple[int, ...], steps: Array = steps) -> float:
+            return float(sum(steps[x, y] for x, y in pairwise((0, *(at + 1 for at in order)))))
+
+        best = min(length(order) for order in permutations(range(6)))
+        found = _shortest(points @ points.T, list(range(6)))
+        assert sorted(found) == list(range(6))
+        assert length(tuple(found)) <= 1.1 * best
+        greedy: list[int] = []
+        while len(greedy) < 6:
+            last = greedy[-1] + 1 if greedy else 0
+            greedy.append(min(set(range(6)) - set(greedy), key=lambda at: steps[last, at + 1]))
+        greedy_is_worse += length(tuple(greedy)) > 1.1 * best
+    assert greedy_is_worse > 3
 
 
 def test_an_untrained_checkpoint_is_the_first(tmp_path: Path) -> None:

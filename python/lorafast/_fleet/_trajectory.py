@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 By = Literal["update", "name", "given"]
 ORDERS: tuple[By, ...] = ("update", "name", "given")
 SCHEMA_VERSION = 1
+#: Checkpoints that the search begins with, the nearest to zero first.
+STARTS = 8
+#: Checkpoints that are moved together in the search for a shorter way.
+LONGEST_PIECE = 3
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,8 @@ def trajectory(
 
     A run starts at the zero update and moves on by small steps, so that its checkpoints' order is
     the shortest way from zero through all of them, by the distances ‖X − Y‖ of the whole updates.
-    The way is found by nearest neighbours and improved by 2-opt and by moving single checkpoints
-    until nothing makes it shorter.
+    The way is found by nearest neighbours, from several first checkpoints on, and improved by
+    reversing and moving pieces of it (2-opt and or-opt) until nothing makes it shorter.
 
     Args:
         adapters: the checkpoints: a run's directory, which is searched; adapters; globs; any
@@ -192,7 +197,7 @@ def trajectory(
 
 
 def _shortest(gram: Matrix, named: list[int]) -> list[int]:
-    """A way from zero through all points that no reversal and no single move makes shorter."""
+    """A way from zero through all points that no reversal and no move makes shorter."""
     import numpy as np
 
     squares = gram.diagonal()
@@ -204,41 +209,52 @@ def _shortest(gram: Matrix, named: list[int]) -> list[int]:
     distances[1:, 1:] = np.sqrt(np.maximum(inner, 0.0))
     distances[0, 1:] = distances[1:, 0] = np.sqrt(squares[named])
     np.fill_diagonal(distances, 0.0)
-    way = [0]
-    left = list(range(1, count + 1))
-    while left:
-        nearest = min(left, key=lambda point: distances[way[-1], point])
-        way.append(nearest)
-        left.remove(nearest)
-    while _improve(way, distances):
-        pass
-    return [named[point - 1] for point in way[1:]]
+    firsts = sorted(range(1, count + 1), key=lambda point: distances[0, point])
+    ways = []
+    for first in firsts[:STARTS]:
+        way = [0, first]
+        left = [point for point in range(1, count + 1) if point != first]
+        while left:
+            nearest = min(left, key=lambda point: distances[way[-1], point])
+            way.append(nearest)
+            left.remove(nearest)
+        while _improve(way, distances):
+            pass
+        ways.append(way)
+    best = min(ways, key=lambda way: float(sum(distances[x, y] for x, y in pairwise(way))))
+    return [named[point - 1] for point in best[1:]]
 
 
 def _improve(way: list[int], distances: Matrix) -> bool:
-    """Makes the way shorter by one reversal or one move; the start stays, the end is free."""
+    """Makes the way shorter by one reversal or one move of a piece, if any does.
+
+    The start stays where it is, the end is free.
+    """
     count = len(way)
     floor = 1e-12 * float(distances.max())
 
-    def step(x: int, y: int) -> float:
-        return float(distances[way[x], way[y]]) if y < count else 0.0
+    def step(points: list[int], place: int) -> float:
+        """From the point at a place to the next; nothing comes after the last."""
+        return (
+            float(distances[points[place], points[place + 1]]) if place + 1 < len(points) else 0.0
+        )
 
     for i in range(1, count - 1):
         for j in range(i + 1, count):
-            gain = step(i - 1, i) + step(j, j + 1) - step(i - 1, j)
+            gain = step(way, i - 1) + step(way, j) - float(distances[way[i - 1], way[j]])
             gain -= float(distances[way[i], way[j + 1]]) if j + 1 < count else 0.0
             if gain > floor:
                 way[i : j + 1] = way[i : j + 1][::-1]
                 return True
-    for i in range(1, count):
-        rest = [*way[:i], *way[i + 1 :]]
-        closed = float(distances[way[i - 1], way[i + 1]]) if i + 1 < count else 0.0
-        gain = step(i - 1, i) + step(i, i + 1) - closed
-        for j in range(1, count):
-            before = float(distances[rest[j - 1], way[i]])
-            after = float(distances[way[i], rest[j]]) if j < len(rest) else 0.0
-            apart = float(distances[rest[j - 1], rest[j]]) if j < len(rest) else 0.0
-            if gain - (before + after - apart) > floor:
-                way[:] = [*rest[:j], way[i], *rest[j:]]
-                return True
+    for size in range(1, min(LONGEST_PIECE, count - 2) + 1):
+        for i in range(1, count - size + 1):
+            piece, rest = way[i : i + size], [*way[:i], *way[i + size :]]
+            gain = step(way, i - 1) + step(way, i + size - 1) - step(rest, i - 1)
+            for j in range(1, len(rest) + 1):
+                for turned in (piece, piece[::-1]):
+                    cost = float(distances[rest[j - 1], turned[0]]) - step(rest, j - 1)
+                    cost += float(distances[turned[-1], rest[j]]) if j < len(rest) else 0.0
+                    if gain - cost > floor:
+                        way[:] = [*rest[:j], *turned, *rest[j:]]
+                        return True
     return False

@@ -8,7 +8,8 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::factors::Pair;
 use crate::file::read_at;
-use crate::kernel::convert::{widen, widen_f64};
+use crate::kernel::convert::widen_f64;
+use crate::kernel::{InstructionSet, convert};
 use crate::plan::{Part, Update as Planned, UpdateKind};
 use crate::safetensors::TensorInfo;
 use crate::spectrum::{Update, Values};
@@ -26,9 +27,33 @@ pub(super) trait Real: Copy + Send + Sync + Default + 'static {
     /// Σ xᵢyᵢ in f64.
     fn dot(x: &[Self], y: &[Self]) -> f64;
 
-    /// `output = left · rightᵀ`: left (rows, depth) and right (columns, depth), both stored with
-    /// the depth outermost; output with its columns outermost.
-    fn multiply(left: &[Self], right: &[Self], depth: usize, output: &mut [Self]);
+    /// `output = left · rightᵀ`, both over the same depth: the value of row i and column j goes to
+    /// `output[j * stride + i]`.
+    fn multiply(left: View<'_, Self>, right: View<'_, Self>, output: &mut [Self], stride: usize);
+}
+
+/// Vectors of one length within a slice: value d of vector i is `data[first + d·depth_step + i·step]`.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a, T> {
+    pub data: &'a [T],
+    pub first: usize,
+    pub depth: usize,
+    pub depth_step: usize,
+    pub count: usize,
+    pub step: usize,
+}
+
+impl<T> View<'_, T> {
+    /// Whether every value lies in the slice.
+    fn is_inside(&self) -> bool {
+        let last = |count: usize, step: usize| (count - 1).checked_mul(step);
+        if self.depth == 0 || self.count == 0 {
+            return true;
+        }
+        let ends = last(self.depth, self.depth_step).zip(last(self.count, self.step));
+        let end = ends.and_then(|(one, other)| one.checked_add(other)?.checked_add(self.first));
+        end.is_some_and(|end| end < self.data.len())
+    }
 }
 
 macro_rules! real {
@@ -50,32 +75,41 @@ macro_rules! real {
                 $dot(x, y)
             }
 
-            fn multiply(left: &[Self], right: &[Self], depth: usize, output: &mut [Self]) {
-                if depth == 0 {
-                    return output.fill(0.0);
+            fn multiply(
+                left: View<'_, Self>,
+                right: View<'_, Self>,
+                output: &mut [Self],
+                stride: usize,
+            ) {
+                let (rows, columns) = (left.count, right.count);
+                if rows == 0 || columns == 0 {
+                    return;
                 }
-                let (rows, columns) = (left.len() / depth, right.len() / depth);
-                assert_eq!(left.len(), rows * depth, "whole rows");
-                assert_eq!(right.len(), columns * depth, "whole rows");
-                assert_eq!(output.len(), rows * columns, "a value for each pair");
-                // SAFETY: by the assertions, the strides reach every element of the three slices
-                // and none beyond; the output is not read (`read_dst` is false) and is borrowed
-                // mutably, so that it overlaps neither side.
+                assert_eq!(left.depth, right.depth, "both sides run over one extent");
+                assert!(left.is_inside() && right.is_inside(), "views of what is there");
+                assert!(rows <= stride, "columns do not overlap");
+                assert!((columns - 1) * stride + rows <= output.len(), "room for each value");
+                let left_start = left.data[left.first.min(left.data.len())..].as_ptr();
+                let right_start = right.data[right.first.min(right.data.len())..].as_ptr();
+                // SAFETY: by the assertions, the steps reach every element of the two views and
+                // of the output's rows and columns, and none outside of the three slices; the
+                // output is not read (`read_dst` is false) and is borrowed mutably, so that it
+                // overlaps neither side.
                 unsafe {
                     $multiply()(
                         rows,
                         columns,
-                        depth,
+                        left.depth,
                         output.as_mut_ptr(),
-                        rows as isize,
+                        stride as isize,
                         1,
                         false,
-                        left.as_ptr(),
-                        rows as isize,
-                        1,
-                        right.as_ptr(),
-                        1,
-                        columns as isize,
+                        left_start,
+                        left.depth_step as isize,
+                        left.step as isize,
+                        right_start,
+                        right.step as isize,
+                        right.depth_step as isize,
                         0.0,
                         1.0,
                         false,
@@ -104,8 +138,10 @@ impl Wide {
         if *dtype == Dtype::F64 {
             return Self::Double(widen_f64(dtype, bytes));
         }
-        let mut values = vec![0.0; bytes.len() / dtype.size()];
-        widen(dtype, bytes, &mut values);
+        let mut values = vec![0.0f32; bytes.len() / dtype.size()];
+        let set = InstructionSet::detect();
+        // What is not finite stays so, and makes the figures NaN.
+        let _ = convert(set, dtype, bytes, &Dtype::F32, bytemuck::cast_slice_mut(&mut values));
         Self::Single(values)
     }
 

@@ -351,7 +351,8 @@ impl Run<'_> {
             .par_iter()
             .map(|(module, tile)| {
                 self.task.check()?;
-                Stack::read(self.collection, self.block.tile_members(tile), *module)
+                let members = self.block.tile_members(tile);
+                Stack::read(self.collection, members, *module, self.block.is_diagonal())
             })
             .collect::<Result<_>>()?;
         let pairs = self.block.pairs();
@@ -387,11 +388,6 @@ impl Run<'_> {
         let width = tiles[*column].len();
         let mut table = vec![0.0; tiles[*row].len() * width];
         left.add_products(right, width, &mut table);
-        if row == column {
-            for (member, square) in left.squares(width).into_iter().enumerate() {
-                table[member * width + member] = square;
-            }
-        }
         table
     }
 }

@@ -1,7 +1,7 @@
 //! Some adapters' factors of one module, stacked; and the products of two such stacks.
 
 use super::collection::Collection;
-use super::load::{Reader, Real};
+use super::load::{Factors, Reader, Real, View};
 use crate::error::Result;
 use crate::vector::vectorized;
 
@@ -62,18 +62,36 @@ struct StackPart {
     first: usize,
     end: usize,
     scale: f64,
+    /// ‖X‖² in f64, where it was asked for.
+    square: f64,
 }
 
+/// Columns of a stack's products with itself that are made at once: those rows that lie below
+/// them are left out.
+const SELF_COLUMNS: usize = 128;
+
 impl<T: Real> Stack<T> {
-    /// Reads what the members of a tile have of a module.
-    pub fn read(collection: &Collection, members: &[usize], module: usize) -> Result<Self> {
+    /// Reads what the members of a tile have of a module, and takes their squares if these are
+    /// wanted.
+    pub fn read(
+        collection: &Collection,
+        members: &[usize],
+        module: usize,
+        with_squares: bool,
+    ) -> Result<Self> {
         let info = &collection.modules[module];
         let mut parts = Vec::new();
         let mut ranks = 0;
         for (position, &member) in members.iter().enumerate() {
             if let Some(piece) = collection.members[member].piece(module) {
                 let end = ranks + piece.rank;
-                parts.push(StackPart { member: position, first: ranks, end, scale: 0.0 });
+                parts.push(StackPart {
+                    member: position,
+                    first: ranks,
+                    end,
+                    scale: 0.0,
+                    square: 0.0,
+                });
                 ranks = end;
             }
         }
@@ -84,6 +102,9 @@ impl<T: Real> Stack<T> {
             let piece = member.piece(module).expect("was found above");
             let factors = Reader::new(member)?.factors::<T>(piece)?;
             part.scale = factors.scale;
+            if with_squares {
+                part.square = square(&factors, piece.rank);
+            }
             for (row, source) in left.chunks_exact_mut(ranks).zip(factors.b.chunks(piece.rank)) {
                 row[part.first..part.end].copy_from_slice(source);
             }
@@ -113,15 +134,39 @@ impl<T: Real> Stack<T> {
 
     /// ⟨X, Y⟩ for each member X of this tile and Y of the other, added to a table with a row for
     /// each member of this one: block sums of (𝐁ᵀ𝐁)∘(𝐀𝐀ᵀ). The products have the precision of
-    /// T; they are multiplied with each other and added up in f64.
+    /// T; they are multiplied with each other and added up in f64. Of a tile with itself only what
+    /// lies on and above the diagonal is made, with the squares that it was read with.
     pub fn add_products(&self, other: &Self, width: usize, table: &mut [f64]) {
         let (ranks, others) = (self.ranks(), other.ranks());
+        let is_itself = std::ptr::eq(self, other);
         let mut outputs = vec![T::default(); ranks * others];
         let mut inputs = vec![T::default(); ranks * others];
-        T::multiply(&self.left, &other.left, self.rows, &mut outputs);
-        T::multiply(&self.right, &other.right, self.columns, &mut inputs);
+        let step = if is_itself { SELF_COLUMNS } else { others.max(1) };
+        for first in (0..others).step_by(step) {
+            let columns = step.min(others - first);
+            let rows = if is_itself { first + columns } else { ranks };
+            for (left, right, depth, table) in [
+                (&self.left, &other.left, self.rows, &mut outputs),
+                (&self.right, &other.right, self.columns, &mut inputs),
+            ] {
+                let view = |data, first, count, width| View {
+                    data,
+                    first,
+                    depth,
+                    depth_step: width,
+                    count,
+                    step: 1,
+                };
+                let (left, right) =
+                    (view(left, 0, rows, ranks), view(right, first, columns, others));
+                T::multiply(left, right, &mut table[first * ranks..], ranks);
+            }
+        }
         for theirs in &other.parts {
             for ours in &self.parts {
+                if is_itself && ours.member >= theirs.member {
+                    break;
+                }
                 let mut sum = 0.0;
                 for column in theirs.first..theirs.end {
                     let lines = column * ranks + ours.first..column * ranks + ours.end;
@@ -130,28 +175,28 @@ impl<T: Real> Stack<T> {
                 table[ours.member * width + theirs.member] += ours.scale * theirs.scale * sum;
             }
         }
-    }
-
-    /// ‖X‖² of each member, in f64 whatever T is.
-    pub fn squares(&self, members: usize) -> Vec<f64> {
-        let ranks = self.ranks();
-        let mut squares = vec![0.0; members];
-        for part in &self.parts {
-            let gram = |stacked: &[T], depth: usize| {
-                let rank = part.end - part.first;
-                let mut own = Vec::with_capacity(depth * rank);
-                for row in stacked.chunks_exact(ranks) {
-                    own.extend(row[part.first..part.end].iter().map(|value| value.to_f64()));
-                }
-                let mut gram = vec![0.0; rank * rank];
-                f64::multiply(&own, &own, depth, &mut gram);
-                gram
-            };
-            let (outputs, inputs) = (gram(&self.left, self.rows), gram(&self.right, self.columns));
-            squares[part.member] = part.scale * part.scale * dot_f64(&outputs, &inputs);
+        if is_itself {
+            for part in &self.parts {
+                table[part.member * width + part.member] += part.square;
+            }
         }
-        squares
     }
+}
+
+/// s²·Σ(BᵀB)∘(AAᵀ) in f64, whatever the factors are held in.
+fn square<T: Real>(factors: &Factors<T>, rank: usize) -> f64 {
+    let wide = |values: &[T]| values.iter().map(|value| value.to_f64()).collect::<Vec<f64>>();
+    let gram = |values: &[T], depth: usize, depth_step: usize, step: usize| {
+        let data = wide(values);
+        let view = View { data: &data, first: 0, depth, depth_step, count: rank, step };
+        let mut gram = vec![0.0; rank * rank];
+        f64::multiply(view, view, &mut gram, rank);
+        gram
+    };
+    let (rows, columns) = (factors.b.len() / rank, factors.a.len() / rank);
+    let outputs = gram(&factors.b, rows, rank, 1);
+    let inputs = gram(&factors.a, columns, 1, columns);
+    factors.scale * factors.scale * dot_f64(&outputs, &inputs)
 }
 
 /// Sums that run side by side in a dot product, whatever the vector width.
