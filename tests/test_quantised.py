@@ -21,11 +21,11 @@ from support.handmade import (
 )
 from support.quantised import SCHEMES, Float64, Scheme, float32
 
-# The first fits no block, the second is taller than what is encoded at once, the third has an odd
-# number of elements.
+# The first fits no block. The second is encoded in several units, which begin between the tiles'
+# beginnings, and is taller than blocks that are held whole. The third is of odd size.
 MERGED = {
     "model.layers.0.q_proj": (300, 260),
-    "model.layers.0.up_proj": (576, 130),
+    "model.layers.0.up_proj": (600, 1100),
     "model.layers.1.q_proj": (51, 37),
 }
 UNTOUCHED = {"model.layers.1.up_proj": (130, 64)}
