@@ -13,6 +13,7 @@ __all__ = [
     "compare_adapters",
     "list_adapter",
     "list_checkpoint",
+    "names_fit",
     "open_collection",
     "plan_merge",
     "scan_adapters",
@@ -61,7 +62,12 @@ def plan_merge(
     compat: str | None,
     subtract: bool,
     expert_layout: str | None = None,
+    renames: str | None = None,
 ) -> Plan: ...
+def names_fit(
+    base: str | os.PathLike[str],
+    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+) -> bool: ...
 def list_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]: ...
 def list_adapter(
     path: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None

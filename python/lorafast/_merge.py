@@ -8,13 +8,15 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Literal
 
 from lorafast import _core, _sources
 from lorafast._accounts import left_over, summary_text
-from lorafast._errors import VerificationError
+from lorafast._errors import PlanError, VerificationError
+from lorafast._renames import renaming_rules
 from lorafast._verify import verify_plan
 
 Source = str | os.PathLike[str]
@@ -382,7 +384,8 @@ def _plan(
             if pickles is not None and _sources.has_only_pickle(path):
                 rewritten = _sources.rewrite_pickle(path, pickles / str(position))
             sources.append((path, rewritten))
-        core = _core.plan_merge(
+        make = partial(
+            _core.plan_merge,
             base_path,
             sources,
             strategy=strategy,
@@ -393,6 +396,14 @@ def _plan(
             subtract=subtract,
             expert_layout=None if expert_layout == "auto" else expert_layout,
         )
+        try:
+            core = make()
+        except PlanError:
+            # The core knows the common models; transformers, which is slow to ask, knows its own.
+            rules = None if _core.names_fit(base_path, sources) else renaming_rules(base_path)
+            if rules is None:
+                raise
+            core = make(renames=rules)
     except BaseException:
         if pickles is not None:
             shutil.rmtree(pickles, ignore_errors=True)

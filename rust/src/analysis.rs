@@ -19,6 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::entries::{EntryStatistics, scan_entries};
 use crate::error::{Error, Result};
 use crate::names;
+use crate::renames::{Names, Renames};
 use crate::safetensors::TensorInfo;
 use crate::spectrum::{Spectrum, Update, Values};
 use crate::statistics::{Bins, ElementType, Request, Summary, Tensor, describe, describe_each};
@@ -335,15 +336,30 @@ fn measure(
 
 /// The base's weight of each module.
 fn find_weights(adapter: &Adapter, base: &Checkpoint) -> Result<Vec<TensorInfo>> {
-    let parameters: Vec<_> =
+    let mut parameters: Vec<_> =
         adapter.modules().keys().map(|path| format!("{path}.weight")).collect();
-    let fit = names::find_mapping(&parameters, base);
+    let mut names = Names::plain(base);
+    let mut fit = names::find_mapping(&parameters, &names);
+    if !fit.problems.is_empty()
+        && let Some(renames) = Renames::built_in(base)
+    {
+        let renamed = Names::renamed(base, renames);
+        // A piece of a stored tensor has no norm of its own there.
+        let canonical = parameters.iter().map(|parameter| renamed.canonical(parameter));
+        let whole = canonical.filter(|one| one.piece.is_none()).map(|one| one.name);
+        let whole: Vec<_> = whole.collect();
+        let other = names::find_mapping(&whole, &renamed);
+        if whole.len() == parameters.len() && other.problems.is_empty() {
+            (names, fit, parameters) = (renamed, other, whole);
+        }
+    }
     let mut problems = fit.problems;
     let mut weights = Vec::new();
     if problems.is_empty() {
         for (module, parameter) in adapter.modules().values().zip(&parameters) {
             let name = fit.mapping.apply(parameter).unwrap_or_default();
-            match weight_of(module, &name, base) {
+            let name = names.whole(&name).unwrap_or(&name);
+            match weight_of(module, name, base) {
                 Ok(weight) => weights.push(weight),
                 Err(problem) => problems.push(problem),
             }

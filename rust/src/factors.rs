@@ -70,8 +70,12 @@ impl<'a> Pair<'a> {
             Some(expert) => whole.expert(expert),
             None => whole,
         };
-        match &update.part.outputs {
+        let one = match &update.part.outputs {
             Some(outputs) => one.outputs(outputs.start as usize..outputs.end as usize),
+            None => one,
+        };
+        match &update.part.inputs {
+            Some(inputs) => one.inputs(inputs.start as usize..inputs.end as usize),
             None => one,
         }
     }

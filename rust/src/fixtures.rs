@@ -89,5 +89,6 @@ pub fn plain() -> Options {
         compat: None,
         subtract: false,
         expert_layout: None,
+        renames: None,
     }
 }

@@ -28,6 +28,7 @@ pub mod orientation;
 pub mod overlap;
 pub mod plan;
 pub mod quantised;
+pub mod renames;
 mod residual;
 pub mod safetensors;
 pub mod side_files;

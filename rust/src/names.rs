@@ -3,7 +3,7 @@
 //! An adapter is named after the model in memory, a checkpoint after what was saved. The two differ
 //! by a leading part where one of them is a bare backbone: `model.`, `transformer.`, `bert.`.
 
-use crate::checkpoint::Checkpoint;
+use crate::renames::Names;
 
 /// The one change of names that makes every module of an adapter fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,10 +50,11 @@ pub struct Fit {
     pub problems: Vec<String>,
 }
 
-/// Finds the mapping under which every parameter has its tensor in the base.
-pub fn find_mapping(parameters: &[String], base: &Checkpoint) -> Fit {
+/// Finds the mapping under which every parameter has its tensor in the base. The parameters are
+/// given by their canonical names.
+pub fn find_mapping(parameters: &[String], base: &Names<'_>) -> Fit {
     let fits = |mapping: &Mapping, parameter: &String| {
-        mapping.apply(parameter).is_some_and(|name| base.tensor(&name).is_some())
+        mapping.apply(parameter).is_some_and(|name| base.has(&name))
     };
     let fitting =
         |mapping: &Mapping| parameters.iter().filter(|parameter| fits(mapping, parameter)).count();
@@ -104,17 +105,17 @@ fn is_plain(prefix: &str) -> bool {
         .any(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-fn candidates_for(parameter: &str, base: &Checkpoint) -> Vec<Mapping> {
+fn candidates_for(parameter: &str, base: &Names<'_>) -> Vec<Mapping> {
     let mut candidates = Vec::new();
     for (position, _) in parameter.match_indices('.') {
         let (prefix, rest) = parameter.split_at(position + 1);
         // What is left must still name a module and its parameter.
-        if rest.contains('.') && is_plain(prefix) && base.tensor(rest).is_some() {
+        if rest.contains('.') && is_plain(prefix) && base.has(rest) {
             candidates.push(Mapping::Strip(prefix.to_owned()));
         }
     }
     let tail = format!(".{parameter}");
-    for name in base.tensors().keys() {
+    for name in base.keys() {
         if let Some(prefix) = name.strip_suffix(&tail).filter(|prefix| is_plain(prefix)) {
             candidates.push(Mapping::Add(format!("{prefix}.")));
         }
@@ -122,17 +123,17 @@ fn candidates_for(parameter: &str, base: &Checkpoint) -> Vec<Mapping> {
     candidates
 }
 
-fn complain(parameter: &str, base: &Checkpoint) -> String {
+fn complain(parameter: &str, base: &Names<'_>) -> String {
     let (module, kind) = parameter.rsplit_once('.').unwrap_or((parameter, ""));
     let leaf = module.rsplit('.').next().unwrap_or(module);
-    if leaf == "lm_head" && base.ties_embeddings() {
+    if leaf == "lm_head" && base.base().ties_embeddings() {
         return format!(
             "its module {module} is tied to the input embeddings in this base, \
              which holds no {parameter}; a LoRA on it cannot be merged yet"
         );
     }
     let tail = format!(".{leaf}.{kind}");
-    let similar = base.tensors().keys().find(|name| name.ends_with(&tail));
+    let similar = base.base().tensors().keys().find(|name| name.ends_with(&tail));
     let hint = match similar {
         Some(name) => format!(" (the base has, for example, {name})"),
         None => format!(" (no tensor of the base ends in {})", &tail[1..]),

@@ -4,6 +4,8 @@
 
 mod accounts;
 mod layout;
+mod naming;
+mod pieces;
 mod planner;
 mod quantised;
 mod replication;
@@ -25,6 +27,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::Orientation;
 use crate::quantised::Quantised;
+use crate::renames::Renames;
 use crate::safetensors::TensorInfo;
 
 use planner::Planner;
@@ -87,6 +90,9 @@ pub struct Options {
     pub subtract: bool,
     /// How experts' factors lie where neither shapes nor versions tell.
     pub expert_layout: Option<ExpertLayout>,
+    /// The rules by which transformers renames the base's tensors as it loads them; `None` for the
+    /// built-in ones.
+    pub renames: Option<Renames>,
 }
 
 /// Another tool whose results are reproduced where they differ from the right ones.
@@ -155,6 +161,8 @@ pub struct Part {
     pub expert: Option<Expert>,
     /// The outputs of the product that are used: rows of B, or rows of a replacement.
     pub outputs: Option<Range<u64>>,
+    /// The inputs of the product that are used: columns of A.
+    pub inputs: Option<Range<u64>>,
     /// The rows of the stored tensor that are changed, its leading dimensions taken as one.
     pub rows: Option<Range<u64>>,
 }
@@ -402,6 +410,23 @@ pub struct Plan {
     pub notes: Vec<String>,
     /// What becomes of every config field and every tensor of each adapter.
     pub accounts: Vec<Accounts>,
+}
+
+/// Whether every parameter of the adapters has its tensor in the base, by the names as they stand
+/// or the built-in rules for renamed ones.
+pub fn names_fit(inputs: &Inputs) -> bool {
+    let options = Options {
+        strategy: Strategy::Sequential,
+        weights: None,
+        dtype: None,
+        allow: Vec::new(),
+        compat: None,
+        subtract: false,
+        expert_layout: None,
+        renames: None,
+    };
+    let planner = Planner::new(inputs, &options);
+    inputs.adapters.iter().all(|adapter| planner.name(adapter).fits())
 }
 
 impl Plan {

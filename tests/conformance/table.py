@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from architectures import CASES, MORE_CASES
 from matrix import FEATURES, REFUSALS, Entry, Feature
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
@@ -48,6 +49,18 @@ a config that names the feature.
 """
 
 
+ARCHITECTURES = """
+## Architectures
+
+Small models of each kind, as transformers saves them. Where it renames or stacks what it loads, an
+adapter is named after the model in memory and the base after its files; the entries are adapters of
+the current release's modules, merged into the files that it writes, and the verdict is **same** or,
+for experts, **nearer**. Adapters of earlier releases and bases that are stored as in memory are
+merged as well and give the same numbers.
+
+"""
+
+
 def verdict(feature: Feature) -> str:
     if feature.peft_fails:
         return "exact"
@@ -66,6 +79,9 @@ def render() -> str:
     for feature in FEATURES:
         entries = "; ".join(describe(entry) for entry in feature.entries)
         lines.append(f"| {feature.name} | {feature.formula} | {entries} | {verdict(feature)} |")
+    lines.append(f"{ARCHITECTURES}| Model | Entries |\n|---|---|")
+    models = (CASES | MORE_CASES).items()
+    lines.extend(f"| {kind.replace('_', ' ')} | {'; '.join(cases)} |" for kind, cases in models)
     lines.append(f"{REFUSED}| Feature | The message names |\n|---|---|")
     lines.extend(f"| {refusal.name} | `{refusal.says}` |" for refusal in REFUSALS)
     return "\n".join(lines) + "\n"

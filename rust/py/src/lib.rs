@@ -6,7 +6,7 @@ mod errors;
 mod fleet;
 mod job;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pyo3::prelude::*;
@@ -18,6 +18,7 @@ use lorafast::checkpoint::Checkpoint;
 use lorafast::dtype::Dtype;
 use lorafast::kernel::InstructionSet;
 use lorafast::plan::{self, Compat, ExpertLayout, Inputs, Strategy};
+use lorafast::renames::Renames;
 use lorafast::task::build_pool;
 use lorafast::{describe, execute, subtract, verify};
 
@@ -30,6 +31,15 @@ fn to_object(py: Python<'_>, value: &impl serde::Serialize) -> PyResult<Py<PyAny
 
 /// An adapter's directory, and the file to read in place of its own weights.
 type AdapterPath = (PathBuf, Option<PathBuf>);
+
+fn open_inputs(base: &Path, adapters: &[AdapterPath]) -> lorafast::Result<Inputs> {
+    let base = Arc::new(Checkpoint::open(base)?);
+    let adapters = adapters
+        .iter()
+        .map(|(path, weights)| Adapter::open(path, weights.as_deref()).map(Arc::new))
+        .collect::<lorafast::Result<_>>()?;
+    Ok(Inputs { base, adapters })
+}
 
 /// A decided merge together with its opened inputs.
 #[pyclass(frozen, module = "lorafast._core")]
@@ -129,7 +139,7 @@ mod _core {
 
     /// Opens base and adapters and plans their merge. `dtype` is a safetensors name.
     #[pyfunction]
-    #[pyo3(signature = (base, adapters, *, strategy, weights, dtype, allow, compat, subtract, expert_layout=None))]
+    #[pyo3(signature = (base, adapters, *, strategy, weights, dtype, allow, compat, subtract, expert_layout=None, renames=None))]
     #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
     fn plan_merge(
         py: Python<'_>,
@@ -142,6 +152,7 @@ mod _core {
         compat: Option<&str>,
         subtract: bool,
         expert_layout: Option<&str>,
+        renames: Option<&str>,
     ) -> PyResult<Plan> {
         let make = || -> lorafast::Result<Plan> {
             let options = plan::Options {
@@ -152,17 +163,21 @@ mod _core {
                 compat: compat.map(Compat::from_name).transpose()?,
                 subtract,
                 expert_layout: expert_layout.map(ExpertLayout::from_name).transpose()?,
+                renames: renames.map(Renames::from_json).transpose()?,
             };
-            let base = Arc::new(Checkpoint::open(&base)?);
-            let adapters = adapters
-                .iter()
-                .map(|(path, weights)| Adapter::open(path, weights.as_deref()).map(Arc::new))
-                .collect::<lorafast::Result<_>>()?;
-            let inputs = Inputs { base, adapters };
+            let inputs = open_inputs(&base, &adapters)?;
             let plan = plan::Plan::new(&inputs, options)?;
             Ok(Plan { inputs, plan })
         };
         py.detach(make).map_err(|error| to_python(py, error))
+    }
+
+    /// Whether every parameter of the adapters has its tensor in the base, by the names as they
+    /// stand or the built-in rules for renamed ones.
+    #[pyfunction]
+    fn names_fit(py: Python<'_>, base: PathBuf, adapters: Vec<AdapterPath>) -> PyResult<bool> {
+        py.detach(|| open_inputs(&base, &adapters).map(|inputs| plan::names_fit(&inputs)))
+            .map_err(|error| to_python(py, error))
     }
 
     /// Lists a checkpoint from its headers, as plain objects.

@@ -53,6 +53,7 @@ fn check(stack: [u64; 3], terms: &[Term]) {
                 let first = term.first_output as u64;
                 first..first + term.rows.len() as u64
             }),
+            inputs: None,
             rows: Some(term.rows.start as u64..term.rows.end as u64),
         },
         on: None,

@@ -3,6 +3,7 @@
 use indexmap::IndexMap;
 
 use super::accounts::Waived;
+use super::naming::{Named, Naming};
 use super::replication;
 use super::restoring::GIVE_THE_BASE;
 use super::targets::{self, ExpertLayout, Target};
@@ -12,7 +13,6 @@ use crate::adapter::{Adapter, Form, Initialisation, LayerKind, Module};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::kernel::Orientation;
-use crate::names::{self, Mapping};
 use crate::orientation;
 use crate::quantised::Catalogue;
 use crate::safetensors::TensorInfo;
@@ -113,43 +113,27 @@ impl<'a> Planner<'a> {
         let inputs = self.inputs;
         let adapter = &inputs.adapters[position];
         let label = adapter.path().display().to_string();
-        let (targets, problems) = targets::find(adapter, self.base, self.options.expert_layout);
+        let Named { naming, targets, problems, .. } = self.name(adapter);
         if let Some(problem) = self.refuse_foreign(targets.values()) {
             self.problems.push(format!("{label}: {problem}"));
             return;
         }
         self.problems.extend(problems.iter().map(|problem| format!("{label}: {problem}")));
-        let mapping = if targets.is_empty() {
-            // Saved parameters need not be in the base; each is asked for below.
-            let whole = adapter.saved().iter().map(|saved| saved.path.clone());
-            let rows = adapter.trained_rows().iter().map(|rows| format!("{}.weight", rows.path));
-            names::find_mapping(&whole.chain(rows).collect::<Vec<_>>(), self.base).mapping
-        } else {
-            // A head that shares the embeddings' tensor has none of its own to be found by.
-            let weights: Vec<_> = (targets.values())
-                .map(|target| target.parameter.clone())
-                .filter(|weight| self.name_in_tie(weight).is_none())
-                .collect();
-            let fit = names::find_mapping(&weights, self.base);
-            self.problems.extend(fit.problems.iter().map(|problem| format!("{label}: {problem}")));
-            fit.mapping
-        };
-        if let Some(description) = mapping.describe() {
-            self.notes.push(format!("{label}: {description}"));
-        }
+        let notes = naming.describe();
+        self.notes.extend(notes.iter().map(|note| format!("{label}: {note}")));
         // Replacements first: what the adapter adds, it adds to its own tensors. Of those, first the
         // modules that were trained apart from what they shared.
         for trained_apart in [true, false] {
             for saved in adapter.saved() {
                 if adapter.config().saves_module_of(&saved.path) == trained_apart
-                    && let Err(problem) = self.replace(position, saved, &mapping, weight)
+                    && let Err(problem) = self.replace(position, saved, &naming, weight)
                 {
                     self.problems.push(format!("{label}: {problem}"));
                 }
             }
         }
         for rows in adapter.trained_rows() {
-            if let Err(problem) = self.replace_rows(position, rows, &mapping, weight) {
+            if let Err(problem) = self.replace_rows(position, rows, &naming, weight) {
                 self.problems.push(format!("{label}: {problem}"));
             }
         }
@@ -157,11 +141,21 @@ impl<'a> Planner<'a> {
         let mut turned_against_flag = 0;
         for (key, target) in &targets {
             let module = &adapter.modules()[key];
-            let name = mapping.apply(&target.parameter);
-            let name = name.and_then(|name| self.name_in_tie(&name).or(Some(name)));
+            let found = match self.update_in_pieces(position, (module, target), &naming, weight) {
+                Ok(true) => continue,
+                Ok(false) => naming.apply(&target.parameter),
+                Err(problem) => Err(problem),
+            };
+            let name = match found {
+                Ok(name) => name.and_then(|name| self.name_in_tie(&name).or(Some(name))),
+                Err(problem) => {
+                    self.problems.push(format!("{label}: {problem}"));
+                    continue;
+                }
+            };
             // What fits nothing has been complained of.
             let Some(name) = name.filter(|name| self.source(name).is_some()) else { continue };
-            match self.update(position, (module, target), &name, &mapping, weight) {
+            match self.update(position, (module, target), &name, &naming, weight) {
                 Ok(transposed) => {
                     let counts = module.kind == LayerKind::Linear
                         && module.parameters.is_empty()
@@ -194,7 +188,7 @@ impl<'a> Planner<'a> {
         position: usize,
         (module, target): (&Module, &Target),
         name: &str,
-        mapping: &Mapping,
+        naming: &Naming<'_>,
         weight: f64,
     ) -> Result<bool, String> {
         let adapter = &self.inputs.adapters[position];
@@ -214,7 +208,7 @@ impl<'a> Planner<'a> {
             None => (self.orientation(adapter, module, &shape)?, vec![Part::default()]),
         };
         let transposed = orientation == Orientation::InOut;
-        let residual = self.residual(adapter, (module, target), &shape)?;
+        let residual = self.residual(adapter, (module, target), Some(&shape))?;
         let kind = if module.magnitude.is_some() { UpdateKind::Dora } else { UpdateKind::LowRank };
         let update = |kind, rank, transposed, part| Update {
             adapter: position,
@@ -229,14 +223,10 @@ impl<'a> Planner<'a> {
             residual,
             stage: 0,
         };
-        if self.options.subtract && kind == UpdateKind::Dora {
-            return Err(format!(
-                "its module {path} is rescaled by DoRA, and the norms by which its rows were divided \
-                 are in neither the merged model nor the adapter; {GIVE_THE_BASE}"
-            ));
-        }
+        self.refuse_subtracting(path, kind)?;
         if module.bias.is_some() {
-            let name = mapping.apply(&format!("{path}.bias")).expect("as for the weight");
+            let bias = format!("{path}.bias");
+            let name = naming.apply(&bias)?.unwrap_or(bias);
             let bias = self.base.tensor(&name).ok_or_else(|| {
                 format!("its module {path} has a bias on lora_B, but the base has no {name}")
             })?;
@@ -273,12 +263,13 @@ impl<'a> Planner<'a> {
         Ok(transposed)
     }
 
-    /// What the adapter's initialisation took out of a module's weight of that shape.
-    fn residual(
+    /// What the adapter's initialisation took out of a module's weight, of that shape where it is
+    /// one tensor.
+    pub(super) fn residual(
         &self,
         adapter: &Adapter,
         (module, target): (&Module, &Target),
-        shape: &[u64],
+        shape: Option<&[u64]>,
     ) -> Result<Option<Residual>, String> {
         let path = &module.path;
         let residual = match adapter.config().features().initialisation {
@@ -296,8 +287,9 @@ impl<'a> Planner<'a> {
                  the base is not known (init_lora_weights, kasa_config); convert it in training"
             ));
         }
-        let extent = shape.iter().min().copied().unwrap_or(0);
-        if residual == Residual::Smallest && target.rank >= extent {
+        if let (Residual::Smallest, Some(shape)) = (residual, shape)
+            && shape.iter().any(|extent| target.rank >= *extent)
+        {
             return Err(format!(
                 "its module {path} of rank {} leaves nothing of a weight of shape {shape:?}, whose \
                  smallest singular components KaSA takes out (kasa_config)",
@@ -305,6 +297,17 @@ impl<'a> Planner<'a> {
             ));
         }
         Ok(Some(residual))
+    }
+
+    /// What cannot be taken out of a merged model again.
+    pub(super) fn refuse_subtracting(&self, path: &str, kind: UpdateKind) -> Result<(), String> {
+        if self.options.subtract && kind == UpdateKind::Dora {
+            return Err(format!(
+                "its module {path} is rescaled by DoRA, and the norms by which its rows were divided \
+                 are in neither the merged model nor the adapter; {GIVE_THE_BASE}"
+            ));
+        }
+        Ok(())
     }
 
     /// Which way a module's product lies on a weight of that shape.

@@ -1,12 +1,12 @@
 //! Parameters that an adapter brings whole: in the place of the base's, beside them, and with
 //! another number of tokens.
 
+use super::naming::Naming;
 use super::planner::{Addition, Planner, TensorChange};
 use super::ties;
 use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
 use crate::adapter::Saved;
 use crate::kernel::{self, InstructionSet};
-use crate::names::Mapping;
 use crate::safetensors::TensorInfo;
 
 impl Planner<'_> {
@@ -15,7 +15,7 @@ impl Planner<'_> {
         &mut self,
         position: usize,
         saved: &Saved,
-        mapping: &Mapping,
+        naming: &Naming<'_>,
         weight: f64,
     ) -> Result<(), String> {
         let inputs = self.inputs;
@@ -23,8 +23,11 @@ impl Planner<'_> {
         if self.options.subtract {
             return self.leave(position, saved);
         }
+        if self.replace_in_pieces(position, saved, naming, weight)? {
+            return Ok(());
+        }
         // A head that the backbone does not have keeps the name that the whole model gives it.
-        let name = mapping.apply(&saved.path).unwrap_or_else(|| saved.path.clone());
+        let name = naming.apply(&saved.path)?.unwrap_or_else(|| saved.path.clone());
         let name = self.name_in_tie(&name).unwrap_or(name);
         let trained_apart = adapter.config().saves_module_of(&saved.path);
         let Some(tensor) = self.source(&name).cloned() else {

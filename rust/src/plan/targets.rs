@@ -9,7 +9,7 @@ use crate::adapter::{Adapter, Form, LayerKind, Module, Version};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::plan::Expert;
-use crate::safetensors::TensorInfo;
+use crate::renames::Names;
 
 /// Which way a product lies on the weight of an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -39,6 +39,8 @@ impl ExpertLayout {
 
 /// Model types of transformers whose experts take their weights as (in, out).
 const TRANSPOSED_MODELS: [&str; 4] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter"];
+/// Those whose experts' weights transformers turns as it loads them, unless they are turned already.
+const STORED_EITHER_WAY: [&str; 2] = ["qwen3_vl_moe", "qwen3_vl_moe_text"];
 /// The order in which experts' parameters are registered, which is the order of PEFT's wrappers.
 const REGISTRATION: [&str; 4] = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"];
 
@@ -59,7 +61,7 @@ pub(super) struct Target {
 /// Finds the parameter of every module, by the module's key; or says in words why not.
 pub(super) fn find(
     adapter: &Adapter,
-    base: &Checkpoint,
+    names: &Names<'_>,
     asked: Option<ExpertLayout>,
 ) -> (IndexMap<String, Target>, Vec<String>) {
     let mut targets = IndexMap::new();
@@ -71,11 +73,11 @@ pub(super) fn find(
     for (path, mut modules) in groups {
         // The innermost wrapper first.
         modules.sort_by_key(|module| std::cmp::Reverse(module.key.len()));
-        let parameters = parameters(base, &modules);
+        let parameters = parameters(names, &modules);
         if parameters.is_empty() {
             match modules.as_slice() {
                 [module] if module.form != Form::Experts => {
-                    targets.insert(module.key.clone(), plain(base, module));
+                    targets.insert(module.key.clone(), plain(names, module));
                 }
                 _ => problems.push(unknown_parameter(&modules)),
             }
@@ -86,44 +88,49 @@ pub(super) fn find(
             Err(problem) => problems.push(format!("its module {path} {problem}")),
         }
     }
-    for problem in settle_layouts(adapter, base, asked, &mut targets) {
+    for problem in settle_layouts(adapter, names.base(), asked, &mut targets) {
         problems.push(problem);
     }
     (targets, problems)
 }
 
 /// A layer's own weight.
-fn plain(base: &Checkpoint, module: &Module) -> Target {
+fn plain(names: &Names<'_>, module: &Module) -> Target {
     let path = &module.path;
     let weight = format!("{path}.weight");
     // torch's MultiheadAttention has no weight but this one.
     let attention = format!("{path}.in_proj_weight");
-    let has = |name: &str| find_alike(base, name).is_some();
-    let is_attention =
-        module.kind == LayerKind::Linear && base.tensor(&weight).is_none() && has(&attention);
+    let has = |name: &str| find_alike(names, name).is_some();
+    let is_attention = module.kind == LayerKind::Linear && !names.has(&weight) && has(&attention);
     let parameter = if is_attention && !has(&weight) { attention } else { weight };
     Target { parameter, layout: None, rank: module.rank, scale: module.scaling }
 }
 
-/// A tensor of that name, or one whose name differs by a leading part.
-fn find_alike<'a>(base: &'a Checkpoint, name: &str) -> Option<&'a TensorInfo> {
-    let alike = |other: &&String| {
-        let (long, short) =
-            if other.len() > name.len() { (other.as_str(), name) } else { (name, other.as_str()) };
+/// The shape of the tensor of that name, or of one whose name differs by a leading part.
+fn find_alike(names: &Names<'_>, parameter: &str) -> Option<Vec<u64>> {
+    let name = names.canonical(parameter).name;
+    let alike = |other: &&str| {
+        let (long, short) = if other.len() > name.len() {
+            (*other, name.as_str())
+        } else {
+            (name.as_str(), *other)
+        };
         long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'))
     };
-    base.tensor(name)
-        .or_else(|| base.tensors().keys().find(alike).and_then(|name| base.tensor(name)))
+    if names.has(&name) {
+        return names.shape(&name);
+    }
+    names.keys().find(alike).and_then(|name| names.shape(name))
 }
 
 /// The parameters among the modules' candidates that the base has, in the order in which PEFT
 /// wraps them, as far as it is known.
-fn parameters<'a>(base: &'a Checkpoint, modules: &[&'a Module]) -> Vec<(&'a str, &'a TensorInfo)> {
+fn parameters<'a>(names: &Names<'_>, modules: &[&'a Module]) -> Vec<(&'a str, Vec<u64>)> {
     let Some(module) = modules.first() else { return Vec::new() };
     let mut found: Vec<_> = (module.parameters.iter())
         .filter_map(|name| {
-            let tensor = find_alike(base, &format!("{}.{name}", module.path))?;
-            matches!(tensor.shape.len(), 2 | 3).then_some((name.as_str(), tensor))
+            let shape = find_alike(names, &format!("{}.{name}", module.path))?;
+            matches!(shape.len(), 2 | 3).then_some((name.as_str(), shape))
         })
         .collect();
     let position = |name: &str| REGISTRATION.iter().position(|known| *known == name);
@@ -182,10 +189,10 @@ fn layouts(adapter: &Adapter, module: &Module, name: &str, shape: &[u64]) -> Vec
 fn assign(
     adapter: &Adapter,
     modules: &[&Module],
-    parameters: &[(&str, &TensorInfo)],
+    parameters: &[(&str, Vec<u64>)],
 ) -> Result<Vec<(String, Target)>, String> {
-    let fits = |module: &Module, (name, tensor): (&str, &TensorInfo)| {
-        !layouts(adapter, module, name, &tensor.shape).is_empty()
+    let fits = |module: &Module, (name, shape): &(&str, Vec<u64>)| {
+        !layouts(adapter, module, name, shape).is_empty()
     };
     let mut ways = Vec::new();
     let mut way = Vec::new();
@@ -204,7 +211,7 @@ fn assign(
                     .join(", "),
                 parameters
                     .iter()
-                    .map(|(name, tensor)| format!("{name} of shape {:?}", tensor.shape))
+                    .map(|(name, shape)| format!("{name} of shape {shape:?}"))
                     .collect::<Vec<_>>()
                     .join(" and ")
             ));
@@ -222,12 +229,12 @@ fn assign(
         .iter()
         .zip(way)
         .map(|(module, position)| {
-            let (name, tensor) = parameters[*position];
+            let (name, shape) = &parameters[*position];
             let parameter = format!("{}.{name}", module.path);
             let config = adapter.config();
             let rank = config.rank_of(&parameter);
             let scale = config.scaling(config.alpha_of(&parameter), rank);
-            let layouts = layouts(adapter, module, name, &tensor.shape);
+            let layouts = layouts(adapter, module, name, shape);
             let layout = if let [layout] = layouts[..] { Some(layout) } else { None };
             (module.key.clone(), Target { parameter, layout, rank, scale })
         })
@@ -236,8 +243,8 @@ fn assign(
 
 fn search(
     modules: &[&Module],
-    parameters: &[(&str, &TensorInfo)],
-    fits: &impl Fn(&Module, (&str, &TensorInfo)) -> bool,
+    parameters: &[(&str, Vec<u64>)],
+    fits: &impl Fn(&Module, &(&str, Vec<u64>)) -> bool,
     way: &mut Vec<usize>,
     ways: &mut Vec<Vec<usize>>,
 ) {
@@ -246,7 +253,7 @@ fn search(
         return;
     };
     for (position, parameter) in parameters.iter().enumerate() {
-        if !way.contains(&position) && fits(module, *parameter) {
+        if !way.contains(&position) && fits(module, parameter) {
             way.push(position);
             search(modules, parameters, fits, way, ways);
             way.pop();
@@ -291,10 +298,11 @@ fn settle_layouts(
 /// How PEFT laid experts: as (in, out) before 0.19, in 0.19.0 but for those that the model takes
 /// as (in, out), and for those alone since.
 fn by_version(version: Version, base: &Checkpoint) -> Option<ExpertLayout> {
-    if version.development {
+    let is_one_of = |models| base.config().is_some_and(|config| names_one_of(config, models));
+    if version.development || is_one_of(&STORED_EITHER_WAY[..]) {
         return None;
     }
-    let takes_transposed = base.config().is_some_and(names_transposed_model);
+    let takes_transposed = is_one_of(&TRANSPOSED_MODELS[..]);
     let transposed = match version.release {
         (0, ..=18, _) => true,
         (0, 19, 0) => !takes_transposed,
@@ -303,10 +311,13 @@ fn by_version(version: Version, base: &Checkpoint) -> Option<ExpertLayout> {
     Some(if transposed { ExpertLayout::Transposed } else { ExpertLayout::Straight })
 }
 
-fn names_transposed_model(config: &serde_json::Map<String, serde_json::Value>) -> bool {
+fn names_one_of(config: &serde_json::Map<String, serde_json::Value>, models: &[&str]) -> bool {
     let own = config.get("model_type").and_then(serde_json::Value::as_str);
-    own.is_some_and(|name| TRANSPOSED_MODELS.contains(&name))
-        || config.values().filter_map(serde_json::Value::as_object).any(names_transposed_model)
+    own.is_some_and(|name| models.contains(&name))
+        || config
+            .values()
+            .filter_map(serde_json::Value::as_object)
+            .any(|inner| names_one_of(inner, models))
 }
 
 /// The parts of a product on a parameter of that shape: one an expert.
@@ -316,8 +327,8 @@ pub(super) fn parts(module: &Module, shape: &[u64]) -> Vec<Part> {
     (0..count)
         .map(|index| Part {
             expert: is_stacked.then_some(Expert { index, count }),
-            outputs: None,
             rows: Some(index * height..(index + 1) * height),
+            ..Part::default()
         })
         .collect()
 }

@@ -1,10 +1,10 @@
 //! Trained rows of embeddings (`trainable_token_indices`): bands of a tensor that are replaced.
 
+use super::naming::Naming;
 use super::planner::{Planner, refuse_quantised};
 use super::restoring::GIVE_THE_BASE;
 use super::{Part, Strategy, Update, UpdateKind};
 use crate::adapter::TrainedRows;
-use crate::names::Mapping;
 
 impl Planner<'_> {
     /// Puts an adapter's rows in the place of the base's.
@@ -12,7 +12,7 @@ impl Planner<'_> {
         &mut self,
         position: usize,
         rows: &TrainedRows,
-        mapping: &Mapping,
+        naming: &Naming<'_>,
         weight: f64,
     ) -> Result<(), String> {
         let path = &rows.path;
@@ -24,7 +24,7 @@ impl Planner<'_> {
             ));
         }
         let parameter = format!("{path}.weight");
-        let name = mapping.apply(&parameter).unwrap_or(parameter);
+        let name = naming.apply(&parameter)?.unwrap_or(parameter);
         let name = self.name_in_tie(&name).unwrap_or(name);
         let Some(tensor) = self.source(&name) else {
             return Err(format!("its module {path} fits no tensor of the base"));
@@ -88,6 +88,7 @@ impl Planner<'_> {
             part: Part {
                 expert: None,
                 outputs: Some(first..first + count),
+                inputs: None,
                 rows: Some(start..start + count),
             },
             on: None,

@@ -6,6 +6,7 @@ use crate::checkpoint::{Checkpoint, Location};
 use crate::names::{self, Mapping};
 use crate::plan::{Action, Plan, PlannedTensor};
 use crate::quantised::Catalogue;
+use crate::renames::Names;
 use crate::safetensors::TensorInfo;
 
 use super::Verification;
@@ -71,7 +72,7 @@ fn mapping(plan: &Plan, merged: &Checkpoint) -> Mapping {
     if 2 * found >= names.len() {
         return Mapping::Same;
     }
-    names::find_mapping(&names, merged).mapping
+    names::find_mapping(&names, &Names::plain(merged)).mapping
 }
 
 /// Gives the plan of one tensor the type in which it is stored.

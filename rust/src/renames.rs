@@ -1,0 +1,446 @@
+//! One name for a parameter that goes by several: the names on disk and in memory, and the pieces
+//! in which one of the two holds what is one tensor in the other.
+//!
+//! transformers renames, stacks, joins and splits parameters as it loads a checkpoint, each model
+//! type by its own list of rules (its `conversion_mapping`). An adapter is named after the model
+//! that was in memory, with whichever release; a checkpoint after what was saved. Here every name is
+//! brought to a canonical one by the same rules. Two names that become the same are the same
+//! parameter, or the same piece of one.
+
+mod families;
+
+use std::collections::HashSet;
+
+use fancy_regex::{Regex, escape};
+use indexmap::IndexMap;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+
+/// What transformers does to some names as it loads a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Rule {
+    /// Regular expressions of the names on disk. `*.` stands for an expert's number where the rule
+    /// stacks.
+    pub sources: Vec<String>,
+    /// The names in memory; `\1` stands for the source's group.
+    pub targets: Vec<String>,
+    /// What makes the tensors in memory of those on disk, in order; none, where only the name
+    /// changes.
+    #[serde(default)]
+    pub operations: Vec<Operation>,
+    /// The parts of the model in which the rule holds; anywhere, if there are none. Of several the
+    /// first that a name begins with is taken.
+    #[serde(default)]
+    pub prefixes: Vec<String>,
+    /// A rule that regular expressions do not tell in full, by its name.
+    #[serde(default)]
+    pub special: Option<String>,
+}
+
+/// One operation on tensors, as transformers calls it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Operation {
+    /// The name of its class.
+    pub name: String,
+    /// The dimension that it works on.
+    #[serde(default)]
+    pub dimension: Option<u64>,
+    /// Whether it does what its name and dimension say, and nothing besides.
+    #[serde(default = "yes")]
+    pub plain: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Which part of the canonical tensor a tensor is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// The expert, where the tensors of all experts are stacked.
+    pub expert: Option<u64>,
+    /// Which of the parts that lie below one another, in the dimension of the outputs.
+    pub slot: usize,
+    /// How many such parts there are.
+    pub slots: usize,
+    /// Whether they are of one size.
+    pub equal: bool,
+}
+
+/// A name that all names of a parameter come to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Canonical {
+    /// The name.
+    pub name: String,
+    /// Which piece of that tensor the parameter is; all of it, if none.
+    pub piece: Option<Piece>,
+    /// What is done to the parameter that is no renaming and no cutting into rows.
+    pub obstacle: Option<String>,
+}
+
+/// The rules of one base, ready for use.
+#[derive(Debug, Clone, Default)]
+pub struct Renames {
+    renamings: Vec<Renaming>,
+    conversions: Vec<Conversion>,
+}
+
+#[derive(Debug, Clone)]
+struct Pattern {
+    regex: Regex,
+    prefixes: Vec<String>,
+}
+
+#[derive(Debug, Clone)]
+struct Renaming {
+    source: Pattern,
+    target: String,
+    obstacle: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+struct Conversion {
+    /// Of each name that is changed the piece that it becomes; none, if it is the whole.
+    sources: Vec<(Pattern, Option<Piece>)>,
+    target: String,
+    obstacle: Option<String>,
+}
+
+impl Renames {
+    /// The built-in rules for a base: those of its config's model type and of the models within it.
+    pub fn built_in(base: &Checkpoint) -> Option<Self> {
+        let mut types = Vec::new();
+        collect_types(base.config()?, &mut types);
+        let mut rules = Vec::new();
+        for name in types {
+            for rule in families::rules(name).unwrap_or_default() {
+                if !rules.contains(&rule) {
+                    rules.push(rule);
+                }
+            }
+        }
+        if rules.is_empty() {
+            return None;
+        }
+        Some(Self::new(&rules).expect("the built-in rules are sound"))
+    }
+
+    /// Rules from outside, as JSON.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if they are no list of rules.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let rules: Vec<Rule> = serde_json::from_str(text).map_err(|error| {
+            Error::Argument(format!("the renaming rules are not sound: {error}"))
+        })?;
+        Self::new(&rules)
+    }
+
+    fn new(rules: &[Rule]) -> Result<Self> {
+        let mut renames = Self::default();
+        for rule in rules {
+            if rule.operations.is_empty() {
+                renames.add_renaming(rule)?;
+            } else {
+                renames.conversions.push(conversion(rule)?);
+            }
+        }
+        Ok(renames)
+    }
+
+    fn add_renaming(&mut self, rule: &Rule) -> Result<()> {
+        let obstacle = rule.special.as_ref().map(|name| {
+            format!(
+                "transformers renames it by {name}, which cannot be followed from its name alone"
+            )
+        });
+        for (position, source) in rule.sources.iter().enumerate() {
+            let target = rule.targets.get(position).or(rule.targets.first());
+            let Some(target) = target else { return Err(incomplete(rule)) };
+            self.renamings.push(Renaming {
+                source: pattern(&source.replace("*.", r".*\."), &rule.prefixes)?,
+                target: target.clone(),
+                obstacle: obstacle.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The canonical name of a parameter.
+    pub fn canonical(&self, parameter: &str) -> Canonical {
+        let mut name = parameter.to_owned();
+        let mut obstacle = None;
+        for renaming in &self.renamings {
+            if let Some((renamed, _)) = renaming.source.replace(&name, &renaming.target) {
+                obstacle = obstacle.or_else(|| renaming.obstacle.clone());
+                name = renamed;
+            }
+        }
+        for conversion in &self.conversions {
+            for (source, piece) in &conversion.sources {
+                let Some((renamed, expert)) = source.replace(&name, &conversion.target) else {
+                    continue;
+                };
+                let piece = piece.clone().map(|piece| Piece { expert, ..piece });
+                let obstacle = obstacle.or_else(|| conversion.obstacle.clone());
+                return Canonical { name: renamed, piece, obstacle };
+            }
+        }
+        Canonical { name, piece: None, obstacle }
+    }
+}
+
+/// The model types that a config names, outermost first.
+fn collect_types<'a>(config: &'a Map<String, Value>, types: &mut Vec<&'a str>) {
+    if let Some(name) = config.get("model_type").and_then(Value::as_str)
+        && !types.contains(&name)
+    {
+        types.push(name);
+    }
+    for inner in config.values().filter_map(Value::as_object) {
+        collect_types(inner, types);
+    }
+}
+
+fn incomplete(rule: &Rule) -> Error {
+    Error::Argument(format!("the renaming rule of {:?} has no targets", rule.sources))
+}
+
+fn pattern(source: &str, prefixes: &[String]) -> Result<Pattern> {
+    // A name ends where its pattern does: `weight` is not the beginning of `weight_scale`. A pattern
+    // that ends in an underscore is the beginning of a name.
+    let ends_in_word = source.ends_with(|last: char| last.is_ascii_alphanumeric());
+    let boundary = if ends_in_word { r"(?!\w)" } else { "" };
+    let regex = Regex::new(&format!("{source}{boundary}"))
+        .map_err(|error| Error::Argument(format!("the renaming rule {source:?}: {error}")))?;
+    Ok(Pattern { regex, prefixes: prefixes.to_vec() })
+}
+
+impl Pattern {
+    /// The name with the first match replaced, and the expert's number in it.
+    fn replace(&self, name: &str, target: &str) -> Option<(String, Option<u64>)> {
+        let prefix = match self.prefixes.as_slice() {
+            [] => "",
+            prefixes => prefixes.iter().find(|prefix| name.starts_with(prefix.as_str()))?,
+        };
+        let rest = &name[prefix.len()..];
+        // A pattern that is too much for the matcher is one that does not match.
+        let captures = self.regex.captures(rest).ok().flatten()?;
+        let whole = captures.get(0)?;
+        let expert = captures.name("expert").and_then(|number| number.as_str().parse().ok());
+        let group = captures.get(1).map_or("", |group| group.as_str());
+        let target = target.replace(r"\1", group).replace(r"\.", ".");
+        let (before, after) = (&rest[..whole.start()], &rest[whole.end()..]);
+        Some((format!("{prefix}{before}{target}{after}"), expert))
+    }
+}
+
+/// Brings what a rule stacks, joins or splits to whole rows of one tensor.
+fn conversion(rule: &Rule) -> Result<Conversion> {
+    let plain = rule.operations.iter().all(|operation| operation.plain);
+    let operations: Vec<_> =
+        rule.operations.iter().map(|one| (one.name.as_str(), one.dimension)).collect();
+    let (first, target) = match (rule.sources.first(), rule.targets.first()) {
+        (Some(first), Some(target)) => (first, target.clone()),
+        _ => return Err(incomplete(rule)),
+    };
+    let numbered = |source: &String| source.replacen("*.", r"(?<expert>\d+)\.", 1);
+    let slots = |count, equal| {
+        (0..count).map(move |slot| Some(Piece { expert: None, slot, slots: count, equal }))
+    };
+    let patterns = |sources: Vec<String>, pieces: Vec<Option<Piece>>| {
+        let patterns = sources.iter().map(|source| pattern(source, &rule.prefixes));
+        patterns.zip(pieces).map(|(pattern, piece)| Ok((pattern?, piece))).collect::<Result<_>>()
+    };
+    let count = rule.sources.len();
+    let joined = match operations.as_slice() {
+        [("MergeModulelist", Some(0))] if count == 1 => true,
+        [("MergeModulelist", Some(0)), ("Concatenate", Some(1))] => true,
+        [("Concatenate", Some(0))] => !rule.sources.iter().any(|source| source.contains("*.")),
+        _ => false,
+    };
+    if plain && joined && rule.targets.len() == 1 {
+        // Which of a model's parts are equal, their rule does not tell; those of experts are.
+        let equal = operations[0].0 == "MergeModulelist";
+        let sources = rule.sources.iter().map(numbered).collect();
+        let pieces = slots(count, equal).collect();
+        return Ok(Conversion { sources: patterns(sources, pieces)?, target, obstacle: None });
+    }
+    let split = match operations.as_slice() {
+        [("Chunk", Some(0))] => Some(true),
+        [("Split", Some(0))] => Some(false),
+        _ => None,
+    };
+    if let Some(equal) = split.filter(|_| plain && count == 1) {
+        let sources = rule.targets.iter().map(|target| escape(&plain_text(target)).into_owned());
+        let pieces = slots(rule.targets.len(), equal).collect();
+        let sources = patterns(sources.collect(), pieces)?;
+        return Ok(Conversion { sources, target: plain_text(first), obstacle: None });
+    }
+    if let [("Transpose", _)] = operations.as_slice()
+        && plain_text(first) == plain_text(&target)
+    {
+        // A change that no name shows; the shapes do.
+        return Ok(Conversion { sources: Vec::new(), target, obstacle: None });
+    }
+    let names: Vec<_> = operations.iter().map(|(name, _)| *name).collect();
+    let obstacle = format!(
+        "transformers makes it of what is stored by {}, which is no cutting into rows; merge with \
+         PEFT",
+        names.join(" and ")
+    );
+    let sources: Vec<_> = rule.sources.iter().map(numbered).collect();
+    let targets = rule.targets.iter().map(|target| escape(&plain_text(target)).into_owned());
+    let sources: Vec<_> = sources.into_iter().chain(targets).collect();
+    let pieces = vec![None; sources.len()];
+    Ok(Conversion { sources: patterns(sources, pieces)?, target, obstacle: Some(obstacle) })
+}
+
+/// The name that a pattern stands for, where it stands for one.
+fn plain_text(pattern: &str) -> String {
+    pattern.trim_start_matches('^').replace(r"\.", ".")
+}
+
+/// A stored tensor under its canonical name.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its own name.
+    pub name: String,
+    /// Which piece of the canonical tensor it is.
+    pub piece: Option<Piece>,
+    /// Why no update can be followed to it.
+    pub obstacle: Option<String>,
+}
+
+/// A base's tensors by the names that an adapter may give them.
+#[derive(Debug, Clone)]
+pub struct Names<'a> {
+    base: &'a Checkpoint,
+    renamed: Option<Renamed>,
+}
+
+#[derive(Debug, Clone)]
+struct Renamed {
+    renames: Renames,
+    tensors: IndexMap<String, Vec<Stored>>,
+}
+
+impl<'a> Names<'a> {
+    /// The names as they stand.
+    pub fn plain(base: &'a Checkpoint) -> Self {
+        Self { base, renamed: None }
+    }
+
+    /// The canonical names under some rules.
+    pub fn renamed(base: &'a Checkpoint, renames: Renames) -> Self {
+        let mut tensors = IndexMap::<String, Vec<Stored>>::new();
+        for name in base.tensors().keys() {
+            let Canonical { name: canonical, piece, obstacle } = renames.canonical(name);
+            let stored = Stored { name: name.clone(), piece, obstacle };
+            tensors.entry(canonical).or_default().push(stored);
+        }
+        Self { base, renamed: Some(Renamed { renames, tensors }) }
+    }
+
+    /// The checkpoint.
+    pub fn base(&self) -> &'a Checkpoint {
+        self.base
+    }
+
+    /// Whether rules are in use.
+    pub fn are_renamed(&self) -> bool {
+        self.renamed.is_some()
+    }
+
+    /// The canonical name of a parameter; without rules, its own.
+    pub fn canonical(&self, parameter: &str) -> Canonical {
+        match &self.renamed {
+            Some(renamed) => renamed.renames.canonical(parameter),
+            None => Canonical { name: parameter.to_owned(), piece: None, obstacle: None },
+        }
+    }
+
+    /// Every canonical name.
+    pub fn keys(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        match &self.renamed {
+            Some(renamed) => Box::new(renamed.tensors.keys().map(String::as_str)),
+            None => Box::new(self.base.tensors().keys().map(String::as_str)),
+        }
+    }
+
+    /// Whether the base has a tensor of that canonical name, or pieces of it.
+    pub fn has(&self, canonical: &str) -> bool {
+        match &self.renamed {
+            Some(renamed) => renamed.tensors.contains_key(canonical),
+            None => self.base.tensor(canonical).is_some(),
+        }
+    }
+
+    /// The name of the one stored tensor that a canonical one is, whole.
+    pub fn whole(&self, canonical: &str) -> Option<&str> {
+        match &self.renamed {
+            None => self.base.tensor(canonical).map(|tensor| tensor.name.as_str()),
+            Some(_) => match self.stored(canonical) {
+                [Stored { name, piece: None, obstacle: None }] => Some(name),
+                _ => None,
+            },
+        }
+    }
+
+    /// The stored tensors that a canonical one consists of.
+    pub fn stored(&self, canonical: &str) -> &[Stored] {
+        let renamed = self.renamed.as_ref().and_then(|renamed| renamed.tensors.get(canonical));
+        renamed.map_or(&[], Vec::as_slice)
+    }
+
+    /// The shape of a canonical tensor, its pieces put together; `None` if they do not fit.
+    pub fn shape(&self, canonical: &str) -> Option<Vec<u64>> {
+        if self.renamed.is_none() {
+            return self.base.tensor(canonical).map(|tensor| tensor.shape.clone());
+        }
+        let stored = self.stored(canonical);
+        if let [Stored { name, piece: None, .. }] = stored {
+            return self.base.tensor(name).map(|tensor| tensor.shape.clone());
+        }
+        self.heights(canonical).and_then(|heights| {
+            let first = self.base.tensor(&stored[0].name)?;
+            let rows = heights.iter().sum();
+            let experts = stored[0].piece.as_ref()?.expert.map(|_| stored.len() / heights.len());
+            let mut shape: Vec<u64> = experts.map(|count| count as u64).into_iter().collect();
+            shape.push(rows);
+            shape.extend(&first.shape[1..]);
+            Some(shape)
+        })
+    }
+
+    /// The rows of each slot of a tensor that is stored in pieces; `None` if a piece is missing, is
+    /// there twice, or is not as the others are.
+    pub fn heights(&self, canonical: &str) -> Option<Vec<u64>> {
+        let stored = self.stored(canonical);
+        let first = stored.first()?.piece.as_ref()?;
+        let mut heights = vec![None; first.slots];
+        let mut seen = HashSet::new();
+        let mut width = None;
+        for one in stored {
+            let piece = one.piece.as_ref()?;
+            let shape = &self.base.tensor(&one.name)?.shape;
+            let (rows, rest) = shape.split_first()?;
+            let alike = piece.slots == first.slots
+                && piece.expert.is_some() == first.expert.is_some()
+                && *width.get_or_insert(rest) == rest
+                && *heights[piece.slot].get_or_insert(*rows) == *rows;
+            if !alike || !seen.insert((piece.expert, piece.slot)) {
+                return None;
+            }
+        }
+        let experts = seen.iter().filter_map(|(expert, _)| *expert).max().map_or(1, |max| max + 1);
+        let complete = seen.len() as u64 == experts * first.slots as u64;
+        heights.into_iter().collect::<Option<Vec<_>>>().filter(|_| complete)
+    }
+}
+
+#[cfg(test)]
+mod tests;
