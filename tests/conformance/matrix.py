@@ -502,11 +502,5 @@ REFUSALS = (
         "megatron_config",
         by_hand={"megatron_config": {"tensor_model_parallel_size": 2}},
     ),
-    Refusal(
-        "Modules that transformers 5 names otherwise than the file",
-        lora("q_proj"),
-        "fits no tensor of the base",
-        base="vit-classifier",
-    ),
     Refusal("Types other than LoRA", lora("lin0"), "IA3", by_hand={"peft_type": "IA3"}),
 )
