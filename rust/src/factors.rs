@@ -66,13 +66,14 @@ impl<'a> Pair<'a> {
             }
             UpdateKind::Replace => unreachable!("a replacement is no product"),
         };
-        let one = match update.part.expert {
-            Some(expert) => whole.expert(expert),
+        // Whole rows of B are cut without a copy, an expert's columns with one.
+        let cut = match &update.part.outputs {
+            Some(outputs) => whole.outputs(outputs.start as usize..outputs.end as usize),
             None => whole,
         };
-        let one = match &update.part.outputs {
-            Some(outputs) => one.outputs(outputs.start as usize..outputs.end as usize),
-            None => one,
+        let one = match update.part.expert {
+            Some(expert) => cut.expert(expert),
+            None => cut,
         };
         match &update.part.inputs {
             Some(inputs) => one.inputs(inputs.start as usize..inputs.end as usize),
