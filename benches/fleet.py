@@ -294,7 +294,8 @@ def show(results: dict[str, Any], console: Console) -> None:
             way,
             f"{run['seconds']:.2f}",
             f"{run['adapters_per_second']:,.0f}",
-            f"{run['gigabytes_per_second']:.2f}",
+            # Of headers alone, and of nothing, there is no rate.
+            "" if way.endswith(("headers", "from it")) else f"{run['gigabytes_per_second']:.2f}",
             f"{run['busy']:.0%}",
             "–" if run["anonymous_mb"] is None else f"{run['anonymous_mb']:.0f} MB",
             f"{run['tables_mb']:.1f} MB",

@@ -138,7 +138,8 @@ def _show(fleet: Fleet, seconds: float, terminal: Terminal) -> None:
     terminal.heading(f"{plural(len(fleet), 'adapter')}, {plural(fleet.modules.rows, 'module')}")
     _show_findings(fleet.findings, terminal)
     _show_errors(fleet.errors, terminal)
-    rate = f"{bytes_text(fleet.bytes_read)} in {seconds_text(seconds)}"
+    what = "headers" if fleet.metrics == "headers" else bytes_text(fleet.bytes_read)
+    rate = f"{what} in {seconds_text(seconds)}"
     read = len(fleet) - fleet.remembered + len(fleet.errors)
     if seconds > 0:
         rate += f", {read / seconds:,.0f} adapters/s"

@@ -64,7 +64,8 @@ class Fleet:
             `numerical_rank`, `condition`, `entry_mean`, and `singular_values`, a list.
         findings: what to look at, the severe first.
         errors: what could not be read, each with its path and the reason.
-        bytes_read: bytes of weights files that this scan had to read.
+        bytes_read: bytes of the weights files that were not taken from the cache; with "headers"
+            that is their size, of which only the headers were read.
         remembered: adapters that were taken from the cache.
     """
 
