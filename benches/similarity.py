@@ -141,10 +141,12 @@ def child(options: argparse.Namespace) -> None:
         try:
             from threadpoolctl import threadpool_info
 
-            kernels = {info.get("architecture") for info in threadpool_info()}
-            print("kernel", ", ".join(sorted(filter(None, kernels))))
+            found = {
+                str(info["architecture"]) for info in threadpool_info() if "architecture" in info
+            }
         except ImportError:
-            print("kernel unknown")
+            found = set()
+        options.result.with_suffix(".kernel").write_text(", ".join(sorted(found)))
     print(seconds)
 
 
@@ -215,7 +217,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         if program is not None:
             peaks.append(peak(program, options.threads))
     best = [max(values) for values in zip(*peaks, strict=True)] if peaks else [None, None]
-    return {"peak_float32": best[0], "peak_float64": best[1], "results": results}
+    kernel = folder / "matrix.kernel"
+    return {
+        "peak_float32": best[0],
+        "peak_float64": best[1],
+        "blas_kernel": kernel.read_text() if kernel.exists() else "",
+        "results": results,
+    }
 
 
 def show(measured: dict[str, Any], options: argparse.Namespace, console: Console) -> None:
@@ -223,7 +231,7 @@ def show(measured: dict[str, Any], options: argparse.Namespace, console: Console
         title=f"All products of N adapters of rank {options.rank}, {options.threads} threads"
     )
     for name in ("N", "", "time", "GFLOP/s", "of f32 peak", "over NumPy", "memory"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     single = measured["peak_float32"]
     for row in measured["results"]:
         numpy_seconds = [row[name]["seconds"] for name in ("syrk", "gemm") if name in row]
@@ -251,6 +259,8 @@ def show(measured: dict[str, Any], options: argparse.Namespace, console: Console
         console.print(
             f"peak: {single:.0f} GFLOP/s in float32, {measured['peak_float64']:.0f} in float64"
         )
+    if measured["blas_kernel"]:
+        console.print(f"NumPy's BLAS took its kernels for {measured['blas_kernel']}")
 
 
 def main() -> None:

@@ -155,6 +155,23 @@ def test_zero_candidates_and_targets(tmp_path: Path, parts: list[Factors]) -> No
         lorafast.lineage(tmp_path / "zero", [tmp_path / "A"])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_candidate_that_is_not_finite_harms_no_other(
+    tmp_path: Path, parts: list[Factors], value: float
+) -> None:
+    broken = {p: (b.copy(), a) for p, (b, a) in parts[0].items()}
+    broken["layers.0.q"][0][0, 0] = value
+    write_factors(tmp_path / "AA", broken)
+    write_factors(tmp_path / "mix", mixed([(0.7, parts[0]), (0.3, parts[1])]), dtype="F64")
+    found = lorafast.lineage(tmp_path / "mix", tmp_path)
+    assert found.dependent == {tmp_path / "AA": "holds NaN or infinity"}
+    assert str(found).startswith("0.70·A + 0.30·B, residual ")
+    assert found.residual < 1e-12
+    with pytest.raises(AdapterError, match="holds NaN or infinity"):
+        lorafast.lineage(tmp_path / "AA", tmp_path / "B")
+    json.loads(found.to_json())
+
+
 def test_bad_targets_and_candidates(tmp_path: Path, parts: list[Factors]) -> None:
     del parts
     with pytest.raises(ValueError, match="holds 4 adapters; name one"):

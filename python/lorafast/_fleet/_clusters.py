@@ -84,7 +84,7 @@ def clusters(
     found: list[list[int]] = []
     for members in similarity.groups.values():
         known = [at for at in members if np.isfinite(matrix[at, at])]
-        found += [[at] for at in members if at not in set(known)]
+        found += [[at] for at in members if not np.isfinite(matrix[at, at])]
         if len(known) < 2:
             found += [[at] for at in known]
             continue

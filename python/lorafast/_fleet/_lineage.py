@@ -280,40 +280,50 @@ class _Solution:
     def _sort(self) -> tuple[list[int], dict[int, list[int]]]:
         """The candidates with something of their own, and what each of the others is made of.
 
-        Cholesky's method, row after row: a candidate's own is its distance from the span of those
-        before it.
+        Cholesky's method, column after column: a candidate's own is its distance from the span of
+        those before it.
         """
         import numpy as np
 
         count = len(self.usable)
         chosen: list[int] = []
         reasons: dict[int, list[int]] = {}
+        # Row i holds what is known of candidate i in terms of those that were chosen.
         factor = np.zeros((count, count))
         tolerances: dict[int, float] = {}
+        with np.errstate(divide="ignore"):
+            inverse = np.where(self.norms > 0, 1 / self.norms, 0.0)
         for at in range(1, count):
             norm = float(self.norms[at])
             if not math.isfinite(norm) or norm == 0:
                 reasons[at] = []
                 continue
             size = len(chosen)
-            products = self.gram[at, chosen] / (norm * self.norms[chosen])
-            row = np.zeros(size)
-            for place in range(size):
-                known = factor[place, :place] @ row[:place]
-                row[place] = (products[place] - known) / factor[place, place]
+            row = factor[at, :size]
             own = math.sqrt(max(1.0 - float(row @ row), 0.0))
             limit = NOTHING
             if NOTHING < own < SUSPICIOUS:
                 limit = max(limit, self._rounding(at, chosen, tolerances) / norm)
             if own <= limit:
-                # What it is made of, by back substitution.
-                shares = np.linalg.solve(factor[:size, :size].T, row) if size else row
-                reasons[at] = [chosen[place] for place in np.flatnonzero(np.abs(shares) > 0.01)]
+                reasons[at] = self._made_of(at, chosen, row, factor)
                 continue
-            factor[size, :size] = row
-            factor[size, size] = own
+            # Candidates that are not finite spoil their own rows alone.
+            with np.errstate(invalid="ignore"):
+                column = self.gram[at:, at] * inverse[at:] / norm - factor[at:, :size] @ row
+            factor[at:, size] = column / own
             chosen.append(at)
         return chosen, reasons
+
+    def _made_of(self, at: int, chosen: list[int], row: Matrix, factor: Matrix) -> list[int]:
+        """Those of the chosen that a candidate without anything of its own is made of."""
+        import numpy as np
+
+        cosines = np.abs(self.gram[at, chosen]) / (self.norms[chosen] * self.norms[at])
+        like = int(np.argmax(cosines))
+        if cosines[like] > 1 - SUSPICIOUS**2:
+            return [chosen[like]]
+        shares = np.linalg.solve(factor[chosen, : len(row)].T, row)
+        return [chosen[place] for place in np.flatnonzero(np.abs(shares) > 0.01)]
 
     def _rounding(self, at: int, chosen: list[int], known: dict[int, float]) -> float:
         """What rounding may have done to a candidate and to the most alike of those before it."""

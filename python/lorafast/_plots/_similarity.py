@@ -80,7 +80,7 @@ def _order(
             order += [known[leaf] for leaf in hierarchy().leaves_list(joined)]
         else:
             order += known
-        order += [at for at in members if at not in set(known)]
+        order += [at for at in members if not np.isfinite(matrix[at, at])]
     return order, trees
 
 
