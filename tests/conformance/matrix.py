@@ -352,6 +352,9 @@ FEATURES = (
             Entry("two on one module", (parameters(*EXPERTS),), "transposed-experts"),
             Entry("square", (parameters("square.proj"),), "transposed-experts"),
             Entry("of a layer", (parameters("lin0.weight", "nobias.weight"),)),
+            Entry("beside a layer", (lora("lin0", target_parameters=["lin1.weight"]),)),
+            Entry("two on one", (parameters("lin0.weight"), parameters("lin0.weight", r=3))),
+            Entry("two on two", (parameters("lin0.weight"), parameters("lin1.weight", r=3))),
             Entry("of Conv1D", (parameters("c_fc.weight", "c_attn.weight"),), "gpt2"),
         ),
         roundings=2,
@@ -361,6 +364,13 @@ FEATURES = (
         "rows of W are the file's",
         (
             one("by name", "conv1d", trainable_token_indices={"emb": [0, 10, 11]}),
+            Entry(
+                "two of other rows",
+                (
+                    lora("conv1d", trainable_token_indices={"emb": [0, 10, 11]}),
+                    lora("lin0", r=3, trainable_token_indices={"emb": [1, 12]}),
+                ),
+            ),
             one("input embedding", "q_proj", base="llama", trainable_token_indices=[3, 2, 330]),
             one(
                 "input embedding and head",
@@ -378,6 +388,7 @@ FEATURES = (
             one("mha", "mha"),
             one("mha and Linear", "mha", "lin0", use_rslora=True),
             one("biases", "mha", bias="all"),
+            Entry("two", (lora("mha"), lora("mha", r=3))),
             one("output alone", "mha.out_proj"),
         ),
         # In bf16 and f16 the product itself is rounded, then each of two sums.
@@ -411,6 +422,7 @@ FEATURES = (
         (
             one("kasa", "lin0", "lin1", kasa_config={}),
             one("rsLoRA", "nobias", kasa_config={}, use_rslora=True, r=3),
+            one("r = 4", "lin0", kasa_config={}, r=4, lora_alpha=4),
         ),
         roundings=3,
         decomposed=True,
