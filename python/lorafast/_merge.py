@@ -275,7 +275,9 @@ def merge(
             its weight, "average" by 1/N.
         weights: for "weighted", one finite number an adapter, negative ones too; all 1 if missing.
         dtype: "auto" keeps each tensor's; "float16", "bfloat16", "float32" (or "fp16", "bf16",
-            "fp32") convert every floating-point tensor of 16 bits and more.
+            "fp32") convert every floating-point tensor of 16 bits and more, and write quantised
+            weights out, without their scales and without the config's entry on quantisation;
+            under "auto" what changes of them is quantised again with the same scheme.
         device: where to compute: "cpu".
         threads: worker threads; one per core if missing. The result does not depend on it.
         overwrite: replace a model in `output`; files that are not part of a model stay.
