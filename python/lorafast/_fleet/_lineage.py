@@ -361,7 +361,8 @@ class _Solution:
     def residual(self) -> float:
         """‖T − Σ wᵢ·Xᵢ‖/‖T‖."""
         square = self.gram[0, 0]
-        share = 1.0 - float(self.weights @ self.gram[0]) / square
+        chosen = self.independent
+        share = 1.0 - float(self.weights[chosen] @ self.gram[0, chosen]) / square
         relative = math.sqrt(min(max(share, 0.0), 1.0))
         members = self.core.members()
         ranks = sum(max(members[self.usable[at]]["ranks"], default=0) for at in self.independent)
