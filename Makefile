@@ -34,9 +34,10 @@ lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Pytho
 	$(BIN)/stubtest lorafast._core
 
 .PHONY: bench
-bench: $(VENV)/installed-test ## time merge and analysis; takes minutes, memory and 10 GB of disk
+bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour and 15 GB of disk
 	$(BIN)/python benches/merge.py
 	$(BIN)/python benches/analyze.py
+	$(BIN)/python benches/fleet.py
 	$(BIN)/python benches/similarity.py
 
 .PHONY: clean
