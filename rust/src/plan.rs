@@ -441,6 +441,18 @@ impl Plan {
             weights.iter_mut().for_each(|weight| *weight = -*weight);
         }
         refuse_obstacles(inputs, &options.allow)?;
+        let repeats =
+            |adapter: &Arc<Adapter>| adapter.config().features().layer_replication.is_some();
+        if options.subtract
+            && options.compat == Some(Compat::Peft)
+            && inputs.adapters.iter().any(repeats)
+        {
+            return Err(Error::Plan(vec![format!(
+                "PEFT adds the updates of repeated layers (layer_replication) to all of them, and \
+                 the merged checkpoint does not tell which those were; {}",
+                restoring::GIVE_THE_BASE
+            )]));
+        }
         // A merged checkpoint has the repeated layers written out.
         let replicated = match options.subtract {
             true => None,

@@ -276,9 +276,9 @@ mod tests {
         let inputs = open(&root.join("base"), &[adapter]);
         let plan = Plan::new(&inputs, plain()).expect("fits");
         assert_eq!((plan.count("merge"), plan.count("copy")), (1, 0));
-        let alone = plan.of_base_alone(&inputs, None);
+        let alone = plan.of_base_alone(&inputs, None).expect("floats");
         assert_eq!((alone.count("merge"), alone.count("copy")), (0, 1));
-        let wide = plan.of_base_alone(&inputs, Some(Dtype::F16));
+        let wide = plan.of_base_alone(&inputs, Some(Dtype::F16)).expect("floats");
         assert_eq!(
             (wide.count("cast"), wide.config_changes.dtype.as_deref()),
             (1, Some("float16"))

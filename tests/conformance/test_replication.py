@@ -122,7 +122,8 @@ def test_per_layer_settings_of_the_config(toys: Toys, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ([[0, 7]], "repeats the layer 3.*the base has 3 layers"),
+        ([[0, 7]], "repeats layers up to 6.*the base has 3 layers"),
+        ([[0, 10**15]], "the base has 3 layers"),
         ([[1, 1]], "list of pairs"),
         ([[0, 1, 2]], "list of pairs"),
         ("twice", "list of pairs"),

@@ -97,10 +97,12 @@ impl Plan {
 
     /// The plan that writes the base alone, in that type (a safetensors name) or its own.
     #[pyo3(signature = (*, dtype=None))]
-    fn of_base_alone(&self, py: Python<'_>, dtype: Option<&str>) -> Self {
+    fn of_base_alone(&self, py: Python<'_>, dtype: Option<&str>) -> PyResult<Self> {
         let dtype = dtype.map(Dtype::from_name);
-        let plan = py.detach(|| self.plan.of_base_alone(&self.inputs, dtype));
-        Self { inputs: self.inputs.clone(), plan }
+        let plan = py
+            .detach(|| self.plan.of_base_alone(&self.inputs, dtype))
+            .map_err(|error| to_python(py, error))?;
+        Ok(Self { inputs: self.inputs.clone(), plan })
     }
 
     /// How far what came back can lie from the base, of a plan that subtracts and was carried out

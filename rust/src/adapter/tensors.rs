@@ -184,6 +184,12 @@ fn trained_rows(
             "has {name}, but trainable_token_indices in its config does not say which rows they are"
         ));
     };
+    if !tensor.dtype.is_mergeable() {
+        return Err(format!(
+            "{name} has the type {}; trained rows are of a floating-point type",
+            tensor.dtype
+        ));
+    }
     if tensor.shape.len() != 2 || tensor.shape[0] != rows.len() as u64 {
         return Err(format!(
             "{name} has shape {:?}, but trainable_token_indices in its config names {} tokens",

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::naming::{Naming, Placing, Slice};
 use super::planner::{Planner, refuse_quantised};
 use super::targets::{self, ExpertLayout, Target};
-use super::{Part, Strategy, Update, UpdateKind};
+use super::{Compat, Part, Strategy, Update, UpdateKind};
 use crate::adapter::{Form, LayerKind, Module, Saved};
 use crate::kernel::Orientation;
 use crate::renames::Piece;
@@ -37,6 +37,13 @@ impl Planner<'_> {
         let kind = if module.magnitude.is_some() { UpdateKind::Dora } else { UpdateKind::LowRank };
         self.refuse_subtracting(path, kind)?;
         let adapter = &self.inputs.adapters[position];
+        let repeats = adapter.config().features().layer_replication.is_some();
+        if repeats && self.options.compat == Some(Compat::Peft) {
+            return Err(format!(
+                "its module {path} is in a layer that PEFT repeats, and the base stores its weight \
+                 in pieces or as a part of another; leave compat out"
+            ));
+        }
         if self.residual(adapter, (module, target), None)?.is_some() {
             return Err(format!(
                 "its module {path} began with components taken out of the base's weight \
@@ -100,6 +107,18 @@ impl Planner<'_> {
             None | Some(Placing::Whole(_)) => return Ok(false),
             Some(Placing::Slices(slices)) => {
                 let height = slices.iter().map(|slice| slice.rows.end).max().unwrap_or(0);
+                let experts = slices.iter().filter_map(|slice| slice.expert).next();
+                let rows = height * experts.map_or(1, |expert| expert.count);
+                let own = if shape.len() == 1 { shape[0] } else { rows_of(shape) };
+                if own != rows {
+                    return Err(format!(
+                        "its tensor {} of shape {shape:?} replaces what the base stores in {} \
+                         pieces, {rows} rows in all ({} and others)",
+                        saved.tensor.name,
+                        slices.len(),
+                        slices[0].tensor
+                    ));
+                }
                 let place = |slice: Slice| {
                     let first = slice.expert.map_or(0, |expert| expert.index * height);
                     let (start, end) = (slice.rows.start, slice.rows.end);
@@ -110,7 +129,9 @@ impl Planner<'_> {
             Some(Placing::Band { tensor, piece }) => {
                 let stored = &self.source(&tensor).expect("one of the base's").shape;
                 let (first, height) = match (stored.as_slice(), piece.expert) {
-                    (&[_, height, _], Some(expert)) => (expert * height, height),
+                    (&[count, height, _], Some(expert)) if expert < count => {
+                        (expert * height, height)
+                    }
                     (&[height, ..], None) => (0, height),
                     _ => (0, 0),
                 };
@@ -133,7 +154,10 @@ impl Planner<'_> {
                 Some(width) => stored.len() > 1 && stored.last() == Some(width),
                 None => stored.len() == 1,
             };
-            if !fits || from.end > rows || from.end - from.start != to.end - to.start {
+            let there = if stored.len() == 1 { stored[0] } else { rows_of(stored) };
+            let within = from.end <= rows && to.end <= there;
+            let floats = saved.tensor.dtype.is_mergeable();
+            if !fits || !floats || !within || from.end - from.start != to.end - to.start {
                 return Err(format!(
                     "its tensor {} of shape {shape:?} does not fit {name} of shape {stored:?}, where \
                      the base stores a part of it or it is a part",

@@ -119,6 +119,7 @@ impl<'a> Planner<'a> {
             return;
         }
         self.problems.extend(problems.iter().map(|problem| format!("{label}: {problem}")));
+        let complained = !problems.is_empty();
         let notes = naming.describe();
         self.notes.extend(notes.iter().map(|note| format!("{label}: {note}")));
         // Replacements first: what the adapter adds, it adds to its own tensors. Of those, first the
@@ -147,14 +148,24 @@ impl<'a> Planner<'a> {
                 Err(problem) => Err(problem),
             };
             let name = match found {
-                Ok(name) => name.and_then(|name| self.name_in_tie(&name).or(Some(name))),
+                // A head that the backbone does not have keeps the name that the whole model gives it.
+                Ok(name) => {
+                    let name = name.unwrap_or_else(|| target.parameter.clone());
+                    self.name_in_tie(&name).unwrap_or(name)
+                }
                 Err(problem) => {
                     self.problems.push(format!("{label}: {problem}"));
                     continue;
                 }
             };
-            // What fits nothing has been complained of.
-            let Some(name) = name.filter(|name| self.source(name).is_some()) else { continue };
+            if self.source(&name).is_none() {
+                if !complained {
+                    let path = &module.path;
+                    self.problems
+                        .push(format!("{label}: its module {path} fits no tensor of the base"));
+                }
+                continue;
+            }
             match self.update(position, (module, target), &name, &naming, weight) {
                 Ok(transposed) => {
                     let counts = module.kind == LayerKind::Linear
@@ -200,6 +211,12 @@ impl<'a> Planner<'a> {
         let replaced = self.tensors.get(name).and_then(|change| change.origin.as_ref());
         let shape = match replaced {
             Some((owner, source)) if *owner == position => source.shape.clone(),
+            Some((_, source)) if source.shape != tensor.shape => {
+                return Err(format!(
+                    "its module {path} updates {name}, of which an earlier adapter changed the \
+                     number of tokens; merge the one, and this one into what comes of it"
+                ));
+            }
             _ => tensor.shape.clone(),
         };
         let (orientation, parts) = match target.layout {
@@ -240,7 +257,14 @@ impl<'a> Planner<'a> {
             }
             let mut update = update(UpdateKind::Vector, 1, false, Part::default());
             update.residual = None;
-            self.tensors.entry(name).or_default().updates.push(update);
+            let names = match self.options.compat {
+                // PEFT's repeated layers share their biases as well.
+                Some(Compat::Peft) => replication::sharing(self.base, &name),
+                None => [name].into(),
+            };
+            for name in names {
+                self.tensors.entry(name).or_default().updates.push(update.clone());
+            }
         }
         let rank = module.product_rank(target.rank);
         let mut names = self.updated_by(path, name)?;

@@ -83,18 +83,7 @@ impl Planner<'_> {
             }
             return;
         };
-        if let Some(foreign) = self.quantised.foreign() {
-            self.problems.push(format!(
-                "the base is quantised with {}, which cannot be written as {dtype}: {}",
-                foreign.format,
-                foreign.advice()
-            ));
-        }
-        if let Some((name, problem)) = self.quantised.problems().first() {
-            self.problems.push(format!(
-                "{name} cannot be written as {dtype}: it {problem}; leave the dtype as it is"
-            ));
-        }
+        self.problems.extend(self.quantised.problems_of_writing(dtype));
         let words = schemes(&mut self.quantised.entries().values());
         if !words.is_empty() {
             changes.unquantised = true;
@@ -103,6 +92,23 @@ impl Planner<'_> {
                  config's entry on quantisation are left out"
             ));
         }
+    }
+}
+
+impl Catalogue {
+    /// In words, why not all of a checkpoint can be written unquantised.
+    pub(super) fn problems_of_writing(&self, dtype: &str) -> Vec<String> {
+        let foreign = self.foreign().map(|foreign| {
+            format!(
+                "the base is quantised with {}, which cannot be written as {dtype}: {}",
+                foreign.format,
+                foreign.advice()
+            )
+        });
+        let unreadable = self.problems().first().map(|(name, problem)| {
+            format!("{name} cannot be written as {dtype}: it {problem}; leave the dtype as it is")
+        });
+        foreign.into_iter().chain(unreadable).collect()
     }
 }
 

@@ -51,15 +51,17 @@ pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, St
             inputs.adapters[0].path().display()
         ));
     }
-    let order: Vec<u64> = ranges.iter().flat_map(|(start, end)| *start..*end).collect();
     let (prefix, layers) = find_layers(&inputs.base)?;
-    if let Some(layer) = order.iter().find(|layer| **layer >= layers) {
+    // Before they are written out: a range can be of any length.
+    if let Some((_, end)) = ranges.iter().find(|(_, end)| *end > layers) {
         return Err(format!(
-            "{}: repeats the layer {layer} (layer_replication), but the base has {layers} layers \
+            "{}: repeats layers up to {} (layer_replication), but the base has {layers} layers \
              ({prefix}0 and so on)",
-            inputs.adapters[0].path().display()
+            inputs.adapters[0].path().display(),
+            end - 1
         ));
     }
+    let order: Vec<u64> = ranges.iter().flat_map(|(start, end)| *start..*end).collect();
     let base = Arc::new(repeat(&inputs.base, &prefix, &order));
     let inputs = Inputs { base, adapters: inputs.adapters.clone() };
     Ok(Some((inputs, Replication { layers, order })))

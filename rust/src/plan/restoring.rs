@@ -4,6 +4,8 @@ use super::planner::{Decided, Planner};
 use super::{ConfigChanges, Inputs, Plan, UpdateKind, layout};
 use crate::adapter::{Initialisation, Saved};
 use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::quantised::Catalogue;
 
 /// The way out where a subtraction alone cannot give the base back.
 pub(super) const GIVE_THE_BASE: &str =
@@ -12,17 +14,27 @@ pub(super) const GIVE_THE_BASE: &str =
 impl Plan {
     /// The plan that writes this one's base as it is, in that type or its own: what is left once
     /// everything is taken out of a merge of this plan.
-    #[must_use]
-    pub fn of_base_alone(&self, inputs: &Inputs, dtype: Option<Dtype>) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if the base is quantised in a way that cannot be written in that type.
+    pub fn of_base_alone(&self, inputs: &Inputs, dtype: Option<Dtype>) -> Result<Self> {
         let mut options = self.options.clone();
-        let config_changes = ConfigChanges {
+        let mut config_changes = ConfigChanges {
             dtype: dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
             ..ConfigChanges::default()
         };
+        let quantised = Catalogue::of(&inputs.base);
+        if let Some(dtype) = &config_changes.dtype {
+            let problems = quantised.problems_of_writing(dtype);
+            if !problems.is_empty() {
+                return Err(Error::Plan(problems));
+            }
+            config_changes.unquantised = !quantised.entries().is_empty();
+        }
         options.dtype = dtype;
         let shards = layout::plan_shards(inputs, &options, Decided::of_base_alone(&inputs.base));
         let warnings = inputs.base.warnings().to_vec();
-        Self { options, shards, config_changes, warnings, notes: Vec::new(), ..self.clone() }
+        Ok(Self { options, shards, config_changes, warnings, notes: Vec::new(), ..self.clone() })
     }
 }
 
@@ -70,6 +82,17 @@ impl Planner<'_> {
             }
         }
         for (name, change) in &self.tensors {
+            if let (Some(quantised), Some(update)) =
+                (self.quantised.get(name), change.updates.first())
+            {
+                complain(
+                    update.adapter,
+                    format!(
+                        "{name} is stored as {}, whose rounding is too coarse to subtract from",
+                        quantised.scheme
+                    ),
+                );
+            }
             let adds = |kind| matches!(kind, UpdateKind::LowRank | UpdateKind::Vector);
             let replaced = change.origin.as_ref().map(|(owner, _)| *owner);
             let others = change.updates.iter().filter(|update| !adds(update.kind));

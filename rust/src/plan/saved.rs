@@ -42,18 +42,32 @@ impl Planner<'_> {
             return Ok(());
         };
         self.refuse_replacing(saved, &name)?;
-        if !tensor.dtype.is_mergeable() && tensor.dtype != saved.tensor.dtype {
+        let both_float = tensor.dtype.is_mergeable() && saved.tensor.dtype.is_mergeable();
+        if tensor.dtype != saved.tensor.dtype && !both_float {
             return Err(format!(
                 "its tensor {} of type {} replaces {name}, which the base stores as {}: \
                  merge into the unquantised base instead",
                 saved.tensor.name, saved.tensor.dtype, tensor.dtype
             ));
         }
+        // Counters and masks: nothing that a weight could be put on.
+        if !both_float && self.is_unchanged(position, saved, &name) {
+            let reason = format!("is the base's own {name} again");
+            self.waive(position, &saved.tensor.name, reason);
+            return Ok(());
+        }
+        let outright = weight == 1.0 && self.stands_alone();
+        if !(both_float || outright) {
+            return Err(format!(
+                "its tensor {} of type {} replaces {name} and cannot be weighted against it; use \
+                 the strategy sequential",
+                saved.tensor.name, saved.tensor.dtype
+            ));
+        }
         let (old, new) = (&tensor.shape, &saved.tensor.shape);
         let grows = ties::is_of_vocabulary(&name) && old.len() == new.len() && old[1..] == new[1..];
         let same = old == new;
-        let alone = inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential;
-        if !(same || grows && alone) {
+        if !(same || grows && outright) {
             return Err(format!(
                 "its tensor {} of shape {new:?} replaces {name} of shape {old:?}",
                 saved.tensor.name
@@ -78,7 +92,8 @@ impl Planner<'_> {
         let Some(location) = self.base.tensors().get(name) else { return false };
         let base = self.base.at(*location);
         let (from, to) = (&base.dtype, &saved.tensor.dtype);
-        if self.options.compat == Some(Compat::Peft) || from.size() > to.size() {
+        let mergeable = from.is_mergeable() && to.is_mergeable();
+        if self.options.compat == Some(Compat::Peft) && mergeable {
             return false;
         }
         let base = self.base.shards()[location.shard].file.tensor_bytes(base);
@@ -86,7 +101,6 @@ impl Planner<'_> {
         if from == to {
             return base == bytes;
         }
-        let mergeable = from.is_mergeable() && to.is_mergeable();
         mergeable && from.size() < to.size() && {
             let mut widened = vec![0; bytes.len()];
             kernel::convert(InstructionSet::detect(), from, base, to, &mut widened);
@@ -105,6 +119,7 @@ impl Planner<'_> {
         let file = self.inputs.adapters[position].file();
         let is_same =
             |other: &TensorInfo| file.tensor_bytes(other) == file.tensor_bytes(&saved.tensor);
+        let replaces_outright = weight == 1.0 && self.stands_alone();
         let change = self.tensors.entry(name.clone()).or_default();
         // A parameter that two modules share can be in the file under either name, and under both.
         let by_name = |update: &Update| {
@@ -126,7 +141,7 @@ impl Planner<'_> {
             self.waive(position, &saved.tensor.name, reason);
             return Ok(());
         }
-        if weight == 1.0 && self.options.strategy == Strategy::Sequential {
+        if replaces_outright {
             // Whatever earlier adapters did to it is gone, as when one is merged after the other.
             let replacement = TensorChange {
                 origin: Some((position, saved.tensor.clone())),
@@ -162,6 +177,12 @@ impl Planner<'_> {
             });
         }
         Ok(())
+    }
+
+    /// Whether an adapter's parameter takes the place of the base's, rather than being weighed with
+    /// those of others.
+    fn stands_alone(&self) -> bool {
+        self.inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential
     }
 
     fn resize_vocabulary(&mut self, old: u64, new: u64) -> Result<(), String> {

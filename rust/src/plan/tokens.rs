@@ -35,6 +35,13 @@ impl Planner<'_> {
         let origin = self.tensors.get(&name).and_then(|change| change.origin.as_ref());
         let shape = match origin {
             Some((owner, source)) if *owner == position => &source.shape,
+            Some((_, source)) if source.shape != tensor.shape => {
+                return Err(format!(
+                    "its tensor {} replaces rows of {name}, of which an earlier adapter changed the \
+                     number of tokens; merge the one, and this one into what comes of it",
+                    rows.tensor.name
+                ));
+            }
             _ => &tensor.shape,
         };
         let width = rows.tensor.shape[1];
