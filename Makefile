@@ -35,6 +35,8 @@ lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Pytho
 
 .PHONY: bench
 bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour and 15 GB of disk
+	$(BIN)/python benches/startup.py
+	cargo bench --locked --bench kernel
 	$(BIN)/python benches/merge.py
 	$(BIN)/python benches/analyze.py
 	$(BIN)/python benches/fleet.py

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import pickle
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 
 import lorafast
 import pytest
@@ -55,14 +57,85 @@ ERRORS = [
 ]
 
 
-def test_importing_it_imports_nothing_heavy() -> None:
-    code = "import json, sys, lorafast; print(json.dumps(sorted(sys.modules)))"
+#: Too slow for a command that only has to answer or to merge.
+SLOW = {"argparse", "asyncio", "dataclasses", "numpy", "sqlite3", "statistics", "typing", "urllib"}
+
+
+def loaded_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter holds after some code, beyond those it starts with."""
+    count = "import json, sys; before = set(sys.modules)"
+    tell = "print(chr(10) + json.dumps(sorted(set(sys.modules) - before)))"
     output = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True
+        [sys.executable, "-W", "error", "-c", f"{count}\n{code}\n{tell}"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
-    loaded = {name.split(".")[0] for name in json.loads(output)}
+    return set(json.loads(output.splitlines()[-1]))
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in modules}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import lorafast",
+        "from lorafast._cli import main; main(['--version'])",
+    ],
+)
+def test_importing_it_imports_nothing_heavy(code: str) -> None:
+    loaded = loaded_after(code)
     assert "lorafast" in loaded
-    assert not loaded.intersection(HEAVY)
+    assert not packages(loaded).intersection([*HEAVY, *SLOW])
+    ours = {name for name in loaded if name.startswith("lorafast.")}
+    assert ours <= {"lorafast._core", "lorafast._errors", "lorafast._cli"}
+
+
+def test_a_name_imports_its_own_module_alone() -> None:
+    loaded = loaded_after("from lorafast import merge")
+    assert "lorafast._merge" in loaded
+    assert not loaded.intersection({"lorafast._analysis", "lorafast.analyzers"})
+    assert not packages(loaded).intersection([*HEAVY, "numpy"])
+
+
+def test_a_merge_by_the_command_imports_nothing_heavy(tmp_path: Path) -> None:
+    from support.handmade import adapter_tensors, make_adapter, make_base
+
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", adapter_tensors())
+    words = ["merge", "--base", str(base), "--adapters", str(adapter)]
+    words += ["--output", str(tmp_path / "out")]
+    loaded = loaded_after(f"from lorafast._cli import main; assert main({words!r}) == 0")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not packages(loaded).intersection([*HEAVY, "numpy"])
+    commands = {name for name in loaded if name.startswith("lorafast._cli._")}
+    assert "lorafast._cli._merge" in commands
+    assert not commands.intersection({"lorafast._cli._analyze", "lorafast._cli._scan"})
+
+
+def test_type_checkers_and_the_interpreter_find_the_same_names() -> None:
+    tree = ast.parse(Path(str(lorafast.__file__)).read_text())
+    seen = {
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lorafast.")
+        for alias in node.names
+    }
+    at_once = {"lorafast._core", "lorafast._errors"}
+    lazily = {
+        (f"lorafast.{home}", name) for home, names in lorafast._HOMES.items() for name in names
+    }
+    assert {(home, name) for home, name in seen if home not in at_once} == lazily
+    assert {name for _, name in seen} == set(lorafast.__all__)
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'merges'"):
+        _ = lorafast.merges  # type: ignore[attr-defined]
+    with pytest.raises(ImportError, match="merges"):
+        exec("from lorafast import merges")
 
 
 def test_all_is_exact() -> None:
@@ -113,8 +186,6 @@ def test_errors_survive_pickling(name: str) -> None:
 
 
 def test_a_raised_plan_error_keeps_its_problems_in_a_pickle(tmp_path: object) -> None:
-    from pathlib import Path
-
     import numpy as np
     from support.files import tensor
     from support.handmade import adapter_tensors, make_adapter, make_base
@@ -143,6 +214,12 @@ def test_the_version_is_the_distributions() -> None:
     from importlib.metadata import version
 
     assert lorafast.__version__ == version("lorafast")
+
+
+def test_the_build_says_which_instructions_it_has() -> None:
+    info = lorafast.build_info()
+    assert info["instruction_sets"][0] == "portable"
+    assert info["instruction_set"] == info["instruction_sets"][-1]
 
 
 def test_signatures_are_the_documented_ones() -> None:

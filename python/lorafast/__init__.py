@@ -7,7 +7,6 @@ and `subtract` undoes it; `inspect` lists what a file holds. `analyze` measures 
 under the names of NeuroTrain's tools.
 """
 
-from lorafast._analysis import analyze, compare
 from lorafast._core import __version__, build_info
 from lorafast._errors import (
     AdapterError,
@@ -20,34 +19,40 @@ from lorafast._errors import (
     UnsupportedAdapterError,
     VerificationError,
 )
-from lorafast._fleet._duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
-from lorafast._fleet._fleet import Fleet, FleetFinding
-from lorafast._fleet._lineage import Lineage, lineage
-from lorafast._fleet._paths import ScanError
-from lorafast._fleet._scan import scan
-from lorafast._fleet._similarity import Similarity, similarity
-from lorafast._fleet._trajectory import Checkpoint, Trajectory, trajectory
-from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
-from lorafast._records import (
-    AdapterAnalysis,
-    Comparison,
-    EntryStatistics,
-    Finding,
-    Histogram,
-    ModuleAnalysis,
-    ModuleComparison,
-    PairComparison,
-    TensorStatistics,
-)
-from lorafast._subtract import SubtractReport, subtract
-from lorafast._verify import Verification, verify
-from lorafast.analyzers import (
-    LoRAAnalyzer,
-    UnifiedAnalyzer,
-    analyze_lora_weights,
-    compare_lora_adapters,
-    merge_lora_adapters,
-)
+
+# Not `typing`'s, whose import would take as long as all that is imported here; type checkers know
+# the name.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lorafast._analysis import analyze, compare
+    from lorafast._fleet._duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
+    from lorafast._fleet._fleet import Fleet, FleetFinding
+    from lorafast._fleet._lineage import Lineage, lineage
+    from lorafast._fleet._paths import ScanError
+    from lorafast._fleet._scan import scan
+    from lorafast._fleet._similarity import Similarity, similarity
+    from lorafast._fleet._trajectory import Checkpoint, Trajectory, trajectory
+    from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
+    from lorafast._records import (
+        AdapterAnalysis,
+        Comparison,
+        EntryStatistics,
+        Finding,
+        Histogram,
+        ModuleAnalysis,
+        ModuleComparison,
+        PairComparison,
+        TensorStatistics,
+    )
+    from lorafast._subtract import SubtractReport, subtract
+    from lorafast._verify import Verification, verify
+    from lorafast.analyzers import (
+        LoRAAnalyzer,
+        UnifiedAnalyzer,
+        analyze_lora_weights,
+        compare_lora_adapters,
+        merge_lora_adapters,
+    )
 
 __all__ = [
     "AdapterAnalysis",
@@ -103,9 +108,69 @@ __all__ = [
     "verify",
 ]
 
-# Users see, and pickle, the public names.
-for _name in __all__:
-    _value = globals()[_name]
-    if getattr(_value, "__module__", "").startswith("lorafast._"):
-        _value.__module__ = "lorafast"
-del _name, _value
+# Where each of the other names is at home. The first use of one imports that module alone, so that
+# a command or a script waits only for what it uses.
+_HOMES = {
+    "_analysis": ("analyze", "compare"),
+    "_fleet._duplicates": ("DuplicateGroup", "Duplicates", "Evidence", "duplicates"),
+    "_fleet._fleet": ("Fleet", "FleetFinding"),
+    "_fleet._lineage": ("Lineage", "lineage"),
+    "_fleet._paths": ("ScanError",),
+    "_fleet._scan": ("scan",),
+    "_fleet._similarity": ("Similarity", "similarity"),
+    "_fleet._trajectory": ("Checkpoint", "Trajectory", "trajectory"),
+    "_merge": ("MergePlan", "MergeReport", "inspect", "merge", "plan"),
+    "_records": (
+        "AdapterAnalysis",
+        "Comparison",
+        "EntryStatistics",
+        "Finding",
+        "Histogram",
+        "ModuleAnalysis",
+        "ModuleComparison",
+        "PairComparison",
+        "TensorStatistics",
+    ),
+    "_subtract": ("SubtractReport", "subtract"),
+    "_verify": ("Verification", "verify"),
+    "analyzers": (
+        "LoRAAnalyzer",
+        "UnifiedAnalyzer",
+        "analyze_lora_weights",
+        "compare_lora_adapters",
+        "merge_lora_adapters",
+    ),
+}
+
+# Unseen by type checkers, for which the imports above are the truth: a name that is not among them
+# is an error to them.
+if not TYPE_CHECKING:
+
+    def _adopt(value):
+        """Put the home of a public name here: what users see, and what a pickle names."""
+        if getattr(value, "__module__", "").startswith("lorafast._"):
+            value.__module__ = "lorafast"
+        return value
+
+    def __getattr__(name):
+        from importlib import import_module
+
+        # The one public submodule, which used to come with the package.
+        if name == "analyzers":
+            return import_module("lorafast.analyzers")
+        for home, names in _HOMES.items():
+            if name in names:
+                module = import_module(f"lorafast.{home}")
+                for each in names:
+                    globals().setdefault(each, _adopt(getattr(module, each)))
+                return globals()[name]
+        raise AttributeError(f"module 'lorafast' has no attribute {name!r}", name=name)
+
+    def __dir__():
+        return sorted({*globals(), *__all__, "analyzers"})
+
+    for _name in __all__:
+        _adopt(globals().get(_name))
+    del _name
+
+del TYPE_CHECKING

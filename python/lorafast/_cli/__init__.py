@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
+# Not `typing`'s, whose import takes longer than the rest.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -60,11 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words == ["--version"]:  # without a parser, whose making takes longer than the answer
+        from lorafast._core import __version__
+
+        print(f"lorafast {__version__}")
+        return 0
+    from lorafast._cli._commands import commands
     from lorafast._cli._parser import build_parser
     from lorafast._cli._terminal import Terminal
 
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(commands(words)).parse_args(words)
         terminal = Terminal(quiet=getattr(arguments, "quiet", False))
         with terminal.python_warnings_as_lines():
             status: int = arguments.run(arguments, terminal)

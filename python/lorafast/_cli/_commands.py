@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from lorafast._cli import (
-    _analyze,
-    _compare,
-    _demo,
-    _duplicates,
-    _info,
-    _lineage,
-    _merge,
-    _report,
-    _scan,
-    _similar,
-    _subtract,
-    _verify,
-)
 
 if TYPE_CHECKING:
     from lorafast._cli._command import Command
 
-COMMANDS: tuple[Command, ...] = (
-    _merge.COMMAND,
-    _verify.COMMAND,
-    _subtract.COMMAND,
-    _info.COMMAND,
-    _analyze.COMMAND,
-    _compare.COMMAND,
-    _scan.COMMAND,
-    _similar.COMMAND,
-    _duplicates.COMMAND,
-    _lineage.COMMAND,
-    _report.COMMAND,
-    _demo.COMMAND,
-)
+#: The modules of this package, by the names of their commands.
+MODULES = {
+    "merge": "_merge",
+    "verify": "_verify",
+    "subtract": "_subtract",
+    "info": "_info",
+    "analyze": "_analyze",
+    "compare": "_compare",
+    "scan": "_scan",
+    "similar": "_similar",
+    "duplicates": "_duplicates",
+    "lineage": "_lineage",
+    "report": "_report",
+    "demo": "_demo",
+}
+
+
+def commands(argv: list[str]) -> list[Command]:
+    """The commands that a command line can need: the one it begins with, or all of them."""
+    names = argv[:1] if argv and argv[0] in MODULES else list(MODULES)
+    return [_command(name) for name in names]
+
+
+def _command(name: str) -> Command:
+    command: Command = import_module(f"lorafast._cli.{MODULES[name]}").COMMAND
+    return command

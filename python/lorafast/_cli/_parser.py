@@ -7,11 +7,12 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorafast._cli._commands import COMMANDS
 from lorafast._core import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lorafast._cli._command import Command
 
 # argparse before Python 3.14 takes `-1e-3` for a flag, and every version takes `-inf` for one; the
 # merge has a better answer to an infinite weight than "expected at least one argument".
@@ -45,8 +46,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(message)}\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line, a subparser for each registered command."""
+def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, a subparser for each of the commands."""
     parser = Parser(
         prog="lorafast",
         description="Merge LoRA adapters into safetensors checkpoints, as fast as copying them.",
@@ -54,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lorafast {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command in COMMANDS:
+    for command in commands:
         subparser = subparsers.add_parser(
             command.name,
             help=command.summary,
