@@ -1,4 +1,7 @@
-"""Checkpoints and adapters of a given shape, made of random numbers, for the benchmarks."""
+"""Checkpoints and adapters of a given shape, made of random numbers, for the benchmarks.
+
+A sparse checkpoint has headers and holes: it reads as zeros and takes no room.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,12 @@ class Noise:
 
 
 def write_safetensors(
-    path: Path, tensors: dict[str, tuple[int, ...]], dtype: str, noise: Noise
+    path: Path,
+    tensors: dict[str, tuple[int, ...]],
+    dtype: str,
+    noise: Noise,
+    *,
+    sparse: bool = False,
 ) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -106,16 +114,35 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if sparse:
+            file.truncate(8 + len(text) + offset)
+            return
         for shape in tensors.values():
             for chunk in noise.chunks(int(np.prod(shape))):
                 file.write(chunk)
 
 
-def make_checkpoint(path: Path, shape: Shape, dtype: str, shards: int) -> int:
+def make_checkpoint(
+    path: Path, shape: Shape, dtype: str, shards: int, *, sparse: bool = False
+) -> int:
     """Write the checkpoint and return the size of its tensors in bytes."""
+    return make_model(
+        path, dict(shape.tensors()), shape.config(dtype), dtype, shards, sparse=sparse
+    )
+
+
+def make_model(
+    path: Path,
+    everything: dict[str, tuple[int, ...]],
+    config: dict[str, object],
+    dtype: str,
+    shards: int,
+    *,
+    sparse: bool = False,
+) -> int:
+    """Write a model of any tensors and return their size in bytes."""
     path.mkdir()
     noise = Noise(dtype, 1)
-    everything = dict(shape.tensors())
     sizes = {name: int(np.prod(s)) * noise.pool.itemsize for name, s in everything.items()}
     total = sum(sizes.values())
     weight_map: dict[str, str] = {}
@@ -128,12 +155,12 @@ def make_checkpoint(path: Path, shape: Shape, dtype: str, shards: int) -> int:
         file = (
             f"model-{number:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         )
-        write_safetensors(path / file, part, dtype, noise)
+        write_safetensors(path / file, part, dtype, noise, sparse=sparse)
         weight_map.update(dict.fromkeys(part, file))
     if shards > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (path / "config.json").write_text(json.dumps(shape.config(dtype), indent=2))
+    (path / "config.json").write_text(json.dumps(config, indent=2))
     return total
 
 
@@ -150,6 +177,20 @@ def make_adapter(
                 tensors[f"{prefix}.lora_B.weight"] = (rows, rank)
     if not tensors:
         sys.exit(f"error: no linear layer is called any of {targets}")
+    write_adapter(path, tensors, targets, rank=rank, dtype=dtype, seed=seed)
+
+
+def write_adapter(
+    path: Path,
+    tensors: dict[str, tuple[int, ...]],
+    targets: list[str],
+    *,
+    rank: int,
+    dtype: str,
+    seed: int,
+    dora: bool = False,
+) -> None:
+    """Write an adapter of those tensors, into a directory that is there."""
     write_safetensors(path / "adapter_model.safetensors", tensors, dtype, Noise(dtype, seed))
     config = {
         "peft_type": "LORA",
@@ -157,6 +198,7 @@ def make_adapter(
         "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": 2 * rank,
+        "use_dora": dora,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": targets,

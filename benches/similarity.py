@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ceilings import compile_peak
 from inputs import ALL_LINEAR, DTYPES, Noise, Shape, write_safetensors
 from measure import processor, run_process, versions
 from rich.console import Console
@@ -169,20 +170,6 @@ def peak(program: Path, threads: int) -> tuple[float, float]:
     printed = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
     single, double = map(float, printed.stdout.split())
     return single, double
-
-
-def compile_peak(folder: Path) -> Path | None:
-    source = Path(__file__).with_name("peak.rs")
-    program = folder / "peak"
-    try:
-        subprocess.run(
-            ["rustc", "--edition", "2024", "-O", "-o", program, source],
-            check=True,
-            capture_output=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return program
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from inputs import Shape, make_adapter, make_checkpoint
 from measure import processor
-from merge import command_line
+from ways import command_line
 
 TARGETS = {"lorafast --version": 0.25, "lorafast merge": 0.35}
 BARE = "python -c pass"
