@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from measure import cool, run_process, warm
@@ -55,6 +55,13 @@ class Ceilings:
         if self.single:
             bounds.append((operations / self.single / 1e9, "f32"))
         return max(bounds)
+
+    def at_least(self, before: Ceilings | None) -> Ceilings:
+        """With the higher arithmetic of two measurements: a neighbour can only lower it."""
+        if before is None:
+            return self
+        single = max(self.single or 0.0, before.single or 0.0) or None
+        return replace(self, single=single, amx=max(self.amx or 0.0, before.amx or 0.0) or None)
 
     def lines(self) -> list[str]:
         lines = [

@@ -199,6 +199,7 @@ def main() -> None:
         f" {options.base_dtype} weights, {options.adapter_dtype} adapters;"
         f" {options.repetitions} rounds"
     )
+    highest_yet: Ceilings | None = None
     for name in options.case:
         with tempfile.TemporaryDirectory(dir=options.directory, prefix="lorafast-bench-") as made:
             folder = Path(made)
@@ -210,7 +211,8 @@ def main() -> None:
                     measured_on = place.stat().st_dev
                     ceilings = measure_ceilings(
                         setup.inputs[0], place, disk=setup.cold, copying=setup.copying
-                    )
+                    ).at_least(highest_yet)
+                    highest_yet = ceilings
                     print(f"\n## {name}: {CASES[name].about}\n")
                     print("".join(f"- {line}\n" for line in ceilings.lines()), end="")
                 said = run_setup(setup, place, options)
