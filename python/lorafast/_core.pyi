@@ -31,6 +31,7 @@ class Plan:
         *,
         threads: int | None = None,
         overwrite: bool = False,
+        sync: bool = True,
         instruction_set: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, Any]: ...

@@ -99,6 +99,7 @@ class MergePlan:
         device: str = "cpu",
         threads: int | None = None,
         overwrite: bool = False,
+        sync: bool = True,
         progress: Progress = False,
         verify: bool = False,
         report: bool = True,
@@ -111,6 +112,7 @@ class MergePlan:
                 output,
                 threads=threads,
                 overwrite=overwrite,
+                sync=sync,
                 instruction_set=None,
                 progress=callback,
             )
@@ -251,6 +253,7 @@ def merge(
     device: str = "cpu",
     threads: int | None = None,
     overwrite: bool = False,
+    sync: bool = True,
     progress: Progress = False,
     allow: Sequence[str] = (),
     compat: Compat | None = None,
@@ -281,6 +284,8 @@ def merge(
         device: where to compute: "cpu".
         threads: worker threads; one per core if missing. The result does not depend on it.
         overwrite: replace a model in `output`; files that are not part of a model stay.
+        sync: return when the output has reached the disk. `False` leaves the time to the system,
+            as `cp` does; a loss of power soon after can then take the model with it.
         progress: `True` draws a bar on a terminal; a callable is called with the bytes done and
             the bytes in all.
         allow: unknown fields of an adapter's config that are known not to change the result.
@@ -323,6 +328,7 @@ def merge(
         device=device,
         threads=threads,
         overwrite=overwrite,
+        sync=sync,
         progress=progress,
         verify=verify,
         report=report,

@@ -28,7 +28,7 @@ use crate::task::{self, Task};
 use crate::writer::{self, Staging};
 
 use compute::{Buffers, Computer, Slot, lock};
-use queue::Work;
+use queue::{Lanes, Work};
 use requantise::Requantising;
 
 /// What the caller decides about the execution.
@@ -38,6 +38,9 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Whether a non-empty output may be replaced.
     pub overwrite: bool,
+    /// Whether to leave it to the system when the output reaches the disk, as copying does. What a
+    /// loss of power within the next minute leaves is then no whole model.
+    pub unsynced: bool,
     /// The kernels' instructions; `None` is the best there is.
     pub instruction_set: Option<InstructionSet>,
 }
@@ -80,21 +83,23 @@ pub fn execute(
     let mut side_files = side_files::list(&inputs.base)?;
     let side_bytes: u64 = side_files.carried.iter().map(|(_, bytes)| bytes).sum();
     let total = plan.bytes() + side_bytes;
-    let staging = Staging::create(inputs, output, options.overwrite, total)?;
+    let staging = Staging::create(inputs, output, options.overwrite, !options.unsynced, total)?;
     task.expect(total);
     let files = plan
         .shards
         .iter()
         .map(|shard| {
             let file = staging.create_file(&shard.name, shard.bytes())?;
-            let failed = |error| Error::io(output.join(&shard.name), error);
-            file::write_at(&file, &shard.header, 0).map_err(failed)?;
-            task.advance(shard.header.len() as u64);
+            if !queue::copies_header(inputs, shard) {
+                let failed = |error| Error::io(output.join(&shard.name), error);
+                file::write_at(&file, &shard.header, 0).map_err(failed)?;
+                task.advance(shard.header.len() as u64);
+            }
             Ok(file)
         })
         .collect::<Result<Vec<_>>>()?;
     let instruction_set = options.instruction_set.unwrap_or_else(InstructionSet::detect);
-    let job = Job::new(inputs, plan, output, &files, instruction_set, task);
+    let job = Job::new(inputs, plan, output, &files, instruction_set, !options.unsynced, task);
     job.run(&pool)?;
     let adapter_sha256 = job.digests()?;
     drop(files);
@@ -145,7 +150,8 @@ struct Job<'a> {
     files: &'a [File],
     computer: Computer<'a>,
     task: &'a Task,
-    work: Vec<Work>,
+    lanes: Lanes,
+    sync: bool,
     slots: Vec<Slot>,
     /// Units of work left for each shard, so that the last one syncs it.
     remaining: Vec<AtomicUsize>,
@@ -161,6 +167,7 @@ impl<'a> Job<'a> {
         output: &'a Path,
         files: &'a [File],
         set: InstructionSet,
+        sync: bool,
         task: &'a Task,
     ) -> Self {
         let mut tiles = Vec::new();
@@ -175,9 +182,9 @@ impl<'a> Job<'a> {
             remaining[*shard] += 1;
         }
         let remaining = remaining.into_iter().map(AtomicUsize::new).collect();
-        let mut work: Vec<_> =
-            (0..inputs.adapters.len()).map(|adapter| Work::Digest { adapter }).collect();
-        work.extend(queue::interleave(queues));
+        // The digests have a lane of their own in front: long units, which must not come last.
+        let digests = (0..inputs.adapters.len()).map(|adapter| Work::Digest { adapter }).collect();
+        let lanes = Lanes::new(std::iter::once(digests).chain(queues).collect());
         let digests = inputs.adapters.iter().map(|_| Mutex::new(None)).collect();
         Self {
             inputs,
@@ -186,7 +193,8 @@ impl<'a> Job<'a> {
             files,
             computer,
             task,
-            work,
+            lanes,
+            sync,
             slots,
             remaining,
             digests,
@@ -202,11 +210,11 @@ impl<'a> Job<'a> {
                 self.sync(shard)?;
             }
         }
-        let next = AtomicUsize::new(0);
         let failure = Mutex::new(None);
         pool.broadcast(|_| {
             let mut buffers = Buffers::default();
-            while let Some(work) = self.work.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut lane = None;
+            while let Some(work) = self.lanes.take(&mut lane) {
                 if let Err(error) =
                     self.task.check().and_then(|()| self.carry_out(work, &mut buffers))
                 {
@@ -215,7 +223,7 @@ impl<'a> Job<'a> {
                     if matches!(*failure, None | Some(Error::Cancelled)) {
                         *failure = Some(error);
                     }
-                    next.store(self.work.len(), Ordering::Relaxed);
+                    self.lanes.stop();
                 }
             }
         });
@@ -261,7 +269,17 @@ impl<'a> Job<'a> {
     }
 
     fn sync(&self, shard: usize) -> Result<()> {
+        if !self.sync {
+            return Ok(());
+        }
         self.files[shard].sync_all().map_err(|error| self.write_error(shard, error))
+    }
+
+    /// What is synced at the end is sent to the disk as early as possible, so that both overlap.
+    fn begin_writing(&self, shard: usize, offset: u64, length: u64) {
+        if self.sync {
+            file::begin_writing(&self.files[shard], offset..offset + length);
+        }
     }
 
     fn write_error(&self, shard: usize, error: std::io::Error) -> Error {
@@ -271,7 +289,7 @@ impl<'a> Job<'a> {
     fn write(&self, shard: usize, bytes: &[u8], offset: u64) -> Result<()> {
         file::write_at(&self.files[shard], bytes, offset)
             .map_err(|error| self.write_error(shard, error))?;
-        file::begin_writing(&self.files[shard], offset..offset + bytes.len() as u64);
+        self.begin_writing(shard, offset, bytes.len() as u64);
         self.task.advance(bytes.len() as u64);
         Ok(())
     }
@@ -288,7 +306,7 @@ impl<'a> Job<'a> {
         file::copy_range(from.file(), source.clone(), &self.files[shard], target, buffer)
             .map_err(|error| self.write_error(shard, error))?;
         let length = source.end - source.start;
-        file::begin_writing(&self.files[shard], target..target + length);
+        self.begin_writing(shard, target, length);
         self.task.advance(length);
         Ok(())
     }

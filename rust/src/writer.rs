@@ -27,6 +27,7 @@ const LOCK: &str = "lock";
 pub struct Staging {
     output: PathBuf,
     staging: PathBuf,
+    sync: bool,
     lock: Option<File>,
     /// The outermost directory that did not exist before, removed again on failure.
     created: Option<PathBuf>,
@@ -132,11 +133,18 @@ fn check_space(_output: &Path, _needed: u64) -> Result<()> {
 }
 
 impl Staging {
-    /// Checks the output and takes possession of it.
+    /// Checks the output and takes possession of it. With `sync`, what is committed has reached
+    /// the disk.
     ///
     /// # Errors
     /// [`Error::Output`] or [`Error::Io`], with the output left as it was.
-    pub fn create(inputs: &Inputs, output: &Path, overwrite: bool, bytes: u64) -> Result<Self> {
+    pub fn create(
+        inputs: &Inputs,
+        output: &Path,
+        overwrite: bool,
+        sync: bool,
+        bytes: u64,
+    ) -> Result<Self> {
         check_place(inputs, output)?;
         check_content(output, overwrite)?;
         check_space(output, bytes)?;
@@ -144,8 +152,9 @@ impl Staging {
         let created =
             place.ancestors().take_while(|path| !path.exists()).last().map(Path::to_path_buf);
         let staging = output.join(STAGING);
+        let output_path = output.to_path_buf();
         let mut this =
-            Self { output: output.to_path_buf(), staging, lock: None, created, committed: false };
+            Self { output: output_path, staging, sync, lock: None, created, committed: false };
         fs::create_dir_all(&this.staging).map_err(|error| Error::io(&this.staging, error))?;
         let path = this.staging.join(LOCK);
         let lock = File::create(&path).map_err(|error| Error::io(&path, error))?;
@@ -218,7 +227,8 @@ impl Staging {
         let path = self.path(name)?;
         let failed = |error| Error::io(&path, error);
         let mut file = File::create(&path).map_err(failed)?;
-        file.write_all(content).and_then(|()| file.sync_all()).map_err(failed)
+        file.write_all(content).map_err(failed)?;
+        if self.sync { file.sync_all().map_err(failed) } else { Ok(()) }
     }
 
     /// Puts the prepared files in their places. Weights and indexes of an older model that the new
@@ -244,8 +254,10 @@ impl Staging {
         fs::remove_dir_all(&self.staging).map_err(|error| Error::io(&self.staging, error))?;
         // The renames themselves are made durable by syncing the directory.
         let directory = File::open(&self.output).map_err(|error| Error::io(&self.output, error))?;
-        // Not every file system can sync a directory, and the data is safe already.
-        let _ = directory.sync_all();
+        if self.sync {
+            // Not every file system can sync a directory, and the data is safe already.
+            let _ = directory.sync_all();
+        }
         Ok(())
     }
 

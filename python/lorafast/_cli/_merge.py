@@ -118,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace the output directory if it exists"
     )
     outcome.add_argument(
+        "--no-sync",
+        action="store_true",
+        help="do not wait until the output has reached the disk, as cp does not",
+    )
+    outcome.add_argument(
         "--verify", action="store_true", help="read the result back and prove it, as verify does"
     )
     outcome.add_argument(
@@ -187,6 +192,7 @@ def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
         device=arguments.device,
         threads=arguments.threads,
         overwrite=arguments.overwrite,
+        sync=not arguments.no_sync,
         progress=not arguments.quiet,
         allow=arguments.allow,
         compat=arguments.compat,

@@ -57,13 +57,15 @@ impl Plan {
     }
 
     /// Carries the plan out on the CPU; returns the summary as plain objects.
-    #[pyo3(signature = (output, *, threads=None, overwrite=false, instruction_set=None, progress=None))]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+    #[pyo3(signature = (output, *, threads=None, overwrite=false, sync=true, instruction_set=None, progress=None))]
     fn execute(
         &self,
         py: Python<'_>,
         output: PathBuf,
         threads: Option<usize>,
         overwrite: bool,
+        sync: bool,
         instruction_set: Option<&str>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
@@ -71,7 +73,7 @@ impl Plan {
             .map(InstructionSet::from_name)
             .transpose()
             .map_err(|error| to_python(py, error))?;
-        let options = execute::Options { threads, overwrite, instruction_set };
+        let options = execute::Options { threads, overwrite, unsynced: !sync, instruction_set };
         let summary = job::run(py, progress, |task| {
             execute::execute(&self.inputs, &self.plan, &output, &options, task)
         })?;

@@ -1,6 +1,7 @@
 //! A plan as units of work, in the order in which threads take them.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::dtype::Dtype;
 use crate::kernel;
@@ -12,8 +13,8 @@ pub(crate) const TILE_BYTES: usize = 512 << 10;
 /// Bytes of one unit of copying: large enough to be cheap, small enough to be cancelled within
 /// a fraction of a second and to be shared between threads.
 const COPY_BYTES: u64 = 16 << 20;
-/// Shards that are written at the same time.
-const LANES: usize = 2;
+/// What file systems share is whole blocks, which lie at the same place within a block in both files.
+const BLOCK_BYTES: u64 = 4096;
 
 /// One unit of work.
 #[derive(Debug, Clone)]
@@ -35,6 +36,18 @@ pub(crate) fn accumulator(dtype: &Dtype) -> Dtype {
     if *dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 }
 }
 
+/// Whether a shard begins with header and tensors of the base's, so that both are copied together.
+pub(super) fn copies_header(inputs: &Inputs, shard: &PlannedShard) -> bool {
+    let source = &inputs.base.shards()[shard.source].file;
+    let begins = |tensor: &PlannedTensor| {
+        matches!(tensor.action, Action::Copy)
+            && tensor.origin == Origin::Base(shard.source)
+            && tensor.source.range.start == 0
+            && tensor.target.start == 0
+    };
+    shard.header == source.header_bytes() && shard.tensors.first().is_some_and(begins)
+}
+
 /// The work of one shard, in the order of the output's data. Each merged tensor takes the next
 /// place in `tiles`, which says in how many units it comes.
 pub(super) fn queue_of(
@@ -46,15 +59,18 @@ pub(super) fn queue_of(
     let source = &inputs.base.shards()[shard.source].file;
     let mut queue = Vec::new();
     // A run of neighbours that are copied, in the source and in the output.
-    let mut run: Option<(Range<u64>, u64)> = None;
+    let mut run: Option<(Range<u64>, u64)> =
+        copies_header(inputs, shard).then(|| (0..source.data_start(), 0));
     let flush = |run: &mut Option<(Range<u64>, u64)>, queue: &mut Vec<Work>| {
         let Some((range, target)) = run.take() else {
             return;
         };
         let mut start = range.start;
         while start < range.end {
-            // Split at multiples of the unit in the file, where file systems can share blocks.
-            let end = range.end.min((start / COPY_BYTES + 1) * COPY_BYTES);
+            // Split at multiples of the unit in the file, and where the first block begins: a copy
+            // that begins within a block shares nothing.
+            let unit = if start % BLOCK_BYTES == 0 { COPY_BYTES } else { BLOCK_BYTES };
+            let end = range.end.min((start / unit + 1) * unit);
             let target = target + (start - range.start);
             queue.push(Work::Copy { shard: position, source: start..end, target });
             start = end;
@@ -154,44 +170,100 @@ pub(crate) fn tiles_covering(tensor: &PlannedTensor, rows: &Range<usize>) -> Vec
     tiles
 }
 
-/// Takes turns between the shards: writes to one file exclude each other in the kernel, so
-/// neighbours in the queue, which different threads take, should be of different files.
-pub(super) fn interleave(queues: Vec<Vec<Work>>) -> Vec<Work> {
-    let total = queues.iter().map(Vec::len).sum();
-    let mut work = Vec::with_capacity(total);
-    let mut pending = queues.into_iter().map(Vec::into_iter);
-    let mut lanes: Vec<_> = pending.by_ref().take(LANES).collect();
-    while !lanes.is_empty() {
-        let mut index = 0;
-        while index < lanes.len() {
-            if let Some(unit) = lanes[index].next() {
-                work.push(unit);
-                index += 1;
-            } else if let Some(queue) = pending.next() {
-                lanes[index] = queue;
-            } else {
-                lanes.remove(index);
+/// The work of all shards, shared out between threads.
+///
+/// Writes to one file exclude each other in the kernel, where a waiting thread spins. So a thread
+/// stays with its shard until nothing is left of it, and then goes where the fewest others are.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    lanes: Vec<Lane>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    work: Vec<Work>,
+    next: AtomicUsize,
+    threads: AtomicUsize,
+}
+
+impl Lane {
+    fn left(&self) -> usize {
+        self.work.len().saturating_sub(self.next.load(Ordering::Relaxed))
+    }
+}
+
+impl Lanes {
+    /// One lane for each list, taken in this order where nothing else decides.
+    pub fn new(queues: Vec<Vec<Work>>) -> Self {
+        let lane = |work| Lane { work, next: AtomicUsize::new(0), threads: AtomicUsize::new(0) };
+        Self { lanes: queues.into_iter().map(lane).collect() }
+    }
+
+    /// The next unit for a thread that was last with `lane`, which is set to where it is now.
+    pub fn take(&self, lane: &mut Option<usize>) -> Option<&Work> {
+        loop {
+            let current = match *lane {
+                Some(current) => current,
+                None => {
+                    let busy = |lane: &Lane| lane.threads.load(Ordering::Relaxed);
+                    let (position, chosen) = (self.lanes.iter().enumerate())
+                        .filter(|(_, lane)| lane.left() > 0)
+                        .min_by_key(|(_, lane)| busy(lane))?;
+                    chosen.threads.fetch_add(1, Ordering::Relaxed);
+                    *lane.insert(position)
+                }
+            };
+            let current = &self.lanes[current];
+            if let Some(work) = current.work.get(current.next.fetch_add(1, Ordering::Relaxed)) {
+                return Some(work);
             }
+            current.threads.fetch_sub(1, Ordering::Relaxed);
+            *lane = None;
         }
     }
-    work
+
+    /// Lets nobody take anything any more.
+    pub fn stop(&self) {
+        for lane in &self.lanes {
+            lane.next.store(lane.work.len(), Ordering::Relaxed);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn neighbours_in_the_queue_are_of_different_shards() {
+    fn lanes(counts: &[usize]) -> Lanes {
         let unit = |shard| Work::Place { shard, tensor: 0 };
-        let queues = vec![vec![unit(0); 3], vec![unit(1)], vec![], vec![unit(3); 2]];
-        let order: Vec<_> = interleave(queues)
-            .iter()
-            .map(|work| match work {
-                Work::Place { shard, .. } => *shard,
-                _ => unreachable!("nothing else was queued"),
-            })
-            .collect();
-        assert_eq!(order, [0, 1, 0, 3, 0, 3]);
+        Lanes::new(counts.iter().enumerate().map(|(shard, n)| vec![unit(shard); *n]).collect())
+    }
+
+    fn shard(work: Option<&Work>) -> Option<usize> {
+        work.map(|work| match work {
+            Work::Place { shard, .. } => *shard,
+            _ => unreachable!("nothing else was queued"),
+        })
+    }
+
+    #[test]
+    fn threads_keep_to_different_shards_while_they_can() {
+        let lanes = lanes(&[2, 0, 4, 1]);
+        let (mut one, mut other) = (None, None);
+        let mut order = Vec::new();
+        while let Some(work) = shard(lanes.take(&mut one)) {
+            order.push((work, shard(lanes.take(&mut other))));
+        }
+        assert_eq!(order, [(0, Some(2)), (0, Some(2)), (3, Some(2)), (2, None)]);
+    }
+
+    #[test]
+    fn what_is_stopped_gives_no_more_work() {
+        let lanes = lanes(&[3, 3]);
+        let mut lane = None;
+        assert_eq!(shard(lanes.take(&mut lane)), Some(0));
+        lanes.stop();
+        assert_eq!(shard(lanes.take(&mut lane)), None);
+        assert_eq!(shard(lanes.take(&mut None)), None);
     }
 }

@@ -171,8 +171,8 @@ fn two_merges_into_one_place_do_not_meet() {
     let directory = tempfile::tempdir().expect("a directory");
     let inputs = prepare(directory.path());
     let output = directory.path().join("output");
-    let first = Staging::create(&inputs, &output, false, 0).expect("the first");
-    let second = Staging::create(&inputs, &output, false, 0).expect_err("the second");
+    let first = Staging::create(&inputs, &output, false, true, 0).expect("the first");
+    let second = Staging::create(&inputs, &output, false, true, 0).expect_err("the second");
     assert!(second.to_string().contains("another merge is writing there"));
     assert!(output.join(writer::STAGING).exists(), "the first one's place is still there");
     drop(first);

@@ -1,5 +1,7 @@
 //! The factors of one tensor's updates, put into the order in which the kernels read them.
 
+use std::borrow::Cow;
+
 use crate::dtype::Dtype;
 
 /// The register block of an instruction set.
@@ -96,23 +98,29 @@ impl Factors {
             }
             return Self::Double(factors);
         }
-        let mut factors = PackedFactors::zeros(set.block_shape(), rows, columns, rank);
-        let mut first = 0;
-        for operand in operands {
-            let mut a = vec![0.0; operand.rank * inputs];
-            let mut b = vec![0.0; outputs * operand.rank];
-            super::convert::widen(operand.a_dtype, operand.a, &mut a);
-            super::convert::widen(operand.b_dtype, operand.b, &mut b);
-            if operand.coefficient != 1.0 {
-                for value in &mut b {
-                    *value = (f64::from(*value) * operand.coefficient) as f32;
-                }
-            }
-            let (a, b) = views(&a, &b, operand.rank, inputs, outputs);
-            let (left, right) = sides(orientation, a, b);
-            factors.fill(first, operand.rank, left, right);
-            first += operand.rank;
-        }
+        let widened: Vec<_> = (operands.iter())
+            .map(|operand| (wide(operand.a_dtype, operand.a), wide(operand.b_dtype, operand.b)))
+            .collect();
+        let scaled =
+            |operand: &Operand<'_>| (operand.coefficient != 1.0).then_some(operand.coefficient);
+        let (lefts, rights): (Vec<_>, Vec<_>) = (operands.iter().zip(&widened))
+            .map(|(operand, (a, b))| {
+                let (a, b) = views(a, b, operand.rank, inputs, outputs);
+                let rank = operand.rank;
+                let a = Side { view: a, rank, coefficient: None };
+                let b = Side { view: b, rank, coefficient: scaled(operand) };
+                sides(orientation, a, b)
+            })
+            .unzip();
+        let shape = set.block_shape();
+        let factors = PackedFactors {
+            shape,
+            rows,
+            columns,
+            rank,
+            left: in_strips(&lefts, rows, shape.rows, shape.rows),
+            right: in_strips(&rights, columns, shape.panel(), shape.lanes),
+        };
         Self::Single(factors)
     }
 
@@ -162,15 +170,62 @@ fn views<'a, T>(
 }
 
 /// Left and right side of the product for that orientation.
-fn sides<'a, T>(
-    orientation: Orientation,
-    a: View<'a, T>,
-    b: View<'a, T>,
-) -> (View<'a, T>, View<'a, T>) {
+fn sides<S>(orientation: Orientation, a: S, b: S) -> (S, S) {
     match orientation {
         Orientation::OutIn => (b, a),
         Orientation::InOut => (a, b),
     }
+}
+
+/// A factor's elements in f32, where they lie if they are f32 already.
+fn wide<'a>(dtype: &Dtype, bytes: &'a [u8]) -> Cow<'a, [f32]> {
+    if *dtype == Dtype::F32
+        && cfg!(target_endian = "little")
+        && let Ok(values) = bytemuck::try_cast_slice(bytes)
+    {
+        return Cow::Borrowed(values);
+    }
+    let mut values = vec![0.0; bytes.len() / dtype.size()];
+    super::convert::widen(dtype, bytes, &mut values);
+    Cow::Owned(values)
+}
+
+/// One operand's part of a side of the product.
+struct Side<'a> {
+    view: View<'a, f32>,
+    rank: usize,
+    /// What each element is multiplied by.
+    coefficient: Option<f64>,
+}
+
+/// A side of the product in the order in which the kernels read it: strips of `width` rows or
+/// columns, in each the rank indices of all operands one behind the other, and for each of these
+/// the strip's elements beside one another. The last strip ends, filled up with zeros, at a
+/// multiple of `unit`.
+fn in_strips(operands: &[Side<'_>], extent: usize, width: usize, unit: usize) -> Vec<f32> {
+    let rank: usize = operands.iter().map(|operand| operand.rank).sum();
+    let mut strips = Vec::with_capacity(extent.next_multiple_of(unit) * rank);
+    for first in (0..extent).step_by(width) {
+        let count = width.min(extent - first);
+        let padding = count.next_multiple_of(unit) - count;
+        for Side { view, rank, coefficient } in operands {
+            for k in 0..*rank {
+                let start = k * view.rank_stride + first * view.other_stride;
+                let values = view.values[start..].iter().step_by(view.other_stride).take(count);
+                match coefficient {
+                    Some(coefficient) => {
+                        strips.extend(values.map(|value| (f64::from(*value) * coefficient) as f32))
+                    }
+                    None if view.other_stride == 1 => {
+                        strips.extend_from_slice(&view.values[start..start + count]);
+                    }
+                    None => strips.extend(values),
+                }
+                strips.extend(std::iter::repeat_n(0.0, padding));
+            }
+        }
+    }
+    strips
 }
 
 /// Single-precision factors in blocks of rows and panels of columns, padded with zeros.
@@ -193,44 +248,6 @@ pub(super) struct Panel<'a> {
 }
 
 impl PackedFactors {
-    fn zeros(shape: BlockShape, rows: usize, columns: usize, rank: usize) -> Self {
-        let padded_rows = rows.next_multiple_of(shape.rows);
-        let padded_columns = columns.next_multiple_of(shape.lanes);
-        Self {
-            shape,
-            rows,
-            columns,
-            rank,
-            left: vec![0.0; padded_rows * rank],
-            right: vec![0.0; padded_columns * rank],
-        }
-    }
-
-    /// Puts one operand's factors at the rank indices from `first` on.
-    fn fill(&mut self, first: usize, rank: usize, left: View<'_, f32>, right: View<'_, f32>) {
-        let height = self.shape.rows;
-        for (block, target) in self.left.chunks_exact_mut(height * self.rank).enumerate() {
-            let rows = height.min(self.rows - block * height);
-            for k in 0..rank {
-                for row in 0..rows {
-                    target[(first + k) * height + row] = left.at(k, block * height + row);
-                }
-            }
-        }
-        let panel_width = self.shape.panel();
-        for first_column in (0..self.columns).step_by(panel_width) {
-            let columns = panel_width.min(self.columns - first_column);
-            let padded = columns.next_multiple_of(self.shape.lanes);
-            let start = first_column * self.rank;
-            let target = &mut self.right[start..start + padded * self.rank];
-            for k in 0..rank {
-                for column in 0..columns {
-                    target[(first + k) * padded + column] = right.at(k, first_column + column);
-                }
-            }
-        }
-    }
-
     pub(super) fn shape(&self) -> BlockShape {
         self.shape
     }
