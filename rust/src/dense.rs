@@ -19,7 +19,9 @@ mod tests;
 
 pub(crate) use bidiagonal::leading_singular_values;
 pub(crate) use cholesky::gram_factor;
-pub(crate) use product::{LongSide, PANEL, cross_product, gram};
+#[cfg(test)]
+pub(crate) use product::gram;
+pub(crate) use product::{LongSide, PANEL, cross_product, gram_and_sums};
 pub(crate) use qr::{Reflectors, triangular_factor};
 pub(crate) use svd::{Decomposition, decompose, singular_values};
 

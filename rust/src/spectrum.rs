@@ -18,8 +18,8 @@ use serde::Serialize;
 pub use update::{Term, Update, Values};
 
 use crate::dense::{
-    Decomposition, Matrix, Reflectors, decompose, gram, gram_factor, leading_singular_values,
-    singular_values, triangular_factor,
+    Decomposition, Matrix, Reflectors, decompose, gram_and_sums, gram_factor,
+    leading_singular_values, singular_values, triangular_factor,
 };
 
 /// Below this σ_r/σ₁ the Gram matrices are not trusted.
@@ -71,7 +71,8 @@ pub struct Spectrum {
 impl Spectrum {
     /// Measures an update.
     pub fn of(update: &Update<'_>) -> Self {
-        Self::from_values(update, values_of(update), entry_mean(update))
+        let (core, entry_mean) = gram_core(update);
+        Self::from_values(update, values_from(core, update), entry_mean)
     }
 
     /// Whether the update was free of NaN and infinities.
@@ -147,17 +148,11 @@ fn leading(squares: &[f64], target: f64) -> usize {
     squares.len()
 }
 
-/// s·(1ᵀB)(A1)/mn, summed over the products.
-fn entry_mean(update: &Update<'_>) -> f64 {
+/// s·(1ᵀB)(A1)/mn, summed over the products, from the sums of the columns of both sides.
+fn entry_mean(update: &Update<'_>, scales: &[f64], left: &[f64], right: &[f64]) -> f64 {
     let count = update.rows() as f64 * update.columns() as f64;
-    let left = update.left().column_sums();
-    let right = update.right().column_sums();
-    let sum: f64 = update
-        .scales()
-        .iter()
-        .zip(left.iter().zip(&right))
-        .map(|(scale, (b, a))| scale * b * a)
-        .sum();
+    let sum: f64 =
+        scales.iter().zip(left.iter().zip(right)).map(|(scale, (b, a))| scale * b * a).sum();
     sum / count
 }
 
@@ -173,31 +168,40 @@ enum Core {
     IllConditioned,
 }
 
-fn gram_core(update: &Update<'_>) -> Core {
+/// The core and the mean of the entries, for which the factors are read once.
+fn gram_core(update: &Update<'_>) -> (Core, f64) {
     let scales = update.scales();
-    let (left, right) = (gram(&update.left()), gram(&update.right()));
+    let (left, left_sums) = gram_and_sums(&update.left());
+    let (right, right_sums) = gram_and_sums(&update.right());
+    let mean = entry_mean(update, &scales, &left_sums, &right_sums);
     let trace = |gram: &Matrix| -> f64 { (0..gram.rows).map(|i| gram.get(i, i)).sum() };
     let (left_trace, right_trace) = (trace(&left), trace(&right));
-    if !left_trace.is_finite() || !right_trace.is_finite() || scales.iter().any(|s| !s.is_finite())
-    {
-        return Core::NotFinite;
-    }
-    if left_trace == 0.0 || right_trace == 0.0 || scales.iter().all(|&scale| scale == 0.0) {
-        return Core::Zero;
-    }
-    if update.rank() > update.spectrum_len() {
-        return Core::IllConditioned;
-    }
-    match (gram_factor(&left), gram_factor(&right)) {
-        (Some(left), Some(right)) => Core::Small(left.scaled_product(&scales, &right)),
-        _ => Core::IllConditioned,
-    }
+    let is_finite = left_trace.is_finite()
+        && right_trace.is_finite()
+        && scales.iter().all(|scale| scale.is_finite());
+    let core = if !is_finite {
+        Core::NotFinite
+    } else if left_trace == 0.0 || right_trace == 0.0 || scales.iter().all(|&scale| scale == 0.0) {
+        Core::Zero
+    } else if update.rank() > update.spectrum_len() {
+        Core::IllConditioned
+    } else {
+        match (gram_factor(&left), gram_factor(&right)) {
+            (Some(left), Some(right)) => Core::Small(left.scaled_product(&scales, &right)),
+            _ => Core::IllConditioned,
+        }
+    };
+    (core, mean)
 }
 
 /// All singular values, descending.
 pub(crate) fn values_of(update: &Update<'_>) -> Vec<f64> {
+    values_from(gram_core(update).0, update)
+}
+
+fn values_from(core: Core, update: &Update<'_>) -> Vec<f64> {
     let count = update.spectrum_len();
-    match gram_core(update) {
+    match core {
         Core::NotFinite => return vec![f64::NAN; count],
         Core::Zero => return vec![0.0; count],
         Core::Small(core) => {
@@ -220,7 +224,7 @@ pub(crate) fn values_of(update: &Update<'_>) -> Vec<f64> {
 
 /// ‖ΔW‖_F; NaN of an update that is not finite.
 pub fn frobenius_norm(update: &Update<'_>) -> f64 {
-    match gram_core(update) {
+    match gram_core(update).0 {
         Core::NotFinite => f64::NAN,
         Core::Zero => 0.0,
         Core::Small(core) => norm(&core),

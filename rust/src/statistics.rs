@@ -9,6 +9,7 @@
 //! Work is spread over the rayon pool that the caller has installed.
 
 mod element;
+mod halves;
 mod histogram;
 mod moments;
 mod radix;

@@ -25,13 +25,13 @@ pub(crate) trait LongSide: Sync {
     fn read(&self, start: usize, end: usize, output: &mut [f64]);
 
     /// Rows `start..end` as panels of [`PANEL`] columns, row after row in each, the last one
-    /// filled up with zeros.
-    fn pack(&self, start: usize, end: usize, output: &mut [f64]) {
+    /// filled up with zeros. `scratch` is room for as many values as the rows have.
+    fn pack(&self, start: usize, end: usize, scratch: &mut [f64], output: &mut [f64]) {
         let depth = end - start;
-        let mut columns = vec![0.0; depth * self.width()];
-        self.read(start, end, &mut columns);
+        let columns = &mut scratch[..depth * self.width()];
+        self.read(start, end, columns);
         output.fill(0.0);
-        for (index, column) in columns.chunks_exact(depth).enumerate() {
+        for (index, column) in columns.chunks_exact(depth.max(1)).enumerate() {
             let panel = &mut output[index / PANEL * depth * PANEL..];
             for (row, &value) in panel.chunks_exact_mut(PANEL).zip(column) {
                 row[index % PANEL] = value;
@@ -60,22 +60,29 @@ impl LongSide for Matrix {
 }
 
 /// `XᵀX`.
+#[cfg(test)]
 pub(crate) fn gram(x: &dyn LongSide) -> Matrix {
+    multiply(x, None).0
+}
+
+/// `XᵀX`, and the sum of each column.
+pub(crate) fn gram_and_sums(x: &dyn LongSide) -> (Matrix, Vec<f64>) {
     multiply(x, None)
 }
 
 /// `XᵀY`, of matrices of one length.
 pub(crate) fn cross_product(x: &dyn LongSide, y: &dyn LongSide) -> Matrix {
     assert_eq!(x.length(), y.length(), "both sides run over one extent");
-    multiply(x, Some(y))
+    multiply(x, Some(y)).0
 }
 
-fn multiply(x: &dyn LongSide, y: Option<&dyn LongSide>) -> Matrix {
+/// The product, and without `y` the sums of the columns.
+fn multiply(x: &dyn LongSide, y: Option<&dyn LongSide>) -> (Matrix, Vec<f64>) {
     let length = x.length();
     let chunks: Vec<usize> = (0..length).step_by(CHUNK).collect();
     let part = |&start: &usize| multiply_chunk(x, y, start, length.min(start + CHUNK));
     // The parts are added in their order, so that the sum does not depend on the threads.
-    let parts: Vec<Vec<f64>> = if chunks.len() <= 1 {
+    let parts: Vec<Part> = if chunks.len() <= 1 {
         chunks.iter().map(part).collect()
     } else {
         chunks.par_iter().map(part).collect()
@@ -83,7 +90,11 @@ fn multiply(x: &dyn LongSide, y: Option<&dyn LongSide>) -> Matrix {
     let (rows, columns) = (x.width(), y.map_or(x.width(), LongSide::width));
     let mut result = Matrix::zeros(rows, columns);
     let column_panels = columns.div_ceil(PANEL);
-    for part in parts {
+    let mut sums = vec![0.0; if y.is_some() { 0 } else { columns }];
+    for Part { tiles: part, sums: part_sums } in parts {
+        for (sum, value) in sums.iter_mut().zip(part_sums) {
+            *sum += value;
+        }
         for column in 0..columns {
             for row in 0..rows {
                 let (mut a, mut b) = (row, column);
@@ -95,30 +106,41 @@ fn multiply(x: &dyn LongSide, y: Option<&dyn LongSide>) -> Matrix {
             }
         }
     }
-    result
+    (result, sums)
 }
 
-/// The product over `start..end` as 8×8 tiles, row-major in each and among each other. Without
-/// `y` only the tiles on and above the diagonal are filled.
-fn multiply_chunk(
-    x: &dyn LongSide,
-    y: Option<&dyn LongSide>,
-    start: usize,
-    end: usize,
-) -> Vec<f64> {
+/// What one unit of work adds up.
+struct Part {
+    /// The product as 8×8 tiles, row-major in each and among each other. Of a matrix with itself
+    /// only the tiles on and above the diagonal are filled.
+    tiles: Vec<f64>,
+    /// Of a matrix with itself the sums of its columns, filled up with zeros.
+    sums: Vec<f64>,
+}
+
+/// The product over `start..end`.
+fn multiply_chunk(x: &dyn LongSide, y: Option<&dyn LongSide>, start: usize, end: usize) -> Part {
     let row_panels = x.width().div_ceil(PANEL);
     let column_panels = y.map_or(row_panels, |y| y.width().div_ceil(PANEL));
     let mut tiles = vec![0.0; row_panels * column_panels * PANEL * PANEL];
-    let mut packed_x = vec![0.0; row_panels * PANEL * DEPTH];
-    let mut packed_y = vec![0.0; if y.is_some() { column_panels * PANEL * DEPTH } else { 0 }];
+    let depth = DEPTH.min(end - start);
+    let width = x.width().max(y.map_or(0, LongSide::width));
+    let mut scratch = vec![0.0; width * depth];
+    let mut packed_x = vec![0.0; row_panels * PANEL * depth];
+    let mut packed_y = vec![0.0; if y.is_some() { column_panels * PANEL * depth } else { 0 }];
+    let mut sums = vec![0.0; if y.is_some() { 0 } else { column_panels * PANEL }];
     for from in (start..end).step_by(DEPTH) {
         let to = end.min(from + DEPTH);
         let panel = (to - from) * PANEL;
-        x.pack(from, to, &mut packed_x[..row_panels * panel]);
+        x.pack(from, to, &mut scratch, &mut packed_x[..row_panels * panel]);
         let right = if let Some(y) = y {
-            y.pack(from, to, &mut packed_y[..column_panels * panel]);
+            y.pack(from, to, &mut scratch, &mut packed_y[..column_panels * panel]);
             &packed_y
         } else {
+            let panels = packed_x.chunks_exact(panel);
+            for (panel, sums) in panels.zip(sums.as_chunks_mut::<PANEL>().0) {
+                add_rows(panel, sums);
+            }
             &packed_x
         };
         let tiles = tiles.as_chunks_mut::<{ PANEL * PANEL }>().0;
@@ -133,7 +155,32 @@ fn multiply_chunk(
             }
         }
     }
-    tiles
+    Part { tiles, sums }
+}
+
+crate::vector::vectorized! {
+    /// Adds the rows of a packed panel to `sums`, four partial sums side by side.
+    fn add_rows(panel: &[f64], sums: &mut [f64; PANEL]) {
+        let mut partial = [[0.0; PANEL]; 4];
+        let (blocks, rest) = panel.as_chunks::<{ 4 * PANEL }>();
+        for block in blocks {
+            let rows = block.as_chunks::<PANEL>().0;
+            for (partial, row) in partial.iter_mut().zip(rows) {
+                for (sum, value) in partial.iter_mut().zip(row) {
+                    *sum += value;
+                }
+            }
+        }
+        for (partial, row) in partial.iter_mut().zip(rest.as_chunks::<PANEL>().0) {
+            for (sum, value) in partial.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+        let [a, b, c, d] = partial;
+        for place in 0..PANEL {
+            sums[place] += (a[place] + b[place]) + (c[place] + d[place]);
+        }
+    }
 }
 
 /// Adds the product of two packed panels to a tile, `ROWS` of its rows at a time in registers.

@@ -185,89 +185,17 @@ pub(crate) struct Side<'a> {
     is_left: bool,
 }
 
-impl Side<'_> {
-    /// The sum of each column.
-    pub(crate) fn column_sums(&self) -> Vec<f64> {
-        let mut sums = Vec::with_capacity(self.width());
-        for term in &self.update.terms {
-            if self.is_left {
-                sums.extend(sums_of_columns(&term.left, self.update.rows, term.rank));
-            } else {
-                sums.extend(sums_of_rows(&term.right, term.rank, self.update.columns));
-            }
-        }
-        sums
-    }
-}
-
-/// Values that are widened at a time.
-const STEP: usize = 4096;
-
-/// The sums of the columns of a row-major matrix.
-fn sums_of_columns(values: &Values<'_>, rows: usize, columns: usize) -> Vec<f64> {
-    let mut sums = vec![0.0; columns];
-    if columns == 0 {
-        return sums;
-    }
-    let step = (STEP / columns).max(1);
-    let mut buffer = vec![0.0; step * columns];
-    for start in (0..rows).step_by(step) {
-        let part = &mut buffer[..step.min(rows - start) * columns];
-        values.read(start * columns, part);
-        add_rows(part, &mut sums);
-    }
-    sums
-}
-
-/// The sums of the rows of a row-major matrix.
-fn sums_of_rows(values: &Values<'_>, rows: usize, columns: usize) -> Vec<f64> {
-    let mut buffer = vec![0.0; STEP.min(columns)];
-    let mut sum = |row: usize| {
-        let mut sum = 0.0;
-        for start in (0..columns).step_by(STEP) {
-            let part = &mut buffer[..STEP.min(columns - start)];
-            values.read(row * columns + start, part);
-            sum += sum_of(part);
-        }
-        sum
-    };
-    (0..rows).map(&mut sum).collect()
-}
-
-vectorized! {
-    /// Adds each row to `sums`.
-    fn add_rows(rows: &[f64], sums: &mut [f64]) {
-        for row in rows.chunks_exact(sums.len()) {
-            for (sum, value) in sums.iter_mut().zip(row) {
-                *sum += value;
-            }
-        }
-    }
-}
-
-vectorized! {
-    /// The sum, by partial sums side by side that do not depend on the width of vectors.
-    fn sum_of(values: &[f64]) -> f64 {
-        let mut lanes = [0.0; 16];
-        let (blocks, rest) = values.as_chunks::<16>();
-        for block in blocks {
-            for (lane, value) in lanes.iter_mut().zip(block) {
-                *lane += value;
-            }
-        }
-        for (lane, value) in lanes.iter_mut().zip(rest) {
-            *lane += value;
-        }
-        lanes.iter().sum()
-    }
-}
-
 /// Puts rows of `width` values into panels that begin with the first of them.
 fn pack_rows(values: &[f64], width: usize, panel: usize, output: &mut [f64]) {
     for (row, source) in values.chunks_exact(width).enumerate() {
-        for (number, part) in source.chunks(PANEL).enumerate() {
-            let start = number * panel + row * PANEL;
-            output[start..start + part.len()].copy_from_slice(part);
+        let (parts, rest) = source.as_chunks::<PANEL>();
+        let mut start = row * PANEL;
+        for part in parts {
+            output[start..start + PANEL].copy_from_slice(part);
+            start += panel;
+        }
+        for (place, &value) in (start..).zip(rest) {
+            output[place] = value;
         }
     }
 }
@@ -317,7 +245,7 @@ impl LongSide for Side<'_> {
         }
     }
 
-    fn pack(&self, start: usize, end: usize, output: &mut [f64]) {
+    fn pack(&self, start: usize, end: usize, scratch: &mut [f64], output: &mut [f64]) {
         let depth = end - start;
         let panel = depth * PANEL;
         // Where no panel is left with room, everything is written anyway.
@@ -325,9 +253,8 @@ impl LongSide for Side<'_> {
             output.fill(0.0);
         }
         let mut first = 0;
-        let mut values = vec![0.0; depth * self.width()];
         for term in &self.update.terms {
-            let values = &mut values[..depth * term.rank];
+            let values = &mut scratch[..depth * term.rank];
             // Factors of several products may meet within a panel; single ones never do.
             let is_aligned = first % PANEL == 0 && term.rank > 0;
             let place =

@@ -1,6 +1,5 @@
 //! Elements of a tensor as they lie in a file, and their order-preserving integer keys.
 
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 
 use crate::dtype::Dtype;
@@ -162,13 +161,6 @@ fn each<const N: usize, T>(bytes: &[u8], output: &mut [T], convert: impl Fn([u8;
     }
 }
 
-/// Widens IEEE halves through the library, which uses the processor's own conversion.
-fn widen_half(bytes: &[u8], output: &mut [f32]) {
-    let mut bits = [0u16; BLOCK];
-    each(bytes, &mut bits, u16::from_le_bytes);
-    bits[..output.len()].reinterpret_cast::<f16>().convert_to_f32_slice(output);
-}
-
 vectorized! {
     fn decode(bytes: &[u8], element: ElementType, output: &mut [f64]) {
         match element {
@@ -181,14 +173,7 @@ vectorized! {
             ElementType::I32 => each(bytes, output, |b| f64::from(i32::from_le_bytes(b))),
             ElementType::U64 => each(bytes, output, |b| u64::from_le_bytes(b) as f64),
             ElementType::I64 => each(bytes, output, |b| i64::from_le_bytes(b) as f64),
-            ElementType::F16 => {
-                let mut wide = [0f32; BLOCK];
-                let wide = &mut wide[..output.len()];
-                widen_half(bytes, wide);
-                for (target, &source) in output.iter_mut().zip(wide.iter()) {
-                    *target = f64::from(source);
-                }
-            }
+            ElementType::F16 => super::halves::widen(bytes, output),
             ElementType::BF16 => each(bytes, output, |b| {
                 f64::from(f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))
             }),
