@@ -349,6 +349,9 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     labels = [text(names[position]) for position in order.tolist()]
     caption = "Cosine of the updates of each pair, in the order of a hierarchical clustering."
     count = len(labels)
+    has_gaps = not np.isfinite(cosine).all()
+    if has_gaps:
+        caption += " Grey cells have no cosine: adapters of different bases, or no finite update."
     if count > MOST_CELLS:
         edges = np.linspace(0, count, MOST_CELLS + 1).round().astype(int)
         ordered = _averaged(ordered, edges)
@@ -392,10 +395,12 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
         "names": labels,
         "hoverinfo": "none",
     }
-    layout = {
+    layout: dict[str, Any] = {
         "xaxis": {**ticks, "tickangle": -60},
         "yaxis": {**ticks, "autorange": "reversed", "scaleanchor": "x"},
     }
+    if has_gaps:
+        layout["plot_bgcolor"] = GAP
     return Chart("Which adapters are alike", caption, [trace], layout, height=760, wide=True)
 
 
@@ -415,13 +420,20 @@ def _averaged(values: NDArray[Any], edges: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(sums / counts)
 
 
+#: Behind the cells that have no cosine, unlike any colour of one.
+GAP = "#c4c8ce"
+#: Farther than any two that have a cosine, so that those of one base stand together.
+NO_COSINE = 4.0
+
+
 def similar_order(cosine: NDArray[Any]) -> NDArray[np.int64]:
     """An order of the adapters in which similar ones stand beside each other.
 
     The leaves of an average-linkage tree where SciPy is installed; else the order along the
     direction of the greatest variance of the matrix's rows.
     """
-    known = np.where(np.isfinite(cosine), cosine, 0.0).astype(np.float64)
+    finite = np.isfinite(cosine)
+    known = np.where(finite, cosine, 0.0).astype(np.float64)
     count = len(known)
     if count < 3:
         return np.arange(count)
@@ -431,8 +443,10 @@ def similar_order(cosine: NDArray[Any]) -> NDArray[np.int64]:
     except ImportError:
         centred = known - known.mean(axis=0)
         direction = np.linalg.svd(centred, full_matrices=False)[2][0]
-        return np.argsort(centred @ direction, kind="stable")
+        # What has cosines with the same adapters, those of its base, stands together.
+        return np.lexsort((centred @ direction, finite.argmax(axis=1)))
     distance = np.clip(1.0 - (known + known.T) / 2, 0.0, 2.0)
+    distance[~(finite & finite.T)] = NO_COSINE
     np.fill_diagonal(distance, 0.0)
     condensed = squareform(distance, checks=False)
     tree = linkage(condensed, "average")
