@@ -7,9 +7,11 @@ import json
 import math
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -414,6 +416,30 @@ def test_another_schema_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
     lorafast.scan(tmp_path / "fleet", cache=tmp_path / "cache")
     monkeypatch.setattr(_cache, "SCHEMA_VERSION", 10_000)
     assert lorafast.scan(tmp_path / "fleet", cache=tmp_path / "cache").remembered == 0
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_has_gone_from_a_directory_is_forgotten(tmp_path: Path) -> None:
+    fleet, cache = tmp_path / "fleet", tmp_path / "cache"
+    for name in ("a", "b", "c"):
+        make_adapter(fleet / name)
+        make_adapter(tmp_path / "fleets" / name)
+
+    def known() -> set[str]:
+        with closing(sqlite3.connect(cache / _cache.FILE)) as connection:
+            rows = connection.execute("SELECT path FROM found").fetchall()
+        return {os.path.relpath(path, tmp_path.resolve()) for (path,) in rows}
+
+    lorafast.scan([fleet, tmp_path / "fleets"], cache=cache)
+    everything = {f"{folder}/{name}" for folder in ("fleet", "fleets") for name in "abc"}
+    assert known() == everything
+    shutil.rmtree(fleet / "b")
+    shutil.rmtree(tmp_path / "fleets" / "c")
+    # A scan of one adapter, or of another directory, says nothing of the others.
+    lorafast.scan([fleet / "a"], cache=cache)
+    assert known() == everything
+    lorafast.scan(fleet, cache=cache)
+    assert known() == everything - {"fleet/b"}
 
 
 def test_a_file_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:

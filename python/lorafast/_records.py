@@ -27,7 +27,7 @@ Severity = Literal["severe", "warning", "note"]
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """Something that an expert would point at.
 

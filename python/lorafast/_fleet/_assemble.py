@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from lorafast import _core, _findings
 from lorafast._analysis import _layers as layers_of
+from lorafast._fleet._room import Room
 from lorafast._fleet._table import NOTHING, Column, Lists, Table, Texts, offsets_of
 from lorafast._records import Finding
 
@@ -36,26 +38,42 @@ INTEGERS_OF_WEIGHTS = ("non_finite",)
 SPECTRA = ("frobenius_norm", "max_spectral_norm", "median_spectral_norm", "mean_effective_rank")
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One adapter, small enough that thousands fit into memory.
 
     Attributes:
-        figures: the adapter's own cells by column.
+        texts: the adapter's own texts, in the order of `TEXTS`.
         findings: each kind with the worst of it and how many there are.
         paths: the modules' paths.
         kinds: linear, embedding or convolution, for each module.
-        rows: the modules' numbers as the core encodes them.
-        singular_values: float64 bytes, one module after the other.
+        cells: the adapter's numbers, eight bytes each in the order of `number_type`; the modules'
+            as the core encodes them, row after row; the singular values, one module after the
+            other.
     """
 
-    figures: dict[str, Any]
-    findings: list[tuple[Finding, int]]
+    texts: tuple[str | None, ...]
+    findings: tuple[tuple[Finding, int], ...]
     paths: tuple[str, ...]
     kinds: tuple[str, ...]
-    rows: bytes
-    singular_values: bytes
+    cells: memoryview
 
+    def numbers(self, own: np.dtype[Any]) -> memoryview:
+        """The adapter's own, of the type `number_type`."""
+        return self.cells[: own.itemsize]
+
+    def modules(
+        self, own: np.dtype[Any], kind: np.dtype[Any]
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """The modules' rows, and their singular values."""
+        rows = np.frombuffer(self.cells, kind, len(self.paths), own.itemsize)
+        start = own.itemsize + rows.nbytes
+        if start == len(self.cells):
+            return rows, np.empty(0)
+        return rows, np.frombuffer(self.cells, "<f8", offset=start)
+
+
+EMPTY = memoryview(b"")
 
 #: Paths and kinds of the modules of adapters, so that those that have the same share them.
 Layouts = dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[tuple[str, ...], tuple[str, ...]]]
@@ -67,21 +85,35 @@ def row_type(metrics: str) -> np.dtype[Any]:
     return np.dtype([(name, "<i8" if integer else "<f8") for name, integer in columns])
 
 
-def entry_of(found: Mapping[str, Any], kind: np.dtype[Any], layouts: Layouts) -> Entry:
+def number_type(kind: np.dtype[Any]) -> np.dtype[Any]:
+    """The NumPy type of an adapter's own numbers, where its modules' rows have this type."""
+    keys = [key for key in FIGURES if key not in TEXTS]
+    if "a_mean" in (kind.names or ()):
+        keys += WEIGHTS
+    if "frobenius_norm" in (kind.names or ()):
+        keys += SPECTRA
+    integers = INTEGERS + INTEGERS_OF_WEIGHTS
+    return np.dtype([(key, "<i8" if key in integers else "<f8") for key in keys])
+
+
+def entry_of(found: Mapping[str, Any], kind: np.dtype[Any], layouts: Layouts, room: Room) -> Entry:
     """What the core found in one adapter, with its findings and the adapter's own figures."""
     rows = np.frombuffer(found["rows"], dtype=kind)
     paths, kinds = shared_layout(layouts, found["module_paths"], found["module_kinds"])
+    figures = _figures(found, rows)
+    own = number_type(kind)
+    codes = "".join("q" if own[key].kind == "i" else "d" for key in own.names or ())
+    numbers = struct.pack(f"<{codes}", *(figures[key] for key in own.names or ()))
     return Entry(
-        figures=_figures(found, rows),
+        texts=tuple(figures[key] for key in TEXTS),
         findings=_grouped(_findings_of(found, rows)),
         paths=paths,
         kinds=kinds,
-        rows=found["rows"],
-        singular_values=found["singular_values"],
+        cells=room.keep(numbers + found["rows"] + found["singular_values"]),
     )
 
 
-def _grouped(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
+def _grouped(findings: Sequence[Finding]) -> tuple[tuple[Finding, int], ...]:
     """Findings of one kind as one: that of the greatest figure, and how many there are.
 
     There is one of a kind and severity, whatever the number of modules; only what an adapter has
@@ -91,7 +123,7 @@ def _grouped(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
     for finding in findings:
         own = finding.reason if finding.kind == "feature" else ""
         groups.setdefault((finding.severity, finding.kind, own), []).append(finding)
-    return [(max(group, key=_magnitude), len(group)) for group in groups.values()]
+    return tuple((max(group, key=_magnitude), len(group)) for group in groups.values())
 
 
 def _magnitude(finding: Finding) -> float:
@@ -147,25 +179,47 @@ def _most(values: NDArray[Any], default: float) -> Any:
     return max(counts, key=lambda value: (counts[value], value)) if counts else default
 
 
+#: The columns that findings are made of, each with what stands for it where it was not found.
+JUDGED: dict[str, float] = {
+    "alpha": math.nan,
+    "rank": 0,
+    "scaling": math.nan,
+    "out_features": 0,
+    "in_features": 0,
+    "frobenius_norm": math.nan,
+    "spectral_norm": math.nan,
+    "k90": 0,
+    "k99": 0,
+    "singular_values": 0,
+}
+
+
+class _Judged:
+    """A row of the modules' table with the names that a `ModuleAnalysis` has."""
+
+    __slots__ = (
+        *("alpha", "rank", "scaling", "shape", "relative_norm", "frobenius_norm"),
+        *("spectral_norm", "k90", "k99", "singular_values"),
+    )
+
+    def __init__(self, cells: Sequence[Any]) -> None:
+        """The cells are those of `JUDGED`."""
+        self.alpha, self.rank, self.scaling, *shape = cells[:5]
+        self.shape = tuple(shape)
+        self.relative_norm = None
+        self.frobenius_norm, self.spectral_norm, self.k90, self.k99, count = cells[5:]
+        self.singular_values = range(count)
+
+
 def _findings_of(found: Mapping[str, Any], rows: NDArray[Any]) -> list[Finding]:
     """The findings that `analyze` has, from as many figures as there are at this level."""
     names = rows.dtype.names or ()
-    has_spectra = "frobenius_norm" in names
-    modules: dict[str, Any] = {}
-    for path, row in zip(found["module_paths"], rows.tolist(), strict=True):
-        module = dict(zip(names, row, strict=True))
-        modules[path] = SimpleNamespace(
-            alpha=module["alpha"],
-            rank=module["rank"],
-            scaling=module["scaling"],
-            shape=(module["out_features"], module["in_features"]),
-            relative_norm=None,
-            frobenius_norm=module["frobenius_norm"] if has_spectra else math.nan,
-            spectral_norm=module["spectral_norm"] if has_spectra else math.nan,
-            k90=module["k90"] if has_spectra else 0,
-            k99=module["k99"] if has_spectra else 0,
-            singular_values=range(module["singular_values"] if has_spectra else 0),
-        )
+    columns = []
+    for name, absent in JUDGED.items():
+        columns.append(rows[name].tolist() if name in names else [absent] * len(rows))
+    modules: dict[str, Any] = {
+        path: _Judged(cells) for path, *cells in zip(found["module_paths"], *columns, strict=True)
+    }
     tensors: dict[str, Any] = {
         tensor["name"]: SimpleNamespace(count=tensor["count"], non_finite=tensor["non_finite"])
         for tensor in found["non_finite"]
@@ -178,19 +232,16 @@ def adapter_table(
 ) -> Table:
     """The table with a row for each adapter, which has its columns even without a row."""
     columns: dict[str, Column] = {"path": Texts.of(paths), "name": Texts.of(names)}
-    keys = list(FIGURES)
-    if "a_mean" in (kind.names or ()):
-        keys += WEIGHTS
-    if "frobenius_norm" in (kind.names or ()):
-        keys += SPECTRA
-    for key in keys:
-        values = [entry.figures[key] for entry in entries]
+    own = number_type(kind)
+    numbers = np.frombuffer(b"".join(entry.numbers(own) for entry in entries), dtype=own)
+    for key in (*FIGURES, *(own.names or ())):
+        if key in columns:
+            continue
         if key in TEXTS:
-            columns[key] = Texts.of(values)
-        elif key in INTEGERS or key in INTEGERS_OF_WEIGHTS:
-            columns[key] = np.array(values, dtype=np.int64)
+            place = TEXTS.index(key)
+            columns[key] = Texts.of([entry.texts[place] for entry in entries])
         else:
-            columns[key] = np.array(values, dtype=np.float64)
+            columns[key] = numbers[key].copy()
     for column, severity in (("severe", "severe"), ("warnings", "warning"), ("notes", "note")):
         counts = [
             sum(count for finding, count in entry.findings if finding.severity == severity)
@@ -203,7 +254,7 @@ def adapter_table(
 
 
 def module_table(names: Sequence[str], entries: Sequence[Entry], kind: np.dtype[Any]) -> Table:
-    """The table with a row for each module of each adapter. Takes the entries' rows away."""
+    """The table with a row for each module of each adapter. Takes the entries' cells away."""
     lengths = [len(entry.paths) for entry in entries]
     count = sum(lengths)
     columns: dict[str, Column] = {
@@ -214,19 +265,21 @@ def module_table(names: Sequence[str], entries: Sequence[Entry], kind: np.dtype[
         name: np.empty(count, dtype=np.int64 if kind[name].kind == "i" else np.float64)
         for name in kind.names or ()
     }
+    own = number_type(kind)
     has_spectra = "singular_values" in numbers
-    singular = np.empty(sum(len(e.singular_values) for e in entries) // 8, dtype=np.float64)
+    others = count * kind.itemsize + len(entries) * own.itemsize
+    singular = np.empty((sum(len(entry.cells) for entry in entries) - others) // 8)
     row = value = 0
     for entry in entries:
-        rows = np.frombuffer(entry.rows, dtype=kind)
+        rows, values = entry.modules(own, kind)
         for name, target in numbers.items():
             target[row : row + len(rows)] = rows[name]
-        values = np.frombuffer(entry.singular_values, dtype="<f8")
         singular[value : value + len(values)] = values
         row += len(rows)
         value += len(values)
         # What has been copied need not be held twice.
-        entry.rows = entry.singular_values = b""
+        del rows, values
+        entry.cells = EMPTY
     columns |= {name: column for name, column in numbers.items() if name != "singular_values"}
     if has_spectra:
         columns["singular_values"] = Lists(singular, offsets_of(numbers["singular_values"]))

@@ -19,6 +19,7 @@ from pathlib import Path
 from lorafast._errors import LorafastError
 from lorafast._fleet._assemble import SCHEMA_VERSION, Entry, Layouts, shared_layout
 from lorafast._fleet._paths import CONFIG
+from lorafast._fleet._room import Room
 from lorafast._records import Finding
 from lorafast._sources import PICKLED_WEIGHTS, WEIGHTS
 
@@ -62,21 +63,21 @@ class Cache:
         self._connection = connection
         self._path = path
         self._metrics = metrics
-        self._waiting: list[tuple[str, str, str, str, bytes, bytes, bytes]] = []
+        self._waiting: list[tuple[str, str, str, str, bytes, bytes]] = []
         self._written = time.monotonic()
 
     def known(
-        self, adapters: Iterable[tuple[Path, str]], layouts: Layouts
+        self, adapters: Iterable[tuple[Path, str]], layouts: Layouts, room: Room
     ) -> Iterator[Entry | None]:
         """For each adapter, by its path and stamp, what was found when it had that stamp."""
         query = (
-            "SELECT details, rows, singular_values FROM scanned "
+            "SELECT details, cells FROM found "
             "WHERE path = ? AND metrics = ? AND stamp = ? AND version = ?"
         )
         for path, stamp in adapters:
             key = (_key(path), self._metrics, stamp, _version())
             found = self._connection.execute(query, key).fetchone()
-            yield None if found is None else _decode(found, layouts)
+            yield None if found is None else _decode(found, layouts, room)
 
     def keep(self, adapter: Path, stamp: str, entry: Entry) -> None:
         """Remembers what was found; it is written soon, and at the latest by `flush`."""
@@ -85,9 +86,19 @@ class Cache:
         if time.monotonic() - self._written > INTERVAL:
             self.flush()
 
+    def forget_missing(self, directories: Iterable[Path]) -> None:
+        """Removes what lay below these directories and is not there any more."""
+        for directory in directories:
+            below = _key(directory).rstrip(os.sep) + os.sep
+            query = "SELECT DISTINCT path FROM found WHERE substr(path, 1, ?) = ?"
+            paths = [path for (path,) in self._connection.execute(query, (len(below), below))]
+            missing = [(path,) for path in paths if not os.path.lexists(path)]
+            with self._connection:
+                self._connection.executemany("DELETE FROM found WHERE path = ?", missing)
+
     def flush(self) -> None:
         """Writes what has not been written, all of it or nothing."""
-        command = "INSERT OR REPLACE INTO scanned VALUES (?, ?, ?, ?, ?, ?, ?)"
+        command = "INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?, ?, ?)"
         with self._connection:
             self._connection.executemany(command, self._waiting)
         self._waiting.clear()
@@ -107,8 +118,8 @@ def opened(directory: str | os.PathLike[str], metrics: str) -> Iterator[Cache]:
     try:
         with closing(sqlite3.connect(path, timeout=PATIENCE)) as connection:
             connection.execute(
-                "CREATE TABLE IF NOT EXISTS scanned (path TEXT, metrics TEXT, stamp TEXT, "
-                "version TEXT, details BLOB, rows BLOB, singular_values BLOB, "
+                "CREATE TABLE IF NOT EXISTS found (path TEXT, metrics TEXT, stamp TEXT, "
+                "version TEXT, details BLOB, cells BLOB, "
                 "PRIMARY KEY (path, metrics)) WITHOUT ROWID"
             )
             cache = Cache(connection, path, metrics)
@@ -132,25 +143,24 @@ def _version() -> str:
     return f"{SCHEMA_VERSION} {__version__}"
 
 
-def _encode(entry: Entry) -> tuple[bytes, bytes, bytes]:
+def _encode(entry: Entry) -> tuple[bytes, bytes]:
     details = {
-        "figures": entry.figures,
+        "texts": entry.texts,
         "findings": [[asdict(finding), count] for finding, count in entry.findings],
         "paths": entry.paths,
         "kinds": entry.kinds,
     }
-    return zlib.compress(json.dumps(details).encode(), 1), entry.rows, entry.singular_values
+    return zlib.compress(json.dumps(details).encode(), 1), bytes(entry.cells)
 
 
-def _decode(found: tuple[bytes, bytes, bytes], layouts: Layouts) -> Entry:
-    details, rows, singular_values = found
+def _decode(found: tuple[bytes, bytes], layouts: Layouts, room: Room) -> Entry:
+    details, cells = found
     plain = json.loads(zlib.decompress(details))
     paths, kinds = shared_layout(layouts, plain["paths"], plain["kinds"])
     return Entry(
-        figures=plain["figures"],
-        findings=[(Finding(**finding), count) for finding, count in plain["findings"]],
+        texts=tuple(plain["texts"]),
+        findings=tuple((Finding(**finding), count) for finding, count in plain["findings"]),
         paths=paths,
         kinds=kinds,
-        rows=rows,
-        singular_values=singular_values,
+        cells=room.keep(cells),
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TableName = Literal["adapters", "modules"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FleetFinding:
     """Something to look at in one adapter of a fleet.
 

@@ -32,6 +32,8 @@ LEFTOVERS = re.compile(
 ADAPTER_NAMES = re.compile(
     r"lora|hada_w|lokr_w|ia3|oft_|vera_lambda|:(up|down)\b|\.alpha\b|dora_scale", re.IGNORECASE
 )
+#: What a path's part is compared by, one after another.
+PIECES = re.compile(r"\d+|\D+")
 #: More than any header of an adapter; a file that says more is no safetensors file.
 LARGEST_HEADER = 100 << 20
 
@@ -57,10 +59,12 @@ class Discovery:
         adapters: adapters' directories, and weights files that stand alone; each once, in the
             order of the paths given and by name within each.
         errors: what could not be looked into, or was named and is not there.
+        searched: the directories that were searched with all below them.
     """
 
     adapters: list[Path] = field(default_factory=list)
     errors: list[ScanError] = field(default_factory=list)
+    searched: list[Path] = field(default_factory=list)
 
 
 def discover(paths: Source | Iterable[Source]) -> Discovery:
@@ -112,16 +116,18 @@ def reason_of(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def natural(path: Path) -> list[tuple[tuple[int, int, str], ...]]:
-    """A key that puts `checkpoint-500` before `checkpoint-1000`."""
-    return [
-        tuple(
-            (0, int(piece), "") if piece.isdecimal() else (1, 0, piece)
-            for piece in re.split(r"(\d+)", part)
-            if piece
-        )
-        for part in path.parts
-    ]
+def natural(path: Path) -> str:
+    """A key that puts `checkpoint-500` before `checkpoint-1000`, small for thousands of paths."""
+    return "\0".join(PIECES.sub(_sortable, part) for part in path.parts)
+
+
+def _sortable(piece: re.Match[str]) -> str:
+    """Numbers before texts; of numbers those with fewer digits first."""
+    text = piece.group()
+    if not text.isdecimal():
+        return f"\2{text}"
+    digits = str(int(text))
+    return f"\1{len(digits):03}{digits}"
 
 
 def _is_glob(source: Source) -> bool:
@@ -159,6 +165,7 @@ class _Search:
             return
         if is_directory:
             adapters = sorted(self._walk(path), key=natural)
+            self._found.searched.append(path)
         elif path.name in MARKS:
             adapters = [path.parent]
         elif path.suffix in PICKLES | {".safetensors"}:

@@ -41,7 +41,8 @@ def scan(
         progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
         cache: a directory (made if it is not there) that keeps what was found. Only adapters that
             are not in it, or whose weights or config have changed since by size, time or
-            identity, are read; a scan that was interrupted goes on where it was.
+            identity, are read; a scan that was interrupted goes on where it was. What it knows of
+            adapters that have gone from a directory that is searched is removed.
 
     Returns:
         The fleet: tables of adapters and of modules, findings, and errors.

@@ -25,6 +25,7 @@ from lorafast._fleet._fleet import Fleet, FleetFinding
 from lorafast._fleet._overview import of_fleet
 from lorafast._fleet._paths import ScanError, Source, discover, reason_of
 from lorafast._fleet._progress import Follow
+from lorafast._fleet._room import Room
 from lorafast._fleet._scan import METRICS, Metrics
 
 Item = tuple[Path, Path | None, Path | None]
@@ -50,8 +51,12 @@ def scan_followed(
     scanning = _Scanning(found.adapters, metrics, threads, follow)
     with ExitStack() as stack:
         if cache is not None:
-            scanning.use(stack.enter_context(_cache.opened(cache, metrics)))
-        scanning.run()
+            known = stack.enter_context(_cache.opened(cache, metrics))
+            scanning.use(known)
+            scanning.run()
+            known.forget_missing(found.searched)
+        else:
+            scanning.run()
     errors = sorted(scanning.errors.items())
     return _fleet(
         metrics,
@@ -74,6 +79,7 @@ class _Scanning:
         self._follow = follow
         self._type = row_type(metrics)
         self._layouts: Layouts = {}
+        self._room = Room()
         self._cache: _cache.Cache | None = None
         self._stamps: dict[int, str] = {}
         self.entries: dict[int, Entry] = {}
@@ -91,7 +97,7 @@ class _Scanning:
             if stamp is not None and stamp[1] < settled:
                 self._stamps[position] = stamp[0]
                 stamped.append((adapter, stamp[0]))
-        known = cache.known(stamped, self._layouts)
+        known = cache.known(stamped, self._layouts, self._room)
         for position, entry in zip(self._stamps, known, strict=True):
             if entry is not None:
                 self.entries[position] = entry
@@ -163,7 +169,7 @@ class _Scanning:
         self._follow.end_of_part()
 
     def _succeed(self, position: int, result: dict[str, object]) -> None:
-        entry = entry_of(result, self._type, self._layouts)
+        entry = entry_of(result, self._type, self._layouts, self._room)
         self.entries[position] = entry
         if self._cache is not None and position in self._stamps:
             self._cache.keep(self._adapters[position], self._stamps[position], entry)
