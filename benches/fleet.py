@@ -14,11 +14,12 @@ with another content. Then, in one run and with a warm page cache, for each size
     again         the same with a cache that knows everything
     one large     one adapter of as many bytes as the smallest fleet: the share that was busy
 
-and on a sample of the adapters, from the file to the figures, in one process each:
+and on a sample of the adapters, from the file to the figures, in one process:
 
     numpy, torch  the same statistics: moments of each tensor and of all together, the digest, and
-                  the singular values of every update by QR of the factors, in float64, with the
-                  figures made of them; held against lorafast's
+                  the singular values of every update from the R of both factors (no Q is made), in
+                  float64, with the figures made of them; norms are held against lorafast's. All
+                  three take turns, five times at least; medians are shown
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -57,7 +60,8 @@ seconds, busy = time.perf_counter() - begin, time.process_time() - busy
 from lorafast._fleet._table import Lists, Texts
 def size(column):
     if isinstance(column, Texts):
-        return column.codes.nbytes + sum(map(len, column.values))
+        # A text is an object, and its place in the list.
+        return column.codes.nbytes + sum(sys.getsizeof(text) + 8 for text in column.values)
     if isinstance(column, Lists):
         return size(column.values) + column.offsets.nbytes
     return column.nbytes
@@ -144,13 +148,13 @@ def moments(values: Any, library: Any) -> tuple[Any, ...]:
 def spectrum(left: Any, right: Any, library: Any, scale: float) -> tuple[Any, ...]:
     """The figures of s·B·A from its factors."""
     linalg = library.linalg
-    _, first = linalg.qr(left)
-    _, second = linalg.qr(right.T)
-    values = (
-        linalg.svdvals(scale * first @ second.T)
-        if library is not np
-        else linalg.svd(scale * first @ second.T, compute_uv=False)
-    )
+    # R alone, which is all that singular values need.
+    if library is np:
+        first, second = linalg.qr(left, mode="r"), linalg.qr(right.T, mode="r")
+        values = linalg.svd(scale * first @ second.T, compute_uv=False)
+    else:
+        first, second = linalg.qr(left, mode="r").R, linalg.qr(right.T, mode="r").R
+        values = linalg.svdvals(scale * first @ second.T)
     square = values * values
     energy = square.sum()
     share = values / values.sum()
@@ -210,30 +214,35 @@ def sample(paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     chosen = paths[: options.sample]
     lorafast.scan(chosen[:1])
 
-    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-        times = []
-        for _ in range(options.repetitions):
-            begin = time.perf_counter()
-            result = work()
-            times.append(time.perf_counter() - begin)
-        return min(times) / len(chosen), result
-
-    ours, fleet = timed(lambda: lorafast.scan(chosen, threads=options.threads))
-    expected = fleet.modules["frobenius_norm"]
-    result: dict[str, Any] = {"adapters": len(chosen), "lorafast": ours}
+    ways: dict[str, Callable[[], Any]] = {
+        "lorafast": lambda: lorafast.scan(chosen, threads=options.threads)
+    }
     frameworks = {"numpy": "np", "torch": "pt"}
     if options.dtype == "bfloat16":
         del frameworks["numpy"]  # which does not know it
     if options.without_torch:
         del frameworks["torch"]
     for name, framework in frameworks.items():
-        other(chosen[0], framework)
-        seconds, norms = timed(lambda: [other(path, framework) for path in chosen])  # noqa: B023
-        flat = [norm for each in norms for norm in each]
-        if not np.allclose(sorted(flat), sorted(expected.tolist()), rtol=1e-9):
+        ways[name] = lambda framework=framework: [other(path, framework) for path in chosen]
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, Any] = {}
+    # They take turns, so that whatever else the machine does meets all of them.
+    for repetition in range(max(options.repetitions, 5) + 1):
+        for name, work in ways.items():
+            begin = time.perf_counter()
+            found[name] = work()
+            # The first time, libraries are loaded and threads started.
+            if repetition:
+                times[name].append((time.perf_counter() - begin) / len(chosen))
+    expected = sorted(found["lorafast"].modules["frobenius_norm"].tolist())
+    for name in frameworks:
+        flat = sorted(norm for each in found[name] for norm in each)
+        if not np.allclose(flat, expected, rtol=1e-9):
             sys.exit(f"error: the norms of {name} are not lorafast's")
-        result[name] = seconds
-    return result
+    return {
+        "adapters": len(chosen),
+        **{name: {"median": median(own), "least": min(own)} for name, own in times.items()},
+    }
 
 
 def measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
@@ -314,11 +323,22 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(table)
     found = results["sample"]
     console.print(f"Same statistics, {found['adapters']} adapters, from the file:")
-    console.print(f"  lorafast  {found['lorafast'] * 1e3:.2f} ms an adapter")
-    for name in ("numpy", "torch"):
+    for name in ("lorafast", "numpy", "torch"):
         if name in found:
-            ratio = found[name] / found["lorafast"]
-            console.print(f"  {name:8}  {found[name] * 1e3:.2f} ms an adapter, {ratio:.1f} ×")
+            ratio, least = (
+                found[name][key] / found["lorafast"][key] for key in ("median", "least")
+            )
+            own = f"{found[name]['median'] * 1e3:.2f} ms an adapter"
+            times = "" if name == "lorafast" else f", {ratio:.1f} × (of the least: {least:.1f} ×)"
+            console.print(f"  {name:8}  {own}{times}")
+    fleets = results["fleets"]
+    for small, large in pairwise(fleets):
+        runs = [fleet["levels"][0] for fleet in (small, large)]
+        memory, tables = (runs[1][key] - runs[0][key] for key in ("anonymous_mb", "tables_mb"))
+        console.print(
+            f"From {small['adapters']:,} to {large['adapters']:,} adapters memory grows by "
+            f"{memory:.1f} MB, tables by {tables:.1f} MB: {memory / tables:.2f} ×"
+        )
 
 
 def main() -> None:
@@ -331,7 +351,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS))
-    parser.add_argument("--sample", type=int, default=50, help="adapters for NumPy and torch")
+    parser.add_argument("--sample", type=int, default=100, help="adapters for NumPy and torch")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--without-torch", action="store_true")

@@ -166,6 +166,40 @@ def test_a_truncation(tmp_path: Path, factors: Factors, rank: int, dtype: str) -
     assert group.evidence[0].figures["kept"] == pytest.approx(kept, rel=1e-2)
 
 
+def test_a_truncation_may_be_scaled(tmp_path: Path, factors: Factors) -> None:
+    write_factors(tmp_path / "whole", factors, dtype="F32")
+    short = each(truncated(factors, 3), lambda b, a: (2.5 * b, a))
+    write_factors(tmp_path / "short", short, dtype="F32")
+    group = only_group(tmp_path)
+    assert group.tier == "truncated"
+    assert group.names == ["whole", "short"]
+
+
+def test_a_truncation_in_wider_factors_is_one(tmp_path: Path, factors: Factors) -> None:
+    write_factors(tmp_path / "whole", factors, dtype="F32")
+
+    def widen(b: Array, a: Array) -> tuple[Array, Array]:
+        # The same product of rank 2 by four columns: what is left of the others is rounding.
+        return np.hstack([b, b]), np.vstack([0.3 * a, 0.7 * a])
+
+    write_factors(tmp_path / "short", each(truncated(factors, 2), widen), dtype="F32")
+    group = only_group(tmp_path)
+    assert group.tier == "truncated"
+    assert group.names == ["whole", "short"]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_rounded_factor_is_rounding_enough(tmp_path: Path, factors: Factors, side: int) -> None:
+    def rounded(*pair: Array) -> tuple[Array, Array]:
+        one = pair[side].astype(np.float32).view(np.uint32) + np.uint32(0x8000)
+        short = (one & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+        return (short, pair[1]) if side == 0 else (pair[0], short)
+
+    write_factors(tmp_path / "a", factors, dtype="F32")
+    write_factors(tmp_path / "b", each(factors, rounded), dtype="F32")
+    assert only_group(tmp_path).tier == "same_update"
+
+
 def test_a_family_is_told_apart_by_tiers(tmp_path: Path, factors: Factors) -> None:
     path = write_factors(tmp_path / "a0", factors, dtype="F32")
     shutil.copytree(path, tmp_path / "a1")

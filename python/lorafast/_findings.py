@@ -81,8 +81,8 @@ def of_adapter(
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
     """The most severe first, then by kind; otherwise as they were found."""
-    kinds = list(KINDS)
-    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), kinds.index(f.kind)))
+    places = {kind: place for place, kind in enumerate(KINDS)}
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), places[f.kind]))
 
 
 def _of_tensors(tensors: dict[str, TensorStatistics]) -> Iterable[Finding]:

@@ -40,7 +40,19 @@ impl<'a> Pair<'a> {
     /// For a replacement, or if the adapter is not the one that the update was planned from.
     pub fn of(adapter: &'a Adapter, update: &Update) -> Self {
         let module = &adapter.modules()[&update.module];
-        let bytes = |tensor: &TensorInfo| Cow::Borrowed(adapter.file().tensor_bytes(tensor));
+        Self::from_bytes(module, update, &|tensor| adapter.file().tensor_bytes(tensor))
+    }
+
+    /// The same of a module of which `read` has the bytes of every tensor.
+    ///
+    /// # Panics
+    /// As [`Pair::of`].
+    pub fn from_bytes(
+        module: &Module,
+        update: &Update,
+        read: &dyn Fn(&TensorInfo) -> &'a [u8],
+    ) -> Self {
+        let bytes = |tensor: &TensorInfo| Cow::Borrowed(read(tensor));
         let whole = match update.kind {
             UpdateKind::LowRank | UpdateKind::Dora => Self {
                 a: bytes(&module.a),
@@ -51,7 +63,7 @@ impl<'a> Pair<'a> {
                 outputs: module.outputs() as usize,
                 inputs: module.inputs() as usize,
             }
-            .unfolded(adapter, module),
+            .unfolded(module, read),
             UpdateKind::Vector => {
                 let bias = module.bias.as_ref().expect("planned from its bias");
                 Self {
@@ -82,7 +94,7 @@ impl<'a> Pair<'a> {
     }
 
     /// The factors of a form in which the file leaves the zeros out, written out.
-    fn unfolded(mut self, adapter: &Adapter, module: &Module) -> Self {
+    fn unfolded(mut self, module: &Module, read: &dyn Fn(&TensorInfo) -> &'a [u8]) -> Self {
         match &module.form {
             Form::Plain | Form::Experts => {}
             Form::BlocksOfA(blocks) => {
@@ -95,7 +107,7 @@ impl<'a> Pair<'a> {
         }
         if let Some(diagonal) = &module.diagonal {
             // The product of two numbers of 32 bits is exact in 64.
-            let diagonal = adapter.read_f64(diagonal);
+            let diagonal = widen_f64(&diagonal.dtype, read(diagonal));
             let mut a = widen_f64(&self.a_dtype, &self.a);
             for (row, factor) in a.chunks_exact_mut(self.inputs).zip(diagonal) {
                 row.iter_mut().for_each(|value| *value *= factor);

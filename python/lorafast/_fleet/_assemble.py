@@ -7,6 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,7 @@ def row_type(metrics: str) -> np.dtype[Any]:
     return np.dtype([(name, "<i8" if integer else "<f8") for name, integer in columns])
 
 
+@cache
 def number_type(kind: np.dtype[Any]) -> np.dtype[Any]:
     """The NumPy type of an adapter's own numbers, where its modules' rows have this type."""
     keys = [key for key in FIGURES if key not in TEXTS]
@@ -96,14 +98,18 @@ def number_type(kind: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype([(key, "<i8" if key in integers else "<f8") for key in keys])
 
 
+@cache
+def _cells(kind: np.dtype[Any]) -> struct.Struct:
+    own = number_type(kind)
+    return struct.Struct("<" + "".join("q" if own[k].kind == "i" else "d" for k in own.names or ()))
+
+
 def entry_of(found: Mapping[str, Any], kind: np.dtype[Any], layouts: Layouts, room: Room) -> Entry:
     """What the core found in one adapter, with its findings and the adapter's own figures."""
     rows = np.frombuffer(found["rows"], dtype=kind)
     paths, kinds = shared_layout(layouts, found["module_paths"], found["module_kinds"])
     figures = _figures(found, rows)
-    own = number_type(kind)
-    codes = "".join("q" if own[key].kind == "i" else "d" for key in own.names or ())
-    numbers = struct.pack(f"<{codes}", *(figures[key] for key in own.names or ()))
+    numbers = _cells(kind).pack(*(figures[key] for key in number_type(kind).names or ()))
     return Entry(
         texts=tuple(figures[key] for key in TEXTS),
         findings=_grouped(_findings_of(found, rows)),

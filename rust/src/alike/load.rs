@@ -1,5 +1,6 @@
 //! Factors read from their files, in the number type and the order that products want.
 
+use std::collections::HashMap;
 use std::fs::File;
 
 use super::collection::{Member, Piece, Source, Stored};
@@ -13,6 +14,7 @@ use crate::kernel::{InstructionSet, convert};
 use crate::plan::{Part, Update as Planned, UpdateKind};
 use crate::safetensors::TensorInfo;
 use crate::spectrum::{Update, Values};
+use crate::vector::vectorized;
 
 /// Largest magnitudes beyond 2 to this power, up or down, are brought to one before they are
 /// multiplied, so that no product of four factors leaves the range of f32.
@@ -149,9 +151,7 @@ impl Wide {
     /// by: 1 but for values that are extremely large or small.
     fn into_numbers<T: Real>(self) -> (Vec<T>, f64) {
         let largest = match &self {
-            Self::Single(values) => {
-                f64::from(values.iter().fold(0.0f32, |most, value| most.max(value.abs())))
-            }
+            Self::Single(values) => f64::from(largest_magnitude(values)),
             Self::Double(values) => values.iter().fold(0.0f64, |most, value| most.max(value.abs())),
         };
         let exponent = if largest > 0.0 { largest.log2().floor() as i32 } else { 0 };
@@ -172,6 +172,21 @@ impl Wide {
             Self::Double(values) => values.into_iter().map(shift).collect(),
         };
         (numbers, 2f64.powi(exponent))
+    }
+}
+
+vectorized! {
+    /// max|x|, whatever is no number left out.
+    fn largest_magnitude(values: &[f32]) -> f32 {
+        let mut most = [0.0f32; 32];
+        let (blocks, rest) = values.as_chunks::<32>();
+        for block in blocks {
+            for (most, value) in most.iter_mut().zip(block) {
+                let magnitude = value.abs();
+                *most = if magnitude > *most { magnitude } else { *most };
+            }
+        }
+        most.iter().chain(rest).fold(0.0, |most, value| most.max(value.abs()))
     }
 }
 
@@ -226,11 +241,15 @@ impl<'a> Reader<'a> {
 
     fn wide(&self, stored: &Stored) -> Result<Wide> {
         let mut bytes = vec![0; stored.length];
-        read_at(&self.file, &mut bytes, stored.offset).map_err(|error| match error.kind() {
+        self.read(&mut bytes, stored.offset)?;
+        Ok(Wide::of(&stored.dtype, &bytes))
+    }
+
+    fn read(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        read_at(&self.file, bytes, offset).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => self.member.changed(),
             _ => Error::io(&self.member.file, error),
-        })?;
-        Ok(Wide::of(&stored.dtype, &bytes))
+        })
     }
 
     fn composed(&self, piece: &Piece) -> Result<(Wide, Wide)> {
@@ -254,10 +273,39 @@ impl<'a> Reader<'a> {
             residual: None,
             stage: 0,
         };
-        let pair = Pair::of(&adapter, &planned);
+        // Read and not mapped: the file may become shorter.
+        let module = &adapter.modules()[key];
+        let mut tensors = HashMap::new();
+        for tensor in [Some(&module.a), Some(&module.b), module.diagonal.as_ref()] {
+            let Some(tensor) = tensor else { continue };
+            let mut bytes = vec![0; tensor.bytes() as usize];
+            self.read(&mut bytes, adapter.file().data_start() + tensor.range.start)?;
+            tensors.insert(tensor.name.as_str(), bytes);
+        }
+        let read = |tensor: &TensorInfo| tensors[tensor.name.as_str()].as_slice();
+        let pair = Pair::from_bytes(module, &planned, &read);
         if pair.rank != piece.rank {
             return Err(self.member.changed());
         }
         Ok((Wide::of(&pair.b_dtype, &pair.b), Wide::of(&pair.a_dtype, &pair.a)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_magnitude_is_found_wherever_it_stands() {
+        for length in [1, 31, 32, 33, 100] {
+            for place in 0..length {
+                let mut values = vec![0.5f32; length];
+                values[place] = -3.0;
+                values[length / 2] = if place == length / 2 { -3.0 } else { f32::NAN };
+                assert_eq!(largest_magnitude(&values), 3.0, "{place} of {length}");
+            }
+        }
+        assert_eq!(largest_magnitude(&[]), 0.0);
+        assert_eq!(largest_magnitude(&[1.0, f32::NEG_INFINITY]), f32::INFINITY);
     }
 }

@@ -108,12 +108,7 @@ impl<T: Real> Stack<T> {
             for (row, source) in left.chunks_exact_mut(ranks).zip(factors.b.chunks(piece.rank)) {
                 row[part.first..part.end].copy_from_slice(source);
             }
-            let lines: Vec<_> = factors.a.chunks_exact(info.columns).collect();
-            for (column, row) in right.chunks_exact_mut(ranks).enumerate() {
-                for (target, line) in row[part.first..part.end].iter_mut().zip(&lines) {
-                    *target = line[column];
-                }
-            }
+            transpose(&factors.a, info.columns, &mut right, ranks, part.first);
         }
         Ok(Self { left, right, rows: info.rows, columns: info.columns, parts })
     }
@@ -183,6 +178,39 @@ impl<T: Real> Stack<T> {
     }
 }
 
+/// Lines and columns that are transposed at a time, within the registers.
+const SQUARE: usize = 8;
+
+/// Puts lines of `columns` values into rows of `stride`, from place `first` of each on.
+fn transpose<T: Real>(lines: &[T], columns: usize, target: &mut [T], stride: usize, first: usize) {
+    if columns == 0 {
+        return;
+    }
+    for (group, lines) in lines.chunks(SQUARE * columns).enumerate() {
+        let place = first + group * SQUARE;
+        let count = lines.len() / columns;
+        let whole = if count == SQUARE { columns / SQUARE * SQUARE } else { 0 };
+        for start in (0..whole).step_by(SQUARE) {
+            let mut square = [[T::default(); SQUARE]; SQUARE];
+            for (line, values) in lines.chunks_exact(columns).enumerate() {
+                let values: &[T; SQUARE] =
+                    values[start..start + SQUARE].try_into().expect("as many as asked for");
+                for (row, value) in square.iter_mut().zip(values) {
+                    row[line] = *value;
+                }
+            }
+            for (row, values) in target[start * stride..].chunks_mut(stride).zip(&square) {
+                row[place..place + SQUARE].copy_from_slice(values);
+            }
+        }
+        for (line, values) in lines.chunks_exact(columns).enumerate() {
+            for (column, value) in values.iter().enumerate().skip(whole) {
+                target[column * stride + place + line] = *value;
+            }
+        }
+    }
+}
+
 /// s²·Σ(BᵀB)∘(AAᵀ) in f64, whatever the factors are held in.
 fn square<T: Real>(factors: &Factors<T>, rank: usize) -> f64 {
     let wide = |values: &[T]| values.iter().map(|value| value.to_f64()).collect::<Vec<f64>>();
@@ -226,3 +254,24 @@ macro_rules! dot {
 
 dot!(dot_f32, f32);
 dot!(dot_f64, f64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_any_number_and_length_are_transposed() {
+        for (count, columns) in [(1, 1), (8, 8), (16, 24), (19, 21), (3, 40), (24, 5), (4, 0)] {
+            let lines: Vec<f32> = (0..count * columns).map(|value| value as f32).collect();
+            let (stride, first) = (count + 5, 2);
+            let mut found = vec![-1.0; columns * stride];
+            transpose(&lines, columns, &mut found, stride, first);
+            for (place, &value) in found.iter().enumerate() {
+                let (column, line) = (place / stride, place % stride);
+                let own = (first..first + count).contains(&line);
+                let expected = if own { lines[(line - first) * columns + column] } else { -1.0 };
+                assert_eq!(value, expected, "{count} × {columns}: {line}, {column}");
+            }
+        }
+    }
+}

@@ -37,6 +37,12 @@ proptest! {
         let plain = x.transposed().product(&y);
         prop_assert!(distance(&cross_product(&x, &y), &plain) < 1e-10);
         prop_assert!(distance(&gram(&x), &x.transposed().product(&x)) < 1e-10);
+        let (_, sums) = gram_and_sums(&x);
+        prop_assert_eq!(sums.len(), a);
+        for (column, sum) in sums.iter().enumerate() {
+            let plain: f64 = x.column(column).iter().sum();
+            prop_assert!((sum - plain).abs() < 1e-10);
+        }
     }
 
     #[test]
