@@ -307,7 +307,8 @@ def main() -> None:
         machine = {"processor": processor(), "versions": versions(), "threads": options.threads}
         print(json.dumps({**machine, "rank": options.rank, **measured}, indent=2))
     else:
-        show(measured, options, Console())
+        # As wide as the table where the output is no terminal.
+        show(measured, options, Console(width=None if sys.stdout.isatty() else 120))
 
 
 if __name__ == "__main__":
