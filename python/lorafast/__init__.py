@@ -11,6 +11,7 @@ from lorafast._core import __version__, build_info
 from lorafast._errors import (
     AdapterError,
     CheckpointError,
+    DeviceError,
     LorafastError,
     MissingDependencyError,
     NumericError,
@@ -60,6 +61,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Comparison",
+    "DeviceError",
     "DuplicateGroup",
     "Duplicates",
     "EntryStatistics",

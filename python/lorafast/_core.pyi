@@ -1,11 +1,12 @@
 """The Rust core's Python face. Paths, options and numbers cross it; tensors do not."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, final
 
 __all__ = [
     "Collection",
+    "Execution",
     "Plan",
     "__version__",
     "analyze_adapter",
@@ -18,6 +19,7 @@ __all__ = [
     "plan_merge",
     "scan_adapters",
     "scan_columns",
+    "stored_factors",
 ]
 
 __version__: str
@@ -35,6 +37,19 @@ class Plan:
         instruction_set: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, Any]: ...
+    def changed_tensors(self) -> list[dict[str, Any]]: ...
+    def replacement(self, place: tuple[int, int]) -> tuple[str, bytes] | None: ...
+    def operands(
+        self, place: tuple[int, int], *, weight: Any | None = None
+    ) -> list[dict[str, Any]]: ...
+    def begin(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        overwrite: bool = False,
+        sync: bool = True,
+    ) -> Execution: ...
     def verify(
         self,
         merged: str | os.PathLike[str],
@@ -51,6 +66,23 @@ class Plan:
         threads: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, Any]: ...
+
+@final
+class Execution:
+    @property
+    def total(self) -> int: ...
+    def run(
+        self,
+        places: Set[tuple[int, int]],
+        *,
+        only: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None: ...
+    def read_rows(self, place: tuple[int, int], first_row: int, buffer: Any) -> None: ...
+    def write_rows(self, place: tuple[int, int], first_row: int, buffer: Any) -> None: ...
+    def raise_overflow(self, place: tuple[int, int], index: int) -> None: ...
+    def finish(self) -> dict[str, Any]: ...
+    def abort(self) -> None: ...
 
 def plan_merge(
     base: str | os.PathLike[str],
@@ -100,6 +132,9 @@ def scan_adapters(
     threads: int | None,
     receive: Callable[[list[tuple[int, dict[str, Any] | Exception]], int, int], object],
 ) -> None: ...
+def stored_factors(
+    adapter: tuple[str | os.PathLike[str], str | os.PathLike[str] | None],
+) -> list[tuple[tuple[int, int, int], float, tuple[str, bytes], tuple[str, bytes]]]: ...
 def scan_columns(metrics: str) -> list[tuple[str, bool]]: ...
 
 @final
@@ -119,6 +154,14 @@ class Collection:
         threads: int | None,
         progress: Callable[[int, int], object] | None,
     ) -> tuple[bytearray, list[bytearray], int]: ...
+    def stacked(
+        self,
+        module: int,
+        members: Sequence[int],
+        *,
+        precision: str,
+        threads: int | None,
+    ) -> tuple[list[int], list[int], list[float], bytearray, bytearray]: ...
     def signatures(
         self,
         members: Sequence[int],

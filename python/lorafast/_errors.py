@@ -9,6 +9,7 @@ Exception
     ├── PlanError                     base and adapters that do not fit together
     ├── OutputError                   an output that may not or cannot be written
     ├── NumericError                  a result outside the range of its type
+    ├── DeviceError                   a device that torch does not see, or cannot use
     ├── VerificationError             an output that reads back as something else
     └── MissingDependencyError        an optional package that is not installed (an ImportError)
 ```
@@ -59,6 +60,10 @@ class OutputError(LorafastError):
 
 class NumericError(LorafastError):
     """A merge or conversion would make a finite weight NaN or infinite."""
+
+
+class DeviceError(LorafastError):
+    """A device is not there, or cannot compute what is needed."""
 
 
 class VerificationError(LorafastError):

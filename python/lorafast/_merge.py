@@ -38,7 +38,6 @@ DTYPES: dict[str, str | None] = {
     "float32": "F32",
     "fp32": "F32",
 }
-DEVICES = ("cpu", "cuda", "auto")
 
 
 class MergePlan:
@@ -101,21 +100,26 @@ class MergePlan:
         overwrite: bool = False,
         sync: bool = True,
         progress: Progress = False,
+        device_memory: int | str | None = None,
         verify: bool = False,
         report: bool = True,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
-        device = _choose_device(device)
+        from lorafast._torch._choice import carry_out
+
         check_threads(threads)
         with _progress_callback(progress) as callback:
-            summary = self.core.execute(
+            done = carry_out(
+                self.core,
                 output,
+                device=device,
+                device_memory=device_memory,
                 threads=threads,
                 overwrite=overwrite,
                 sync=sync,
-                instruction_set=None,
                 progress=callback,
             )
+        summary = done.summary
         description = self._description
         result = MergeReport(
             base=self.base,
@@ -124,7 +128,7 @@ class MergePlan:
             weights=description["weights"],
             output_path=os.fspath(output),
             dtype=description["dtype"],
-            device=device,
+            device=done.device,
             total_parameters=self.total_parameters,
             model_size_mb=summary["bytes_written"] / 2**20,
             tensors_merged=self.tensors_merged,
@@ -139,7 +143,8 @@ class MergePlan:
             base_header_sha256=summary["base_header_sha256"],
             groups=_groups(description),
             warnings=list(self.warnings),
-            notes=list(self.notes),
+            notes=[*self.notes, *done.notes],
+            fallbacks=done.fallbacks,
             side_files=summary["side_files"],
             left_out=summary["left_out"],
             accounts=[adapter["account"] for adapter in description["adapters"]],
@@ -169,7 +174,7 @@ class MergeReport:
         weights: the weight of each adapter, or `None` under sequential.
         output_path: the directory that was written.
         dtype: auto, or the dtype of the output's floating-point tensors.
-        device: what computed: cpu, or a CUDA device.
+        device: what made the products: cpu, a CUDA device, or torch:cpu.
         total_parameters: elements of all tensors of the output.
         model_size_mb: size of the output's shards in MiB (2²⁰ bytes).
         tensors_merged: tensors that adapters changed.
@@ -190,6 +195,7 @@ class MergeReport:
         accounts: for each adapter `fields` and `tensors`: the `name` of every config field and of
             every tensor, its `verdict` (used, not_needed) and the `reason`.
         verification: what `lorafast.verify` found afterwards, where it was asked for.
+        fallbacks: on a device, for each reason the tensors that the CPU merged.
     """
 
     base: str
@@ -218,6 +224,7 @@ class MergeReport:
     left_out: list[str] = field(default_factory=list)
     accounts: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, Any] | None = None
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""
@@ -255,6 +262,7 @@ def merge(
     overwrite: bool = False,
     sync: bool = True,
     progress: Progress = False,
+    device_memory: int | str | None = None,
     allow: Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
@@ -281,7 +289,13 @@ def merge(
             "fp32") convert every floating-point tensor of 16 bits and more, and write quantised
             weights out, without their scales and without the config's entry on quantisation;
             under "auto" what changes of them is quantised again with the same scheme.
-        device: where to compute: "cpu".
+        device: where products are made. "cpu": by the core. "cuda" or "cuda:N": by torch on that
+            device; results are within a unit in the last place of the CPU's, not the same bytes.
+            "auto": on CUDA if a device is there and sending the weights costs less time than the
+            products save, else on the CPU; the report's notes say which and why. "torch:cpu": by
+            torch on the CPU, to compare backends. Quantised weights are always merged on the CPU.
+        device_memory: the most of the device's memory to use: bytes, or a text such as "2GiB";
+            most of what is free if missing.
         threads: worker threads; one per core if missing. The result does not depend on it.
         overwrite: replace a model in `output`; files that are not part of a model stay.
         sync: return when the output has reached the disk. `False` leaves the time to the system,
@@ -309,9 +323,13 @@ def merge(
         PlanError: base and adapters do not fit together.
         OutputError: the output may not or cannot be written.
         NumericError: a finite weight would become NaN or infinite.
+        DeviceError: the device is not there, or this torch cannot use it.
+        MissingDependencyError: torch is needed for the device and is not installed.
         VerificationError: with `verify`, the output reads back as something else.
     """
-    _choose_device(device)
+    from lorafast._torch._devices import check_name, parse_memory
+
+    parse_memory(device_memory, check_name(device))
     check_threads(threads)
     prepared = plan(
         base,
@@ -326,6 +344,7 @@ def merge(
     return prepared.execute(
         output,
         device=device,
+        device_memory=device_memory,
         threads=threads,
         overwrite=overwrite,
         sync=sync,
@@ -449,14 +468,6 @@ def inspect(path: Source) -> dict[str, Any]:
         return _core.list_adapter(local, rewritten)
 
 
-def _choose_device(device: str) -> str:
-    if device in {"cpu", "auto"}:
-        return "cpu"
-    if device == "cuda" or device.startswith("cuda:"):
-        raise ValueError(f"device {device!r} cannot be used yet; use 'cpu'")
-    raise ValueError(f"unknown device {device!r}; there are {', '.join(DEVICES)}")
-
-
 def check_threads(threads: int | None) -> None:
     """Raises ValueError for a number of threads below 1."""
     if threads is not None and threads < 1:
@@ -518,6 +529,12 @@ def _markdown(report: MergeReport) -> str:
         lines += [
             f"    - {verdict}: {', '.join(f'`{name}`' for name in names)} ({reason})"
             for verdict, reason, names in left_over(account)
+        ]
+    if report.fallbacks:
+        lines += ["", "## Merged on the CPU", ""]
+        lines += [
+            f"- {reason}: {', '.join(f'`{name}`' for name in names)}"
+            for reason, names in report.fallbacks.items()
         ]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]

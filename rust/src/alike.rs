@@ -16,6 +16,7 @@ mod load;
 mod products;
 mod relation;
 mod signature;
+mod stacked;
 mod tiles;
 
 #[cfg(test)]
@@ -26,3 +27,4 @@ pub use groups::Group;
 pub use products::{Options, Precision, Products, products, work};
 pub use relation::{Relation, combination_norm, relation, relations};
 pub use signature::{LEADING, Signature, signature, signatures};
+pub use stacked::{Stacked, stacked_f32, stacked_f64};

@@ -4,6 +4,7 @@
 //! read.
 
 mod compare;
+pub mod stored;
 
 #[cfg(test)]
 mod tests;

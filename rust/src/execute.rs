@@ -5,8 +5,10 @@
 //! inside the kernel. Memory is threads × buffers and the factors of the tensors in work.
 
 pub(crate) mod compute;
+pub mod operands;
 pub(crate) mod queue;
 pub(crate) mod requantise;
+pub mod session;
 mod tile;
 
 use std::collections::HashMap;
@@ -15,7 +17,6 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
 
 use serde::Serialize;
 
@@ -23,13 +24,12 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::kernel::InstructionSet;
 use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
-use crate::side_files;
-use crate::task::{self, Task};
-use crate::writer::{self, Staging};
+use crate::task::Task;
 
 use compute::{Buffers, Computer, Slot, lock};
 use queue::{Lanes, Work};
 use requantise::Requantising;
+use session::{Part, Session};
 
 /// What the caller decides about the execution.
 #[derive(Debug, Clone, Default)]
@@ -78,69 +78,9 @@ pub fn execute(
     options: &Options,
     task: &Task,
 ) -> Result<Summary> {
-    let start = Instant::now();
-    let pool = task::build_pool(options.threads)?;
-    let mut side_files = side_files::list(&inputs.base)?;
-    let side_bytes: u64 = side_files.carried.iter().map(|(_, bytes)| bytes).sum();
-    let total = plan.bytes() + side_bytes;
-    let staging = Staging::create(inputs, output, options.overwrite, !options.unsynced, total)?;
-    task.expect(total);
-    let files = plan
-        .shards
-        .iter()
-        .map(|shard| {
-            let file = staging.create_file(&shard.name, shard.bytes())?;
-            if !queue::copies_header(inputs, shard) {
-                let failed = |error| Error::io(output.join(&shard.name), error);
-                file::write_at(&file, &shard.header, 0).map_err(failed)?;
-                task.advance(shard.header.len() as u64);
-            }
-            Ok(file)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let instruction_set = options.instruction_set.unwrap_or_else(InstructionSet::detect);
-    let job = Job::new(inputs, plan, output, &files, instruction_set, !options.unsynced, task);
-    job.run(&pool)?;
-    let adapter_sha256 = job.digests()?;
-    drop(files);
-    if plan.config_changes.unquantised {
-        // ModelOpt's description of what is no longer so.
-        side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
-    }
-    for (name, bytes) in &side_files.carried {
-        task.check()?;
-        match (name.as_str(), inputs.base.config()) {
-            ("config.json", Some(config)) if !plan.config_changes.is_empty() => {
-                staging.write(name, &writer::changed_config(config, &plan.config_changes))?;
-            }
-            _ => {
-                let source = inputs.base.root().join(name);
-                std::fs::copy(&source, staging.path(name)?)
-                    .map_err(|error| Error::io(&source, error))?;
-            }
-        }
-        task.advance(*bytes);
-    }
-    if let Some((name, content)) = writer::index_content(&inputs.base, plan) {
-        staging.write(&name, &content)?;
-    }
-    task.check()?;
-    staging.commit()?;
-    Ok(Summary {
-        bytes_written: plan.bytes(),
-        seconds: start.elapsed().as_secs_f64(),
-        threads: pool.current_num_threads(),
-        instruction_set,
-        adapter_sha256,
-        base_header_sha256: inputs
-            .base
-            .shards()
-            .iter()
-            .map(|shard| crate::adapter::sha256_of_bytes(shard.file.header_bytes()))
-            .collect(),
-        side_files: side_files.carried.into_iter().map(|(name, _)| name).collect(),
-        left_out: side_files.left_out,
-    })
+    let session = Session::begin(inputs, plan, output, options, task)?;
+    session.run(inputs, plan, &Part::All, task)?;
+    session.finish(inputs, plan, task)
 }
 
 struct Job<'a> {
@@ -169,21 +109,28 @@ impl<'a> Job<'a> {
         set: InstructionSet,
         sync: bool,
         task: &'a Task,
+        part: &Part,
     ) -> Self {
         let mut tiles = Vec::new();
-        let queues: Vec<_> = (plan.shards.iter().enumerate())
+        let mut queues: Vec<_> = (plan.shards.iter().enumerate())
             .map(|(position, shard)| queue::queue_of(inputs, position, shard, &mut tiles))
             .collect();
+        queues.iter_mut().for_each(|queue| queue.retain(|work| part.takes(work)));
         let slots = tiles.into_iter().map(Slot::new).collect();
         let computer = Computer { inputs, set, task };
         let mut remaining: Vec<_> = queues.iter().map(Vec::len).collect();
-        let requantising = requantise::all(plan);
+        let mut requantising = requantise::all(plan);
+        let mut digested = 0..inputs.adapters.len();
+        if let Part::Only(places) = part {
+            requantising.retain(|place, _| places.contains(place));
+            digested = 0..0;
+        }
         for (shard, _) in requantising.values().flat_map(|tensor| &tensor.scales) {
             remaining[*shard] += 1;
         }
         let remaining = remaining.into_iter().map(AtomicUsize::new).collect();
         // The digests have a lane of their own in front: long units, which must not come last.
-        let digests = (0..inputs.adapters.len()).map(|adapter| Work::Digest { adapter }).collect();
+        let digests = digested.map(|adapter| Work::Digest { adapter }).collect();
         let lanes = Lanes::new(std::iter::once(digests).chain(queues).collect());
         let digests = inputs.adapters.iter().map(|_| Mutex::new(None)).collect();
         Self {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._cli._command import Command
+from lorafast._cli._device import device_name
 from lorafast._cli._format import bytes_text, count_text, number_text, plural, seconds_text
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 STRATEGIES = ("sequential", "weighted", "average")
 COMPAT = ("peft",)
 DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
-DEVICES = ("cpu", "cuda", "auto")
 EXPERT_LAYOUTS = ("auto", "straight", "transposed")
 
 
@@ -104,9 +104,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--device",
-        choices=DEVICES,
+        type=device_name,
         default="cpu",
-        help="where to compute (default: %(default)s)",
+        metavar="DEVICE",
+        help="where products are made: cpu, cuda, cuda:N, auto (the faster of the two, and says "
+        "why), or torch:cpu to compare backends (default: %(default)s)",
+    )
+    how.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="the most of the device's memory to use, as 2GiB (default: most of what is free)",
     )
     outcome = parser.add_argument_group("what to write and show")
     outcome.add_argument(
@@ -190,6 +197,7 @@ def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
         weights=arguments.weights,
         dtype=arguments.merge_dtype,
         device=arguments.device,
+        device_memory=arguments.device_memory,
         threads=arguments.threads,
         overwrite=arguments.overwrite,
         sync=not arguments.no_sync,
@@ -216,7 +224,9 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
     if report.tensors_cast:
         tensors += f", {report.tensors_cast:,} converted"
     speed = report.bytes_written / report.merge_time if report.merge_time > 0 else 0.0
-    where = f"{plural(report.threads, 'thread')} of the {report.device}"
+    where = f"{plural(report.threads, 'thread')} of the cpu"
+    if report.device != "cpu":
+        where = f"{report.device} and {where}"
     facts = {
         "base": report.base,
         "adapters": adapters_text(report.adapters, report.weights),
@@ -232,6 +242,8 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
         count = report.verification["elements"]
         facts["verified"] = f"every one of {count_text(count)} weights, read back"
     terminal.facts(facts)
+    for reason, names in report.fallbacks.items():
+        terminal.line(f"note: {plural(len(names), 'tensor')} merged on the CPU: {reason}")
     for note in report.notes:
         terminal.line(f"note: {note}")
 

@@ -30,6 +30,19 @@ fn to_bytes<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound<'py, PyByteA
     })
 }
 
+/// Little-endian float32.
+fn to_bytes_f32<'py>(py: Python<'py>, values: &[f32]) -> PyResult<Bound<'py, PyByteArray>> {
+    PyByteArray::new_with(py, values.len() * 4, |bytes| {
+        for (target, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+            *target = value.to_le_bytes();
+        }
+        Ok(())
+    })
+}
+
+type StackedFactors<'py> =
+    (Vec<usize>, Vec<usize>, Vec<f64>, Bound<'py, PyByteArray>, Bound<'py, PyByteArray>);
+
 /// Opens each adapter for a moment. Returns the collection, and the position and the exception of
 /// each that could not be read.
 #[pyfunction]
@@ -106,6 +119,38 @@ impl Collection {
         })?;
         let modules = products.modules.iter().map(|module| to_bytes(py, module));
         Ok((to_bytes(py, &products.all)?, modules.collect::<PyResult<_>>()?, products.found))
+    }
+
+    /// The factors of some members that have a module: those members, the rank of each, the factor
+    /// on each product, and B and A of each after one another, in that precision.
+    #[pyo3(signature = (module, members, *, precision, threads))]
+    fn stacked<'py>(
+        &self,
+        py: Python<'py>,
+        module: usize,
+        members: Vec<usize>,
+        precision: &str,
+        threads: Option<usize>,
+    ) -> PyResult<StackedFactors<'py>> {
+        let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
+        match precision {
+            Precision::Double => {
+                let read = |_: &_| {
+                    alike::stacked_f64(&self.inner, module, &members, &build_pool(threads)?)
+                };
+                let found = job::run(py, None, read)?;
+                let (b, a) = (to_bytes(py, &found.b)?, to_bytes(py, &found.a)?);
+                Ok((found.members, found.ranks, found.scales, b, a))
+            }
+            Precision::Single => {
+                let read = |_: &_| {
+                    alike::stacked_f32(&self.inner, module, &members, &build_pool(threads)?)
+                };
+                let found = job::run(py, None, read)?;
+                let (b, a) = (to_bytes_f32(py, &found.b)?, to_bytes_f32(py, &found.a)?);
+                Ok((found.members, found.ranks, found.scales, b, a))
+            }
+        }
     }
 
     /// Some members' signatures as plain objects with its leading singular values, or the exception

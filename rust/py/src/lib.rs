@@ -2,6 +2,7 @@
 //! from the interpreter, calls the core, and wraps the result. No logic lives here.
 
 mod alike;
+mod device;
 mod errors;
 mod fleet;
 mod job;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict, PyList};
 
 use lorafast::adapter::Adapter;
 use lorafast::analysis;
@@ -45,7 +46,7 @@ fn open_inputs(base: &Path, adapters: &[AdapterPath]) -> lorafast::Result<Inputs
 #[pyclass(frozen, module = "lorafast._core")]
 struct Plan {
     inputs: Inputs,
-    plan: plan::Plan,
+    plan: Arc<plan::Plan>,
 }
 
 #[pymethods]
@@ -80,6 +81,50 @@ impl Plan {
         to_object(py, &summary)
     }
 
+    /// Every tensor that adapters change, for an executor with arithmetic of its own, as plain
+    /// objects.
+    fn changed_tensors(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        to_object(py, &execute::operands::changed_tensors(&self.plan))
+    }
+
+    /// What an adapter puts in a tensor's place: its type and its bytes.
+    fn replacement<'py>(
+        &self,
+        py: Python<'py>,
+        place: (usize, usize),
+    ) -> PyResult<Option<(String, Bound<'py, PyBytes>)>> {
+        let tensor = device::tensor_at(&self.plan, place)?;
+        let found = execute::operands::replacement(&self.inputs, tensor);
+        Ok(found.map(|(dtype, bytes)| (dtype.name().to_owned(), PyBytes::new(py, bytes))))
+    }
+
+    /// The updates of a merged tensor as dictionaries, the factors as bytes. `weight` is all of it
+    /// in f64, where it lies elsewhere than in the base's files.
+    #[pyo3(signature = (place, *, weight=None))]
+    fn operands(
+        &self,
+        py: Python<'_>,
+        place: (usize, usize),
+        weight: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Py<PyList>> {
+        device::updates(py, &self.inputs, &self.plan, place, weight)
+    }
+
+    /// Begins an execution in steps: checks and locks the output, and writes the headers.
+    #[pyo3(signature = (output, *, threads=None, overwrite=false, sync=true))]
+    fn begin(
+        &self,
+        py: Python<'_>,
+        output: PathBuf,
+        threads: Option<usize>,
+        overwrite: bool,
+        sync: bool,
+    ) -> PyResult<device::Execution> {
+        let options = execute::Options { threads, overwrite, unsynced: !sync, instruction_set: None };
+        py.detach(|| device::Execution::begin(&self.inputs, &self.plan, &output, &options))
+            .map_err(|error| to_python(py, error))
+    }
+
     /// Holds a merged checkpoint against the plan; returns the outcome as plain objects.
     #[pyo3(signature = (merged, *, threads=None, full=false, progress=None))]
     fn verify(
@@ -104,7 +149,7 @@ impl Plan {
         let plan = py
             .detach(|| self.plan.of_base_alone(&self.inputs, dtype))
             .map_err(|error| to_python(py, error))?;
-        Ok(Self { inputs: self.inputs.clone(), plan })
+        Ok(Self { inputs: self.inputs.clone(), plan: Arc::new(plan) })
     }
 
     /// How far what came back can lie from the base, of a plan that subtracts and was carried out
@@ -130,6 +175,8 @@ mod _core {
 
     #[pymodule_export]
     use super::Plan;
+    #[pymodule_export]
+    use super::device::{Execution, stored_factors};
     #[pymodule_export]
     use super::fleet::{scan_adapters, scan_columns};
 
@@ -171,7 +218,7 @@ mod _core {
             };
             let inputs = open_inputs(&base, &adapters)?;
             let plan = plan::Plan::new(&inputs, options)?;
-            Ok(Plan { inputs, plan })
+            Ok(Plan { inputs, plan: Arc::new(plan) })
         };
         py.detach(make).map_err(|error| to_python(py, error))
     }

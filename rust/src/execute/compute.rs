@@ -278,7 +278,7 @@ impl Computer<'_> {
     }
 
     /// Names an adapter whose tensors are not finite themselves, or else the operation.
-    fn culprit(&self, tensor: &PlannedTensor) -> String {
+    pub(super) fn culprit(&self, tensor: &PlannedTensor) -> String {
         if !matches!(tensor.action, Action::Merge(_)) {
             return "the conversion".into();
         }

@@ -8,6 +8,7 @@ use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan;
 use crate::safetensors::{SafetensorsFile, TensorInfo};
+use crate::writer::{self, Staging};
 
 const ROWS: u64 = 70;
 const COLUMNS: u64 = 90;
@@ -422,4 +423,55 @@ fn a_saved_embedding_of_another_size_changes_the_vocabulary() {
     let config = fs::read_to_string(root.join("output/config.json")).expect("read");
     assert!(config.contains("\"vocab_size\": 32"), "{config}");
     assert!(config.contains("\"tie_word_embeddings\": true"), "{config}");
+}
+
+/// Rows of another executor's making come where the CPU's would have, and the rest is the CPU's.
+#[test]
+fn parts_of_an_execution_make_the_whole() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let inputs = prepare(directory.path());
+    let plan = Plan::new(&inputs, plain()).expect("planned");
+    let (whole, parts) = (directory.path().join("whole"), directory.path().join("parts"));
+    let task = Task::new();
+    execute(&inputs, &plan, &whole, &Options::default(), &task).expect("merged");
+    let merged = operands::changed_tensors(&plan);
+    let [tensor] = merged.as_slice() else { panic!("one tensor is merged") };
+    let place = tensor.place;
+    let planned = &plan.shards[place.0].tensors[place.1];
+    let session =
+        Session::begin(&inputs, &plan, &parts, &Options::default(), &task).expect("begun");
+    session.run(&inputs, &plan, &Part::Without([place].into()), &task).expect("run");
+    let mut rows = vec![0; (ROWS * COLUMNS) as usize * 2];
+    session.read_rows(&inputs, planned, &(0..ROWS as usize), &mut rows).expect("read");
+    let [update] =
+        operands::operands(&inputs, planned, None).expect("read").try_into().expect("one");
+    let pair = &update.products[0].pair;
+    let set = InstructionSet::detect();
+    let factors = crate::kernel::Factors::pack(
+        set,
+        &Dtype::F32,
+        (ROWS as usize, COLUMNS as usize),
+        crate::kernel::Orientation::OutIn,
+        &[pair.operand(update.products[0].coefficient * update.weight)],
+    );
+    assert!(crate::kernel::merge_rows(set, &factors, 0, &Dtype::Bf16, &mut rows));
+    let half = rows.len() / 2;
+    session.write_rows(&plan, place, ROWS as usize / 2, &rows[half..]).expect("written");
+    session.write_rows(&plan, place, 0, &rows[..half]).expect("written");
+    assert!(!parts.join("config.json").exists(), "not a model yet");
+    let summary = session.finish(&inputs, &plan, &task).expect("finished");
+    assert_eq!(summary.adapter_sha256.len(), 1);
+    for name in ["one.safetensors", "two.safetensors", "config.json"] {
+        let read = |root: &Path| fs::read(root.join(name)).expect("there");
+        assert!(read(&whole) == read(&parts), "{name}");
+    }
+    // The merges of some tensors alone.
+    let again = directory.path().join("again");
+    let session =
+        Session::begin(&inputs, &plan, &again, &Options::default(), &task).expect("begun");
+    session.run(&inputs, &plan, &Part::Without([place].into()), &task).expect("run");
+    session.run(&inputs, &plan, &Part::Only([place].into()), &task).expect("run");
+    session.finish(&inputs, &plan, &task).expect("finished");
+    let read = |root: &Path| fs::read(root.join("one.safetensors")).expect("there");
+    assert!(read(&whole) == read(&again));
 }

@@ -308,7 +308,7 @@ impl Packing<'_> {
 }
 
 /// DoRA's magnitudes of the outputs that an update uses.
-fn magnitude(adapter: &Adapter, update: &Update) -> Vec<f64> {
+pub(super) fn magnitude(adapter: &Adapter, update: &Update) -> Vec<f64> {
     let module = &adapter.modules()[&update.module];
     let magnitude = module.magnitude.as_ref().expect("planned from its magnitude");
     let magnitude = adapter.read_f64(magnitude);

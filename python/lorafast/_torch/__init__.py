@@ -1,0 +1,1 @@
+"""What computes with torch: file merges, live models and analysis on a device."""

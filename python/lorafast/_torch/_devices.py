@@ -1,0 +1,183 @@
+"""Devices by their names, what is wrong with one that cannot be used, and exact products on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lorafast._errors import DeviceError, missing
+
+if TYPE_CHECKING:
+    import torch
+
+#: The forms of a device's name, for messages and help.
+FORMS = "cpu, cuda, cuda:N, auto, torch:cpu"
+#: What torch calls the dtypes of safetensors that can be merged.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: Less than this holds no tile worth sending.
+LEAST_MEMORY = 1 << 20
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def check_name(name: str) -> str:
+    """Returns a device's name if it has one of the known forms.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if re.fullmatch(r"cpu|auto|torch:cpu|cuda(:\d+)?", name) is None:
+        raise ValueError(f"unknown device {name!r}; there are {FORMS}")
+    return name
+
+
+def parse_memory(memory: int | str | None, device: str) -> int | None:
+    """Bytes from a number or a text such as "2GiB" or "500 MB".
+
+    Args:
+        memory: bytes, a text with a unit, or None for no bound.
+        device: the name of the device that it bounds.
+
+    Raises:
+        ValueError: it is no such amount, less than 1 MiB, or bounds the CPU's own backend.
+    """
+    if memory is None:
+        return None
+    if device == "cpu":
+        raise ValueError("device_memory bounds the memory of a device, and device is 'cpu'")
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", memory, re.IGNORECASE)
+        if found is None:
+            raise ValueError(f"device_memory is {memory!r}; give bytes, or as '2GiB' or '500MB'")
+        memory = int(float(found[1]) * UNITS[(found[2] or "").upper()])
+    if memory < LEAST_MEMORY:
+        raise ValueError(f"device_memory is {memory} bytes; it is at least 1 MiB")
+    return memory
+
+
+def import_torch(purpose: str) -> Any:
+    """The torch module.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise missing("torch", "torch", purpose) from error
+    return torch
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device of a name other than "cpu" and "auto", ready for use.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+        DeviceError: torch does not see such a device; says what it sees.
+    """
+    torch = import_torch(f"compute on {name!r}")
+    if name == "torch:cpu":
+        return torch.device("cpu")  # type: ignore[no-any-return]
+    problem = without_cuda(torch)
+    if problem is not None:
+        raise DeviceError(f"device {name!r} cannot be used: {problem}; use device='cpu'")
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # type: ignore[no-any-return]
+    if device.index >= count:
+        seen = ", ".join(f"cuda:{at} ({torch.cuda.get_device_name(at)})" for at in range(count))
+        raise DeviceError(f"there is no device {name!r}; torch sees {seen}")
+    return device  # type: ignore[no-any-return]
+
+
+def analysis_device(name: str, cache: object) -> torch.device | None:
+    """The torch device on which analysis is done, or None for the core.
+
+    Raises:
+        ValueError: the name is of no device, or there is a cache of the core's figures.
+        DeviceError: torch does not see such a device.
+    """
+    if check_name(name) == "auto":
+        try:
+            import torch
+        except ImportError:
+            return None
+        name = "cpu" if cache is not None or without_cuda(torch) is not None else "cuda"
+    if name == "cpu":
+        return None
+    if cache is not None:
+        raise ValueError(
+            f"the cache keeps figures of the CPU, and device is {name!r}; leave one of them out"
+        )
+    return open_device(name)
+
+
+def without_cuda(torch: Any) -> str | None:
+    """Why torch cannot use CUDA here, or None if it can."""
+    version = f"torch {torch.__version__}"
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"{version} was built without CUDA"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{version} is built for CUDA {torch.version.cuda} and sees no device ({reason})"
+    return f"{version} is built for CUDA {torch.version.cuda} and sees no device"
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for a report: `cuda:0 (NVIDIA H100)`, `torch:cpu`."""
+    if device.type == "cpu":
+        return "torch:cpu"
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors name.
+
+    Raises:
+        DeviceError: this torch does not have it.
+    """
+    import torch
+
+    dtype = getattr(torch, DTYPES.get(name, ""), None)
+    if dtype is None:
+        raise DeviceError(
+            f"torch {torch.__version__} has no dtype for {name}; install a newer one, or use "
+            "device='cpu'"
+        )
+    return dtype  # type: ignore[no-any-return]
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products in the type of their operands: no TF32, no 16-bit sums, no autograd."""
+    import torch
+
+    with torch.no_grad():
+        if device.type != "cuda":
+            yield
+            return
+        products = torch.backends.cuda.matmul
+        # Since torch 2.9 the older switch may not even be read once the newer one was used.
+        single = "fp32_precision" if hasattr(products, "fp32_precision") else "allow_tf32"
+        exact: dict[str, Any] = {
+            single: "ieee" if single == "fp32_precision" else False,
+            "allow_bf16_reduced_precision_reduction": False,
+            "allow_fp16_reduced_precision_reduction": False,
+        }
+        before = {name: getattr(products, name) for name in exact}
+        try:
+            for name, value in exact.items():
+                setattr(products, name, value)
+            with torch.cuda.device(device):
+                yield
+        finally:
+            for name, value in before.items():
+                setattr(products, name, value)

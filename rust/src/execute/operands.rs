@@ -1,0 +1,200 @@
+//! A merged tensor's updates as plain factors, for executors that bring arithmetic of their own.
+//!
+//! An executor makes of each tile, a run of rows of the tensor's matrix within one of its segments:
+//! stage after stage, from what the stages before left (S, at first W₀), and over the updates whose
+//! band the rows lie in,
+//!
+//! (1 − Σ w) · S + Σ w · V, with the sums over the updates that take S's place,
+//! \+ Σ w · c · (B · A), over all products of the others,
+//!
+//! where V is m/‖S + Σ c · (B · A)‖ ⊙ (S + Σ c · (B · A)) of DoRA, or the replacement; all in f32
+//! (f64 for a tensor in f64) with one rounding at the end.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use serde::Serialize;
+
+use super::compute::Computer;
+use super::tile;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::factors::Pair;
+use crate::kernel::{InstructionSet, convert};
+use crate::plan::{Inputs, Origin, Plan, PlannedTensor, UpdateKind};
+use crate::residual::Weight;
+use crate::task::Task;
+
+/// A tensor that adapters change, as an executor has to know it.
+#[derive(Debug, Serialize)]
+pub struct ChangedTensor<'a> {
+    /// Its shard's position, and its own in it.
+    pub place: (usize, usize),
+    /// Its name.
+    pub name: &'a str,
+    /// Rows of its matrix.
+    pub rows: usize,
+    /// Columns of its matrix.
+    pub columns: usize,
+    /// The type in which its rows are read.
+    pub dtype: &'a str,
+    /// The type in which they are written.
+    pub output_dtype: &'a str,
+    /// Runs of rows that the same updates change; no tile crosses their ends.
+    pub segments: Vec<(usize, usize)>,
+    /// Multiplications of all its products.
+    pub work: u64,
+    /// Whether its rows are stored as codes.
+    pub quantised: bool,
+    /// Whether W₀ is an adapter's tensor.
+    pub replaced: bool,
+    /// Its shape.
+    pub shape: &'a [u64],
+    /// How many updates it has; of a tensor that is brought whole perhaps none.
+    pub updates: usize,
+    /// Whether some of it was taken out by an adapter's initialisation.
+    pub residual: bool,
+}
+
+fn is_replaced(tensor: &PlannedTensor) -> bool {
+    matches!(tensor.origin, Origin::Adapter(_))
+}
+
+/// W₀ of a tensor that an adapter brings whole: its type and its bytes.
+pub fn replacement<'a>(inputs: &'a Inputs, tensor: &PlannedTensor) -> Option<(Dtype, &'a [u8])> {
+    let Origin::Adapter(adapter) = tensor.origin else { return None };
+    let bytes = inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
+    Some((tensor.source.dtype.clone(), bytes))
+}
+
+/// Every tensor that adapters change: merged, or brought whole.
+pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
+    let tensors = plan.shards.iter().enumerate().flat_map(|(shard, planned)| {
+        planned
+            .tensors
+            .iter()
+            .enumerate()
+            .map(move |(position, tensor)| ((shard, position), tensor))
+    });
+    tensors
+        .filter(|(_, tensor)| !tensor.updates().is_empty() || is_replaced(tensor))
+        .map(|(place, tensor)| {
+            let (rows, columns) = tensor.matrix();
+            let work = tensor.updates().iter().map(|update| {
+                let band = update.part.rows.clone().unwrap_or(0..rows as u64);
+                (band.end - band.start) * columns as u64 * update.rank
+            });
+            ChangedTensor {
+                place,
+                name: &tensor.name,
+                rows,
+                columns,
+                dtype: tensor.source.dtype.name(),
+                output_dtype: tensor.output_dtype.name(),
+                segments: tensor
+                    .segments()
+                    .into_iter()
+                    .map(|rows| (rows.start, rows.end))
+                    .collect(),
+                work: work.sum(),
+                quantised: tensor.quantised.is_some(),
+                replaced: is_replaced(tensor),
+                shape: &tensor.source.shape,
+                updates: tensor.updates().len(),
+                residual: tensor.updates().iter().any(|update| update.residual.is_some()),
+            }
+        })
+        .collect()
+}
+
+/// One product B·A with the factor on it, the update's weight left out.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// The factors.
+    pub pair: Pair<'a>,
+    /// The factor on the product.
+    pub coefficient: f64,
+}
+
+/// What one update does to the rows that it lies on.
+#[derive(Debug)]
+pub struct Operands<'a> {
+    /// What it does.
+    pub kind: UpdateKind,
+    /// The adapter's weight under the strategy.
+    pub weight: f64,
+    /// Updates are made from what those of all lower stages leave.
+    pub stage: usize,
+    /// The rows of the tensor's matrix that it lies on.
+    pub rows: Range<usize>,
+    /// Whether the products lie turned: Aᵀ·Bᵀ.
+    pub transposed: bool,
+    /// What is added to what it is made from.
+    pub products: Vec<Product<'a>>,
+    /// DoRA's magnitudes of the outputs, in f64.
+    pub magnitude: Option<Vec<f64>>,
+    /// The adapter's own values on those rows, where they take the place of what it is made from.
+    pub own: Option<(Dtype, Cow<'a, [u8]>)>,
+}
+
+/// The updates of a merged tensor, in their order. `weight` is all of W₀ in f64, row after row, for
+/// whoever holds it elsewhere than in the base's files; it is needed where an adapter's
+/// initialisation took a part out of it.
+///
+/// # Errors
+/// [`Error::Io`] if W₀ cannot be read, [`Error::Numeric`] if it cannot be decomposed.
+pub fn operands<'a>(
+    inputs: &'a Inputs,
+    tensor: &PlannedTensor,
+    weight: Option<Vec<f64>>,
+) -> Result<Vec<Operands<'a>>> {
+    let (rows, columns) = tensor.matrix();
+    let task = Task::new();
+    let computer = Computer { inputs, set: InstructionSet::detect(), task: &task };
+    let mut whole = weight.map(|values| Weight { rows, columns, values });
+    let mut result = Vec::new();
+    for update in tensor.updates() {
+        let adapter = &inputs.adapters[update.adapter];
+        let mut products = Vec::new();
+        if let Some(residual) = update.residual {
+            let weight = match &whole {
+                Some(weight) => weight,
+                None => &*whole.insert(computer.weight(tensor)?),
+            };
+            let pair = weight
+                .removed(residual, update.rank as usize, update.orientation())
+                .map_err(|message| Error::Numeric { tensor: tensor.name.clone(), message })?;
+            products.push(Product { pair, coefficient: -residual.scale(update.scale) });
+        }
+        if update.kind != UpdateKind::Replace {
+            products.push(Product { pair: Pair::of(adapter, update), coefficient: update.scale });
+        }
+        let band = update.part.rows.as_ref();
+        let rows = band.map_or(0..rows, |band| band.start as usize..band.end as usize);
+        let replacement = (update.kind == UpdateKind::Replace).then_some(&update.module);
+        let own = replacement.or(update.on.as_ref()).map(|name| {
+            let tensor = adapter.file().tensor(name).expect("planned from this tensor");
+            let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
+            let row = columns * tensor.dtype.size();
+            let bytes = adapter.file().tensor_bytes(tensor);
+            let bytes = &bytes[first * row..(first + rows.len()) * row];
+            (tensor.dtype.clone(), Cow::Borrowed(bytes))
+        });
+        result.push(Operands {
+            kind: update.kind,
+            weight: update.weight,
+            stage: update.stage,
+            rows,
+            transposed: update.transposed,
+            products,
+            magnitude: (update.kind == UpdateKind::Dora).then(|| tile::magnitude(adapter, update)),
+            own,
+        });
+    }
+    Ok(result)
+}
+
+/// Numbers of any mergeable type in f64.
+pub fn widen(dtype: &Dtype, bytes: &[u8]) -> Vec<f64> {
+    convert::widen_f64(dtype, bytes)
+}

@@ -1,0 +1,246 @@
+//! One execution from the checked output to the finished directory, in steps, so that an executor
+//! with arithmetic of its own can make some of the merged tensors while the CPU makes the rest.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use super::compute::{self, Computer};
+use super::queue::{self, Work};
+use super::{Job, Options, Summary};
+use crate::error::{Error, Result};
+use crate::file;
+use crate::kernel::InstructionSet;
+use crate::plan::{Inputs, Plan, PlannedTensor};
+use crate::side_files::{self, SideFiles};
+use crate::task::{self, Task};
+use crate::writer::{self, Staging};
+
+/// A tensor of a plan: its shard's position and its own.
+pub type Place = (usize, usize);
+
+/// Which of a plan's units of work are carried out.
+#[derive(Debug, Clone)]
+pub enum Part {
+    /// All of them.
+    All,
+    /// All but the merges of these tensors, which somebody else writes.
+    Without(HashSet<Place>),
+    /// The merges of these tensors alone.
+    Only(HashSet<Place>),
+}
+
+impl Part {
+    pub(super) fn takes(&self, work: &Work) -> bool {
+        let place = match work {
+            Work::Merge { shard, tensor, .. } => Some((*shard, *tensor)),
+            _ => None,
+        };
+        match (self, place) {
+            (Self::All, _) | (Self::Without(_), None) => true,
+            (Self::Only(_), None) => false,
+            (Self::Without(places), Some(place)) => !places.contains(&place),
+            (Self::Only(places), Some(place)) => places.contains(&place),
+        }
+    }
+}
+
+/// A begun execution. Every step is given the inputs and the plan that it was begun with. Dropped
+/// before [`Session::finish`], it leaves the output as it was found.
+#[derive(Debug)]
+pub struct Session {
+    output: PathBuf,
+    staging: Staging,
+    files: Vec<File>,
+    side_files: SideFiles,
+    total: u64,
+    start: Instant,
+    pool: rayon::ThreadPool,
+    set: InstructionSet,
+    sync: bool,
+    digests: Mutex<Vec<String>>,
+    /// Whether somebody else wrote rows that have to be synced.
+    written: AtomicBool,
+}
+
+impl Session {
+    /// Checks and locks the output, and writes the headers of all shards.
+    ///
+    /// # Errors
+    /// [`Error::Output`] if the output may not be written, [`Error::Io`], [`Error::Argument`].
+    pub fn begin(
+        inputs: &Inputs,
+        plan: &Plan,
+        output: &Path,
+        options: &Options,
+        task: &Task,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let pool = task::build_pool(options.threads)?;
+        let side_files = side_files::list(&inputs.base)?;
+        let side_bytes: u64 = side_files.carried.iter().map(|(_, bytes)| bytes).sum();
+        let total = plan.bytes() + side_bytes;
+        let staging = Staging::create(inputs, output, options.overwrite, !options.unsynced, total)?;
+        task.expect(total);
+        let files = plan
+            .shards
+            .iter()
+            .map(|shard| {
+                let file = staging.create_file(&shard.name, shard.bytes())?;
+                if !queue::copies_header(inputs, shard) {
+                    let failed = |error| Error::io(output.join(&shard.name), error);
+                    file::write_at(&file, &shard.header, 0).map_err(failed)?;
+                    task.advance(shard.header.len() as u64);
+                }
+                Ok(file)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            output: output.to_path_buf(),
+            staging,
+            files,
+            side_files,
+            total,
+            start,
+            pool,
+            set: options.instruction_set.unwrap_or_else(InstructionSet::detect),
+            sync: !options.unsynced,
+            digests: Mutex::new(Vec::new()),
+            written: AtomicBool::new(false),
+        })
+    }
+
+    /// Bytes of the whole output.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Carries out a part of the plan on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Numeric`], [`Error::Io`], [`Error::Cancelled`].
+    pub fn run(&self, inputs: &Inputs, plan: &Plan, part: &Part, task: &Task) -> Result<()> {
+        let job = Job::new(inputs, plan, &self.output, &self.files, self.set, self.sync, task, part);
+        job.run(&self.pool)?;
+        if !matches!(part, Part::Only(_)) {
+            *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
+        }
+        Ok(())
+    }
+
+    /// Reads whole rows of a merged tensor's W₀, as they are stored (of a quantised one in f32).
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    ///
+    /// # Panics
+    /// If the buffer is not as long as the rows.
+    pub fn read_rows(
+        &self,
+        inputs: &Inputs,
+        tensor: &PlannedTensor,
+        rows: &Range<usize>,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        let row = tensor.matrix().1 * tensor.source.dtype.size();
+        assert_eq!(buffer.len(), rows.len() * row, "a buffer of whole rows");
+        let computer = Computer { inputs, set: self.set, task: &Task::new() };
+        computer.read(tensor, buffer, rows.start * row)
+    }
+
+    /// Writes whole rows of a merged tensor, in the output's type.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    ///
+    /// # Panics
+    /// If the bytes are no whole rows within the tensor.
+    pub fn write_rows(
+        &self,
+        plan: &Plan,
+        (shard, tensor): Place,
+        first_row: usize,
+        bytes: &[u8],
+    ) -> Result<()> {
+        let planned = &plan.shards[shard];
+        let tensor = &planned.tensors[tensor];
+        let row = tensor.matrix().1 * tensor.output_dtype.size();
+        let first = (first_row * row) as u64;
+        let end = first + bytes.len() as u64;
+        assert!(bytes.len().is_multiple_of(row), "whole rows");
+        assert!(end <= tensor.target.end - tensor.target.start, "within the tensor");
+        let offset = planned.header.len() as u64 + tensor.target.start + first;
+        file::write_at(&self.files[shard], bytes, offset)
+            .map_err(|error| Error::io(self.output.join(&planned.name), error))?;
+        if self.sync {
+            file::begin_writing(&self.files[shard], offset..offset + bytes.len() as u64);
+            self.written.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The error for an element that was finite and is no more, by its index in the tensor.
+    pub fn overflow(&self, inputs: &Inputs, tensor: &PlannedTensor, index: usize) -> Error {
+        let computer = Computer { inputs, set: self.set, task: &Task::new() };
+        compute::overflow(tensor, index, &computer.culprit(tensor))
+    }
+
+    /// Writes everything beside the weights and makes the output a model.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Cancelled`]; the output is then as it was.
+    pub fn finish(mut self, inputs: &Inputs, plan: &Plan, task: &Task) -> Result<Summary> {
+        if self.written.load(Ordering::Relaxed) {
+            for (file, shard) in self.files.iter().zip(&plan.shards) {
+                task.check()?;
+                let failed = |error| Error::io(self.output.join(&shard.name), error);
+                file.sync_all().map_err(failed)?;
+            }
+        }
+        self.files.clear();
+        let mut side_files = self.side_files;
+        if plan.config_changes.unquantised {
+            // ModelOpt's description of what is no longer so.
+            side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
+        }
+        for (name, bytes) in &side_files.carried {
+            task.check()?;
+            match (name.as_str(), inputs.base.config()) {
+                ("config.json", Some(config)) if !plan.config_changes.is_empty() => {
+                    let changed = writer::changed_config(config, &plan.config_changes);
+                    self.staging.write(name, &changed)?;
+                }
+                _ => {
+                    let source = inputs.base.root().join(name);
+                    std::fs::copy(&source, self.staging.path(name)?)
+                        .map_err(|error| Error::io(&source, error))?;
+                }
+            }
+            task.advance(*bytes);
+        }
+        if let Some((name, content)) = writer::index_content(&inputs.base, plan) {
+            self.staging.write(&name, &content)?;
+        }
+        task.check()?;
+        self.staging.commit()?;
+        Ok(Summary {
+            bytes_written: plan.bytes(),
+            seconds: self.start.elapsed().as_secs_f64(),
+            threads: self.pool.current_num_threads(),
+            instruction_set: self.set,
+            adapter_sha256: self.digests.into_inner().unwrap_or_else(PoisonError::into_inner),
+            base_header_sha256: inputs
+                .base
+                .shards()
+                .iter()
+                .map(|shard| crate::adapter::sha256_of_bytes(shard.file.header_bytes()))
+                .collect(),
+            side_files: side_files.carried.into_iter().map(|(name, _)| name).collect(),
+            left_out: side_files.left_out,
+        })
+    }
+}

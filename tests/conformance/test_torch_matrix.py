@@ -1,0 +1,148 @@
+"""Every entry of the matrix through the torch executor, against float64 and the CPU's backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lorafast
+import numpy as np
+import pytest
+import torch
+from lorafast._torch import _files, _program
+from matrix import FEATURES, Entry, Feature
+from support.compare import (
+    FLOAT32_SUM,
+    assert_merged_like_float64,
+    assert_rest_untouched,
+    ulp_distance,
+)
+from support.files import Tensor, read_checkpoint, tensor
+from support.handmade import write_checkpoint
+from support.models import Models
+from support.reference import Merged, merge_float64
+from test_matrix import FEW_PAIRS, IDENTICAL, make_adapters
+from toys import Toys, is_transposed
+
+DEVICES = [
+    "torch:cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+        ],
+    ),
+]
+CASES = [
+    pytest.param(feature, entry, id=f"{feature.name}-{entry.name}".replace(" ", "_"))
+    for feature in FEATURES
+    for entry in feature.entries
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and buffers are full of NaN before anything is computed."""
+    begin, slot = _files._Merge.__init__, _files._Merge._slot
+
+    def poisoned_begin(self: Any, plan: Any, execution: Any, device: Any, **options: Any) -> None:
+        sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+        for merged in plan.changed_tensors():
+            if merged["updates"] and not merged["quantised"]:
+                size = merged["rows"] * merged["columns"] * sizes[merged["output_dtype"]]
+                execution.write_rows(merged["place"], 0, np.full(size, 0xFF, np.uint8))
+        begin(self, plan, execution, device, **options)
+
+    def poisoned_slot(self: Any, source: int, target: int) -> Any:
+        made = slot(self, source, target)
+        made.source.fill_(0xFF)
+        made.target.fill_(0xFF)
+        return made
+
+    monkeypatch.setattr(_files._Merge, "__init__", poisoned_begin)
+    monkeypatch.setattr(_files._Merge, "_slot", poisoned_slot)
+
+
+def assert_like_the_cpu(
+    ours: dict[str, Tensor], cpu: dict[str, Tensor], terms: dict[str, Merged]
+) -> None:
+    """16-bit within 1 ulp, float32 within 1e-6, but where terms cancel to less than they are."""
+    for name, term in terms.items():
+        error = np.abs(ours[name].float64() - cpu[name].float64())
+        cancelled = error <= FLOAT32_SUM * term.magnitude
+        if ours[name].dtype in {"F16", "BF16"}:
+            assert ((ulp_distance(ours[name], cpu[name]) <= 1) | cancelled).all(), name
+        else:
+            assert ((error <= 1e-6 * np.abs(cpu[name].float64())) | cancelled).all(), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("feature", "entry"), CASES)
+def test_entry(models: Models, tmp_path: Path, feature: Feature, entry: Entry, device: str) -> None:
+    toys = Toys(models)
+    transposed = is_transposed(entry.base, entry.configs[0])
+    for base_dtype, adapter_dtype in FEW_PAIRS:
+        base = toys.base(entry.base, base_dtype)
+        adapters = make_adapters(toys, feature, entry, adapter_dtype)
+        name = f"{base_dtype}-{adapter_dtype}"
+        lorafast.merge(base, adapters, tmp_path / f"cpu-{name}")
+        report = lorafast.merge(base, adapters, tmp_path / name, device=device)
+        assert report.device.startswith(device)
+        assert report.fallbacks == {}
+        before = read_checkpoint(base)
+        ours, cpu = read_checkpoint(tmp_path / name), read_checkpoint(tmp_path / f"cpu-{name}")
+        terms = merge_float64(before, adapters, transposed=transposed)
+        assert_rest_untouched(ours, before, terms)
+        assert_merged_like_float64(ours, terms, identical=IDENTICAL)
+        assert_like_the_cpu(ours, cpu, terms)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_both_ways_to_add_in_16_bits(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, fused: bool
+) -> None:
+    used = []
+    apply = _program.Program.apply
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        used.append(self.fused)
+        return apply(self, *arguments)
+
+    monkeypatch.setattr(_program, "rounds_once", lambda *arguments: fused)
+    monkeypatch.setattr(_program.Program, "apply", noted)
+    toys = Toys(models)
+    (feature,) = [feature for feature in FEATURES if feature.name == "Two and three adapters"]
+    entry = feature.entries[1]
+    base, adapters = toys.base("layers", dtype), make_adapters(toys, feature, entry, "F32")
+    lorafast.merge(base, adapters, tmp_path / "out", device="torch:cpu")
+    terms = merge_float64(
+        read_checkpoint(base), adapters, transposed=is_transposed("layers", entry.configs[0])
+    )
+    assert used == [fused] * len(terms)
+    assert_merged_like_float64(read_checkpoint(tmp_path / "out"), terms, identical=IDENTICAL)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", ["F64", "F32", "BF16"])
+def test_conversion_on_the_way(models: Models, tmp_path: Path, stored: str, dtype: str) -> None:
+    toys = Toys(models)
+    (feature,) = [feature for feature in FEATURES if feature.name == "Several DoRA adapters"]
+    entry = feature.entries[2]
+    base = toys.base("layers", "F32" if stored == "F64" else stored)
+    if stored == "F64":
+        wide = {n: tensor(v.float64(), "F64") for n, v in read_checkpoint(base).items()}
+        base = tmp_path / "base"
+        base.mkdir()
+        write_checkpoint(base, wide)
+    adapters = make_adapters(toys, feature, entry, "F32")
+    lorafast.merge(base, adapters, tmp_path / "cpu", dtype=dtype)
+    lorafast.merge(base, adapters, tmp_path / "out", dtype=dtype, device="torch:cpu")
+    ours, cpu = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "cpu")
+    terms = merge_float64(
+        read_checkpoint(base), adapters, transposed=is_transposed("layers", entry.configs[0])
+    )
+    assert_merged_like_float64(ours, terms, identical=IDENTICAL)
+    assert_like_the_cpu(ours, cpu, terms)
+    assert_rest_untouched(ours, cpu, terms)
