@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast._cli._command import Command
+from lorafast._cli._device import add_device_argument
 from lorafast._cli._format import bytes_text, count_text, plural, seconds_text
 from lorafast._cli._terminal import Column
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
     )
+    add_device_argument(parser, "singular values are found")
     outcome = parser.add_argument_group("what to write and show")
     outcome.add_argument(
         "--output",
@@ -82,6 +84,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
             metrics=arguments.metrics,
             threads=arguments.threads,
             cache=arguments.cache,
+            device=arguments.device,
         )
     seconds = time.perf_counter() - started
     written = _write(fleet, arguments)

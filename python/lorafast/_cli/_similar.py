@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._cli._command import Command
+from lorafast._cli._device import add_device_argument
 from lorafast._cli._format import plural
 from lorafast._cli._terminal import Column
 
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", metavar="DIR", help="keep what is done here, and go on from it next time"
     )
+    add_device_argument(parser, "products are made")
     add_fleet_arguments(parser)
 
 
@@ -88,6 +90,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         precision=arguments.precision,
         memory=max(1, int(arguments.memory * 1e9)),
         cache=arguments.cache,
+        device=arguments.device,
         threads=arguments.threads,
         progress=not arguments.quiet,
     )

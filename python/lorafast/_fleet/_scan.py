@@ -22,6 +22,7 @@ def scan(
     threads: int | None = None,
     progress: bool | Callable[[int, int], object] = False,
     cache: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
 ) -> Fleet:
     """Reads any number of adapters and tells what each of them holds.
 
@@ -43,6 +44,10 @@ def scan(
             are not in it, or whose weights or config have changed since by size, time or
             identity, are read; a scan that was interrupted goes on where it was. What it knows of
             adapters that have gone from a directory that is searched is removed.
+        device: where spectra are found: "cpu", or by torch, in batches of modules of one shape, on
+            "cuda" or "cuda:N" ("auto": on a CUDA device where there is one; "torch:cpu" to compare
+            backends). There they agree with the CPU's to rounding, not to the bit, and are not
+            kept in a cache.
 
     Returns:
         The fleet: tables of adapters and of modules, findings, and errors.
@@ -52,9 +57,12 @@ def scan(
         FileNotFoundError: no path is there.
         AdapterError: the paths hold no adapter at all.
         LorafastError: the cache cannot be used.
+        DeviceError: the device is not there.
     """
     from lorafast._fleet._progress import follower
     from lorafast._fleet._scanning import scan_followed
 
     with follower(progress) as follow:
-        return scan_followed(paths, follow, metrics=metrics, threads=threads, cache=cache)
+        return scan_followed(
+            paths, follow, metrics=metrics, threads=threads, cache=cache, device=device
+        )

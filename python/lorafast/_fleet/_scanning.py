@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from lorafast import _core, _sources
 from lorafast._analysis import names_of
@@ -27,6 +28,7 @@ from lorafast._fleet._paths import ScanError, Source, discover, reason_of
 from lorafast._fleet._progress import Follow
 from lorafast._fleet._room import Room
 from lorafast._fleet._scan import METRICS, Metrics
+from lorafast._torch._devices import analysis_device
 
 Item = tuple[Path, Path | None, Path | None]
 
@@ -41,14 +43,18 @@ def scan_followed(
     metrics: Metrics = "full",
     threads: int | None = None,
     cache: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
 ) -> Fleet:
     """`scan`, telling `follow` how far it is."""
     if metrics not in METRICS:
         raise ValueError(f"metrics must be one of {', '.join(METRICS)}, not {metrics!r}")
     if threads is not None and threads < 1:
         raise ValueError("threads must be at least 1")
+    place = analysis_device(device, cache)
     found = discover(paths)
     scanning = _Scanning(found.adapters, metrics, threads, follow)
+    if metrics in {"full", "spectra"}:
+        scanning.device = place
     with ExitStack() as stack:
         if cache is not None:
             known = stack.enter_context(_cache.opened(cache, metrics))
@@ -80,6 +86,8 @@ class _Scanning:
         self._type = row_type(metrics)
         self._layouts: Layouts = {}
         self._room = Room()
+        #: Where spectra are found, if not by the core.
+        self.device: Any = None
         self._cache: _cache.Cache | None = None
         self._stamps: dict[int, str] = {}
         self.entries: dict[int, Entry] = {}
@@ -153,6 +161,8 @@ class _Scanning:
         def receive(
             batch: list[tuple[int, dict[str, object] | Exception]], done: int, total: int
         ) -> None:
+            if self.device is not None:
+                batch = self._with_spectra(batch, items)
             for place, result in batch:
                 position = positions[place]
                 if isinstance(result, Exception):
@@ -164,9 +174,27 @@ class _Scanning:
             self._done = done
 
         self._done = 0
-        _core.scan_adapters(items, metrics=self._metrics, threads=self._threads, receive=receive)
+        metrics = self._metrics if self.device is None else "moments"
+        _core.scan_adapters(items, metrics=metrics, threads=self._threads, receive=receive)
         self.bytes_read += self._done
         self._follow.end_of_part()
+
+    def _with_spectra(
+        self, batch: list[tuple[int, dict[str, object] | Exception]], items: list[Item]
+    ) -> list[tuple[int, dict[str, object] | Exception]]:
+        from lorafast._torch._spectra import with_spectra
+
+        result: list[tuple[int, dict[str, object] | Exception]] = []
+        for place, found in batch:
+            if isinstance(found, Exception):
+                result.append((place, found))
+        sound = [(place, found) for place, found in batch if not isinstance(found, Exception)]
+        failed = with_spectra(
+            [(found, items[place][:2]) for place, found in sound], self._metrics, self.device
+        )
+        for at, (place, found) in enumerate(sound):
+            result.append((place, failed.get(at, found)))
+        return result
 
     def _succeed(self, position: int, result: dict[str, object]) -> None:
         entry = entry_of(result, self._type, self._layouts, self._room)

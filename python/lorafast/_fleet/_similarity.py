@@ -353,6 +353,8 @@ def similarity(
     cache: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress = False,
+    device: str = "cpu",
+    device_memory: int | str | None = None,
 ) -> Similarity:
     """The exact similarity of the updates of all adapters with each other.
 
@@ -388,6 +390,11 @@ def similarity(
         threads: worker threads; one for each core if `None`.
         progress: `True` for a bar on a terminal, or a callable that is given (done, total)
             multiplications.
+        device: where products are made: "cpu", or by torch on "cuda" or "cuda:N" ("auto": on a
+            CUDA device where there is one; "torch:cpu" to compare backends). There they agree with
+            the CPU's to the precision's rounding, not to the bit, and are not kept in a cache.
+        device_memory: bytes for factors and their products on the device, or a text such as
+            "2GiB", which is the default.
 
     Returns:
         The similarity. Adapters that cannot be read are in `errors` and not in the matrix.
@@ -397,8 +404,10 @@ def similarity(
         FileNotFoundError: no path is there.
         AdapterError: no adapter can be read, or one was changed meanwhile.
         LorafastError: the adapters belong to different bases; the message lists the groups.
+        DeviceError: the device is not there.
     """
     from lorafast._fleet._collect import collected, pace
+    from lorafast._torch._devices import analysis_device, parse_memory
 
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
@@ -406,6 +415,8 @@ def similarity(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if memory < 1:
         raise ValueError("memory must be a positive number of bytes")
+    bound = parse_memory(device_memory, device)
+    place = analysis_device(device, cache)
     with collected(adapters, threads, progress) as found:
         groups = dict(found.core.groups(ignore_base))
         if len(groups) > 1 and not group_by_base:
@@ -416,17 +427,34 @@ def similarity(
             precision = "float64" if work <= DOUBLE_WORK else "float32"
         pairs = sum(len(group) * (len(group) + 1) // 2 for group in positions)
         with pace(progress, "comparing", pairs, "pairs") as report:
-            whole, modules, _ = found.core.products(
-                positions,
-                precision=precision,
-                per_module=per_module,
-                memory=memory,
-                cache=None if cache is None else Path(cache),
-                threads=threads,
-                progress=report,
-            )
-        tables = modules if per_module else None
-        return _similarity(found, groups, whole, tables, metric=metric, precision=precision)
+            if place is not None:
+                from lorafast._torch._products import products
+
+                matrix, tables = products(
+                    found.core,
+                    positions,
+                    device=place,
+                    precision=precision,
+                    per_module=per_module,
+                    memory=bound,
+                    threads=threads,
+                    progress=report,
+                )
+            else:
+                whole, modules, _ = found.core.products(
+                    positions,
+                    precision=precision,
+                    per_module=per_module,
+                    memory=memory,
+                    cache=None if cache is None else Path(cache),
+                    threads=threads,
+                    progress=report,
+                )
+                count = len(found.names)
+                matrix = _square(whole, count)
+                tables = [_square(table, count) for table in modules]
+        own = tables if per_module else None
+        return _similarity(found, groups, matrix, own, metric=metric, precision=precision)
 
 
 def _several_bases(groups: Mapping[str, Sequence[int]], names: Sequence[str], ignored: bool) -> str:
@@ -447,8 +475,8 @@ def _several_bases(groups: Mapping[str, Sequence[int]], names: Sequence[str], ig
 def _similarity(
     found: Collected,
     groups: dict[str, list[int]],
-    whole: bytearray,
-    modules: list[bytearray] | None,
+    matrix: Matrix,
+    modules: list[Matrix] | None,
     *,
     metric: Metric,
     precision: str,
@@ -460,7 +488,6 @@ def _similarity(
     presence = np.zeros((count, len(names)), dtype=np.bool_)
     for member, row in zip(found.members, presence, strict=True):
         row[member["modules"]] = True
-    matrix = _square(whole, count)
     norms = np.sqrt(matrix.diagonal())
     per_module: dict[str, Matrix] | None = None
     if metric == "cosine":
@@ -468,7 +495,7 @@ def _similarity(
     if modules is not None:
         per_module = {}
         for at, (name, table) in enumerate(zip(names, modules, strict=True)):
-            own = _square(table, count)
+            own = table
             absent = ~presence[:, at]
             own[absent] = np.nan
             own[:, absent] = np.nan
