@@ -25,6 +25,7 @@ from lorafast._errors import (
 # the name.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from lorafast import analyzers, torch
     from lorafast._analysis import analyze, compare
     from lorafast._fleet._duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
     from lorafast._fleet._fleet import Fleet, FleetFinding
@@ -144,6 +145,9 @@ _HOMES = {
     ),
 }
 
+# Public modules, which are there without an import of their own.
+_SUBMODULES = ("analyzers", "torch")
+
 # Unseen by type checkers, for which the imports above are the truth: a name that is not among them
 # is an error to them.
 if not TYPE_CHECKING:
@@ -157,9 +161,8 @@ if not TYPE_CHECKING:
     def __getattr__(name):
         from importlib import import_module
 
-        # The one public submodule, which used to come with the package.
-        if name == "analyzers":
-            return import_module("lorafast.analyzers")
+        if name in _SUBMODULES:
+            return import_module(f"lorafast.{name}")
         for home, names in _HOMES.items():
             if name in names:
                 module = import_module(f"lorafast.{home}")
@@ -169,7 +172,7 @@ if not TYPE_CHECKING:
         raise AttributeError(f"module 'lorafast' has no attribute {name!r}", name=name)
 
     def __dir__():
-        return sorted({*globals(), *__all__, "analyzers"})
+        return sorted({*globals(), *__all__, *_SUBMODULES})
 
     for _name in __all__:
         _adopt(globals().get(_name))
