@@ -25,7 +25,8 @@ from lorafast._errors import (
 # the name.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from lorafast import analyzers, torch
+    from lorafast import analyzers as analyzers
+    from lorafast import torch as torch
     from lorafast._analysis import analyze, compare
     from lorafast._fleet._duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
     from lorafast._fleet._fleet import Fleet, FleetFinding

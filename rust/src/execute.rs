@@ -83,15 +83,22 @@ pub fn execute(
     session.finish(inputs, plan, task)
 }
 
+/// Where the shards are written.
+struct Output<'a> {
+    directory: &'a Path,
+    /// A file for each of the plan's shards.
+    files: &'a [File],
+    /// Whether what is written has to have reached the disk in the end.
+    sync: bool,
+}
+
 struct Job<'a> {
     inputs: &'a Inputs,
     plan: &'a Plan,
-    output: &'a Path,
-    files: &'a [File],
+    output: Output<'a>,
     computer: Computer<'a>,
     task: &'a Task,
     lanes: Lanes,
-    sync: bool,
     slots: Vec<Slot>,
     /// Units of work left for each shard, so that the last one syncs it.
     remaining: Vec<AtomicUsize>,
@@ -104,10 +111,8 @@ impl<'a> Job<'a> {
     fn new(
         inputs: &'a Inputs,
         plan: &'a Plan,
-        output: &'a Path,
-        files: &'a [File],
+        output: Output<'a>,
         set: InstructionSet,
-        sync: bool,
         task: &'a Task,
         part: &Part,
     ) -> Self {
@@ -137,11 +142,9 @@ impl<'a> Job<'a> {
             inputs,
             plan,
             output,
-            files,
             computer,
             task,
             lanes,
-            sync,
             slots,
             remaining,
             digests,
@@ -216,25 +219,25 @@ impl<'a> Job<'a> {
     }
 
     fn sync(&self, shard: usize) -> Result<()> {
-        if !self.sync {
+        if !self.output.sync {
             return Ok(());
         }
-        self.files[shard].sync_all().map_err(|error| self.write_error(shard, error))
+        self.output.files[shard].sync_all().map_err(|error| self.write_error(shard, error))
     }
 
     /// What is synced at the end is sent to the disk as early as possible, so that both overlap.
     fn begin_writing(&self, shard: usize, offset: u64, length: u64) {
-        if self.sync {
-            file::begin_writing(&self.files[shard], offset..offset + length);
+        if self.output.sync {
+            file::begin_writing(&self.output.files[shard], offset..offset + length);
         }
     }
 
     fn write_error(&self, shard: usize, error: std::io::Error) -> Error {
-        Error::io(self.output.join(&self.plan.shards[shard].name), error)
+        Error::io(self.output.directory.join(&self.plan.shards[shard].name), error)
     }
 
     fn write(&self, shard: usize, bytes: &[u8], offset: u64) -> Result<()> {
-        file::write_at(&self.files[shard], bytes, offset)
+        file::write_at(&self.output.files[shard], bytes, offset)
             .map_err(|error| self.write_error(shard, error))?;
         self.begin_writing(shard, offset, bytes.len() as u64);
         self.task.advance(bytes.len() as u64);
@@ -250,7 +253,7 @@ impl<'a> Job<'a> {
     ) -> Result<()> {
         let from = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
         let buffer = buffers.stored(queue::TILE_BYTES);
-        file::copy_range(from.file(), source.clone(), &self.files[shard], target, buffer)
+        file::copy_range(from.file(), source.clone(), &self.output.files[shard], target, buffer)
             .map_err(|error| self.write_error(shard, error))?;
         let length = source.end - source.start;
         self.begin_writing(shard, target, length);

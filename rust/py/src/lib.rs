@@ -120,7 +120,8 @@ impl Plan {
         overwrite: bool,
         sync: bool,
     ) -> PyResult<device::Execution> {
-        let options = execute::Options { threads, overwrite, unsynced: !sync, instruction_set: None };
+        let options =
+            execute::Options { threads, overwrite, unsynced: !sync, instruction_set: None };
         py.detach(|| device::Execution::begin(&self.inputs, &self.plan, &output, &options))
             .map_err(|error| to_python(py, error))
     }

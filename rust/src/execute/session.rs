@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use super::compute::{self, Computer};
 use super::queue::{self, Work};
-use super::{Job, Options, Summary};
+use super::{Job, Options, Output, Summary};
 use crate::error::{Error, Result};
 use crate::file;
 use crate::kernel::InstructionSet;
@@ -124,7 +124,8 @@ impl Session {
     /// # Errors
     /// [`Error::Numeric`], [`Error::Io`], [`Error::Cancelled`].
     pub fn run(&self, inputs: &Inputs, plan: &Plan, part: &Part, task: &Task) -> Result<()> {
-        let job = Job::new(inputs, plan, &self.output, &self.files, self.set, self.sync, task, part);
+        let output = Output { directory: &self.output, files: &self.files, sync: self.sync };
+        let job = Job::new(inputs, plan, output, self.set, task, part);
         job.run(&self.pool)?;
         if !matches!(part, Part::Only(_)) {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
