@@ -122,11 +122,12 @@ def _against_rivals(
         ways.copy(path, size, *copying),
         ways.copy_synced(path, size, *copying),
         ways.lorafast(*merge, threads=options.threads, name="lorafast"),
+        ways.lorafast(*merge, threads=options.threads, name="lorafast, synced", synced=True),
         ways.in_process(*merge, threads=options.threads, scratch=folder / "first"),
     ]
     compared = [
         ("lorafast", "cp", limits[0]),
-        ("lorafast", "cp, synced", None),
+        ("lorafast, synced", "cp, synced", None),
         ("in process", "cp", limits[1]),
     ]
     setup = Setup(title, made, [path, adapter], compared)

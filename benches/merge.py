@@ -11,9 +11,10 @@ checkpoints are made of random numbers and adapters in PEFT's format for them, a
 make the output is run in turn, round by round, each in its own process:
 
     cp            cp -r of the checkpoint
-    cp, synced    the same, and fsync of what it wrote, which lorafast does too
-    lorafast      the command `lorafast merge`, start of Python included
-    in process    lorafast.merge() in a process that has merged before
+    cp, synced    the same, and fsync of what it wrote
+    lorafast      the command `lorafast merge --no-sync`, start of Python included
+    lorafast, synced   the same as it is by default: the output has reached the disk
+    in process    lorafast.merge(sync=False) in a process that has merged before
     PEFT          from_pretrained, merge_and_unload, save_pretrained, imports included
     mergekit      mergekit-yaml of `base+adapter`
 

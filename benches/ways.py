@@ -60,11 +60,11 @@ import sys, time
 import lorafast
 base, threads, first, *adapters = sys.argv[1:]
 threads = int(threads) or None
-lorafast.merge(base, adapters, first, threads=threads)
+lorafast.merge(base, adapters, first, threads=threads, sync=False)
 print("ready", flush=True)
 for line in sys.stdin:
     begin = time.perf_counter()
-    lorafast.merge(base, adapters, line.rstrip("\\n"), threads=threads)
+    lorafast.merge(base, adapters, line.rstrip("\\n"), threads=threads, sync=False)
     seconds = time.perf_counter() - begin
     print(seconds, flush=True)
 """
@@ -151,10 +151,18 @@ def copy_synced(base: Path, size: int, *flags: str) -> Way:
 
 
 def lorafast(
-    base: Path, adapters: list[Path], size: int, operations: float, *, threads: int, name: str
+    base: Path,
+    adapters: list[Path],
+    size: int,
+    operations: float,
+    *,
+    threads: int,
+    name: str,
+    synced: bool = False,
 ) -> Way:
-    """The command, start of Python included."""
+    """The command, start of Python included; without waiting for the disk, as cp, or with it."""
     options = ["--overwrite", "--quiet", "--no-report"]
+    options += [] if synced else ["--no-sync"]
     options += ["--threads", str(threads)] if threads else []
     names = [str(adapter) for adapter in adapters]
 

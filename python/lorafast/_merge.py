@@ -98,11 +98,11 @@ class MergePlan:
         device: str = "cpu",
         threads: int | None = None,
         overwrite: bool = False,
-        sync: bool = True,
         progress: Progress = False,
         device_memory: int | str | None = None,
         verify: bool = False,
         report: bool = True,
+        sync: bool = True,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
         from lorafast._torch._choice import carry_out
@@ -260,7 +260,6 @@ def merge(
     device: str = "cpu",
     threads: int | None = None,
     overwrite: bool = False,
-    sync: bool = True,
     progress: Progress = False,
     device_memory: int | str | None = None,
     allow: Sequence[str] = (),
@@ -268,6 +267,7 @@ def merge(
     expert_layout: ExpertLayout = "auto",
     verify: bool = False,
     report: bool = True,
+    sync: bool = True,
 ) -> MergeReport:
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
 
@@ -298,8 +298,6 @@ def merge(
             most of what is free if missing.
         threads: worker threads; one per core if missing. The result does not depend on it.
         overwrite: replace a model in `output`; files that are not part of a model stay.
-        sync: return when the output has reached the disk. `False` leaves the time to the system,
-            as `cp` does; a loss of power soon after can then take the model with it.
         progress: `True` draws a bar on a terminal; a callable is called with the bytes done and
             the bytes in all.
         allow: unknown fields of an adapter's config that are known not to change the result.
@@ -311,6 +309,8 @@ def merge(
             neither shapes nor PEFT's version tell: "straight" (as B·A) or "transposed".
         verify: read the result back and prove it, as `lorafast.verify` does.
         report: write `merge_report.json` and `merge_report.md` beside the model.
+        sync: return when the output has reached the disk. `False` leaves the time to the system,
+            as `cp` does; a loss of power soon after can then take the model with it.
 
     Returns:
         What was done, with the digests of what it was done from.
