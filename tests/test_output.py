@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import lorafast
@@ -60,6 +62,24 @@ def test_a_single_file(tmp_path: Path, adapter: Path) -> None:
     lorafast.merge(base, adapter, tmp_path / "out")
     (written,) = (tmp_path / "out").glob("*.safetensors")
     assert_merged(base, adapter, written)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("sync", [True, False])
+def test_the_output_is_synced_unless_it_should_not_be(
+    tmp_path: Path, adapter: Path, sync: bool
+) -> None:
+    base, output, log = make_base(tmp_path / "base"), tmp_path / "out", tmp_path / "log"
+    merge = ["lorafast", "merge", "--base", base, "--adapters", adapter, "--output", output]
+    command = ["strace", "-f", "-y", "-e", "trace=fsync", "-o", log, sys.executable, "-m", *merge]
+    finished = subprocess.run([*map(str, command), *([] if sync else ["--no-sync"])], check=False)
+    if finished.returncode and not output.exists():
+        pytest.skip("processes cannot be traced here")
+    assert finished.returncode == 0
+    synced = log.read_text()
+    assert ("model.safetensors>" in synced) == sync
+    assert ("fsync" in synced) == sync
+    assert_merged(base, adapter, output)
 
 
 def test_paths_as_text(tmp_path: Path, adapter: Path) -> None:

@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::file;
 use crate::plan::{ConfigChanges, Inputs, Plan};
 
 /// The directory inside the output in which a merge is prepared.
@@ -216,6 +217,7 @@ impl Staging {
             .open(&path)
             .map_err(failed)?;
         file.set_len(bytes).map_err(failed)?;
+        file::allocate(&file, bytes);
         Ok(file)
     }
 
