@@ -377,6 +377,8 @@ def main() -> None:
                 "--file-layers 1 --similarity-layers 1 --count 8"
             )
     clock = Clock(torch.device(options.device))
+    if clock.device.type == "cuda":
+        torch.cuda.set_device(clock.device)
     where = measure.processor()
     if clock.device.type == "cuda":
         where = torch.cuda.get_device_name(clock.device)

@@ -95,7 +95,12 @@ def choose(plan: _core.Plan, threads: int | None) -> tuple[str, str]:
     problem = without_cuda(torch)
     if problem is not None:
         return "cpu", f"device auto: the CPU, because {problem}"
-    return compare(plan, threads, link_speed(open_device("cuda")))
+    try:
+        link = link_speed(open_device("cuda"))
+    except RuntimeError as error:
+        # No memory left, or a device that is another process's alone.
+        return "cpu", f"device auto: the CPU, because CUDA fails ({str(error).splitlines()[0]})"
+    return compare(plan, threads, link)
 
 
 def _may_have_gpu() -> bool:
@@ -134,7 +139,7 @@ def link_speed(device: torch.device) -> float:
     """Bytes a second from pinned memory to a CUDA device, as measured now."""
     import torch
 
-    host = torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(TRIAL_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
     target = torch.empty_like(host, device=device)
     target.copy_(host, non_blocking=True)
     torch.cuda.synchronize(device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import DeviceError, missing
@@ -82,14 +84,16 @@ def open_device(name: str) -> torch.device:
     problem = without_cuda(torch)
     if problem is not None:
         raise DeviceError(f"device {name!r} cannot be used: {problem}; use device='cpu'")
-    device = torch.device(name)
     count = torch.cuda.device_count()
-    if device.index is None:
+    _, _, number = name.partition(":")
+    if not number:
         return torch.device("cuda", torch.cuda.current_device())  # type: ignore[no-any-return]
-    if device.index >= count:
+    # Not torch's own reading of the name, which takes 256 for 0.
+    index = int(number)
+    if index >= count:
         seen = ", ".join(f"cuda:{at} ({torch.cuda.get_device_name(at)})" for at in range(count))
         raise DeviceError(f"there is no device {name!r}; torch sees {seen}")
-    return device  # type: ignore[no-any-return]
+    return torch.device("cuda", index)  # type: ignore[no-any-return]
 
 
 def analysis_device(name: str, cache: object) -> torch.device | None:
@@ -155,29 +159,61 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype  # type: ignore[no-any-return]
 
 
+@dataclass
+class _Exact:
+    """Who computes exactly now, and the settings before the first of them: the process's own."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    computing: int = 0
+    before: dict[str, Any] = field(default_factory=dict)
+
+
+_exact = _Exact()
+
+
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Products in the type of their operands: no TF32, no 16-bit sums, no autograd."""
+    """Products in the type of their operands: no TF32, no 16-bit sums, no autocast, no autograd."""
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
             yield
             return
-        products = torch.backends.cuda.matmul
-        # Since torch 2.9 the older switch may not even be read once the newer one was used.
-        single = "fp32_precision" if hasattr(products, "fp32_precision") else "allow_tf32"
-        exact: dict[str, Any] = {
-            single: "ieee" if single == "fp32_precision" else False,
-            "allow_bf16_reduced_precision_reduction": False,
-            "allow_fp16_reduced_precision_reduction": False,
-        }
-        before = {name: getattr(products, name) for name in exact}
+        _set_exact(torch.backends.cuda.matmul)
         try:
-            for name, value in exact.items():
-                setattr(products, name, value)
             with torch.cuda.device(device):
                 yield
         finally:
-            for name, value in before.items():
+            _set_back(torch.backends.cuda.matmul)
+
+
+def _set_exact(products: Any) -> None:
+    """Makes products exact for the process, whatever other threads do likewise."""
+    with _exact.lock:
+        if _exact.computing == 0:
+            # Since torch 2.9 the older switch may not even be read once the newer one was used.
+            single = "fp32_precision" if hasattr(products, "fp32_precision") else "allow_tf32"
+            exact: dict[str, Any] = {single: "ieee" if single == "fp32_precision" else False}
+            if hasattr(products, "allow_fp16_accumulation"):
+                exact["allow_fp16_accumulation"] = False
+            for kind in ("bf16", "fp16"):
+                exact[f"allow_{kind}_reduced_precision_reduction"] = False
+            _exact.before.clear()
+            for name in exact:
+                _exact.before[name] = getattr(products, name)
+                if hasattr(products, f"{name}_split_k"):
+                    # Setting the one alone would switch the other on.
+                    both = (_exact.before[name], getattr(products, f"{name}_split_k"))
+                    _exact.before[name] = both
+            for name, value in exact.items():
+                setattr(products, name, value)
+        _exact.computing += 1
+
+
+def _set_back(products: Any) -> None:
+    with _exact.lock:
+        _exact.computing -= 1
+        if _exact.computing == 0:
+            for name, value in _exact.before.items():
                 setattr(products, name, value)

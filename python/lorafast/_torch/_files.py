@@ -181,7 +181,8 @@ def _program_bytes(updates: Sequence[dict[str, Any]]) -> int:
         for update in updates
         for product in update["products"]
     )
-    return 16 * int(sum(extents))
+    own = sum(len(update["own"][1]) for update in updates if update["own"] is not None)
+    return 16 * int(sum(extents)) + 4 * own
 
 
 class _Merge:
@@ -295,8 +296,8 @@ class _Merge:
         """
         assert self.memory is not None
         for tensor, updates in self._with_updates():
-            # With a tile of each of some tensors waiting, so are their programs.
-            large = _program_bytes(updates) > self.memory // (2 * (TILES // 2 + 1))
+            # Every tile that is read, computed or written keeps its tensor's program.
+            large = _program_bytes(updates) > self.memory // (2 * (TILES + 1))
             if large:
                 yield None
             work = self._prepare(tensor, updates)
@@ -308,6 +309,8 @@ class _Merge:
 
     def _prepare(self, tensor: dict[str, Any], updates: Sequence[dict[str, Any]]) -> _Work | None:
         """A tensor with its program on the device; None if it is left to the CPU."""
+        import torch
+
         dtype, output = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
         program = self._program(updates, dtype, output)
         if program is None:
@@ -319,9 +322,18 @@ class _Merge:
         if work.rows < 1:
             self._leave(tensor)
             return None
-        if program.needs_scan:
-            program.scan(lambda: self._scanned(work))
-        return work
+        scanned = True
+        try:
+            if program.needs_scan:
+                program.scan(lambda: self._scanned(work))
+        except torch.OutOfMemoryError:
+            scanned = False
+        if scanned:
+            return work
+        # Only now, when nothing of the scan is held by the exception any more.
+        self._leave(tensor)
+        self._release_memory()
+        return None
 
     def _program(
         self, updates: Sequence[dict[str, Any]], dtype: torch.dtype, output: torch.dtype
@@ -380,7 +392,7 @@ class _Merge:
         else:
             self.slots += 1
             empty = self._buffer(0)
-            finite = torch.empty(1, dtype=torch.bool, pin_memory=self.on_cuda)
+            finite = torch.empty(1, dtype=torch.bool, device="cpu", pin_memory=self.on_cuda)
             slot = _Slot(empty, empty, finite)
         if slot.source.numel() < source:
             slot.source = self._buffer(source)
@@ -391,7 +403,7 @@ class _Merge:
     def _buffer(self, size: int) -> torch.Tensor:
         import torch
 
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.on_cuda)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.on_cuda)
 
     def _read(self, tiles: Iterable[_Tile | None]) -> Iterator[tuple[_Tile, _Slot]]:
         """Tiles with their rows in a slot, read some tiles ahead."""
@@ -451,6 +463,7 @@ class _Merge:
         slot.finite.fill_(True)
         waiting = [] if work.failed else [(0, tile.rows)]
         finite: torch.Tensor | None = None
+        limit = self.limit
         while waiting:
             start, end = waiting.pop()
             made = self._tried(tile, slot, (start, end))
@@ -458,6 +471,8 @@ class _Merge:
                 self._release_memory()
                 if end - start == 1:
                     work.failed = True
+                    # What has no room for one row says nothing of the other tensors.
+                    self.limit = limit
                     self._leave(work.tensor)
                     break
                 middle = (start + end) // 2

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import LorafastError, NumericError, PlanError
 from lorafast._torch._devices import exact_products, import_torch
@@ -49,6 +50,9 @@ class _Changed:
     start: torch.Tensor | None
     kept: torch.Tensor | None
     version: int | None = None
+    #: The version before it was merged, and what it is now.
+    first: int | None = None
+    kind: tuple[torch.dtype, torch.device] | None = None
     #: Rows that are merged so far.
     done: int = 0
 
@@ -88,13 +92,16 @@ class MergedModule:
     active: bool = True
     _changed: list[_Changed] = field(default_factory=list, repr=False)
     _parted: list[_Parted] = field(default_factory=list, repr=False)
+    #: With no copies: by a tensor's id how far earlier swaps' rounding took it, at most.
+    _drift: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict, repr=False)
 
     def unmerge(self) -> Restoration:
         """Takes the adapters out again.
 
         With a kept copy every weight is exactly what it was. With `keep=None` the products are
         subtracted, and each weight is what it was to within half a unit in the last place of the
-        merged and of the restored value.
+        merged and of the restored value, and as much again for every swap in between; what is
+        returned bounds it.
 
         Raises:
             LorafastError: the adapters are not merged in any more, or somebody else changed a
@@ -102,14 +109,18 @@ class MergedModule:
         """
         self._check()
         result = Restoration(exact=True)
-        if self.keep is None:
-            result = _subtract(self._changed)
-        else:
-            for each in self._changed:
-                _copy(each.kept, each.tensor)
+        try:
+            if self.keep is None:
+                result = _subtract(self._changed, self._drift)
+            else:
+                _restore(self._changed)
+        except BaseException:
+            # So that it can be tried again.
+            _note_versions(self._changed)
+            raise
         for parted in self._parted:
             _put(parted.parameter, parted.original)
-        self.active, self._changed, self._parted = False, [], []
+        self.active, self._changed, self._parted, self._drift = False, [], [], {}
         return result
 
     def swap(
@@ -151,7 +162,7 @@ class MergedModule:
         else:
             self._replace(plan, original)
         self.adapters, self.notes, self.warnings = plan.adapters, plan.notes, plan.warnings
-        self.tensors = [each.change.name for each in self._changed]
+        self.tensors = [one.name for each in self._changed for one in each.change.parameters]
 
     def _replace(self, plan: ModulePlan, before: dict[int, _Changed]) -> None:
         """From kept copies: the new merge of each, or the copy itself."""
@@ -161,12 +172,9 @@ class MergedModule:
         try:
             for each in new:
                 _apply(each, each.kept)
-            for key, old in before.items():
-                if key not in known:
-                    _copy(old.kept, old.tensor)
+            _restore([old for key, old in before.items() if key not in known])
         except BaseException:
-            for each in new:
-                _copy(each.kept, each.tensor)
+            _restore(new)
             for old in before.values():
                 _apply(old, old.kept)
             _note_versions(self._changed)
@@ -199,17 +207,38 @@ class MergedModule:
             if each.program is not None
         ]
         _check_range(joint)
+        merged = {id(each.tensor) for each in self._changed}
+        roundings = [_rounding(each.tensor) if id(each.tensor) in merged else 0.0 for each in joint]
         try:
             for each in joint:
                 _apply(each, each.tensor)
         except BaseException:
             _undo(joint, None)
+            self._note_drift(joint, [_rounding(each.tensor) for each in joint], joint)
             _note_versions(self._changed)
             raise
+        left = [each for each in joint if not any(each.change is one.change for one in new)]
+        self._note_drift(joint, roundings, left)
         self._changed = new
         _note_versions(self._changed)
 
+    def _note_drift(
+        self, joint: Sequence[_Changed], roundings: Sequence[float], left: Sequence[_Changed]
+    ) -> None:
+        """Adds what a swap's roundings took; of what is `left` it is the rounding after, too."""
+        import torch
+
+        for each, rounding in zip(joint, roundings, strict=True):
+            assert each.program is not None, "with no copy all updates add"
+            drift = self._drift.get(id(each.tensor), (each.tensor, 0.0))[1] + rounding
+            drift += torch.finfo(each.program.wide).eps * 2 * (each.program.largest_change() or 0)
+            if any(each is one for one in left):
+                drift += _rounding(each.tensor)
+            self._drift[id(each.tensor)] = (each.tensor, drift)
+
     def _check(self) -> None:
+        import torch
+
         if not self.active:
             raise LorafastError("the adapters are not merged in any more")
         for each in self._changed:
@@ -219,7 +248,17 @@ class MergedModule:
                         f"{parameter.name} is another tensor than the one that the adapters were "
                         "merged into; load the model again"
                     )
-            if each.version is not None and _version(each.tensor) != each.version:
+            if each.kind != (each.tensor.dtype, each.tensor.device):
+                raise LorafastError(
+                    f"{each.change.name} has another dtype or device than when the adapters were "
+                    "merged; move it back, or load the model again"
+                )
+            if each.tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise LorafastError(
+                    f"{each.change.name} is an inference tensor; call this under "
+                    "torch.inference_mode()"
+                )
+            if each.version is not None and not _is_as_noted(each.tensor, each.version):
                 raise LorafastError(
                     f"{each.change.name} was changed since the adapters were merged (another "
                     "merge, a training step); undo that first, or load the model again"
@@ -261,7 +300,8 @@ def merge_into(
         NumericError: a finite weight would become NaN or infinite.
         ValueError: an argument is outside its domain.
         MissingDependencyError: torch is not installed.
-        LorafastError: as `lorafast.plan`. In every case no weight is changed.
+        LorafastError: as `lorafast.plan`. In every case no weight is changed, but for roundings
+            where `keep=None` fails in the middle (memory, Ctrl-C) and subtracts what it had added.
     """
     torch = import_torch("merge into a module")
     if keep not in ("cpu", "device", None):
@@ -277,9 +317,11 @@ def merge_into(
         for each in changed:
             _apply(each, each.tensor)
     except BaseException:
-        _undo(changed, keep)
-        for one in parted:
-            _put(one.parameter, one.original)
+        try:
+            _undo(changed, keep)
+        finally:
+            for one in parted:
+                _put(one.parameter, one.original)
         raise
     _note_versions(changed)
     names = [parameter.name for each in changed for parameter in each.change.parameters]
@@ -333,7 +375,8 @@ def _prepare(plan: ModulePlan, keep: Keep, before: dict[int, _Changed]) -> list[
             kept = former.kept if former is not None else None
             if kept is None and keep is not None and not _is_in(change, plan.parted):
                 kept = _keep(change.tensor, keep)
-        result.append(_Changed(change, program, start, kept))
+        first = _version(change.tensor) if former is None else former.first
+        result.append(_Changed(change, program, start, kept, first=first))
     _finish_copies(result)
     return result
 
@@ -362,6 +405,11 @@ def _program(
     if not change.updates:
         return None, start
     weight = None
+    if change.residual and change.turned:
+        raise PlanError(
+            f"{change.name} is square and lies otherwise than the plan has it, and the adapters "
+            "were begun from a part of it; merge the files"
+        )
     if change.residual:
         whole = original.detach() if start is None else start
         weight = whole.to("cpu", torch.float64).contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -476,7 +524,9 @@ def _keep(tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
     plain = tensor.detach()
     if keep == "device" or plain.device.type == "cpu":
         return plain.clone()
-    copy = torch.empty(plain.shape, dtype=plain.dtype, pin_memory=plain.device.type == "cuda")
+    copy = torch.empty(
+        plain.shape, dtype=plain.dtype, device="cpu", pin_memory=plain.device.type == "cuda"
+    )
     return copy.copy_(plain, non_blocking=True)
 
 
@@ -501,9 +551,10 @@ def _part(plan: ModulePlan) -> list[_Parted]:
     import torch
 
     parted = []
-    for change in plan.parted:
-        original = change.tensor
-        own: torch.Tensor = original.detach().clone()
+    # All copies before the first is put in place: memory may run out.
+    copies = [change.tensor.detach().clone() for change in plan.parted]
+    for change, copy in zip(plan.parted, copies, strict=True):
+        original, own = change.tensor, copy
         if isinstance(original, torch.nn.Parameter):
             own = torch.nn.Parameter(own, requires_grad=original.requires_grad)
         for parameter in change.parameters:
@@ -528,16 +579,81 @@ def _undo(changed: Sequence[_Changed], keep: Keep) -> None:
     """After a failure in the middle: back to the copies, or as near as a subtraction comes."""
     for each in changed:
         if each.kept is not None:
-            _copy(each.kept, each.tensor)
+            _restore([each])
         elif keep is None and each.program is not None and each.done:
             inverse = _Changed(each.change, each.program.negated(), None, None)
             _apply(inverse, each.tensor, each.done)
 
 
-def _subtract(changed: Sequence[_Changed]) -> Restoration:
+def _restore(changed: Sequence[_Changed]) -> None:
+    """Copies originals back, and notes that tensors are what they were at their first version."""
+    for each in changed:
+        _copy(each.kept, each.tensor)
+        now = _version(each.tensor)
+        if each.kept is not None and now is not None and each.first is not None:
+            _same_as(each.tensor)[now] = each.first
+
+
+def _same_as(tensor: torch.Tensor) -> dict[int, int]:
+    """The earlier version of a tensor that a later one is the same as, bit for bit."""
+    versions = _versions()
+    if tensor not in versions:
+        versions[tensor] = {}
+    return versions[tensor]  # type: ignore[no-any-return]
+
+
+@cache
+def _versions() -> Any:
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
+
+
+def _is_as_noted(tensor: torch.Tensor, version: int) -> bool:
+    now, earlier = _version(tensor), _same_as(tensor)
+    while now is not None and now > version:
+        now = earlier.get(now)
+    return now == version
+
+
+def _rounding(tensor: torch.Tensor) -> float:
+    """Half a unit in the last place of the largest value."""
+    import torch
+
+    least, most = torch.aminmax(tensor.detach())
+    return float(_half_units(torch.maximum(-least, most)).item())
+
+
+def _subtract(
+    changed: Sequence[_Changed], drift: dict[int, tuple[torch.Tensor, float]]
+) -> Restoration:
+    """Subtracts all, or in the end nothing if it fails."""
+    for each in changed:
+        each.done = 0
+    try:
+        return _subtracted(changed, drift)
+    except BaseException:
+        for each in changed:
+            if each.done:
+                rows, each.done = each.done, 0
+                _apply(each, each.tensor, rows)
+        raise
+
+
+def _subtracted(
+    changed: Sequence[_Changed], drift: dict[int, tuple[torch.Tensor, float]]
+) -> Restoration:
     import torch
 
     largest = errors = size = 0.0
+    known = {id(each.tensor) for each in changed}
+    for key, (tensor, far) in drift.items():
+        if key not in known:
+            largest = max(largest, far)
+            errors += tensor.numel() * far**2
+            size += (
+                float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item()) ** 2
+            )
     for each in changed:
         assert each.program is not None, "with no copy all updates add"
         program = each.program.negated()
@@ -545,16 +661,20 @@ def _subtract(changed: Sequence[_Changed]) -> Restoration:
         # Of one that does not lie row after row this is a copy.
         matrix = plain.reshape(each.change.rows, each.change.columns)
         noise = 2 * torch.finfo(program.wide).eps * (program.largest_change() or 0.0)
+        noise += drift.get(id(each.tensor), (each.tensor, 0.0))[1]
         with exact_products(plain.device):
             for first, tile in _tiles(each.change, matrix, program, small=True):
                 bound = _half_units(tile) + noise
                 program.apply(tile, first, tile)
+                if plain.is_contiguous():
+                    each.done = first + len(tile)
                 bound += _half_units(tile)
                 largest = max(largest, float(bound.max().item()))
                 errors += float(bound.double().square().sum().item())
                 size += float(tile.double().square().sum().item())
             if not plain.is_contiguous():
                 plain.copy_(matrix.reshape(plain.shape))
+                each.done = each.change.rows
     relative = math.sqrt(errors / size) if size else 0.0
     return Restoration(exact=False, largest=largest, relative=relative)
 
@@ -577,3 +697,4 @@ def _version(tensor: torch.Tensor) -> int | None:
 def _note_versions(changed: Sequence[_Changed]) -> None:
     for each in changed:
         each.version = _version(each.tensor)
+        each.kind = (each.tensor.dtype, each.tensor.device)

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,8 @@ def _obstacle(tensor: torch.Tensor) -> str | None:
         obstacle = f"is on the device {tensor.device}; move the model to the CPU or to CUDA"
     elif type(tensor) not in {torch.Tensor, torch.nn.Parameter} and kind != "Buffer":
         obstacle = f"is a {kind}, which is no plain tensor; load the model without it"
+    elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+        obstacle = "is an inference tensor; merge under torch.inference_mode()"
     elif dtype not in MERGEABLE:
         obstacle = f"is quantised, or no number that can be merged into ({dtype})"
     return obstacle
@@ -349,6 +352,12 @@ def _sort(result: ModulePlan, found: Mapping[str, Parameter]) -> None:
     updates = {
         entry["name"]: json.dumps(entry["updates"]) for entry in result.core.describe()["tensors"]
     }
+    for left, right in _overlapping(found):
+        if left.name in planned or right.name in planned:
+            problems.append(
+                f"{left.name} and {right.name} are two parameters in the same memory; give each "
+                "its own, or share one parameter"
+            )
     done: set[str] = set()
     for name, entry in planned.items():
         own = found.get(name)
@@ -396,6 +405,23 @@ def _sort(result: ModulePlan, found: Mapping[str, Parameter]) -> None:
             )
     if problems:
         raise PlanError("\n".join(problems), problems)
+
+
+def _overlapping(found: Mapping[str, Parameter]) -> Iterator[tuple[Parameter, Parameter]]:
+    """Parameters that are not the same, and lie in the same memory as far as their extents tell."""
+    spans = []
+    for each in {id(one.tensor): one for one in found.values() if one.obstacle is None}.values():
+        tensor = each.tensor
+        if tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((count - 1) * step for count, step in steps)
+            start = tensor.data_ptr()
+            end = start + (last + 1) * tensor.element_size()
+            spans.append((str(tensor.device), start, end, each))
+    spans.sort(key=lambda span: span[:3])
+    for left, right in pairwise(spans):
+        if left[0] == right[0] and right[1] < left[2]:
+            yield left[3], right[3]
 
 
 def _start(result: ModulePlan, entry: Mapping[str, Any]) -> tuple[str, bytes] | None:

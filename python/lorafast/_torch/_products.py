@@ -161,7 +161,8 @@ def _stack(
     starts = [0]
     for rank in ranks:
         starts.append(starts[-1] + rank)
-    flat = torch.frombuffer(b, dtype=dtype).to(device) if total else torch.empty(0, dtype=dtype)
+    nothing = torch.empty(0, dtype=dtype, device=device)
+    flat = torch.frombuffer(b, dtype=dtype).to(device) if total else nothing
     if len(set(ranks)) == 1:
         left = flat.view(len(ranks), rows, ranks[0]).transpose(1, 2).reshape(total, rows)
     else:
@@ -170,7 +171,7 @@ def _stack(
             for start, end in pairwise(starts)
         ]
         left = torch.cat(parts) if parts else flat.view(0, rows)
-    right = torch.frombuffer(a, dtype=dtype).to(device) if total else torch.empty(0, dtype=dtype)
+    right = torch.frombuffer(a, dtype=dtype).to(device) if total else nothing
     owner = torch.repeat_interleave(
         torch.arange(len(ranks), device=device),
         torch.tensor(ranks, dtype=torch.long, device=device),
@@ -255,8 +256,11 @@ def _squares(stack: _Stack) -> list[float]:
         for first in range(0, len(positions), 64):
             some = positions[first : first + 64]
             rows = torch.cat(
-                [torch.arange(stack.starts[at], stack.starts[at] + rank) for at in some]
-            ).to(stack.b.device)
+                [
+                    torch.arange(stack.starts[at], stack.starts[at] + rank, device=stack.b.device)
+                    for at in some
+                ]
+            )
             b = stack.b[rows].double().view(len(some), rank, -1)
             a = stack.a[rows].double().view(len(some), rank, -1)
             squares = (torch.bmm(b, b.mT) * torch.bmm(a, a.mT)).sum((1, 2))
