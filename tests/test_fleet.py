@@ -442,6 +442,17 @@ def test_what_has_gone_from_a_directory_is_forgotten(tmp_path: Path) -> None:
     assert known() == everything - {"fleet/b"}
 
 
+@pytest.mark.usefixtures("settled")
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_a_name_that_is_no_text_is_scanned_and_not_cached(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "fleet" / "a")
+    make_adapter(Path(os.fsdecode(os.fsencode(tmp_path / "fleet") + b"/b\xff")))
+    for remembered in (0, 1):
+        fleet = lorafast.scan(tmp_path / "fleet", cache=tmp_path / "cache")
+        assert (fleet.remembered, len(fleet.errors)) == (remembered, 0)
+        assert len(fleet.adapters["path"]) == 2
+
+
 def test_a_file_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
     make_fleet(tmp_path / "fleet", 1)
     (tmp_path / _cache.FILE).write_text("something else entirely, long enough for a header" * 40)

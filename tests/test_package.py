@@ -206,6 +206,21 @@ def test_a_raised_plan_error_keeps_its_problems_in_a_pickle(tmp_path: object) ->
     assert str(again) == str(raised.value)
 
 
+def test_results_are_of_the_public_package(tmp_path: Path) -> None:
+    from support.handmade import make_adapter
+
+    adapter = make_adapter(tmp_path / "adapter")
+    code = (
+        "import sys, lorafast\n"
+        "print(type(lorafast.analyze(sys.argv[1])).__module__, end=' ')\n"
+        "print(type(lorafast.scan(sys.argv[1])).__module__)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(adapter)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["lorafast", "lorafast"]
+
+
 def test_types_are_shipped() -> None:
     assert resources.files("lorafast").joinpath("py.typed").is_file()
 

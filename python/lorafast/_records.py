@@ -410,3 +410,19 @@ def finding_counts(findings: list[Finding]) -> Mapping[Severity, int]:
     for finding in findings:
         counts[finding.severity] += 1
     return counts
+
+
+# What users see, and what a pickle names, whichever function made it.
+for _value in (
+    AdapterAnalysis,
+    Comparison,
+    EntryStatistics,
+    Finding,
+    Histogram,
+    ModuleAnalysis,
+    ModuleComparison,
+    PairComparison,
+    TensorStatistics,
+):
+    _value.__module__ = "lorafast"
+del _value

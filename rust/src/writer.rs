@@ -254,11 +254,20 @@ impl Staging {
         self.committed = true;
         self.lock = None;
         fs::remove_dir_all(&self.staging).map_err(|error| Error::io(&self.staging, error))?;
-        // The renames themselves are made durable by syncing the directory.
-        let directory = File::open(&self.output).map_err(|error| Error::io(&self.output, error))?;
         if self.sync {
-            // Not every file system can sync a directory, and the data is safe already.
-            let _ = directory.sync_all();
+            // The renames themselves are made durable by syncing the directories.
+            let place = resolve(&self.output);
+            let mut directories: Vec<_> = (names.iter().map(|name| place.join(name)))
+                .chain([place.clone()])
+                .filter_map(|path| path.parent().map(Path::to_path_buf))
+                .chain([place.clone()])
+                .collect();
+            directories.sort();
+            directories.dedup();
+            for directory in directories {
+                // Not every file system can sync a directory, and the data is safe already.
+                let _ = File::open(&directory).and_then(|directory| directory.sync_all());
+            }
         }
         Ok(())
     }
@@ -288,6 +297,8 @@ impl Drop for Staging {
         if self.committed {
             return;
         }
+        // A file that is open cannot be removed everywhere.
+        self.lock = None;
         // Nothing can be done about a failure here, and the name says what the remains are.
         let _ = fs::remove_dir_all(&self.staging);
         if let Some(created) = &self.created {

@@ -39,6 +39,8 @@ def stamp_of(adapter: Path) -> tuple[str, int] | None:
     Sizes, times of the last change and identities of the weights and the config, together with
     the time of the later change in nanoseconds; `None` where they are not to be had.
     """
+    if not _is_text(_key(adapter)):
+        return None
     weights = [adapter]
     if adapter.is_dir():
         # Of weights in two formats the same is taken as by whoever opens the adapter.
@@ -89,12 +91,17 @@ class Cache:
     def forget_missing(self, directories: Iterable[Path]) -> None:
         """Removes what lay below these directories and is not there any more."""
         for directory in directories:
-            below = _key(directory).rstrip(os.sep) + os.sep
-            query = "SELECT DISTINCT path FROM found WHERE substr(path, 1, ?) = ?"
-            paths = [path for (path,) in self._connection.execute(query, (len(below), below))]
-            missing = [(path,) for path in paths if not os.path.lexists(path)]
-            with self._connection:
-                self._connection.executemany("DELETE FROM found WHERE path = ?", missing)
+            below = _key(directory).rstrip(os.sep)
+            if not _is_text(below):
+                continue
+            # A range of the key; any other condition would read the whole table.
+            query = "SELECT DISTINCT path FROM found WHERE path > ? AND path < ?"
+            ends = (below + os.sep, below + chr(ord(os.sep) + 1))
+            paths = [path for (path,) in self._connection.execute(query, ends)]
+            missing = [(path,) for path in paths if _is_gone(path)]
+            if missing:
+                with self._connection:
+                    self._connection.executemany("DELETE FROM found WHERE path = ?", missing)
 
     def flush(self) -> None:
         """Writes what has not been written, all of it or nothing."""
@@ -122,6 +129,8 @@ def opened(directory: str | os.PathLike[str], metrics: str) -> Iterator[Cache]:
                 "version TEXT, details BLOB, cells BLOB, "
                 "PRIMARY KEY (path, metrics)) WITHOUT ROWID"
             )
+            # Of an earlier version.
+            connection.execute("DROP TABLE IF EXISTS scanned")
             cache = Cache(connection, path, metrics)
             try:
                 yield cache
@@ -135,6 +144,26 @@ def opened(directory: str | os.PathLike[str], metrics: str) -> Iterator[Cache]:
 
 def _key(adapter: Path) -> str:
     return os.fspath(adapter.resolve())
+
+
+def _is_text(path: str) -> bool:
+    """Whether the database, which holds UTF-8, can hold a path."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_gone(path: str) -> bool:
+    """Whether nothing is there; what only cannot be looked at is not gone."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _version() -> str:

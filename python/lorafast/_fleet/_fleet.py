@@ -169,3 +169,7 @@ class Fleet:
         from lorafast._fleet._page import page
 
         return page(self, similarity)
+
+
+# What users see, and what a pickle names.
+Fleet.__module__ = FleetFinding.__module__ = "lorafast"

@@ -249,3 +249,7 @@ def _names_an_adapter(file: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(header, dict) and any(map(ADAPTER_NAMES.search, header))
+
+
+# What users see, and what a pickle names.
+ScanError.__module__ = "lorafast"

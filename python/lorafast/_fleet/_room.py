@@ -6,6 +6,8 @@ import mmap
 
 #: Bytes that are taken from the system at a time, and given back.
 CHUNK = 1 << 20
+#: Pages of this process alone, which count as its own; Windows knows no others.
+PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class Room:
@@ -23,7 +25,7 @@ class Room:
         if not data:
             return memoryview(b"")
         if len(self._left) < len(data):
-            self._left = memoryview(mmap.mmap(-1, max(CHUNK, len(data))))
+            self._left = memoryview(mmap.mmap(-1, max(CHUNK, len(data)), **PRIVATE))
         own, self._left = self._left[: len(data)], self._left[len(data) :]
         own[:] = data
         return own.toreadonly()

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 
-use super::collection::{Member, Piece, Source, Stored};
+use super::collection::{Member, Piece, Source, Stamp, Stored};
 use crate::adapter::Adapter;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -257,7 +257,10 @@ impl<'a> Reader<'a> {
             unreachable!("a plain product is read as it stands");
         };
         let adapter = self.member.open()?;
-        if !adapter.modules().contains_key(key) {
+        // Opened anew: another file may have come to the same name.
+        let metadata = adapter.file().file().metadata();
+        let metadata = metadata.map_err(|error| Error::io(&self.member.file, error))?;
+        if Stamp::of(&metadata) != self.member.stamp || !adapter.modules().contains_key(key) {
             return Err(self.member.changed());
         }
         let planned = Planned {

@@ -54,8 +54,9 @@ impl Part {
 #[derive(Debug)]
 pub struct Session {
     output: PathBuf,
-    staging: Staging,
+    /// Before the staging, which removes them: fields are dropped in this order.
     files: Vec<File>,
+    staging: Staging,
     side_files: SideFiles,
     total: u64,
     start: Instant,
@@ -81,7 +82,11 @@ impl Session {
     ) -> Result<Self> {
         let start = Instant::now();
         let pool = task::build_pool(options.threads)?;
-        let side_files = side_files::list(&inputs.base)?;
+        let mut side_files = side_files::list(&inputs.base)?;
+        if plan.config_changes.unquantised {
+            // ModelOpt's description of what is no longer so.
+            side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
+        }
         let side_bytes: u64 = side_files.carried.iter().map(|(_, bytes)| bytes).sum();
         let total = plan.bytes() + side_bytes;
         let staging = Staging::create(inputs, output, options.overwrite, !options.unsynced, total)?;
@@ -203,11 +208,7 @@ impl Session {
             }
         }
         self.files.clear();
-        let mut side_files = self.side_files;
-        if plan.config_changes.unquantised {
-            // ModelOpt's description of what is no longer so.
-            side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
-        }
+        let side_files = self.side_files;
         for (name, bytes) in &side_files.carried {
             task.check()?;
             match (name.as_str(), inputs.base.config()) {
@@ -217,8 +218,14 @@ impl Session {
                 }
                 _ => {
                     let source = inputs.base.root().join(name);
-                    std::fs::copy(&source, self.staging.path(name)?)
-                        .map_err(|error| Error::io(&source, error))?;
+                    let target = self.staging.path(name)?;
+                    std::fs::copy(&source, &target).map_err(|error| Error::io(&source, error))?;
+                    // Elsewhere a file that was opened for reading cannot be synced.
+                    if cfg!(unix) && self.sync {
+                        File::open(&target)
+                            .and_then(|file| file.sync_all())
+                            .map_err(|error| Error::io(&target, error))?;
+                    }
                 }
             }
             task.advance(*bytes);
