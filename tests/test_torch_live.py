@@ -10,7 +10,7 @@ import lorafast.torch as live
 import numpy as np
 import pytest
 import torch
-from lorafast._torch import _live, _program
+from lorafast._torch import _in_place, _program
 from support.files import tensor
 from support.handmade import PREFIX, adapter_tensors, make_adapter
 
@@ -260,7 +260,7 @@ def test_a_swap_that_fails_changes_nothing(
 
 
 def test_an_interrupted_merge_is_undone(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_live, "TILE_ELEMENTS", {"cpu": 200})
+    monkeypatch.setattr(_in_place, "TILE_ELEMENTS", {"cpu": 200})
     for keep in ("cpu", None):
         model = Model()
         before = state(model)

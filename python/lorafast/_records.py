@@ -413,16 +413,7 @@ def finding_counts(findings: list[Finding]) -> Mapping[Severity, int]:
 
 
 # What users see, and what a pickle names, whichever function made it.
-for _value in (
-    AdapterAnalysis,
-    Comparison,
-    EntryStatistics,
-    Finding,
-    Histogram,
-    ModuleAnalysis,
-    ModuleComparison,
-    PairComparison,
-    TensorStatistics,
-):
-    _value.__module__ = "lorafast"
+for _value in list(vars().values()):
+    if isinstance(_value, type) and _value.__module__ == __name__:
+        _value.__module__ = "lorafast"
 del _value

@@ -78,22 +78,24 @@ def open_device(name: str) -> torch.device:
         MissingDependencyError: torch is not installed.
         DeviceError: torch does not see such a device; says what it sees.
     """
-    torch = import_torch(f"compute on {name!r}")
+    import_torch(f"compute on {name!r}")
+    import torch
+
     if name == "torch:cpu":
-        return torch.device("cpu")  # type: ignore[no-any-return]
+        return torch.device("cpu")
     problem = without_cuda(torch)
     if problem is not None:
         raise DeviceError(f"device {name!r} cannot be used: {problem}; use device='cpu'")
     count = torch.cuda.device_count()
     _, _, number = name.partition(":")
     if not number:
-        return torch.device("cuda", torch.cuda.current_device())  # type: ignore[no-any-return]
+        return torch.device("cuda", torch.cuda.current_device())
     # Not torch's own reading of the name, which takes 256 for 0.
     index = int(number)
     if index >= count:
         seen = ", ".join(f"cuda:{at} ({torch.cuda.get_device_name(at)})" for at in range(count))
         raise DeviceError(f"there is no device {name!r}; torch sees {seen}")
-    return torch.device("cuda", index)  # type: ignore[no-any-return]
+    return torch.device("cuda", index)
 
 
 def analysis_device(name: str, cache: object) -> torch.device | None:
@@ -150,13 +152,13 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     import torch
 
-    dtype = getattr(torch, DTYPES.get(name, ""), None)
+    dtype: torch.dtype | None = getattr(torch, DTYPES.get(name, ""), None)
     if dtype is None:
         raise DeviceError(
             f"torch {torch.__version__} has no dtype for {name}; install a newer one, or use "
             "device='cpu'"
         )
-    return dtype  # type: ignore[no-any-return]
+    return dtype
 
 
 @dataclass

@@ -242,7 +242,9 @@ class Program:
             covering = [each for each in self.stages[0].sums if _covers(each.rows, rows)]
             if not covering:
                 return tile if out is None else out.copy_(tile)
-            left, right, scale = covering[0].parts  # type: ignore[misc]
+            parts = covering[0].parts
+            assert parts is not None, "a fused program is made of such parts"
+            left, right, scale = parts
             left = left[rows[0] - covering[0].rows[0] : rows[1] - covering[0].rows[0]]
             if out is tile:
                 return tile.addmm_(left, right, alpha=scale)
