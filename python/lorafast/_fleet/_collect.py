@@ -23,8 +23,11 @@ Progress = bool | Callable[[int, int], object]
 class HasPaths(Protocol):
     """What is needed of a fleet: where its adapters lie and what they are called."""
 
-    paths: list[Path]
-    names: list[str]
+    @property
+    def paths(self) -> list[Path]: ...
+
+    @property
+    def names(self) -> list[str]: ...
 
 
 #: Directories, adapters, globs, any number of these, or a fleet.

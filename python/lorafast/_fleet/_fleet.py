@@ -45,9 +45,6 @@ class Fleet:
 
     Attributes:
         metrics: how much was asked for: "full", "headers", "moments" or "spectra".
-        paths: where each adapter lies.
-        names: a distinct name for each: its directory's, with as many of the parents' before it
-            as tell it apart from the others.
         adapters: a row for each adapter. Always: `path`, `name`, `peft_type`, `base`, `rank`,
             `alpha` and `scaling` (those that most of its modules have), `scaling_rule`,
             `modules`, `tensors`, `parameters`, `bytes`, `dtypes`, `sha256` (of the weights file;
@@ -70,8 +67,6 @@ class Fleet:
     """
 
     metrics: str
-    paths: list[Path]
-    names: list[str]
     adapters: Table
     modules: Table
     findings: list[FleetFinding]
@@ -80,7 +75,21 @@ class Fleet:
     remembered: int
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.adapters.rows
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where each adapter lies."""
+        return [Path(path) for path in self.adapters["path"]]
+
+    @property
+    def names(self) -> list[str]:
+        """A distinct name for each adapter.
+
+        Its directory's, with as many of the parents' before it as tell it apart from the others.
+        """
+        names: list[str] = self.adapters["name"].tolist()
+        return names
 
     def __repr__(self) -> str:
         parts = [f"{len(self):,} adapters", f"{self.modules.rows:,} modules"]

@@ -238,8 +238,6 @@ def _fleet(
     findings.sort(key=lambda item: SEVERITIES.index(item.finding.severity))
     return Fleet(
         metrics=metrics,
-        paths=paths,
-        names=names,
         adapters=adapters,
         modules=module_table(names, entries, kind),
         findings=findings,
