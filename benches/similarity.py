@@ -9,12 +9,14 @@ one run and on the same number of threads:
 
     peak       what the processor can do: benches/peak.rs, fused multiply-adds on registers alone,
                compiled by rustc and run before and after; the best counts
-    lorafast   lorafast.similarity(), whole: finding, opening, reading, products, cosines
+    lorafast   lorafast.similarity()
     NumPy      the same algebra: X @ Xᵀ of the stacked factors of a module (which is BLAS's syrk),
                with --gemm also X @ Yᵀ with a copy; the element-wise product of both sides; the
-               sums over blocks. "Products alone" starts with factors that are stacked, in memory
-               and in float32; "from the files" also opens, reads, widens and stacks them, as
-               lorafast's time does
+               sums over blocks
+
+Both are timed twice. "Products alone" starts with factors that are stacked, in memory and in
+float32, and ends with the inner products; "from the files" also finds, opens, reads, widens and
+stacks them, and ends with the cosines.
 
 FLOP/s count what has to be done, N²r²(m + n) operations a module with one side of the diagonal.
 Each figure is the best of the repetitions, which take turns; every one comes from a process of its
@@ -103,7 +105,9 @@ def by_lorafast(folder: Path, count: int, options: argparse.Namespace) -> Any:
     found = lorafast.similarity(
         paths, precision=options.precision, threads=options.threads, memory=options.memory
     )
-    return found.matrix, time.perf_counter() - begin
+    whole = time.perf_counter() - begin
+    options.result.with_suffix(".whole").write_text(str(whole))
+    return found.matrix, found.seconds["multiplying"]
 
 
 def by_numpy(folder: Path, count: int, options: argparse.Namespace) -> Any:
@@ -169,8 +173,7 @@ def run(
     command += ["--threads", str(options.threads), "--memory", str(options.memory), *flags]
     found = run_process(command, inner=True)
     own: dict[str, Any] = {"seconds": found.inner_seconds, "memory_mb": found.anonymous_mb}
-    if way == "numpy":
-        own["from_files"] = float(result.with_suffix(".whole").read_text())
+    own["from_files"] = float(result.with_suffix(".whole").read_text())
     return own, np.load(result)
 
 
@@ -217,7 +220,6 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                     sys.exit(f"error: {name} disagrees by {own['difference']:.2g}")
         for name, found in runs.items():
             row[name] = best_of(found)
-            row[name]["gflops"] = operations / row[name]["seconds"] / 1e9
         results.append(row)
         if program is not None:
             peaks.append(peak(program, options.threads))
@@ -235,35 +237,35 @@ def show(measured: dict[str, Any], options: argparse.Namespace, console: Console
     table = Table(
         title=f"All products of N adapters of rank {options.rank}, {options.threads} threads"
     )
-    for name in ("N", "", "time", "GFLOP/s", "of f32 peak", "NumPy is", "memory"):
+    for name in ("N", "", "time", "GFLOP/s", "of f32 peak", "NumPy takes", "memory"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     single = measured["peak_float32"]
+    labels = {
+        "float32": "lorafast, float32",
+        "float64": "lorafast, float64",
+        "syrk": "NumPy, X @ Xᵀ",
+        "gemm": "NumPy, X @ Yᵀ",
+    }
+    scopes = {"seconds": "products alone", "from_files": "from the files"}
     for row in measured["results"]:
-        numpy_seconds = [row[name]["seconds"] for name in ("syrk", "gemm") if name in row]
-        labels = {
-            "float32": "lorafast, float32, from the files",
-            "float64": "lorafast, float64, from the files",
-            "syrk": "NumPy, X @ Xᵀ, products alone",
-            "gemm": "NumPy, X @ Yᵀ, products alone",
-        }
-        best = min(numpy_seconds, default=None)
-        for name, label in labels.items():
-            if name not in row:
-                continue
-            own = row[name]
-            table.add_row(
-                str(row["count"]) if name == "float32" else "",
-                label,
-                f"{own['seconds']:.2f} s",
-                f"{own['gflops']:.0f}",
-                "–" if single is None else f"{100 * own['gflops'] / single:.0f} %",
-                f"{best / own['seconds']:.2f} ×" if best and name.startswith("float") else "",
-                f"{own['memory_mb']:.0f} MB",
-            )
-            if "from_files" in own:
-                ratio = own["from_files"] / row["float32"]["seconds"]
-                files = label.replace("products alone", "from the files")
-                table.add_row("", files, f"{own['from_files']:.2f} s", "", "", f"{ratio:.2f} ×", "")
+        for scope, scope_label in scopes.items():
+            rivals = [row[name][scope] for name in ("syrk", "gemm") if name in row]
+            for name, label in labels.items():
+                if name not in row:
+                    continue
+                own = row[name]
+                rate = row["operations"] / own[scope] / 1e9
+                is_first = (name, scope) == ("float32", "seconds")
+                ratio = min(rivals) / own[scope] if rivals and name.startswith("float") else None
+                table.add_row(
+                    str(row["count"]) if is_first else "",
+                    f"{label}, {scope_label}",
+                    f"{own[scope]:.2f} s",
+                    f"{rate:.0f}",
+                    "–" if single is None else f"{100 * rate / single:.0f} %",
+                    "" if ratio is None else f"{ratio:.2f} ×",
+                    f"{own['memory_mb']:.0f} MB",
+                )
     console.print(table)
     if single is not None:
         console.print(

@@ -139,6 +139,16 @@ def test_neither_threads_nor_memory_decide_about_a_bit(tmp_path: Path) -> None:
             assert np.array_equal(again.matrix, first.matrix)
 
 
+def test_it_says_where_the_time_went(tmp_path: Path) -> None:
+    fleet(tmp_path)
+    begin = time.perf_counter()
+    found = lorafast.similarity(tmp_path)
+    whole = time.perf_counter() - begin
+    assert set(found.seconds) == {"opening", "reading", "multiplying"}
+    assert all(part > 0 for part in found.seconds.values())
+    assert sum(found.seconds.values()) <= whole
+
+
 def test_extreme_factors_keep_their_digits(tmp_path: Path) -> None:
     factors = random_factors(SHAPES, 1)
     updates = []

@@ -153,7 +153,7 @@ class Collection:
         cache: str | os.PathLike[str] | None,
         threads: int | None,
         progress: Callable[[int, int], object] | None,
-    ) -> tuple[bytearray, list[bytearray], int]: ...
+    ) -> tuple[bytearray, list[bytearray], int, tuple[float, float]]: ...
     def stacked(
         self,
         module: int,

@@ -40,6 +40,7 @@ pub mod verify;
 pub mod writer;
 
 mod dense;
+mod memory;
 mod vector;
 
 pub use error::{Error, Result};

@@ -245,7 +245,7 @@ def _gram(
 
     pairs = len(usable) * (len(usable) + 1) // 2
     with pace(progress, "comparing", pairs, "pairs") as report:
-        whole, _, _ = core.products(
+        whole, *_ = core.products(
             [usable],
             precision="float64",
             per_module=False,

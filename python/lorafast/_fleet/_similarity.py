@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +58,8 @@ class Similarity:
             for adapters that have it not.
         errors: what could not be read, each with its path and the reason.
         notes: what to know of the matrix: adapters that lack modules, what is no part of it.
+        seconds: where the time went: "opening" the adapters, "reading" their factors,
+            "multiplying" them. On a device the last two overlap, and "multiplying" is both.
     """
 
     metric: Metric
@@ -71,6 +74,7 @@ class Similarity:
     per_module: dict[str, Matrix] | None = None
     errors: list[ScanError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -417,7 +421,9 @@ def similarity(
         raise ValueError("memory must be a positive number of bytes")
     bound = parse_memory(device_memory, device)
     place = analysis_device(device, cache)
+    begin = time.perf_counter()
     with collected(adapters, threads, progress) as found:
+        seconds = {"opening": time.perf_counter() - begin}
         groups = dict(found.core.groups(ignore_base))
         if len(groups) > 1 and not group_by_base:
             raise LorafastError(_several_bases(groups, found.names, ignore_base))
@@ -430,6 +436,7 @@ def similarity(
             if place is not None:
                 from lorafast._torch._products import products
 
+                begin = time.perf_counter()
                 matrix, tables = products(
                     found.core,
                     positions,
@@ -440,8 +447,9 @@ def similarity(
                     threads=threads,
                     progress=report,
                 )
+                seconds["multiplying"] = time.perf_counter() - begin
             else:
-                whole, modules, _ = found.core.products(
+                whole, modules, _, (reading, multiplying) = found.core.products(
                     positions,
                     precision=precision,
                     per_module=per_module,
@@ -450,11 +458,13 @@ def similarity(
                     threads=threads,
                     progress=report,
                 )
+                seconds |= {"reading": reading, "multiplying": multiplying}
                 count = len(found.names)
                 matrix = _square(whole, count)
                 tables = [_square(table, count) for table in modules]
         own = tables if per_module else None
-        return _similarity(found, groups, matrix, own, metric=metric, precision=precision)
+        similar = _similarity(found, groups, matrix, own, metric=metric, precision=precision)
+        return replace(similar, seconds=seconds)
 
 
 def _several_bases(groups: Mapping[str, Sequence[int]], names: Sequence[str], ignored: bool) -> str:

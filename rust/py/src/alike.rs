@@ -40,6 +40,9 @@ fn to_bytes_f32<'py>(py: Python<'py>, values: &[f32]) -> PyResult<Bound<'py, PyB
     })
 }
 
+type InnerProducts<'py> =
+    (Bound<'py, PyByteArray>, Vec<Bound<'py, PyByteArray>>, usize, (f64, f64));
+
 type StackedFactors<'py> =
     (Vec<usize>, Vec<usize>, Vec<f64>, Bound<'py, PyByteArray>, Bound<'py, PyByteArray>);
 
@@ -97,8 +100,8 @@ impl Collection {
         py.detach(|| alike::work(&self.inner, &groups))
     }
 
-    /// N×N inner products of all and of each module, and the number of blocks that were in the
-    /// cache.
+    /// N×N inner products of all and of each module, the number of blocks that were in the cache,
+    /// and the seconds that reading and multiplying took.
     #[pyo3(signature = (groups, *, precision, per_module, memory, cache, threads, progress))]
     #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
     fn products<'py>(
@@ -111,14 +114,17 @@ impl Collection {
         cache: Option<PathBuf>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<(Bound<'py, PyByteArray>, Vec<Bound<'py, PyByteArray>>, usize)> {
+    ) -> PyResult<InnerProducts<'py>> {
         let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
         let options = Options { precision, per_module, memory, cache };
         let products = job::run(py, progress, |task| {
             alike::products(&self.inner, &groups, &options, &build_pool(threads)?, task)
         })?;
         let modules = products.modules.iter().map(|module| to_bytes(py, module));
-        Ok((to_bytes(py, &products.all)?, modules.collect::<PyResult<_>>()?, products.found))
+        let modules = modules.collect::<PyResult<_>>()?;
+        let times = &products.times;
+        let seconds = (times.reading.as_secs_f64(), times.multiplying.as_secs_f64());
+        Ok((to_bytes(py, &products.all)?, modules, products.found, seconds))
     }
 
     /// The factors of some members that have a module: those members, the rank of each, the factor

@@ -21,7 +21,7 @@ use crate::vector::vectorized;
 const EXTREME: i32 = 24;
 
 /// The number type that products are summed in.
-pub(super) trait Real: Copy + Send + Sync + Default + 'static {
+pub(super) trait Real: Copy + Send + Sync + Default + bytemuck::Zeroable + 'static {
     fn from_f32(value: f32) -> Self;
     fn from_f64(value: f64) -> Self;
     fn to_f64(self) -> f64;

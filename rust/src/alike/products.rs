@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
@@ -15,7 +16,7 @@ use rayon::prelude::*;
 use super::cache::Cache;
 use super::collection::Collection;
 use super::load::Real;
-use super::tiles::{Stack, Tile, cut};
+use super::tiles::{Scratch, Stack, Tile, cut};
 use crate::error::{Error, Result};
 use crate::task::Task;
 
@@ -81,6 +82,17 @@ pub struct Products {
     pub modules: Vec<Vec<f64>>,
     /// Blocks that were found in the cache as a whole.
     pub found: usize,
+    /// Where the time went.
+    pub times: Times,
+}
+
+/// Time of the clock that the parts of the products took, on all threads together.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Times {
+    /// Factors read, widened and stacked, and the squares of each.
+    pub reading: Duration,
+    /// Stacked factors multiplied, and the sums over blocks.
+    pub multiplying: Duration,
 }
 
 /// Multiplications (each with an addition) of the products within a group.
@@ -111,6 +123,7 @@ pub fn products(
         all: vec![f64::NAN; count * count],
         modules: vec![vec![f64::NAN; count * count]; tables],
         found: 0,
+        times: Times::default(),
     };
     let longest = collection.modules.iter().map(|m| m.rows + m.columns).max().unwrap_or(1);
     let most = options.memory / (2 * longest * options.precision.size());
@@ -124,8 +137,8 @@ pub fn products(
     for (index, block) in blocks.iter().enumerate() {
         let run = Run { collection, block, options, cache: cache.as_ref(), index, task };
         let table = match options.precision {
-            Precision::Double => run.carry_out::<f64>(pool),
-            Precision::Single => run.carry_out::<f32>(pool),
+            Precision::Double => run.carry_out::<f64>(pool, &mut result.times),
+            Precision::Single => run.carry_out::<f32>(pool, &mut result.times),
         }?;
         result.found += usize::from(table.was_found);
         block.spread(&table.all, count, &mut result.all);
@@ -286,7 +299,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn carry_out<T: Real>(&self, pool: &rayon::ThreadPool) -> Result<Table> {
+    fn carry_out<T: Real>(&self, pool: &rayon::ThreadPool, times: &mut Times) -> Result<Table> {
         let count = self.collection.modules.len();
         let size = self.block.height() * self.block.width();
         let found = self.cache.and_then(|cache| cache.find(self.index, self.block, count));
@@ -300,7 +313,12 @@ impl Run<'_> {
         let (mut saved, mut pause) = (Instant::now(), SAVE_EVERY);
         while table.next < count {
             let batch = self.batch(table.next);
-            let results = pool.install(|| self.multiply::<T>(batch.clone()))?;
+            let begin = Instant::now();
+            let stacks = pool.install(|| self.read::<T>(batch.clone()))?;
+            let read = Instant::now();
+            let results = pool.install(|| self.multiply(batch.clone(), &stacks))?;
+            times.reading += read - begin;
+            times.multiplying += read.elapsed();
             for parts in results {
                 let mut own = vec![0.0; size];
                 for (place, part) in parts {
@@ -340,33 +358,45 @@ impl Run<'_> {
         first..end
     }
 
-    /// The products of some modules: for each module those of each pair of tiles.
-    fn multiply<T: Real>(&self, batch: Range<usize>) -> Result<Vec<Vec<PartResult>>> {
+    /// The factors of some modules: for each module those of each tile.
+    fn read<T: Real>(&self, batch: Range<usize>) -> Result<Vec<Stack<T>>> {
         let tiles = self.block.tiles();
-        let wanted: Vec<(usize, &Tile)> = batch
-            .clone()
-            .flat_map(|module| tiles.iter().map(move |tile| (module, *tile)))
-            .collect();
-        let stacks: Vec<Stack<T>> = wanted
+        let wanted: Vec<(usize, &Tile)> =
+            batch.flat_map(|module| tiles.iter().map(move |tile| (module, *tile))).collect();
+        wanted
             .par_iter()
             .map(|(module, tile)| {
                 self.task.check()?;
                 let members = self.block.tile_members(tile);
                 Stack::read(self.collection, members, *module, self.block.is_diagonal())
             })
-            .collect::<Result<_>>()?;
+            .collect()
+    }
+
+    /// The products of some modules: for each module those of each pair of tiles.
+    fn multiply<T: Real>(
+        &self,
+        batch: Range<usize>,
+        stacks: &[Stack<T>],
+    ) -> Result<Vec<Vec<PartResult>>> {
+        let tiles = self.block.tiles();
         let pairs = self.block.pairs();
         let units: Vec<(usize, (usize, usize))> = batch
             .clone()
             .flat_map(|module| pairs.iter().map(move |pair| (module, *pair)))
             .collect();
+        // One for each thread at most: it is put back when a pair is done.
+        let scratches = Mutex::new(Vec::<Scratch<T>>::new());
         let results: Vec<PartResult> = units
             .par_iter()
             .map(|(module, (row, column))| {
                 self.task.check()?;
                 let first = (module - batch.start) * tiles.len();
                 let (left, right) = (&stacks[first + row], &stacks[first + column]);
-                let table = self.pair((row, column), left, right, &tiles);
+                let lock = || scratches.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut scratch = lock().pop().unwrap_or_default();
+                let table = self.pair((row, column), left, right, &mut scratch, &tiles);
+                lock().push(scratch);
                 self.task.advance(left.work(right));
                 Ok(((*row, *column), table))
             })
@@ -380,6 +410,7 @@ impl Run<'_> {
         (row, column): (&usize, &usize),
         left: &Stack<T>,
         right: &Stack<T>,
+        scratch: &mut Scratch<T>,
         tiles: &[&Tile],
     ) -> Vec<f64> {
         if left.is_empty() || right.is_empty() {
@@ -387,7 +418,7 @@ impl Run<'_> {
         }
         let width = tiles[*column].len();
         let mut table = vec![0.0; tiles[*row].len() * width];
-        left.add_products(right, width, &mut table);
+        left.add_products(right, scratch, width, &mut table);
         table
     }
 }

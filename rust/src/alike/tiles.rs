@@ -3,6 +3,7 @@
 use super::collection::Collection;
 use super::load::{Factors, Reader, Real, View};
 use crate::error::Result;
+use crate::memory::zeros;
 use crate::vector::vectorized;
 
 /// Ranks that a tile holds side by side, where no adapter alone has more. As large as the products
@@ -57,6 +58,23 @@ pub(super) struct Stack<T> {
     parts: Vec<StackPart>,
 }
 
+/// Where the products of two tiles' factors stand before they are summed, kept from one pair of
+/// tiles to the next.
+#[derive(Default)]
+pub(super) struct Scratch<T>([Vec<T>; 2]);
+
+impl<T: Real> Scratch<T> {
+    /// Two tables of so many values: any, for what is read of them is written before.
+    fn room(&mut self, count: usize) -> [&mut [T]; 2] {
+        self.0.each_mut().map(|table| {
+            if table.len() < count {
+                *table = zeros(count);
+            }
+            &mut table[..count]
+        })
+    }
+}
+
 struct StackPart {
     member: usize,
     first: usize,
@@ -95,8 +113,8 @@ impl<T: Real> Stack<T> {
                 ranks = end;
             }
         }
-        let mut left = vec![T::default(); info.rows * ranks];
-        let mut right = vec![T::default(); info.columns * ranks];
+        let mut left = zeros::<T>(info.rows * ranks);
+        let mut right = zeros::<T>(info.columns * ranks);
         for part in &mut parts {
             let member = &collection.members[members[part.member]];
             let piece = member.piece(module).expect("was found above");
@@ -131,18 +149,23 @@ impl<T: Real> Stack<T> {
     /// each member of this one: block sums of (𝐁ᵀ𝐁)∘(𝐀𝐀ᵀ). The products have the precision of
     /// T; they are multiplied with each other and added up in f64. Of a tile with itself only what
     /// lies on and above the diagonal is made, with the squares that it was read with.
-    pub fn add_products(&self, other: &Self, width: usize, table: &mut [f64]) {
+    pub fn add_products(
+        &self,
+        other: &Self,
+        scratch: &mut Scratch<T>,
+        width: usize,
+        table: &mut [f64],
+    ) {
         let (ranks, others) = (self.ranks(), other.ranks());
         let is_itself = std::ptr::eq(self, other);
-        let mut outputs = vec![T::default(); ranks * others];
-        let mut inputs = vec![T::default(); ranks * others];
+        let [outputs, inputs] = scratch.room(ranks * others);
         let step = if is_itself { SELF_COLUMNS } else { others.max(1) };
         for first in (0..others).step_by(step) {
             let columns = step.min(others - first);
             let rows = if is_itself { first + columns } else { ranks };
             for (left, right, depth, table) in [
-                (&self.left, &other.left, self.rows, &mut outputs),
-                (&self.right, &other.right, self.columns, &mut inputs),
+                (&self.left, &other.left, self.rows, &mut *outputs),
+                (&self.right, &other.right, self.columns, &mut *inputs),
             ] {
                 let view = |data, first, count, width| View {
                     data,
