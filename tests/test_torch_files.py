@@ -385,3 +385,14 @@ def test_a_checkpoint_without_config(tmp_path: Path, adapter: Path) -> None:
     weights = {f"{m}.weight": tensor(random.normal(size=s)) for m, s in MODULES.items()}
     write_checkpoint(folder, weights)
     merged(folder / "model.safetensors", adapter, tmp_path / "out")
+
+
+def test_exact_products_within_exact_products_end_with_the_outermost() -> None:
+    device, ones = torch.device("cpu"), torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (ones @ ones).dtype == torch.bfloat16
+        with _devices.exact_products(device):
+            with _devices.exact_products(device):
+                assert (ones @ ones).dtype == torch.float32
+            assert (ones @ ones).dtype == torch.float32
+        assert (ones @ ones).dtype == torch.bfloat16

@@ -171,11 +171,31 @@ class _Exact:
 
 
 _exact = _Exact()
+#: For each thread the device on which it computes exactly now, if there is one.
+_within = threading.local()
 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Products in the type of their operands: no TF32, no 16-bit sums, no autocast, no autograd."""
+    """Products in the type of their operands: no TF32, no 16-bit sums, no autocast, no autograd.
+
+    Within itself, on the same device, it costs next to nothing: loops over many tensors enter it
+    once around and may well call what enters it for each.
+    """
+    outer: torch.device | None = getattr(_within, "device", None)
+    if outer == device:
+        yield
+        return
+    _within.device = device
+    try:
+        with _exact_on(device):
+            yield
+    finally:
+        _within.device = outer
+
+
+@contextmanager
+def _exact_on(device: torch.device) -> Iterator[None]:
     import torch
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

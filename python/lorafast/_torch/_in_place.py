@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import NumericError, PlanError
@@ -76,24 +77,28 @@ def prepare(plan: ModulePlan, keep: Keep, before: dict[int, Changed]) -> list[Ch
                     "copy (keep='cpu')"
                 )
     result = []
-    for change in plan.changes:
-        former = before.get(id(change.tensor))
-        original = change.tensor if former is None or former.kept is None else former.kept
-        with exact_products(change.tensor.device):
-            program, start = _program(plan, change, original)
-            if keep is None and program is not None and program.largest_change() is None:
-                raise PlanError(
-                    f"{change.name} is rescaled or replaced in part, which no subtraction undoes; "
-                    "keep a copy (keep='cpu')"
-                )
-            # A tensor that parts from a shared one is a copy itself.
-            kept = former.kept if former is not None else None
-            if kept is None and keep is not None and not _is_in(change, plan.parted):
-                kept = _keep(change.tensor, keep)
-        first = _version(change.tensor) if former is None else former.first
-        result.append(Changed(change, program, start, kept, first=first))
+    for device, group in groupby(plan.changes, lambda change: change.tensor.device):
+        with exact_products(device):
+            result += [_prepared(plan, change, keep, before) for change in group]
     _finish_copies(result)
     return result
+
+
+def _prepared(plan: ModulePlan, change: Change, keep: Keep, before: dict[int, Changed]) -> Changed:
+    former = before.get(id(change.tensor))
+    original = change.tensor if former is None or former.kept is None else former.kept
+    program, start = _program(plan, change, original)
+    if keep is None and program is not None and program.largest_change() is None:
+        raise PlanError(
+            f"{change.name} is rescaled or replaced in part, which no subtraction undoes; "
+            "keep a copy (keep='cpu')"
+        )
+    # A tensor that parts from a shared one is a copy itself.
+    kept = former.kept if former is not None else None
+    if kept is None and keep is not None and not _is_in(change, plan.parted):
+        kept = _keep(change.tensor, keep)
+    first = _version(change.tensor) if former is None else former.first
+    return Changed(change, program, start, kept, first=first)
 
 
 def _is_in(change: Change, changes: Sequence[Change]) -> bool:
@@ -199,6 +204,16 @@ def apply(each: Changed, original: torch.Tensor | None, upto: int | None = None)
                 each.program.apply(out if in_place else tile, first, out)
                 each.done = first + len(tile)
         each.done = change.rows
+
+
+def apply_all(
+    changed: Iterable[Changed], original: Callable[[Changed], torch.Tensor | None]
+) -> None:
+    """Writes the merged weights one after another, each made from its `original`."""
+    for device, group in groupby(changed, lambda each: each.tensor.device):
+        with exact_products(device):
+            for each in group:
+                apply(each, original(each))
 
 
 def check_range(changed: Sequence[Changed]) -> None:

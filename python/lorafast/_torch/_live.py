@@ -121,13 +121,11 @@ class MergedModule:
         _in_place.check_range(new)
         known = {id(each.tensor) for each in new}
         try:
-            for each in new:
-                _in_place.apply(each, each.kept)
+            _in_place.apply_all(new, lambda each: each.kept)
             _in_place.restore([old for key, old in before.items() if key not in known])
         except BaseException:
             _in_place.restore(new)
-            for old in before.values():
-                _in_place.apply(old, old.kept)
+            _in_place.apply_all(before.values(), lambda old: old.kept)
             _in_place.note_versions(self._changed)
             raise
         self._changed = new
@@ -163,8 +161,7 @@ class MergedModule:
             _in_place.rounding(each.tensor) if id(each.tensor) in merged else 0.0 for each in joint
         ]
         try:
-            for each in joint:
-                _in_place.apply(each, each.tensor)
+            _in_place.apply_all(joint, lambda each: each.tensor)
         except BaseException:
             _in_place.undo(joint, None)
             self._note_drift(joint, [_in_place.rounding(each.tensor) for each in joint], joint)
@@ -267,8 +264,7 @@ def merge_into(
     _in_place.check_range(changed)
     parted = _in_place.part(plan)
     try:
-        for each in changed:
-            _in_place.apply(each, each.tensor)
+        _in_place.apply_all(changed, lambda each: each.tensor)
     except BaseException:
         try:
             _in_place.undo(changed, keep)
