@@ -54,27 +54,49 @@ def merged(base: Path, adapter: Path, output: Path, **options: Any) -> lorafast.
 class Halved:
     """A device on which only so many rows can be computed at a time."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError | None = None
+    ) -> None:
         self.seen: list[int] = []
         apply = _files.Program.apply
 
         def limited(program: Any, tile: torch.Tensor, *rest: Any) -> torch.Tensor:
             self.seen.append(len(tile))
             if len(tile) > most:
-                raise torch.OutOfMemoryError("no room")
+                raise error or torch.OutOfMemoryError("no room")
             return apply(program, tile, *rest)
 
         monkeypatch.setattr(_files.Program, "apply", limited)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory_halves_the_tile(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
 ) -> None:
-    halved = Halved(monkeypatch, 130)
+    halved = Halved(monkeypatch, 130, error)
     report = merged(base, adapter, tmp_path / "out")
     assert report.fallbacks == {}
     assert halved.seen[:3] == [500, 250, 125]
     assert sum(rows for rows in halved.seen if rows <= 130) == 500 + 70
+
+
+def test_an_error_of_the_device_is_not_taken_for_want_of_memory(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Halved(monkeypatch, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        lorafast.merge(base, adapter, tmp_path / "out", device="torch:cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tensor_that_never_fits_is_merged_on_the_cpu(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,40 @@ def without_cuda(torch: Any) -> str | None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"{version} is built for CUDA {torch.version.cuda} and sees no device ({reason})"
     return f"{version} is built for CUDA {torch.version.cuda} and sees no device"
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out.
+
+    torch has an exception for what it allocates itself; what cuBLAS takes for its workspace and
+    CUDA for pinned memory fails with a plain one.
+    """
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "CUBLAS_STATUS_ALLOC_FAILED" in text or "CUDA error: out of memory" in text
+
+
+def host_buffer(
+    shape: int | Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Uninitialised memory of the host for copies from and to a device.
+
+    Pinned beside a CUDA device, or, where the system has no more to pin, ordinary memory, which
+    only is slower to copy.
+    """
+    import torch
+
+    size = (shape,) if isinstance(shape, int) else tuple(shape)
+    if device.type == "cuda":
+        try:
+            return torch.empty(size, dtype=dtype, device="cpu", pin_memory=True)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def describe(device: torch.device) -> str:

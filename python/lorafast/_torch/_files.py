@@ -15,7 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorafast._torch._devices import describe, exact_products, torch_dtype
+from lorafast._torch._devices import (
+    describe,
+    exact_products,
+    host_buffer,
+    ran_out,
+    torch_dtype,
+)
 from lorafast._torch._program import Program
 
 if TYPE_CHECKING:
@@ -309,8 +315,6 @@ class _Merge:
 
     def _prepare(self, tensor: dict[str, Any], updates: Sequence[dict[str, Any]]) -> _Work | None:
         """A tensor with its program on the device; None if it is left to the CPU."""
-        import torch
-
         dtype, output = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
         program = self._program(updates, dtype, output)
         if program is None:
@@ -326,7 +330,9 @@ class _Merge:
         try:
             if program.needs_scan:
                 program.scan(lambda: self._scanned(work))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             scanned = False
         if scanned:
             return work
@@ -352,7 +358,9 @@ class _Merge:
             for tensor in program.tensors():
                 tensor.record_stream(current)
             return program
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             return None
 
     def _leave(self, tensor: dict[str, Any]) -> None:
@@ -392,7 +400,7 @@ class _Merge:
         else:
             self.slots += 1
             empty = self._buffer(0)
-            finite = torch.empty(1, dtype=torch.bool, device="cpu", pin_memory=self.on_cuda)
+            finite = host_buffer(1, torch.bool, self.device)
             slot = _Slot(empty, empty, finite)
         if slot.source.numel() < source:
             slot.source = self._buffer(source)
@@ -403,7 +411,7 @@ class _Merge:
     def _buffer(self, size: int) -> torch.Tensor:
         import torch
 
-        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.on_cuda)
+        return host_buffer(size, torch.uint8, self.device)
 
     def _read(self, tiles: Iterable[_Tile | None]) -> Iterator[tuple[_Tile, _Slot]]:
         """Tiles with their rows in a slot, read some tiles ahead."""
@@ -507,7 +515,9 @@ class _Merge:
             # NaN passes through to both, and this is one pass with nothing of the tile's size.
             least, most = torch.aminmax(result)
             return result, torch.isfinite(least) & torch.isfinite(most)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             return None
 
     def _download(self, result: torch.Tensor, target: torch.Tensor) -> None:

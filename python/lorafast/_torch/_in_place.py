@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import NumericError, PlanError
-from lorafast._torch._devices import exact_products
+from lorafast._torch._devices import exact_products, host_buffer
 from lorafast._torch._module import Change, ModulePlan, Parameter
 from lorafast._torch._program import Program
 
@@ -249,14 +249,10 @@ def check_range(changed: Sequence[Changed]) -> None:
 
 
 def _keep(tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
-    import torch
-
     plain = tensor.detach()
     if keep == "device" or plain.device.type == "cpu":
         return plain.clone()
-    copy = torch.empty(
-        plain.shape, dtype=plain.dtype, device="cpu", pin_memory=plain.device.type == "cuda"
-    )
+    copy = host_buffer(plain.shape, plain.dtype, plain.device)
     return copy.copy_(plain, non_blocking=True)
 
 

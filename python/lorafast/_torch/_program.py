@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lorafast._torch._devices import exact_products, torch_dtype
+from lorafast._torch._devices import exact_products, ran_out, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -429,9 +429,9 @@ def rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
                 got = torch.addmm(
                     weight.to(device), parts[0].to(device), parts[1].to(device), alpha=parts[2]
                 )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if ran_out(error):
+                raise
             # A device without such a product.
             return False
         same = (got.cpu() == expected).double().mean().item()
