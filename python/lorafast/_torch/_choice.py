@@ -124,7 +124,7 @@ def compare(plan: _core.Plan, threads: int | None, link: float) -> tuple[str, st
         for tensor in tensors
     )
     work = sum(tensor["work"] for tensor in tensors)
-    cores = threads or os.cpu_count() or 1
+    cores = threads or _processors()
     speed = CORE_SPEED[build_info()["instruction_set"]] * 1e9 * cores
     sending, saved = sent / link, work / speed
     numbers = (
@@ -133,6 +133,13 @@ def compare(plan: _core.Plan, threads: int | None, link: float) -> tuple[str, st
     )
     device = "cuda" if saved > sending else "cpu"
     return device, f"device auto: {'CUDA' if device == 'cuda' else 'the CPU'}, because {numbers}"
+
+
+def _processors() -> int:
+    """Those that this process may use, which a container or a scheduler makes fewer."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def link_speed(device: torch.device) -> float:
