@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from lorafast import analyzers as analyzers
     from lorafast import torch as torch
     from lorafast._analysis import analyze, compare
+    from lorafast._fleet._alike import Similarity
     from lorafast._fleet._duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
     from lorafast._fleet._fleet import Fleet, FleetFinding
     from lorafast._fleet._lineage import Lineage, lineage
     from lorafast._fleet._paths import ScanError
     from lorafast._fleet._scan import scan
-    from lorafast._fleet._similarity import Similarity, similarity
+    from lorafast._fleet._similarity import similarity
     from lorafast._fleet._trajectory import Checkpoint, Trajectory, trajectory
     from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
     from lorafast._records import (
@@ -121,7 +122,8 @@ _HOMES = {
     "_fleet._lineage": ("Lineage", "lineage"),
     "_fleet._paths": ("ScanError",),
     "_fleet._scan": ("scan",),
-    "_fleet._similarity": ("Similarity", "similarity"),
+    "_fleet._alike": ("Similarity",),
+    "_fleet._similarity": ("similarity",),
     "_fleet._trajectory": ("Checkpoint", "Trajectory", "trajectory"),
     "_merge": ("MergePlan", "MergeReport", "inspect", "merge", "plan"),
     "_records": (

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from lorafast._errors import missing
-from lorafast._fleet import _similarity
+from lorafast._fleet import _alike
 
 if TYPE_CHECKING:
-    from lorafast._fleet._similarity import Similarity
+    from lorafast._fleet._alike import Similarity
     from lorafast._records import Matrix
 
 
@@ -37,7 +37,7 @@ def cosines(similarity: Similarity) -> Matrix:
 
 
 def _check(method: str) -> None:
-    known = get_args(_similarity.Method)
+    known = get_args(_alike.Method)
     if method not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, not {method!r}")
 

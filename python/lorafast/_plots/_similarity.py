@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lorafast._fleet._similarity import Similarity
+    from lorafast._fleet._alike import Similarity
 
 #: Up to so many adapters have their figure written into each cell.
 WRITTEN = 16
