@@ -37,6 +37,7 @@ pub mod statistics;
 pub mod subtract;
 pub mod task;
 pub mod verify;
+pub mod waiting;
 pub mod writer;
 
 mod dense;

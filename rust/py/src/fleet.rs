@@ -1,16 +1,25 @@
 //! Scanning many adapters: results are handed over while the scan goes on.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use lorafast::fleet::{Kind, Level, Scanned, Source, columns, scan};
 use lorafast::task::{Task, build_pool};
+use lorafast::waiting::Waiting;
 
 use crate::errors::to_python;
 use crate::{job, to_object};
+
+/// Bytes of results that wait for Python.
+const ROOM: usize = 8 << 20;
+/// Results that are Python's objects at one time, which are larger than what they say.
+const PORTION: usize = 32;
+/// What a result holds beside its modules, its config above all; about, and rather too much.
+const OWN: usize = 4 << 10;
+/// What a module holds beside its row: its path.
+const OF_MODULE: usize = 128;
 
 type Delivery = (usize, lorafast::Result<Scanned>);
 
@@ -32,20 +41,37 @@ pub fn scan_adapters(
         .into_iter()
         .map(|(path, weights, content)| Source { path, weights, content })
         .collect();
-    let finished = Mutex::new(Vec::<Delivery>::new());
-    let lock = || finished.lock().unwrap_or_else(PoisonError::into_inner);
+    let waiting = Waiting::<Delivery>::new(ROOM);
     let report = |py: Python<'_>, task: &Task| -> PyResult<()> {
-        let batch = std::mem::take(&mut *lock());
-        let (done, total) = task.progress();
-        let batch: Vec<_> = batch
-            .into_iter()
-            .map(|(position, result)| Ok((position, to_result(py, result)?)))
-            .collect::<PyResult<_>>()?;
-        receive.call1(py, (batch, done.min(total), total)).map(|_| ())
+        loop {
+            let batch = waiting.take(PORTION);
+            let is_whole = batch.len() == PORTION;
+            let (done, total) = task.progress();
+            let batch: Vec<_> = batch
+                .into_iter()
+                .map(|(position, result)| Ok((position, to_result(py, result)?)))
+                .collect::<PyResult<_>>()?;
+            receive.call1(py, (batch, done.min(total), total))?;
+            // Where there are more they are not left to wait for the next report.
+            if !is_whole {
+                return Ok(());
+            }
+            py.check_signals()?;
+        }
     };
     job::run_reporting(py, &report, |task| {
         let pool = build_pool(threads)?;
-        scan(&sources, level, &pool, task, &|position, result| lock().push((position, result)))
+        scan(&sources, level, &pool, task, &|position, result| {
+            waiting.push(task, size_of(&result), (position, result));
+        })
+    })
+}
+
+fn size_of(result: &lorafast::Result<Scanned>) -> usize {
+    result.as_ref().map_or(OWN, |scanned| {
+        let modules = &scanned.modules;
+        let values = modules.rows.len() + 8 * modules.singular_values.len();
+        OWN + values + OF_MODULE * modules.paths.len()
     })
 }
 
