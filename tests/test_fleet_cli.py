@@ -40,6 +40,7 @@ def test_tables_and_page_are_written(fleet: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
         "adapters.parquet",
         "errors.json",
+        "findings.parquet",
         "fleet.html",
         "modules.parquet",
     ]

@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     outcome.add_argument(
         "--output",
         metavar="DIR",
-        help="write adapters.parquet, modules.parquet and errors.json into a directory",
+        help="write adapters.parquet, modules.parquet, findings.parquet and errors.json into a "
+        "directory",
     )
     outcome.add_argument(
         "--html",

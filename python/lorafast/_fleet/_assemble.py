@@ -1,4 +1,4 @@
-"""From what the core finds in each adapter to the tables of a fleet."""
+"""From what the core finds in an adapter to its own figures and findings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafast import _core, _findings
-from lorafast._analysis import _layers as layers_of
-from lorafast._fleet._room import Room
-from lorafast._fleet._table import NOTHING, Column, Lists, Table, Texts, offsets_of
+from lorafast._fleet._table import NOTHING
 from lorafast._records import Finding
 
 #: Of the tables and of the cache; raised when a column changes its meaning or goes away.
@@ -41,7 +39,7 @@ SPECTRA = ("frobenius_norm", "max_spectral_norm", "median_spectral_norm", "mean_
 
 @dataclass(slots=True)
 class Entry:
-    """One adapter, small enough that thousands fit into memory.
+    """One adapter.
 
     Attributes:
         texts: the adapter's own texts, in the order of `TEXTS`.
@@ -57,27 +55,7 @@ class Entry:
     findings: tuple[tuple[Finding, int], ...]
     paths: tuple[str, ...]
     kinds: tuple[str, ...]
-    cells: memoryview
-
-    def numbers(self, own: np.dtype[Any]) -> memoryview:
-        """The adapter's own, of the type `number_type`."""
-        return self.cells[: own.itemsize]
-
-    def modules(
-        self, own: np.dtype[Any], kind: np.dtype[Any]
-    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """The modules' rows, and their singular values."""
-        rows = np.frombuffer(self.cells, kind, len(self.paths), own.itemsize)
-        start = own.itemsize + rows.nbytes
-        if start == len(self.cells):
-            return rows, np.empty(0)
-        return rows, np.frombuffer(self.cells, "<f8", offset=start)
-
-
-EMPTY = memoryview(b"")
-
-#: Paths and kinds of the modules of adapters, so that those that have the same share them.
-Layouts = dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[tuple[str, ...], tuple[str, ...]]]
+    cells: bytes
 
 
 def row_type(metrics: str) -> np.dtype[Any]:
@@ -104,18 +82,17 @@ def _cells(kind: np.dtype[Any]) -> struct.Struct:
     return struct.Struct("<" + "".join("q" if own[k].kind == "i" else "d" for k in own.names or ()))
 
 
-def entry_of(found: Mapping[str, Any], kind: np.dtype[Any], layouts: Layouts, room: Room) -> Entry:
+def entry_of(found: Mapping[str, Any], kind: np.dtype[Any]) -> Entry:
     """What the core found in one adapter, with its findings and the adapter's own figures."""
     rows = np.frombuffer(found["rows"], dtype=kind)
-    paths, kinds = shared_layout(layouts, found["module_paths"], found["module_kinds"])
     figures = _figures(found, rows)
     numbers = _cells(kind).pack(*(figures[key] for key in number_type(kind).names or ()))
     return Entry(
         texts=tuple(figures[key] for key in TEXTS),
         findings=_grouped(_findings_of(found, rows)),
-        paths=paths,
-        kinds=kinds,
-        cells=room.keep(numbers + found["rows"] + found["singular_values"]),
+        paths=tuple(found["module_paths"]),
+        kinds=tuple(found["module_kinds"]),
+        cells=numbers + found["rows"] + found["singular_values"],
     )
 
 
@@ -135,14 +112,6 @@ def _grouped(findings: Sequence[Finding]) -> tuple[tuple[Finding, int], ...]:
 def _magnitude(finding: Finding) -> float:
     figure = finding.figure
     return -math.inf if figure is None or math.isnan(figure) else abs(figure)
-
-
-def shared_layout(
-    layouts: Layouts, paths: Sequence[str], kinds: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Paths and kinds as tuples, the same ones for the same modules."""
-    layout = (tuple(paths), tuple(kinds))
-    return layouts.setdefault(layout, layout)
 
 
 def _figures(found: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, Any]:
@@ -231,94 +200,3 @@ def _findings_of(found: Mapping[str, Any], rows: NDArray[Any]) -> list[Finding]:
         for tensor in found["non_finite"]
     }
     return _findings.of_adapter(modules, tensors, found["features"], found["notes"])
-
-
-def adapter_table(
-    paths: Sequence[str], names: Sequence[str], entries: Sequence[Entry], kind: np.dtype[Any]
-) -> Table:
-    """The table with a row for each adapter, which has its columns even without a row."""
-    columns: dict[str, Column] = {"path": Texts.of(paths), "name": Texts.of(names)}
-    own = number_type(kind)
-    numbers = np.frombuffer(b"".join(entry.numbers(own) for entry in entries), dtype=own)
-    for key in (*FIGURES, *(own.names or ())):
-        if key in columns:
-            continue
-        if key in TEXTS:
-            place = TEXTS.index(key)
-            columns[key] = Texts.of([entry.texts[place] for entry in entries])
-        else:
-            columns[key] = numbers[key].copy()
-    for column, severity in (("severe", "severe"), ("warnings", "warning"), ("notes", "note")):
-        counts = [
-            sum(count for finding, count in entry.findings if finding.severity == severity)
-            for entry in entries
-        ]
-        columns[column] = np.array(counts, dtype=np.int64)
-    kinds = [list(dict.fromkeys(found.kind for found, _ in entry.findings)) for entry in entries]
-    columns["findings"] = Lists.of_texts(kinds)
-    return Table(columns)
-
-
-def module_table(names: Sequence[str], entries: Sequence[Entry], kind: np.dtype[Any]) -> Table:
-    """The table with a row for each module of each adapter. Takes the entries' cells away."""
-    lengths = [len(entry.paths) for entry in entries]
-    count = sum(lengths)
-    columns: dict[str, Column] = {
-        "adapter": Texts(list(names), np.repeat(np.arange(len(names), dtype=np.int32), lengths))
-    }
-    columns |= _places(entries, count)
-    numbers = {
-        name: np.empty(count, dtype=np.int64 if kind[name].kind == "i" else np.float64)
-        for name in kind.names or ()
-    }
-    own = number_type(kind)
-    has_spectra = "singular_values" in numbers
-    others = count * kind.itemsize + len(entries) * own.itemsize
-    singular = np.empty((sum(len(entry.cells) for entry in entries) - others) // 8)
-    row = value = 0
-    for entry in entries:
-        rows, values = entry.modules(own, kind)
-        for name, target in numbers.items():
-            target[row : row + len(rows)] = rows[name]
-        singular[value : value + len(values)] = values
-        row += len(rows)
-        value += len(values)
-        # What has been copied need not be held twice.
-        del rows, values
-        entry.cells = EMPTY
-    columns |= {name: column for name, column in numbers.items() if name != "singular_values"}
-    if has_spectra:
-        columns["singular_values"] = Lists(singular, offsets_of(numbers["singular_values"]))
-    return Table(columns)
-
-
-def _places(entries: Sequence[Entry], count: int) -> dict[str, Column]:
-    """Where each module lies in its model. Most adapters of a fleet have the same modules."""
-    modules: dict[str, int] = {}
-    layers: dict[str, int] = {}
-    kinds: dict[str, int] = {}
-    module_codes, layer_codes, kind_codes = (np.empty(count, dtype=np.int32) for _ in range(3))
-    blocks = np.empty(count, dtype=np.int64)
-    known: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[NDArray[Any], ...]] = {}
-    row = 0
-    for entry in entries:
-        key = (entry.paths, entry.kinds)
-        if key not in known:
-            places = layers_of(entry.paths)
-            known[key] = (
-                np.array(
-                    [modules.setdefault(path, len(modules)) for path in entry.paths], np.int32
-                ),
-                np.array([NOTHING if block is None else block for block, _ in places], np.int64),
-                np.array([layers.setdefault(layer, len(layers)) for _, layer in places], np.int32),
-                np.array([kinds.setdefault(kind, len(kinds)) for kind in entry.kinds], np.int32),
-            )
-        here = slice(row, row + len(entry.paths))
-        module_codes[here], blocks[here], layer_codes[here], kind_codes[here] = known[key]
-        row += len(entry.paths)
-    return {
-        "module": Texts(list(modules), module_codes),
-        "block": blocks,
-        "layer": Texts(list(layers), layer_codes),
-        "kind": Texts(list(kinds), kind_codes),
-    }

@@ -17,9 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lorafast._errors import LorafastError
-from lorafast._fleet._assemble import SCHEMA_VERSION, Entry, Layouts, shared_layout
+from lorafast._fleet._assemble import SCHEMA_VERSION, Entry
 from lorafast._fleet._paths import CONFIG
-from lorafast._fleet._room import Room
 from lorafast._records import Finding
 from lorafast._sources import PICKLED_WEIGHTS, WEIGHTS
 
@@ -68,18 +67,15 @@ class Cache:
         self._waiting: list[tuple[str, str, str, str, bytes, bytes]] = []
         self._written = time.monotonic()
 
-    def known(
-        self, adapters: Iterable[tuple[Path, str]], layouts: Layouts, room: Room
-    ) -> Iterator[Entry | None]:
-        """For each adapter, by its path and stamp, what was found when it had that stamp."""
+    def known(self, adapter: Path, stamp: str) -> Entry | None:
+        """What was found in an adapter when it had that stamp."""
         query = (
             "SELECT details, cells FROM found "
             "WHERE path = ? AND metrics = ? AND stamp = ? AND version = ?"
         )
-        for path, stamp in adapters:
-            key = (_key(path), self._metrics, stamp, _version())
-            found = self._connection.execute(query, key).fetchone()
-            yield None if found is None else _decode(found, layouts, room)
+        key = (_key(adapter), self._metrics, stamp, _version())
+        found = self._connection.execute(query, key).fetchone()
+        return None if found is None else _decode(found)
 
     def keep(self, adapter: Path, stamp: str, entry: Entry) -> None:
         """Remembers what was found; it is written soon, and at the latest by `flush`."""
@@ -97,8 +93,8 @@ class Cache:
             # A range of the key; any other condition would read the whole table.
             query = "SELECT DISTINCT path FROM found WHERE path > ? AND path < ?"
             ends = (below + os.sep, below + chr(ord(os.sep) + 1))
-            paths = [path for (path,) in self._connection.execute(query, ends)]
-            missing = [(path,) for path in paths if _is_gone(path)]
+            known = self._connection.execute(query, ends)
+            missing = [(path,) for (path,) in known if _is_gone(path)]
             if missing:
                 with self._connection:
                     self._connection.executemany("DELETE FROM found WHERE path = ?", missing)
@@ -179,17 +175,16 @@ def _encode(entry: Entry) -> tuple[bytes, bytes]:
         "paths": entry.paths,
         "kinds": entry.kinds,
     }
-    return zlib.compress(json.dumps(details).encode(), 1), bytes(entry.cells)
+    return zlib.compress(json.dumps(details).encode(), 1), entry.cells
 
 
-def _decode(found: tuple[bytes, bytes], layouts: Layouts, room: Room) -> Entry:
+def _decode(found: tuple[bytes, bytes]) -> Entry:
     details, cells = found
     plain = json.loads(zlib.decompress(details))
-    paths, kinds = shared_layout(layouts, plain["paths"], plain["kinds"])
     return Entry(
         texts=tuple(plain["texts"]),
         findings=tuple((Finding(**finding), count) for finding, count in plain["findings"]),
-        paths=paths,
-        kinds=kinds,
-        cells=room.keep(cells),
+        paths=tuple(plain["paths"]),
+        kinds=tuple(plain["kinds"]),
+        cells=cells,
     )

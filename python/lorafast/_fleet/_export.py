@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import OutputError, missing
 from lorafast._fleet._assemble import SCHEMA_VERSION
+from lorafast._fleet._fleet import TABLES
 from lorafast._fleet._table import NOTHING, Lists, Table, Texts
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 #: Columns of whole numbers in which -1 stands for nothing.
 NULLABLE = ("block",)
 #: Columns of texts of which there are few: dictionaries in Arrow.
-REPEATED = ("adapter", "module", "layer", "kind")
+REPEATED = ("adapter", "module", "layer", "kind", "severity")
 
 
 def arrow_table(table: Table) -> pyarrow.Table:
@@ -37,7 +38,7 @@ def arrow_table(table: Table) -> pyarrow.Table:
 
     def texts(name: str, column: Texts) -> Any:
         codes = pyarrow.array(column.codes, mask=column.codes == NOTHING)
-        values = pyarrow.array(column.values, type=pyarrow.string())
+        values = pyarrow.array(list(column.values), type=pyarrow.string())
         if name in REPEATED:
             return pyarrow.DictionaryArray.from_arrays(codes, values)
         return values.take(codes)
@@ -99,7 +100,7 @@ def polars_frame(table: Table) -> polars.DataFrame:
 
 def write_parquet(fleet: Fleet, directory: Path) -> list[Path]:
     """Writes the tables and the errors, each file whole or not at all."""
-    tables = {name: fleet.to_arrow(name) for name in ("adapters", "modules")}
+    tables = {name: fleet.to_arrow(name) for name in TABLES}
     import pyarrow.parquet
 
     def save(table: pyarrow.Table) -> Callable[[Path], object]:

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     import polars
     import pyarrow
 
+    from lorafast._fleet._found import FindingList
     from lorafast._fleet._paths import ScanError
     from lorafast._fleet._table import Table
     from lorafast._records import Finding
 
-TableName = Literal["adapters", "modules"]
+TableName = Literal["adapters", "modules", "findings"]
+
+TABLES: tuple[TableName, ...] = ("adapters", "modules", "findings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,10 @@ class Fleet:
             With spectra: `frobenius_norm`, `spectral_norm`, `stable_rank`, `effective_rank`,
             `energy_effective_rank`, `participation_ratio`, `k90`, `k95`, `k99`,
             `numerical_rank`, `condition`, `entry_mean`, and `singular_values`, a list.
-        findings: what to look at, the severe first.
+        findings: what to look at, the severe first: a sequence of `FleetFinding`, each made when
+            it is asked for. `table("findings")` has a row for each: `adapter` (its name; `None` of
+            the whole fleet), `severity`, `kind`, `module` (its path; `None` of the whole adapter),
+            `figure` (NaN where there is none), `count`, `reason`.
         errors: what could not be read, each with its path and the reason.
         bytes_read: bytes of the weights files that were not taken from the cache; with "headers"
             that is their size, of which only the headers were read.
@@ -69,7 +75,7 @@ class Fleet:
     metrics: str
     adapters: Table
     modules: Table
-    findings: list[FleetFinding]
+    findings: FindingList
     errors: list[ScanError]
     bytes_read: int
     remembered: int
@@ -98,13 +104,15 @@ class Fleet:
         return f"<Fleet {', '.join(parts)}>"
 
     def table(self, name: TableName = "adapters") -> Table:
-        """One of the two tables by its name.
+        """One of the three tables by its name.
 
         Raises:
             ValueError: there is no such table.
         """
-        if name not in ("adapters", "modules"):
-            raise ValueError(f"table must be 'adapters' or 'modules', not {name!r}")
+        if name not in TABLES:
+            raise ValueError(f"table must be 'adapters', 'modules' or 'findings', not {name!r}")
+        if name == "findings":
+            return self.findings.table
         return self.adapters if name == "adapters" else self.modules
 
     def to_arrow(self, table: TableName = "adapters") -> pyarrow.Table:
@@ -141,7 +149,7 @@ class Fleet:
         return polars_frame(self.table(table))
 
     def to_parquet(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Writes both tables as `adapters.parquet` and `modules.parquet`, and `errors.json`.
+        """Writes `adapters.parquet`, `modules.parquet`, `findings.parquet` and `errors.json`.
 
         The tables are compressed with zstd and have `lorafast.schema_version` in their metadata.
         Each file is put in its place when it is whole.

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from lorafast import _core, _sources
-from lorafast._analysis import names_of
-from lorafast._findings import SEVERITIES
 from lorafast._fleet import _cache
-from lorafast._fleet._assemble import (
-    Entry,
-    Layouts,
-    adapter_table,
-    entry_of,
-    module_table,
-    row_type,
-)
-from lorafast._fleet._fleet import Fleet, FleetFinding
-from lorafast._fleet._overview import of_fleet
+from lorafast._fleet._assemble import entry_of, row_type
+from lorafast._fleet._columns import Columns
+from lorafast._fleet._fleet import Fleet
 from lorafast._fleet._paths import ScanError, Source, discover, reason_of
 from lorafast._fleet._progress import Follow
-from lorafast._fleet._room import Room
 from lorafast._fleet._scan import METRICS, Metrics
 from lorafast._torch._devices import analysis_device
 
@@ -64,13 +57,36 @@ def scan_followed(
         else:
             scanning.run()
     errors = sorted(scanning.errors.items())
-    return _fleet(
-        metrics,
-        [(found.adapters[position], entry) for position, entry in sorted(scanning.entries.items())],
-        found.errors + [error for _, error in errors],
-        scanning.bytes_read,
-        scanning.remembered,
+    tables = scanning.columns.tables(found.adapters.words)
+    return Fleet(
+        metrics=metrics,
+        adapters=tables.adapters,
+        modules=tables.modules,
+        findings=tables.findings,
+        errors=found.errors + [error for _, error in errors],
+        bytes_read=scanning.bytes_read,
+        remembered=scanning.remembered,
     )
+
+
+class _Items(Sequence[Item]):
+    """What the core is to read, made when it asks."""
+
+    def __init__(self, adapters: Sequence[Path], positions: Sequence[int]) -> None:
+        self._adapters = adapters
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._adapters[self._positions[index]], None, None
 
 
 class _Scanning:
@@ -84,13 +100,11 @@ class _Scanning:
         self._threads = threads
         self._follow = follow
         self._type = row_type(metrics)
-        self._layouts: Layouts = {}
-        self._room = Room()
         #: Where spectra are found, if not by the core.
         self.device: Any = None
         self._cache: _cache.Cache | None = None
         self._stamps: dict[int, str] = {}
-        self.entries: dict[int, Entry] = {}
+        self.columns = Columns(len(adapters), self._type)
         self.errors: dict[int, ScanError] = {}
         self.bytes_read = 0
         self.remembered = 0
@@ -98,29 +112,30 @@ class _Scanning:
     def use(self, cache: _cache.Cache) -> None:
         """Takes what the cache knows, and remembers what is found in it."""
         self._cache = cache
-        stamped = []
         settled = time.time_ns() - _cache.SETTLED
         for position, adapter in enumerate(self._adapters):
             stamp = _cache.stamp_of(adapter)
-            if stamp is not None and stamp[1] < settled:
-                self._stamps[position] = stamp[0]
-                stamped.append((adapter, stamp[0]))
-        known = cache.known(stamped, self._layouts, self._room)
-        for position, entry in zip(self._stamps, known, strict=True):
+            if stamp is None or stamp[1] >= settled:
+                continue
+            entry = cache.known(adapter, stamp[0])
             if entry is not None:
-                self.entries[position] = entry
-        self.remembered = len(self.entries)
+                self.columns.add(position, entry)
+                self.remembered += 1
+            else:
+                self._stamps[position] = stamp[0]
 
     def run(self) -> None:
         """Reads everything that is not known."""
-        left = [position for position in range(len(self._adapters)) if position not in self.entries]
+        left = self.columns.missing()
         self._follow.begin(len(left))
         pickled = [
-            position for position in left if _sources.has_only_pickle(self._adapters[position])
+            position
+            for position in map(int, left)
+            if _sources.has_only_pickle(self._adapters[position])
         ]
-        others = sorted(set(left) - set(pickled))
+        others = array("q", np.setdiff1d(left, pickled, assume_unique=True).tobytes())
         if others:
-            self._scan(others, [(self._adapters[position], None, None) for position in others])
+            self._scan(others, _Items(self._adapters, others))
         for batch in self._batches(pickled):
             self._scan_pickled(batch)
 
@@ -157,7 +172,7 @@ class _Scanning:
             if items:
                 self._scan(positions, items)
 
-    def _scan(self, positions: Sequence[int], items: list[Item]) -> None:
+    def _scan(self, positions: Sequence[int], items: Sequence[Item]) -> None:
         def receive(
             batch: list[tuple[int, dict[str, object] | Exception]], done: int, total: int
         ) -> None:
@@ -180,7 +195,7 @@ class _Scanning:
         self._follow.end_of_part()
 
     def _with_spectra(
-        self, batch: list[tuple[int, dict[str, object] | Exception]], items: list[Item]
+        self, batch: list[tuple[int, dict[str, object] | Exception]], items: Sequence[Item]
     ) -> list[tuple[int, dict[str, object] | Exception]]:
         from lorafast._torch._spectra import with_spectra
 
@@ -197,10 +212,10 @@ class _Scanning:
         return result
 
     def _succeed(self, position: int, result: dict[str, object]) -> None:
-        entry = entry_of(result, self._type, self._layouts, self._room)
-        self.entries[position] = entry
+        entry = entry_of(result, self._type)
+        self.columns.add(position, entry)
         if self._cache is not None and position in self._stamps:
-            self._cache.keep(self._adapters[position], self._stamps[position], entry)
+            self._cache.keep(self._adapters[position], self._stamps.pop(position), entry)
 
     def _fail(self, position: int, error: Exception) -> None:
         adapter = self._adapters[position]
@@ -215,33 +230,3 @@ def _reason(adapter: Path, error: Exception) -> str:
         return text if name == "." else f"{name}: {text}"
     own = os.fspath(adapter)
     return text.removeprefix(f"{own}: ").replace(f"{own}{os.sep}", "")
-
-
-def _fleet(
-    metrics: Metrics,
-    found: Sequence[tuple[Path, Entry]],
-    errors: list[ScanError],
-    bytes_read: int,
-    remembered: int,
-) -> Fleet:
-    paths = [path for path, _ in found]
-    entries = [entry for _, entry in found]
-    names = names_of(paths)
-    kind = row_type(metrics)
-    findings = [
-        FleetFinding(name, finding, count)
-        for name, entry in zip(names, entries, strict=True)
-        for finding, count in entry.findings
-    ]
-    adapters = adapter_table([os.fspath(path) for path in paths], names, entries, kind)
-    findings += of_fleet(adapters)
-    findings.sort(key=lambda item: SEVERITIES.index(item.finding.severity))
-    return Fleet(
-        metrics=metrics,
-        adapters=adapters,
-        modules=module_table(names, entries, kind),
-        findings=findings,
-        errors=errors,
-        bytes_read=bytes_read,
-        remembered=remembered,
-    )

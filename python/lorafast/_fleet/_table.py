@@ -2,29 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: A text, or an integer, that is not there.
 NOTHING = -1
+#: As many texts as `Words.Builder` looks back to for one that is the same.
+LOOKED_BACK = 4096
+#: Bytes up to which four-byte offsets reach.
+SHORT = 1 << 31
+
+
+@dataclass(frozen=True, eq=False)
+class Words(Sequence[str]):
+    """Texts in little more room than their bytes, made into objects when they are asked for.
+
+    Attributes:
+        data: all of them as UTF-8, one after the other. Names of files that are no text keep the
+            lone surrogates that stand for their bytes.
+        offsets: int32, or int64 of more than 2 GiB: a text is `data[offsets[i] : offsets[i + 1]]`.
+    """
+
+    data: NDArray[np.uint8]
+    offsets: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return self._text(*self.offsets[place : place + 2].tolist())
+
+    def __iter__(self) -> Iterator[str]:
+        # Some at a time: offsets are small, integers are not.
+        for first in range(0, len(self), LOOKED_BACK):
+            for start, end in pairwise(self.offsets[first : first + LOOKED_BACK + 1].tolist()):
+                yield self._text(start, end)
+
+    def _text(self, start: int, end: int) -> str:
+        return self.data[start:end].tobytes().decode(errors="surrogatepass")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return self.data.nbytes + self.offsets.nbytes
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Words:
+        """These texts, in this order."""
+        builder = WordsBuilder()
+        for text in texts:
+            builder.append(text)
+        return builder.build()
+
+
+class WordsBuilder:
+    """Texts that come one by one."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._ends = array("q", [0])
+        self._recent: dict[str, int] = {}
+
+    def append(self, text: str) -> int:
+        """Puts a text behind the others, and gives its place among them."""
+        self._data += text.encode(errors="surrogatepass")
+        self._ends.append(len(self._data))
+        return len(self._ends) - 2
+
+    def code(self, text: str) -> int:
+        """The place of a text, which is put behind the others unless it was among the last."""
+        known = self._recent.get(text)
+        if known is None:
+            if len(self._recent) == LOOKED_BACK:
+                self._recent.clear()
+            known = self._recent[text] = self.append(text)
+        return known
+
+    def build(self) -> Words:
+        """All of them. Nothing can be added any more."""
+        self._recent.clear()
+        offsets = np.frombuffer(self._ends, np.int64)
+        if len(self._data) < SHORT:
+            offsets = offsets.astype(np.int32)
+        return Words(np.frombuffer(self._data, np.uint8), offsets)
+
+
+class PathList(Sequence[Path]):
+    """Paths, each made when it is asked for."""
+
+    def __init__(self, words: Words) -> None:
+        self.words = words
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [Path(word) for word in self.words[index]]
+        return Path(self.words[index])
+
+    def __iter__(self) -> Iterator[Path]:
+        return map(Path, self.words)
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """A column of texts of which many are the same.
+    """A column of texts.
 
     Attributes:
-        values: the different texts.
-        codes: int32, for each row the position of its text; −1 where there is none.
+        values: the texts, each different one at least once.
+        codes: of signed integers, for each row the position of its text; −1 where there is none.
     """
 
-    values: list[str]
-    codes: NDArray[np.int32]
+    values: Sequence[str]
+    codes: NDArray[np.signedinteger[Any]]
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -32,16 +141,31 @@ class Texts:
     def array(self) -> NDArray[Any]:
         """An array of `str` objects, `None` where there is no text."""
         known = np.empty(len(self.values) + 1, dtype=object)
-        known[:-1] = self.values
+        for place, text in enumerate(self.values):
+            known[place] = text
         known[-1] = None
-        return known[self.codes]
+        found: NDArray[Any] = known[self.codes]
+        return found
 
     @classmethod
-    def of(cls, texts: Sequence[str | None]) -> Texts:
-        """The column of these texts."""
-        known: dict[str, int] = {}
-        codes = [NOTHING if text is None else known.setdefault(text, len(known)) for text in texts]
-        return cls(list(known), np.array(codes, dtype=np.int32))
+    def each(cls, words: Words) -> Texts:
+        """The column with a row for each of these texts."""
+        return cls(words, np.arange(len(words), dtype=np.int32))
+
+
+class Vocabulary:
+    """The different texts of a column, and the numbers that stand for them."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, int] = {}
+
+    def code(self, text: str | None) -> int:
+        """The number of a text, a new one for a new text; −1 for none."""
+        return NOTHING if text is None else self._codes.setdefault(text, len(self._codes))
+
+    def texts(self) -> list[str]:
+        """The texts in the order of their numbers."""
+        return list(self._codes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,21 +198,8 @@ class Lists:
     def _bounds(self) -> Iterator[tuple[int, int]]:
         return pairwise(self.offsets.tolist())
 
-    @classmethod
-    def of_texts(cls, lists: Sequence[Sequence[str]]) -> Lists:
-        """The column of these lists of texts."""
-        flat = [text for texts in lists for text in texts]
-        return cls(Texts.of(flat), offsets_of([len(texts) for texts in lists]))
-
 
 Column = NDArray[Any] | Texts | Lists
-
-
-def offsets_of(lengths: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
-    """Where each of lists of these lengths begins, and where the last one ends."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 class Table(Mapping[str, NDArray[Any]]):
