@@ -15,7 +15,7 @@ import lorafast
 import numpy as np
 import pytest
 from lorafast import _analysis
-from lorafast._fleet import _table
+from lorafast._fleet import _cache, _table
 from lorafast._fleet._names import names_of
 from lorafast._fleet._paths import discover, natural
 from lorafast._fleet._room import CHUNK, Room, fresh
@@ -54,31 +54,44 @@ def make_many(root: Path, count: int) -> None:
         )
 
 
-@pytest.mark.parametrize("metrics", ["headers", "full"])
+@pytest.mark.parametrize(
+    ("case", "most"), [("headers", 100), ("full", 100), ("cache", 200), ("broken", 600)]
+)
 def test_nothing_grows_with_the_fleet_but_its_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, most: float
 ) -> None:
     # What is bounded for thousands is to be bounded for hundreds here.
     monkeypatch.setattr(_table, "LOOKED_BACK", 64)
-    few, many = tmp_path / "few", tmp_path / "many"
-    make_many(few, 300)
-    make_many(many, 1500)
-    lorafast.scan(few, metrics=metrics)
+    monkeypatch.setattr(_cache, "SETTLED", 0)
+    monkeypatch.setattr(_cache, "INTERVAL", 0)
     beyond = []
-    for root in (few, many):
+    for count in (300, 1500):
+        root = tmp_path / f"{count}"
+        make_many(root, count)
+        if case == "broken":
+            for path in root.glob("*/*/adapter_config.json"):
+                path.write_text("{")
+        options: dict[str, Any] = {"metrics": "full" if case == "full" else "headers"}
+        if case == "cache":
+            options["cache"] = tmp_path / "cache"
+        # What is made on first use stays, and belongs to no fleet.
+        lorafast.scan(root / "group-0", metrics=options["metrics"])
         gc.collect()
         tracemalloc.start()
         try:
             # A full collection alone empties the lists of free tuples, which hold thousands.
-            fleet = lorafast.scan(root, metrics=metrics, progress=lambda *_: gc.collect() and None)
+            fleet = lorafast.scan(root, progress=lambda *_: gc.collect() and None, **options)
             # Pages of their own are not traced, but neither are they for a fleet as small as this.
             beyond.append(tracemalloc.get_traced_memory()[1] - table_bytes(fleet))
         finally:
             tracemalloc.stop()
-        assert len(fleet.findings) >= len(fleet)
-        assert fleet.errors == []
-    # A path as an object alone takes more, and so does a finding.
-    assert (beyond[1] - beyond[0]) / 1200 < 100
+        if case == "broken":
+            assert len(fleet.errors) == count
+        else:
+            assert len(fleet.findings) >= len(fleet) == count
+    # A path as an object alone takes 400 bytes, a finding or an error with its texts 800. Where no
+    # adapter is sound, the search with its sorted texts is the most that there is at a time.
+    assert (beyond[1] - beyond[0]) / 1200 < most
 
 
 def test_texts_come_back_as_they_were() -> None:
@@ -277,6 +290,25 @@ def test_findings_are_a_table(tmp_path: Path) -> None:
     for name, severe in zip(fleet.names, fleet.adapters["severe"].tolist(), strict=True):
         own = [row for row in expected if row["adapter"] == name and row["severity"] == "severe"]
         assert severe == sum(row["count"] for row in own)
+
+
+def test_errors_are_a_sequence_of_values(tmp_path: Path) -> None:
+    for index in range(12):
+        make_adapter(tmp_path / f"a{index}", **({} if index % 5 == 0 else {"peft_type": "IA3"}))
+    fleet = lorafast.scan([tmp_path / "nowhere", tmp_path])
+    found = list(fleet.errors)
+    # What is no adapter comes first, then adapters in their order.
+    expected = [f"a{index}" for index in range(12) if index % 5]
+    assert [error.path.name for error in found] == ["nowhere", *expected]
+    assert all(type(error) is lorafast.ScanError for error in found)
+    assert "IA3" in found[-1].reason
+    assert fleet.errors == found
+    assert fleet.errors != found[1:]
+    assert fleet.errors[2:4] == found[2:4]
+    assert fleet.errors[-1] == found[-1]
+    assert repr(fleet.errors) == repr(found)
+    assert pickle.loads(pickle.dumps(fleet)).errors == found
+    assert fleet.names == ["a0", "a5", "a10"]
 
 
 def test_a_fleet_without_findings_has_an_empty_table(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     import polars
     import pyarrow
 
-    from lorafast._fleet._found import FindingList
-    from lorafast._fleet._paths import ScanError
+    from lorafast._fleet._found import ErrorList, FindingList
     from lorafast._fleet._table import Table
     from lorafast._records import Finding
 
@@ -66,7 +65,7 @@ class Fleet:
             it is asked for. `table("findings")` has a row for each: `adapter` (its name; `None` of
             the whole fleet), `severity`, `kind`, `module` (its path; `None` of the whole adapter),
             `figure` (NaN where there is none), `count`, `reason`.
-        errors: what could not be read, each with its path and the reason.
+        errors: what could not be read: a sequence of records with `path` and `reason`.
         bytes_read: bytes of the weights files that were not taken from the cache; with "headers"
             that is their size, of which only the headers were read.
         remembered: adapters that were taken from the cache.
@@ -76,7 +75,7 @@ class Fleet:
     adapters: Table
     modules: Table
     findings: FindingList
-    errors: list[ScanError]
+    errors: ErrorList
     bytes_read: int
     remembered: int
 

@@ -1,21 +1,24 @@
-"""Findings of a fleet as columns, from which each is made when it is asked for."""
+"""A fleet's findings and errors as columns, from which each is made when it is asked for."""
 
 from __future__ import annotations
 
 import math
+import os
 from array import array
-from collections.abc import Sequence
-from typing import Any, overload
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafast._findings import SEVERITIES
 from lorafast._fleet._fleet import FleetFinding
+from lorafast._fleet._paths import ScanError
 from lorafast._fleet._table import (
     NOTHING,
     Column,
     Lists,
+    OnDemand,
     Table,
     Texts,
     Vocabulary,
@@ -110,8 +113,8 @@ class FindingColumns:
         return FindingList(Table(columns), frozenset(self._without_figure))
 
 
-class FindingList(Sequence[FleetFinding]):
-    """Findings, each made from its row of a table when it is asked for. Like a list, but fixed."""
+class FindingList(OnDemand[FleetFinding]):
+    """Findings, each made from its row of a table when it is asked for."""
 
     __slots__ = ("_table", "_without_figure")
 
@@ -126,15 +129,6 @@ class FindingList(Sequence[FleetFinding]):
 
     def __len__(self) -> int:
         return self._table.rows
-
-    @overload
-    def __getitem__(self, index: int) -> FleetFinding: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[FleetFinding]: ...
-    def __getitem__(self, index: int | slice) -> FleetFinding | list[FleetFinding]:
-        if isinstance(index, slice):
-            return [self._at(row) for row in range(*index.indices(len(self)))]
-        return self._at(range(len(self))[index])
 
     def _at(self, row: int) -> FleetFinding:
         columns = self._table.stored()
@@ -153,20 +147,43 @@ class FindingList(Sequence[FleetFinding]):
         finding = Finding(severity, kind, text("module"), figure, reason)  # type: ignore[arg-type]
         return FleetFinding(text("adapter"), finding, int(self._table["count"][row]))
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FindingList | list):
-            return NotImplemented
-        return len(self) == len(other) and all(
-            one == another for one, another in zip(self, other, strict=True)
+
+class ErrorColumns:
+    """What could not be read, in any order of the adapters."""
+
+    def __init__(self) -> None:
+        self._positions = array("i")
+        self._paths = WordsBuilder()
+        self._sentences = WordsBuilder()
+        self._reasons = array("i")
+
+    def add(self, position: int, error: ScanError) -> None:
+        """Keeps an error, −1 for what is no adapter."""
+        self._positions.append(position)
+        self._paths.append(os.fspath(error.path))
+        self._reasons.append(self._sentences.code(error.reason))
+
+    def build(self) -> ErrorList:
+        """All of them, by the adapters' positions. Nothing can be added any more."""
+        order = np.argsort(np.frombuffer(self._positions, np.int32), kind="stable")
+        reasons = Texts(self._sentences.build(), np.frombuffer(self._reasons, np.int32)[order])
+        return ErrorList(Texts(self._paths.build(), order.astype(np.int32)), reasons)
+
+
+class ErrorList(OnDemand[ScanError]):
+    """Errors, each made when it is asked for."""
+
+    __slots__ = ("_paths", "_reasons")
+
+    def __init__(self, paths: Texts, reasons: Texts) -> None:
+        self._paths = paths
+        self._reasons = reasons
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def _at(self, row: int) -> ScanError:
+        path, reason = (
+            column.values[int(column.codes[row])] for column in (self._paths, self._reasons)
         )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __add__(self, other: Sequence[FleetFinding]) -> list[FleetFinding]:
-        return [*self, *other]
-
-    def __radd__(self, other: Sequence[FleetFinding]) -> list[FleetFinding]:
-        return [*other, *self]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
+        return ScanError(Path(path), reason)

@@ -18,9 +18,11 @@ from lorafast._fleet import _cache
 from lorafast._fleet._assemble import entry_of, row_type
 from lorafast._fleet._columns import Columns
 from lorafast._fleet._fleet import Fleet
+from lorafast._fleet._found import ErrorColumns
 from lorafast._fleet._paths import ScanError, Source, discover, reason_of
 from lorafast._fleet._progress import Follow
 from lorafast._fleet._scan import METRICS, Metrics
+from lorafast._fleet._table import NOTHING, Words, WordsBuilder
 from lorafast._torch._devices import analysis_device
 
 Item = tuple[Path, Path | None, Path | None]
@@ -56,14 +58,15 @@ def scan_followed(
             known.forget_missing(found.searched)
         else:
             scanning.run()
-    errors = sorted(scanning.errors.items())
+    for error in found.errors:
+        scanning.errors.add(NOTHING, error)
     tables = scanning.columns.tables(found.adapters.words)
     return Fleet(
         metrics=metrics,
         adapters=tables.adapters,
         modules=tables.modules,
         findings=tables.findings,
-        errors=found.errors + [error for _, error in errors],
+        errors=scanning.errors.build(),
         bytes_read=scanning.bytes_read,
         remembered=scanning.remembered,
     )
@@ -103,15 +106,18 @@ class _Scanning:
         #: Where spectra are found, if not by the core.
         self.device: Any = None
         self._cache: _cache.Cache | None = None
-        self._stamps: dict[int, str] = {}
+        self._stamps = Words.of([])
+        self._stamp_of = np.empty(0, np.int32)
         self.columns = Columns(len(adapters), self._type)
-        self.errors: dict[int, ScanError] = {}
+        self.errors = ErrorColumns()
         self.bytes_read = 0
         self.remembered = 0
 
     def use(self, cache: _cache.Cache) -> None:
         """Takes what the cache knows, and remembers what is found in it."""
         self._cache = cache
+        self._stamp_of = np.full(len(self._adapters), NOTHING, np.int32)
+        stamps = WordsBuilder()
         settled = time.time_ns() - _cache.SETTLED
         for position, adapter in enumerate(self._adapters):
             stamp = _cache.stamp_of(adapter)
@@ -122,7 +128,8 @@ class _Scanning:
                 self.columns.add(position, entry)
                 self.remembered += 1
             else:
-                self._stamps[position] = stamp[0]
+                self._stamp_of[position] = stamps.append(stamp[0])
+        self._stamps = stamps.build()
 
     def run(self) -> None:
         """Reads everything that is not known."""
@@ -214,12 +221,13 @@ class _Scanning:
     def _succeed(self, position: int, result: dict[str, object]) -> None:
         entry = entry_of(result, self._type)
         self.columns.add(position, entry)
-        if self._cache is not None and position in self._stamps:
-            self._cache.keep(self._adapters[position], self._stamps.pop(position), entry)
+        if self._cache is not None and self._stamp_of[position] != NOTHING:
+            stamp = self._stamps[int(self._stamp_of[position])]
+            self._cache.keep(self._adapters[position], stamp, entry)
 
     def _fail(self, position: int, error: Exception) -> None:
         adapter = self._adapters[position]
-        self.errors[position] = ScanError(adapter, _reason(adapter, error))
+        self.errors.add(position, ScanError(adapter, _reason(adapter, error)))
 
 
 def _reason(adapter: Path, error: Exception) -> str:

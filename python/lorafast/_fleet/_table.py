@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 #: A text, or an integer, that is not there.
 NOTHING = -1
@@ -101,8 +103,47 @@ class WordsBuilder:
         return Words(np.frombuffer(self._data, np.uint8), offsets)
 
 
-class PathList(Sequence[Path]):
+class OnDemand(Sequence[T]):
+    """Values, each made when it is asked for. Like a list, but fixed."""
+
+    __slots__ = ()
+
+    def _at(self, row: int) -> T:
+        """The value in a row that there is."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._at(row) for row in range(*index.indices(len(self)))]
+        return self._at(range(len(self))[index])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, OnDemand | list):
+            return NotImplemented
+        return len(self) == len(other) and all(
+            one == another for one, another in zip(self, other, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Sequence[T]) -> list[T]:
+        return [*self, *other]
+
+    def __radd__(self, other: Sequence[T]) -> list[T]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+class PathList(OnDemand[Path]):
     """Paths, each made when it is asked for."""
+
+    __slots__ = ("words",)
 
     def __init__(self, words: Words) -> None:
         self.words = words
@@ -110,14 +151,8 @@ class PathList(Sequence[Path]):
     def __len__(self) -> int:
         return len(self.words)
 
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Path]: ...
-    def __getitem__(self, index: int | slice) -> Path | list[Path]:
-        if isinstance(index, slice):
-            return [Path(word) for word in self.words[index]]
-        return Path(self.words[index])
+    def _at(self, row: int) -> Path:
+        return Path(self.words[row])
 
     def __iter__(self) -> Iterator[Path]:
         return map(Path, self.words)
