@@ -10,6 +10,8 @@ from numpy.typing import DTypeLike, NDArray
 
 #: Bytes that are taken from the system at a time, and given back.
 CHUNK = 1 << 20
+#: Bytes from which on an array has pages of its own.
+LARGE = 1 << 16
 #: Bits of a place that say where in its chunk something lies.
 OFFSET_BITS = 40
 #: Pages of this process alone, which count as its own; Windows knows no others.
@@ -68,11 +70,11 @@ class Room:
 def fresh(count: int, dtype: DTypeLike) -> NDArray[Any]:
     """An array of zeros that takes memory as it is filled, page by page.
 
-    NumPy asks for huge pages for large arrays. Where dozens of columns are filled side by side,
-    each would take its first one, and most of it for later.
+    NumPy asks for huge pages for large arrays, and the heap gives others what it has to make zero
+    first. Where dozens of columns are filled side by side, either takes memory long before its use.
     """
     kind = np.dtype(dtype)
     size = count * kind.itemsize
-    if size < CHUNK:
+    if size < LARGE:
         return np.zeros(count, kind)
     return np.frombuffer(mmap.mmap(-1, size, **PRIVATE), kind, count)
