@@ -88,8 +88,9 @@ class _Parts:
                 self._real[folder] = os.path.realpath(folder)
             real = os.path.join(self._real[folder], last)  # noqa: PTH118
             is_file = stat.S_ISREG(status.st_mode)
-        place = Path(real)
         if is_file:
+            place = Path(real)
             usual = place.name in (_sources.WEIGHTS, _sources.PICKLED_WEIGHTS)
-            place = place.parent if usual else place.with_suffix("")
-        return SEPARATOR.join(part for part in place.parts if part != place.anchor)
+            real = os.fspath(place.parent if usual else place.with_suffix(""))
+        parts = os.path.splitdrive(real)[1].split(os.sep)  # noqa: PTH206 (as above)
+        return SEPARATOR.join(part for part in parts if part)
