@@ -276,3 +276,55 @@ def test_a_browser_draws_the_charts_and_works_the_table(
     finite = [name for name in np.array(fleet.names)[np.argsort(-norms)] if name != "a3"]
     assert seen["sorted"] == [*finite, "a3"]
     assert seen["filtered"] == ["a3"]
+
+
+#: What a reader on a telephone has before him.
+NARROW = """
+addEventListener("load", () => {
+  const matrix = document.querySelector(".chart.wide [id^=chart]");
+  const seen = { width: matrix.clientWidth, height: matrix.clientHeight,
+    names: matrix.querySelectorAll(".xtick text, .ytick text").length,
+    beyond: Array.from(document.querySelectorAll(".chart .main-svg"))
+      .filter((one) => one.getBoundingClientRect().right > innerWidth).length };
+  document.body.textContent = "SEEN" + JSON.stringify(seen) + "SEEN";
+});
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium to run the page's script")
+@pytest.mark.parametrize("width", [500, 1400])
+def test_names_leave_room_for_the_cells(fleet: lorafast.Fleet, tmp_path: Path, width: int) -> None:
+    page = fleet.to_html(similarity=similarity(fleet))
+    place = page.rindex("</body>")
+    path = tmp_path / "page.html"
+    path.write_text(f"{page[:place]}<script>{NARROW}</script>{page[place:]}", encoding="utf-8")
+    run = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+         path.as_uri()],
+        capture_output=True, check=True, timeout=120,
+    )  # fmt: skip
+    seen = json.loads(html.unescape(run.stdout.decode().split("SEEN")[1]))
+    assert b"CONSOLE" not in run.stderr
+    assert seen["names"] == (0 if width == 500 else 24)
+    assert seen["beyond"] == 0
+    if width == 500:
+        assert seen["height"] <= seen["width"] < 500
+
+
+def test_axes_say_whole_numbers(fleet: lorafast.Fleet) -> None:
+    charts = {chart.title: chart for chart in _charts.charts(fleet)}
+    # Three adapters are not 0.2 of one high, a hundred have ticks of plotly's own.
+    assert _charts._counted(np.array([0, 3]))["dtick"] == 1
+    assert "dtick" not in _charts._counted(np.array([0, 100]))
+    assert charts["Ranks"].layout["xaxis"]["range"] == [-2.0, 2.0]
+    # Between 1 and 100, 20 is written as 20; in less than a power plotly does well.
+    assert _charts._logarithmic(0, 2) == {"type": "log", "dtick": "D2", "tickformat": "~g"}
+    assert _charts._logarithmic(0, 6)["dtick"] == 1
+    assert _charts._logarithmic(0, 0.5) == {"type": "log"}
+
+
+def test_findings_are_words(fleet: lorafast.Fleet) -> None:
+    page = without_scripts(fleet.to_html(similarity=None))
+    assert "non finite" in page
+    assert "non_finite" not in page

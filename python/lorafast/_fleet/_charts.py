@@ -109,7 +109,7 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
     }
     layout = {
         "xaxis": {**_logarithmic(low, high), "title": {"text": axis}},
-        "yaxis": {"title": {"text": "adapters"}},
+        "yaxis": _counted(counts),
         "bargap": 0.03,
     }
     return Chart(title, caption, [trace], layout)
@@ -117,7 +117,14 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
 
 def _logarithmic(low: float, high: float) -> dict[str, Any]:
     """An axis from one power of ten to another, with ticks at 1, 2 and 5 where there are many."""
-    return {"type": "log", **({"dtick": "D2"} if high - low > 1 else {})}
+    # Without a format what stands between powers is one small digit: 2 for 20.
+    ticks = {"dtick": "D2" if high - low < 3 else 1, "tickformat": "~g"} if high - low > 1 else {}
+    return {"type": "log", **ticks}
+
+
+def _counted(counts: NDArray[Any]) -> dict[str, Any]:
+    """An axis of numbers of adapters, of which there are no halves."""
+    return {"title": {"text": "adapters"}, **({"dtick": 1} if counts.max() <= 5 else {})}
 
 
 def _norms(adapters: Table) -> Chart | None:
@@ -334,9 +341,15 @@ def _counts(adapters: Table, column: str, title: str, caption: str) -> Chart | N
         "marker": {"color": COLOURS[3] if column == "rank" else COLOURS[5]},
         "hovertemplate": f"{column} %{{x}}<br>%{{y:,}} adapters<extra></extra>",
     }
+    # One bar or two are no wider than one of four.
+    beside = max(0, 4 - len(found)) / 2
     layout = {
-        "xaxis": {"type": "category", "title": {"text": column}},
-        "yaxis": {"title": {"text": "adapters"}},
+        "xaxis": {
+            "type": "category",
+            "title": {"text": column},
+            "range": [-0.5 - beside, len(found) - 0.5 + beside],
+        },
+        "yaxis": _counted(counts),
         "bargap": 0.35,
     }
     return Chart(title, caption, [trace], layout, height=300)
@@ -401,7 +414,14 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     }
     if has_gaps:
         layout["plot_bgcolor"] = GAP
-    return Chart("Which adapters are alike", caption, [trace], layout, height=760, wide=True)
+    return Chart(
+        "Which adapters are alike",
+        caption,
+        [trace],
+        layout,
+        height=min(760, 420 + 24 * count),
+        wide=True,
+    )
 
 
 def _short(name: str) -> str:

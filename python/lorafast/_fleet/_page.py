@@ -216,7 +216,9 @@ def _errors(errors: Sequence[ScanError]) -> str:
 
 def _rows(fleet: Fleet) -> list[Row]:
     columns = {name: fleet.adapters[name].tolist() for name in fleet.adapters if name != "findings"}
-    columns["findings"] = [", ".join(kinds) for kinds in fleet.adapters["findings"].tolist()]
+    columns["findings"] = [
+        ", ".join(kinds).replace("_", " ") for kinds in fleet.adapters["findings"].tolist()
+    ]
     keys = list(columns)
     return [dict(zip(keys, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
