@@ -3,8 +3,8 @@
 //! Figures are those of [`crate::analysis`], bit for bit: the same functions find them. What is
 //! different is the way there. A unit of work is a module of an adapter (a small adapter is one
 //! unit), and all threads take from one queue, so that one large adapter and ten thousand small
-//! ones both keep them busy. No more adapters are open than twice the threads, and memory is a
-//! buffer a thread, of the largest module. Files are read with positioned reads, never through a
+//! ones both keep them busy. No more adapters are open than twice the threads, and memory is two
+//! buffers a thread, of the largest module or small adapter. Files are read with positioned reads, never through a
 //! map, since adapters that are still in training shrink and grow; what changed while it was read
 //! is an error of that adapter.
 
@@ -26,7 +26,8 @@ use serde_json::{Map, Value};
 
 pub use rows::{Column, Kind, columns};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, hexadecimal, sha256_of_bytes};
+use crate::digest::sha256_of_both;
 use crate::error::{Error, Result};
 use crate::statistics::Summary;
 use crate::task::Task;
@@ -200,16 +201,27 @@ struct Scan<'a> {
     arrived: Condvar,
 }
 
+/// What one thread has before it.
+#[derive(Default)]
+struct Desk {
+    /// Room for what is read.
+    buffer: Vec<u8>,
+    /// A small adapter that is measured but for its digest, and its file.
+    waiting: Option<(Open, Vec<u8>)>,
+    /// Room for the next one's file while the digest of the last is waiting.
+    spare: Vec<u8>,
+}
+
 impl Scan<'_> {
     /// What one thread does.
     fn work(&self) {
-        let mut buffer = Vec::new();
-        while let Some(work) = self.take() {
+        let mut desk = Desk::default();
+        while let Some(work) = self.next(&mut desk) {
             match work {
-                Work::Open(position) => self.open(position, &mut buffer),
+                Work::Open(position) => self.open(position, &mut desk),
                 Work::Unit(open, unit) => {
                     let path = &self.sources[open.position()].path;
-                    let result = guarded(path, || open.measure(unit, &mut buffer, self.task));
+                    let result = guarded(path, || open.measure(unit, &mut desk.buffer, self.task));
                     if open.finished(result) {
                         self.deliver(open.position(), guarded(path, || open.result()));
                     }
@@ -223,8 +235,24 @@ impl Scan<'_> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Something to do, if need be after waiting for it. Nobody is kept waiting meanwhile.
+    fn next(&self, desk: &mut Desk) -> Option<Work> {
+        if desk.waiting.is_some() {
+            if let Some(work) = self.take(false) {
+                return Some(work);
+            }
+            self.task.check().ok()?;
+            if let Some((open, content)) = desk.waiting.take() {
+                open.keep_sha256(sha256_of_bytes(open.content(&content)));
+                self.deliver_small(&open);
+                desk.spare = content;
+            }
+        }
+        self.take(true)
+    }
+
     /// Units of opened adapters come first, so that few adapters are open at a time.
-    fn take(&self) -> Option<Work> {
+    fn take(&self, is_patient: bool) -> Option<Work> {
         let mut queue = self.lock();
         loop {
             self.task.check().ok()?;
@@ -236,7 +264,7 @@ impl Scan<'_> {
                 queue.opening += 1;
                 return Some(Work::Open(queue.next - 1));
             }
-            if queue.opening == 0 {
+            if queue.opening == 0 || !is_patient {
                 return None;
             }
             let waited = self.arrived.wait_timeout(queue, PATIENCE);
@@ -244,7 +272,7 @@ impl Scan<'_> {
         }
     }
 
-    fn open(&self, position: usize, buffer: &mut Vec<u8>) {
+    fn open(&self, position: usize, desk: &mut Desk) {
         let source = &self.sources[position];
         let opened = guarded(&source.path, || {
             let adapter = Adapter::open(&source.path, source.weights.as_deref())?;
@@ -253,9 +281,12 @@ impl Scan<'_> {
         let split = match opened {
             Ok(open) if open.is_small() => {
                 self.opened([]);
-                let whole = || open.measure_whole(buffer, self.task);
-                let result = guarded(&source.path, whole).and_then(|()| open.result());
-                return self.deliver(position, result);
+                let whole = || open.measure_whole(&mut desk.buffer, self.task);
+                return match guarded(&source.path, whole) {
+                    Ok(()) if open.awaits_digest() => self.digest(open, desk),
+                    Ok(()) => self.deliver_small(&open),
+                    Err(error) => self.deliver(position, Err(error)),
+                };
             }
             Ok(open) => Arc::new(open),
             Err(error) => {
@@ -265,6 +296,27 @@ impl Scan<'_> {
             }
         };
         self.opened(split.units().iter().map(|unit| (Arc::clone(&split), *unit)));
+    }
+
+    /// Leaves an adapter, of which the file lies in the buffer, to wait for a second one: the
+    /// digests of both take the time of one.
+    fn digest(&self, open: Open, desk: &mut Desk) {
+        let Some((first, content)) = desk.waiting.take() else {
+            let next = std::mem::take(&mut desk.spare);
+            desk.waiting = Some((open, std::mem::replace(&mut desk.buffer, next)));
+            return;
+        };
+        let both = sha256_of_both(first.content(&content), open.content(&desk.buffer));
+        desk.spare = content;
+        for (open, digest) in [first, open].iter().zip(both) {
+            open.keep_sha256(hexadecimal(&digest));
+            self.deliver_small(open);
+        }
+    }
+
+    fn deliver_small(&self, open: &Open) {
+        let path = &self.sources[open.position()].path;
+        self.deliver(open.position(), guarded(path, || open.result()));
     }
 
     fn opened(&self, units: impl IntoIterator<Item = (Arc<Open>, Unit)>) {

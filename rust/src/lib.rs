@@ -41,6 +41,7 @@ pub mod waiting;
 pub mod writer;
 
 mod dense;
+mod digest;
 mod memory;
 mod vector;
 

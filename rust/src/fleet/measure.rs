@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::read::{Stamp, digest, read, read_into, room};
 use super::rows::Row;
 use super::{Level, Modules, NonFinite, Scanned, Source};
-use crate::adapter::{Adapter, sha256_of, sha256_of_bytes};
+use crate::adapter::{Adapter, sha256_of};
 use crate::analysis;
 use crate::error::{Error, Result};
 use crate::safetensors::TensorInfo;
@@ -156,7 +156,23 @@ impl Open {
         self.adapter.file().data_start() + tensor.range.start
     }
 
-    /// Carries out all units on a file that is read at once.
+    /// Whether [`Self::measure_whole`] leaves the digest of the file to be found.
+    pub fn awaits_digest(&self) -> bool {
+        !self.units.is_empty() && self.content.is_none()
+    }
+
+    /// The file, in the buffer that it was read into.
+    pub fn content<'a>(&self, buffer: &'a [u8]) -> &'a [u8] {
+        &buffer[..self.length() as usize]
+    }
+
+    /// Notes the digest, which somebody else has found.
+    pub fn keep_sha256(&self, sha256: String) {
+        self.keep(|findings| findings.sha256 = Some(sha256));
+    }
+
+    /// Carries out all units on a file that is read at once, and stays in the buffer, but for its
+    /// digest.
     pub fn measure_whole(&self, buffer: &mut Vec<u8>, task: &Task) -> Result<()> {
         if !self.units.is_empty() {
             let bytes = read(&self.adapter, 0, self.length() as usize, buffer)?;
@@ -168,7 +184,11 @@ impl Open {
             for unit in &self.units {
                 task.check()?;
                 match *unit {
-                    Unit::Digest => self.keep_digest(|| Ok(sha256_of_bytes(bytes)))?,
+                    Unit::Digest => {
+                        if let Some(path) = &self.content {
+                            self.keep_sha256(sha256_of(path)?);
+                        }
+                    }
                     Unit::Module(module) => {
                         let [a, b] = self.modules[module].tensors;
                         self.measure_module(module, of(a)?, of(b)?)?;
@@ -189,7 +209,10 @@ impl Open {
     pub fn measure(&self, unit: Unit, buffer: &mut Vec<u8>, task: &Task) -> Result<()> {
         let adapter = &self.adapter;
         match unit {
-            Unit::Digest => self.keep_digest(|| digest(adapter, self.length(), buffer))?,
+            Unit::Digest => self.keep_sha256(match &self.content {
+                Some(path) => sha256_of(path)?,
+                None => digest(adapter, self.length(), buffer)?,
+            }),
             Unit::Module(module) => {
                 let [a, b] = self.modules[module].tensors.map(|tensor| self.info(tensor));
                 let (size, all) = (a.bytes() as usize, (a.bytes() + b.bytes()) as usize);
@@ -241,15 +264,6 @@ impl Open {
     fn keep_moments(&self, tensor: usize, start: usize, values: Tensor<'_>) {
         let segments = segment_moments(&values);
         self.keep(|findings| findings.moments.entry(tensor).or_default().push((start, segments)));
-    }
-
-    fn keep_digest(&self, read: impl FnOnce() -> Result<String>) -> Result<()> {
-        let sha256 = match &self.content {
-            Some(path) => sha256_of(path)?,
-            None => read()?,
-        };
-        self.keep(|findings| findings.sha256 = Some(sha256));
-        Ok(())
     }
 
     fn keep(&self, change: impl FnOnce(&mut Findings)) {

@@ -175,6 +175,36 @@ fn opened(path: &Path) -> Open {
 }
 
 #[test]
+fn digests_are_those_of_the_files_however_many_wait_for_each_other() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut paths = Vec::new();
+    for index in 0..7u64 {
+        let path = directory.path().join(format!("{index}"));
+        // Files of other lengths, one of them broken and one large.
+        paths.push(match index {
+            4 => write_large(&path),
+            _ => write_adapter(&path, &[("layers.0.q", 24 + index, 40 * (index + 1))], ""),
+        });
+    }
+    fs::write(paths[2].join("adapter_model.safetensors"), "nothing").expect("written");
+    for threads in [1, 2, 5] {
+        for count in 1..=paths.len() {
+            let found = scanned(&paths[..count], FULL, threads);
+            assert_eq!(found.len(), count);
+            for (position, result) in found {
+                if position == 2 {
+                    result.expect_err("no safetensors file");
+                    continue;
+                }
+                let expected = Adapter::open(&paths[position], None).and_then(|a| a.sha256());
+                let found = result.expect("sound").sha256.expect("data was read");
+                assert_eq!(found, expected.expect("read"), "{position} of {count}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_file_that_changes_while_it_is_read_is_an_error() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = write_adapter(&directory.path().join("a"), &[("layers.0.q", 24, 40)], "");
