@@ -12,6 +12,7 @@ mod element;
 mod halves;
 mod histogram;
 mod moments;
+pub(crate) mod panels;
 mod radix;
 
 #[cfg(test)]

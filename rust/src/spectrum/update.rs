@@ -2,7 +2,7 @@
 
 use crate::dense::{LongSide, PANEL};
 use crate::error::{Error, Result};
-use crate::statistics::Tensor;
+use crate::statistics::{Tensor, panels};
 use crate::vector::vectorized;
 
 /// The values of a factor, row-major.
@@ -260,6 +260,14 @@ impl LongSide for Side<'_> {
             let place =
                 |column: usize, row: usize| column / PANEL * panel + row * PANEL + column % PANEL;
             if self.is_left {
+                if let (true, Values::Stored(tensor)) = (is_aligned, term.left) {
+                    let rows = tensor.slice(start * term.rank, end * term.rank);
+                    let output = &mut output[first / PANEL * panel..];
+                    if panels::pack_rows(&rows, term.rank, panel, output) {
+                        first += term.rank;
+                        continue;
+                    }
+                }
                 term.left.read(start * term.rank, values);
                 if is_aligned {
                     pack_rows(values, term.rank, panel, &mut output[first / PANEL * panel..]);
@@ -271,12 +279,28 @@ impl LongSide for Side<'_> {
                     }
                 }
             } else {
-                for row in 0..term.rank {
+                let whole = if is_aligned { term.rank / PANEL * PANEL } else { 0 };
+                let mut done = 0;
+                if let Values::Stored(tensor) = term.right {
+                    let row = |row: usize| {
+                        let begin = row * self.update.columns + start;
+                        tensor.slice(begin, begin + depth)
+                    };
+                    for column in (0..whole).step_by(PANEL) {
+                        let number = (first + column) / PANEL;
+                        let output = &mut output[number * panel..(number + 1) * panel];
+                        let rows = std::array::from_fn(|place| row(column + place));
+                        if !panels::pack_columns(rows, output) {
+                            break;
+                        }
+                        done = column + PANEL;
+                    }
+                }
+                for row in done..term.rank {
                     let values = &mut values[row * depth..(row + 1) * depth];
                     term.right.read(row * self.update.columns + start, values);
                 }
-                let whole = if is_aligned { term.rank / PANEL * PANEL } else { 0 };
-                for column in (0..whole).step_by(PANEL) {
+                for column in (done..whole).step_by(PANEL) {
                     let columns = &values[column * depth..(column + PANEL) * depth];
                     let number = (first + column) / PANEL;
                     interleave(columns, &mut output[number * panel..(number + 1) * panel]);

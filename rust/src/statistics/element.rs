@@ -118,6 +118,11 @@ impl<'a> Tensor<'a> {
         self.element
     }
 
+    /// The elements as they lie in the file.
+    pub(super) fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// Elements `start..end`.
     pub(crate) fn slice(&self, start: usize, end: usize) -> Self {
         let size = self.element.size();
