@@ -316,7 +316,8 @@ impl Scan<'_> {
 
     fn deliver_small(&self, open: &Open) {
         let path = &self.sources[open.position()].path;
-        self.deliver(open.position(), guarded(path, || open.result()));
+        let result = guarded(path, || self.task.check().and_then(|()| open.result()));
+        self.deliver(open.position(), result);
     }
 
     fn opened(&self, units: impl IntoIterator<Item = (Arc<Open>, Unit)>) {

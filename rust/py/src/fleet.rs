@@ -1,6 +1,7 @@
 //! Scanning many adapters: results are handed over while the scan goes on.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -20,6 +21,9 @@ const PORTION: usize = 32;
 const OWN: usize = 4 << 10;
 /// What a module holds beside its row: its path.
 const OF_MODULE: usize = 128;
+/// How often results are handed over. What is finished after the last time is all that is left for
+/// one thread to do when the others have nothing more.
+const STEP: Duration = Duration::from_millis(5);
 
 type Delivery = (usize, lorafast::Result<Scanned>);
 
@@ -59,7 +63,7 @@ pub fn scan_adapters(
             py.check_signals()?;
         }
     };
-    job::run_reporting(py, &report, |task| {
+    job::run_reporting(py, STEP, &report, |task| {
         let pool = build_pool(threads)?;
         scan(&sources, level, &pool, task, &|position, result| {
             waiting.push(task, size_of(&result), (position, result));

@@ -26,13 +26,14 @@ pub fn run<T: Send>(
         }
         _ => Ok(()),
     };
-    run_reporting(py, &report, work)
+    run_reporting(py, STEP, &report, work)
 }
 
-/// Runs `work` to its end, and `report` on the calling thread every now and then and at the end.
-/// A signal's exception or one from `report` cancels the work and is raised.
+/// Runs `work` to its end, and `report` on the calling thread after each `step` and at the end. A
+/// signal's exception or one from `report` cancels the work and is raised.
 pub fn run_reporting<T: Send>(
     py: Python<'_>,
+    step: Duration,
     report: &(impl Fn(Python<'_>, &Task) -> PyResult<()> + Sync),
     work: impl FnOnce(&Task) -> lorafast::Result<T> + Send,
 ) -> PyResult<T> {
@@ -51,7 +52,7 @@ pub fn run_reporting<T: Send>(
                 drop(sender);
             });
             loop {
-                match receiver.recv_timeout(STEP) {
+                match receiver.recv_timeout(step) {
                     Ok(result) => break Some(result),
                     Err(RecvTimeoutError::Timeout) if interruption.is_none() => {
                         if let Err(error) = Python::attach(report) {
