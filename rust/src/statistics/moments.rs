@@ -1,6 +1,6 @@
 //! Moments and extremes of a population, mergeable, in one pass.
 
-use super::element::{BLOCK, Tensor};
+use super::element::{BLOCK, Format, Tensor};
 use crate::vector::vectorized;
 
 /// Partial sums that run side by side. Fixed, so that every vector width adds in the same order.
@@ -85,17 +85,18 @@ impl Moments {
         while start < tensor.len() {
             let end = tensor.len().min(start + BLOCK);
             let values = &mut buffer[..end - start];
-            tensor.slice(start, end).decode(values);
-            moments.merge(&Self::of_values(values));
+            let part = tensor.slice(start, end);
+            part.decode(values);
+            let first = First::of_short(&part, values).unwrap_or_else(|| first_sums(values));
+            moments.merge(&Self::of_values(values, first));
             start = end;
         }
         moments
     }
 
     /// The moments of one block, whose order is not kept.
-    fn of_values(values: &mut [f64]) -> Self {
+    fn of_values(values: &mut [f64], mut first: First) -> Self {
         let mut count = values.len();
-        let mut first = first_sums(values);
         if !first.absolute.is_finite() {
             // Rare: pack the finite values together and take those.
             count = 0;
@@ -216,6 +217,87 @@ struct First {
     least: f64,
 }
 
+impl First {
+    /// Of values of 16 bits, `values` being the same ones widened. What needs no sums is found in
+    /// the bits, of which a vector holds four times as many. `None` of other types and where a
+    /// value is not finite.
+    fn of_short(tensor: &Tensor<'_>, values: &[f64]) -> Option<Self> {
+        let format = tensor.element().format();
+        if !matches!(format, Format::Half | Format::Brain) {
+            return None;
+        }
+        let bits = extremes(tensor.bytes());
+        // Signed integers that sort as the numbers do become the format's unsigned keys.
+        let value = |order: i16| format.value(u64::from(order.cast_unsigned() ^ 0x8000));
+        if u64::from(bits.most | 0x8000) >= format.infinity() || values.is_empty() {
+            return None;
+        }
+        let (sum, absolute) = sums(values);
+        Some(Self {
+            sum,
+            absolute,
+            zeros: f64::from(bits.zeros),
+            min: value(bits.min),
+            max: value(bits.max),
+            least: value(bits.least.cast_signed()),
+        })
+    }
+}
+
+/// What the bits of floating-point numbers of 16 bits tell without being widened.
+struct Extremes {
+    /// Those that are zero, of either sign.
+    zeros: u16,
+    /// Magnitudes.
+    least: u16,
+    most: u16,
+    /// Integers that sort as the numbers do.
+    min: i16,
+    max: i16,
+}
+
+vectorized! {
+    /// Of no more numbers than fit a `u16`.
+    fn extremes(bytes: &[u8]) -> Extremes {
+        let (mut zeros, mut least, mut most) = (0u16, u16::MAX, 0u16);
+        let (mut min, mut max) = (i16::MAX, i16::MIN);
+        for &source in bytes.as_chunks::<2>().0 {
+            let bits = u16::from_le_bytes(source);
+            let magnitude = bits & 0x7fff;
+            let order = bits.cast_signed() ^ ((bits.cast_signed() >> 15) & 0x7fff);
+            zeros += u16::from(magnitude == 0);
+            least = least.min(magnitude);
+            most = most.max(magnitude);
+            min = min.min(order);
+            max = max.max(order);
+        }
+        Extremes { zeros, least, most, min, max }
+    }
+}
+
+vectorized! {
+    /// Σx and Σ|x|, added as [`first_sums`] does.
+    fn sums(values: &[f64]) -> (f64, f64) {
+        // One after the other: in one loop the compiler pairs the two sums, not the lanes.
+        (sum_of(values, |value| value), sum_of(values, f64::abs))
+    }
+}
+
+#[inline(always)]
+fn sum_of(values: &[f64], map: impl Fn(f64) -> f64) -> f64 {
+    let mut sum = [0.0; LANES];
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            sum[lane] += map(block[lane]);
+        }
+    }
+    for (lane, &value) in rest.iter().enumerate() {
+        sum[lane] += map(value);
+    }
+    combine(sum, |a, b| a + b)
+}
+
 /// Adds the lanes as a balanced tree.
 fn combine(mut lanes: [f64; LANES], operation: impl Fn(f64, f64) -> f64) -> f64 {
     let mut width = LANES / 2;
@@ -291,5 +373,61 @@ vectorized! {
             fourth[lane] += square * square;
         }
         [second, third, fourth].map(|lanes| combine(lanes, |a, b| a + b))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::super::element::ElementType;
+    use super::*;
+
+    #[test]
+    fn short_floats_have_the_figures_of_their_widened_values() {
+        let number = |index: usize| match index % 11 {
+            0 => 0.0,
+            1 => -0.0,
+            _ => (index as f32 * 0.7).sin() * 10f32.powi(index as i32 % 7 - 5),
+        };
+        for count in [1, 2, 15, 64, 301, BLOCK] {
+            // Of one sign alone, too.
+            for sign in [|x: f32| x, f32::abs, |x: f32| -x.abs()] {
+                let numbers = || (0..count).map(|index| sign(number(index + 2)));
+                let halves: Vec<u8> =
+                    numbers().flat_map(|x| f16::from_f32(x).to_le_bytes()).collect();
+                let brains: Vec<u8> =
+                    numbers().flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect();
+                for (bytes, element) in [(halves, ElementType::F16), (brains, ElementType::BF16)] {
+                    let tensor = Tensor::new(&bytes, element).unwrap();
+                    let mut values = vec![0.0; count];
+                    tensor.decode(&mut values);
+                    let found = First::of_short(&tensor, &values).expect("finite");
+                    let expected = first_sums(&values);
+                    assert_eq!(found.sum.to_bits(), expected.sum.to_bits());
+                    assert_eq!(found.absolute.to_bits(), expected.absolute.to_bits());
+                    assert_eq!(found.zeros, expected.zeros);
+                    assert_eq!((found.min, found.max), (expected.min, expected.max));
+                    assert_eq!(found.least, expected.least);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn short_floats_that_are_not_finite_are_left_to_the_values() {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let numbers = [1.0, value, 2.0];
+            let bytes: Vec<u8> =
+                numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+            let tensor = Tensor::new(&bytes, ElementType::F16).unwrap();
+            assert!(First::of_short(&tensor, &numbers.map(f64::from)).is_none());
+            let found = Moments::of(&tensor);
+            assert_eq!((found.finite, found.non_finite, found.max), (2, 1, 2.0));
+            let bytes: Vec<u8> =
+                numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+            let tensor = Tensor::new(&bytes, ElementType::BF16).unwrap();
+            assert!(First::of_short(&tensor, &numbers.map(f64::from)).is_none());
+        }
     }
 }
