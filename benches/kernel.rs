@@ -100,7 +100,9 @@ fn main() {
     for peak in &peaks {
         println!("  {:8} {:6.1} GFLOP/s", peak.set, peak.single);
     }
-    let peak_of = |name: &str| peaks.iter().find(|peak| peak.set == name).map(|peak| peak.single);
+    let peak_of = |name: &str| {
+        peaks.iter().find(|peak| peak.set == name.trim_end_matches("_bf16")).map(|peak| peak.single)
+    };
     let mut criterion = Criterion::default()
         .sample_size(10)
         .warm_up_time(Duration::from_millis(80))

@@ -30,6 +30,8 @@ pub enum InstructionSet {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The same and AVX-512 BF16, whose instruction rounds two vectors at once.
+    Avx512Bf16,
 }
 
 impl InstructionSet {
@@ -43,6 +45,9 @@ impl InstructionSet {
             }
             if x86::has_avx512() {
                 sets.push(Self::Avx512);
+            }
+            if x86::has_avx512_bf16() {
+                sets.push(Self::Avx512Bf16);
             }
         }
         sets
@@ -59,6 +64,7 @@ impl InstructionSet {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512_bf16",
         }
     }
 
@@ -84,7 +90,8 @@ impl InstructionSet {
             // Two columns of vectors leave four of the sixteen registers for the operands; three
             // columns of four rows ran at half the speed.
             Self::Avx2 => pack::BlockShape { rows: 6, lanes: 8, vectors: 2 },
-            Self::Avx512 => pack::BlockShape { rows: 8, lanes: 16, vectors: 3 },
+            // An even number of vectors, for 16-bit rows are widened and rounded two at a time.
+            Self::Avx512 | Self::Avx512Bf16 => pack::BlockShape { rows: 6, lanes: 16, vectors: 4 },
         }
     }
 }

@@ -40,8 +40,13 @@ fn dispatch<E: Element>(
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         InstructionSet::Avx512 => unsafe { rows_avx512::<E>(factors, first_row, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        InstructionSet::Avx512Bf16 => unsafe { rows_avx512_bf16::<E>(factors, first_row, tile) },
         #[cfg(not(target_arch = "x86_64"))]
-        InstructionSet::Avx2 | InstructionSet::Avx512 => unreachable!("never detected here"),
+        InstructionSet::Avx2 | InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => {
+            unreachable!("never detected here")
+        }
     }
 }
 
@@ -64,7 +69,20 @@ unsafe fn rows_avx512<E: Element>(
     tile: &mut [u8],
 ) -> u32 {
     // SAFETY: this function's own contract.
-    unsafe { rows::<Avx512, E, 8, 3>(factors, first_row, tile) }
+    unsafe { rows::<Avx512<false>, E, 6, 4>(factors, first_row, tile) }
+}
+
+/// # Safety
+/// The processor must have the instructions named.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn rows_avx512_bf16<E: Element>(
+    factors: &PackedFactors,
+    first_row: usize,
+    tile: &mut [u8],
+) -> u32 {
+    // SAFETY: this function's own contract.
+    unsafe { rows::<Avx512<true>, E, 6, 4>(factors, first_row, tile) }
 }
 
 /// Converts a slice between single-precision types; returns the largest magnitude of the source as
@@ -111,9 +129,13 @@ fn convert_dispatch<F: Element, T: Element>(
         InstructionSet::Avx2 => unsafe { convert_avx2::<F, T>(source, target) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        InstructionSet::Avx512 => unsafe { convert_avx512::<F, T>(source, target) },
+        InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => unsafe {
+            convert_avx512::<F, T>(source, target)
+        },
         #[cfg(not(target_arch = "x86_64"))]
-        InstructionSet::Avx2 | InstructionSet::Avx512 => unreachable!("never detected here"),
+        InstructionSet::Avx2 | InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => {
+            unreachable!("never detected here")
+        }
     }
 }
 
@@ -132,7 +154,7 @@ unsafe fn convert_avx2<F: Element, T: Element>(source: &[u8], target: &mut [u8])
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 unsafe fn convert_avx512<F: Element, T: Element>(source: &[u8], target: &mut [u8]) -> u32 {
     // SAFETY: this function's own contract.
-    unsafe { convert_elements::<Avx512, F, T>(source, target) }
+    unsafe { convert_elements::<Avx512<false>, F, T>(source, target) }
 }
 
 /// # Safety
@@ -205,6 +227,7 @@ unsafe fn rows<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
                 match vectors {
                     1 => block.add::<S, E, ROWS, 1>(maximum),
                     2 => block.add::<S, E, ROWS, 2>(maximum),
+                    3 => block.add::<S, E, ROWS, 3>(maximum),
                     _ => block.add::<S, E, ROWS, VECTORS>(maximum),
                 }
             };
@@ -212,6 +235,21 @@ unsafe fn rows<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
     }
     // SAFETY: the caller's contract.
     unsafe { S::reduce_magnitude(maximum) }
+}
+
+/// A loop of at most eight rounds that is unrolled whatever the size of its body: a loop that is
+/// left makes the compiler keep in memory what it goes through.
+macro_rules! unrolled {
+    ($index:ident < $count:ident, $body:block) => {
+        unrolled!($index < $count, $body, 0 1 2 3 4 5 6 7)
+    };
+    ($index:ident < $count:ident, $body:block, $($number:literal)*) => {
+        const { assert!($count <= 8) };
+        $(if $number < $count {
+            let $index = $number;
+            $body
+        })*
+    };
 }
 
 /// One register block: `target += left · right`.
@@ -257,26 +295,38 @@ impl Block {
                     }
                 }
             }
-            let whole = self.columns == VECTORS * S::LANES;
-            for (row, sums) in sums.iter().enumerate() {
-                if row >= self.rows {
-                    break;
-                }
-                let target = self.target.add(row * self.stride);
-                if whole {
-                    for (vector, sum) in sums.iter().enumerate() {
-                        let place = target.add(vector * S::LANES * E::SIZE);
-                        let merged = S::add(E::load::<S>(place), *sum);
-                        maximum = S::max_magnitude(maximum, merged);
-                        E::store::<S>(merged, place);
-                    }
-                } else {
-                    for (vector, sum) in sums.iter().enumerate() {
-                        let first = vector * S::LANES;
-                        let count = S::LANES.min(self.columns.saturating_sub(first));
-                        let place = target.add(first * E::SIZE);
-                        maximum = add_part::<S, E>(place, count, *sum, maximum);
-                    }
+            if self.rows == ROWS && self.columns == VECTORS * S::LANES {
+                unrolled!(row < ROWS, {
+                    let target = self.target.add(row * self.stride);
+                    maximum = E::add_vectors::<S, VECTORS>(target, &sums[row], maximum);
+                });
+            } else {
+                maximum = self.add_parts::<S, E, ROWS, VECTORS>(&sums, maximum);
+            }
+        }
+        maximum
+    }
+
+    /// A block at the tensor's edge, of which some rows or columns do not exist.
+    ///
+    /// # Safety
+    /// As [`Block::add`].
+    #[inline(always)]
+    unsafe fn add_parts<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        sums: &[[S::Vector; VECTORS]; ROWS],
+        mut maximum: S::Vector,
+    ) -> S::Vector {
+        // A copy, so that indices into it keep nobody else's sums out of the registers.
+        let sums = *sums;
+        for (row, sums) in sums.iter().enumerate().take(self.rows) {
+            for (vector, sum) in sums.iter().enumerate() {
+                let first = vector * S::LANES;
+                let count = S::LANES.min(self.columns.saturating_sub(first));
+                // SAFETY: the caller's contract; `count` columns of the row exist from there on.
+                unsafe {
+                    let place = self.target.add(row * self.stride + first * E::SIZE);
+                    maximum = add_part::<S, E>(place, count, *sum, maximum);
                 }
             }
         }

@@ -19,6 +19,46 @@ pub(super) unsafe trait Element {
     /// # Safety
     /// The processor has the instructions of `S`, and a whole vector of elements can be written.
     unsafe fn store<S: Simd>(value: S::Vector, target: *mut u8);
+
+    /// Adds vectors to the elements at `place`, in place; returns the largest magnitude so far.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `S`, and as many whole vectors of elements can be read
+    /// and written.
+    #[inline(always)]
+    unsafe fn add_vectors<S: Simd, const COUNT: usize>(
+        place: *mut u8,
+        sums: &[S::Vector; COUNT],
+        mut maximum: S::Vector,
+    ) -> S::Vector
+    where
+        Self: Sized,
+    {
+        for (vector, sum) in sums.iter().enumerate() {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let place = place.add(vector * S::LANES * Self::SIZE);
+                maximum = add_one::<S, Self>(place, *sum, maximum);
+            }
+        }
+        maximum
+    }
+}
+
+/// # Safety
+/// As [`Element::add_vectors`], for one.
+#[inline(always)]
+unsafe fn add_one<S: Simd, E: Element>(
+    place: *mut u8,
+    sum: S::Vector,
+    maximum: S::Vector,
+) -> S::Vector {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let merged = S::add(E::load::<S>(place), sum);
+        E::store::<S>(merged, place);
+        S::max_magnitude(maximum, merged)
+    }
 }
 
 pub(super) struct PlainF32;
@@ -26,7 +66,7 @@ pub(super) struct PlainBf16;
 pub(super) struct PlainF16;
 
 macro_rules! element {
-    ($name:ident, $size:literal, $load:ident, $store:ident) => {
+    ($name:ident, $size:literal, $load:ident, $store:ident $(, $add_pair:ident)?) => {
         // SAFETY: the vector operations touch LANES elements of this size, unaligned.
         unsafe impl Element for $name {
             const SIZE: usize = $size;
@@ -42,12 +82,42 @@ macro_rules! element {
                 // SAFETY: the caller's contract.
                 unsafe { S::$store(value, target.cast()) }
             }
+
+            $(
+            #[inline(always)]
+            unsafe fn add_vectors<S: Simd, const COUNT: usize>(
+                place: *mut u8,
+                sums: &[S::Vector; COUNT],
+                mut maximum: S::Vector,
+            ) -> S::Vector {
+                let (pairs, rest) = sums.as_chunks::<2>();
+                for (index, [first, second]) in pairs.iter().enumerate() {
+                    // SAFETY: the caller's contract.
+                    unsafe {
+                        let place = place.add(2 * index * S::LANES * Self::SIZE);
+                        if !S::$add_pair(place.cast(), *first, *second) {
+                            maximum = add_one::<S, Self>(place, *first, maximum);
+                            let place = place.add(S::LANES * Self::SIZE);
+                            maximum = add_one::<S, Self>(place, *second, maximum);
+                        }
+                    }
+                }
+                if let [last] = rest {
+                    // SAFETY: the caller's contract.
+                    unsafe {
+                        let place = place.add((COUNT - 1) * S::LANES * Self::SIZE);
+                        maximum = add_one::<S, Self>(place, *last, maximum);
+                    }
+                }
+                maximum
+            }
+            )?
         }
     };
 }
 
 element!(PlainF32, 4, load_f32, store_f32);
-element!(PlainBf16, 2, load_bf16, store_bf16);
+element!(PlainBf16, 2, load_bf16, store_bf16, add_pair_bf16);
 element!(PlainF16, 2, load_f16, store_f16);
 
 /// Calls `each` with every element of `bytes`, widened to f64 (exact for every stored type).

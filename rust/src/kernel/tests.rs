@@ -232,3 +232,54 @@ fn every_instruction_set_converts_alike() {
         }
     }
 }
+
+#[test]
+fn every_instruction_set_treats_subnormals_zeros_and_what_is_not_finite_alike() {
+    // Weights of every kind against sums that are zero, subnormal, tiny, ordinary and huge, so that
+    // results are subnormal, zero of both signs, or round to infinity, each in every lane.
+    let weights = [
+        0x0000u16, 0x8000, 0x0001, 0x8001, 0x007f, 0x0080, 0x8080, 0x3f80, 0xbf81, 0x7f7f, 0xff7f,
+        0x7f80, 0xff80, 0x7fc0, 0x7f81, 0xffff,
+    ];
+    let sums = [0.0, -0.0, 1e-45, -1e-40, 1.2e-38, -1.2e-38, 0.0039, 1.0, -1.0, 9e35, -2e38];
+    let (rows, columns) = (weights.len() * 3, 2 * sums.len() * 16 + 5);
+    let a: Vec<u8> =
+        (0..columns).flat_map(|column| (sums[column % sums.len()] as f32).to_le_bytes()).collect();
+    let b: Vec<u8> = (0..rows).flat_map(|_| 1f32.to_le_bytes()).collect();
+    let operand = Operand {
+        a: &a,
+        a_dtype: &Dtype::F32,
+        b: &b,
+        b_dtype: &Dtype::F32,
+        rank: 1,
+        coefficient: 1.0,
+    };
+    let merged = |set, spread: usize| {
+        let shape = (rows, columns);
+        let factors = Factors::pack(set, &Dtype::Bf16, shape, Orientation::OutIn, &[operand]);
+        let weight = |row: usize, column: usize| weights[(row + column / spread) % weights.len()];
+        let mut tile: Vec<u8> = (0..rows * columns)
+            .flat_map(|index| weight(index / columns, index % columns).to_le_bytes())
+            .collect();
+        let finite = merge_rows(set, &factors, 0, &Dtype::Bf16, &mut tile);
+        (tile, finite)
+    };
+    // One weight for many columns, so that whole vectors are alike; and all of them in a vector.
+    for spread in [1, 64] {
+        let (expected, finite) = merged(InstructionSet::Portable, spread);
+        assert!(!finite);
+        let subnormal = |pair: &[u8; 2]| matches!(u16::from_le_bytes(*pair) & 0x7fff, 1..0x80);
+        assert!(expected.as_chunks::<2>().0.iter().filter(|pair| subnormal(pair)).count() > 1000);
+        for set in InstructionSet::available() {
+            let (actual, finite) = merged(set, spread);
+            assert!(!finite, "{set:?}");
+            for (index, (actual, expected)) in actual.chunks(2).zip(expected.chunks(2)).enumerate()
+            {
+                let pair = [actual, expected].map(|b| convert::widen_f64(&Dtype::Bf16, b)[0]);
+                // A NaN may keep its payload or not.
+                let same = actual == expected || pair.iter().all(|value| value.is_nan());
+                assert!(same, "{set:?} at {}, {}: {pair:?}", index / columns, index % columns);
+            }
+        }
+    }
+}

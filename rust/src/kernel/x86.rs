@@ -20,13 +20,18 @@ pub(super) fn has_avx512() -> bool {
         && has_avx2()
 }
 
+/// Whether [`Avx512`] can round by the instruction.
+pub(super) fn has_avx512_bf16() -> bool {
+    is_x86_feature_detected!("avx512bf16") && has_avx512()
+}
+
 /// AVX2 with FMA and F16C.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2;
 
-/// AVX-512 F, BW, DQ, VL.
+/// AVX-512 F, BW, DQ, VL; with BF16 if `ROUNDS`.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512;
+pub(super) struct Avx512<const ROUNDS: bool>;
 
 // SAFETY: the trait's contract is that the instructions are there and the pointers valid for a
 // whole vector; every intrinsic used is the unaligned form. The same holds for each block below.
@@ -127,8 +132,19 @@ unsafe impl Simd for Avx2 {
     }
 }
 
+/// Where the words of a vector's lower half go when they become the upper halves of 32 bits.
+static WORD_PLACES: [u16; 32] = {
+    let mut places = [0; 32];
+    let mut word = 0;
+    while word < 32 {
+        places[word] = word as u16 / 2;
+        word += 1;
+    }
+    places
+};
+
 // SAFETY: as above.
-unsafe impl Simd for Avx512 {
+unsafe impl<const ROUNDS: bool> Simd for Avx512<ROUNDS> {
     type Vector = __m512;
     const LANES: usize = 16;
 
@@ -199,6 +215,35 @@ unsafe impl Simd for Avx512 {
     unsafe fn fused_multiply_add(left: __m512, right: __m512, sum: __m512) -> __m512 {
         // SAFETY: the trait's contract.
         unsafe { _mm512_fmadd_ps(left, right, sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pair_bf16(place: *mut u16, first: __m512, second: __m512) -> bool {
+        if !ROUNDS {
+            return false;
+        }
+        // SAFETY: the trait's contract, which with `ROUNDS` includes AVX-512 BF16.
+        unsafe {
+            let stored = _mm512_loadu_si512(place.cast());
+            // Every element to the upper half of its 32 bits, in one step.
+            let places = _mm512_loadu_si512(WORD_PLACES.as_ptr().cast());
+            let others = _mm512_add_epi16(places, _mm512_set1_epi16(16));
+            let low = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, places, stored);
+            let high = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, others, stored);
+            let low = _mm512_add_ps(_mm512_castsi512_ps(low), first);
+            let high = _mm512_add_ps(_mm512_castsi512_ps(high), second);
+            // SAFETY: both are vectors of 512 bits without invalid values.
+            let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+            // It makes zeros of subnormals, so a zero may be wrong; and what is not finite counts
+            // as the largest. Twice the element less one puts both at the upper end.
+            let doubled = _mm512_add_epi16(rounded, rounded);
+            let rank = _mm512_add_epi16(doubled, _mm512_set1_epi16(-1));
+            if _mm512_cmpge_epu16_mask(rank, _mm512_set1_epi16(0xfeff_u16 as i16)) != 0 {
+                return false;
+            }
+            _mm512_storeu_si512(place.cast(), rounded);
+            true
+        }
     }
 
     #[inline(always)]
