@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Literal
 
 from lorafast import _core, _sources
 from lorafast._accounts import left_over, summary_text
 from lorafast._errors import PlanError, VerificationError
-from lorafast._renames import renaming_rules
-from lorafast._verify import verify_plan
 
 Source = str | os.PathLike[str]
 Strategy = Literal["sequential", "weighted", "average"]
@@ -61,6 +55,9 @@ class MergePlan:
     def __init__(self, core: _core.Plan, pickles: Path | None) -> None:
         self.core = core
         if pickles is not None:
+            import shutil
+            import weakref
+
             # Rewritten pickles are needed for as long as the plan is.
             weakref.finalize(self, shutil.rmtree, pickles, ignore_errors=True)
         self._description: dict[str, Any] = core.describe()
@@ -76,11 +73,15 @@ class MergePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole plan as plain objects: every tensor with its action and its updates."""
+        import json
+
         copied: dict[str, Any] = json.loads(json.dumps(self._description))
         return copied
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
+        import json
+
         return json.dumps(self._description, indent=2)
 
     def __repr__(self) -> str:
@@ -150,6 +151,8 @@ class MergePlan:
             accounts=[adapter["account"] for adapter in description["adapters"]],
         )
         if verify:
+            from lorafast._verify import verify_plan
+
             checked = verify_plan(self, output, full=False, threads=threads, progress=progress)
             result = replace(result, verification=checked.to_dict())
             result.warnings.extend(checked.warnings)
@@ -232,6 +235,8 @@ class MergeReport:
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
+        import json
+
         return json.dumps(self.to_dict(), indent=2)
 
     def to_markdown(self) -> str:
@@ -403,6 +408,8 @@ def _plan(
     paths = [_sources.locate(adapter, _sources.ADAPTER_PATTERNS) for adapter in adapters]
     pickles: Path | None = None
     if any(_sources.has_only_pickle(path) for path in paths):
+        from tempfile import mkdtemp
+
         pickles = Path(mkdtemp(prefix="lorafast-"))
     try:
         sources: list[tuple[Path, Path | None]] = []
@@ -426,6 +433,8 @@ def _plan(
         try:
             core = make()
         except PlanError:
+            from lorafast._renames import renaming_rules
+
             # The core knows the common models; transformers, which is slow to ask, knows its own.
             rules = None if _core.names_fit(base_path, sources) else renaming_rules(base_path)
             if rules is None:
@@ -433,6 +442,8 @@ def _plan(
             core = make(renames=rules)
     except BaseException:
         if pickles is not None:
+            import shutil
+
             shutil.rmtree(pickles, ignore_errors=True)
         raise
     return MergePlan(core, pickles)
@@ -463,6 +474,8 @@ def inspect(path: Source) -> dict[str, Any]:
         return _core.list_checkpoint(local)
     if not _sources.has_only_pickle(local):
         return _core.list_adapter(local)
+    from tempfile import TemporaryDirectory
+
     with TemporaryDirectory(prefix="lorafast-") as directory:
         rewritten = _sources.rewrite_pickle(local, Path(directory) / "adapter")
         return _core.list_adapter(local, rewritten)
