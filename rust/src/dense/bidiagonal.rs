@@ -119,23 +119,18 @@ fn sweep(diagonal: &mut [f64], above: &mut [f64], nothing: f64) {
         if is_singular { (diagonal[0], above[0]) } else { shifted_column(diagonal, above) };
     let last = above.len();
     for index in 0..last {
-        let (cosine, sine, length) = rotation(y, z);
+        let right = Rotation::onto(y, z);
         if index > 0 {
-            above[index - 1] = length;
+            above[index - 1] = right.length;
         }
-        let (d, e) = (diagonal[index], above[index]);
-        let (kept, bulge) = (cosine * d + sine * e, sine * diagonal[index + 1]);
-        above[index] = cosine * e - sine * d;
-        diagonal[index + 1] *= cosine;
-        let (cosine, sine, length) = rotation(kept, bulge);
-        diagonal[index] = length;
-        let (e, d) = (above[index], diagonal[index + 1]);
-        above[index] = cosine * e + sine * d;
-        diagonal[index + 1] = cosine * d - sine * e;
+        let (kept, side) = right.turn(diagonal[index], above[index]);
+        let (bulge, below) = right.turn(0.0, diagonal[index + 1]);
+        let left = Rotation::onto(kept, bulge);
+        diagonal[index] = left.length;
+        (above[index], diagonal[index + 1]) = left.turn(side, below);
         if index + 1 < last {
             y = above[index];
-            z = sine * above[index + 1];
-            above[index + 1] *= cosine;
+            (z, above[index + 1]) = left.turn(0.0, above[index + 1]);
         }
     }
 }
@@ -157,14 +152,35 @@ fn shifted_column(diagonal: &[f64], above: &[f64]) -> (f64, f64) {
     (diagonal[0] * diagonal[0] - shift, diagonal[0] * above[0])
 }
 
-/// (c, s, r) with c·y + s·z = r and c·z − s·y = 0. The matrix was brought near 1, so that what
-/// squares to nothing is nothing.
-#[inline]
-fn rotation(y: f64, z: f64) -> (f64, f64, f64) {
-    let length = (y * y + z * z).sqrt();
-    if length == 0.0 {
-        return (1.0, 0.0, 0.0);
+/// Squares up to this one are nothing: the matrix was brought near 1.
+const NOTHING: f64 = 1e-290;
+
+/// A rotation with the cosine y/length and the sine z/length. Each of them would wait for a root and
+/// a division, and a sweep is nothing but such waiting; what is turned is multiplied by y and z
+/// meanwhile, and the root of 1/length² is made of one that runs beside the other.
+#[derive(Clone, Copy)]
+struct Rotation {
+    y: f64,
+    z: f64,
+    inverse: f64,
+    length: f64,
+}
+
+impl Rotation {
+    /// That which takes (y, z) to (length, 0).
+    #[inline(always)]
+    fn onto(y: f64, z: f64) -> Self {
+        let square = y * y + z * z;
+        if square <= NOTHING {
+            return Self { y: 1.0, z: 0.0, inverse: 1.0, length: 0.0 };
+        }
+        let length = square.sqrt();
+        Self { y, z, inverse: length * (1.0 / square), length }
     }
-    let inverse = 1.0 / length;
-    (y * inverse, z * inverse, length)
+
+    /// Turns (a, b) as well.
+    #[inline(always)]
+    fn turn(self, a: f64, b: f64) -> (f64, f64) {
+        ((self.y * a + self.z * b) * self.inverse, (self.y * b - self.z * a) * self.inverse)
+    }
 }
