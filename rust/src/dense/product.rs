@@ -25,10 +25,11 @@ pub(crate) trait LongSide: Sync {
     fn read(&self, start: usize, end: usize, output: &mut [f64]);
 
     /// Rows `start..end` as panels of [`PANEL`] columns, row after row in each, the last one
-    /// filled up with zeros. `scratch` is room for as many values as the rows have.
-    fn pack(&self, start: usize, end: usize, scratch: &mut [f64], output: &mut [f64]) {
+    /// filled up with zeros. `scratch` is room for whoever needs it.
+    fn pack(&self, start: usize, end: usize, scratch: &mut Vec<f64>, output: &mut [f64]) {
         let depth = end - start;
-        let columns = &mut scratch[..depth * self.width()];
+        scratch.resize(depth * self.width(), 0.0);
+        let columns = &mut scratch[..];
         self.read(start, end, columns);
         output.fill(0.0);
         for (index, column) in columns.chunks_exact(depth.max(1)).enumerate() {
@@ -124,8 +125,7 @@ fn multiply_chunk(x: &dyn LongSide, y: Option<&dyn LongSide>, start: usize, end:
     let column_panels = y.map_or(row_panels, |y| y.width().div_ceil(PANEL));
     let mut tiles = vec![0.0; row_panels * column_panels * PANEL * PANEL];
     let depth = DEPTH.min(end - start);
-    let width = x.width().max(y.map_or(0, LongSide::width));
-    let mut scratch = vec![0.0; width * depth];
+    let mut scratch = Vec::new();
     let mut packed_x = vec![0.0; row_panels * PANEL * depth];
     let mut packed_y = vec![0.0; if y.is_some() { column_panels * PANEL * depth } else { 0 }];
     let mut sums = vec![0.0; if y.is_some() { 0 } else { column_panels * PANEL }];

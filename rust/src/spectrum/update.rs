@@ -1,5 +1,7 @@
 //! An update in factored form.
 
+use std::ops::Range;
+
 use crate::dense::{LongSide, PANEL};
 use crate::error::{Error, Result};
 use crate::statistics::{Tensor, panels};
@@ -245,74 +247,87 @@ impl LongSide for Side<'_> {
         }
     }
 
-    fn pack(&self, start: usize, end: usize, scratch: &mut [f64], output: &mut [f64]) {
-        let depth = end - start;
-        let panel = depth * PANEL;
+    fn pack(&self, start: usize, end: usize, scratch: &mut Vec<f64>, output: &mut [f64]) {
         // Where no panel is left with room, everything is written anyway.
         if !self.width().is_multiple_of(PANEL) {
             output.fill(0.0);
         }
         let mut first = 0;
         for term in &self.update.terms {
-            let values = &mut scratch[..depth * term.rank];
-            // Factors of several products may meet within a panel; single ones never do.
-            let is_aligned = first % PANEL == 0 && term.rank > 0;
-            let place =
-                |column: usize, row: usize| column / PANEL * panel + row * PANEL + column % PANEL;
             if self.is_left {
-                if let (true, Values::Stored(tensor)) = (is_aligned, term.left) {
-                    let rows = tensor.slice(start * term.rank, end * term.rank);
-                    let output = &mut output[first / PANEL * panel..];
-                    if panels::pack_rows(&rows, term.rank, panel, output) {
-                        first += term.rank;
-                        continue;
-                    }
-                }
-                term.left.read(start * term.rank, values);
-                if is_aligned {
-                    pack_rows(values, term.rank, panel, &mut output[first / PANEL * panel..]);
-                } else {
-                    for (row, source) in values.chunks_exact(term.rank.max(1)).enumerate() {
-                        for (column, &value) in (first..).zip(source) {
-                            output[place(column, row)] = value;
-                        }
-                    }
-                }
+                pack_left(term, start..end, first, scratch, output);
             } else {
-                let whole = if is_aligned { term.rank / PANEL * PANEL } else { 0 };
-                let mut done = 0;
-                if let Values::Stored(tensor) = term.right {
-                    let row = |row: usize| {
-                        let begin = row * self.update.columns + start;
-                        tensor.slice(begin, begin + depth)
-                    };
-                    for column in (0..whole).step_by(PANEL) {
-                        let number = (first + column) / PANEL;
-                        let output = &mut output[number * panel..(number + 1) * panel];
-                        let rows = std::array::from_fn(|place| row(column + place));
-                        if !panels::pack_columns(rows, output) {
-                            break;
-                        }
-                        done = column + PANEL;
-                    }
-                }
-                for row in done..term.rank {
-                    let values = &mut values[row * depth..(row + 1) * depth];
-                    term.right.read(row * self.update.columns + start, values);
-                }
-                for column in (done..whole).step_by(PANEL) {
-                    let columns = &values[column * depth..(column + PANEL) * depth];
-                    let number = (first + column) / PANEL;
-                    interleave(columns, &mut output[number * panel..(number + 1) * panel]);
-                }
-                for row in whole..term.rank {
-                    for (index, &value) in values[row * depth..(row + 1) * depth].iter().enumerate()
-                    {
-                        output[place(first + row, index)] = value;
-                    }
-                }
+                pack_right(term, start..end, self.update.columns, first, scratch, output);
             }
             first += term.rank;
+        }
+    }
+}
+
+/// Packs rows of B, whose columns begin with the panels' column `first`.
+fn pack_left(
+    term: &Term<'_>,
+    rows: Range<usize>,
+    first: usize,
+    scratch: &mut Vec<f64>,
+    output: &mut [f64],
+) {
+    let panel = rows.len() * PANEL;
+    // Factors of several products may meet within a panel; single ones never do.
+    let is_aligned = first.is_multiple_of(PANEL) && term.rank > 0;
+    if let (true, Values::Stored(tensor)) = (is_aligned, term.left) {
+        let stored = tensor.slice(rows.start * term.rank, rows.end * term.rank);
+        if panels::pack_rows(&stored, term.rank, panel, &mut output[first / PANEL * panel..]) {
+            return;
+        }
+    }
+    scratch.resize(rows.len() * term.rank, 0.0);
+    term.left.read(rows.start * term.rank, scratch);
+    if is_aligned {
+        pack_rows(scratch, term.rank, panel, &mut output[first / PANEL * panel..]);
+        return;
+    }
+    for (row, source) in scratch.chunks_exact(term.rank.max(1)).enumerate() {
+        for (column, &value) in (first..).zip(source) {
+            output[column / PANEL * panel + row * PANEL + column % PANEL] = value;
+        }
+    }
+}
+
+/// Packs columns of A, whose rows are `length` long and begin with the panels' column `first`.
+fn pack_right(
+    term: &Term<'_>,
+    columns: Range<usize>,
+    length: usize,
+    first: usize,
+    scratch: &mut Vec<f64>,
+    output: &mut [f64],
+) {
+    let depth = columns.len();
+    let panel = depth * PANEL;
+    let begin = |row: usize| row * length + columns.start;
+    // As on the left.
+    let whole = if first.is_multiple_of(PANEL) { term.rank / PANEL * PANEL } else { 0 };
+    for row in (0..whole).step_by(PANEL) {
+        let target = &mut output[(first + row) / PANEL * panel..][..panel];
+        if let Values::Stored(tensor) = term.right {
+            let stored = |place| tensor.slice(begin(row + place), begin(row + place) + depth);
+            if panels::pack_columns(std::array::from_fn(stored), target) {
+                continue;
+            }
+        }
+        scratch.resize(PANEL * depth, 0.0);
+        for (place, values) in scratch.chunks_exact_mut(depth.max(1)).enumerate() {
+            term.right.read(begin(row + place), values);
+        }
+        interleave(scratch, target);
+    }
+    for row in whole..term.rank {
+        scratch.resize(depth, 0.0);
+        term.right.read(begin(row), scratch);
+        let (number, place) = ((first + row) / PANEL, (first + row) % PANEL);
+        for (index, &value) in scratch.iter().enumerate() {
+            output[number * panel + index * PANEL + place] = value;
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Moments and extremes of a population, mergeable, in one pass.
 
-use super::element::{BLOCK, Format, Tensor};
+use super::element::{BLOCK, ElementType, Format, Tensor};
+use super::halves;
 use crate::vector::vectorized;
 
 /// Partial sums that run side by side. Fixed, so that every vector width adds in the same order.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// A sum with the rounding errors of its additions carried along (Neumaier's summation).
 #[derive(Debug, Clone, Copy, Default)]
@@ -86,8 +87,8 @@ impl Moments {
             let end = tensor.len().min(start + BLOCK);
             let values = &mut buffer[..end - start];
             let part = tensor.slice(start, end);
-            part.decode(values);
-            let first = First::of_short(&part, values).unwrap_or_else(|| first_sums(values));
+            let sums = decode_and_sum(&part, values);
+            let first = First::of_short(&part, sums).unwrap_or_else(|| first_sums(values));
             moments.merge(&Self::of_values(values, first));
             start = end;
         }
@@ -218,10 +219,11 @@ struct First {
 }
 
 impl First {
-    /// Of values of 16 bits, `values` being the same ones widened. What needs no sums is found in
-    /// the bits, of which a vector holds four times as many. `None` of other types and where a
-    /// value is not finite.
-    fn of_short(tensor: &Tensor<'_>, values: &[f64]) -> Option<Self> {
+    /// Of values of 16 bits, of which the sums are known. What else there is is found in the bits,
+    /// of which a vector holds four times as many. `None` of other types and where a value is not
+    /// finite.
+    fn of_short(tensor: &Tensor<'_>, sums: (f64, f64)) -> Option<Self> {
+        let (sum, absolute) = sums;
         let format = tensor.element().format();
         if !matches!(format, Format::Half | Format::Brain) {
             return None;
@@ -229,10 +231,9 @@ impl First {
         let bits = extremes(tensor.bytes());
         // Signed integers that sort as the numbers do become the format's unsigned keys.
         let value = |order: i16| format.value(u64::from(order.cast_unsigned() ^ 0x8000));
-        if u64::from(bits.most | 0x8000) >= format.infinity() || values.is_empty() {
+        if u64::from(bits.most | 0x8000) >= format.infinity() || tensor.is_empty() {
             return None;
         }
-        let (sum, absolute) = sums(values);
         Some(Self {
             sum,
             absolute,
@@ -242,6 +243,26 @@ impl First {
             least: value(bits.least.cast_signed()),
         })
     }
+}
+
+/// Widens a block, and finds Σx and Σ|x| as [`first_sums`] does; of types whose sums are not made
+/// use of before that, zeros.
+fn decode_and_sum(tensor: &Tensor<'_>, values: &mut [f64]) -> (f64, f64) {
+    let add = |a: f64, b: f64| a + b;
+    match tensor.element() {
+        ElementType::F16 => {
+            if let Some([sum, absolute]) = halves::widen_and_add(tensor.bytes(), values) {
+                return (combine(sum, add), combine(absolute, add));
+            }
+        }
+        ElementType::BF16 => {}
+        _ => {
+            tensor.decode(values);
+            return (0.0, 0.0);
+        }
+    }
+    tensor.decode(values);
+    sums(values)
 }
 
 /// What the bits of floating-point numbers of 16 bits tell without being widened.
@@ -380,7 +401,6 @@ vectorized! {
 mod tests {
     use half::{bf16, f16};
 
-    use super::super::element::ElementType;
     use super::*;
 
     #[test]
@@ -401,8 +421,9 @@ mod tests {
                 for (bytes, element) in [(halves, ElementType::F16), (brains, ElementType::BF16)] {
                     let tensor = Tensor::new(&bytes, element).unwrap();
                     let mut values = vec![0.0; count];
+                    let sums = decode_and_sum(&tensor, &mut values);
+                    let found = First::of_short(&tensor, sums).expect("finite");
                     tensor.decode(&mut values);
-                    let found = First::of_short(&tensor, &values).expect("finite");
                     let expected = first_sums(&values);
                     assert_eq!(found.sum.to_bits(), expected.sum.to_bits());
                     assert_eq!(found.absolute.to_bits(), expected.absolute.to_bits());
@@ -421,13 +442,13 @@ mod tests {
             let bytes: Vec<u8> =
                 numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
             let tensor = Tensor::new(&bytes, ElementType::F16).unwrap();
-            assert!(First::of_short(&tensor, &numbers.map(f64::from)).is_none());
+            assert!(First::of_short(&tensor, (0.0, 0.0)).is_none());
             let found = Moments::of(&tensor);
             assert_eq!((found.finite, found.non_finite, found.max), (2, 1, 2.0));
             let bytes: Vec<u8> =
                 numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
             let tensor = Tensor::new(&bytes, ElementType::BF16).unwrap();
-            assert!(First::of_short(&tensor, &numbers.map(f64::from)).is_none());
+            assert!(First::of_short(&tensor, (0.0, 0.0)).is_none());
         }
     }
 }
