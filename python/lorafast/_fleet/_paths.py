@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from lorafast._errors import AdapterError
@@ -125,13 +124,7 @@ def natural(path: str | Path) -> str:
     parts = text.removeprefix(os.sep).split(os.sep)  # noqa: PTH206 (a Path takes four times as long)
     if text.startswith(os.sep):
         parts.insert(0, os.sep)
-    return "\0".join(map(_sortable_part, parts))
-
-
-@lru_cache(maxsize=4096)
-def _sortable_part(part: str) -> str:
-    """A part of a path as `natural` wants it; most are those of thousands of paths."""
-    return PIECES.sub(_sortable, part)
+    return "\0".join(PIECES.sub(_sortable, part) for part in parts)
 
 
 def _sortable(piece: re.Match[str]) -> str:
@@ -180,9 +173,7 @@ class _Search:
             return
         if is_directory:
             # Thousands of paths are texts, which take a fifth of the memory and of the time.
-            adapters = list(self._walk(os.fspath(path)))
-            if len(adapters) > 1:
-                adapters.sort(key=natural)
+            adapters = sorted(self._walk(os.fspath(path)), key=natural)
             self.searched.append(path)
         elif path.name in MARKS:
             adapters = [os.fspath(path.parent)]
