@@ -63,11 +63,16 @@ pub(crate) struct Buffers {
     double: [Vec<f64>; 3],
 }
 
+/// Bytes of a cache line, and of the widest vector.
+const LINE: usize = 64;
+
+/// Room that begins with a cache line: vectors that cross its end cost twice.
 fn reserve(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
-    if buffer.len() < bytes {
-        buffer.resize(bytes, 0);
+    if buffer.len() < bytes + LINE {
+        buffer.resize(bytes + LINE, 0);
     }
-    &mut buffer[..bytes]
+    let begin = buffer.as_ptr().addr().wrapping_neg() % LINE;
+    &mut buffer[begin..begin + bytes]
 }
 
 impl Buffers {
