@@ -165,15 +165,18 @@ proptest! {
 #[test]
 fn an_overflow_is_seen_in_every_type_and_place() {
     let near = [(Dtype::F16, 65000.0), (Dtype::Bf16, 3.38e38), (Dtype::F32, 3.4e38)];
+    // A row alone, which is no whole register block, and whole blocks, the culprit in the last row.
+    let shapes = [1usize, 15, 16, 47, 48, 50, 100].map(|columns| (1, columns));
     for set in InstructionSet::available() {
         for (dtype, limit) in &near {
-            for columns in [1usize, 15, 16, 47, 48, 50, 100] {
-                for culprit in [0, columns - 1] {
+            for (rows, columns) in shapes.into_iter().chain([(ROW_MULTIPLE, 192)]) {
+                for culprit in [0, columns / 2, columns - 1] {
                     let a: Vec<f32> = (0..columns)
                         .map(|column| if column == culprit { 1.0 } else { 0.0 })
                         .collect();
-                    let (a, b) =
-                        (bytes_of(&Dtype::F32, &a), bytes_of(&Dtype::F32, &[limit / 10.0]));
+                    let mut b = vec![0.0; rows];
+                    b[rows - 1] = limit / 10.0;
+                    let (a, b) = (bytes_of(&Dtype::F32, &a), bytes_of(&Dtype::F32, &b));
                     let operand = Operand {
                         a: &a,
                         a_dtype: &Dtype::F32,
@@ -182,11 +185,11 @@ fn an_overflow_is_seen_in_every_type_and_place() {
                         rank: 1,
                         coefficient: 1.0,
                     };
-                    let shape = (1, columns);
+                    let shape = (rows, columns);
                     let factors = Factors::pack(set, dtype, shape, Orientation::OutIn, &[operand]);
-                    let mut calm = bytes_of(dtype, &vec![0.5; columns]);
+                    let mut calm = bytes_of(dtype, &vec![0.5; rows * columns]);
                     assert!(merge_rows(set, &factors, 0, dtype, &mut calm));
-                    let mut full = bytes_of(dtype, &vec![*limit; columns]);
+                    let mut full = bytes_of(dtype, &vec![*limit; rows * columns]);
                     assert!(!merge_rows(set, &factors, 0, dtype, &mut full), "{dtype} {columns}");
                 }
             }
