@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from lorafast import _analysis
 from lorafast._fleet import _cache, _table
+from lorafast._fleet._fleet import TABLES
 from lorafast._fleet._names import names_of
 from lorafast._fleet._paths import discover, natural
 from lorafast._fleet._room import CHUNK, Room, fresh
@@ -39,7 +40,7 @@ def column_bytes(column: Any) -> int:
 
 
 def table_bytes(fleet: lorafast.Fleet) -> int:
-    tables = (fleet.table(name) for name in ("adapters", "modules", "findings"))  # type: ignore[arg-type]
+    tables = (fleet.table(name) for name in TABLES)
     return sum(column_bytes(column) for table in tables for column in table.stored().values())
 
 

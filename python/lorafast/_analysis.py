@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,8 +207,7 @@ def names_of(adapters: Sequence[Source]) -> list[str]:
 
     Compared without regard to case, since files are named after them.
     """
-    parents: dict[str, tuple[str, ...]] = {}
-    parts = [_parts(adapter, parents) for adapter in adapters]
+    parts = [_parts(adapter) for adapter in adapters]
     depths = [1] * len(parts)
     while True:
         names = [
@@ -243,15 +241,7 @@ def numbered(names: Sequence[str]) -> list[str]:
     return result
 
 
-def _parts(adapter: Source, parents: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The parts of an adapter's true path; `parents` remembers those of directories."""
-    parent, name = os.path.split(os.fspath(adapter))
-    if name not in {"", os.curdir, os.pardir} and not parent.startswith("~") and _is_plain(adapter):
-        # Of thousands in one directory, all but the last part is found once.
-        if parent not in parents:
-            above = Path(parent).resolve()
-            parents[parent] = tuple(part for part in above.parts if part != above.anchor)
-        return (*parents[parent], name)
+def _parts(adapter: Source) -> tuple[str, ...]:
     path = Path(adapter).expanduser()
     if not path.exists():
         # A hub id.
@@ -261,14 +251,6 @@ def _parts(adapter: Source, parents: dict[str, tuple[str, ...]]) -> tuple[str, .
         usual = path.name in (_sources.WEIGHTS, _sources.PICKLED_WEIGHTS)
         path = path.parent if usual else path.with_suffix("")
     return tuple(part for part in path.parts if part != path.anchor)
-
-
-def _is_plain(adapter: Source) -> bool:
-    """Whether it is a directory, and no link to one."""
-    try:
-        return stat.S_ISDIR(os.lstat(adapter).st_mode)
-    except OSError:
-        return False
 
 
 def _adapter_analysis(found: Mapping[str, Any], name: str) -> AdapterAnalysis:

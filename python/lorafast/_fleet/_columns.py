@@ -120,13 +120,14 @@ class Columns:
         kind, own = self._kind, self._own
         count = len(here)
         adapters: dict[str, Column] = {"path": Texts.each(paths), "name": Texts.each(names)}
-        for key in (*FIGURES, *(own.names or ())):
+        own_figures = {key: fresh(count, own[key].newbyteorder("=")) for key in own.names or ()}
+        for key in (*FIGURES, *own_figures):
             if key == "sha256":
                 adapters[key] = self._digests_of(here)
             elif key in TEXTS:
                 adapters[key] = Texts(self._texts[key].texts(), _of(self._codes.pop(key), here))
             elif key not in adapters:
-                adapters[key] = fresh(count, own[key].newbyteorder("="))
+                adapters[key] = own_figures[key]
         sizes = np.array([len(paths) for paths, _ in self._known], np.int64)
         lengths = sizes[self._layouts[here]]
         total = int(lengths.sum())
@@ -145,8 +146,8 @@ class Columns:
         for batch in self._batches(here):
             codes = self._layouts[batch].tolist()
             figures, rows, values = self._taken(batch, sizes[codes].tolist())
-            for key in own.names or ():
-                adapters[key][adapter : adapter + len(batch)] = figures[key]  # type: ignore[index]
+            for key, target in own_figures.items():
+                target[adapter : adapter + len(batch)] = figures[key]
             for key, target in numbers.items():
                 target[row : row + len(rows)] = rows[key]
             singular[value : value + len(values)] = values

@@ -138,13 +138,14 @@ class FindingList(OnDemand[FleetFinding]):
             code = column.codes[row]
             return None if code == NOTHING else column.values[int(code)]
 
-        severity, kind, reason = text("severity"), text("kind"), text("reason")
+        severity = SEVERITIES[SEVERITIES.index(text("severity"))]
+        kind, reason = text("kind"), text("reason")
         assert kind is not None
         assert reason is not None
         figure: float | None = float(self._table["figure"][row])
         if kind in self._without_figure:
             figure = None
-        finding = Finding(severity, kind, text("module"), figure, reason)  # type: ignore[arg-type]
+        finding = Finding(severity, kind, text("module"), figure, reason)
         return FleetFinding(text("adapter"), finding, int(self._table["count"][row]))
 
 

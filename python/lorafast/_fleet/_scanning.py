@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from lorafast._fleet._found import ErrorColumns
 from lorafast._fleet._paths import ScanError, Source, discover, reason_of
 from lorafast._fleet._progress import Follow
 from lorafast._fleet._scan import METRICS, Metrics
-from lorafast._fleet._table import NOTHING, Words, WordsBuilder
+from lorafast._fleet._table import NOTHING, OnDemand, Words, WordsBuilder
 from lorafast._torch._devices import analysis_device
 
 Item = tuple[Path, Path | None, Path | None]
@@ -72,7 +72,7 @@ def scan_followed(
     )
 
 
-class _Items(Sequence[Item]):
+class _Items(OnDemand[Item]):
     """What the core is to read, made when it asks."""
 
     def __init__(self, adapters: Sequence[Path], positions: Sequence[int]) -> None:
@@ -82,14 +82,8 @@ class _Items(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._positions)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        return self._adapters[self._positions[index]], None, None
+    def _at(self, row: int) -> Item:
+        return self._adapters[self._positions[row]], None, None
 
 
 class _Scanning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,9 +109,9 @@ class OnDemand(Sequence[T]):
 
     __slots__ = ()
 
+    @abstractmethod
     def _at(self, row: int) -> T:
         """The value in a row that there is."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -128,6 +129,7 @@ class OnDemand(Sequence[T]):
             one == another for one, another in zip(self, other, strict=True)
         )
 
+    # As a list's; mypy wants a method here, which would make it hashable.
     __hash__ = None  # type: ignore[assignment]
 
     def __add__(self, other: Sequence[T]) -> list[T]:
