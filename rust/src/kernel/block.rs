@@ -296,9 +296,16 @@ impl Block {
                 }
             }
             if self.rows == ROWS && self.columns == VECTORS * S::LANES {
+                // All reads before the first write: rows are mostly a multiple of 4 KB apart, and
+                // processors take a read for one of what was just written where the lowest twelve
+                // bits of the addresses agree.
                 unrolled!(row < ROWS, {
                     let target = self.target.add(row * self.stride);
-                    maximum = E::add_vectors::<S, VECTORS>(target, &sums[row], maximum);
+                    E::add_stored::<S, VECTORS>(target, &mut sums[row]);
+                });
+                unrolled!(row < ROWS, {
+                    let target = self.target.add(row * self.stride);
+                    maximum = E::store_sums::<S, VECTORS>(&sums[row], target, maximum);
                 });
             } else {
                 maximum = self.add_parts::<S, E, ROWS, VECTORS>(&sums, maximum);

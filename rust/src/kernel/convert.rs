@@ -20,15 +20,35 @@ pub(super) unsafe trait Element {
     /// The processor has the instructions of `S`, and a whole vector of elements can be written.
     unsafe fn store<S: Simd>(value: S::Vector, target: *mut u8);
 
-    /// Adds vectors to the elements at `place`, in place; returns the largest magnitude so far.
+    /// Adds the elements at `place` to vectors, which are then in an order of their own.
     ///
     /// # Safety
-    /// The processor has the instructions of `S`, and as many whole vectors of elements can be read
-    /// and written.
+    /// The processor has the instructions of `S`, and as many whole vectors of elements can be read.
     #[inline(always)]
-    unsafe fn add_vectors<S: Simd, const COUNT: usize>(
-        place: *mut u8,
+    unsafe fn add_stored<S: Simd, const COUNT: usize>(
+        place: *const u8,
+        sums: &mut [S::Vector; COUNT],
+    ) where
+        Self: Sized,
+    {
+        for (vector, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let place = place.add(vector * S::LANES * Self::SIZE);
+                *sum = S::add(Self::load::<S>(place), *sum);
+            }
+        }
+    }
+
+    /// Rounds and stores what [`Element::add_stored`] made; returns the largest magnitude so far.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `S`, and as many whole vectors of elements can be
+    /// written.
+    #[inline(always)]
+    unsafe fn store_sums<S: Simd, const COUNT: usize>(
         sums: &[S::Vector; COUNT],
+        place: *mut u8,
         mut maximum: S::Vector,
     ) -> S::Vector
     where
@@ -37,27 +57,11 @@ pub(super) unsafe trait Element {
         for (vector, sum) in sums.iter().enumerate() {
             // SAFETY: the caller's contract.
             unsafe {
-                let place = place.add(vector * S::LANES * Self::SIZE);
-                maximum = add_one::<S, Self>(place, *sum, maximum);
+                Self::store::<S>(*sum, place.add(vector * S::LANES * Self::SIZE));
+                maximum = S::max_magnitude(maximum, *sum);
             }
         }
         maximum
-    }
-}
-
-/// # Safety
-/// As [`Element::add_vectors`], for one.
-#[inline(always)]
-unsafe fn add_one<S: Simd, E: Element>(
-    place: *mut u8,
-    sum: S::Vector,
-    maximum: S::Vector,
-) -> S::Vector {
-    // SAFETY: the caller's contract.
-    unsafe {
-        let merged = S::add(E::load::<S>(place), sum);
-        E::store::<S>(merged, place);
-        S::max_magnitude(maximum, merged)
     }
 }
 
@@ -66,7 +70,7 @@ pub(super) struct PlainBf16;
 pub(super) struct PlainF16;
 
 macro_rules! element {
-    ($name:ident, $size:literal, $load:ident, $store:ident $(, $add_pair:ident)?) => {
+    ($name:ident, $size:literal, $load:ident, $store:ident, { $($pairs:item)* }) => {
         // SAFETY: the vector operations touch LANES elements of this size, unaligned.
         unsafe impl Element for $name {
             const SIZE: usize = $size;
@@ -83,42 +87,66 @@ macro_rules! element {
                 unsafe { S::$store(value, target.cast()) }
             }
 
-            $(
-            #[inline(always)]
-            unsafe fn add_vectors<S: Simd, const COUNT: usize>(
-                place: *mut u8,
-                sums: &[S::Vector; COUNT],
-                mut maximum: S::Vector,
-            ) -> S::Vector {
-                let (pairs, rest) = sums.as_chunks::<2>();
-                for (index, [first, second]) in pairs.iter().enumerate() {
-                    // SAFETY: the caller's contract.
-                    unsafe {
-                        let place = place.add(2 * index * S::LANES * Self::SIZE);
-                        if !S::$add_pair(place.cast(), *first, *second) {
-                            maximum = add_one::<S, Self>(place, *first, maximum);
-                            let place = place.add(S::LANES * Self::SIZE);
-                            maximum = add_one::<S, Self>(place, *second, maximum);
-                        }
-                    }
-                }
-                if let [last] = rest {
-                    // SAFETY: the caller's contract.
-                    unsafe {
-                        let place = place.add((COUNT - 1) * S::LANES * Self::SIZE);
-                        maximum = add_one::<S, Self>(place, *last, maximum);
-                    }
-                }
-                maximum
-            }
-            )?
+            $($pairs)*
         }
     };
 }
 
-element!(PlainF32, 4, load_f32, store_f32);
-element!(PlainBf16, 2, load_bf16, store_bf16, add_pair_bf16);
-element!(PlainF16, 2, load_f16, store_f16);
+element!(PlainF32, 4, load_f32, store_f32, {});
+element!(PlainF16, 2, load_f16, store_f16, {});
+element!(PlainBf16, 2, load_bf16, store_bf16, {
+    #[inline(always)]
+    unsafe fn add_stored<S: Simd, const COUNT: usize>(
+        place: *const u8,
+        sums: &mut [S::Vector; COUNT],
+    ) {
+        let place: *const u16 = place.cast();
+        let (pairs, rest) = sums.as_chunks_mut::<2>();
+        for (index, [first, second]) in pairs.iter_mut().enumerate() {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let place = place.add(2 * index * S::LANES);
+                (*first, *second) = S::add_pair_bf16(place, *first, *second);
+            }
+        }
+        if let [last] = rest {
+            // SAFETY: the caller's contract.
+            unsafe {
+                *last = S::add(S::load_bf16(place.add((COUNT - 1) * S::LANES)), *last);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_sums<S: Simd, const COUNT: usize>(
+        sums: &[S::Vector; COUNT],
+        place: *mut u8,
+        mut maximum: S::Vector,
+    ) -> S::Vector {
+        let place: *mut u16 = place.cast();
+        let (pairs, rest) = sums.as_chunks::<2>();
+        for (index, [first, second]) in pairs.iter().enumerate() {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let place = place.add(2 * index * S::LANES);
+                if !S::store_pair_bf16(place, (*first, *second)) {
+                    let (first, second) = S::pair_in_order((*first, *second));
+                    S::store_bf16(first, place);
+                    S::store_bf16(second, place.add(S::LANES));
+                    maximum = S::max_magnitude(S::max_magnitude(maximum, first), second);
+                }
+            }
+        }
+        if let [last] = rest {
+            // SAFETY: the caller's contract.
+            unsafe {
+                S::store_bf16(*last, place.add((COUNT - 1) * S::LANES));
+                maximum = S::max_magnitude(maximum, *last);
+            }
+        }
+        maximum
+    }
+});
 
 /// Calls `each` with every element of `bytes`, widened to f64 (exact for every stored type).
 ///

@@ -27,12 +27,31 @@ pub(super) unsafe trait Simd: Copy {
         right: Self::Vector,
         sum: Self::Vector,
     ) -> Self::Vector;
-    /// Adds two vectors to two vectors of elements in place, at once, if the set has a way that is
+    /// Two vectors with the two vectors of elements at `place` added to them, in an order of the
+    /// set's own: only [`Simd::store_pair_bf16`] and [`Simd::pair_in_order`] know it.
+    #[inline(always)]
+    unsafe fn add_pair_bf16(
+        place: *const u16,
+        first: Self::Vector,
+        second: Self::Vector,
+    ) -> (Self::Vector, Self::Vector) {
+        // SAFETY: the caller's contract covers two vectors of elements.
+        unsafe {
+            let after = Self::load_bf16(place.add(Self::LANES));
+            (Self::add(Self::load_bf16(place), first), Self::add(after, second))
+        }
+    }
+    /// Rounds and stores what [`Simd::add_pair_bf16`] made, at once, if the set has a way that is
     /// faster than one by one and it gives the same bytes for these; returns whether it was done,
     /// which it never is where a result is not finite.
     #[inline(always)]
-    unsafe fn add_pair_bf16(_place: *mut u16, _first: Self::Vector, _second: Self::Vector) -> bool {
+    unsafe fn store_pair_bf16(_place: *mut u16, _pair: (Self::Vector, Self::Vector)) -> bool {
         false
+    }
+    /// What [`Simd::add_pair_bf16`] made, in the order of the elements.
+    #[inline(always)]
+    unsafe fn pair_in_order(pair: (Self::Vector, Self::Vector)) -> (Self::Vector, Self::Vector) {
+        pair
     }
     /// The larger of `maximum` and |value|, compared as integers, so that a NaN is the largest.
     unsafe fn max_magnitude(maximum: Self::Vector, value: Self::Vector) -> Self::Vector;

@@ -164,18 +164,26 @@ proptest! {
 
 #[test]
 fn an_overflow_is_seen_in_every_type_and_place() {
-    let near = [(Dtype::F16, 65000.0), (Dtype::Bf16, 3.38e38), (Dtype::F32, 3.4e38)];
+    // Far beyond the largest number, and only just so far that it rounds to infinity.
+    let near = [
+        (Dtype::F16, 65000.0, 6500.0),
+        (Dtype::F16, 65504.0, 16.0),
+        (Dtype::Bf16, 3.38e38, 3.38e37),
+        (Dtype::Bf16, f32::from_bits(0x7f7f_0000), 9e35),
+        (Dtype::F32, 3.4e38, 3.4e37),
+        (Dtype::F32, f32::MAX, 2e31),
+    ];
     // A row alone, which is no whole register block, and whole blocks, the culprit in the last row.
     let shapes = [1usize, 15, 16, 47, 48, 50, 100].map(|columns| (1, columns));
     for set in InstructionSet::available() {
-        for (dtype, limit) in &near {
+        for (dtype, limit, step) in &near {
             for (rows, columns) in shapes.into_iter().chain([(ROW_MULTIPLE, 192)]) {
                 for culprit in [0, columns / 2, columns - 1] {
                     let a: Vec<f32> = (0..columns)
                         .map(|column| if column == culprit { 1.0 } else { 0.0 })
                         .collect();
                     let mut b = vec![0.0; rows];
-                    b[rows - 1] = limit / 10.0;
+                    b[rows - 1] = *step;
                     let (a, b) = (bytes_of(&Dtype::F32, &a), bytes_of(&Dtype::F32, &b));
                     let operand = Operand {
                         a: &a,
@@ -244,7 +252,21 @@ fn every_instruction_set_treats_subnormals_zeros_and_what_is_not_finite_alike() 
         0x0000u16, 0x8000, 0x0001, 0x8001, 0x007f, 0x0080, 0x8080, 0x3f80, 0xbf81, 0x7f7f, 0xff7f,
         0x7f80, 0xff80, 0x7fc0, 0x7f81, 0xffff,
     ];
-    let sums = [0.0, -0.0, 1e-45, -1e-40, 1.2e-38, -1.2e-38, 0.0039, 1.0, -1.0, 9e35, -2e38];
+    let sums = [
+        0.0,
+        -0.0,
+        1e-45,
+        -1e-40,
+        1.2e-38,
+        -1.2e-38,
+        0.0039,
+        0.00390625,
+        -0.00390625,
+        1.0,
+        -1.0,
+        9e35,
+        -2e38,
+    ];
     let (rows, columns) = (weights.len() * 3, 2 * sums.len() * 16 + 5);
     let a: Vec<u8> =
         (0..columns).flat_map(|column| (sums[column % sums.len()] as f32).to_le_bytes()).collect();

@@ -113,6 +113,58 @@ unsafe impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn add_pair_bf16(place: *const u16, first: __m256, second: __m256) -> (__m256, __m256) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let stored = _mm256_loadu_si256(place.cast());
+            // Widening, and packing again, go within the halves of 128 bits: one vector has the
+            // lower four elements of both sums, the other the upper ones.
+            let low = _mm256_unpacklo_epi16(_mm256_setzero_si256(), stored);
+            let high = _mm256_unpackhi_epi16(_mm256_setzero_si256(), stored);
+            let (lower, upper) = Self::pair_in_order((first, second));
+            let low = _mm256_add_ps(_mm256_castsi256_ps(low), lower);
+            (low, _mm256_add_ps(_mm256_castsi256_ps(high), upper))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair_bf16(place: *mut u16, (low, high): (__m256, __m256)) -> bool {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let (low, high) = (_mm256_castps_si256(low), _mm256_castps_si256(high));
+            // The upper and the lower 16 bits of sixteen elements, each in a vector.
+            let kept =
+                _mm256_packus_epi32(_mm256_srli_epi32::<16>(low), _mm256_srli_epi32::<16>(high));
+            let mask = _mm256_set1_epi32(0xffff);
+            let cut =
+                _mm256_packus_epi32(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
+            // What is not finite, or may not be when it is rounded.
+            let magnitude = _mm256_and_si256(kept, _mm256_set1_epi16(0x7fff));
+            let suspect = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7f7e));
+            if _mm256_movemask_epi8(suspect) != 0 {
+                return false;
+            }
+            // Up where more than half a unit is cut, or half a unit from an odd number: with that
+            // number's last bit put among the bits that are cut, both are more than half.
+            let odd = _mm256_and_si256(kept, _mm256_set1_epi16(1));
+            let half = _mm256_set1_epi16(i16::MIN);
+            let beyond = _mm256_subs_epu16(_mm256_or_si256(cut, odd), half);
+            let step = _mm256_min_epu16(beyond, _mm256_set1_epi16(1));
+            _mm256_storeu_si256(place.cast(), _mm256_add_epi16(kept, step));
+            true
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pair_in_order((low, high): (__m256, __m256)) -> (__m256, __m256) {
+        // SAFETY: the trait's contract. Done twice it changes nothing.
+        unsafe {
+            let first = _mm256_permute2f128_ps::<0x20>(low, high);
+            (first, _mm256_permute2f128_ps::<0x31>(low, high))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn max_magnitude(maximum: __m256, value: __m256) -> __m256 {
         // SAFETY: the trait's contract.
         unsafe {
@@ -218,12 +270,14 @@ unsafe impl<const ROUNDS: bool> Simd for Avx512<ROUNDS> {
     }
 
     #[inline(always)]
-    unsafe fn add_pair_bf16(place: *mut u16, first: __m512, second: __m512) -> bool {
-        if !ROUNDS {
-            return false;
-        }
-        // SAFETY: the trait's contract, which with `ROUNDS` includes AVX-512 BF16.
+    unsafe fn add_pair_bf16(place: *const u16, first: __m512, second: __m512) -> (__m512, __m512) {
+        // SAFETY: the trait's contract.
         unsafe {
+            if !ROUNDS {
+                let after = Self::load_bf16(place.add(Self::LANES));
+                let low = Self::add(Self::load_bf16(place), first);
+                return (low, Self::add(after, second));
+            }
             let stored = _mm512_loadu_si512(place.cast());
             // Every element to the upper half of its 32 bits, in one step.
             let places = _mm512_loadu_si512(WORD_PLACES.as_ptr().cast());
@@ -231,7 +285,17 @@ unsafe impl<const ROUNDS: bool> Simd for Avx512<ROUNDS> {
             let low = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, places, stored);
             let high = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, others, stored);
             let low = _mm512_add_ps(_mm512_castsi512_ps(low), first);
-            let high = _mm512_add_ps(_mm512_castsi512_ps(high), second);
+            (low, _mm512_add_ps(_mm512_castsi512_ps(high), second))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair_bf16(place: *mut u16, (low, high): (__m512, __m512)) -> bool {
+        if !ROUNDS {
+            return false;
+        }
+        // SAFETY: the trait's contract, which with `ROUNDS` includes AVX-512 BF16.
+        unsafe {
             // SAFETY: both are vectors of 512 bits without invalid values.
             let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
             // It makes zeros of subnormals, so a zero may be wrong; and what is not finite counts
