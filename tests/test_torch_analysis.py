@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,20 @@ import torch
 from lorafast._cli import main
 from lorafast._torch import _devices, _products, _spectra
 from support.analysis import graded_factors, random_factors, write_factors
+from support.simulated_cuda import opened
 from test_similarity import dense_matrix, fleet, to_cosines
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-DEVICES = ["torch:cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])]
-devices = pytest.mark.parametrize("device", DEVICES)
+DEVICES = ["torch:cpu", "simulated", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with opened(request.param) as name:
+        yield name
+
+
+devices = pytest.mark.parametrize("device", DEVICES, indirect=True)
 
 
 # Products

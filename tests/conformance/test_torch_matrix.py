@@ -21,6 +21,7 @@ from support.files import Tensor, read_checkpoint, tensor
 from support.handmade import write_checkpoint
 from support.models import Models
 from support.reference import Merged, merge_float64
+from support.simulated_cuda import opened
 from test_matrix import FEW_PAIRS, IDENTICAL, make_adapters
 from toys import Toys, is_transposed
 
@@ -77,25 +78,71 @@ def assert_like_the_cpu(
             assert ((error <= 1e-6 * np.abs(cpu[name].float64())) | cancelled).all(), name
 
 
+def check_entry(
+    toys: Toys,
+    folder: Path,
+    feature: Feature,
+    entry: Entry,
+    *,
+    pair: tuple[str, str],
+    device: str,
+) -> None:
+    transposed = is_transposed(entry.base, entry.configs[0])
+    base_dtype, adapter_dtype = pair
+    base = toys.base(entry.base, base_dtype)
+    adapters = make_adapters(toys, feature, entry, adapter_dtype)
+    name = f"{base_dtype}-{adapter_dtype}"
+    lorafast.merge(base, adapters, folder / f"cpu-{name}")
+    with opened(device) as torchs_name:
+        report = lorafast.merge(base, adapters, folder / name, device=torchs_name)
+    assert report.device.startswith(torchs_name)
+    assert report.fallbacks == {}
+    before = read_checkpoint(base)
+    ours, cpu = read_checkpoint(folder / name), read_checkpoint(folder / f"cpu-{name}")
+    terms = merge_float64(before, adapters, transposed=transposed)
+    assert_rest_untouched(ours, before, terms)
+    assert_merged_like_float64(ours, terms, identical=IDENTICAL)
+    assert_like_the_cpu(ours, cpu, terms)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("feature", "entry"), CASES)
 def test_entry(models: Models, tmp_path: Path, feature: Feature, entry: Entry, device: str) -> None:
-    toys = Toys(models)
-    transposed = is_transposed(entry.base, entry.configs[0])
-    for base_dtype, adapter_dtype in FEW_PAIRS:
-        base = toys.base(entry.base, base_dtype)
-        adapters = make_adapters(toys, feature, entry, adapter_dtype)
-        name = f"{base_dtype}-{adapter_dtype}"
-        lorafast.merge(base, adapters, tmp_path / f"cpu-{name}")
-        report = lorafast.merge(base, adapters, tmp_path / name, device=device)
-        assert report.device.startswith(device)
-        assert report.fallbacks == {}
-        before = read_checkpoint(base)
-        ours, cpu = read_checkpoint(tmp_path / name), read_checkpoint(tmp_path / f"cpu-{name}")
-        terms = merge_float64(before, adapters, transposed=transposed)
-        assert_rest_untouched(ours, before, terms)
-        assert_merged_like_float64(ours, terms, identical=IDENTICAL)
-        assert_like_the_cpu(ours, cpu, terms)
+    for pair in FEW_PAIRS:
+        check_entry(Toys(models), tmp_path, feature, entry, pair=pair, device=device)
+
+
+#: What is merged on the simulated device: features with the number of an entry.
+SIMULATED = {
+    "Linear": 1,
+    "Embedding": 1,
+    "Conv1d, Conv2d, Conv3d": 0,
+    "`lora_bias`": 1,
+    "`bias='all'`, `'lora_only'`": 0,
+    "`modules_to_save`": 0,
+    "DoRA on Linear": 3,
+    "DoRA on Conv1D of GPT-2": 0,
+    "DoRA on embeddings": 0,
+    "`target_parameters`": 1,
+    "`trainable_token_indices`": 1,
+    "`nn.MultiheadAttention`": 1,
+    "PiSSA": 0,
+    "Two and three adapters": 1,
+    "Several DoRA adapters": 2,
+}
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_a_share_on_the_simulated_device(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # So small that most tensors are several tiles.
+    monkeypatch.setitem(_files.TILE_BYTES, "cuda", 2048)
+    (feature,) = [feature for feature in FEATURES if feature.name == name]
+    position = list(SIMULATED).index(name)
+    pair = FEW_PAIRS[position % len(FEW_PAIRS)]
+    entry = feature.entries[SIMULATED[name]]
+    check_entry(Toys(models), tmp_path, feature, entry, pair=pair, device="simulated")
 
 
 @pytest.mark.parametrize("fused", [True, False])
