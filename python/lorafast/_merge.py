@@ -300,7 +300,9 @@ def merge(
             products save, else on the CPU; the report's notes say which and why. "torch:cpu": by
             torch on the CPU, to compare backends. Quantised weights are always merged on the CPU.
         device_memory: the most of the device's memory to use: bytes, or a text such as "2GiB";
-            most of what is free if missing.
+            most of what is free if missing. cuBLAS's workspace is part of it (torch's default is
+            32 MiB on Hopper and newer and 8 MiB before; see CUBLAS_WORKSPACE_CONFIG), CUDA's own
+            context is not. What does not fit is merged on the CPU.
         threads: worker threads; one per core if missing. The result does not depend on it.
         overwrite: replace a model in `output`; files that are not part of a model stay.
         progress: `True` draws a bar on a terminal; a callable is called with the bytes done and

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorafast._torch._bounds import building_bytes, workspace_bytes
 from lorafast._torch._devices import (
     describe,
     exact_products,
@@ -22,7 +23,7 @@ from lorafast._torch._devices import (
     ran_out,
     torch_dtype,
 )
-from lorafast._torch._program import Program
+from lorafast._torch._program import Program, rounds_once
 
 if TYPE_CHECKING:
     import os
@@ -180,17 +181,6 @@ def stream(device: torch.device) -> torch.cuda.Stream:
     return make(device)
 
 
-def _program_bytes(updates: Sequence[dict[str, Any]]) -> int:
-    """About what the factors take on the device, the products of their 16-bit parts included."""
-    extents = (
-        product["rank"] * (product["outputs"] + product["inputs"])
-        for update in updates
-        for product in update["products"]
-    )
-    own = sum(len(update["own"][1]) for update in updates if update["own"] is not None)
-    return 16 * int(sum(extents)) + 4 * own
-
-
 class _Merge:
     def __init__(
         self,
@@ -207,10 +197,11 @@ class _Merge:
         self.plan, self.execution, self.device = plan, execution, device
         self.progress, self.total = progress, execution.total
         self.on_cuda = device.type == "cuda"
-        self.memory = memory
         if memory is None:
             free = torch.cuda.mem_get_info(device)[0] if self.on_cuda else 2 << 30
-            self.memory = int(free * SHARE_OF_MEMORY)
+            memory = int(free * SHARE_OF_MEMORY)
+        #: For programs and tiles.
+        self.memory = max(0, memory - workspace_bytes(device))
         self.fallbacks: dict[str, list[str]] = {}
         self.tile_bytes = 0
         self.limit = TILE_BYTES[device.type]
@@ -237,11 +228,14 @@ class _Merge:
             self.up, self.down, self.aside = (stream(device) for _ in range(3))
 
     def run(self) -> None:
+        self._prove_rounding()
         rest = threading.Thread(target=self._run_rest, name="lorafast-rest")
         rest.start()
         try:
             for tile, slot in self._read(self._all_tiles()):
                 self._compute(tile, slot)
+                # The last one's program would stay while the next one's is built.
+                del tile, slot
             self._drain(0)
             while rest.is_alive():
                 rest.join(STEP)
@@ -259,6 +253,21 @@ class _Merge:
             self.execution.run(self.again, only=True)
         if self.progress is not None:
             self.progress(self.total, self.total)
+
+    def _prove_rounding(self) -> None:
+        """Tries the products of 16 bits while nothing else is on the device.
+
+        Later it would be on the stream of programs, where cuBLAS would take a second workspace.
+        """
+        if not self.on_cuda or not self.memory:
+            return
+        kinds = {tensor["dtype"] for tensor in self.tensors} & {"F16", "BF16"}
+        for kind in sorted(kinds):
+            try:
+                rounds_once(self.device, torch_dtype(kind))
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
 
     def _run_rest(self) -> None:
         def report(done: int, total: int) -> None:
@@ -300,18 +309,25 @@ class _Merge:
 
         None stands where the tiles before are to be on their way first.
         """
-        assert self.memory is not None
         for tensor, updates in self._with_updates():
-            # Every tile that is read, computed or written keeps its tensor's program.
-            large = _program_bytes(updates) > self.memory // (2 * (TILES + 1))
+            dtype, output = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
+            size = building_bytes(updates, dtype, output)
+            if size > self.memory:
+                self._leave(tensor)
+                continue
+            # Every tile that is read, computed or written keeps its tensor's program; one that
+            # takes more than its share of half the memory is alone on the device.
+            large = size > self.memory // (2 * (TILES + 1))
             if large:
                 yield None
+                self._drain(0)
             work = self._prepare(tensor, updates)
             if work is not None:
                 yield from self._tiles(work)
             del work
             if large:
                 yield None
+                self._drain(0)
 
     def _prepare(self, tensor: dict[str, Any], updates: Sequence[dict[str, Any]]) -> _Work | None:
         """A tensor with its program on the device; None if it is left to the CPU."""
@@ -371,7 +387,6 @@ class _Merge:
 
     def _tile_rows(self, work: _Work) -> int:
         """Rows of a tile; 0 if there is no room for one."""
-        assert self.memory is not None
         # Half is for programs, of which there are several, or one that takes more.
         left = min(self.memory // 2, self.memory - work.program.bytes)
         # Each tile on its way may be on the device, and one of them is worked on.

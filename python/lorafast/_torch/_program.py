@@ -129,7 +129,7 @@ class Program:
             b = b.to(self.device).to(self.wide)
             if coefficient != 1.0:
                 # As the CPU's kernels: the factor's product in float64, rounded once.
-                b = (b.double() * coefficient).to(self.wide)
+                b = b.double().mul_(coefficient).to(self.wide)
             lefts.append(a.T if update["transposed"] else b)
             rights.append(b.T if update["transposed"] else a)
         return Sum(rows, torch.cat(lefts, 1), torch.cat(rights, 0).contiguous())
@@ -368,41 +368,59 @@ def split(
     """
     import torch
 
-    sides = []
-    exponent = 0
     # At the upper end of float16's range, so that small numbers' smallest parts still have digits.
     top = 15 if dtype == torch.float16 else 0
-    for inner, factor in ((1, left), (0, right)):
-        largest = float(factor.abs().max().item())
-        if not largest < float("inf"):
-            return None
-        shift = top - math.frexp(largest)[1] if largest else 0
-        shift = max(-120, min(120, shift))
-        exponent -= shift
-        whole = rest = factor * 2.0**shift
-        parts: list[torch.Tensor] = []
-        while len(parts) < PARTS:
-            part = rest.to(dtype)
-            parts.append(part)
-            rest = rest - part.to(rest.dtype)
-            if not bool(rest.any()):
-                break
-        # Of a row (of the right factor a column) that is far smaller than the largest, float16
-        # has too few digits even so.
-        lost = rest.abs().amax(inner) > 2.0**-21 * whole.abs().amax(inner)
-        if bool(lost.any()):
-            return None
-        sides.append(parts)
-    if abs(exponent) > 100:
+    sides = [_parts(factor, inner, dtype, top) for inner, factor in ((1, left), (0, right))]
+    if sides[0] is None or sides[1] is None:
         return None
-    lefts, rights = sides
+    (lefts, up), (rights, down) = sides[0], sides[1]
+    if abs(up + down) > 100:
+        return None
     pairs = [(i, j) for i in range(len(lefts)) for j in range(len(rights)) if i + j < PARTS]
-    lines = torch.cat([lefts[i] for i, _ in pairs], 1)
-    columns = torch.cat([rights[j] for _, j in pairs], 0)
-    padding = -lines.shape[1] % RANK_MULTIPLE
-    lines = torch.nn.functional.pad(lines, (0, padding))
-    columns = torch.nn.functional.pad(columns, (0, 0, 0, padding))
-    return lines.contiguous(), columns.contiguous(), 2.0**exponent
+    lines = _in_a_row([lefts[i] for i, _ in pairs], 1)
+    columns = _in_a_row([rights[j] for _, j in pairs], 0)
+    return lines, columns, 2.0 ** -(up + down)
+
+
+def _parts(
+    factor: torch.Tensor, inner: int, dtype: torch.dtype, top: int
+) -> tuple[list[torch.Tensor], int] | None:
+    """A factor times a power of two as 16-bit parts of falling size, with that power.
+
+    Args:
+        factor: float32.
+        inner: its dimension of ranks.
+        dtype: of the parts.
+        top: the power of two below which the largest number is brought.
+    """
+    largest = float(factor.abs().max().item())
+    if not largest < float("inf"):
+        return None
+    shift = top - math.frexp(largest)[1] if largest else 0
+    shift = max(-120, min(120, shift))
+    whole = factor * 2.0**shift
+    rest = whole.clone()
+    parts: list[torch.Tensor] = []
+    while len(parts) < PARTS:
+        parts.append(rest.to(dtype))
+        rest -= parts[-1]
+        if not bool(rest.any()):
+            break
+    # Of a row (of the right factor a column) that is far smaller than the largest, float16
+    # has too few digits even so.
+    lost = rest.abs_().amax(inner) > 2.0**-21 * whole.abs_().amax(inner)
+    return None if bool(lost.any()) else (parts, shift)
+
+
+def _in_a_row(parts: Sequence[torch.Tensor], dimension: int) -> torch.Tensor:
+    """Parts one behind the other, and zeros up to a rank that tensor cores take."""
+    rank = parts[0].shape[dimension]
+    shape = list(parts[0].shape)
+    shape[dimension] = -(-len(parts) * rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    result = parts[0].new_zeros(shape)
+    for position, part in enumerate(parts):
+        result.narrow(dimension, position * rank, rank).copy_(part)
+    return result
 
 
 def rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
