@@ -9,9 +9,10 @@ from typing import Any
 import lorafast
 import pytest
 import torch
-from lorafast._torch import _bounds
+from lorafast._torch import _bounds, _devices
 from lorafast._torch._devices import torch_dtype
 from lorafast._torch._program import Program, rounds_once
+from support.analysis import random_factors, write_factors
 from support.device_merges import WAYS, Inputs, go, inputs
 from support.files import read_checkpoint
 from support.simulated_cuda import simulated_cuda
@@ -114,3 +115,21 @@ def test_the_workspace_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
         assert _bounds.workspace_bytes(CUDA) == (4096 * 2 + 16 * 8) << 10
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("precision", "ranks"), [("float32", (8,)), ("float64", (8,)), ("float32", (8, 5))]
+)
+def test_a_similarity_takes_what_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, ranks: tuple[int, ...]
+) -> None:
+    most = 400_000
+    monkeypatch.setattr(_devices, "parse_memory", lambda *arguments: most)
+    for number in range(40):
+        factors = random_factors({"m": (90, 125, ranks[number % len(ranks)])}, seed=number)
+        write_factors(tmp_path / f"{number}", factors, dtype="F32")
+    with simulated_cuda() as simulator:
+        found = lorafast.similarity(tmp_path, precision=precision, device="cuda")
+    assert len(found.names) == 40
+    assert simulator.checker.problems == []
+    assert most / 4 < simulator.peak <= most

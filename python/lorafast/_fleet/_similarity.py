@@ -84,7 +84,7 @@ def similarity(
             CUDA device where there is one; "torch:cpu" to compare backends). There they agree with
             the CPU's to the precision's rounding, not to the bit, and are not kept in a cache.
         device_memory: bytes for factors and their products on the device, or a text such as
-            "2GiB", which is the default.
+            "2GiB", which is the default. cuBLAS's workspace comes on top.
 
     Returns:
         The similarity. Adapters that cannot be read are in `errors` and not in the matrix.

@@ -135,6 +135,8 @@ def _of_module(
             across = [position[member] for member in right.members]
             result[np.ix_(over, across)] = table
             result[np.ix_(across, over)] = table.T
+            # Not beside the next block, nor beside the squares.
+            del right
         # All norms are sums of float64 products.
         for member, norm in zip(left.members, _squares(left), strict=True):
             result[position[member], position[member]] = norm
@@ -142,8 +144,9 @@ def _of_module(
 
 
 def _tile_ranks(memory: int, size: int) -> int:
-    # Two products of factors and their float64 product at a time.
-    return max(1, min(TILE_RANKS, int((memory / 2 / (2 * size + 8)) ** 0.5)))
+    # Two products of factors at a time: of float32 the first widened, the second in both types.
+    each = 16 if size == 8 else 20
+    return max(1, min(TILE_RANKS, int((memory / 2 / each) ** 0.5)))
 
 
 def _stack(
@@ -252,9 +255,10 @@ def _squares(stack: _Stack) -> list[float]:
     for at, rank in enumerate(stack.ranks):
         by_rank.setdefault(rank, []).append(at)
     for rank, positions in by_rank.items():
-        # As many at a time as take no more than the factors themselves do twice.
-        for first in range(0, len(positions), 64):
-            some = positions[first : first + 64]
+        # As many at a time as take, widened, no more than the factors of all.
+        most = max(1, min(64, len(stack.members) // 4))
+        for first in range(0, len(positions), most):
+            some = positions[first : first + most]
             rows = torch.cat(
                 [
                     torch.arange(stack.starts[at], stack.starts[at] + rank, device=stack.b.device)
