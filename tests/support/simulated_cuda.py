@@ -92,7 +92,8 @@ class Simulated(torch.Tensor):
         return self.cpu().tolist() if self.is_cuda else self.clone().tolist()
 
     def record_stream(self, stream: Stream) -> None:
-        self.memory.recorded[stream.actor.number] = stream.actor
+        if self.memory.home is not stream.actor:
+            self.memory.recorded[stream.actor.number] = stream.actor
 
     def is_pinned(self, device: Any = None) -> bool:
         return not self.is_cuda
@@ -466,6 +467,9 @@ def simulated_cuda(
     obstacle = _module._obstacle
     # Without a device its guards do nothing; and torch.tensor copies where a mode sees it.
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+    # A module that moves gets new parameters: no plain one can become a tensor of ours.
+    overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     lifted = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
     torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patches, activated(simulator):
@@ -482,6 +486,7 @@ def simulated_cuda(
             for index in range(count):
                 simulator.synchronize(torch.device("cuda", index))
             simulator.closed = True
+            torch.__future__.set_overwrite_module_params_on_conversion(overwritten)
             torch._C._set_only_lift_cpu_tensors(lifted)  # type: ignore[attr-defined]
 
 

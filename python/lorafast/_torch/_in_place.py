@@ -185,6 +185,8 @@ def apply(each: Changed, original: torch.Tensor | None, upto: int | None = None)
     with exact_products(tensor.device):
         if original is not tensor:
             original = original.to(tensor.device, non_blocking=True)
+            _used_here([original])
+        _used_here([each.start, *(each.program.tensors() if each.program is not None else [])])
         plain = tensor.detach()
         if not plain.is_contiguous():
             result = plain.new_empty(change.rows, change.columns)
@@ -270,6 +272,16 @@ def _copy(source: torch.Tensor | None, target: torch.Tensor) -> None:
     if source is not None:
         with torch.no_grad():
             target.copy_(source, non_blocking=True)
+        _used_here([source])
+
+
+def _used_here(tensors: Iterable[torch.Tensor | None]) -> None:
+    """Keeps what an earlier call may have made on another stream until this one is done with it."""
+    import torch
+
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def part(plan: ModulePlan) -> list[Parted]:
