@@ -415,8 +415,15 @@ def _make_stream(device: Any = None, priority: int = 0, **options: Any) -> Strea
 
 def _patch_cuda(patches: pytest.MonkeyPatch, simulator: Simulator) -> None:
     def free_memory(device: Any = None) -> tuple[int, int]:
-        return simulator.capacity - simulator.allocated, simulator.capacity
+        return simulator.capacity - simulator.allocated, total
 
+    def set_fraction(fraction: float, device: Any = None) -> None:
+        simulator.capacity = int(fraction * total)
+
+    def reset_peak(device: Any = None) -> None:
+        simulator.peak = simulator.peak_allocated = simulator.allocated
+
+    total = simulator.capacity
     replaced: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -429,6 +436,9 @@ def _patch_cuda(patches: pytest.MonkeyPatch, simulator: Simulator) -> None:
         "mem_get_info": free_memory,
         "memory_allocated": lambda device=None: simulator.allocated,
         "max_memory_allocated": lambda device=None: simulator.peak_allocated,
+        "memory_reserved": lambda device=None: simulator.allocated,
+        "reset_peak_memory_stats": reset_peak,
+        "set_per_process_memory_fraction": set_fraction,
         "synchronize": simulator.synchronize,
         "empty_cache": lambda: None,
         "Stream": _make_stream,
