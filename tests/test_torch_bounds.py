@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from lorafast._torch._program import Program, rounds_once
 from support.analysis import random_factors, write_factors
 from support.device_merges import WAYS, Inputs, go, inputs
 from support.files import read_checkpoint
+from support.handmade import adapter_tensors
 from support.simulated_cuda import simulated_cuda
+from support.simulated_streams import Event
 
 CUDA = torch.device("cuda", 0)
 
@@ -34,6 +37,18 @@ def programs(files: Inputs, dtype: str) -> list[tuple[Any, torch.dtype, torch.dt
             dtypes = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
             found.append((updates, *dtypes, tensor))
     return found
+
+
+@pytest.fixture
+def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are still on their way when the next ones' turn, and the next tensor's, comes."""
+    wait = Event.synchronize
+
+    def slowly(event: Event) -> None:
+        time.sleep(0.01)
+        wait(event)
+
+    monkeypatch.setattr(Event, "synchronize", slowly)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -65,6 +80,7 @@ def test_programs_and_tiles_take_no_more_than_is_reckoned(
             assert simulator.peak - before <= most + 8192
 
 
+@pytest.mark.usefixtures("slow_link")
 @pytest.mark.parametrize("rank", [4, 48])
 @pytest.mark.parametrize("name", ["fused", "sums", "DoRA of columns"])
 def test_a_bound_holds_with_all_that_is_made(tmp_path: Path, name: str, rank: int) -> None:
@@ -85,6 +101,24 @@ def test_a_bound_holds_with_all_that_is_made(tmp_path: Path, name: str, rank: in
     # Not by leaving all to the CPU.
     assert sum(len(names) for names in report.fallbacks.values()) <= (1 if rank > 4 else 0)
     assert simulator.peak > workspace + (1 << 17)
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_programs_that_fill_the_bound_follow_each_other(tmp_path: Path) -> None:
+    modules = {f"model.layers.{number}.q_proj": (300, 300) for number in range(4)}
+    way = replace(
+        WAYS["fused"],
+        make=lambda given: adapter_tensors(given, rank=64),
+        modules=modules,
+        settings={"r": 64},
+        options={"device_memory": 1 << 20},
+        tile_bytes=32 << 20,
+    )
+    simulator, report = go(way, inputs(tmp_path, way), tmp_path / "out")
+    assert report is not None
+    assert report.fallbacks == {}
+    # Two programs would not fit.
+    assert 16 * 64 * 600 * 1.3 < simulator.peak <= 1 << 20
 
 
 def test_a_bound_below_cublas_own_workspace_leaves_all_to_the_cpu(

@@ -29,9 +29,9 @@ tensors. `tests/conformance` merges it with PEFT (load, then `merge_and_unload()
 lorafast from the same files, on bases in float32, bfloat16 and float16 with adapters in each of the
 three (nine pairs an entry), and compares every tensor of the two results by name, shape and value.
 Every result is also compared with the same merge in float64, rounded once.
-The torch backend merges every entry as well, as files and into loaded modules, on the CPU and, where
-there is one, files on a GPU; a share of them on a simulated CUDA device that checks the order of
-every access.
+The torch backend merges every entry as well, as files and into loaded modules, on the CPU; files
+also on a GPU where there is one, and a share of them on a simulated CUDA device that checks the
+order of every access.
 
 - **same**: float32 to 10⁻⁶ relative to the size of the terms; 16-bit to 1 ulp.
 - **nearer**: PEFT rounds 16-bit weights more than once, lorafast once. The two lie no further apart

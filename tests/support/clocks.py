@@ -35,6 +35,8 @@ class Actor:
     def __init__(self, name: str) -> None:
         self.name, self.number = name, next(_numbers)
         self.clock: Clock = {self.number: 1}
+        #: When it last did something, rather than only told or heard of it.
+        self.busy = 0
 
     @property
     def now(self) -> int:
@@ -110,6 +112,7 @@ class Checker:
     def _seen(self, actor: Actor, what: str) -> Access:
         kind = f"{actor.name.split()[0]} {what}"
         self.accesses[kind] = self.accesses.get(kind, 0) + 1
+        actor.busy = actor.now
         return Access(actor, actor.now, where())
 
     def read(self, memory: Memory, actor: Actor) -> Access:

@@ -144,10 +144,8 @@ class Simulator:
                 return
             self.allocated -= memory.size
             self.checker.die(memory, host())
-            times = {}
-            for actor in memory.recorded.values():
-                times[actor.number] = actor.now
-                actor.publish()
+            # An event on each, which is complete once all before it is.
+            times = {actor.number: actor.busy for actor in memory.recorded.values()}
             if times:
                 self.dying.append((memory.size, times))
                 self._bury()

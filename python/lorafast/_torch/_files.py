@@ -124,6 +124,15 @@ class _Tile:
         return self.work.place
 
 
+@dataclass
+class _Rows:
+    """What a writer needs to know of a tile; `dtype` is the one in which it was read."""
+
+    place: Place
+    first: int
+    dtype: torch.dtype
+
+
 def execute(
     plan: _core.Plan,
     output: str | os.PathLike[str],
@@ -514,7 +523,9 @@ class _Merge:
         self._download(finite.reshape(1), slot.finite)
         if self.on_cuda:
             slot.done = self.down.record_event()
-        self.writes.append(self.writers.submit(self._write, tile, slot, target))
+        # Without the tensor's program, which a writer has no need of and would keep.
+        rows = _Rows(tile.place, tile.first, work.dtype)
+        self.writes.append(self.writers.submit(self._write, rows, slot, target))
         self._drain(TILES - 1)
         self._report()
 
@@ -546,21 +557,21 @@ class _Merge:
             target.copy_(result, non_blocking=True)
         result.record_stream(self.down)
 
-    def _write(self, tile: _Tile, slot: _Slot, target: torch.Tensor) -> int:
+    def _write(self, rows: _Rows, slot: _Slot, target: torch.Tensor) -> int:
         """Writes a finished tile; returns its bytes and gives its buffers back."""
         import torch
 
         if slot.done is not None:
             slot.done.synchronize()
         if not bool(slot.finite.item()):
-            size = tile.rows * tile.work.read_bytes
-            source = slot.source[:size].view(tile.work.dtype).reshape(target.shape)
+            size = target.numel() * rows.dtype.itemsize
+            source = slot.source[:size].view(rows.dtype).reshape(target.shape)
             made = torch.isfinite(source) & ~torch.isfinite(target)
             if bool(made.any()):
                 index = int(made.flatten().nonzero()[0].item())
-                self.execution.raise_overflow(tile.place, tile.first * tile.work.columns + index)
+                self.execution.raise_overflow(rows.place, rows.first * target.shape[1] + index)
         content = target.view(torch.uint8).reshape(-1).numpy()
-        self.execution.write_rows(tile.place, tile.first, content)
+        self.execution.write_rows(rows.place, rows.first, content)
         self.free.append(slot)
         return int(content.size)
 
