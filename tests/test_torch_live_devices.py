@@ -72,8 +72,9 @@ def assert_near(ours: torch.nn.Module, reference: torch.nn.Module, dtype: torch.
 
 
 @devices
-@pytest.mark.parametrize("keep", ["cpu", "device"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "keep"), [(torch.float32, "cpu"), (torch.bfloat16, "device")], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_on_every_device(
     tmp_path: Path, device: str, dtype: torch.dtype, keep: Any, kind: str
