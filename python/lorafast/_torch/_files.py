@@ -24,6 +24,7 @@ from lorafast._torch._devices import (
     torch_dtype,
 )
 from lorafast._torch._program import Program, rounds_once
+from lorafast._torch._tiles import Place, Rows, Slot, Tile, Work
 
 if TYPE_CHECKING:
     import os
@@ -43,8 +44,6 @@ TILES = 6
 SHARE_OF_MEMORY = 0.8
 #: How often the main thread looks at the progress of the CPU's part, in seconds.
 STEP = 0.05
-
-Place = tuple[int, int]
 
 
 @dataclass
@@ -66,71 +65,6 @@ class Outcome:
 
 class _Stopped(Exception):  # noqa: N818 (it never leaves this module)
     """Ends the CPU's part."""
-
-
-@dataclass
-class _Slot:
-    """Host buffers of one tile, as bytes; pinned where the device is another."""
-
-    source: torch.Tensor
-    target: torch.Tensor
-    finite: torch.Tensor
-    done: Any = None
-
-
-@dataclass(eq=False)
-class _Work:
-    """One tensor with its program on the device.
-
-    Attributes:
-        tensor: what the core says of it.
-        place: where the plan has it.
-        columns: elements of a row.
-        dtype: in which its rows are read.
-        output: in which they are written.
-        program: what is done to them.
-        rows: of a tile, at most.
-        failed: whether it is left to the CPU after all.
-    """
-
-    tensor: dict[str, Any]
-    place: Place
-    columns: int
-    dtype: torch.dtype
-    output: torch.dtype
-    program: Program
-    rows: int = 0
-    failed: bool = False
-
-    @property
-    def read_bytes(self) -> int:
-        """Of a row as it is read."""
-        return self.columns * self.dtype.itemsize
-
-    @property
-    def written_bytes(self) -> int:
-        """Of a row as it is written."""
-        return self.columns * self.output.itemsize
-
-
-@dataclass
-class _Tile:
-    work: _Work
-    first: int
-    rows: int
-
-    @property
-    def place(self) -> Place:
-        return self.work.place
-
-
-@dataclass
-class _Rows:
-    """What a writer needs to know of a tile; `dtype` is the one in which it was read."""
-
-    place: Place
-    first: int
-    dtype: torch.dtype
 
 
 def execute(
@@ -231,7 +165,7 @@ class _Merge:
         self.readers = ThreadPoolExecutor(workers, "lorafast-read")
         self.writers = ThreadPoolExecutor(workers, "lorafast-write")
         self.writes: deque[Future[int]] = deque()
-        self.free: list[_Slot] = []
+        self.free: list[Slot] = []
         self.slots = 0
         if self.on_cuda:
             self.up, self.down, self.aside = (stream(device) for _ in range(3))
@@ -313,7 +247,7 @@ class _Merge:
     def _updates(self, tensor: dict[str, Any]) -> list[dict[str, Any]]:
         return self.plan.operands(_place(tensor))
 
-    def _all_tiles(self) -> Iterator[_Tile | None]:
+    def _all_tiles(self) -> Iterator[Tile | None]:
         """The tiles of all tensors, one after the other, so that reading never pauses between.
 
         None stands where the tiles before are to be on their way first.
@@ -338,7 +272,7 @@ class _Merge:
                 yield None
                 self._drain(0)
 
-    def _prepare(self, tensor: dict[str, Any], updates: Sequence[dict[str, Any]]) -> _Work | None:
+    def _prepare(self, tensor: dict[str, Any], updates: Sequence[dict[str, Any]]) -> Work | None:
         """A tensor with its program on the device; None if it is left to the CPU."""
         dtype, output = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
         program = self._program(updates, dtype, output)
@@ -346,7 +280,7 @@ class _Merge:
             self._release_memory()
             self._leave(tensor)
             return None
-        work = _Work(tensor, _place(tensor), tensor["columns"], dtype, output, program)
+        work = Work(tensor, _place(tensor), tensor["columns"], dtype, output, program)
         work.rows = self._tile_rows(work)
         if work.rows < 1:
             self._leave(tensor)
@@ -394,7 +328,7 @@ class _Merge:
         self.fallbacks.setdefault(reason, []).append(tensor["name"])
         self.again.add(_place(tensor))
 
-    def _tile_rows(self, work: _Work) -> int:
+    def _tile_rows(self, work: Work) -> int:
         """Rows of a tile; 0 if there is no room for one."""
         # Half is for programs, of which there are several, or one that takes more.
         left = min(self.memory // 2, self.memory - work.program.bytes)
@@ -404,16 +338,16 @@ class _Merge:
         most = min(left // of_row, max(1, self.limit // work.read_bytes))
         return int(max(0, min(most, work.tensor["rows"])))
 
-    def _tiles(self, work: _Work) -> Iterator[_Tile]:
+    def _tiles(self, work: Work) -> Iterator[Tile]:
         for start, end in work.tensor["segments"]:
             first = start
             while first < end:
                 # Memory may have run out since.
                 rows = min(work.rows, max(1, self.limit // work.read_bytes), end - first)
-                yield _Tile(work, first, rows)
+                yield Tile(work, first, rows)
                 first += rows
 
-    def _slot(self, source: int, target: int) -> _Slot:
+    def _slot(self, source: int, target: int) -> Slot:
         """Free buffers of at least so many bytes; waits for a tile to be written if need be."""
         import torch
 
@@ -425,7 +359,7 @@ class _Merge:
             self.slots += 1
             empty = self._buffer(0)
             finite = host_buffer(1, torch.bool, self.device)
-            slot = _Slot(empty, empty, finite)
+            slot = Slot(empty, empty, finite)
         if slot.source.numel() < source:
             slot.source = self._buffer(source)
         if slot.target.numel() < target:
@@ -437,9 +371,9 @@ class _Merge:
 
         return host_buffer(size, torch.uint8, self.device)
 
-    def _read(self, tiles: Iterable[_Tile | None]) -> Iterator[tuple[_Tile, _Slot]]:
+    def _read(self, tiles: Iterable[Tile | None]) -> Iterator[tuple[Tile, Slot]]:
         """Tiles with their rows in a slot, read some tiles ahead."""
-        waiting: deque[tuple[_Tile, _Slot, Future[None]]] = deque()
+        waiting: deque[tuple[Tile, Slot, Future[None]]] = deque()
         for tile in tiles:
             self._check_rest()
             while waiting and (tile is None or len(waiting) >= TILES // 2):
@@ -455,13 +389,13 @@ class _Merge:
             yield self._arrived(waiting)
 
     @staticmethod
-    def _arrived(waiting: deque[tuple[_Tile, _Slot, Future[None]]]) -> tuple[_Tile, _Slot]:
+    def _arrived(waiting: deque[tuple[Tile, Slot, Future[None]]]) -> tuple[Tile, Slot]:
         tile, slot, read = waiting.popleft()
         read.result()
         return tile, slot
 
     def _upload(
-        self, tile: _Tile, slot: _Slot, within: tuple[int, int] | None = None
+        self, tile: Tile, slot: Slot, within: tuple[int, int] | None = None
     ) -> torch.Tensor:
         import torch
 
@@ -478,7 +412,7 @@ class _Merge:
         uploaded.record_stream(current)
         return uploaded
 
-    def _scanned(self, work: _Work) -> Iterator[tuple[int, torch.Tensor]]:
+    def _scanned(self, work: Work) -> Iterator[tuple[int, torch.Tensor]]:
         import torch
 
         for tile, slot in self._read(self._tiles(work)):
@@ -487,7 +421,7 @@ class _Merge:
                 torch.cuda.current_stream(self.device).synchronize()
             self.free.append(slot)
 
-    def _compute(self, tile: _Tile, slot: _Slot) -> None:
+    def _compute(self, tile: Tile, slot: Slot) -> None:
         """Sends a tile on its way to the output."""
         work = tile.work
         target = slot.target[: tile.rows * work.written_bytes].view(work.output)
@@ -524,13 +458,13 @@ class _Merge:
         if self.on_cuda:
             slot.done = self.down.record_event()
         # Without the tensor's program, which a writer has no need of and would keep.
-        rows = _Rows(tile.place, tile.first, work.dtype)
+        rows = Rows(tile.place, tile.first, work.dtype)
         self.writes.append(self.writers.submit(self._write, rows, slot, target))
         self._drain(TILES - 1)
         self._report()
 
     def _tried(
-        self, tile: _Tile, slot: _Slot, within: tuple[int, int]
+        self, tile: Tile, slot: Slot, within: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Some of a tile's rows, merged, and whether all are finite; None if memory ran out."""
         import torch
@@ -557,7 +491,7 @@ class _Merge:
             target.copy_(result, non_blocking=True)
         result.record_stream(self.down)
 
-    def _write(self, rows: _Rows, slot: _Slot, target: torch.Tensor) -> int:
+    def _write(self, rows: Rows, slot: Slot, target: torch.Tensor) -> int:
         """Writes a finished tile; returns its bytes and gives its buffers back."""
         import torch
 
