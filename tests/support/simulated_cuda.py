@@ -450,7 +450,9 @@ def _patch_cuda(patches: pytest.MonkeyPatch, simulator: Simulator) -> None:
     }
     for name, value in replaced.items():
         patches.setattr(torch.cuda, name, value)
-    patches.setattr(torch._C, "_cuda_clearCublasWorkspaces", simulator.clear_workspaces)
+    # A build without CUDA does not have it.
+    clear = simulator.clear_workspaces
+    patches.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
     patches.setattr(
         torch.backends.cuda, "cublas_workspace_size", lambda: simulator.workspace, raising=False
     )
