@@ -106,21 +106,25 @@ class MergePlan:
         sync: bool = True,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
-        from lorafast._torch._choice import carry_out
+        from lorafast._torch._names import check_name, parse_memory
 
         check_threads(threads)
+        memory = parse_memory(device_memory, check_name(device))
+        options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "sync": sync}
         with _progress_callback(progress) as callback:
-            done = carry_out(
-                self.core,
-                output,
-                device=device,
-                device_memory=device_memory,
-                threads=threads,
-                overwrite=overwrite,
-                sync=sync,
-                progress=callback,
-            )
-        summary = done.summary
+            if device == "cpu":
+                summary = self.core.execute(
+                    output, **options, instruction_set=None, progress=callback
+                )
+                notes, fallbacks = [], {}
+            else:
+                from lorafast._torch._choice import carry_out
+
+                done = carry_out(
+                    self.core, output, device=device, memory=memory, **options, progress=callback
+                )
+                summary, device = done.summary, done.device
+                notes, fallbacks = done.notes, done.fallbacks
         description = self._description
         result = MergeReport(
             base=self.base,
@@ -129,7 +133,7 @@ class MergePlan:
             weights=description["weights"],
             output_path=os.fspath(output),
             dtype=description["dtype"],
-            device=done.device,
+            device=device,
             total_parameters=self.total_parameters,
             model_size_mb=summary["bytes_written"] / 2**20,
             tensors_merged=self.tensors_merged,
@@ -144,8 +148,8 @@ class MergePlan:
             base_header_sha256=summary["base_header_sha256"],
             groups=_groups(description),
             warnings=list(self.warnings),
-            notes=[*self.notes, *done.notes],
-            fallbacks=done.fallbacks,
+            notes=[*self.notes, *notes],
+            fallbacks=fallbacks,
             side_files=summary["side_files"],
             left_out=summary["left_out"],
             accounts=[adapter["account"] for adapter in description["adapters"]],
@@ -334,7 +338,7 @@ def merge(
         MissingDependencyError: torch is needed for the device and is not installed.
         VerificationError: with `verify`, the output reads back as something else.
     """
-    from lorafast._torch._devices import check_name, parse_memory
+    from lorafast._torch._names import check_name, parse_memory
 
     parse_memory(device_memory, check_name(device))
     check_threads(threads)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafast._torch._devices import check_name, open_device, parse_memory, without_cuda
+from lorafast._torch._devices import open_device, without_cuda
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +46,24 @@ def carry_out(
     output: str | os.PathLike[str],
     *,
     device: str,
-    device_memory: int | str | None,
+    memory: int | None,
     threads: int | None,
     overwrite: bool,
     sync: bool,
     progress: Callable[[int, int], object] | None,
 ) -> Done:
-    """Carries a plan out on the device of that name; arguments as for `lorafast.merge`."""
-    memory = parse_memory(device_memory, check_name(device))
+    """Carries a plan out on the device of that name; arguments as for `lorafast.merge`.
+
+    Args:
+        plan: the core's plan.
+        output: the directory to write.
+        device: a name other than "cpu".
+        memory: the most bytes of the device's memory to use; most of what is free if missing.
+        threads: worker threads.
+        overwrite: replace what is in `output`.
+        sync: return when the output has reached the disk.
+        progress: called with the bytes done and the bytes in all.
+    """
     notes: list[str] = []
     if device == "auto":
         device, note = choose(plan, threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,52 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import DeviceError, missing
+from lorafast._torch._names import check_name
 
 if TYPE_CHECKING:
     import torch
 
-#: The forms of a device's name, for messages and help.
-FORMS = "cpu, cuda, cuda:N, auto, torch:cpu"
 #: What torch calls the dtypes of safetensors that can be merged.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-#: Less than this holds no tile worth sending.
-LEAST_MEMORY = 1 << 20
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def check_name(name: str) -> str:
-    """Returns a device's name if it has one of the known forms.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if re.fullmatch(r"cpu|auto|torch:cpu|cuda(:\d+)?", name) is None:
-        raise ValueError(f"unknown device {name!r}; there are {FORMS}")
-    return name
-
-
-def parse_memory(memory: int | str | None, device: str) -> int | None:
-    """Bytes from a number or a text such as "2GiB" or "500 MB".
-
-    Args:
-        memory: bytes, a text with a unit, or None for no bound.
-        device: the name of the device that it bounds.
-
-    Raises:
-        ValueError: it is no such amount, less than 1 MiB, or bounds the CPU's own backend.
-    """
-    if memory is None:
-        return None
-    if device == "cpu":
-        raise ValueError("device_memory bounds the memory of a device, and device is 'cpu'")
-    if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", memory, re.IGNORECASE)
-        if found is None:
-            raise ValueError(f"device_memory is {memory!r}; give bytes, or as '2GiB' or '500MB'")
-        memory = int(float(found[1]) * UNITS[(found[2] or "").upper()])
-    if memory < LEAST_MEMORY:
-        raise ValueError(f"device_memory is {memory} bytes; it is at least 1 MiB")
-    return memory
 
 
 def import_torch(purpose: str) -> Any:
