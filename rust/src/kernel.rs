@@ -83,16 +83,18 @@ impl InstructionSet {
         })
     }
 
-    /// Rows and columns of the register block: factors are packed to these.
-    fn block_shape(self) -> pack::BlockShape {
-        match self {
-            Self::Portable => pack::BlockShape { rows: 4, lanes: 8, vectors: 2 },
+    /// The register block for weights of a type: factors are packed to it.
+    fn block_shape(self, weight: &Dtype) -> pack::BlockShape {
+        let (rows, lanes, vectors) = match self {
+            Self::Portable => (4, 8, 2),
             // Two columns of vectors leave four of the sixteen registers for the operands; three
             // columns of four rows ran at half the speed.
-            Self::Avx2 => pack::BlockShape { rows: 6, lanes: 8, vectors: 2 },
+            Self::Avx2 => (6, 8, 2),
             // An even number of vectors, for 16-bit rows are widened and rounded two at a time.
-            Self::Avx512 | Self::Avx512Bf16 => pack::BlockShape { rows: 6, lanes: 16, vectors: 4 },
-        }
+            Self::Avx512 | Self::Avx512Bf16 => (6, 16, 4),
+        };
+        let paired = self == Self::Avx2 && *weight == Dtype::Bf16;
+        pack::BlockShape { rows, lanes, vectors, paired }
     }
 }
 
@@ -107,7 +109,7 @@ pub const ROW_MULTIPLE: usize = 24;
 ///
 /// # Panics
 /// If the tile is not made of whole rows within the factors, or begins at a row that is no
-/// multiple of [`ROW_MULTIPLE`], or `dtype` is of another precision than the factors.
+/// multiple of [`ROW_MULTIPLE`], or the factors were packed for rows of another type.
 pub fn merge_rows(
     set: InstructionSet,
     factors: &Factors,
@@ -126,7 +128,8 @@ pub fn merge_rows(
             double::merge_rows(set, factors, first_row, tile)
         }
         Factors::Single(factors) => {
-            assert!(factors.shape() == set.block_shape(), "packed for this instruction set");
+            let shape = set.block_shape(dtype);
+            assert!(factors.shape() == shape, "packed for this instruction set and type");
             let maximum = block::merge_rows(set, factors, first_row, dtype, tile);
             maximum < overflow_threshold(dtype)
         }

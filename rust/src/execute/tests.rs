@@ -449,7 +449,7 @@ fn parts_of_an_execution_make_the_whole() {
     let set = InstructionSet::detect();
     let factors = crate::kernel::Factors::pack(
         set,
-        &Dtype::F32,
+        &Dtype::Bf16,
         (ROWS as usize, COLUMNS as usize),
         crate::kernel::Orientation::OutIn,
         &[pair.operand(update.products[0].coefficient * update.weight)],

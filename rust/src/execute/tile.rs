@@ -136,7 +136,10 @@ enum Gains {
 struct Packing<'a> {
     set: InstructionSet,
     inputs: &'a Inputs,
+    /// The accumulator's.
     dtype: &'a Dtype,
+    /// That of the stored rows, where a product alone is added to these in place.
+    in_place: Option<&'a Dtype>,
     columns: usize,
     /// What initialisations took out of W₀, by the adapter's position and its module.
     removed: Vec<((usize, &'a str), Pair<'static>)>,
@@ -165,13 +168,24 @@ impl Packing<'_> {
 
     fn pack(
         &self,
+        dtype: &Dtype,
         orientation: Orientation,
         rows: &Range<usize>,
         pairs: &[(Pair<'_>, f64)],
     ) -> Factors {
         let operands: Vec<_> =
             pairs.iter().map(|(pair, coefficient)| pair.operand(*coefficient)).collect();
-        Factors::pack(self.set, self.dtype, (rows.len(), self.columns), orientation, &operands)
+        Factors::pack(self.set, dtype, (rows.len(), self.columns), orientation, &operands)
+    }
+
+    /// The type of the rows that sums are added to. What decides is what [`Segment::only_sum`] sees.
+    fn dtype_of_sums(&self, updates: &[&Update]) -> &Dtype {
+        let adds = |update: &&Update| !update.kind.takes_the_place();
+        let alike = |pair: &[&Update]| {
+            pair[0].stage == pair[1].stage && pair[0].orientation() == pair[1].orientation()
+        };
+        let one_sum = updates.iter().all(adds) && updates.windows(2).all(alike);
+        self.in_place.filter(|_| one_sum).unwrap_or(self.dtype)
     }
 
     fn segment<E>(
@@ -181,18 +195,20 @@ impl Packing<'_> {
         scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
     ) -> Result<Segment, E> {
         let mut segment = Segment { rows, columns: self.columns, stages: Vec::new() };
+        let dtype = self.dtype_of_sums(updates);
         for stage in updates.chunk_by(|left, right| left.stage == right.stage) {
-            let stage = self.stage(&segment, stage, scan)?;
+            let stage = self.stage(&segment, stage, dtype, scan)?;
             segment.stages.push(stage);
         }
         Ok(segment)
     }
 
-    /// The next stage of a segment.
+    /// The next stage of a segment, its sums packed for rows of `dtype`.
     fn stage<E>(
         &self,
         segment: &Segment,
         updates: &[&Update],
+        dtype: &Dtype,
         scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
     ) -> Result<Stage, E> {
         let rows = &segment.rows;
@@ -204,7 +220,7 @@ impl Packing<'_> {
                 UpdateKind::Dora => {
                     keep -= update.weight;
                     let pairs = self.pairs(update, rows);
-                    let factors = self.pack(update.orientation(), rows, &pairs);
+                    let factors = self.pack(self.dtype, update.orientation(), rows, &pairs);
                     let magnitude = magnitude(&self.inputs.adapters[update.adapter], update);
                     let on = update.on.as_ref().map(|tensor| self.own(update, tensor, rows));
                     let gains = match update.orientation() {
@@ -240,7 +256,7 @@ impl Packing<'_> {
                     self.pairs(update, rows).into_iter().map(weighted)
                 })
                 .collect();
-            (!pairs.is_empty()).then(|| self.pack(orientation, rows, &pairs))
+            (!pairs.is_empty()).then(|| self.pack(dtype, orientation, rows, &pairs))
         });
         Ok(Stage { sums: sums.collect(), keep, places })
     }
@@ -332,7 +348,9 @@ impl Prepared {
         mut scan: impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
     ) -> Result<Self, E> {
         let (_, columns) = tensor.matrix();
-        let packing = Packing { set, inputs, dtype, columns, removed };
+        let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
+        let in_place = (from == to).then_some(from);
+        let packing = Packing { set, inputs, dtype, in_place, columns, removed };
         let segments = tensor.segments().into_iter().map(|rows| {
             let updates: Vec<_> = tensor
                 .updates()

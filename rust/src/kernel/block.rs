@@ -3,7 +3,7 @@
 use super::InstructionSet;
 use super::convert::{Element, PlainBf16, PlainF16, PlainF32};
 use super::pack::PackedFactors;
-use super::simd::{Portable, Simd};
+use super::simd::{Largest, Portable, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
 use crate::dtype::Dtype;
@@ -203,8 +203,8 @@ unsafe fn rows<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
 ) -> u32 {
     let stride = factors.columns() * E::SIZE;
     let tile_rows = tile.len() / stride;
-    // SAFETY: a vector of zeros; the instructions are there by the caller's contract.
-    let mut maximum = unsafe { S::splat(0.0) };
+    // SAFETY: the instructions are there by the caller's contract.
+    let mut largest = unsafe { Largest::<S>::none() };
     for panel in factors.panels() {
         let vectors = panel.columns.div_ceil(S::LANES);
         for row in (0..tile_rows).step_by(ROWS) {
@@ -223,18 +223,18 @@ unsafe fn rows<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
             // SAFETY: `left_block` and the panel hold rank × ROWS and rank × vectors × LANES
             // values (checked by their constructors), and the target has the block's rows and
             // columns inside the tile.
-            maximum = unsafe {
+            unsafe {
                 match vectors {
-                    1 => block.add::<S, E, ROWS, 1>(maximum),
-                    2 => block.add::<S, E, ROWS, 2>(maximum),
-                    3 => block.add::<S, E, ROWS, 3>(maximum),
-                    _ => block.add::<S, E, ROWS, VECTORS>(maximum),
+                    1 => block.add::<S, E, ROWS, 1>(&mut largest),
+                    2 => block.add::<S, E, ROWS, 2>(&mut largest),
+                    3 => block.add::<S, E, ROWS, 3>(&mut largest),
+                    _ => block.add::<S, E, ROWS, VECTORS>(&mut largest),
                 }
-            };
+            }
         }
     }
     // SAFETY: the caller's contract.
-    unsafe { S::reduce_magnitude(maximum) }
+    unsafe { largest.reduce() }
 }
 
 /// A loop of at most eight rounds that is unrolled whatever the size of its body: a loop that is
@@ -274,8 +274,8 @@ impl Block {
     #[inline(always)]
     unsafe fn add<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
         self,
-        mut maximum: S::Vector,
-    ) -> S::Vector {
+        largest: &mut Largest<S>,
+    ) {
         // SAFETY: indices stay below rank × ROWS and rank × VECTORS × LANES on the factors' side;
         // on the target's side whole vectors are touched only where all their columns exist, and
         // single elements elsewhere.
@@ -305,13 +305,12 @@ impl Block {
                 });
                 unrolled!(row < ROWS, {
                     let target = self.target.add(row * self.stride);
-                    maximum = E::store_sums::<S, VECTORS>(&sums[row], target, maximum);
+                    E::store_sums::<S, VECTORS>(&sums[row], target, largest);
                 });
             } else {
-                maximum = self.add_parts::<S, E, ROWS, VECTORS>(&sums, maximum);
+                self.add_parts::<S, E, ROWS, VECTORS>(&sums, largest);
             }
         }
-        maximum
     }
 
     /// A block at the tensor's edge, of which some rows or columns do not exist.
@@ -322,10 +321,16 @@ impl Block {
     unsafe fn add_parts<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
         &self,
         sums: &[[S::Vector; VECTORS]; ROWS],
-        mut maximum: S::Vector,
-    ) -> S::Vector {
+        largest: &mut Largest<S>,
+    ) {
         // A copy, so that indices into it keep nobody else's sums out of the registers.
-        let sums = *sums;
+        let mut sums = *sums;
+        if S::PAIRED && E::PAIRED && self.columns == VECTORS * S::LANES {
+            for pair in sums.iter_mut().flat_map(|sums| sums.as_chunks_mut::<2>().0) {
+                // SAFETY: the processor has the instructions.
+                (pair[0], pair[1]) = unsafe { S::pair_in_order((pair[0], pair[1])) };
+            }
+        }
         for (row, sums) in sums.iter().enumerate().take(self.rows) {
             for (vector, sum) in sums.iter().enumerate() {
                 let first = vector * S::LANES;
@@ -333,11 +338,10 @@ impl Block {
                 // SAFETY: the caller's contract; `count` columns of the row exist from there on.
                 unsafe {
                     let place = self.target.add(row * self.stride + first * E::SIZE);
-                    maximum = add_part::<S, E>(place, count, *sum, maximum);
+                    add_part::<S, E>(place, count, *sum, largest);
                 }
             }
         }
-        maximum
     }
 }
 
@@ -351,8 +355,8 @@ unsafe fn add_part<S: Simd, E: Element>(
     place: *mut u8,
     count: usize,
     sum: S::Vector,
-    maximum: S::Vector,
-) -> S::Vector {
+    largest: &mut Largest<S>,
+) {
     // As many bytes as the widest vector of the widest element has.
     let mut buffer = [0u8; 16 * 4];
     // SAFETY: the buffer holds a whole vector of E, the place `count` elements.
@@ -362,6 +366,6 @@ unsafe fn add_part<S: Simd, E: Element>(
         let merged = S::add(E::load::<S>(buffer.as_ptr()), sum);
         E::store::<S>(merged, buffer.as_mut_ptr());
         std::ptr::copy_nonoverlapping(buffer.as_ptr(), place, count * E::SIZE);
-        S::max_magnitude(maximum, merged)
+        largest.wide = S::max_magnitude(largest.wide, merged);
     }
 }

@@ -1,7 +1,7 @@
 //! Between the stored types and f32: the element types that the kernels are written over, and the
 //! conversion of whole slices, with one rounding to nearest even.
 
-use super::simd::Simd;
+use super::simd::{Largest, Simd};
 use crate::dtype::Dtype;
 
 /// A stored element type.
@@ -20,7 +20,10 @@ pub(super) unsafe trait Element {
     /// The processor has the instructions of `S`, and a whole vector of elements can be written.
     unsafe fn store<S: Simd>(value: S::Vector, target: *mut u8);
 
-    /// Adds the elements at `place` to vectors, which are then in an order of their own.
+    /// Whether panels of columns for these weights are paired ([`Simd::PAIRED`]).
+    const PAIRED: bool = false;
+
+    /// Adds the elements at `place` to the vectors of a whole panel.
     ///
     /// # Safety
     /// The processor has the instructions of `S`, and as many whole vectors of elements can be read.
@@ -40,7 +43,7 @@ pub(super) unsafe trait Element {
         }
     }
 
-    /// Rounds and stores what [`Element::add_stored`] made; returns the largest magnitude so far.
+    /// Rounds and stores what [`Element::add_stored`] made.
     ///
     /// # Safety
     /// The processor has the instructions of `S`, and as many whole vectors of elements can be
@@ -49,19 +52,17 @@ pub(super) unsafe trait Element {
     unsafe fn store_sums<S: Simd, const COUNT: usize>(
         sums: &[S::Vector; COUNT],
         place: *mut u8,
-        mut maximum: S::Vector,
-    ) -> S::Vector
-    where
+        largest: &mut Largest<S>,
+    ) where
         Self: Sized,
     {
         for (vector, sum) in sums.iter().enumerate() {
             // SAFETY: the caller's contract.
             unsafe {
                 Self::store::<S>(*sum, place.add(vector * S::LANES * Self::SIZE));
-                maximum = S::max_magnitude(maximum, *sum);
+                largest.wide = S::max_magnitude(largest.wide, *sum);
             }
         }
-        maximum
     }
 }
 
@@ -95,6 +96,8 @@ macro_rules! element {
 element!(PlainF32, 4, load_f32, store_f32, {});
 element!(PlainF16, 2, load_f16, store_f16, {});
 element!(PlainBf16, 2, load_bf16, store_bf16, {
+    const PAIRED: bool = true;
+
     #[inline(always)]
     unsafe fn add_stored<S: Simd, const COUNT: usize>(
         place: *const u8,
@@ -106,7 +109,7 @@ element!(PlainBf16, 2, load_bf16, store_bf16, {
             // SAFETY: the caller's contract.
             unsafe {
                 let place = place.add(2 * index * S::LANES);
-                (*first, *second) = S::add_pair_bf16(place, *first, *second);
+                (*first, *second) = S::add_pair_bf16(place, (*first, *second));
             }
         }
         if let [last] = rest {
@@ -121,30 +124,24 @@ element!(PlainBf16, 2, load_bf16, store_bf16, {
     unsafe fn store_sums<S: Simd, const COUNT: usize>(
         sums: &[S::Vector; COUNT],
         place: *mut u8,
-        mut maximum: S::Vector,
-    ) -> S::Vector {
+        largest: &mut Largest<S>,
+    ) {
         let place: *mut u16 = place.cast();
         let (pairs, rest) = sums.as_chunks::<2>();
         for (index, [first, second]) in pairs.iter().enumerate() {
             // SAFETY: the caller's contract.
             unsafe {
                 let place = place.add(2 * index * S::LANES);
-                if !S::store_pair_bf16(place, (*first, *second)) {
-                    let (first, second) = S::pair_in_order((*first, *second));
-                    S::store_bf16(first, place);
-                    S::store_bf16(second, place.add(S::LANES));
-                    maximum = S::max_magnitude(S::max_magnitude(maximum, first), second);
-                }
+                S::store_pair_bf16(place, (*first, *second), largest);
             }
         }
         if let [last] = rest {
             // SAFETY: the caller's contract.
             unsafe {
                 S::store_bf16(*last, place.add((COUNT - 1) * S::LANES));
-                maximum = S::max_magnitude(maximum, *last);
+                largest.wide = S::max_magnitude(largest.wide, *last);
             }
         }
-        maximum
     }
 });
 

@@ -10,6 +10,8 @@ pub(super) struct BlockShape {
     pub rows: usize,
     pub lanes: usize,
     pub vectors: usize,
+    /// Whether whole panels have columns at even places before those at odd ones, by two vectors.
+    pub paired: bool,
 }
 
 impl BlockShape {
@@ -55,7 +57,8 @@ pub enum Factors {
 }
 
 impl Factors {
-    /// Packs the operands for a weight stored with `rows` × `columns` elements.
+    /// Packs the operands for a weight stored with `rows` × `columns` elements, to be added to rows
+    /// of the type `weight`.
     ///
     /// # Panics
     /// If an operand's bytes do not have the length that rank and shape ask for.
@@ -112,8 +115,8 @@ impl Factors {
                 sides(orientation, a, b)
             })
             .unzip();
-        let shape = set.block_shape();
-        let factors = PackedFactors {
+        let shape = set.block_shape(weight);
+        let mut factors = PackedFactors {
             shape,
             rows,
             columns,
@@ -121,6 +124,9 @@ impl Factors {
             left: in_strips(&lefts, rows, shape.rows, shape.rows),
             right: in_strips(&rights, columns, shape.panel(), shape.lanes),
         };
+        if shape.paired {
+            factors.pair();
+        }
         Self::Single(factors)
     }
 
@@ -248,6 +254,21 @@ pub(super) struct Panel<'a> {
 }
 
 impl PackedFactors {
+    /// Brings the right factor's whole panels into pairs, and both factors' NaNs into the form
+    /// that needs no rounding.
+    fn pair(&mut self) {
+        const PAIR: usize = 16;
+        debug_assert_eq!(2 * self.shape.lanes, PAIR, "two vectors of the only set with pairs");
+        let whole = self.columns / self.shape.panel() * self.shape.panel();
+        for pair in self.right[..whole * self.rank].as_chunks_mut::<PAIR>().0 {
+            let columns = *pair;
+            *pair = std::array::from_fn(|place| columns[place % 8 * 2 + place / 8]);
+        }
+        for value in self.left.iter_mut().chain(&mut self.right) {
+            *value = if value.is_nan() { f32::NAN } else { *value };
+        }
+    }
+
     pub(super) fn shape(&self) -> BlockShape {
         self.shape
     }

@@ -27,13 +27,15 @@ pub(super) unsafe trait Simd: Copy {
         right: Self::Vector,
         sum: Self::Vector,
     ) -> Self::Vector;
-    /// Two vectors with the two vectors of elements at `place` added to them, in an order of the
-    /// set's own: only [`Simd::store_pair_bf16`] and [`Simd::pair_in_order`] know it.
+    /// Whether two vectors of columns that meet bf16 weights hold the elements at even places and
+    /// those at odd ones, where a panel has both as a whole. Elements of 16 bits then become
+    /// elements of 32, and these 16 again, without crossing from one place to another.
+    const PAIRED: bool = false;
+    /// Such a pair with the elements at `place` added; of a set without pairs, two vectors in order.
     #[inline(always)]
     unsafe fn add_pair_bf16(
         place: *const u16,
-        first: Self::Vector,
-        second: Self::Vector,
+        (first, second): (Self::Vector, Self::Vector),
     ) -> (Self::Vector, Self::Vector) {
         // SAFETY: the caller's contract covers two vectors of elements.
         unsafe {
@@ -41,22 +43,64 @@ pub(super) unsafe trait Simd: Copy {
             (Self::add(Self::load_bf16(place), first), Self::add(after, second))
         }
     }
-    /// Rounds and stores what [`Simd::add_pair_bf16`] made, at once, if the set has a way that is
-    /// faster than one by one and it gives the same bytes for these; returns whether it was done,
-    /// which it never is where a result is not finite.
+    /// Rounds and stores what [`Simd::add_pair_bf16`] made. NaNs have no bit among the lower 16.
     #[inline(always)]
-    unsafe fn store_pair_bf16(_place: *mut u16, _pair: (Self::Vector, Self::Vector)) -> bool {
-        false
+    unsafe fn store_pair_bf16(
+        place: *mut u16,
+        (first, second): (Self::Vector, Self::Vector),
+        largest: &mut Largest<Self>,
+    ) {
+        // SAFETY: the caller's contract covers two vectors of elements.
+        unsafe {
+            Self::store_bf16(first, place);
+            Self::store_bf16(second, place.add(Self::LANES));
+            largest.wide = Self::max_magnitude(largest.wide, first);
+            largest.wide = Self::max_magnitude(largest.wide, second);
+        }
     }
-    /// What [`Simd::add_pair_bf16`] made, in the order of the elements.
+    /// The elements of a pair in their order.
     #[inline(always)]
     unsafe fn pair_in_order(pair: (Self::Vector, Self::Vector)) -> (Self::Vector, Self::Vector) {
         pair
+    }
+    /// The largest of [`Largest::narrow`]'s bf16 magnitudes, as the bits of an f32.
+    #[inline(always)]
+    unsafe fn reduce_narrow(_narrow: Self::Vector) -> u32 {
+        0
     }
     /// The larger of `maximum` and |value|, compared as integers, so that a NaN is the largest.
     unsafe fn max_magnitude(maximum: Self::Vector, value: Self::Vector) -> Self::Vector;
     /// The largest element's bits.
     unsafe fn reduce_magnitude(maximum: Self::Vector) -> u32;
+}
+
+/// The largest magnitudes so far, in the two forms in which vectors keep them.
+#[derive(Clone, Copy)]
+pub(super) struct Largest<S: Simd> {
+    /// The bits of f32 magnitudes.
+    pub wide: S::Vector,
+    /// The bits of bf16 magnitudes, twice as many; zeros of a set that keeps none.
+    pub narrow: S::Vector,
+}
+
+impl<S: Simd> Largest<S> {
+    /// # Safety
+    /// The processor has the instructions of `S`.
+    #[inline(always)]
+    pub unsafe fn none() -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { Self { wide: S::splat(0.0), narrow: S::splat(0.0) } }
+    }
+
+    /// The largest of all as the bits of an f32.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `S`.
+    #[inline(always)]
+    pub unsafe fn reduce(self) -> u32 {
+        // SAFETY: the caller's contract.
+        unsafe { S::reduce_magnitude(self.wide).max(S::reduce_narrow(self.narrow)) }
+    }
 }
 
 /// Plain Rust on arrays that the compiler puts into whatever registers the target has.

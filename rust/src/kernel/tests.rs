@@ -308,3 +308,40 @@ fn every_instruction_set_treats_subnormals_zeros_and_what_is_not_finite_alike() 
         }
     }
 }
+
+#[test]
+fn a_nan_of_a_factor_stays_one_whatever_its_bits() {
+    // Rounded like a number, a NaN of all bits would become a zero.
+    let (rows, columns) = (ROW_MULTIPLE, 130);
+    for bits in [0x7fff_ffffu32, 0xffff_ffff, 0x7f80_0001, 0xff80_0001] {
+        for row_of_nan in [0, rows - 1] {
+            let mut b = vec![0f32; rows];
+            b[row_of_nan] = f32::from_bits(bits);
+            let b: Vec<u8> = b.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let a = bytes_of(&Dtype::F32, &vec![0.5; columns]);
+            let operand = Operand {
+                a: &a,
+                a_dtype: &Dtype::F32,
+                b: &b,
+                b_dtype: &Dtype::F32,
+                rank: 1,
+                coefficient: 1.0,
+            };
+            for set in InstructionSet::available() {
+                for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+                    let shape = (rows, columns);
+                    let factors = Factors::pack(set, &dtype, shape, Orientation::OutIn, &[operand]);
+                    let mut tile = bytes_of(&dtype, &vec![0.5; rows * columns]);
+                    assert!(!merge_rows(set, &factors, 0, &dtype, &mut tile));
+                    for (index, value) in convert::widen_f64(&dtype, &tile).iter().enumerate() {
+                        assert_eq!(
+                            value.is_nan(),
+                            index / columns == row_of_nan,
+                            "{set:?} {dtype}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::Simd;
+use super::simd::{Largest, Simd};
 
 /// Whether [`Avx2`] can be used.
 pub(super) fn has_avx2() -> bool {
@@ -112,56 +112,64 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_fmadd_ps(left, right, sum) }
     }
 
+    const PAIRED: bool = true;
+
     #[inline(always)]
-    unsafe fn add_pair_bf16(place: *const u16, first: __m256, second: __m256) -> (__m256, __m256) {
+    unsafe fn add_pair_bf16(place: *const u16, (even, odd): (__m256, __m256)) -> (__m256, __m256) {
         // SAFETY: the trait's contract.
         unsafe {
             let stored = _mm256_loadu_si256(place.cast());
-            // Widening, and packing again, go within the halves of 128 bits: one vector has the
-            // lower four elements of both sums, the other the upper ones.
-            let low = _mm256_unpacklo_epi16(_mm256_setzero_si256(), stored);
-            let high = _mm256_unpackhi_epi16(_mm256_setzero_si256(), stored);
-            let (lower, upper) = Self::pair_in_order((first, second));
-            let low = _mm256_add_ps(_mm256_castsi256_ps(low), lower);
-            (low, _mm256_add_ps(_mm256_castsi256_ps(high), upper))
+            let low = _mm256_slli_epi32::<16>(stored);
+            let high = _mm256_and_si256(stored, _mm256_set1_epi32(!0xffff));
+            let low = _mm256_add_ps(_mm256_castsi256_ps(low), even);
+            (low, _mm256_add_ps(_mm256_castsi256_ps(high), odd))
         }
     }
 
     #[inline(always)]
-    unsafe fn store_pair_bf16(place: *mut u16, (low, high): (__m256, __m256)) -> bool {
+    unsafe fn store_pair_bf16(
+        place: *mut u16,
+        (low, high): (__m256, __m256),
+        largest: &mut Largest<Self>,
+    ) {
         // SAFETY: the trait's contract.
         unsafe {
             let (low, high) = (_mm256_castps_si256(low), _mm256_castps_si256(high));
             // The upper and the lower 16 bits of sixteen elements, each in a vector.
-            let kept =
-                _mm256_packus_epi32(_mm256_srli_epi32::<16>(low), _mm256_srli_epi32::<16>(high));
-            let mask = _mm256_set1_epi32(0xffff);
-            let cut =
-                _mm256_packus_epi32(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
-            // What is not finite, or may not be when it is rounded.
-            let magnitude = _mm256_and_si256(kept, _mm256_set1_epi16(0x7fff));
-            let suspect = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7f7e));
-            if _mm256_movemask_epi8(suspect) != 0 {
-                return false;
-            }
+            let kept = _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(low), high);
+            let cut = _mm256_blend_epi16::<0xaa>(low, _mm256_slli_epi32::<16>(high));
             // Up where more than half a unit is cut, or half a unit from an odd number: with that
-            // number's last bit put among the bits that are cut, both are more than half.
+            // number's last bit put among the bits that are cut, both are more than half. What is
+            // infinite, or a NaN, has nothing to cut, and what is too large becomes infinite.
             let odd = _mm256_and_si256(kept, _mm256_set1_epi16(1));
             let half = _mm256_set1_epi16(i16::MIN);
             let beyond = _mm256_subs_epu16(_mm256_or_si256(cut, odd), half);
             let step = _mm256_min_epu16(beyond, _mm256_set1_epi16(1));
-            _mm256_storeu_si256(place.cast(), _mm256_add_epi16(kept, step));
-            true
+            let rounded = _mm256_add_epi16(kept, step);
+            _mm256_storeu_si256(place.cast(), rounded);
+            let magnitude = _mm256_and_si256(rounded, _mm256_set1_epi16(i16::MAX));
+            let narrow = _mm256_castps_si256(largest.narrow);
+            largest.narrow = _mm256_castsi256_ps(_mm256_max_epu16(narrow, magnitude));
         }
     }
 
     #[inline(always)]
-    unsafe fn pair_in_order((low, high): (__m256, __m256)) -> (__m256, __m256) {
-        // SAFETY: the trait's contract. Done twice it changes nothing.
+    unsafe fn pair_in_order((even, odd): (__m256, __m256)) -> (__m256, __m256) {
+        // SAFETY: the trait's contract.
         unsafe {
+            let low = _mm256_unpacklo_ps(even, odd);
+            let high = _mm256_unpackhi_ps(even, odd);
             let first = _mm256_permute2f128_ps::<0x20>(low, high);
             (first, _mm256_permute2f128_ps::<0x31>(low, high))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn reduce_narrow(narrow: __m256) -> u32 {
+        let mut lanes = [0u16; 16];
+        // SAFETY: the trait's contract; the array holds a whole vector.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr().cast(), narrow) };
+        u32::from(lanes.into_iter().max().unwrap_or(0)) << 16
     }
 
     #[inline(always)]
@@ -270,7 +278,10 @@ unsafe impl<const ROUNDS: bool> Simd for Avx512<ROUNDS> {
     }
 
     #[inline(always)]
-    unsafe fn add_pair_bf16(place: *const u16, first: __m512, second: __m512) -> (__m512, __m512) {
+    unsafe fn add_pair_bf16(
+        place: *const u16,
+        (first, second): (__m512, __m512),
+    ) -> (__m512, __m512) {
         // SAFETY: the trait's contract.
         unsafe {
             if !ROUNDS {
@@ -290,23 +301,29 @@ unsafe impl<const ROUNDS: bool> Simd for Avx512<ROUNDS> {
     }
 
     #[inline(always)]
-    unsafe fn store_pair_bf16(place: *mut u16, (low, high): (__m512, __m512)) -> bool {
-        if !ROUNDS {
-            return false;
-        }
+    unsafe fn store_pair_bf16(
+        place: *mut u16,
+        (low, high): (__m512, __m512),
+        largest: &mut Largest<Self>,
+    ) {
         // SAFETY: the trait's contract, which with `ROUNDS` includes AVX-512 BF16.
         unsafe {
-            // SAFETY: both are vectors of 512 bits without invalid values.
-            let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-            // It makes zeros of subnormals, so a zero may be wrong; and what is not finite counts
-            // as the largest. Twice the element less one puts both at the upper end.
-            let doubled = _mm512_add_epi16(rounded, rounded);
-            let rank = _mm512_add_epi16(doubled, _mm512_set1_epi16(-1));
-            if _mm512_cmpge_epu16_mask(rank, _mm512_set1_epi16(0xfeff_u16 as i16)) != 0 {
-                return false;
+            if ROUNDS {
+                // SAFETY: both are vectors of 512 bits without invalid values.
+                let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                // It makes zeros of subnormals, so a zero may be wrong; and what is not finite
+                // counts as the largest. Twice the element less one puts both at the upper end.
+                let doubled = _mm512_add_epi16(rounded, rounded);
+                let rank = _mm512_add_epi16(doubled, _mm512_set1_epi16(-1));
+                if _mm512_cmpge_epu16_mask(rank, _mm512_set1_epi16(0xfeff_u16 as i16)) == 0 {
+                    _mm512_storeu_si512(place.cast(), rounded);
+                    return;
+                }
             }
-            _mm512_storeu_si512(place.cast(), rounded);
-            true
+            Self::store_bf16(low, place);
+            Self::store_bf16(high, place.add(Self::LANES));
+            largest.wide = Self::max_magnitude(largest.wide, low);
+            largest.wide = Self::max_magnitude(largest.wide, high);
         }
     }
 
