@@ -49,9 +49,9 @@ def patch_threads(
                 with within():
                     run()
             finally:
-                thread.finished_clock = host().publish()  # type: ignore[attr-defined]
+                thread.finished_clock = host().publish()
 
-        thread.run = entered  # type: ignore[method-assign]
+        thread.run = entered
         start(thread)
 
     def joined(thread: threading.Thread, timeout: float | None = None) -> None:
@@ -78,7 +78,7 @@ def patch_threads(
                 _local.actor = thread
 
         future: Future[Any] = submit(pool, task)
-        future.ended = ended  # type: ignore[attr-defined]
+        future.ended = ended
         return future
 
     def resulting(future: Future[Any], timeout: float | None = None) -> Any:

@@ -52,7 +52,7 @@ class Simulated(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, memory: Memory, device: torch.device | str) -> Simulated:
-        made: Simulated = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Simulated = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -478,12 +478,12 @@ def simulated_cuda(
     simulator = Simulator(capacity, workspace, count)
     obstacle = _module._obstacle
     # Without a device its guards do nothing; and torch.tensor copies where a mode sees it.
-    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+    torch._C._ensureCUDADeviceGuardSet()
     # A module that moves gets new parameters: no plain one can become a tensor of ours.
     overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    lifted = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
-    torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
     with pytest.MonkeyPatch.context() as patches, activated(simulator):
         host_threads.begin()
         _patch_cuda(patches, simulator)
@@ -499,7 +499,7 @@ def simulated_cuda(
                 simulator.synchronize(torch.device("cuda", index))
             simulator.closed = True
             torch.__future__.set_overwrite_module_params_on_conversion(overwritten)
-            torch._C._set_only_lift_cpu_tensors(lifted)  # type: ignore[attr-defined]
+            torch._C._set_only_lift_cpu_tensors(lifted)
 
 
 @contextmanager

@@ -162,6 +162,12 @@ proptest! {
     }
 }
 
+/// Of two vectors in f32.
+fn outer_product<'a>(a: &'a [u8], b: &'a [u8]) -> Operand<'a> {
+    let (a_dtype, b_dtype) = (&Dtype::F32, &Dtype::F32);
+    Operand { a, a_dtype, b, b_dtype, rank: 1, coefficient: 1.0 }
+}
+
 #[test]
 fn an_overflow_is_seen_in_every_type_and_place() {
     // Far beyond the largest number, and only just so far that it rounds to infinity.
@@ -185,14 +191,7 @@ fn an_overflow_is_seen_in_every_type_and_place() {
                     let mut b = vec![0.0; rows];
                     b[rows - 1] = *step;
                     let (a, b) = (bytes_of(&Dtype::F32, &a), bytes_of(&Dtype::F32, &b));
-                    let operand = Operand {
-                        a: &a,
-                        a_dtype: &Dtype::F32,
-                        b: &b,
-                        b_dtype: &Dtype::F32,
-                        rank: 1,
-                        coefficient: 1.0,
-                    };
+                    let operand = outer_product(&a, &b);
                     let shape = (rows, columns);
                     let factors = Factors::pack(set, dtype, shape, Orientation::OutIn, &[operand]);
                     let mut calm = bytes_of(dtype, &vec![0.5; rows * columns]);
@@ -271,14 +270,7 @@ fn every_instruction_set_treats_subnormals_zeros_and_what_is_not_finite_alike() 
     let a: Vec<u8> =
         (0..columns).flat_map(|column| (sums[column % sums.len()] as f32).to_le_bytes()).collect();
     let b: Vec<u8> = (0..rows).flat_map(|_| 1f32.to_le_bytes()).collect();
-    let operand = Operand {
-        a: &a,
-        a_dtype: &Dtype::F32,
-        b: &b,
-        b_dtype: &Dtype::F32,
-        rank: 1,
-        coefficient: 1.0,
-    };
+    let operand = outer_product(&a, &b);
     let merged = |set, spread: usize| {
         let shape = (rows, columns);
         let factors = Factors::pack(set, &Dtype::Bf16, shape, Orientation::OutIn, &[operand]);
@@ -319,14 +311,7 @@ fn a_nan_of_a_factor_stays_one_whatever_its_bits() {
             b[row_of_nan] = f32::from_bits(bits);
             let b: Vec<u8> = b.iter().flat_map(|value| value.to_le_bytes()).collect();
             let a = bytes_of(&Dtype::F32, &vec![0.5; columns]);
-            let operand = Operand {
-                a: &a,
-                a_dtype: &Dtype::F32,
-                b: &b,
-                b_dtype: &Dtype::F32,
-                rank: 1,
-                coefficient: 1.0,
-            };
+            let operand = outer_product(&a, &b);
             for set in InstructionSet::available() {
                 for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
                     let shape = (rows, columns);
