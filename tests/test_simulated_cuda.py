@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def look(simulator: Simulator, *, waits: bool) -> None:
         done.synchronize()
         assert target.tolist() == [3.0] * 4
     else:
-        assert all(value != value for value in target.tolist())  # noqa: PLR0124 (NaN)
+        assert all(math.isnan(value) for value in target.tolist())
         target.sum()
 
 

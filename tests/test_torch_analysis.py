@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lorafast._cli import main
-from lorafast._torch import _names, _products, _spectra
+from lorafast._torch import _device_names, _products, _spectra
 from support.analysis import graded_factors, random_factors, write_factors
 from support.simulated_cuda import opened
 from test_similarity import dense_matrix, fleet, to_cosines
@@ -42,7 +42,7 @@ def test_products_are_those_of_dense_updates(
     if bound is not None:
         # So small that every run is of a member or two.
         monkeypatch.setattr(_products, "TILE_RANKS", 6)
-        monkeypatch.setattr(_names, "parse_memory", lambda *arguments: 20_000)
+        monkeypatch.setattr(_device_names, "parse_memory", lambda *arguments: 20_000)
     expected = dense_matrix(fleet(tmp_path / "fleet"))
     options: dict[str, Any] = {"precision": precision, "device": device, "device_memory": bound}
     found = lorafast.similarity(tmp_path / "fleet", metric="inner_product", **options)

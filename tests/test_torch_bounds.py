@@ -10,7 +10,7 @@ from typing import Any
 import lorafast
 import pytest
 import torch
-from lorafast._torch import _bounds, _names
+from lorafast._torch import _bounds, _device_names
 from lorafast._torch._devices import torch_dtype
 from lorafast._torch._program import Program, rounds_once
 from support.analysis import random_factors, write_factors
@@ -158,7 +158,7 @@ def test_a_similarity_takes_what_it_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, ranks: tuple[int, ...]
 ) -> None:
     most = 400_000
-    monkeypatch.setattr(_names, "parse_memory", lambda *arguments: most)
+    monkeypatch.setattr(_device_names, "parse_memory", lambda *arguments: most)
     for number in range(40):
         factors = random_factors({"m": (90, 125, ranks[number % len(ranks)])}, seed=number)
         write_factors(tmp_path / f"{number}", factors, dtype="F32")

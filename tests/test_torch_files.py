@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lorafast._cli import main
-from lorafast._torch import _choice, _devices, _files, _names
+from lorafast._torch import _choice, _device_names, _devices, _files
 from support.files import Tensor, read_checkpoint, snapshot, tensor
 from support.handmade import adapter_tensors, make_adapter, make_base, write_checkpoint
 from support.quantised import SCHEMES
@@ -286,7 +286,7 @@ def test_a_wrong_argument(
     [("2GiB", 2 << 30), ("1.5 GB", 1_500_000_000), ("512mib", 512 << 20), (1 << 20, 1 << 20)],
 )
 def test_amounts_of_memory(text: int | str, expected: int) -> None:
-    assert _names.parse_memory(text, "cuda") == expected
+    assert _device_names.parse_memory(text, "cuda") == expected
 
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")

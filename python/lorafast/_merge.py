@@ -106,7 +106,7 @@ class MergePlan:
         sync: bool = True,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
-        from lorafast._torch._names import check_name, parse_memory
+        from lorafast._torch._device_names import check_name, parse_memory
 
         check_threads(threads)
         memory = parse_memory(device_memory, check_name(device))
@@ -338,7 +338,7 @@ def merge(
         MissingDependencyError: torch is needed for the device and is not installed.
         VerificationError: with `verify`, the output reads back as something else.
     """
-    from lorafast._torch._names import check_name, parse_memory
+    from lorafast._torch._device_names import check_name, parse_memory
 
     parse_memory(device_memory, check_name(device))
     check_threads(threads)

@@ -19,7 +19,7 @@ def add_device_argument(parser: argparse.ArgumentParser, what: str) -> None:
 
 def device_name(name: str) -> str:
     """Return the name if it is of a device, as argparse's `type`."""
-    from lorafast._torch._names import check_name
+    from lorafast._torch._device_names import check_name
 
     try:
         return check_name(name)

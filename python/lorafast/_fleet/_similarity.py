@@ -97,8 +97,8 @@ def similarity(
         DeviceError: the device is not there.
     """
     from lorafast._fleet._collect import collected, pace
+    from lorafast._torch._device_names import parse_memory
     from lorafast._torch._devices import analysis_device
-    from lorafast._torch._names import parse_memory
 
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import DeviceError, missing
-from lorafast._torch._names import check_name
+from lorafast._torch._device_names import check_name
 
 if TYPE_CHECKING:
     import torch
