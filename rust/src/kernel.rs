@@ -8,6 +8,8 @@
 mod block;
 pub mod convert;
 mod double;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod simd;
 #[cfg(target_arch = "x86_64")]
@@ -24,8 +26,10 @@ pub use pack::{Factors, Operand, Orientation};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InstructionSet {
-    /// Plain Rust, for every processor. On 64-bit Arm the compiler makes NEON of it.
+    /// Plain Rust, for every processor.
     Portable,
+    /// NEON, which every 64-bit Arm processor has.
+    Neon,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
@@ -38,6 +42,8 @@ impl InstructionSet {
     /// All that this processor can run, the best one last.
     pub fn available() -> Vec<Self> {
         let mut sets = vec![Self::Portable];
+        #[cfg(target_arch = "aarch64")]
+        sets.push(Self::Neon);
         #[cfg(target_arch = "x86_64")]
         {
             if x86::has_avx2() {
@@ -62,6 +68,7 @@ impl InstructionSet {
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512_bf16",
@@ -88,13 +95,16 @@ impl InstructionSet {
         let (rows, lanes, vectors) = match self {
             Self::Portable => (4, 8, 2),
             // Two columns of vectors leave four of the sixteen registers for the operands; three
-            // columns of four rows ran at half the speed.
-            Self::Avx2 => (6, 8, 2),
+            // columns of four rows ran at half the speed. A vector of NEON's is two of its
+            // thirty-two registers.
+            Self::Avx2 | Self::Neon => (6, 8, 2),
             // An even number of vectors, for 16-bit rows are widened and rounded two at a time.
             Self::Avx512 | Self::Avx512Bf16 => (6, 16, 4),
         };
-        let paired = self == Self::Avx2 && *weight == Dtype::Bf16;
-        pack::BlockShape { rows, lanes, vectors, paired }
+        let bf16 = *weight == Dtype::Bf16;
+        let paired = self == Self::Avx2 && bf16;
+        let plain_nans = matches!(self, Self::Avx2 | Self::Neon) && bf16;
+        pack::BlockShape { rows, lanes, vectors, paired, plain_nans }
     }
 }
 

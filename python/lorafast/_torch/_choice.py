@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Multiplications and additions a second of one core's kernels, in billions, by instruction set;
 #: about half of what they reach on data in cache, for a whole merge.
-CORE_SPEED = {"portable": 2.0, "avx2": 15.0, "avx512": 30.0, "avx512_bf16": 30.0}
+CORE_SPEED = {"portable": 2.0, "neon": 15.0, "avx2": 15.0, "avx512": 30.0, "avx512_bf16": 30.0}
 #: Bytes with which a link is tried.
 TRIAL_BYTES = 32 << 20
 

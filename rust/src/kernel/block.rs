@@ -2,6 +2,8 @@
 
 use super::InstructionSet;
 use super::convert::{Element, PlainBf16, PlainF16, PlainF32};
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 use super::pack::PackedFactors;
 use super::simd::{Largest, Portable, Simd};
 #[cfg(target_arch = "x86_64")]
@@ -34,6 +36,11 @@ fn dispatch<E: Element>(
     match set {
         // SAFETY: the portable form needs no instructions beyond the target's baseline.
         InstructionSet::Portable => unsafe { rows::<Portable, E, 4, 2>(factors, first_row, tile) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: NEON is in the target's baseline.
+        InstructionSet::Neon => unsafe { rows::<Neon, E, 6, 2>(factors, first_row, tile) },
+        #[cfg(not(target_arch = "aarch64"))]
+        InstructionSet::Neon => unreachable!("never detected here"),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an `InstructionSet` other than the portable one comes from detection alone.
         InstructionSet::Avx2 => unsafe { rows_avx2::<E>(factors, first_row, tile) },
@@ -124,6 +131,11 @@ fn convert_dispatch<F: Element, T: Element>(
     match set {
         // SAFETY: the portable form needs no instructions beyond the target's baseline.
         InstructionSet::Portable => unsafe { convert_elements::<Portable, F, T>(source, target) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: NEON is in the target's baseline.
+        InstructionSet::Neon => unsafe { convert_elements::<Neon, F, T>(source, target) },
+        #[cfg(not(target_arch = "aarch64"))]
+        InstructionSet::Neon => unreachable!("never detected here"),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an `InstructionSet` other than the portable one comes from detection alone.
         InstructionSet::Avx2 => unsafe { convert_avx2::<F, T>(source, target) },

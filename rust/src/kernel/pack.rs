@@ -12,6 +12,8 @@ pub(super) struct BlockShape {
     pub vectors: usize,
     /// Whether whole panels have columns at even places before those at odd ones, by two vectors.
     pub paired: bool,
+    /// Whether no NaN may have a bit among the lower 16, which the set's rounding then spares.
+    pub plain_nans: bool,
 }
 
 impl BlockShape {
@@ -126,6 +128,9 @@ impl Factors {
         };
         if shape.paired {
             factors.pair();
+        }
+        if shape.plain_nans {
+            factors.make_nans_plain();
         }
         Self::Single(factors)
     }
@@ -254,8 +259,7 @@ pub(super) struct Panel<'a> {
 }
 
 impl PackedFactors {
-    /// Brings the right factor's whole panels into pairs, and both factors' NaNs into the form
-    /// that needs no rounding.
+    /// Brings the right factor's whole panels into pairs.
     fn pair(&mut self) {
         const PAIR: usize = 16;
         debug_assert_eq!(2 * self.shape.lanes, PAIR, "two vectors of the only set with pairs");
@@ -264,6 +268,10 @@ impl PackedFactors {
             let columns = *pair;
             *pair = std::array::from_fn(|place| columns[place % 8 * 2 + place / 8]);
         }
+    }
+
+    /// Brings both factors' NaNs into the form that needs no rounding.
+    fn make_nans_plain(&mut self) {
         for value in self.left.iter_mut().chain(&mut self.right) {
             *value = if value.is_nan() { f32::NAN } else { *value };
         }

@@ -197,7 +197,11 @@ fn an_overflow_is_seen_in_every_type_and_place() {
                     let mut calm = bytes_of(dtype, &vec![0.5; rows * columns]);
                     assert!(merge_rows(set, &factors, 0, dtype, &mut calm));
                     let mut full = bytes_of(dtype, &vec![*limit; rows * columns]);
-                    assert!(!merge_rows(set, &factors, 0, dtype, &mut full), "{dtype} {columns}");
+                    let finite = merge_rows(set, &factors, 0, dtype, &mut full);
+                    assert!(
+                        !finite,
+                        "{set:?} {dtype} {limit:e} + {step:e} at {culprit} of {columns}"
+                    );
                 }
             }
         }
