@@ -56,6 +56,7 @@ class Plan:
         *,
         threads: int | None = None,
         full: bool = False,
+        split: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, Any]: ...
     def of_base_alone(self, *, dtype: str | None = None) -> Plan: ...

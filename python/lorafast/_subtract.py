@@ -225,7 +225,9 @@ def subtract(
     plan = prepared
     if original is not None:
         _check_place(merged, output)
-        proof = verify_plan(prepared, merged, full=False, threads=threads, progress=progress)
+        proof = verify_plan(
+            prepared, merged, device="cpu", full=False, threads=threads, progress=progress
+        )
         if not proof.ok:
             raise VerificationError(
                 f"{os.fspath(merged)}: is not what {os.fspath(original)} and the adapters make: "

@@ -81,6 +81,7 @@ def verify(
     allow: Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
+    device: str = "cpu",
 ) -> Verification:
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
 
@@ -105,6 +106,8 @@ def verify(
         compat: as for `lorafast.merge`; "peft" for what PEFT itself merged, which also lets pass
             that PEFT rounds 16-bit weights more than once for some layers and several adapters.
         expert_layout: as for `lorafast.merge`.
+        device: where the merge was made. "cpu:amx" lets pass, for 16-bit weights, what AMX's
+            products are off (2⁻¹⁵ of their size); all others are held against the same bound.
 
     Returns:
         What was found; `.ok` says whether anything is wrong.
@@ -115,8 +118,10 @@ def verify(
             `lorafast.merge`. What is wrong with `merged` is a problem in the result instead.
     """
     from lorafast._merge import check_threads, plan
+    from lorafast._torch._device_names import check_merge_name
 
     check_threads(threads)
+    check_merge_name(device)
     prepared = plan(
         base,
         adapters,
@@ -126,14 +131,26 @@ def verify(
         expert_layout=expert_layout,
         compat=compat,
     )
-    return verify_plan(prepared, merged, full=full, threads=threads, progress=progress)
+    return verify_plan(
+        prepared, merged, device=device, full=full, threads=threads, progress=progress
+    )
 
 
 def verify_plan(
-    prepared: MergePlan, merged: Source, *, full: bool, threads: int | None, progress: Progress
+    prepared: MergePlan,
+    merged: Source,
+    *,
+    device: str,
+    full: bool,
+    threads: int | None,
+    progress: Progress,
 ) -> Verification:
     """`verify` for a merge that is planned already."""
+    from lorafast._torch._device_names import AMX
+
     path = _sources.locate(merged, _sources.BASE_PATTERNS)
     with callback(progress, label="verifying") as report:
-        outcome = prepared.core.verify(path, threads=threads, full=full, progress=report)
+        outcome = prepared.core.verify(
+            path, threads=threads, full=full, split=device == AMX, progress=report
+        )
     return Verification(**outcome)

@@ -5,6 +5,8 @@
 //! one addition to W, then one rounding. The chain is the same whatever the width of the vectors,
 //! the size of the tile or the number of threads, so the bytes are the same too.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod block;
 pub mod convert;
 mod double;
@@ -12,6 +14,7 @@ mod double;
 mod neon;
 mod pack;
 mod simd;
+mod split;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -21,8 +24,10 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
 pub use pack::{Factors, Operand, Orientation};
+pub use split::PRODUCT_ERROR;
 
-/// Which instructions the kernels use. The result does not depend on it.
+/// Which instructions the kernels use. The result does not depend on it, but for
+/// [`InstructionSet::Amx`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InstructionSet {
@@ -36,10 +41,13 @@ pub enum InstructionSet {
     Avx512,
     /// The same and AVX-512 BF16, whose instruction rounds two vectors at once.
     Avx512Bf16,
+    /// The same, and AMX for products that 16-bit weights take up: of factors in parts of bf16,
+    /// hence with other sums, off by [`PRODUCT_ERROR`]. Never chosen by itself.
+    Amx,
 }
 
 impl InstructionSet {
-    /// All that this processor can run, the best one last.
+    /// All that this processor can run and that give the same bytes, the best one last.
     pub fn available() -> Vec<Self> {
         let mut sets = vec![Self::Portable];
         #[cfg(target_arch = "aarch64")]
@@ -72,7 +80,17 @@ impl InstructionSet {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512_bf16",
+            Self::Amx => "amx",
         }
+    }
+
+    /// AMX, where processor and kernel have it.
+    pub fn amx() -> Option<Self> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if amx::has_amx() {
+            return Some(Self::Amx);
+        }
+        None
     }
 
     /// The one of that name.
@@ -80,7 +98,8 @@ impl InstructionSet {
     /// # Errors
     /// [`Error::Argument`] if there is none or this processor cannot run it.
     pub fn from_name(name: &str) -> Result<Self> {
-        let available = Self::available();
+        let mut available = Self::available();
+        available.extend(Self::amx());
         available.iter().copied().find(|set| set.name() == name).ok_or_else(|| {
             let names: Vec<_> = available.iter().map(|set| set.name()).collect();
             Error::Argument(format!(
@@ -99,12 +118,20 @@ impl InstructionSet {
             // thirty-two registers.
             Self::Avx2 | Self::Neon => (6, 8, 2),
             // An even number of vectors, for 16-bit rows are widened and rounded two at a time.
-            Self::Avx512 | Self::Avx512Bf16 => (6, 16, 4),
+            Self::Avx512 | Self::Avx512Bf16 | Self::Amx => (6, 16, 4),
         };
         let bf16 = *weight == Dtype::Bf16;
         let paired = self == Self::Avx2 && bf16;
         let plain_nans = matches!(self, Self::Avx2 | Self::Neon) && bf16;
         pack::BlockShape { rows, lanes, vectors, paired, plain_nans }
+    }
+
+    /// Whether products of that rank are made of split factors for weights of a type.
+    fn splits(self, weight: &Dtype, rank: usize) -> bool {
+        /// Below, the vectors need no more time for the product than tiles for storing the sums.
+        /// Expected of a tile's sixteen cycles for what takes vectors 256; not measured.
+        const LEAST_RANK: usize = 8;
+        self == Self::Amx && matches!(weight, Dtype::Bf16 | Dtype::F16) && rank >= LEAST_RANK
     }
 }
 
@@ -136,6 +163,16 @@ pub fn merge_rows(
         Factors::Double(factors) => {
             assert!(*dtype == Dtype::F64, "f64 factors meet f64 weights");
             double::merge_rows(set, factors, first_row, tile)
+        }
+        Factors::Split(factors) => {
+            assert!(set.splits(dtype, usize::MAX), "packed for this instruction set and type");
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            {
+                let maximum = amx::merge_rows(factors, first_row, dtype, tile);
+                maximum < overflow_threshold(dtype)
+            }
+            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+            unreachable!("never packed here, of {} columns", factors.columns())
         }
         Factors::Single(factors) => {
             let shape = set.block_shape(dtype);

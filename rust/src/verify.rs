@@ -31,7 +31,7 @@ use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
 use crate::quantised::Catalogue;
 use crate::task::{self, Task};
 
-use exact::{ExactRow, half_ulp};
+use exact::{ExactRow, Leeway, half_ulp};
 pub(crate) use exact::{HalfUlp, PEFT_ROUNDINGS};
 use matching::Job;
 
@@ -47,6 +47,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Compute every row in f64, not a sample.
     pub full: bool,
+    /// Products were made of split factors ([`InstructionSet::Amx`]), whose error passes.
+    pub split: bool,
 }
 
 /// What rounding to the output's type did to one adapter set's change of one tensor.
@@ -185,11 +187,13 @@ pub fn verify(
     consistency::check(inputs, plan, &merged, &known, &mut outcome);
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
+    let set =
+        InstructionSet::amx().filter(|_| options.split).unwrap_or_else(InstructionSet::detect);
     let checker = Checker {
         merged: &merged,
-        computer: Computer { inputs, set: InstructionSet::detect(), task },
+        computer: Computer { inputs, set, task },
         full: options.full,
-        peft: plan.options.compat == Some(Compat::Peft),
+        leeway: Leeway { peft: plan.options.compat == Some(Compat::Peft), split: options.split },
         quantised: Catalogue::of(&merged),
     };
     let next = AtomicUsize::new(0);
@@ -262,7 +266,7 @@ struct Checker<'a> {
     merged: &'a Checkpoint,
     computer: Computer<'a>,
     full: bool,
-    peft: bool,
+    leeway: Leeway,
     /// The merged checkpoint's quantised weights.
     quantised: Catalogue,
 }
@@ -358,7 +362,7 @@ impl Checker<'_> {
         let (rows, columns) = planned.matrix();
         let row_bytes = columns * planned.output_dtype.size();
         let prepared = self.computer.prepare(planned)?;
-        let mut exact = ExactRow::new(self.computer, planned, self.peft)?;
+        let mut exact = ExactRow::new(self.computer, planned, self.leeway)?;
         let mut change = Change::default();
         let sample = sample_rows(&planned.name, rows);
         for tile in queue::tiles(planned) {

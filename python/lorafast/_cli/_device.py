@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 
 def add_device_argument(parser: argparse.ArgumentParser, what: str) -> None:
@@ -21,7 +22,18 @@ def device_name(name: str) -> str:
     """Return the name if it is of a device, as argparse's `type`."""
     from lorafast._torch._device_names import check_name
 
+    return _checked(check_name, name)
+
+
+def merge_device_name(name: str) -> str:
+    """As `device_name`, of what merges."""
+    from lorafast._torch._device_names import check_merge_name
+
+    return _checked(check_merge_name, name)
+
+
+def _checked(check: Callable[[str], str], name: str) -> str:
     try:
-        return check_name(name)
+        return check(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._cli._command import Command
-from lorafast._cli._device import device_name
+from lorafast._cli._device import merge_device_name
 from lorafast._cli._format import bytes_text, count_text, number_text, plural, seconds_text
 
 if TYPE_CHECKING:
@@ -104,11 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--device",
-        type=device_name,
+        type=merge_device_name,
         default="cpu",
         metavar="DEVICE",
-        help="where products are made: cpu, cuda, cuda:N, auto (the faster of the two, and says "
-        "why), or torch:cpu to compare backends (default: %(default)s)",
+        help="where products are made: cpu, cpu:amx (16-bit weights, where the processor has AMX; "
+        "some differ in the last place), cuda, cuda:N, auto (cpu or cuda, whichever is faster, and "
+        "says why), or torch:cpu to compare backends (default: %(default)s)",
     )
     how.add_argument(
         "--device-memory",
@@ -225,7 +226,9 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
         tensors += f", {report.tensors_cast:,} converted"
     speed = report.bytes_written / report.merge_time if report.merge_time > 0 else 0.0
     where = f"{plural(report.threads, 'thread')} of the cpu"
-    if report.device != "cpu":
+    if report.device == "cpu:amx":
+        where += " with AMX"
+    elif report.device != "cpu":
         where = f"{report.device} and {where}"
     facts = {
         "base": report.base,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorafast._cli._command import Command
+from lorafast._cli._device import merge_device_name
 from lorafast._cli._format import count_text
 from lorafast._cli._merge import add_input_arguments, add_strategy_arguments
 
@@ -26,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merged", required=True, metavar="PATH", help="the merged model, whoever made it"
     )
     add_strategy_arguments(parser)
+    parser.add_argument(
+        "--device",
+        type=merge_device_name,
+        default="cpu",
+        metavar="DEVICE",
+        help="where the merge was made; cpu:amx lets pass what its products are off "
+        "(default: %(default)s)",
+    )
     outcome = parser.add_argument_group("what to check and show")
     outcome.add_argument(
         "--full",
@@ -54,6 +63,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         allow=arguments.allow,
         compat=arguments.compat,
         expert_layout=arguments.expert_layout,
+        device=arguments.device,
     )
     if arguments.json:
         terminal.json(outcome.to_dict())

@@ -6,6 +6,8 @@ import re
 
 #: The forms of a device's name, for messages and help.
 FORMS = "cpu, cuda, cuda:N, auto, torch:cpu"
+#: The core with AMX, which is for merges alone.
+AMX = "cpu:amx"
 #: Less than this holds no tile worth sending.
 LEAST_MEMORY = 1 << 20
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -22,6 +24,34 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_merge_name(name: str) -> str:
+    """As `check_name`, for what merges: AMX has a name there, too."""
+    if name == AMX:
+        return name
+    try:
+        return check_name(name)
+    except ValueError as error:
+        raise ValueError(f"{error}, {AMX}") from None
+
+
+def check_merge_device(name: str) -> str:
+    """As `check_merge_name`, where the device is about to be used.
+
+    Raises:
+        ValueError: it is no device's name.
+        DeviceError: it asks for AMX, and there is none.
+    """
+    if check_merge_name(name) == AMX:
+        from lorafast import DeviceError, build_info
+
+        if not build_info()["amx"]:
+            raise DeviceError(
+                f"device {name!r} cannot be used: this processor has no AMX with bf16, or its "
+                "system does not let processes use it; use device='cpu'"
+            )
+    return name
+
+
 def parse_memory(memory: int | str | None, device: str) -> int | None:
     """Bytes from a number or a text such as "2GiB" or "500 MB".
 
@@ -34,8 +64,8 @@ def parse_memory(memory: int | str | None, device: str) -> int | None:
     """
     if memory is None:
         return None
-    if device == "cpu":
-        raise ValueError("device_memory bounds the memory of a device, and device is 'cpu'")
+    if device in ("cpu", AMX):
+        raise ValueError(f"device_memory bounds the memory of a device, and device is {device!r}")
     if isinstance(memory, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", memory, re.IGNORECASE)
         if found is None:

@@ -127,16 +127,17 @@ impl Plan {
     }
 
     /// Holds a merged checkpoint against the plan; returns the outcome as plain objects.
-    #[pyo3(signature = (merged, *, threads=None, full=false, progress=None))]
+    #[pyo3(signature = (merged, *, threads=None, full=false, split=false, progress=None))]
     fn verify(
         &self,
         py: Python<'_>,
         merged: PathBuf,
         threads: Option<usize>,
         full: bool,
+        split: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
-        let options = verify::Options { threads, full };
+        let options = verify::Options { threads, full, split };
         let outcome = job::run(py, progress, |task| {
             verify::verify(&self.inputs, &self.plan, &merged, &options, task)
         })?;
@@ -310,6 +311,7 @@ mod _core {
         let available: Vec<_> =
             InstructionSet::available().into_iter().map(InstructionSet::name).collect();
         info.set_item("instruction_sets", available)?;
+        info.set_item("amx", InstructionSet::amx().is_some())?;
         Ok(info.unbind())
     }
 }

@@ -49,11 +49,14 @@ fn dispatch<E: Element>(
         InstructionSet::Avx512 => unsafe { rows_avx512::<E>(factors, first_row, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        InstructionSet::Avx512Bf16 => unsafe { rows_avx512_bf16::<E>(factors, first_row, tile) },
+        InstructionSet::Avx512Bf16 | InstructionSet::Amx => unsafe {
+            rows_avx512_bf16::<E>(factors, first_row, tile)
+        },
         #[cfg(not(target_arch = "x86_64"))]
-        InstructionSet::Avx2 | InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => {
-            unreachable!("never detected here")
-        }
+        InstructionSet::Avx2
+        | InstructionSet::Avx512
+        | InstructionSet::Avx512Bf16
+        | InstructionSet::Amx => unreachable!("never detected here"),
     }
 }
 
@@ -141,13 +144,14 @@ fn convert_dispatch<F: Element, T: Element>(
         InstructionSet::Avx2 => unsafe { convert_avx2::<F, T>(source, target) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => unsafe {
+        InstructionSet::Avx512 | InstructionSet::Avx512Bf16 | InstructionSet::Amx => unsafe {
             convert_avx512::<F, T>(source, target)
         },
         #[cfg(not(target_arch = "x86_64"))]
-        InstructionSet::Avx2 | InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => {
-            unreachable!("never detected here")
-        }
+        InstructionSet::Avx2
+        | InstructionSet::Avx512
+        | InstructionSet::Avx512Bf16
+        | InstructionSet::Amx => unreachable!("never detected here"),
     }
 }
 
@@ -363,7 +367,7 @@ impl Block {
 /// The processor has the instructions of `S`, `count` is at most `S::LANES` (itself at most 16),
 /// and `count` elements at `place` may be read and written.
 #[inline(always)]
-unsafe fn add_part<S: Simd, E: Element>(
+pub(super) unsafe fn add_part<S: Simd, E: Element>(
     place: *mut u8,
     count: usize,
     sum: S::Vector,

@@ -13,11 +13,14 @@ pub(super) fn merge_rows(
 ) -> bool {
     match set {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: an `InstructionSet` other than the portable one comes from detection alone, and
-        // both of these include FMA.
-        InstructionSet::Avx2 | InstructionSet::Avx512 => unsafe {
-            rows_fused(factors, first_row, tile)
-        },
+        InstructionSet::Avx2
+        | InstructionSet::Avx512
+        | InstructionSet::Avx512Bf16
+        | InstructionSet::Amx => {
+            // SAFETY: an `InstructionSet` other than the portable one comes from detection alone,
+            // and all of these include FMA.
+            unsafe { rows_fused(factors, first_row, tile) }
+        }
         _ => rows(factors, first_row, tile),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::split::SplitFactors;
 use crate::dtype::Dtype;
 
 /// The register block of an instruction set.
@@ -54,6 +55,8 @@ pub struct Operand<'a> {
 pub enum Factors {
     /// For weights of 32 bits and fewer.
     Single(PackedFactors),
+    /// For weights of 16 bits, where tiles of bf16 are multiplied.
+    Split(SplitFactors),
     /// For f64 weights.
     Double(DoubleFactors),
 }
@@ -117,6 +120,9 @@ impl Factors {
                 sides(orientation, a, b)
             })
             .unzip();
+        if set.splits(weight, rank) {
+            return Self::Split(SplitFactors::pack((rows, columns), &lefts, &rights));
+        }
         let shape = set.block_shape(weight);
         let mut factors = PackedFactors {
             shape,
@@ -139,6 +145,7 @@ impl Factors {
     pub fn rows(&self) -> usize {
         match self {
             Self::Single(factors) => factors.rows,
+            Self::Split(factors) => factors.rows(),
             Self::Double(factors) => factors.rows,
         }
     }
@@ -147,6 +154,7 @@ impl Factors {
     pub fn columns(&self) -> usize {
         match self {
             Self::Single(factors) => factors.columns,
+            Self::Split(factors) => factors.columns(),
             Self::Double(factors) => factors.columns,
         }
     }
@@ -202,11 +210,19 @@ fn wide<'a>(dtype: &Dtype, bytes: &'a [u8]) -> Cow<'a, [f32]> {
 }
 
 /// One operand's part of a side of the product.
-struct Side<'a> {
+pub(super) struct Side<'a> {
     view: View<'a, f32>,
-    rank: usize,
+    pub(super) rank: usize,
     /// What each element is multiplied by.
     coefficient: Option<f64>,
+}
+
+impl Side<'_> {
+    /// The element of a rank index and a row or column.
+    pub(super) fn at(&self, k: usize, other: usize) -> f32 {
+        let value = self.view.at(k, other);
+        self.coefficient.map_or(value, |coefficient| (f64::from(value) * coefficient) as f32)
+    }
 }
 
 /// A side of the product in the order in which the kernels read it: strips of `width` rows or

@@ -1,6 +1,8 @@
 use super::*;
 use proptest::prelude::*;
 
+mod split;
+
 fn random(seed: u64, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
     (0..count)
@@ -56,6 +58,18 @@ impl Case {
     }
 
     fn merged(&self, set: InstructionSet, tile_rows: usize) -> Vec<u8> {
+        self.merged_by(set, tile_rows, |factors, first_row, tile| {
+            merge_rows(set, factors, first_row, &self.dtype, tile)
+        })
+    }
+
+    /// By a kernel that gets the factors packed for `set`, the tile's first row, and the tile.
+    fn merged_by(
+        &self,
+        set: InstructionSet,
+        tile_rows: usize,
+        kernel: impl Fn(&Factors, usize, &mut [u8]) -> bool,
+    ) -> Vec<u8> {
         let (mut weight, factors) = self.inputs();
         let operands: Vec<_> = factors
             .iter()
@@ -73,15 +87,26 @@ impl Case {
         let factors = Factors::pack(set, &self.dtype, shape, self.orientation, &operands);
         let row_bytes = self.columns * self.dtype.size();
         for (index, tile) in weight.chunks_mut(tile_rows * row_bytes).enumerate() {
-            assert!(merge_rows(set, &factors, index * tile_rows, &self.dtype, tile));
+            assert!(kernel(&factors, index * tile_rows, tile));
         }
         weight
     }
 
     /// The same in f64 from the same bytes, unrounded.
     fn reference(&self) -> Vec<f64> {
+        self.sums(|term| term)
+    }
+
+    /// The sum of the sizes of what each element is the sum of.
+    fn sizes(&self) -> Vec<f64> {
+        self.sums(f64::abs)
+    }
+
+    /// Sums in f64 of a function of each term.
+    fn sums(&self, of: impl Fn(f64) -> f64) -> Vec<f64> {
         let (weight, factors) = self.inputs();
         let mut result = convert::widen_f64(&self.dtype, &weight);
+        result.iter_mut().for_each(|value| *value = of(*value));
         for ((a, b, coefficient), rank) in factors.iter().zip(&self.ranks) {
             let a = convert::widen_f64(&self.factor_dtype, a);
             let b = convert::widen_f64(&self.factor_dtype, b);
@@ -92,9 +117,10 @@ impl Case {
                         Orientation::InOut => (column, row),
                     };
                     let inputs = a.len() / rank;
-                    let sum: f64 =
-                        (0..*rank).map(|k| b[output * rank + k] * a[k * inputs + input]).sum();
-                    result[row * self.columns + column] += coefficient * sum;
+                    let sum: f64 = (0..*rank)
+                        .map(|k| of(coefficient * b[output * rank + k] * a[k * inputs + input]))
+                        .sum();
+                    result[row * self.columns + column] += sum;
                 }
             }
         }

@@ -6,8 +6,8 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::execute::compute::Computer;
 use crate::factors::Pair;
-use crate::kernel::Orientation;
 use crate::kernel::convert::widen_f64;
+use crate::kernel::{Orientation, PRODUCT_ERROR};
 use crate::plan::{PlannedTensor, Update, UpdateKind};
 
 use super::Change;
@@ -15,6 +15,15 @@ use super::Change;
 /// How often PEFT's merge rounds what one adapter adds at most, beyond the last time: its product,
 /// the scaled product, and a sum before the last one (in attention's projections).
 pub(crate) const PEFT_ROUNDINGS: usize = 3;
+
+/// What is let pass beside the roundings of a merge in f32.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Leeway {
+    /// PEFT's further roundings.
+    pub peft: bool,
+    /// What splitting the factors of products changes.
+    pub split: bool,
+}
 
 /// Computes rows of one tensor exactly, as far as f64 is exact.
 pub(super) struct ExactRow<'a> {
@@ -24,6 +33,9 @@ pub(super) struct ExactRow<'a> {
     terms: Vec<Term>,
     /// Whether PEFT's further roundings are let pass.
     peft: bool,
+    /// What splitting the factors of a product may change, as a share of its size; and how many
+    /// products that makes of one.
+    split: (f64, f64),
     /// What PEFT's decomposition of the base in f32 may be off, in any element.
     decomposition: f64,
 }
@@ -100,10 +112,22 @@ impl Term {
 impl<'a> ExactRow<'a> {
     /// # Errors
     /// [`crate::Error::Io`] where norms need the whole tensor.
-    pub fn new(computer: Computer<'a>, planned: &'a PlannedTensor, peft: bool) -> Result<Self> {
+    pub fn new(
+        computer: Computer<'a>,
+        planned: &'a PlannedTensor,
+        Leeway { peft, split }: Leeway,
+    ) -> Result<Self> {
         let (_, columns) = planned.matrix();
-        let mut this =
-            Self { computer, planned, columns, terms: Vec::new(), peft, decomposition: 0.0 };
+        let split = split && matches!(planned.source.dtype, Dtype::Bf16 | Dtype::F16);
+        let mut this = Self {
+            computer,
+            planned,
+            columns,
+            terms: Vec::new(),
+            peft,
+            split: if split { (PRODUCT_ERROR, 3.0) } else { (0.0, 1.0) },
+            decomposition: 0.0,
+        };
         if peft && planned.updates().iter().any(|update| update.residual.is_some()) {
             // LAPACK's backward error is some units of the largest singular value, and more in
             // components that are near to one another.
@@ -213,7 +237,8 @@ impl<'a> ExactRow<'a> {
         let mut change = Change { rows: 1, ..Change::default() };
         let (exact, sizes) =
             self.row(row, &base, usize::MAX, |adapter, delta| change.add_delta(adapter, delta));
-        let steps = self.terms.iter().map(|term| term.steps() + 4).sum::<usize>() as f64;
+        let (split, products) = self.split;
+        let steps = self.terms.iter().map(|term| term.steps() + 4).sum::<usize>() as f64 * products;
         let single = self.planned.source.dtype != Dtype::F64;
         let gamma = (steps + 4.0) * if single { 2f64.powi(-24) } else { 2f64.powi(-53) };
         let roundings = if self.peft { PEFT_ROUNDINGS * self.terms.len() } else { 0 } as f64;
@@ -225,7 +250,9 @@ impl<'a> ExactRow<'a> {
             }
             let dtype = &self.planned.output_dtype;
             let again = if roundings > 0.0 { roundings * half_ulp(dtype, *size) } else { 0.0 };
-            let bound = rounding(column, *exact) + again + gamma * size + self.decomposition;
+            let split = split * (size - base.abs());
+            let bound =
+                rounding(column, *exact) + again + gamma * size + split + self.decomposition;
             let error = (stored - exact).abs();
             // A NaN is no error that could be within the bound.
             if error.is_nan() || error > bound {

@@ -5,7 +5,7 @@
 //! gap between the codes around it in units of the stored scale. Another rounding of the scale
 //! passes, such as one to a power of two; a scale that fits the weights badly does not.
 
-use super::exact::ExactRow;
+use super::exact::{ExactRow, Leeway};
 use super::{Change, Checked, Checker, sample_rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -143,7 +143,7 @@ impl Checker<'_> {
         }
         wanted.sort_unstable();
         wanted.dedup();
-        let mut exact = ExactRow::new(self.computer, planned, false)?;
+        let mut exact = ExactRow::new(self.computer, planned, Leeway::default())?;
         let mut change = Change::default();
         for row in wanted {
             self.computer.task.check()?;

@@ -68,6 +68,32 @@ fn a_right_merge_is_proved() {
 }
 
 #[test]
+fn a_merge_with_amx_is_proved_where_it_is_said_to_be_one() {
+    let Some(amx) = InstructionSet::amx() else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    prepare(root);
+    // Four of rank 2 make as many rank indices as tiles are used for.
+    let inputs = open(&root.join("base"), &vec![root.join("adapter"); 4]);
+    let plan = Plan::new(&inputs, plain()).expect("fits");
+    let mut bytes = Vec::new();
+    for threads in [1, 2] {
+        let output = root.join(format!("amx-{threads}"));
+        let options = execute::Options {
+            threads: Some(threads),
+            instruction_set: Some(amx),
+            ..execute::Options::default()
+        };
+        execute::execute(&inputs, &plan, &output, &options, &Task::new()).expect("merged");
+        let options = Options { full: true, split: true, ..Options::default() };
+        let outcome = verify(&inputs, &plan, &output, &options, &Task::new()).expect("read");
+        assert_eq!(outcome.problems, Vec::<String>::new());
+        bytes.push(fs::read(output.join("one.safetensors")).expect("read"));
+    }
+    assert_eq!(bytes[0], bytes[1]);
+}
+
+#[test]
 fn a_single_wrong_bit_is_found_wherever_it_is() {
     let directory = tempfile::tempdir().expect("a directory");
     let (inputs, plan) = prepare(directory.path());
