@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lorafast
 import numpy as np
 import ways
 from inputs import (
@@ -130,6 +131,11 @@ def _against_rivals(
         ("lorafast, synced", "cp, synced", None),
         ("in process", "cp", limits[1]),
     ]
+    if lorafast.build_info()["amx"]:
+        made.append(
+            ways.lorafast(*merge, threads=options.threads, name="with AMX", device="cpu:amx")
+        )
+        compared.append(("with AMX", "cp", limits[0]))
     setup = Setup(title, made, [path, adapter], compared)
     if "peft" in options.rivals:
         made.append(ways.peft(*merge))

@@ -159,9 +159,10 @@ def lorafast(
     threads: int,
     name: str,
     synced: bool = False,
+    device: str = "cpu",
 ) -> Way:
     """The command, start of Python included; without waiting for the disk, as cp, or with it."""
-    options = ["--overwrite", "--quiet", "--no-report"]
+    options = ["--overwrite", "--quiet", "--no-report", "--device", device]
     options += [] if synced else ["--no-sync"]
     options += ["--threads", str(threads)] if threads else []
     names = [str(adapter) for adapter in adapters]
