@@ -14,6 +14,10 @@ mod double;
 mod neon;
 mod pack;
 mod simd;
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "nothing multiplies tiles there but the tests' emulation")
+)]
 mod split;
 #[cfg(target_arch = "x86_64")]
 mod x86;

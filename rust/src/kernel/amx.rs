@@ -21,8 +21,7 @@ pub(super) fn has_amx() -> bool {
 
 fn in_processor() -> bool {
     const BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
-    // Later compilers take the instruction for safe.
-    #[allow(unused_unsafe)]
+    #[allow(unused_unsafe, reason = "later compilers take the instruction for safe")]
     // SAFETY: every 64-bit processor has the instruction.
     let [highest, features] = unsafe { [__cpuid_count(0, 0).eax, __cpuid_count(7, 0).edx] };
     highest >= 7 && features & BF16_AND_TILE == BF16_AND_TILE

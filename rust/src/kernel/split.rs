@@ -114,17 +114,27 @@ impl SplitFactors {
             left: vec![0; rows.div_ceil(ROWS) * ROWS * chunks * CHUNK],
             right: vec![0; columns.div_ceil(COLUMNS) * COLUMNS * chunks * CHUNK],
         };
-        for (place, &(operand, k, of_left, of_right)) in places.iter().enumerate() {
-            let (chunk, within) = (place / CHUNK, place % CHUNK);
-            for (row, value) in lefts[operand].row(k).iter().enumerate() {
-                let block = (row / ROWS * chunks + chunk) * ROWS;
-                this.left[(block + row % ROWS) * CHUNK + within] = value[of_left];
+        // Block by block, so that what a block's rank indices are scattered over stays in the cache.
+        for first in (0..rows).step_by(ROWS) {
+            let block = &mut this.left[first * chunks * CHUNK..][..ROWS * chunks * CHUNK];
+            for (place, &(operand, k, part, _)) in places.iter().enumerate() {
+                let chunk = &mut block[place / CHUNK * ROWS * CHUNK..][..ROWS * CHUNK];
+                let values = &lefts[operand].row(k)[first..rows.min(first + ROWS)];
+                for (row, value) in chunk.chunks_exact_mut(CHUNK).zip(values) {
+                    row[place % CHUNK] = value[part];
+                }
             }
-            for (column, value) in rights[operand].row(k).iter().enumerate() {
-                let panel = (column / COLUMNS * chunks + chunk) * (COLUMNS / TILE_COLUMNS);
-                let tile = panel + column % COLUMNS / TILE_COLUMNS;
-                let pair = (tile * (CHUNK / 2) + within / 2) * TILE_COLUMNS + column % TILE_COLUMNS;
-                this.right[2 * pair + within % 2] = value[of_right];
+        }
+        for first in (0..columns).step_by(TILE_COLUMNS) {
+            let panel = first / COLUMNS * COLUMNS * chunks * CHUNK;
+            for (place, &(operand, k, _, part)) in places.iter().enumerate() {
+                let tile = place / CHUNK * COLUMNS + first % COLUMNS;
+                let tile = &mut this.right[panel + tile * CHUNK..][..TILE_COLUMNS * CHUNK];
+                let row = &mut tile[place % CHUNK / 2 * 2 * TILE_COLUMNS..][..2 * TILE_COLUMNS];
+                let values = &rights[operand].row(k)[first..columns.min(first + TILE_COLUMNS)];
+                for (pair, value) in row.chunks_exact_mut(2).zip(values) {
+                    pair[place % 2] = value[part];
+                }
             }
         }
         this
