@@ -109,14 +109,14 @@ impl Factors {
         let widened: Vec<_> = (operands.iter())
             .map(|operand| (wide(operand.a_dtype, operand.a), wide(operand.b_dtype, operand.b)))
             .collect();
-        let scaled =
+        let coefficient =
             |operand: &Operand<'_>| (operand.coefficient != 1.0).then_some(operand.coefficient);
         let (lefts, rights): (Vec<_>, Vec<_>) = (operands.iter().zip(&widened))
             .map(|(operand, (a, b))| {
                 let (a, b) = views(a, b, operand.rank, inputs, outputs);
                 let rank = operand.rank;
                 let a = Side { view: a, rank, coefficient: None };
-                let b = Side { view: b, rank, coefficient: scaled(operand) };
+                let b = Side { view: b, rank, coefficient: coefficient(operand) };
                 sides(orientation, a, b)
             })
             .unzip();
@@ -221,8 +221,13 @@ impl Side<'_> {
     /// The element of a rank index and a row or column.
     pub(super) fn at(&self, k: usize, other: usize) -> f32 {
         let value = self.view.at(k, other);
-        self.coefficient.map_or(value, |coefficient| (f64::from(value) * coefficient) as f32)
+        self.coefficient.map_or(value, |coefficient| scaled(value, coefficient))
     }
+}
+
+/// An element times a coefficient, rounded once.
+fn scaled(value: f32, coefficient: f64) -> f32 {
+    (f64::from(value) * coefficient) as f32
 }
 
 /// A side of the product in the order in which the kernels read it: strips of `width` rows or
@@ -241,7 +246,7 @@ fn in_strips(operands: &[Side<'_>], extent: usize, width: usize, unit: usize) ->
                 let values = view.values[start..].iter().step_by(view.other_stride).take(count);
                 match coefficient {
                     Some(coefficient) => {
-                        strips.extend(values.map(|value| (f64::from(*value) * coefficient) as f32))
+                        strips.extend(values.map(|value| scaled(*value, *coefficient)))
                     }
                     None if view.other_stride == 1 => {
                         strips.extend_from_slice(&view.values[start..start + count]);

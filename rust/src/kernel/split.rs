@@ -62,7 +62,7 @@ pub(super) unsafe trait Tiles {
 pub(super) fn split(value: f32) -> [u16; 2] {
     let rounded = bf16::from_f32(value);
     let first = if rounded.is_infinite() && value.is_finite() {
-        // Too large to round up: cut instead.
+        // Too large to round up: cut instead, which leaves up to twice as much.
         bf16::from_bits((value.to_bits() >> 16) as u16)
     } else {
         rounded
