@@ -1,8 +1,127 @@
-//! Positioned reads and writes, and copies that stay in the kernel.
+//! Opening files that others may change, positioned reads and writes, and copies that stay in the
+//! kernel.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::Range;
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use crate::error::{Error, Result};
+
+/// What tells that a path still leads to the same file, and that nobody has written to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    /// Bytes of the file.
+    pub length: u64,
+    /// Nanoseconds from 1970 to the last change of its content.
+    pub modified: u128,
+    /// Which file it is: device and inode, or zeros where the system has none.
+    pub identity: (u64, u64),
+}
+
+impl Stamp {
+    /// Of a file with this metadata.
+    pub fn of(metadata: &Metadata) -> Self {
+        let modified = metadata.modified().ok();
+        let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        Self {
+            length: metadata.len(),
+            modified: since.map_or(0, |since| since.as_nanos()),
+            identity: identity(metadata),
+        }
+    }
+}
+
+/// Device and inode, which two names of one file share.
+#[cfg(unix)]
+pub fn identity(metadata: &Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
+/// Device and inode, which two names of one file share; not known here.
+#[cfg(not(unix))]
+pub fn identity(_metadata: &Metadata) -> (u64, u64) {
+    (0, 0)
+}
+
+/// Opens a plain file for reading, links followed. A pipe, a socket or a device would make the
+/// reader wait or do something, so what is there is looked at before it is opened and after.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be opened, [`Error::Checkpoint`] if it is something else.
+pub fn open(path: &Path) -> Result<(File, Metadata)> {
+    let failed = |error| Error::io(path, error);
+    let plain = |metadata: &Metadata| {
+        if metadata.is_file() {
+            return Ok(());
+        }
+        Err(Error::checkpoint(path, format!("is {}; a plain file is needed here", kind(metadata))))
+    };
+    plain(&fs::metadata(path).map_err(failed)?)?;
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        // A pipe that has come meanwhile does not wait for its writer. Plain files do not care.
+        options.custom_flags(libc::O_NONBLOCK);
+    }
+    let file = options.open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    plain(&metadata)?;
+    Ok((file, metadata))
+}
+
+/// What a path that is no plain file is, in words.
+pub fn kind(metadata: &Metadata) -> &'static str {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        let kind = metadata.file_type();
+        if kind.is_fifo() {
+            return "a pipe";
+        }
+        if kind.is_socket() {
+            return "a socket";
+        }
+        if kind.is_block_device() || kind.is_char_device() {
+            return "a device";
+        }
+    }
+    match metadata {
+        metadata if metadata.is_dir() => "a directory",
+        metadata if metadata.is_file() => "a plain file",
+        _ => "no plain file",
+    }
+}
+
+/// What a path leads to; `None` only where nothing has that name. A link that leads nowhere, or
+/// something that may not be looked at, is there and is an error.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::Checkpoint`] for a link that leads nowhere.
+pub fn find(path: &Path) -> Result<Option<Metadata>> {
+    let own = match fs::symlink_metadata(path) {
+        Ok(own) => own,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(path, error)),
+    };
+    if !own.is_symlink() {
+        return Ok(Some(own));
+    }
+    fs::metadata(path).map(Some).map_err(|error| {
+        let target = fs::read_link(path).unwrap_or_default();
+        match error.kind() {
+            io::ErrorKind::NotFound => Error::checkpoint(
+                path,
+                format!("is a link to {}, which is not there; fetch it again", target.display()),
+            ),
+            _ => Error::io(path, error),
+        }
+    })
+}
 
 /// Fills `buffer` from that offset.
 ///
@@ -146,6 +265,27 @@ pub fn begin_writing(file: &File, range: Range<u64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn only_a_plain_file_is_opened_and_only_no_name_is_an_absence() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        assert!(find(&root.join("x")).expect("looked at").is_none());
+        std::os::unix::fs::symlink("nowhere", root.join("link")).expect("made");
+        let lost = find(&root.join("link")).expect_err("leads nowhere").to_string();
+        assert!(lost.contains("is a link to nowhere, which is not there"), "{lost}");
+        let around = root.join("around");
+        std::os::unix::fs::symlink("around", &around).expect("made");
+        assert!(matches!(find(&around), Err(Error::Io { .. })));
+        std::os::unix::net::UnixListener::bind(root.join("socket")).expect("made");
+        let refused = open(&root.join("socket")).expect_err("no file").to_string();
+        assert!(refused.contains("is a socket; a plain file is needed"), "{refused}");
+        assert!(open(root).expect_err("no file").to_string().contains("is a directory"));
+        assert_eq!(open(Path::new("/dev/null")).expect_err("none").to_string(), {
+            "/dev/null: is a device; a plain file is needed here"
+        });
+    }
 
     #[test]
     fn a_range_is_copied_whole_and_nothing_else() {
