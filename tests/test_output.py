@@ -51,6 +51,7 @@ def test_names_of_files_are_the_bases(
     lorafast.merge(base, adapter, tmp_path / "out")
     assert_merged(base, adapter, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()} | {
+        "lorafast_manifest.json",
         "merge_report.json",
         "merge_report.md",
     }

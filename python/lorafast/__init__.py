@@ -2,9 +2,9 @@
 
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
 the model; `plan` says beforehand what it would do, `verify` afterwards whether it was done right,
-and `subtract` undoes it; `inspect` lists what a file holds. `analyze` measures an adapter,
-`compare` several of them. `LoRAAnalyzer` and its relatives in `lorafast.analyzers` do the same
-under the names of NeuroTrain's tools.
+`subtract` undoes it, and `recover` brings to order what a killed one left; `inspect` lists what a
+file holds. `analyze` measures an adapter, `compare` several of them. `LoRAAnalyzer` and its
+relatives in `lorafast.analyzers` do the same under the names of NeuroTrain's tools.
 """
 
 from lorafast._core import __version__, build_info
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         PairComparison,
         TensorStatistics,
     )
+    from lorafast._recover import recover
     from lorafast._subtract import SubtractReport, subtract
     from lorafast._verify import Verification, verify
     from lorafast.analyzers import (
@@ -106,6 +107,7 @@ __all__ = [
     "merge",
     "merge_lora_adapters",
     "plan",
+    "recover",
     "scan",
     "similarity",
     "subtract",
@@ -137,6 +139,7 @@ _HOMES = {
         "PairComparison",
         "TensorStatistics",
     ),
+    "_recover": ("recover",),
     "_subtract": ("SubtractReport", "subtract"),
     "_verify": ("Verification", "verify"),
     "analyzers": (

@@ -17,6 +17,7 @@ __all__ = [
     "names_fit",
     "open_collection",
     "plan_merge",
+    "recover_output",
     "scan_adapters",
     "scan_columns",
     "stored_factors",
@@ -35,6 +36,7 @@ class Plan:
         overwrite: bool = False,
         sync: bool = True,
         instruction_set: str | None = None,
+        protected: Sequence[str | os.PathLike[str]] = ...,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, Any]: ...
     def changed_tensors(self) -> list[dict[str, Any]]: ...
@@ -194,3 +196,4 @@ def open_collection(
     threads: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[Collection, list[tuple[int, Exception]]]: ...
+def recover_output(output: str | os.PathLike[str]) -> str: ...

@@ -54,6 +54,8 @@ class MergePlan:
 
     def __init__(self, core: _core.Plan, pickles: Path | None) -> None:
         self.core = core
+        #: Models that are read beside the base, and must not be written over either.
+        self.protected: list[Path] = []
         if pickles is not None:
             import shutil
             import weakref
@@ -115,7 +117,11 @@ class MergePlan:
             if device in ("cpu", AMX):
                 instruction_set = "amx" if device == AMX else None
                 summary = self.core.execute(
-                    output, **options, instruction_set=instruction_set, progress=callback
+                    output,
+                    **options,
+                    instruction_set=instruction_set,
+                    protected=self.protected,
+                    progress=callback,
                 )
                 notes, fallbacks = [], {}
             else:
@@ -148,7 +154,7 @@ class MergePlan:
             adapter_sha256=dict(zip(self.adapters, summary["adapter_sha256"], strict=False)),
             base_header_sha256=summary["base_header_sha256"],
             groups=_groups(description),
-            warnings=list(self.warnings),
+            warnings=[*self.warnings, *summary["warnings"]],
             notes=[*self.notes, *notes],
             fallbacks=fallbacks,
             side_files=summary["side_files"],
@@ -202,7 +208,9 @@ class MergeReport:
         warnings: what to know before using the result.
         notes: how adapters were made to fit where it was not plain.
         side_files: files carried over beside the weights.
-        left_out: other copies of the weights that were not carried over.
+        left_out: what lies in the base's directory and was not carried over, folders with a
+            slash: other weights, hidden files, folders with models of their own, links that lead
+            out of the model, and what no model needs.
         accounts: for each adapter `fields` and `tensors`: the `name` of every config field and of
             every tensor, its `verdict` (used, not_needed) and the `reason`.
         verification: what `lorafast.verify` found afterwards, where it was asked for.
@@ -316,7 +324,10 @@ def merge(
             32 MiB on Hopper and newer and 8 MiB before; see CUBLAS_WORKSPACE_CONFIG), CUDA's own
             context is not. What does not fit is merged on the CPU.
         threads: worker threads; one per core if missing. The result does not depend on it.
-        overwrite: replace a model in `output`; files that are not part of a model stay.
+        overwrite: replace a model in `output`: what its manifest or index lists, and files that
+            only models have. Whatever else lies there stays, weights with a warning; an adapter
+            there is an error. The older model is deleted when the new one is in its place, and is
+            back in its place where that fails.
         progress: `True` draws a bar on a terminal; a callable is called with the bytes done and
             the bytes in all.
         allow: unknown fields of an adapter's config that are known not to change the result.
@@ -567,5 +578,5 @@ def _markdown(report: MergeReport) -> str:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     if report.left_out:
         names = ", ".join(f"`{name}`" for name in report.left_out)
-        lines += ["", "## Not carried over", "", f"Other copies of the weights: {names}"]
+        lines += ["", "## Not carried over", "", names]
     return "\n".join(lines) + "\n"

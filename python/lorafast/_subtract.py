@@ -62,7 +62,7 @@ class SubtractReport:
         warnings: what to know before using the result.
         notes: how adapters were made to fit where it was not plain.
         side_files: files carried over beside the weights.
-        left_out: other copies of the weights that were not carried over.
+        left_out: what was not carried over, as in a merge's report.
     """
 
     merged: str
@@ -235,6 +235,7 @@ def subtract(
                 "was merged with, or leave the original out to subtract all the same"
             )
         plan = MergePlan(prepared.core.of_base_alone(dtype=DTYPES[dtype]), None)
+        plan.protected = [_sources.locate(merged, _sources.BASE_PATTERNS)]
     done = plan.execute(
         output,
         threads=threads,

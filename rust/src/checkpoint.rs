@@ -1,5 +1,8 @@
 //! A base model on disk: one or more safetensors shards seen as one map from name to tensor.
 
+pub mod rewrite;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +11,10 @@ use indexmap::IndexMap;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::file;
 use crate::safetensors::{SafetensorsFile, TensorInfo};
+use crate::side_files::shard_of;
+use crate::staging;
 
 /// The file names under which libraries save a whole model, in the order in which transformers
 /// looks for them; diffusers' come after.
@@ -69,6 +75,7 @@ impl Checkpoint {
         let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
         let is_directory = metadata.is_dir();
         let (root, files) = if is_directory {
+            staging::check_whole(path)?;
             (path.to_path_buf(), find_files(path)?)
         } else {
             let name = file_name(path);
@@ -84,6 +91,7 @@ impl Checkpoint {
             };
             (root, Files { shards: vec![name], index: None })
         };
+        file::allow_open(files.shards.len());
         let shards = files
             .shards
             .into_iter()
@@ -96,6 +104,9 @@ impl Checkpoint {
         let mut warnings = Vec::new();
         if let Some(index) = &files.index {
             warnings = check_index(&root.join(&index.file_name), index, &shards, &tensors)?;
+        }
+        if is_directory {
+            warnings.extend(missing_side_files(path));
         }
         let config = read_config(&root.join("config.json"))?;
         Ok(Self {
@@ -236,7 +247,12 @@ fn find_files(directory: &Path) -> Result<Files> {
     let weights: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
     match (indexes.as_slice(), weights.as_slice()) {
         ([index], _) => read_index(directory, index),
-        ([], [name]) => Ok(single(name)),
+        ([], [name]) => match shard_of(name) {
+            Some((_, _, count)) if count > 1 => refuse(format!(
+                "holds {name}, one shard of {count}, and no index; fetch the others and the index"
+            )),
+            _ => Ok(single(name)),
+        },
         ([], []) if names.iter().any(|name| name.ends_with(".bin") || name.ends_with(".pth")) => {
             refuse(
                 "holds its weights as .bin files; save it with safe_serialization first \
@@ -283,7 +299,7 @@ fn read_index(directory: &Path, name: &str) -> Result<Files> {
         if !inside || shard.is_empty() {
             return Err(broken(format!("names the shard {shard:?}, which leaves its directory")));
         }
-        if !directory.join(shard).is_file() {
+        if file::find(&directory.join(shard))?.is_none() {
             return Err(broken(format!(
                 "names the shard {shard}, which is not there; fetch the checkpoint again"
             )));
@@ -294,18 +310,47 @@ fn read_index(directory: &Path, name: &str) -> Result<Files> {
         return Err(broken("has an empty weight_map".into()));
     }
     shards.sort();
+    check_count(&shards).map_err(broken)?;
     Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content }) })
+}
+
+/// Refuses an index that names some of the shards of which their names tell that there are more.
+fn check_count(shards: &[String]) -> std::result::Result<(), String> {
+    let mut numbers = BTreeMap::<(&str, u64), u64>::new();
+    for (stem, _, count) in shards.iter().filter_map(|shard| shard_of(shard)) {
+        *numbers.entry((stem, count)).or_default() += 1;
+    }
+    match numbers.into_iter().find(|((_, count), found)| found < count) {
+        Some(((stem, count), found)) => Err(format!(
+            "names {found} of the {count} shards of {stem}; fetch the checkpoint again"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// What a copy of a model that lorafast has written lacks.
+fn missing_side_files(directory: &Path) -> Option<String> {
+    let missing = staging::missing_files(directory);
+    let first = missing.first()?;
+    Some(format!(
+        "{}: {} of the files that its {} lists are not there (the first: {first}); the copy may \
+         have been cut off",
+        directory.display(),
+        missing.len(),
+        staging::MANIFEST
+    ))
 }
 
 /// Reads a file that must hold one JSON object.
 fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
-    let text = fs::read(path).map_err(|error| Error::io(path, error))?;
+    let (mut file, _) = file::open(path)?;
+    let text = file::read_whole(&mut file).map_err(|error| Error::io(path, error))?;
     serde_json::from_slice(&text)
         .map_err(|error| Error::checkpoint(path, format!("is not a JSON object: {error}")))
 }
 
 fn read_config(path: &Path) -> Result<Option<serde_json::Map<String, Value>>> {
-    if path.is_file() { read_object(path).map(Some) } else { Ok(None) }
+    if file::find(path)?.is_some() { read_object(path).map(Some) } else { Ok(None) }
 }
 
 fn gather(shards: &[Shard]) -> Result<IndexMap<String, Location>> {

@@ -14,14 +14,14 @@ mod tile;
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::file;
+use crate::file::{self, CopyError};
 use crate::kernel::InstructionSet;
 use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
 use crate::task::Task;
@@ -43,6 +43,8 @@ pub struct Options {
     pub unsynced: bool,
     /// The kernels' instructions; `None` is the best there is.
     pub instruction_set: Option<InstructionSet>,
+    /// Models that are read beside the base, and must not be written over either.
+    pub protected: Vec<PathBuf>,
 }
 
 /// What was done.
@@ -62,8 +64,10 @@ pub struct Summary {
     pub base_header_sha256: Vec<String>,
     /// Files carried over beside the weights.
     pub side_files: Vec<String>,
-    /// Other copies of the weights in the base's directory, not carried over.
+    /// What lies in the base's directory and was not carried over, folders with a slash.
     pub left_out: Vec<String>,
+    /// What went wrong after the output was complete, and what stays in it beside the model.
+    pub warnings: Vec<String>,
 }
 
 /// Carries out a plan into a directory, which becomes a model at the end or not at all.
@@ -254,7 +258,10 @@ impl<'a> Job<'a> {
         let from = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
         let buffer = buffers.stored(queue::TILE_BYTES);
         file::copy_range(from.file(), source.clone(), &self.output.files[shard], target, buffer)
-            .map_err(|error| self.write_error(shard, error))?;
+            .map_err(|error| match error {
+                CopyError::Read(error) => Error::io(from.path(), error),
+                CopyError::Write(error) => self.write_error(shard, error),
+            })?;
         let length = source.end - source.start;
         self.begin_writing(shard, target, length);
         self.task.advance(length);

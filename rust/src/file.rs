@@ -2,7 +2,7 @@
 //! kernel.
 
 use std::fs::{self, File, Metadata};
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
@@ -72,6 +72,35 @@ pub fn open(path: &Path) -> Result<(File, Metadata)> {
     let metadata = file.metadata().map_err(failed)?;
     plain(&metadata)?;
     Ok((file, metadata))
+}
+
+/// The rest of an open file.
+///
+/// # Errors
+/// Those of the operating system.
+pub fn read_whole(file: &mut File) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// Lets this process have that many files open beside those of others in it: raises its limit to
+/// the system's hard one where it is too low. Only a hint: opening reports real errors.
+pub fn allow_open(count: usize) {
+    /// What a process has open otherwise: libraries, pipes, the interpreter's files.
+    const OTHERS: u64 = 128;
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, getrlimit, setrlimit};
+        let mut limit = getrlimit(Resource::Nofile);
+        let needed = count as u64 + OTHERS;
+        if limit.current.is_some_and(|current| current < needed) {
+            limit.current = limit.maximum.or(Some(needed));
+            let _ = setrlimit(Resource::Nofile, limit);
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = count;
 }
 
 /// What a path that is no plain file is, in words.
@@ -173,19 +202,29 @@ pub fn write_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()
     Ok(())
 }
 
+/// Which of two files a copy failed at.
+#[derive(Debug)]
+pub enum CopyError {
+    /// The one that was read.
+    Read(io::Error),
+    /// The one that was written.
+    Write(io::Error),
+}
+
 /// Copies a range of one file to an offset of another: inside the kernel where it can, which
 /// shares blocks on file systems that know how, and through `buffer` where it cannot. On ext4, which
 /// shares none, the kernel goes through pipes page by page, and the buffer is faster.
 ///
 /// # Errors
-/// Those of the operating system; `UnexpectedEof` if the source has become shorter.
+/// Those of the operating system, with the file at fault; `UnexpectedEof` if the source has become
+/// shorter.
 pub fn copy_range(
     source: &File,
     range: Range<u64>,
     target: &File,
     offset: u64,
     buffer: &mut [u8],
-) -> io::Result<()> {
+) -> Result<(), CopyError> {
     let (mut range, mut offset) = (range, offset);
     #[cfg(target_os = "linux")]
     if !is_on_ext4(target) {
@@ -193,8 +232,8 @@ pub fn copy_range(
     }
     while range.start < range.end {
         let count = buffer.len().min((range.end - range.start) as usize);
-        read_at(source, &mut buffer[..count], range.start)?;
-        write_at(target, &buffer[..count], offset)?;
+        read_at(source, &mut buffer[..count], range.start).map_err(CopyError::Read)?;
+        write_at(target, &buffer[..count], offset).map_err(CopyError::Write)?;
         range.start += count as u64;
         offset += count as u64;
     }
@@ -303,6 +342,7 @@ mod tests {
         assert!(result[5_000..55_000] == content[1_000..51_000]);
         assert!(result[..5_000].iter().chain(&result[55_000..]).all(|byte| *byte == 0));
         let beyond = copy_range(&source, 90_000..110_000, &target, 0, &mut [0; 777]);
-        assert_eq!(beyond.expect_err("too short").kind(), io::ErrorKind::UnexpectedEof);
+        let Err(CopyError::Read(beyond)) = beyond else { panic!("too short") };
+        assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

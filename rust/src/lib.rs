@@ -33,12 +33,12 @@ mod residual;
 pub mod safetensors;
 pub mod side_files;
 pub mod spectrum;
+pub mod staging;
 pub mod statistics;
 pub mod subtract;
 pub mod task;
 pub mod verify;
 pub mod waiting;
-pub mod writer;
 
 mod dense;
 mod digest;

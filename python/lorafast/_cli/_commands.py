@@ -13,6 +13,7 @@ MODULES = {
     "merge": "_merge",
     "verify": "_verify",
     "subtract": "_subtract",
+    "recover": "_recover",
     "info": "_info",
     "analyze": "_analyze",
     "compare": "_compare",

@@ -21,7 +21,7 @@ use lorafast::kernel::InstructionSet;
 use lorafast::plan::{self, Compat, ExpertLayout, Inputs, Strategy};
 use lorafast::renames::Renames;
 use lorafast::task::build_pool;
-use lorafast::{describe, execute, subtract, verify};
+use lorafast::{describe, execute, staging, subtract, verify};
 
 use errors::to_python;
 
@@ -57,9 +57,10 @@ impl Plan {
         to_object(py, &description.map_err(|error| to_python(py, error))?)
     }
 
-    /// Carries the plan out on the CPU; returns the summary as plain objects.
+    /// Carries the plan out on the CPU; returns the summary as plain objects. Models among
+    /// `protected` are not written over.
     #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
-    #[pyo3(signature = (output, *, threads=None, overwrite=false, sync=true, instruction_set=None, progress=None))]
+    #[pyo3(signature = (output, *, threads=None, overwrite=false, sync=true, instruction_set=None, protected=Vec::new(), progress=None))]
     fn execute(
         &self,
         py: Python<'_>,
@@ -68,13 +69,15 @@ impl Plan {
         overwrite: bool,
         sync: bool,
         instruction_set: Option<&str>,
+        protected: Vec<PathBuf>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
         let instruction_set = instruction_set
             .map(InstructionSet::from_name)
             .transpose()
             .map_err(|error| to_python(py, error))?;
-        let options = execute::Options { threads, overwrite, unsynced: !sync, instruction_set };
+        let unsynced = !sync;
+        let options = execute::Options { threads, overwrite, unsynced, instruction_set, protected };
         let summary = job::run(py, progress, |task| {
             execute::execute(&self.inputs, &self.plan, &output, &options, task)
         })?;
@@ -121,7 +124,7 @@ impl Plan {
         sync: bool,
     ) -> PyResult<device::Execution> {
         let options =
-            execute::Options { threads, overwrite, unsynced: !sync, instruction_set: None };
+            execute::Options { threads, overwrite, unsynced: !sync, ..Default::default() };
         py.detach(|| device::Execution::begin(&self.inputs, &self.plan, &output, &options))
             .map_err(|error| to_python(py, error))
     }
@@ -298,6 +301,13 @@ mod _core {
             analysis::compare(&adapters, &pool, task)
         })?;
         to_object(py, &comparison)
+    }
+
+    /// Finishes or takes back what a merge that was cut off left in an output; says which.
+    #[pyfunction]
+    fn recover_output(py: Python<'_>, output: PathBuf) -> PyResult<Py<PyAny>> {
+        let recovery = job::run(py, None, |_| staging::recover(&output))?;
+        to_object(py, &recovery)
     }
 
     /// How this binary was built and what it uses of this processor.

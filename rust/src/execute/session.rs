@@ -12,13 +12,14 @@ use std::time::Instant;
 use super::compute::{self, Computer};
 use super::queue::{self, Work};
 use super::{Job, Options, Output, Summary};
+use crate::checkpoint::rewrite;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::kernel::InstructionSet;
 use crate::plan::{Inputs, Plan, PlannedTensor};
 use crate::side_files::{self, SideFiles};
+use crate::staging::{self, Input, Staging};
 use crate::task::{self, Task};
-use crate::writer::{self, Staging};
 
 /// A tensor of a plan: its shard's position and its own.
 pub type Place = (usize, usize);
@@ -89,13 +90,25 @@ impl Session {
         }
         let side_bytes: u64 = side_files.carried.iter().map(|(_, bytes)| bytes).sum();
         let total = plan.bytes() + side_bytes;
-        let staging = Staging::create(inputs, output, options.overwrite, !options.unsynced, total)?;
+        // The base's shards, the output's, and each adapter's file.
+        file::allow_open(2 * plan.shards.len() + inputs.adapters.len());
+        let mut staging = Staging::create(staging::Request {
+            output,
+            overwrite: options.overwrite,
+            sync: !options.unsynced,
+            bytes: total,
+            names: names(inputs, plan, &side_files),
+            inputs: read_inputs(inputs, &side_files, &options.protected)?,
+        })?;
         task.expect(total);
         let files = plan
             .shards
             .iter()
             .map(|shard| {
-                let file = staging.create_file(&shard.name, shard.bytes())?;
+                let source = &inputs.base.shards()[shard.source].file;
+                let like = source.file().metadata();
+                let like = like.map_err(|error| Error::io(source.path(), error))?;
+                let file = staging.create_file(&shard.name, shard.bytes(), Some(&like))?;
                 if !queue::copies_header(inputs, shard) {
                     let failed = |error| Error::io(output.join(&shard.name), error);
                     file::write_at(&file, &shard.header, 0).map_err(failed)?;
@@ -207,34 +220,25 @@ impl Session {
                 file.sync_all().map_err(failed)?;
             }
         }
-        self.files.clear();
         let side_files = self.side_files;
         for (name, bytes) in &side_files.carried {
             task.check()?;
+            let source = inputs.base.root().join(name);
             match (name.as_str(), inputs.base.config()) {
                 ("config.json", Some(config)) if !plan.config_changes.is_empty() => {
-                    let changed = writer::changed_config(config, &plan.config_changes);
-                    self.staging.write(name, &changed)?;
+                    let changed = rewrite::changed_config(config, &plan.config_changes);
+                    self.staging.write(name, &changed, file::find(&source)?.as_ref())?;
                 }
-                _ => {
-                    let source = inputs.base.root().join(name);
-                    let target = self.staging.path(name)?;
-                    std::fs::copy(&source, &target).map_err(|error| Error::io(&source, error))?;
-                    // Elsewhere a file that was opened for reading cannot be synced.
-                    if cfg!(unix) && self.sync {
-                        File::open(&target)
-                            .and_then(|file| file.sync_all())
-                            .map_err(|error| Error::io(&target, error))?;
-                    }
-                }
+                _ => self.staging.copy(name, &source)?,
             }
             task.advance(*bytes);
         }
-        if let Some((name, content)) = writer::index_content(&inputs.base, plan) {
-            self.staging.write(&name, &content)?;
+        if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
+            let like = file::find(&inputs.base.root().join(&name))?;
+            self.staging.write(&name, &content, like.as_ref())?;
         }
         task.check()?;
-        self.staging.commit()?;
+        let warnings = self.staging.commit()?;
         Ok(Summary {
             bytes_written: plan.bytes(),
             seconds: self.start.elapsed().as_secs_f64(),
@@ -249,6 +253,54 @@ impl Session {
                 .collect(),
             side_files: side_files.carried.into_iter().map(|(name, _)| name).collect(),
             left_out: side_files.left_out,
+            warnings,
         })
     }
+}
+
+/// Everything that the output will hold, but for its manifest.
+fn names(inputs: &Inputs, plan: &Plan, side_files: &SideFiles) -> Vec<String> {
+    let shards = plan.shards.iter().map(|shard| shard.name.clone());
+    let carried = side_files.carried.iter().map(|(name, _)| name.clone());
+    let index = inputs.base.index().map(|index| index.file_name.clone());
+    shards.chain(carried).chain(index).collect()
+}
+
+/// Everything that is read while the output is written, in which it must not be written.
+fn read_inputs(
+    inputs: &Inputs,
+    side_files: &SideFiles,
+    protected: &[PathBuf],
+) -> Result<Vec<Input>> {
+    let base = &inputs.base;
+    let mut read = Vec::new();
+    let mut add = |path: PathBuf, what: &str, is_base: bool| {
+        read.push(Input { path, what: what.to_owned(), is_base });
+    };
+    add(base.root().to_path_buf(), "the base", base.is_directory());
+    for shard in base.shards() {
+        add(shard.file.path().to_path_buf(), "the base", false);
+    }
+    for (name, _) in &side_files.carried {
+        add(base.root().join(name), "the base", false);
+    }
+    for adapter in &inputs.adapters {
+        let what = format!("the adapter {}", adapter.path().display());
+        for file in [adapter.config().path(), adapter.file().path()] {
+            add(file.to_path_buf(), &what, false);
+            let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+            add(folder.unwrap_or(Path::new(".")).to_path_buf(), &what, false);
+        }
+    }
+    for model in protected {
+        let is_directory = model.is_dir();
+        let root = if is_directory { Some(model.as_path()) } else { model.parent() };
+        let root = root.filter(|root| !root.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        add(root.to_path_buf(), "the merged model", is_directory);
+        let failed = |error| Error::io(root, error);
+        for entry in std::fs::read_dir(root).map_err(failed)? {
+            add(entry.map_err(failed)?.path(), "the merged model", false);
+        }
+    }
+    Ok(read)
 }

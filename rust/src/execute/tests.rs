@@ -8,7 +8,7 @@ use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan;
 use crate::safetensors::{SafetensorsFile, TensorInfo};
-use crate::writer::{self, Staging};
+use crate::staging;
 
 const ROWS: u64 = 70;
 const COLUMNS: u64 = 90;
@@ -63,6 +63,7 @@ fn a_merge_writes_the_whole_model_and_nothing_else() {
         names(&output),
         [
             "config.json",
+            "lorafast_manifest.json",
             "model.safetensors.index.json",
             "one.safetensors",
             "sub",
@@ -160,24 +161,13 @@ fn what_a_killed_merge_left_is_started_again() {
     let directory = tempfile::tempdir().expect("a directory");
     let inputs = prepare(directory.path());
     let output = directory.path().join("output");
-    fs::create_dir_all(output.join(writer::STAGING).join("model")).expect("made");
-    fs::write(output.join(writer::STAGING).join("model/stale.safetensors"), "half")
+    fs::create_dir_all(output.join(staging::DIRECTORY).join("model-1-0")).expect("made");
+    fs::write(output.join(staging::DIRECTORY).join("model-1-0/stale.safetensors"), "half")
         .expect("written");
     run(&inputs, plain(), &output, 1).expect("merged");
-    assert!(!names(&output).iter().any(|name| name.contains("stale") || name == writer::STAGING));
-}
-
-#[test]
-fn two_merges_into_one_place_do_not_meet() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let inputs = prepare(directory.path());
-    let output = directory.path().join("output");
-    let first = Staging::create(&inputs, &output, false, true, 0).expect("the first");
-    let second = Staging::create(&inputs, &output, false, true, 0).expect_err("the second");
-    assert!(second.to_string().contains("another merge is writing there"));
-    assert!(output.join(writer::STAGING).exists(), "the first one's place is still there");
-    drop(first);
-    assert!(!output.exists());
+    assert!(
+        !names(&output).iter().any(|name| name.contains("stale") || name == staging::DIRECTORY)
+    );
 }
 
 #[test]

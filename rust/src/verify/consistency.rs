@@ -5,10 +5,9 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use super::Verification;
-use crate::checkpoint::{Checkpoint, Location};
+use crate::checkpoint::{Checkpoint, Location, rewrite};
 use crate::dtype::Dtype;
 use crate::plan::{Inputs, Plan};
-use crate::writer;
 
 /// Whether a tensor is an output head by its usual names.
 pub(super) fn is_head(name: &str) -> bool {
@@ -127,7 +126,7 @@ fn check_config(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut
             "config.json: vocab_size is {tokens}, but the embeddings have {vocabulary} tokens"
         ));
     }
-    let layers = entry(config, &writer::LAYER_COUNTS).and_then(Value::as_u64);
+    let layers = entry(config, &rewrite::LAYER_COUNTS).and_then(Value::as_u64);
     if let (Some(count), Some(replication)) = (layers, &plan.config_changes.layers)
         && count != replication.order.len() as u64
     {

@@ -1,0 +1,122 @@
+//! The base's index and config as the output has them: what a merge changes in them, and nothing
+//! else.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value};
+
+use crate::checkpoint::Checkpoint;
+use crate::file;
+use crate::plan::{ConfigChanges, Plan};
+
+/// The output's index: the base's, with every tensor that the shards hold and their size in bytes;
+/// its very bytes, where that changes nothing. `None` where the base has none.
+pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)> {
+    let index = base.index()?;
+    let mut content = index.content.clone();
+    let mut map = match content.get("weight_map") {
+        Some(Value::Object(map)) => map.clone(),
+        _ => Map::new(),
+    };
+    // What stands in no shard any more.
+    let planned: HashSet<_> = plan.tensors().map(|(_, tensor)| tensor.name.as_str()).collect();
+    map.retain(|name, _| planned.contains(name.as_str()));
+    for (shard, tensor) in plan.tensors() {
+        map.insert(tensor.name.clone(), Value::from(shard.name.clone()));
+    }
+    let mut metadata = match content.get("metadata") {
+        Some(Value::Object(metadata)) => metadata.clone(),
+        _ => Map::new(),
+    };
+    metadata.insert("total_size".into(), Value::from(plan.tensor_bytes()));
+    // The metadata stands first, as libraries write it.
+    content.remove("weight_map");
+    content.insert("metadata".into(), Value::Object(metadata));
+    content.insert("weight_map".into(), Value::Object(map));
+    if content == index.content
+        && let Ok((mut file, _)) = file::open(&base.root().join(&index.file_name))
+        && let Ok(bytes) = file::read_whole(&mut file)
+    {
+        return Some((index.file_name.clone(), bytes));
+    }
+    Some((index.file_name.clone(), pretty(&Value::Object(content))))
+}
+
+/// The names under which configs count layers.
+pub const LAYER_COUNTS: [&str; 4] = ["num_hidden_layers", "n_layer", "num_layers", "n_layers"];
+
+/// The base's config with what the merge changes in it, in every place that names it.
+pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> Vec<u8> {
+    fn change(fields: &mut Map<String, Value>, changes: &ConfigChanges) -> (bool, bool) {
+        let (mut has_dtype, mut has_tie) = (false, false);
+        for (name, value) in fields.iter_mut() {
+            match (name.as_str(), &mut *value) {
+                ("torch_dtype" | "dtype", Value::String(old)) => {
+                    has_dtype = true;
+                    if let Some(dtype) = &changes.dtype {
+                        old.clone_from(dtype);
+                    }
+                }
+                ("vocab_size", Value::Number(_)) => {
+                    if let Some(vocabulary) = changes.vocabulary {
+                        *value = Value::from(vocabulary);
+                    }
+                }
+                (name, Value::Number(number)) if LAYER_COUNTS.contains(&name) => {
+                    if let Some(layers) = &changes.layers
+                        && number.as_u64() == Some(layers.layers)
+                    {
+                        *value = Value::from(layers.order.len());
+                    }
+                }
+                // One entry for each layer: layer_types, no_rope_layers and their like.
+                (name, Value::Array(entries)) if name.contains("layer") => {
+                    if let Some(layers) = &changes.layers
+                        && entries.len() as u64 == layers.layers
+                    {
+                        let old = |layer: &u64| entries[*layer as usize].clone();
+                        *value = layers.order.iter().map(old).collect();
+                    }
+                }
+                ("tie_word_embeddings", Value::Bool(tied)) => {
+                    has_tie = true;
+                    *tied = changes.tied.unwrap_or(*tied);
+                }
+                ("quantization_config", _) => {}
+                (name, Value::Object(inner)) if name.ends_with("_config") => {
+                    change(inner, changes);
+                }
+                _ => {}
+            }
+        }
+        (has_dtype, has_tie)
+    }
+    let mut config = config.clone();
+    if changes.unquantised {
+        remove_quantisation(&mut config);
+    }
+    let (has_dtype, has_tie) = change(&mut config, changes);
+    if let Some(dtype) = changes.dtype.as_ref().filter(|_| !has_dtype) {
+        config.insert("torch_dtype".into(), Value::from(dtype.as_str()));
+    }
+    if let Some(tied) = changes.tied.filter(|_| !has_tie) {
+        config.insert("tie_word_embeddings".into(), Value::from(tied));
+    }
+    pretty(&Value::Object(config))
+}
+
+/// Takes the entries on quantisation out, wherever they stand.
+fn remove_quantisation(fields: &mut Map<String, Value>) {
+    fields.retain(|name, _| name != "quantization_config" && name != "compression_config");
+    for (_, value) in fields.iter_mut().filter(|(name, _)| name.ends_with("_config")) {
+        if let Value::Object(inner) = value {
+            remove_quantisation(inner);
+        }
+    }
+}
+
+fn pretty(value: &Value) -> Vec<u8> {
+    let mut text = serde_json::to_string_pretty(value).expect("a JSON value serialises");
+    text.push('\n');
+    text.into_bytes()
+}

@@ -1,0 +1,304 @@
+//! The output directory: what may be written where, the hidden directory in which a model is made,
+//! and the commit that makes the output a model.
+//!
+//! Everything is written into [`DIRECTORY`] inside the output, so that it is on the same file
+//! system, under names and sizes that are known before. The commit ([`commit`]) looks whether all
+//! of it is there, moves the older model aside, moves the new one into place, config and index
+//! last, and deletes the older one at the very end. Until then every step can be taken back.
+
+mod commit;
+mod lock;
+mod manifest;
+mod place;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+pub use commit::{Recovery, check_whole, recover};
+pub use manifest::{MANIFEST, missing_files};
+
+use crate::error::{Error, Result};
+use crate::file::{self, Stamp};
+use lock::Lock;
+use place::Occupancy;
+
+/// The directory inside the output in which a merge is prepared.
+pub const DIRECTORY: &str = ".lorafast-partial";
+/// In it: the new model, in a directory of its own for each merge, so that one that has lost its
+/// lock writes nothing where another one does.
+const MODEL: &str = "model";
+/// Merges of this process so far.
+static MERGES: AtomicUsize = AtomicUsize::new(0);
+
+/// What a place for a merge is asked for.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// The directory to write.
+    pub output: &'a Path,
+    /// Whether a model in it may be replaced.
+    pub overwrite: bool,
+    /// Whether what is committed has reached the disk.
+    pub sync: bool,
+    /// Bytes of everything that will be written.
+    pub bytes: u64,
+    /// The names of everything that will be written, but for the manifest.
+    pub names: Vec<String>,
+    /// What is read meanwhile and must not be written over.
+    pub inputs: Vec<Input>,
+}
+
+/// A file or a directory that a merge reads.
+#[derive(Debug, Clone)]
+pub struct Input {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What it is, for messages: "the base".
+    pub what: String,
+    /// Whether the output may not lie below it either.
+    pub is_base: bool,
+}
+
+/// A file of the new model.
+#[derive(Debug, Clone)]
+struct Written {
+    name: String,
+    bytes: u64,
+    identity: (u64, u64),
+    /// As it was when it was closed, where nobody writes to it any more.
+    stamp: Option<Stamp>,
+}
+
+/// The checked and locked place for one merge. Dropped before [`Staging::commit`], it leaves the
+/// output as it was found.
+#[derive(Debug)]
+pub struct Staging {
+    output: PathBuf,
+    directory: PathBuf,
+    /// The name of the model's directory in it.
+    model: String,
+    sync: bool,
+    occupancy: Occupancy,
+    names: Vec<String>,
+    inputs: Vec<Input>,
+    written: Vec<Written>,
+    lock: Option<Lock>,
+    /// The outermost directory that did not exist before, removed again on failure.
+    created: Option<PathBuf>,
+    /// Whether the directory stays as it is.
+    kept: bool,
+}
+
+impl Staging {
+    /// Checks the output and takes possession of it. A commit that was cut off there is finished
+    /// or taken back before.
+    ///
+    /// # Errors
+    /// [`Error::Output`] or [`Error::Io`], with the output left as it was.
+    pub fn create(request: Request<'_>) -> Result<Self> {
+        let Request { output, overwrite, sync, bytes, mut names, inputs } = request;
+        names.push(MANIFEST.to_owned());
+        place::check_place(&inputs, output)?;
+        if !commit::is_cut_off(output)? {
+            place::check_content(output, overwrite)?;
+        }
+        place::check_space(output, bytes)?;
+        let created = place::first_missing(output)?;
+        fs::create_dir_all(output).map_err(|error| Error::io(output, error))?;
+        let directory = output.join(DIRECTORY);
+        let mut this = Self {
+            output: output.to_path_buf(),
+            directory: directory.clone(),
+            model: format!(
+                "{MODEL}-{}-{}",
+                std::process::id(),
+                MERGES.fetch_add(1, Ordering::Relaxed)
+            ),
+            sync,
+            occupancy: Occupancy::default(),
+            names,
+            inputs,
+            written: Vec::new(),
+            lock: None,
+            created,
+            kept: false,
+        };
+        this.lock = Some(Lock::take(output, &directory)?);
+        commit::take_back_or_finish(output, &directory)?;
+        place::check_content(output, overwrite)?;
+        clear(&directory)?;
+        let model = directory.join(&this.model);
+        fs::create_dir(&model).map_err(|error| Error::io(&model, error))?;
+        this.occupancy = Occupancy::find(output, &this.names, &this.inputs)?;
+        Ok(this)
+    }
+
+    /// Where a file of the output is prepared. Makes the directories that its name asks for, and
+    /// no other: those of the merge were made at its beginning.
+    fn path(&self, name: &str) -> Result<PathBuf> {
+        let mut path = self.directory.join(&self.model);
+        let mut parts = Path::new(name).components().peekable();
+        while let Some(part) = parts.next() {
+            path.push(part);
+            if parts.peek().is_some()
+                && let Err(error) = fs::create_dir(&path)
+                && error.kind() != io::ErrorKind::AlreadyExists
+            {
+                return Err(self.failed(&path, error));
+            }
+        }
+        Ok(path)
+    }
+
+    /// What a failure to write there means: what is not there any more was there.
+    fn failed(&self, path: &Path, error: io::Error) -> Error {
+        if error.kind() == io::ErrorKind::NotFound {
+            commit::lost(&self.output, format!("something removed {}", self.directory.display()))
+        } else {
+            Error::io(path, error)
+        }
+    }
+
+    /// Makes a file of the new model, which must be among the announced names, with the
+    /// permissions of the file that it is made from.
+    fn create_new(&mut self, name: &str, bytes: u64, like: Option<&fs::Metadata>) -> Result<File> {
+        debug_assert!(self.names.iter().any(|known| known == name), "{name} was announced");
+        let path = self.path(name)?;
+        let failed = |error| Error::io(&path, error);
+        // Never through a link, and never over what somebody else has put there.
+        let file = File::options().read(true).write(true).create_new(true).open(&path);
+        let file = file.map_err(|error| self.failed(&path, error))?;
+        if let Some(like) = like {
+            file.set_permissions(like.permissions()).map_err(failed)?;
+        }
+        let identity = file::identity(&file.metadata().map_err(failed)?);
+        self.written.push(Written { name: name.to_owned(), bytes, identity, stamp: None });
+        Ok(file)
+    }
+
+    /// Makes a file of that many bytes for positioned writes. It stays open until the commit: what is
+    /// deleted meanwhile is then known, for no other file can be the same.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create_file(
+        &mut self,
+        name: &str,
+        bytes: u64,
+        like: Option<&fs::Metadata>,
+    ) -> Result<File> {
+        let file = self.create_new(name, bytes, like)?;
+        let failed = |error| Error::io(self.output.join(name), error);
+        file.set_len(bytes).map_err(failed)?;
+        file::allocate(&file, bytes);
+        Ok(file)
+    }
+
+    /// Writes a small file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&mut self, name: &str, content: &[u8], like: Option<&fs::Metadata>) -> Result<()> {
+        let mut file = self.create_new(name, content.len() as u64, like)?;
+        let failed = |error| Error::io(self.output.join(name), error);
+        file.write_all(content).map_err(failed)?;
+        if self.sync {
+            file.sync_all().map_err(failed)?;
+        }
+        let stamp = Stamp::of(&file.metadata().map_err(failed)?);
+        if let Some(written) = self.written.last_mut() {
+            written.stamp = Some(stamp);
+        }
+        Ok(())
+    }
+
+    /// Copies a small file with its permissions.
+    ///
+    /// # Errors
+    /// [`Error::Io`], of the file at fault; [`Error::Checkpoint`] if the source is no plain file.
+    pub fn copy(&mut self, name: &str, source: &Path) -> Result<()> {
+        let (mut from, metadata) = file::open(source)?;
+        let content = file::read_whole(&mut from).map_err(|error| Error::io(source, error))?;
+        self.write(name, &content, Some(&metadata))
+    }
+
+    /// Makes what was written the output's model, and lists it in a manifest beside it. What of an
+    /// older model the new one does not replace is deleted at the end; whatever else lies in the
+    /// output stays. Returns what went wrong after the new model was in place.
+    ///
+    /// # Errors
+    /// [`Error::Output`], [`Error::Io`]; the older model is then where it was, and the message
+    /// says where the new one lies.
+    pub fn commit(mut self) -> Result<Vec<String>> {
+        let content = manifest::encode(self.written.iter().map(|file| (&*file.name, file.bytes)));
+        self.write(MANIFEST, &content, None)?;
+        let mut warnings = commit::commit(&mut self)?;
+        self.kept = true;
+        // The model is complete: what fails now is no failure of the merge.
+        if let Some(lock) = self.lock.take()
+            && let Err(error) = lock.remove(&self.directory)
+        {
+            let place = self.directory.display();
+            warnings.push(format!("{place}: could not be removed ({error}); remove it by hand"));
+        }
+        Ok(warnings)
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here, and the name says what the remains are.
+        if self.kept {
+            return;
+        }
+        if let Some(lock) = self.lock.take() {
+            let _ = lock.remove(&self.directory);
+        }
+        if let Some(created) = &self.created {
+            // From the output upwards, as long as the directories are empty.
+            let place = place::resolve(&self.output);
+            for path in place.ancestors().take_while(|path| path.starts_with(created)) {
+                if fs::remove_dir(path).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Removes what an earlier merge left in its directory, but for the lock.
+fn clear(directory: &Path) -> Result<()> {
+    let failed = |error| Error::io(directory, error);
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if lock::is_lock(&entry.file_name()) {
+            continue;
+        }
+        let is_directory = entry.file_type().map_err(failed)?.is_dir();
+        let path = entry.path();
+        let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(|error| Error::io(&path, error))?;
+    }
+    Ok(())
+}
+
+/// Whether loaders take a directory for a model by this file.
+fn completes_model(name: &str) -> bool {
+    name == "config.json" || is_index(name)
+}
+
+/// Whether it is an index of shards, of safetensors or of torch's files.
+fn is_index(name: &str) -> bool {
+    let of_weights = name.contains(".safetensors.index") || name.contains(".bin.index");
+    of_weights && name.ends_with(".json") && !name.contains('/')
+}
+
+/// Whether a name from a file leads to something below the directory that it is taken in.
+fn stays_inside(name: &str) -> bool {
+    let mut parts = Path::new(name).components().peekable();
+    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests;

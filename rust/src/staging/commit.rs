@@ -1,0 +1,478 @@
+//! The commit: the older model moves aside, the new one into its place, and either all of it
+//! happens or all of it is taken back.
+//!
+//! One file cannot be exchanged with many others at once. So config and index leave first and come
+//! last, that no loader takes what is between for a model, and a journal in the staging directory
+//! says what was to move where. Whoever finds the journal knows that the process was cut off, and
+//! can finish what it did or take it back from what lies where, for files move and are never copied.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::lock::Lock;
+use super::{DIRECTORY, Staging, clear, completes_model, place, stays_inside};
+use crate::error::{Error, Result};
+use crate::file;
+
+/// In the staging directory: the files of the older model, while the new one takes their place.
+const OLDER: &str = "older";
+const JOURNAL: &str = "commit.json";
+/// The journal before it counts.
+const DRAFT: &str = "commit.json.draft";
+const SCHEMA: u32 = 1;
+
+/// What moves where.
+#[derive(Debug, Serialize, Deserialize)]
+struct Journal {
+    schema: u32,
+    /// The directory in which the new model was made.
+    model: String,
+    /// The new model's files with their sizes, in the order in which they come.
+    new: Vec<(String, u64)>,
+    /// The older model's files, in the order in which they leave.
+    older: Vec<String>,
+}
+
+/// What [`recover`] found and did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recovery {
+    /// No merge was cut off there.
+    Nothing,
+    /// A merge was cut off while it wrote; what it left is removed, and the output as it was.
+    Cleared,
+    /// A commit was cut off; the new model is in its place.
+    Finished,
+    /// A commit was cut off and not all of the new model is there; the older one is back.
+    TakenBack,
+}
+
+/// An error in the middle of a commit.
+fn broken(output: &Path, message: impl Into<String>) -> Error {
+    Error::output(output, message)
+}
+
+/// Where files lie in the course of a commit.
+struct Layout<'a> {
+    output: &'a Path,
+    model: PathBuf,
+    older: PathBuf,
+    journal: PathBuf,
+}
+
+impl<'a> Layout<'a> {
+    fn new(output: &'a Path, directory: &Path, model: &str) -> Self {
+        Self {
+            output,
+            model: directory.join(model),
+            older: directory.join(OLDER),
+            journal: directory.join(JOURNAL),
+        }
+    }
+
+    /// Moves a file of the older model aside.
+    fn retire(&self, name: &str) -> Result<()> {
+        shift(&self.output.join(name), &self.older.join(name))
+    }
+
+    /// Moves a file of the new model into its place.
+    fn place(&self, name: &str) -> Result<()> {
+        shift(&self.model.join(name), &self.output.join(name))
+    }
+
+    /// Whether what lies in a new file's place is the new file: it is no more where it was made, and
+    /// an older one of that name has moved aside.
+    fn is_placed(&self, name: &str, journal: &Journal) -> Result<bool> {
+        if exists(&self.model.join(name))? || !exists(&self.output.join(name))? {
+            return Ok(false);
+        }
+        let had_older = journal.older.iter().any(|older| older == name);
+        Ok(!had_older || exists(&self.older.join(name))?)
+    }
+
+    /// Moves everything back, whatever has moved: the new files that are in their places, then the
+    /// older ones, config and index last.
+    fn take_back(&self, journal: &Journal) -> Result<()> {
+        for (name, _) in journal.new.iter().rev() {
+            if self.is_placed(name, journal)? {
+                shift(&self.output.join(name), &self.model.join(name))?;
+            }
+        }
+        for name in journal.older.iter().rev() {
+            if exists(&self.older.join(name))? {
+                shift(&self.older.join(name), &self.output.join(name))?;
+            }
+        }
+        remove(&self.journal)
+    }
+
+    /// Whether every new file is in its place or ready to be moved there.
+    fn is_whole(&self, journal: &Journal) -> bool {
+        journal.new.iter().all(|(name, bytes)| {
+            let is_placed = self.is_placed(name, journal).unwrap_or(false);
+            let at = if is_placed { self.output } else { &self.model }.join(name);
+            let found = fs::symlink_metadata(at);
+            found.is_ok_and(|metadata| metadata.is_file() && metadata.len() == *bytes)
+        })
+    }
+
+    /// Whether every new file is in its place.
+    fn is_done(&self, journal: &Journal) -> bool {
+        let is_placed = |(name, _): &(String, u64)| self.is_placed(name, journal).unwrap_or(false);
+        journal.new.iter().all(is_placed) && self.is_whole(journal)
+    }
+
+    /// Moves whatever has not moved yet.
+    fn carry_on(&self, journal: &Journal, sync: bool) -> Result<()> {
+        for name in &journal.older {
+            if !exists(&self.older.join(name))? && exists(&self.output.join(name))? {
+                self.retire(name)?;
+            }
+        }
+        for (name, _) in &journal.new {
+            if exists(&self.model.join(name))? {
+                self.place(name)?;
+            }
+        }
+        if sync {
+            sync_directories(self.output, journal.new.iter().map(|(name, _)| name.as_str()));
+        }
+        remove(&self.journal)
+    }
+}
+
+/// Carries a commit out. Returns what went wrong after the new model was in its place.
+pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
+    let (output, directory) = (staging.output.clone(), staging.directory.clone());
+    let layout = Layout::new(&output, &directory, &staging.model);
+    check_written(staging, &layout)?;
+    let keep = |message: String| {
+        let place = layout.model.display();
+        broken(
+            &output,
+            format!(
+                "{message}; the finished model lies in {place} until the next merge into this \
+                 directory"
+            ),
+        )
+    };
+    // Looked at again: what has come since the merge began is nobody's to replace.
+    let occupancy = place::Occupancy::find(&output, &staging.names, &staging.inputs)?;
+    if let Some(name) = occupancy.older.iter().find(|name| !staging.occupancy.older.contains(name))
+    {
+        staging.kept = true;
+        return Err(keep(format!("{name} has come into it while the model was written")));
+    }
+    let (new, older) = in_order(staging, occupancy.older);
+    let journal = Journal { schema: SCHEMA, model: staging.model.clone(), new, older };
+    if let Err(error) = write_journal(&layout, &directory, &journal, staging.sync) {
+        staging.kept = true;
+        return Err(keep(format!("could not be replaced, and is as it was: {error}")));
+    }
+    if let Err(error) = layout.carry_on(&journal, staging.sync) {
+        staging.kept = true;
+        if layout.is_done(&journal) {
+            // Only the journal could not be removed, and says itself that all is done.
+            return Ok(vec![format!("{}: {error}; remove it by hand", directory.display())]);
+        }
+        return Err(match layout.take_back(&journal) {
+            Ok(()) => {
+                if let Some(lock) = staging.lock.take() {
+                    lock.release();
+                }
+                remove_new_directories(&layout, &journal);
+                keep(format!("could not be replaced, and is as it was: {error}"))
+            }
+            Err(second) => broken(
+                &output,
+                format!(
+                    "could not be replaced ({error}), nor taken back ({second}); the older model's \
+                     files lie in it and in {}, the new one's in it and in {}: mend the cause, and \
+                     `lorafast recover` finishes the one or the other",
+                    layout.older.display(),
+                    layout.model.display()
+                ),
+            ),
+        });
+    }
+    Ok(occupancy
+        .bystanders
+        .iter()
+        .map(|name| {
+            format!(
+                "{}: stays in the output with weights that are no part of the model",
+                output.join(name).display()
+            )
+        })
+        .collect())
+}
+
+/// The new files with their sizes in the order in which they come, and the older ones in that in
+/// which they leave: config and index, which make a directory a model, leave first and come last.
+fn in_order(staging: &Staging, mut older: Vec<String>) -> (Vec<(String, u64)>, Vec<String>) {
+    let mut new: Vec<_> =
+        (staging.written.iter()).map(|written| (written.name.clone(), written.bytes)).collect();
+    new.sort_by(|left, right| {
+        (completes_model(&left.0), &left.0).cmp(&(completes_model(&right.0), &right.0))
+    });
+    older.sort_by_key(|name| !completes_model(name));
+    (new, older)
+}
+
+/// The error for a merge whose files somebody took away.
+pub fn lost(output: &Path, what: String) -> Error {
+    let message =
+        "while the merge was written, and nothing in the output was changed; start it again";
+    broken(output, format!("{what} {message}"))
+}
+
+/// Holds what lies in the staging directory against what was written: a cleaner of temporary files,
+/// or a merge that took the same place, may have been there.
+fn check_written(staging: &Staging, layout: &Layout<'_>) -> Result<()> {
+    let lost = |what| lost(layout.output, what);
+    if staging.lock.as_ref().is_none_or(|lock| !lock.is_held()) {
+        return Err(lost(format!("something removed the lock in {}", staging.directory.display())));
+    }
+    for written in &staging.written {
+        let path = layout.model.join(&written.name);
+        let found = fs::symlink_metadata(&path).ok();
+        let is_it = |metadata: &fs::Metadata| {
+            metadata.is_file()
+                && file::identity(metadata) == written.identity
+                && metadata.len() == written.bytes
+                && written.stamp.is_none_or(|stamp| stamp == file::Stamp::of(metadata))
+        };
+        if !found.as_ref().is_some_and(is_it) {
+            let how = if found.is_some() { "changed" } else { "removed" };
+            return Err(lost(format!("something {how} {}", path.display())));
+        }
+    }
+    Ok(())
+}
+
+/// Writes the journal, after which a commit can be carried on by whoever finds it.
+fn write_journal(
+    layout: &Layout<'_>,
+    directory: &Path,
+    journal: &Journal,
+    sync: bool,
+) -> Result<()> {
+    fs::create_dir(&layout.older).map_err(|error| Error::io(&layout.older, error))?;
+    let path = directory.join(DRAFT);
+    let failed = |error| Error::io(&path, error);
+    let mut draft = File::options().write(true).create_new(true).open(&path).map_err(failed)?;
+    let content = serde_json::to_vec(journal).expect("names and numbers serialise");
+    draft.write_all(&content).map_err(failed)?;
+    if sync {
+        draft.sync_all().map_err(failed)?;
+        // What is renamed must be found under its name after a loss of power.
+        sync_directories(&layout.model, journal.new.iter().map(|(name, _)| name.as_str()));
+    }
+    drop(draft);
+    shift(&path, &layout.journal)?;
+    if sync {
+        sync_directory(directory);
+    }
+    Ok(())
+}
+
+fn read_journal(directory: &Path) -> Result<Option<Journal>> {
+    let path = directory.join(JOURNAL);
+    if !exists(&path)? {
+        return Ok(None);
+    }
+    let (mut file, _) = file::open(&path)?;
+    let content = file::read_whole(&mut file).map_err(|error| Error::io(&path, error))?;
+    let journal: Journal = serde_json::from_slice(&content)
+        .map_err(|error| broken(&path, format!("is no journal of a commit: {error}")))?;
+    if journal.schema != SCHEMA {
+        return Err(broken(&path, "is of another version of lorafast; recover it with that"));
+    }
+    let names = journal.new.iter().map(|(name, _)| name).chain(&journal.older);
+    if let Some(name) = names.chain([&journal.model]).find(|name| !stays_inside(name)) {
+        return Err(broken(&path, format!("names {name:?}, which leaves its directory")));
+    }
+    Ok(Some(journal))
+}
+
+/// Whether a commit was cut off in an output.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be looked at.
+pub fn is_cut_off(output: &Path) -> Result<bool> {
+    let directory = output.join(DIRECTORY);
+    match fs::symlink_metadata(&directory) {
+        Ok(metadata) if metadata.is_dir() => exists(&directory.join(JOURNAL)),
+        _ => Ok(false),
+    }
+}
+
+/// Refuses a model in the middle of a commit, which may be one that was cut off.
+///
+/// # Errors
+/// [`Error::Checkpoint`].
+pub fn check_whole(root: &Path) -> Result<()> {
+    if !is_cut_off(root)? {
+        return Ok(());
+    }
+    let directory = root.join(DIRECTORY);
+    // Another process may remove the journal at this moment.
+    if let Ok(Some(journal)) = read_journal(&directory)
+        && Layout::new(root, &directory, &journal.model).is_done(&journal)
+    {
+        return Ok(());
+    }
+    if !is_cut_off(root)? {
+        return Ok(());
+    }
+    Err(Error::checkpoint(
+        root,
+        "is in the middle of being replaced by a merge; wait for it, or if it was cut off, finish \
+         it with: lorafast recover",
+    ))
+}
+
+/// Before a merge begins: takes a commit back that was cut off where no model had been, so that the
+/// output is as empty as the merge that was cut off had found it; finishes any other.
+pub fn take_back_or_finish(output: &Path, directory: &Path) -> Result<()> {
+    let Some(journal) = read_journal(directory)? else { return Ok(()) };
+    let layout = Layout::new(output, directory, &journal.model);
+    if !journal.older.is_empty() && layout.is_whole(&journal) {
+        return layout.carry_on(&journal, true);
+    }
+    layout.take_back(&journal)?;
+    remove_new_directories(&layout, &journal);
+    Ok(())
+}
+
+/// Finishes or takes back what a merge that was cut off left in an output, and removes the rest of
+/// it.
+///
+/// # Errors
+/// [`Error::Output`] if a merge is at work there, [`Error::Io`].
+pub fn recover(output: &Path) -> Result<Recovery> {
+    let directory = output.join(DIRECTORY);
+    match fs::symlink_metadata(&directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // The directory itself has to be one.
+            fs::metadata(output).map_err(|error| Error::io(output, error))?;
+            return Ok(Recovery::Nothing);
+        }
+        Err(error) => return Err(Error::io(&directory, error)),
+        Ok(_) => {}
+    }
+    let lock = Lock::take(output, &directory)?;
+    let recovery = match read_journal(&directory)? {
+        None => Recovery::Cleared,
+        Some(journal) => {
+            let layout = Layout::new(output, &directory, &journal.model);
+            if layout.is_whole(&journal) {
+                layout.carry_on(&journal, true)?;
+                Recovery::Finished
+            } else {
+                layout.take_back(&journal)?;
+                remove_new_directories(&layout, &journal);
+                Recovery::TakenBack
+            }
+        }
+    };
+    clear(&directory)?;
+    lock.remove(&directory).map_err(|error| Error::io(&directory, error))?;
+    Ok(recovery)
+}
+
+/// Whether something has that name, a link that leads nowhere included.
+fn exists(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io(path, error)),
+    }
+}
+
+/// Moves a file to where nothing is; makes the directories that the way there asks for.
+fn shift(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent).map_err(|error| Error::io(parent, error))?;
+    }
+    rename(from, to).map_err(|error| Error::io(to, error))
+}
+
+/// Renames without replacing, where the system can: what somebody else puts there at this moment
+/// is not ours.
+fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            // Some file systems do not know the flag.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+    if fs::symlink_metadata(to).is_ok() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    fs::rename(from, to)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the directories of new files that were taken back, as far as they are empty.
+fn remove_new_directories(layout: &Layout<'_>, journal: &Journal) {
+    for (name, _) in journal.new.iter().rev() {
+        let parents = Path::new(name).ancestors().skip(1);
+        for parent in parents.take_while(|parent| !parent.as_os_str().is_empty()) {
+            if fs::remove_dir(layout.output.join(parent)).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// Makes renames below a directory durable.
+fn sync_directories<'n>(root: &Path, names: impl Iterator<Item = &'n str>) {
+    let root = place::resolve(root);
+    let mut directories: BTreeSet<_> =
+        names.filter_map(|name| root.join(name).parent().map(Path::to_path_buf)).collect();
+    directories
+        .extend([Some(root.clone()), root.parent().map(Path::to_path_buf)].into_iter().flatten());
+    directories.iter().for_each(|directory| sync_directory(directory));
+}
+
+/// Not every file system can sync a directory, and the data is safe already.
+fn sync_directory(directory: &Path) {
+    let _ = File::open(directory).and_then(|directory| directory.sync_all());
+}
+
+/// Carries out that many steps of a commit and no more, as if the process had been killed then.
+/// Whether it was all.
+#[cfg(test)]
+pub fn cut_off(staging: &mut Staging, steps: usize) -> bool {
+    let (output, directory) = (staging.output.clone(), staging.directory.clone());
+    let layout = Layout::new(&output, &directory, &staging.model);
+    let older = place::Occupancy::find(&output, &staging.names, &[]).expect("found").older;
+    let (new, older) = in_order(staging, older);
+    let journal = Journal { schema: SCHEMA, model: staging.model.clone(), new, older };
+    if steps == 0 {
+        return false;
+    }
+    write_journal(&layout, &directory, &journal, false).expect("written");
+    let moves = journal.older.iter().map(|name| (true, name));
+    let moves = moves.chain(journal.new.iter().map(|(name, _)| (false, name)));
+    let all = journal.older.len() + journal.new.len();
+    for (is_older, name) in moves.take(steps - 1) {
+        if is_older { layout.retire(name) } else { layout.place(name) }.expect("moved");
+    }
+    steps > all
+}

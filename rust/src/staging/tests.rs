@@ -1,0 +1,343 @@
+use std::path::Path;
+
+use super::*;
+
+fn request<'a>(output: &'a Path, overwrite: bool, names: &[&str]) -> Request<'a> {
+    Request {
+        output,
+        overwrite,
+        sync: false,
+        bytes: 0,
+        names: names.iter().map(|name| (*name).to_owned()).collect(),
+        inputs: Vec::new(),
+    }
+}
+
+const NAMES: [&str; 4] =
+    ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX, "config.json"];
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A model whose files all hold `text`, written but not committed.
+fn begin(output: &Path, text: &str, names: &[&str]) -> Staging {
+    let mut staging = Staging::create(request(output, true, names)).expect("a place");
+    for name in names {
+        let content = match *name {
+            INDEX => {
+                format!(r#"{{"weight_map": {{"{text}": "{}", "b": "{}"}}}}"#, NAMES[0], NAMES[1])
+            }
+            _ => text.to_owned(),
+        };
+        staging.write(name, content.as_bytes(), None).expect("written");
+    }
+    staging
+}
+
+fn model(output: &Path, text: &str, names: &[&str]) {
+    let warnings = begin(output, text, names).commit().expect("committed");
+    assert!(warnings.is_empty(), "{warnings:?}");
+}
+
+/// Every file below a directory with its content.
+fn snapshot(directory: &Path) -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    let mut folders = vec![directory.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(directory).expect("below it").display().to_string();
+                files.push((name, fs::read_to_string(&path).expect("text")));
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    snapshot(directory).into_iter().map(|(name, _)| name).collect()
+}
+
+#[test]
+fn a_model_is_written_whole_with_a_list_of_its_files() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path().join("a/b");
+    model(&output, "new", &["model.safetensors", "sub/x.json", "config.json"]);
+    assert_eq!(names(&output), ["config.json", MANIFEST, "model.safetensors", "sub/x.json"]);
+    assert!(missing_files(&output).is_empty());
+    fs::remove_file(output.join("sub/x.json")).expect("removed");
+    assert_eq!(missing_files(&output), ["sub/x.json"]);
+}
+
+#[test]
+fn what_is_not_committed_leaves_nothing() {
+    let root = tempfile::tempdir().expect("a directory");
+    drop(begin(&root.path().join("a/b"), "new", &NAMES));
+    assert!(!root.path().join("a").exists());
+    let output = root.path().join("out");
+    model(&output, "old", &NAMES);
+    let before = snapshot(root.path());
+    drop(begin(&output, "new", &NAMES));
+    assert_eq!(snapshot(root.path()), before);
+}
+
+#[test]
+fn a_new_model_replaces_the_older_one_and_nothing_else() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path();
+    let carried = [&NAMES[..], &["tokenizer.json", "1_Pooling/config.json", "tool.py"]].concat();
+    model(output, "old", &carried);
+    for bystander in ["notes.txt", "style.safetensors", "deep/config.json"] {
+        let path = output.join(bystander);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        fs::write(path, "mine").expect("written");
+    }
+    // What the manifest does not list, but only a model has.
+    fs::write(output.join("chat_template.jinja"), "old").expect("written");
+    fs::write(output.join("merge_report.md"), "old").expect("written");
+    let warnings = begin(output, "new", &["model.safetensors", "config.json"]).commit();
+    let [warning] = &warnings.expect("committed")[..] else { panic!("one warning") };
+    assert!(warning.contains("style.safetensors: stays in the output"), "{warning}");
+    let mut files = names(output);
+    files.sort();
+    assert_eq!(
+        files,
+        [
+            "config.json",
+            "deep/config.json",
+            MANIFEST,
+            "model.safetensors",
+            "notes.txt",
+            "style.safetensors"
+        ]
+    );
+}
+
+#[test]
+fn what_the_staging_directory_lost_is_never_published() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path();
+    model(output, "old", &NAMES);
+    let before = snapshot(output);
+    let spoil: [(&str, fn(&Path)); 5] = [
+        ("removed", |model| fs::remove_file(model.join(NAMES[0])).expect("removed")),
+        ("removed", |model| fs::remove_dir_all(model).expect("removed")),
+        ("changed", |model| {
+            // Longer than the steps in which file systems count time.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            fs::write(model.join("config.json"), "odd").expect("written");
+        }),
+        ("changed", |model| fs::write(model.join("config.json"), "longer").expect("written")),
+        ("removed", |model| {
+            fs::remove_dir_all(model.parent().expect("a parent")).expect("removed");
+        }),
+    ];
+    for (how, spoil) in spoil {
+        let staging = begin(output, "new", &NAMES);
+        spoil(&staging.directory.join(&staging.model));
+        let error = staging.commit().expect_err("it is not whole").to_string();
+        assert!(error.contains(how) && error.contains("start it again"), "{error}");
+        assert_eq!(snapshot(output), before, "{how}");
+    }
+}
+
+#[test]
+fn two_merges_into_one_place_do_not_meet() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path().join("out");
+    let first = begin(&output, "first", &NAMES);
+    let second = Staging::create(request(&output, true, &NAMES)).expect_err("the second");
+    assert!(second.to_string().contains("another merge is writing there"));
+    // Somebody deletes the lock, and a second merge takes the place.
+    fs::remove_dir_all(output.join(DIRECTORY)).expect("removed");
+    let second = begin(&output, "second", &NAMES);
+    let error = first.commit().expect_err("lost its place").to_string();
+    assert!(error.contains("something removed"), "{error}");
+    second.commit().expect("committed");
+    assert!(snapshot(&output).iter().all(|(_, content)| !content.contains("first")));
+    drop(begin(&root.path().join("other"), "first", &NAMES));
+    assert!(!root.path().join("other").exists());
+}
+
+#[test]
+fn what_comes_into_the_output_meanwhile_is_not_replaced() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path().join("out");
+    let staging = begin(&output, "new", &NAMES);
+    fs::write(output.join("config.json"), "somebody's").expect("written");
+    let error = staging.commit().expect_err("not ours").to_string();
+    assert!(error.contains("config.json has come into it while"), "{error}");
+    assert!(error.contains("the finished model lies in"), "{error}");
+    assert_eq!(fs::read_to_string(output.join("config.json")).expect("there"), "somebody's");
+    let kept = error.split("lies in ").nth(1).and_then(|rest| rest.split(" until").next());
+    let kept = Path::new(kept.expect("says where"));
+    assert_eq!(fs::read_to_string(kept.join(NAMES[1])).expect("kept"), "new");
+}
+
+#[test]
+fn places_are_tried_before_anything_moves() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path();
+    let refused = |names: &[&str]| {
+        let before = snapshot(output);
+        let error = Staging::create(request(output, true, names)).expect_err("refused");
+        assert_eq!(snapshot(output), before);
+        assert!(!output.join(DIRECTORY).exists());
+        error.to_string()
+    };
+    fs::create_dir_all(output.join("config.json/x")).expect("made");
+    assert!(refused(&NAMES).contains("config.json: is a directory where the model has a file"));
+    fs::remove_dir_all(output.join("config.json")).expect("removed");
+    fs::write(output.join("sub"), "mine").expect("written");
+    assert!(refused(&["sub/x.json"]).contains("sub: is no directory"));
+    fs::write(output.join("adapter_config.json"), "{}").expect("written");
+    assert!(refused(&NAMES).contains("holds an adapter (adapter_config.json)"));
+}
+
+/// Cuts a commit off after every number of its steps, and recovers in every way.
+#[test]
+fn a_commit_that_was_cut_off_is_finished_or_taken_back() {
+    for was_there in [false, true] {
+        let mut steps = 0;
+        loop {
+            let root = tempfile::tempdir().expect("a directory");
+            let output = root.path().join("out");
+            let older = [&NAMES[..], &["tokenizer.json"]].concat();
+            if was_there {
+                model(&output, "old", &older);
+            } else {
+                fs::create_dir(&output).expect("made");
+            }
+            fs::write(output.join("notes.txt"), "mine").expect("written");
+            let before = snapshot(&output);
+            let mut staging = begin(&output, "new", &NAMES);
+            staging.kept = true;
+            let content = manifest::encode([("config.json", 3)].into_iter());
+            staging.write(MANIFEST, &content, None).expect("written");
+            let is_done = commit::cut_off(&mut staging, steps);
+            drop(staging);
+            let refusal = check_whole(&output);
+            assert_eq!(refusal.is_ok(), is_done || steps == 0, "{steps}: {refusal:?}");
+            if steps > 0 && !is_done {
+                assert!(refusal.expect_err("refused").to_string().contains("lorafast recover"));
+            }
+            let finished = recover(&output).expect("recovered");
+            match steps {
+                0 => assert_eq!(finished, Recovery::Cleared),
+                _ => assert_eq!(finished, Recovery::Finished),
+            }
+            let after = snapshot(&output);
+            if steps == 0 {
+                assert_eq!(after, before);
+            } else {
+                assert!(after.iter().any(|(name, _)| name == "notes.txt"));
+                assert!(after.iter().all(|(_, content)| !content.contains("old")), "{steps}");
+                assert_eq!(after.len(), NAMES.len() + 2, "{after:?}");
+            }
+            assert!(!output.join(DIRECTORY).exists());
+            assert_eq!(recover(&output).expect("nothing left"), Recovery::Nothing);
+
+            // The same, but a part of the new model is lost: the older one comes back.
+            if steps > 0 && !is_done {
+                let root = tempfile::tempdir().expect("a directory");
+                let output = root.path().join("out");
+                if was_there {
+                    model(&output, "old", &older);
+                } else {
+                    fs::create_dir(&output).expect("made");
+                }
+                let before = snapshot(&output);
+                let mut staging = begin(&output, "new", &NAMES);
+                staging.kept = true;
+                staging.write(MANIFEST, &content, None).expect("written");
+                commit::cut_off(&mut staging, steps);
+                let last = staging.directory.join(&staging.model).join(INDEX);
+                drop(staging);
+                fs::remove_file(last).expect("there");
+                assert_eq!(recover(&output).expect("recovered"), Recovery::TakenBack);
+                assert_eq!(snapshot(&output), before, "{steps}");
+            }
+            if is_done {
+                break;
+            }
+            steps += 1;
+        }
+        assert!(steps > 5);
+    }
+}
+
+#[test]
+fn a_merge_into_a_place_that_was_cut_off_begins_with_a_whole_output() {
+    let root = tempfile::tempdir().expect("a directory");
+    for was_there in [false, true] {
+        let output = root.path().join(format!("{was_there}"));
+        if was_there {
+            model(&output, "old", &NAMES);
+        }
+        let mut staging = begin(&output, "new", &NAMES);
+        staging.kept = true;
+        commit::cut_off(&mut staging, 3);
+        drop(staging);
+        // As it was called the first time: without `overwrite` where nothing had been.
+        let again = Staging::create(request(&output, was_there, &NAMES)).expect("a place");
+        drop(again);
+        if was_there {
+            assert!(snapshot(&output).iter().all(|(_, content)| !content.contains("old")));
+        } else {
+            assert!(!output.join("config.json").exists());
+        }
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn nothing_is_followed_or_emptied_through_a_link() {
+    use std::os::unix::fs::symlink;
+    let root = tempfile::tempdir().expect("a directory");
+    let (output, other) = (root.path().join("out"), root.path().join("other"));
+    fs::create_dir_all(&other).expect("made");
+    fs::create_dir_all(&output).expect("made");
+    fs::write(other.join("precious"), "mine").expect("written");
+    symlink(&other, output.join(DIRECTORY)).expect("linked");
+    let error = Staging::create(request(&output, true, &NAMES)).expect_err("refused").to_string();
+    assert!(error.contains("is a link where merges are prepared"), "{error}");
+    fs::remove_file(output.join(DIRECTORY)).expect("removed");
+    fs::create_dir(output.join(DIRECTORY)).expect("made");
+    symlink(other.join("precious"), output.join(DIRECTORY).join("lock")).expect("linked");
+    Staging::create(request(&output, true, &NAMES)).expect_err("refused");
+    assert_eq!(fs::read_to_string(other.join("precious")).expect("there"), "mine");
+    // A link under the name of a file is replaced, and not what it leads to.
+    fs::remove_dir_all(output.join(DIRECTORY)).expect("removed");
+    symlink(other.join("precious"), output.join("config.json")).expect("linked");
+    model(&output, "new", &NAMES);
+    assert_eq!(fs::read_to_string(other.join("precious")).expect("there"), "mine");
+    assert!(!output.join("config.json").is_symlink());
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_read_is_never_moved_away_under_whatever_name() {
+    use std::os::unix::fs::symlink;
+    let root = tempfile::tempdir().expect("a directory");
+    let (base, output) = (root.path().join("base"), root.path().join("out"));
+    model(&output, "weights", &["model.safetensors", "config.json"]);
+    fs::create_dir(&base).expect("made");
+    symlink(output.join("model.safetensors"), base.join("model.safetensors")).expect("linked");
+    let before = snapshot(root.path());
+    let input = |path: PathBuf, is_base| Input { path, what: "the base".to_owned(), is_base };
+    let refused = |inputs: Vec<Input>, output: &Path| {
+        let request = Request { inputs, ..request(output, true, &["model.safetensors"]) };
+        let error = Staging::create(request).expect_err("refused").to_string();
+        assert_eq!(snapshot(root.path()), before);
+        error
+    };
+    let shard = input(base.join("model.safetensors"), false);
+    let error = refused(vec![shard], &output);
+    assert!(error.contains("its model.safetensors is a file of the base"), "{error}");
+    let error = refused(vec![input(output.clone(), true)], &output.join("below"));
+    assert!(error.contains("lies inside the base"), "{error}");
+    let error = refused(vec![input(base.clone(), true)], &base);
+    assert!(error.contains("is the base itself"), "{error}");
+}
