@@ -453,12 +453,16 @@ def test_a_name_that_is_no_text_is_scanned_and_not_cached(tmp_path: Path) -> Non
         assert len(fleet.adapters["path"]) == 2
 
 
-def test_a_file_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("settled")
+def test_a_file_that_is_no_cache_is_set_aside_whole(tmp_path: Path) -> None:
     make_fleet(tmp_path / "fleet", 1)
-    (tmp_path / _cache.FILE).write_text("something else entirely, long enough for a header" * 40)
-    with pytest.raises(lorafast.LorafastError, match="cache cannot be used"):
-        lorafast.scan(tmp_path / "fleet", cache=tmp_path)
-    assert (tmp_path / _cache.FILE).read_text().startswith("something else")
+    content = "something else entirely, long enough for a header" * 40
+    (tmp_path / _cache.FILE).write_text(content)
+    with pytest.warns(UserWarning, match="was damaged") as told:
+        assert len(lorafast.scan(tmp_path / "fleet", cache=tmp_path)) == 1
+    assert len(told) == 1
+    assert (tmp_path / f"{_cache.FILE}.damaged-1").read_text() == content
+    assert lorafast.scan(tmp_path / "fleet", cache=tmp_path).remembered == 1
 
 
 KILLED = """
@@ -470,7 +474,7 @@ when, fleet, cache = sys.argv[1:]
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 flushes = 0
 original = _cache.Cache.flush
-def flush(self):
+def flush(self, **options):
     global flushes
     flushes += 1
     if flushes > 200:
@@ -486,7 +490,7 @@ def flush(self):
             __iter__ = lambda self: some()
             clear = lambda self: None
         self._waiting = Half()
-    original(self)
+    original(self, **options)
 _cache.Cache.flush = flush
 lorafast.scan(fleet, cache=cache)
 """

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core, _findings, _sources
+from lorafast._io import scratch
+from lorafast._io.paths import expand, resolved
 from lorafast._records import (
     AdapterAnalysis,
     Comparison,
@@ -191,13 +192,13 @@ def _check(histogram_bins: int, threads: int | None) -> None:
 @contextmanager
 def opened(adapters: Sequence[Source]) -> Iterator[list[tuple[Path, Path | None]]]:
     """The local paths of adapters, each with the file that stands in for pickled weights."""
-    with TemporaryDirectory(prefix="lorafast-") as directory:
+    with scratch.directory() as directory:
         paths: list[tuple[Path, Path | None]] = []
         for position, adapter in enumerate(adapters):
             path = _sources.locate(adapter, _sources.ADAPTER_PATTERNS)
             rewritten = None
             if _sources.has_only_pickle(path):
-                rewritten = _sources.rewrite_pickle(path, Path(directory) / f"{position}")
+                rewritten = _sources.rewrite_pickle(path, directory / f"{position}")
             paths.append((path, rewritten))
         yield paths
 
@@ -242,11 +243,11 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def _parts(adapter: Source) -> tuple[str, ...]:
-    path = Path(adapter).expanduser()
-    if not path.exists():
+    path = Path(expand(adapter))
+    if not os.path.lexists(path):
         # A hub id.
         return tuple(part for part in os.fspath(adapter).split("/") if part)
-    path = path.resolve()
+    path = resolved(path)
     if path.is_file():
         usual = path.name in (_sources.WEIGHTS, _sources.PICKLED_WEIGHTS)
         path = path.parent if usual else path.with_suffix("")

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorafast._io.paths import is_directory, is_file
+
 #: The classes whose patterns and replacements say all that they do.
 PLAIN = {"WeightRenaming", "WeightConverter", "PrefixChange"}
 #: The arguments of operations that change nothing as they are here.
@@ -28,9 +30,12 @@ def renaming_rules(base: Path) -> str | None:
         A JSON list of rules, each with `sources` and `targets` (regular expressions and
         replacements of names), `operations` (name, dimension, plain), `prefixes` and `special`;
         `None` where transformers or the model's class in it is missing, or has no rules.
+
+    Raises:
+        OSError: the config leads nowhere or may not be looked at.
     """
-    path = (base if base.is_dir() else base.parent) / "config.json"
-    if not path.is_file() or find_spec("transformers") is None or find_spec("torch") is None:
+    path = (base if is_directory(base) else base.parent) / "config.json"
+    if not is_file(path) or find_spec("transformers") is None or find_spec("torch") is None:
         return None
     try:
         with warnings.catch_warnings():

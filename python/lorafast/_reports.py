@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._analysis import numbered
 from lorafast._errors import LorafastError
+from lorafast._io import atomic
+from lorafast._io.paths import find
+from lorafast._io.strangers import read_json, reason_of
 from lorafast._serialise import from_plain, without_non_finite
 
 if TYPE_CHECKING:
@@ -83,9 +86,7 @@ def _seed_tensor(tensor: TensorStatistics) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> Path:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
+    return atomic.write(path, text)
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -144,12 +145,12 @@ def read_directory(directory: Path) -> tuple[list[AdapterAnalysis], Comparison |
         LorafastError: there is nothing in it, or a file is not what its name says.
         OSError: it cannot be read.
     """
-    if not directory.exists():
+    if find(directory) is None:
         raise FileNotFoundError(2, "No such file or directory", str(directory))
     folder = directory / ANALYSIS_DIRECTORY
     analyses: list[Any] = [_read(path) for path in _files(folder)]
     comparison: Any = None
-    if (folder / COMPARISON_JSON).is_file():
+    if find(folder / COMPARISON_JSON) is not None:
         comparison = _read(folder / COMPARISON_JSON)
     if not analyses and comparison is None:
         raise LorafastError(
@@ -165,12 +166,13 @@ def _files(folder: Path) -> Iterable[Path]:
 
 def _read(path: Path) -> AdapterAnalysis | Comparison:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, LorafastError)
         if not isinstance(content, dict):
             raise LorafastError("it is no JSON object")
         return from_plain(content)
-    except (ValueError, LorafastError) as error:
-        raise LorafastError(f"{path}: cannot be read as an analysis: {error}") from error
+    except (ValueError, RecursionError, LorafastError) as error:
+        reason = reason_of(error).removeprefix(f"{path}: ")
+        raise LorafastError(f"{path}: cannot be read as an analysis: {reason}") from error
 
 
 def write_reports(

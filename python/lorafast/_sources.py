@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 
 from lorafast._errors import AdapterError, CheckpointError, LorafastError, missing
+from lorafast._io.paths import expand, find, is_directory, open_plain
 
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 #: What is fetched for a base: safetensors weights, and everything small beside them.
 BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
-ADAPTER_PATTERNS = ["adapter_config.json", WEIGHTS, PICKLED_WEIGHTS]
+ADAPTER_PATTERNS = [CONFIG, WEIGHTS, PICKLED_WEIGHTS]
 #: `name` or `owner/name`, as the hub allows it.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -28,12 +30,14 @@ def locate(
         local_files_only: take a hub id from the local cache, and never ask the hub.
 
     Raises:
-        FileNotFoundError: it is neither a path that exists nor could it be a hub id.
+        FileNotFoundError: it is neither a path that exists nor could it be a hub id, or a link that
+            leads nowhere.
+        OSError: it may not be looked at.
         MissingDependencyError: it could be a hub id and huggingface_hub is not installed.
         LorafastError: the hub refused, or could not be reached.
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    path = Path(expand(source))
+    if find(path) is not None:
         return path
     text = os.fspath(source)
     not_found = FileNotFoundError(2, "No such file or directory", text)
@@ -45,7 +49,7 @@ def locate(
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
-        if "/" not in text or Path(text).parent.exists():
+        if "/" not in text or os.path.lexists(Path(text).parent):
             raise not_found from None
         raise missing(
             "huggingface_hub", "hub", f"fetch {text!r}, which is no path here, from the hub"
@@ -70,8 +74,12 @@ def locate(
 
 
 def has_only_pickle(adapter: Path) -> bool:
-    """Whether an adapter's directory holds its weights as a pickle alone."""
-    return (adapter / PICKLED_WEIGHTS).is_file() and not (adapter / WEIGHTS).is_file()
+    """Whether an adapter's directory holds its weights as a pickle alone.
+
+    Raises:
+        OSError: what is there leads nowhere or may not be looked at.
+    """
+    return find(adapter / PICKLED_WEIGHTS) is not None and find(adapter / WEIGHTS) is None
 
 
 def rewrite_pickle(adapter: Path, target: Path) -> Path:
@@ -86,7 +94,8 @@ def rewrite_pickle(adapter: Path, target: Path) -> Path:
 
     Raises:
         MissingDependencyError: torch is not installed.
-        AdapterError: the pickle holds something other than tensors.
+        AdapterError: the pickle holds something other than tensors, or is no plain file.
+        OSError: it cannot be read.
     """
     pickle = adapter / PICKLED_WEIGHTS
     try:
@@ -94,12 +103,14 @@ def rewrite_pickle(adapter: Path, target: Path) -> Path:
         from safetensors.torch import save_file
     except ImportError as error:
         raise missing("torch", "torch", f"read {pickle}") from error
-    try:
-        # weights_only: a pickle can otherwise run any code it likes.
-        state = torch.load(pickle, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(f"{pickle}: cannot be read as plain tensors: {reason}") from error
+    # A pipe would keep torch waiting for a writer.
+    with open_plain(pickle, AdapterError) as file:
+        try:
+            # weights_only: a pickle can otherwise run any code it likes.
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise AdapterError(f"{pickle}: cannot be read as plain tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise AdapterError(f"{pickle}: holds something other than a mapping of tensors")
     target = target.with_suffix(".safetensors")
@@ -113,9 +124,10 @@ def is_adapter(path: Path) -> bool:
 
     Raises:
         CheckpointError: it is neither a directory nor a safetensors file.
+        OSError: its config leads nowhere or may not be looked at.
     """
-    if path.is_dir():
-        return (path / "adapter_config.json").is_file()
+    if is_directory(path):
+        return find(path / CONFIG) is not None
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: is neither a directory nor a .safetensors file")
-    return path.name == WEIGHTS or (path.parent / "adapter_config.json").is_file()
+    return path.name == WEIGHTS or find(path.parent / CONFIG) is not None

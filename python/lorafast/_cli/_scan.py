@@ -106,10 +106,11 @@ def _write(fleet: Fleet, arguments: argparse.Namespace) -> list[Path]:
         written += fleet.to_parquet(arguments.output)
     if arguments.html:
         from lorafast._fleet._export import write_whole
+        from lorafast._io.paths import expand
 
-        target = Path(arguments.output or ".").expanduser() / PAGE
-        page = fleet.to_html()
-        written.append(write_whole(target, lambda path: path.write_text(page, encoding="utf-8")))
+        target = Path(expand(arguments.output or ".")) / PAGE
+        page = fleet.to_html().encode(errors="backslashreplace")
+        written.append(write_whole(target, lambda file: file.write(page)))
     return written
 
 

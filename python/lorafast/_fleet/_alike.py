@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import LorafastError
 from lorafast._fleet._paths import ScanError
+from lorafast._io import atomic
+from lorafast._io.paths import expand, open_plain
+from lorafast._io.strangers import parse_json
 
 if TYPE_CHECKING:
     import numpy
@@ -22,6 +25,8 @@ Metric = Literal["cosine", "inner_product"]
 Method = Literal["average", "complete", "single", "weighted"]
 
 SCHEMA_VERSION = 1
+#: What a file makes its readers raise that is none of `Similarity.save`.
+NO_SIMILARITY = (KeyError, TypeError, ValueError, AttributeError, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -284,14 +289,8 @@ class Similarity:
         }
         for number, matrix in enumerate((self.per_module or {}).values()):
             arrays[f"module_{number}"] = matrix
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, about=np.array(json.dumps(plain)), **arrays)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic.writing(expand(path)) as file:
+            np.savez_compressed(file, about=np.array(json.dumps(plain)), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Similarity:
@@ -302,12 +301,13 @@ class Similarity:
             LorafastError: it is something else, or of a later version.
         """
         import zipfile
+        import zlib
 
         import numpy as np
 
         try:
-            with np.load(path, allow_pickle=False) as file:
-                plain = json.loads(str(file["about"]))
+            with open_plain(path, LorafastError) as own, np.load(own, allow_pickle=False) as file:
+                plain = parse_json(str(file["about"]), path, LorafastError)
                 version = plain.get("schema_version")
                 if plain.get("kind") != "similarity" or version != SCHEMA_VERSION:
                     raise LorafastError(
@@ -332,5 +332,5 @@ class Similarity:
                     ],
                     notes=plain["notes"],
                 )
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, *NO_SIMILARITY) as error:
             raise LorafastError(f"{path}: is no similarity that was saved ({error})") from error

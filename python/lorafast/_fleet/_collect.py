@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
 
 from lorafast import _core, _sources
 from lorafast._analysis import names_of
-from lorafast._errors import AdapterError, LorafastError
-from lorafast._fleet._paths import ScanError, discover, reason_of
+from lorafast._errors import AdapterError
+from lorafast._fleet._paths import ScanError, discover
+from lorafast._io import scratch
+from lorafast._io.strangers import gate, reason_of
 
 Source = str | os.PathLike[str]
 Progress = bool | Callable[[int, int], object]
@@ -100,8 +101,8 @@ def opened(
     """
     if threads is not None and threads < 1:
         raise ValueError("threads must be at least 1")
-    with TemporaryDirectory(prefix="lorafast-") as directory:
-        sources, positions = _readable(found, Path(directory), errors)
+    with scratch.directory() as directory:
+        sources, positions = _readable(found, directory, errors)
         # A callable is told of the work that follows.
         with pace(progress is True, "opening", len(sources), "adapters") as report:
             core, failures = _core.open_collection(sources, threads=threads, progress=report)
@@ -125,15 +126,16 @@ def _readable(
     sources: list[tuple[Path, Path | None]] = []
     positions = []
     for place, path in enumerate(found):
-        rewritten = None
-        if _sources.has_only_pickle(path):
-            try:
+
+        def fail(error: Exception, path: Path = path) -> None:
+            errors.append(ScanError(path, _reason(error, path)))
+
+        with gate(fail):
+            rewritten = None
+            if _sources.has_only_pickle(path):
                 rewritten = _sources.rewrite_pickle(path, directory / f"{place}")
-            except (LorafastError, OSError) as error:
-                errors.append(ScanError(path, _reason(error, path)))
-                continue
-        sources.append((path, rewritten))
-        positions.append(place)
+            sources.append((path, rewritten))
+            positions.append(place)
     return sources, positions
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +11,11 @@ from lorafast._errors import OutputError, missing
 from lorafast._fleet._assemble import SCHEMA_VERSION
 from lorafast._fleet._fleet import TABLES
 from lorafast._fleet._table import NOTHING, Lists, Table, Texts
+from lorafast._io import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import BinaryIO
 
     import pandas
     import polars
@@ -29,6 +29,13 @@ NULLABLE = ("block",)
 REPEATED = ("adapter", "module", "layer", "kind", "severity")
 
 
+def _encodable(text: str | None) -> str | None:
+    """A text that can be UTF-8; bytes of a file's name that are none are written as escapes."""
+    if text is None or text.isascii():
+        return text
+    return text.encode(errors="backslashreplace").decode()
+
+
 def arrow_table(table: Table) -> pyarrow.Table:
     """The table in Arrow; numbers and singular values are not copied."""
     try:
@@ -38,7 +45,7 @@ def arrow_table(table: Table) -> pyarrow.Table:
 
     def texts(name: str, column: Texts) -> Any:
         codes = pyarrow.array(column.codes, mask=column.codes == NOTHING)
-        values = pyarrow.array(list(column.values), type=pyarrow.string())
+        values = pyarrow.array(list(map(_encodable, column.values)), type=pyarrow.string())
         if name in REPEATED:
             return pyarrow.DictionaryArray.from_arrays(codes, values)
         return values.take(codes)
@@ -50,7 +57,7 @@ def arrow_table(table: Table) -> pyarrow.Table:
         elif isinstance(column, Lists):
             values = column.values
             flat = (
-                pyarrow.array(values.array().tolist(), type=pyarrow.string())
+                pyarrow.array(list(map(_encodable, values.array())), type=pyarrow.string())
                 if isinstance(values, Texts)
                 else pyarrow.array(values)
             )
@@ -86,10 +93,14 @@ def polars_frame(table: Table) -> polars.DataFrame:
     for name, column in table.stored().items():
         if isinstance(column, Lists):
             kind = polars.String if isinstance(column.values, Texts) else polars.Float64
-            values = [list(value) for value in column.array()]
+            is_text = isinstance(column.values, Texts)
+            values = [
+                list(map(_encodable, value) if is_text else value) for value in column.array()
+            ]
             series.append(polars.Series(name, values, dtype=polars.List(kind)))
         elif isinstance(column, Texts):
-            series.append(polars.Series(name, column.array().tolist(), dtype=polars.String))
+            texts = list(map(_encodable, column.array()))
+            series.append(polars.Series(name, texts, dtype=polars.String))
         elif name in NULLABLE:
             one = polars.Series(name, column)
             series.append(one.set(one == NOTHING, None))
@@ -103,32 +114,32 @@ def write_parquet(fleet: Fleet, directory: Path) -> list[Path]:
     tables = {name: fleet.to_arrow(name) for name in TABLES}
     import pyarrow.parquet
 
-    def save(table: pyarrow.Table) -> Callable[[Path], object]:
-        return lambda path: pyarrow.parquet.write_table(table, path, compression="zstd")
+    def save(table: pyarrow.Table) -> Callable[[BinaryIO], object]:
+        return lambda file: pyarrow.parquet.write_table(table, file, compression="zstd")
 
     errors = [{"path": os.fspath(error.path), "reason": error.reason} for error in fleet.errors]
     text = json.dumps({"schema_version": SCHEMA_VERSION, "errors": errors}, indent=2)
-    files: list[tuple[str, Callable[[Path], object]]] = [
+    files: list[tuple[str, Callable[[BinaryIO], object]]] = [
         *((f"{name}.parquet", save(table)) for name, table in tables.items()),
-        ("errors.json", lambda path: path.write_text(text, encoding="utf-8")),
+        ("errors.json", lambda file: file.write(text.encode())),
     ]
     return [write_whole(directory / name, write) for name, write in files]
 
 
-def write_whole(target: Path, write: Callable[[Path], object]) -> Path:
-    """Writes a file beside its place and puts it there when it is whole.
+def write_whole(target: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Writes a file whole or not at all, into a directory that is made.
+
+    Args:
+        target: where to.
+        write: is given the open file.
 
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(target)
+        with atomic.writing(target) as file:
+            write(file)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return target

@@ -164,8 +164,9 @@ class Fleet:
             MissingDependencyError: pyarrow is not installed.
         """
         from lorafast._fleet._export import write_parquet
+        from lorafast._io.paths import expand
 
-        return write_parquet(self, Path(directory).expanduser())
+        return write_parquet(self, Path(expand(directory)))
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         """The adapters' table for any library that speaks Arrow's C stream interface."""

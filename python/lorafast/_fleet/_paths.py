@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafast._errors import AdapterError
+from lorafast._errors import AdapterError, CheckpointError
 from lorafast._fleet._table import PathList, WordsBuilder
-from lorafast._sources import PICKLED_WEIGHTS, WEIGHTS
+from lorafast._io.paths import expand, find
+from lorafast._io.strangers import read_header, reason_of
+from lorafast._sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 
 Source = str | os.PathLike[str]
 
-CONFIG = "adapter_config.json"
 #: Any of these makes the directory that it lies in an adapter, even if the others are missing.
 MARKS = frozenset({CONFIG, WEIGHTS, PICKLED_WEIGHTS})
 #: What makes a directory a model's, whose weights files are none of adapters.
@@ -35,8 +36,6 @@ ADAPTER_NAMES = re.compile(
 )
 #: What a path's part is compared by, one after another.
 PIECES = re.compile(r"\d+|\D+")
-#: More than any header of an adapter; a file that says more is no safetensors file.
-LARGEST_HEADER = 100 << 20
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,6 @@ def discover(paths: Source | Iterable[Source]) -> Discovery:
     return found
 
 
-def reason_of(error: Exception) -> str:
-    """What went wrong with one path, without naming it again."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
-
-
 def natural(path: str | Path) -> str:
     """A key that puts `checkpoint-500` before `checkpoint-1000`, small for thousands of paths."""
     text = os.fspath(path)
@@ -142,7 +134,7 @@ def _is_glob(source: Source) -> bool:
 
 def _expand(source: Source) -> list[Path]:
     """The paths that a source names. One that is there is itself, whatever its characters."""
-    path = Path(source).expanduser()
+    path = Path(expand(source))
     if os.path.lexists(path):
         return [path]
     if not _is_glob(source):
@@ -165,13 +157,14 @@ class _Search:
     def add(self, path: Path) -> None:
         """What a path is, or what lies below it."""
         try:
-            is_directory = path.is_dir()
-            if not is_directory:
-                path.stat()
+            found = find(path)
+            if found is None:
+                # Gone since it was listed.
+                raise FileNotFoundError(2, "No such file or directory", os.fspath(path))
         except OSError as error:
             self._errors.append(ScanError(path, reason_of(error)))
             return
-        if is_directory:
+        if stat.S_ISDIR(found.st_mode):
             # Thousands of paths are texts, which take a fifth of the memory and of the time.
             adapters = sorted(self._walk(os.fspath(path)), key=natural)
             self.searched.append(path)
@@ -190,7 +183,7 @@ class _Search:
         try:
             identity = _identity(adapter)
         except OSError as error:
-            self._errors.append(ScanError(Path(adapter), reason_of(error)))
+            self._errors.append(ScanError(Path(adapter), _why(adapter, error)))
             return False
         if identity in self._taken:
             return False
@@ -221,7 +214,35 @@ class _Search:
                         (links if entry.is_symlink() else waiting).append(below)
                 else:
                     files.append(entry.name)
-            yield from _adapters_in(directory, files)
+            yield from self._adapters_in(directory, files)
+
+    def _adapters_in(self, directory: str, files: list[str]) -> Iterator[str]:
+        if not MARKS.isdisjoint(files):
+            yield directory
+            return
+        is_model = any(mark in files for mark in MODEL_MARKS)
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            path = Path(directory, name)
+            if suffix == ".safetensors":
+                try:
+                    if _names_an_adapter(path):
+                        yield os.fspath(path)
+                except (CheckpointError, OSError) as error:
+                    if not is_model:
+                        reason = reason_of(error).removeprefix(f"{path}: ")
+                        self._errors.append(ScanError(path, reason))
+            elif suffix in PICKLES and not is_model and not LEFTOVERS.fullmatch(name):
+                yield os.fspath(path)
+
+
+def _why(path: str, error: OSError) -> str:
+    """Why a path cannot be looked at: of a link that leads nowhere, where it should lead."""
+    try:
+        find(path)
+    except OSError as better:
+        return reason_of(better)
+    return reason_of(error)
 
 
 def _identity(path: str) -> int:
@@ -238,33 +259,14 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _adapters_in(directory: str, files: list[str]) -> Iterator[str]:
-    if not MARKS.isdisjoint(files):
-        yield directory
-        return
-    is_model = any(mark in files for mark in MODEL_MARKS)
-    for name in files:
-        suffix = Path(name).suffix.lower()
-        if suffix == ".safetensors":
-            if _names_an_adapter(Path(directory, name)):
-                yield os.fspath(Path(directory, name))
-        elif suffix in PICKLES and not is_model and not LEFTOVERS.fullmatch(name):
-            yield os.fspath(Path(directory, name))
-
-
 def _names_an_adapter(file: Path) -> bool:
-    """Whether a safetensors file holds an adapter, by the names in its header."""
-    if "lora" in file.name.lower():
-        return True
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(LARGEST_HEADER, os.fstat(stream.fileno()).st_size):
-                return False
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError):
-        return False
-    return isinstance(header, dict) and any(map(ADAPTER_NAMES.search, header))
+    """Whether a safetensors file holds an adapter, by the names in its header.
+
+    Raises:
+        LorafastError: its header cannot be read.
+        OSError: it cannot be opened.
+    """
+    return "lora" in file.name.lower() or any(map(ADAPTER_NAMES.search, read_header(file)))
 
 
 # What users see, and what a pickle names.

@@ -56,7 +56,8 @@ def scan(
         ValueError: an argument is outside its domain, or no path was given.
         FileNotFoundError: no path is there.
         AdapterError: the paths hold no adapter at all.
-        LorafastError: the cache cannot be used.
+        OSError: the cache's directory cannot be made. A cache that is damaged, or cannot be read or
+            written, is a warning.
         DeviceError: the device is not there.
     """
     from lorafast._fleet._progress import follower

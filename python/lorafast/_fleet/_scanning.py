@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,12 @@ from lorafast._fleet._assemble import entry_of, row_type
 from lorafast._fleet._columns import Columns
 from lorafast._fleet._fleet import Fleet
 from lorafast._fleet._found import ErrorColumns
-from lorafast._fleet._paths import ScanError, Source, discover, reason_of
+from lorafast._fleet._paths import ScanError, Source, discover
 from lorafast._fleet._progress import Follow
 from lorafast._fleet._scan import METRICS, Metrics
 from lorafast._fleet._table import NOTHING, OnDemand, Words, WordsBuilder
+from lorafast._io import scratch
+from lorafast._io.strangers import gate, reason_of
 from lorafast._torch._devices import analysis_device
 
 Item = tuple[Path, Path | None, Path | None]
@@ -117,7 +118,7 @@ class _Scanning:
             stamp = _cache.stamp_of(adapter)
             if stamp is None or stamp[1] >= settled:
                 continue
-            entry = cache.known(adapter, stamp[0])
+            entry = cache.known(adapter, stamp[0], self._type)
             if entry is not None:
                 self.columns.add(position, entry)
                 self.remembered += 1
@@ -129,12 +130,17 @@ class _Scanning:
         """Reads everything that is not known."""
         left = self.columns.missing()
         self._follow.begin(len(left))
-        pickled = [
-            position
-            for position in map(int, left)
-            if _sources.has_only_pickle(self._adapters[position])
-        ]
-        others = array("q", np.setdiff1d(left, pickled, assume_unique=True).tobytes())
+        pickled: list[int] = []
+        failed: list[int] = []
+        for position in map(int, left):
+            try:
+                if _sources.has_only_pickle(self._adapters[position]):
+                    pickled.append(position)
+            except OSError as error:
+                self._fail(position, error)
+                self._follow.finished(1)
+                failed.append(position)
+        others = array("q", np.setdiff1d(left, pickled + failed, assume_unique=True).tobytes())
         if others:
             self._scan(others, _Items(self._adapters, others))
         for batch in self._batches(pickled):
@@ -146,7 +152,8 @@ class _Scanning:
         size = 0
         for position in pickled:
             pickle = self._adapters[position] / _sources.PICKLED_WEIGHTS
-            own = pickle.stat().st_size
+            # One that cannot be looked at is told of when it is opened.
+            own = pickle.stat().st_size if os.path.exists(pickle) else 0  # noqa: PTH110 (as said)
             if batch and size + own > CONVERTED:
                 yield batch
                 batch, size = [], 0
@@ -156,20 +163,20 @@ class _Scanning:
             yield batch
 
     def _scan_pickled(self, batch: Sequence[int]) -> None:
-        with TemporaryDirectory(prefix="lorafast-") as directory:
+        with scratch.directory() as directory:
             positions = []
             items: list[Item] = []
             for position in batch:
                 adapter = self._adapters[position]
-                try:
-                    weights = _sources.rewrite_pickle(adapter, Path(directory) / f"{position}")
-                except Exception as error:
-                    # Whatever a stranger's pickle makes torch raise is about that adapter.
+
+                def fail(error: Exception, position: int = position) -> None:
                     self._fail(position, error)
                     self._follow.finished(1)
-                    continue
-                positions.append(position)
-                items.append((adapter, weights, adapter / _sources.PICKLED_WEIGHTS))
+
+                with gate(fail):
+                    weights = _sources.rewrite_pickle(adapter, directory / f"{position}")
+                    positions.append(position)
+                    items.append((adapter, weights, adapter / _sources.PICKLED_WEIGHTS))
             if items:
                 self._scan(positions, items)
 
@@ -213,7 +220,14 @@ class _Scanning:
         return result
 
     def _succeed(self, position: int, result: dict[str, object]) -> None:
-        entry = entry_of(result, self._type)
+        try:
+            entry = entry_of(result, self._type)
+        except MemoryError:
+            raise
+        except Exception as error:
+            # What is odd in a stranger's adapter does not end the others' scan.
+            self._fail(position, error)
+            return
         self.columns.add(position, entry)
         if self._cache is not None and self._stamp_of[position] != NOTHING:
             stamp = self._stamps[int(self._stamp_of[position])]

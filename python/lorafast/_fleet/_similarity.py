@@ -97,6 +97,7 @@ def similarity(
         DeviceError: the device is not there.
     """
     from lorafast._fleet._collect import collected, pace
+    from lorafast._io.paths import expand
     from lorafast._torch._device_names import parse_memory
     from lorafast._torch._devices import analysis_device
 
@@ -141,7 +142,7 @@ def similarity(
                     precision=precision,
                     per_module=per_module,
                     memory=memory,
-                    cache=None if cache is None else Path(cache),
+                    cache=None if cache is None else Path(expand(cache)),
                     threads=threads,
                     progress=report,
                 )

@@ -79,15 +79,14 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
     Args:
         figure: what `figure` returned.
-        path: where to; the directory must exist.
+        path: where to, whole or not at all; the directory must exist.
 
     Returns:
         The path.
     """
-    path = Path(path)
-    # Without matplotlib's version in it the same figure gives the same bytes.
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return path
+    from lorafast._io import atomic
+
+    return atomic.write(path, png(figure))
 
 
 def png(figure: Figure) -> bytes:
@@ -95,5 +94,6 @@ def png(figure: Figure) -> bytes:
     import io
 
     buffer = io.BytesIO()
+    # Without matplotlib's version in it the same figure gives the same bytes.
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()

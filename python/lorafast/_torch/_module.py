@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core, _sources
-from lorafast._errors import PlanError
+from lorafast._errors import AdapterError, PlanError
+from lorafast._io import scratch
+from lorafast._io.paths import find, is_directory
+from lorafast._io.strangers import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -197,8 +199,8 @@ def plan_module(
 
     _refuse_wrappers(module)
     found = {parameter.name: parameter for parameter in parameters_of(module)}
-    with TemporaryDirectory(prefix="lorafast-", ignore_cleanup_errors=True) as folder:
-        described = Path(folder) / "module"
+    with scratch.directory() as folder:
+        described = folder / "module"
         described.mkdir()
         given = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
         paths = [_sources.locate(adapter, _sources.ADAPTER_PATTERNS) for adapter in given]
@@ -243,14 +245,11 @@ def _saved_endings(adapters: Sequence[Path]) -> set[str]:
     """The last two parts of the names of whatever adapters hold besides factors."""
     endings = set()
     for adapter in adapters:
-        path = adapter if adapter.is_file() else adapter / _sources.WEIGHTS
-        if not path.is_file():
+        path = adapter / _sources.WEIGHTS if is_directory(adapter) else adapter
+        if find(path) is None:
             # Of a pickle the names are not known yet.
             return {ANY}
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name in header:
+        for name in read_header(path, AdapterError):
             if ".lora_" not in name and name != "__metadata__":
                 plain = name.replace(".modules_to_save", "").replace(".base_layer", "")
                 endings.add(".".join(plain.replace(".default", "").split(".")[-2:]))

@@ -1,0 +1,1 @@
+"""Files: small ones written whole, temporary directories, and paths that others may have spoilt."""
