@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lorafast._cells import LONGEST_REASON, cell, code, table
 from lorafast._findings import KINDS
 from lorafast._records import (
     AdapterAnalysis,
@@ -25,33 +26,12 @@ MOST_LAYERS = 30
 MOST_BLOCKS = 48
 MOST_MODULES = 12
 MOST_ADAPTERS = 16
-#: Longer cells are cut: names come from strangers' files.
-LONGEST_CELL = 120
-LONGEST_REASON = 400
 
 
 def page(subject: Any) -> str:
     """The page."""
     lines = _comparison(subject) if isinstance(subject, Comparison) else _analysis(subject)
     return "\n".join(lines) + "\n"
-
-
-def cell(text: object, longest: int = LONGEST_CELL) -> str:
-    """A text as one table cell that can break neither the table nor the page."""
-    clean = "".join(c if c.isprintable() else " " for c in str(text)).strip()
-    if len(clean) > longest:
-        clean = clean[: longest - 1] + "…"
-    for character in "\\|`*_<>[]":
-        clean = clean.replace(character, "\\" + character)
-    return clean
-
-
-def code(text: object) -> str:
-    """A name as code."""
-    clean = "".join(c if c.isprintable() else " " for c in str(text)).strip()
-    if len(clean) > LONGEST_CELL:
-        clean = "…" + clean[1 - LONGEST_CELL :]
-    return "`" + clean.replace("`", "'").replace("|", "\\|") + "`"
 
 
 def number(value: float | None) -> str:
@@ -61,15 +41,6 @@ def number(value: float | None) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:.4g}"
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table; every column but the first is set to the right."""
-    return [
-        f"| {' | '.join(headers)} |",
-        "|" + "|".join(["---", *["---:"] * (len(headers) - 1)]) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
 
 
 def findings_section(findings: Sequence[Finding]) -> list[str]:

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lorafast import _core, _sources
-from lorafast._accounts import left_over, summary_text
-from lorafast._errors import PlanError, VerificationError
+from lorafast._errors import LorafastError, PlanError, VerificationError
+from lorafast._io.paths import expand
+
+if TYPE_CHECKING:
+    from lorafast._io.scratch import Scratch
 
 Source = str | os.PathLike[str]
 Strategy = Literal["sequential", "weighted", "average"]
@@ -21,6 +24,8 @@ Progress = bool | Callable[[int, int], object]
 
 REPORT_JSON = "merge_report.json"
 REPORT_MARKDOWN = "merge_report.md"
+#: What reading a finished output back, or writing a report beside it, can meet.
+AFTERWARDS = (LorafastError, OSError, ValueError, MemoryError)
 
 #: What `dtype` may be, and the name of each in a safetensors header.
 DTYPES: dict[str, str | None] = {
@@ -32,6 +37,15 @@ DTYPES: dict[str, str | None] = {
     "float32": "F32",
     "fp32": "F32",
 }
+
+
+class HasReport(Protocol):
+    """What is written beside a finished output, and the warnings that a person is told."""
+
+    @property
+    def warnings(self) -> list[str]: ...
+
+    def write(self, directory: Source) -> None: ...
 
 
 class MergePlan:
@@ -52,16 +66,15 @@ class MergePlan:
         notes: how adapters were made to fit where it was not plain.
     """
 
-    def __init__(self, core: _core.Plan, pickles: Path | None) -> None:
+    def __init__(self, core: _core.Plan, pickles: Scratch | None) -> None:
         self.core = core
         #: Models that are read beside the base, and must not be written over either.
         self.protected: list[Path] = []
         if pickles is not None:
-            import shutil
             import weakref
 
             # Rewritten pickles are needed for as long as the plan is.
-            weakref.finalize(self, shutil.rmtree, pickles, ignore_errors=True)
+            weakref.finalize(self, pickles.remove)
         self._description: dict[str, Any] = core.describe()
         self.base: str = self._description["base"]
         self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
@@ -111,6 +124,7 @@ class MergePlan:
         from lorafast._torch._device_names import AMX, check_merge_device, parse_memory
 
         check_threads(threads)
+        output = expand(output)
         memory = parse_memory(device_memory, check_merge_device(device))
         options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "sync": sync}
         with _progress_callback(progress) as callback:
@@ -138,7 +152,7 @@ class MergePlan:
             adapters=list(self.adapters),
             strategy=description["strategy"],
             weights=description["weights"],
-            output_path=os.fspath(output),
+            output_path=output,
             dtype=description["dtype"],
             device=device,
             total_parameters=self.total_parameters,
@@ -160,23 +174,42 @@ class MergePlan:
             side_files=summary["side_files"],
             left_out=summary["left_out"],
             accounts=[adapter["account"] for adapter in description["adapters"]],
+            weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),
         )
+        problem = None
         if verify:
-            from lorafast._verify import verify_plan
-
-            checked = verify_plan(
-                self, output, device=device, full=False, threads=threads, progress=progress
-            )
-            result = replace(result, verification=checked.to_dict())
-            result.warnings.extend(checked.warnings)
+            result, problem = self._verified(result, device, threads, progress)
         if report:
-            result.write(output)
-        if verify and not checked.ok:
+            write_afterwards(result, output)
+        if problem is not None:
             raise VerificationError(
-                f"{os.fspath(output)}: what was written is not what was computed: "
-                f"{checked.problems[0]}; check the disk and the memory of this machine"
+                f"{output}: what was written is not what was computed: "
+                f"{problem}; check the disk and the memory of this machine"
             )
         return result
+
+    def _verified(
+        self, result: MergeReport, device: str, threads: int | None, progress: Progress
+    ) -> tuple[MergeReport, str | None]:
+        """The report of a finished merge with its verification, and the first problem, if any."""
+        from lorafast._verify import verify_plan
+
+        try:
+            checked = verify_plan(
+                self,
+                result.output_path,
+                device=device,
+                full=False,
+                threads=threads,
+                progress=progress,
+            )
+        except AFTERWARDS as error:
+            # The model is written; whether it is right is not known.
+            result.warnings.append(unverified(result.output_path, error))
+            return result, None
+        result.warnings.extend(checked.warnings)
+        result = replace(result, verification=checked.to_dict())
+        return result, None if checked.ok else checked.problems[0]
 
 
 @dataclass(frozen=True)
@@ -215,6 +248,7 @@ class MergeReport:
             every tensor, its `verdict` (used, not_needed) and the `reason`.
         verification: what `lorafast.verify` found afterwards, where it was asked for.
         fallbacks: on a device, for each reason the tensors that the CPU merged.
+        weight_files: the files of weights that were written.
     """
 
     base: str
@@ -244,6 +278,7 @@ class MergeReport:
     accounts: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, Any] | None = None
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
+    weight_files: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""
@@ -257,17 +292,21 @@ class MergeReport:
 
     def to_markdown(self) -> str:
         """A page for a person: result, inputs, scales, warnings."""
-        return _markdown(self)
+        from lorafast._merge_page import page
+
+        return page(self)
 
     def write(self, directory: Source) -> None:
-        """Writes `merge_report.json` and `merge_report.md` into a directory."""
-        contents = {REPORT_JSON: self.to_json() + "\n", REPORT_MARKDOWN: self.to_markdown()}
-        for name, content in contents.items():
-            path = Path(directory) / name
-            # Renamed into place, so that no reader meets half a report.
-            partial = path.with_name(f".{name}.partial")
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(path)
+        """Writes `merge_report.json` and `merge_report.md` into a directory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        from lorafast._io.atomic import write
+
+        folder = Path(expand(directory))
+        write(folder / REPORT_JSON, self.to_json() + "\n")
+        write(folder / REPORT_MARKDOWN, self.to_markdown())
 
 
 def merge(
@@ -283,7 +322,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress = False,
     device_memory: int | str | None = None,
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     verify: bool = False,
@@ -330,7 +369,8 @@ def merge(
             back in its place where that fails.
         progress: `True` draws a bar on a terminal; a callable is called with the bytes done and
             the bytes in all.
-        allow: unknown fields of an adapter's config that are known not to change the result.
+        allow: a field, or fields, of an adapter's config that are unknown and known not to change
+            the result.
         compat: "peft" gives what PEFT's `merge_and_unload` gives where that is not what was
             trained: an update of one of two tied layers changes both, replicated layers gather
             every replica's updates, and several DoRA adapters are merged one into the other. The
@@ -391,7 +431,7 @@ def plan(
     strategy: Strategy = "sequential",
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
 ) -> MergePlan:
@@ -419,7 +459,7 @@ def _plan(
     strategy: Strategy,
     weights: Sequence[float] | None,
     dtype: str,
-    allow: Sequence[str],
+    allow: str | Sequence[str],
     compat: Compat | None,
     subtract: bool,
     expert_layout: ExpertLayout = "auto",
@@ -431,17 +471,17 @@ def _plan(
         adapters = [adapters]
     base_path = _sources.locate(base, _sources.BASE_PATTERNS)
     paths = [_sources.locate(adapter, _sources.ADAPTER_PATTERNS) for adapter in adapters]
-    pickles: Path | None = None
+    pickles: Scratch | None = None
     if any(_sources.has_only_pickle(path) for path in paths):
-        from tempfile import mkdtemp
+        from lorafast._io.scratch import Scratch
 
-        pickles = Path(mkdtemp(prefix="lorafast-"))
+        pickles = Scratch()
     try:
         sources: list[tuple[Path, Path | None]] = []
         for position, path in enumerate(paths):
             rewritten = None
             if pickles is not None and _sources.has_only_pickle(path):
-                rewritten = _sources.rewrite_pickle(path, pickles / str(position))
+                rewritten = _sources.rewrite_pickle(path, pickles.path / str(position))
             sources.append((path, rewritten))
         make = partial(
             _core.plan_merge,
@@ -450,7 +490,7 @@ def _plan(
             strategy=strategy,
             weights=None if weights is None else [float(weight) for weight in weights],
             dtype=DTYPES[dtype],
-            allow=list(allow),
+            allow=[allow] if isinstance(allow, str) else list(allow),
             compat=compat,
             subtract=subtract,
             expert_layout=None if expert_layout == "auto" else expert_layout,
@@ -467,9 +507,7 @@ def _plan(
             core = make(renames=rules)
     except BaseException:
         if pickles is not None:
-            import shutil
-
-            shutil.rmtree(pickles, ignore_errors=True)
+            pickles.remove()
         raise
     return MergePlan(core, pickles)
 
@@ -499,11 +537,38 @@ def inspect(path: Source) -> dict[str, Any]:
         return _core.list_checkpoint(local)
     if not _sources.has_only_pickle(local):
         return _core.list_adapter(local)
-    from tempfile import TemporaryDirectory
+    from lorafast._io import scratch
 
-    with TemporaryDirectory(prefix="lorafast-") as directory:
-        rewritten = _sources.rewrite_pickle(local, Path(directory) / "adapter")
+    with scratch.directory() as directory:
+        rewritten = _sources.rewrite_pickle(local, directory / "adapter")
         return _core.list_adapter(local, rewritten)
+
+
+def write_afterwards(report: HasReport, output: str) -> None:
+    """Writes the reports of an output that is finished; what fails is a warning of the report."""
+    try:
+        report.write(output)
+    except AFTERWARDS as error:
+        report.warnings.append(
+            f"{output}: is finished, but its reports could not be written: {_in_words(error)}"
+        )
+
+
+def unverified(output: str, error: BaseException) -> str:
+    """The warning that a finished output could not be looked at again."""
+    return f"{output}: is finished, but could not be verified: {_in_words(error)}"
+
+
+def unmeasured(output: str, error: BaseException) -> str:
+    """The warning that what a finished output is worth could not be measured."""
+    return f"{output}: is finished, but its distance could not be measured: {_in_words(error)}"
+
+
+def _in_words(error: BaseException) -> str:
+    from lorafast._io.strangers import reason_of
+
+    place = getattr(error, "filename", None)
+    return reason_of(error) + (f": {os.fsdecode(place)}" if place is not None else "")
 
 
 def check_threads(threads: int | None) -> None:
@@ -529,54 +594,3 @@ def _groups(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {**dict(zip(names, key, strict=True)), "modules": counts[key]} for key in sorted(counts)
     ]
-
-
-def _markdown(report: MergeReport) -> str:
-    lines = ["# LoRA merge", ""]
-    lines += [f"> **Warning:** {warning}\n" for warning in report.warnings]
-    rate = report.bytes_written / report.merge_time / 1e9 if report.merge_time > 0 else 0.0
-    facts = {
-        "Base": f"`{report.base}`",
-        "Output": f"`{report.output_path}`",
-        "Strategy": report.strategy,
-        "dtype": report.dtype,
-        "Device": f"{report.device} ({report.threads} threads, {report.instruction_set})",
-        "Parameters": f"{report.total_parameters:,}",
-        "Size": f"{report.model_size_mb:,.1f} MiB",
-        "Tensors": f"{report.tensors_merged} merged, {report.tensors_copied} copied, "
-        f"{report.tensors_cast} cast",
-        "Time": f"{report.merge_time:.2f} s ({rate:.2f} GB/s)",
-        "lorafast": report.versions["lorafast"],
-    }
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", "## Adapters", "", "| # | Adapter | Weight | SHA-256 |", "|---|---|---|---|"]
-    for position, path in enumerate(report.adapters):
-        weight = 1.0 if report.weights is None else report.weights[position]
-        lines.append(f"| {position} | `{path}` | {weight:g} | `{report.adapter_sha256[path]}` |")
-    lines += ["", "## Scales", "", "| Adapter | Rank | Scale | Weight | Modules |"]
-    lines += ["|---|---|---|---|---|"]
-    for group in report.groups:
-        lines.append(
-            f"| {group['adapter']} | {group['rank']} | {group['scale']:g} "
-            f"| {group['weight']:g} | {group['modules']} |"
-        )
-    lines += ["", "## What became of every tensor and config field", ""]
-    for position, account in enumerate(report.accounts):
-        lines.append(f"- adapter {position}: {summary_text(account)}")
-        lines += [
-            f"    - {verdict}: {', '.join(f'`{name}`' for name in names)} ({reason})"
-            for verdict, reason, names in left_over(account)
-        ]
-    if report.fallbacks:
-        lines += ["", "## Merged on the CPU", ""]
-        lines += [
-            f"- {reason}: {', '.join(f'`{name}`' for name in names)}"
-            for reason, names in report.fallbacks.items()
-        ]
-    if report.notes:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
-    if report.left_out:
-        names = ", ".join(f"`{name}`" for name in report.left_out)
-        lines += ["", "## Not carried over", "", names]
-    return "\n".join(lines) + "\n"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import missing
+from lorafast._io import atomic
+from lorafast._io.paths import is_file
 
 if TYPE_CHECKING:
     from lorafast._merge import MergeReport
@@ -44,49 +46,79 @@ def require_torch() -> None:
         raise missing("torch", "torch", "write .bin files (save_safetensors=False)") from error
 
 
-def remove_tokenizer(model: Path, report: MergeReport) -> None:
-    """Removes the tokenizer's files from a merged model, and from its report."""
-    files = [model / name for name in TOKENIZER_FILES]
-    files += sorted(model.glob("*.tiktoken"))
-    removed = set()
-    for file in files:
-        if file.is_file():
-            file.unlink()
-            removed.add(file.name)
+def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
+    """Removes the tokenizer's files from a merged model, and from its report.
+
+    Only what the merge itself has put there is removed: others may keep files beside a model.
+
+    Args:
+        model: the merged model.
+        report: that of the merge.
+
+    Returns:
+        The report without them, which is written too.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    removed = [
+        name
+        for name in report.side_files
+        if name in TOKENIZER_FILES or ("/" not in name and name.endswith(".tiktoken"))
+    ]
+    for name in removed:
+        (model / name).unlink(missing_ok=True)
+    from lorafast._merge import write_afterwards
+
     kept = [name for name in report.side_files if name not in removed]
-    replace(report, side_files=kept).write(model)
+    shorter = replace(report, side_files=kept)
+    write_afterwards(shorter, str(model))
+    return shorter
 
 
-def rewrite_as_pickles(model: Path) -> None:
+def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
     """Replaces a model's safetensors shards by torch's `.bin` files, one shard in memory at a time.
 
-    Only tensors go into them, so that `torch.load(…, weights_only=True)` reads them.
+    Only tensors go into them, so that `torch.load(…, weights_only=True)` reads them. Files of
+    weights that the merge did not write stay.
+
+    Args:
+        model: the merged model.
+        report: that of the merge.
+
+    Returns:
+        The report with the new files, which is written too.
+
+    Raises:
+        OSError: a file cannot be written or removed.
     """
     import torch
     from safetensors.torch import load_file
 
     index_path = model / INDEX
     index: dict[str, Any] | None = None
-    if index_path.is_file():
+    shards = report.weight_files
+    if is_file(index_path):
         index = json.loads(index_path.read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
-    else:
-        shards = sorted(path.name for path in model.glob("*.safetensors"))
     names = _pickle_names(shards)
     for shard, name in names.items():
         state = load_file(model / shard)
-        partial = model / f".{name}.partial"
-        torch.save(state, partial)
+        with atomic.writing(model / name) as file:
+            torch.save(state, file)
         del state
-        partial.replace(model / name)
     if index is not None:
         index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
         text = json.dumps(index, indent=2) + "\n"
-        (model / PICKLE_INDEX).write_text(text, encoding="utf-8")
+        atomic.write(model / PICKLE_INDEX, text)
         index_path.unlink()
     # Only now: until here the model was whole in one form or the other.
     for shard in shards:
         (model / shard).unlink()
+    from lorafast._merge import write_afterwards
+
+    changed = replace(report, weight_files=sorted(names.values()))
+    write_afterwards(changed, str(model))
+    return changed
 
 
 def _pickle_names(shards: list[str]) -> Mapping[str, str]:

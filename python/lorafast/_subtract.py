@@ -10,8 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core, _sources
+from lorafast._cells import LONGEST_REASON, cell
 from lorafast._errors import OutputError, VerificationError
-from lorafast._merge import DTYPES, MergePlan, _plan, check_threads
+from lorafast._io import atomic
+from lorafast._io.paths import expand, is_directory, resolved
+from lorafast._merge import (
+    AFTERWARDS,
+    DTYPES,
+    MergePlan,
+    _plan,
+    check_threads,
+    unmeasured,
+    write_afterwards,
+)
+from lorafast._merge_page import adapter_lines, note_lines, path, warning_lines
 from lorafast._progress import callback
 from lorafast._verify import verify_plan
 
@@ -44,8 +56,9 @@ class SubtractReport:
         output_path: the directory that was written.
         dtype: auto, or the dtype of the output's floating-point tensors.
         exact: whether the output is the base, byte for byte (converted, where `dtype` says so).
-        bound: where it is not: `largest`, what no weight lies further from the base's than; `norm`,
-            the root of the sum of squares of every weight's bound; `change`, ‖merged - output‖;
+        bound: where it is not, and that could be measured: `largest`, what no weight lies further
+            from the base's than; `norm`, the root of the sum of squares of every weight's bound;
+            `change`, ‖merged - output‖;
             `share`, norm over change; `tensors`, out of how many something was taken; `rounding`,
             how the merge is taken to have rounded: "once", or "as PEFT does" with compat="peft".
             Once: |R - W| ≤ ½ulp(M) + ½ulp(R) + the bound of two float32 sums (Higham, "Accuracy and
@@ -90,6 +103,8 @@ class SubtractReport:
 
     def exactness(self) -> str:
         """How near the result is to the base, in words."""
+        if not self.exact and self.bound is None:
+            return "the base to within rounding; how near could not be measured"
         if self.bound is None:
             converted = "" if self.dtype == "auto" else f", converted to {self.dtype}"
             return (
@@ -114,37 +129,33 @@ class SubtractReport:
     def to_markdown(self) -> str:
         """A page for a person."""
         lines = ["# LoRA adapters taken out", ""]
-        lines += [f"> **Warning:** {warning}\n" for warning in self.warnings]
+        lines += warning_lines(self.warnings)
         facts = {
-            "Merged model": f"`{self.merged}`",
-            "Base at hand": "no" if self.original is None else f"`{self.original}`",
-            "Output": f"`{self.output_path}`",
-            "The output is": self.exactness(),
-            "Strategy": self.strategy,
-            "dtype": self.dtype,
+            "Merged model": path(self.merged),
+            "Base at hand": "no" if self.original is None else path(self.original),
+            "Output": path(self.output_path),
+            "The output is": cell(self.exactness(), LONGEST_REASON),
+            "Strategy": cell(self.strategy),
+            "dtype": cell(self.dtype),
             "Tensors changed": f"{self.tensors_changed}",
             "Time": f"{self.seconds:.2f} s ({self.threads} threads)",
             "lorafast": self.versions["lorafast"],
         }
         lines += ["| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in facts.items()]
-        lines += ["", "## Adapters", "", "| # | Adapter | Weight | SHA-256 |", "|---|---|---|---|"]
-        for position, path in enumerate(self.adapters):
-            weight = 1.0 if self.weights is None else self.weights[position]
-            lines.append(f"| {position} | `{path}` | {weight:g} | `{self.adapter_sha256[path]}` |")
-        if self.notes:
-            lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
+        lines += adapter_lines(self.adapters, self.weights, self.adapter_sha256)
+        lines += note_lines(self.notes)
         return "\n".join(lines) + "\n"
 
     def write(self, directory: Source) -> None:
-        """Writes `subtract_report.json` and `subtract_report.md` into a directory."""
-        contents = {REPORT_JSON: self.to_json() + "\n", REPORT_MARKDOWN: self.to_markdown()}
-        for name, content in contents.items():
-            path = Path(directory) / name
-            # Renamed into place, so that no reader meets half a report.
-            partial = path.with_name(f".{name}.partial")
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(path)
+        """Writes `subtract_report.json` and `subtract_report.md` into a directory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        folder = Path(expand(directory))
+        atomic.write(folder / REPORT_JSON, self.to_json() + "\n")
+        atomic.write(folder / REPORT_MARKDOWN, self.to_markdown())
 
 
 def subtract(
@@ -159,7 +170,7 @@ def subtract(
     overwrite: bool = False,
     threads: int | None = None,
     progress: Progress = False,
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     verify: bool = False,
@@ -208,6 +219,7 @@ def subtract(
             the output reads back as something else.
     """
     check_threads(threads)
+    output = expand(output)
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     proof = None
@@ -246,14 +258,20 @@ def subtract(
     )
     bound = None
     if original is None:
-        with callback(progress, label="measuring") as tell:
-            bound = plan.core.distance(output, threads=threads, progress=tell)
-        bound["rounding"] = "once" if compat is None else "as PEFT does"
-        bound["share"] = bound["norm"] / bound["change"] if bound["change"] > 0 else 0.0
+        try:
+            with callback(progress, label="measuring") as tell:
+                bound = plan.core.distance(output, threads=threads, progress=tell)
+        except AFTERWARDS as error:
+            # The output is written; only how near it is to the base is not known.
+            done.warnings.append(unmeasured(output, error))
+        else:
+            bound["rounding"] = "once" if compat is None else "as PEFT does"
+            bound["share"] = bound["norm"] / bound["change"] if bound["change"] > 0 else 0.0
     result = SubtractReport(
         merged=os.fspath(merged),
         proof=None if proof is None else proof.to_dict(),
-        **_shared_fields(done, prepared, bound),
+        bound=bound,
+        **_shared_fields(done, prepared, exact=original is not None),
     )
     if bound is not None and bound["share"] >= LOST:
         result.warnings.append(
@@ -261,28 +279,25 @@ def subtract(
             "the base that it was merged into as well (original=…, --base) to get it back exactly"
         )
     if report:
-        result.write(output)
+        write_afterwards(result, output)
     return result
 
 
-def _shared_fields(
-    done: MergeReport, prepared: MergePlan, bound: dict[str, Any] | None
-) -> dict[str, Any]:
+def _shared_fields(done: MergeReport, prepared: MergePlan, *, exact: bool) -> dict[str, Any]:
     """The fields that a merge's report has too."""
     description = prepared.to_dict()
     weights = description["weights"]
-    if weights is not None and bound is not None:
+    if weights is not None and not exact:
         # A subtraction is planned with the opposite weights.
         weights = [-weight for weight in weights]
     return {
         "adapters": done.adapters,
-        "original": prepared.base if bound is None else None,
+        "original": prepared.base if exact else None,
         "strategy": description["strategy"],
         "weights": weights,
         "output_path": done.output_path,
         "dtype": done.dtype,
-        "exact": bound is None,
-        "bound": bound,
+        "exact": exact,
         "verification": done.verification,
         "tensors_changed": prepared.tensors_merged,
         "bytes_written": done.bytes_written,
@@ -292,7 +307,7 @@ def _shared_fields(
         "adapter_sha256": done.adapter_sha256,
         "accounts": [adapter["account"] for adapter in description["adapters"]],
         "warnings": list(done.warnings),
-        "notes": list(prepared.notes) if bound is not None else [],
+        "notes": [] if exact else list(prepared.notes),
         "side_files": done.side_files,
         "left_out": done.left_out,
     }
@@ -300,11 +315,12 @@ def _shared_fields(
 
 def _check_place(merged: Source, output: Source) -> None:
     """Refuses to write over the merged checkpoint, which the proof reads and no plan protects."""
-    path = _sources.locate(merged, _sources.BASE_PATTERNS).resolve()
-    place = Path(output).resolve()
-    if place == (path if path.is_dir() else path.parent):
+    own = resolved(_sources.locate(merged, _sources.BASE_PATTERNS))
+    place = resolved(output)
+    whole = is_directory(own)
+    if place == (own if whole else own.parent):
         raise OutputError(f"{output}: is the merged model itself; give another directory")
-    if path.is_dir() and path in place.parents:
+    if whole and own in place.parents:
         raise OutputError(
             f"{output}: lies inside the merged model {merged}; give another directory"
         )

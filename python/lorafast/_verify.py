@@ -78,7 +78,7 @@ def verify(
     full: bool = False,
     threads: int | None = None,
     progress: Progress = False,
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     device: str = "cpu",

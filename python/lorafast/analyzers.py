@@ -14,7 +14,6 @@ New code will find `lorafast.merge`, `lorafast.analyze` and `lorafast.compare` p
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _analysis, _reports, _sources
-from lorafast._errors import MissingDependencyError
+from lorafast._errors import LorafastError, MissingDependencyError
+from lorafast._io.paths import expand, resolved
+from lorafast._io.strangers import read_json
 
 if TYPE_CHECKING:
     from lorafast._merge import Strategy
@@ -70,7 +71,7 @@ class LoRAAnalyzer:
             trust_remote_code: has no effect; no code of a model or adapter is ever run.
             local_files_only: take hub ids from the local cache, and never ask the hub.
         """
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(expand(output_dir))
         self.device = device
         self.use_proxy = use_proxy
         self.trust_remote_code = trust_remote_code
@@ -138,9 +139,9 @@ class LoRAAnalyzer:
             overwrite=True,
         )
         if not save_tokenizer:
-            _merged_files.remove_tokenizer(output, report)
+            report = _merged_files.remove_tokenizer(output, report)
         if not save_safetensors:
-            _merged_files.rewrite_as_pickles(output)
+            _merged_files.rewrite_as_pickles(output, report)
         info = {
             "base_model": os.fspath(base_model),
             "adapters": [os.fspath(adapter) for adapter in sources],
@@ -150,7 +151,11 @@ class LoRAAnalyzer:
             "model_size_mb": report.model_size_mb,
             "total_parameters": report.total_parameters,
         }
-        _reports.write_json(output / "merge_info.json", info)
+        try:
+            _reports.write_json(output / "merge_info.json", info)
+        except OSError as error:
+            # The model is finished.
+            warnings.warn(f"{output}: merge_info.json could not be written: {error}", stacklevel=2)
         return info
 
     def analyze_lora_weights(self, adapter_path: Source, save_plots: bool = True) -> dict[str, Any]:
@@ -257,9 +262,9 @@ class LoRAAnalyzer:
         """The adapter, of this analyzer or an earlier one, whose analysis has that file name."""
         (stem,) = _reports.file_stems([name])
         try:
-            written = json.loads((self.analysis_dir / f"{stem}_analysis.json").read_text("utf-8"))
+            written = read_json(self.analysis_dir / f"{stem}_analysis.json")
             return _identity(written["adapter_path"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (LorafastError, OSError, ValueError, KeyError, TypeError):
             # Not there, or nothing that an analyzer wrote.
             return None
 
@@ -272,8 +277,8 @@ class LoRAAnalyzer:
 
 def _identity(adapter: Source) -> str:
     """What tells an adapter from others: its whole path, or its hub id."""
-    path = Path(adapter).expanduser()
-    return str(path.resolve()) if path.exists() else os.fspath(adapter)
+    path = expand(adapter)
+    return str(resolved(path)) if os.path.lexists(path) else os.fspath(adapter)
 
 
 class UnifiedAnalyzer:
@@ -286,7 +291,7 @@ class UnifiedAnalyzer:
 
     def __init__(self, output_dir: Source = "output/analysis") -> None:
         """Makes the output directory."""
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(expand(output_dir))
         self.lora_analyzer = LoRAAnalyzer(output_dir=self.output_dir)
 
     def analyze_lora_weights(self, adapter_path: Source, save_plots: bool = True) -> dict[str, Any]:
@@ -351,7 +356,8 @@ def _seed_report(results: Mapping[str, Any]) -> str:
 
 
 def _seed_pages(name: str, results: Mapping[str, Any], most: int) -> list[str]:
-    from lorafast._markdown import cell, code, number, table
+    from lorafast._cells import cell, code, table
+    from lorafast._markdown import number
 
     statistics, config = results["weight_statistics"], results["config"]
     of = f" of {cell(name)}" if name else ""

@@ -1,0 +1,43 @@
+"""Texts of strangers in Markdown and in CSV: they break no table and start no formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+#: Longer cells are cut: names come from strangers' files.
+LONGEST_CELL = 120
+LONGEST_REASON = 400
+#: With one of these first, a spreadsheet takes a text for a formula.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def cell(text: object, longest: int = LONGEST_CELL) -> str:
+    """A text as one table cell that can break neither the table nor the page."""
+    clean = "".join(c if c.isprintable() else " " for c in str(text)).strip()
+    if len(clean) > longest:
+        clean = clean[: longest - 1] + "…"
+    for character in "\\|`*_<>[]":
+        clean = clean.replace(character, "\\" + character)
+    return clean
+
+
+def code(text: object, longest: int = LONGEST_CELL) -> str:
+    """A name as code."""
+    clean = "".join(c if c.isprintable() else " " for c in str(text)).strip()
+    if len(clean) > longest:
+        clean = "…" + clean[1 - longest :]
+    return "`" + clean.replace("`", "'").replace("|", "\\|") + "`"
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table; every column but the first is set to the right."""
+    return [
+        f"| {' | '.join(headers)} |",
+        "|" + "|".join(["---", *["---:"] * (len(headers) - 1)]) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def csv_text(text: str) -> str:
+    """A text as a cell of a CSV file, which a spreadsheet shows rather than computes."""
+    return f"'{text}" if text.startswith(FORMULA) else text
