@@ -6,9 +6,13 @@
 0    done
 1    the work could not be done: one line `error: …` on stderr
 2    the command line is wrong: usage and one line `error: …` on stderr
+129  the terminal was hung up (SIGHUP), unless the command was started to ignore that (nohup)
 130  interrupted by Ctrl-C
 141  whoever read the output went away (`lorafast info … | head`)
+143  terminated (SIGTERM)
 ==== =====================================================================================
+
+What was interrupted, hung up or terminated leaves the output as it was, and no temporary files.
 
 Results go to stdout; progress, warnings and errors go to stderr. Each subcommand is a module with a
 `COMMAND`, listed in `_commands.py`. Nothing that is slow to import (numpy, rich) is imported before
@@ -52,9 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(argv)
         # Here rather than at the interpreter's exit, where a closed pipe cannot be caught.
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        # A signal's exception says which; Ctrl-C's is Python's own.
+        words, status = getattr(stop, "lorafast_outcome", ("interrupted", EXIT_INTERRUPTED))
+        try:
+            print(words, file=sys.stderr)
+            sys.stdout.flush()
+        except OSError:
+            # The terminal that was hung up takes no more words.
+            _discard_further_output()
+        return int(status)
     except BrokenPipeError:
         _discard_further_output()
         return EXIT_BROKEN_PIPE
@@ -75,6 +86,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
         print(f"lorafast {__version__}")
         return 0
+    if argv is None:
+        from lorafast._cli._signals import end_as_by_ctrl_c
+
+        end_as_by_ctrl_c()
     from lorafast._cli._commands import commands
     from lorafast._cli._parser import build_parser
     from lorafast._cli._terminal import Terminal
@@ -105,11 +120,11 @@ def _escape_what_the_streams_cannot_encode() -> None:
 
 
 def _discard_further_output() -> None:
-    """Keep the interpreter from complaining, at exit, about a pipe that is closed."""
+    """Keep the interpreter from complaining, at exit, about a pipe or a terminal that is closed."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(devnull, stream.fileno())
     os.close(devnull)

@@ -105,8 +105,9 @@ def _write(
 ) -> None:
     from lorafast import _reports
     from lorafast._errors import MissingDependencyError
+    from lorafast._io.paths import expand
 
-    output = Path(arguments.output)
+    output = Path(expand(arguments.output))
     stems = _reports.file_stems([analysis.name for analysis in analyses])
     for stem, analysis in zip(stems, analyses, strict=True):
         _reports.write_analysis(output / _reports.ANALYSIS_DIRECTORY, stem, analysis)

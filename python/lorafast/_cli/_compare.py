@@ -73,8 +73,9 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Terminal) -> None:
     from lorafast import _reports
     from lorafast._errors import MissingDependencyError
+    from lorafast._io.paths import expand
 
-    output = Path(arguments.output)
+    output = Path(expand(arguments.output))
     directory = output / _reports.ANALYSIS_DIRECTORY
     for stem, analysis in zip(
         _reports.file_stems(comparison.names), comparison.analyses, strict=True

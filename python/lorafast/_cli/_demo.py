@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Make a model and two adapters, merge them, and prove the result; 1 if it is wrong."""
     from lorafast._demo import make_inputs
+    from lorafast._io.paths import expand
 
-    directory = Path(arguments.output)
+    directory = Path(expand(arguments.output))
     terminal.heading(f"1. A small model and two adapters of random numbers, in {directory}")
     inputs = make_inputs(directory)
     _show_files([inputs.base, *inputs.adapters], directory, terminal)

@@ -55,7 +55,7 @@ class Failures:
 
         try:
             yield
-        except (lorafast.LorafastError, OSError) as error:
+        except (lorafast.LorafastError, OSError, RecursionError, UnicodeError) as error:
             if fatal or isinstance(error, BrokenPipeError):
                 raise
             print_error(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,9 +183,12 @@ def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 
 def _is_occupied(path: str) -> bool:
+    from lorafast._io.paths import expand
+
+    place = Path(expand(path))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return any(Path(path).iterdir())
-    return Path(path).exists()
+        return any(place.iterdir())
+    return os.path.lexists(place)
 
 
 def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:

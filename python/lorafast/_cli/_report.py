@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Read the analyses, write the reports, and list the files."""
     from lorafast import _reports
+    from lorafast._io.paths import expand
 
-    directory = Path(arguments.directory)
+    directory = Path(expand(arguments.directory))
     analyses, comparison = _reports.read_directory(directory)
     for form in [arguments.format] if arguments.format else ["md", "html"]:
         for path in _reports.write_reports(directory, analyses, comparison, form):

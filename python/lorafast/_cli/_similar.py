@@ -96,7 +96,9 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     )
     warn_of_errors(similarity.errors, terminal)
     if arguments.output is not None:
-        _write(similarity, Path(arguments.output))
+        from lorafast._io.paths import expand
+
+        _write(similarity, Path(expand(arguments.output)))
     if arguments.json:
         from lorafast._serialise import without_non_finite
 
@@ -129,20 +131,33 @@ def _plain(similarity: Similarity, nearest: int | None) -> dict[str, object]:
 
 
 def _write(similarity: Similarity, output: Path) -> None:
+    from lorafast._io import atomic
+
     if output.suffix in PICTURES:
-        similarity.plot().savefig(output, dpi=120)
+        figure = similarity.plot()
+        with atomic.writing(output) as file:
+            figure.savefig(file, format=output.suffix.removeprefix("."), dpi=120)
     elif output.suffix == ".npz":
         similarity.save(output)
     elif output.suffix == ".json":
-        output.write_text(similarity.to_json(), encoding="utf-8")
+        atomic.write(output, similarity.to_json())
     else:
-        import csv
+        atomic.write(output, _csv(similarity))
 
-        with output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["", *similarity.names])
-            for name, row in zip(similarity.names, similarity.matrix, strict=True):
-                writer.writerow([name, *(repr(float(value)) for value in row)])
+
+def _csv(similarity: Similarity) -> str:
+    import csv
+    import io
+
+    from lorafast._cells import csv_text
+
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    names = list(map(csv_text, similarity.names))
+    writer.writerow(["", *names])
+    for name, row in zip(names, similarity.matrix, strict=True):
+        writer.writerow([name, *(repr(float(value)) for value in row)])
+    return text.getvalue()
 
 
 def _show(similarity: Similarity, nearest: int | None, terminal: Terminal) -> None:

@@ -1,0 +1,48 @@
+"""SIGTERM and SIGHUP: the command ends as it does by Ctrl-C, and cleans up first."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+#: The signals by name, for Windows has no SIGHUP; with what is printed.
+WORDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
+#: What a shell adds to the number of a signal that ended a command.
+EXIT_OF_SIGNALS = 128
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the command.
+
+    As a KeyboardInterrupt it passes everything that lets Ctrl-C pass, and cancels the core's work.
+
+    Attributes:
+        lorafast_outcome: what to print, and the exit code.
+    """
+
+    def __init__(self, words: str, status: int) -> None:
+        super().__init__(words)
+        self.lorafast_outcome = (words, status)
+
+
+def end_as_by_ctrl_c() -> None:
+    """Makes these signals raise `Stopped` in a process that is the command's own.
+
+    One that is ignored stays so: `nohup` starts a command that is to outlive its terminal.
+    """
+    for name in WORDS:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    # Once: what cleans up is not to be stopped by a second one.
+    for name in WORDS:
+        other = getattr(signal, name, None)
+        if other is not None:
+            signal.signal(other, signal.SIG_IGN)
+    raise Stopped(WORDS[signal.Signals(number).name], EXIT_OF_SIGNALS + number)
