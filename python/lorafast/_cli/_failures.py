@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from lorafast._cli._terminal import printable
+from lorafast._cli._terminal import printable, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ def sentence(error: Exception) -> str:
         shown = "; ".join(problems[:MOST_PROBLEMS])
         rest = len(problems) - MOST_PROBLEMS
         message = f"{len(problems)} problems: {shown}" + (f"; and {rest} more" if rest > 0 else "")
-    return " ".join(message.split())
+    return shortened(message)
 
 
 class Failures:

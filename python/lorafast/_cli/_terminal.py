@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+#: Characters of a word, such as a path, and of a message, beyond which it is cut.
+LONGEST_WORD = 1_000
+LONGEST_MESSAGE = 4_000
+
+
 class Column(NamedTuple):
     """A table's column: its header, and whether its cells are numbers (set to the right)."""
 
@@ -32,6 +37,21 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def shortened(text: str) -> str:
+    """A message on one line, in which nothing is longer than a person reads.
+
+    A name in a stranger's file may have megabytes; its two ends tell what it is.
+    """
+    words = text.split()
+    return _cut(" ".join(_cut(word, LONGEST_WORD) for word in words), LONGEST_MESSAGE)
+
+
+def _cut(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]}…{text[-longest // 4 :]}"
 
 
 class Terminal:
@@ -74,7 +94,7 @@ class Terminal:
         """Print `warning: …` on stderr, once for each message."""
         if message not in self._warned:
             self._warned.add(message)
-            print("warning:", printable(" ".join(message.split())), file=sys.stderr)
+            print("warning:", printable(shortened(message)), file=sys.stderr)
 
     @contextlib.contextmanager
     def python_warnings_as_lines(self) -> Iterator[None]:

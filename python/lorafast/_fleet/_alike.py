@@ -306,7 +306,10 @@ class Similarity:
         import numpy as np
 
         try:
-            with open_plain(path, LorafastError) as own, np.load(own, allow_pickle=False) as file:
+            with (
+                open_plain(expand(path), LorafastError) as own,
+                np.load(own, allow_pickle=False) as file,
+            ):
                 plain = parse_json(str(file["about"]), path, LorafastError)
                 version = plain.get("schema_version")
                 if plain.get("kind") != "similarity" or version != SCHEMA_VERSION:
