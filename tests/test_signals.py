@@ -1,0 +1,132 @@
+"""SIGTERM and SIGHUP end the command as Ctrl-C does: cleaned up, with a line and a code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lorafast
+import numpy as np
+import pytest
+from support.files import Tensor, read_checkpoint
+from support.handmade import adapter_tensors, make_adapter, make_base, write_checkpoint
+
+LIMIT = 60
+SIZE, WEIGHTS, RANK, TIMES = 2048, 8, 64, 64
+COMMAND = "import sys; from lorafast._cli import main; sys.exit(main())"
+IGNORING = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {COMMAND}"
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of a merge that takes seconds with one thread."""
+    folder = tmp_path_factory.mktemp("slow")
+    modules = {f"model.layers.{n}.mlp.up_proj": (SIZE, SIZE) for n in range(WEIGHTS)}
+    bits = np.random.default_rng(0).integers(0x3C00, 0x3C80, (SIZE, SIZE), dtype=np.uint16)
+    data = bits.astype("<u2").tobytes()
+    (folder / "base").mkdir()
+    weights = {f"{module}.weight": Tensor("BF16", (SIZE, SIZE), data) for module in modules}
+    write_checkpoint(folder / "base", weights, shards=2)
+    (folder / "base" / "config.json").write_text('{"model_type": "llama"}')
+    one = adapter_tensors({"m": (SIZE, SIZE)}, rank=RANK, scale=1e-3)
+    factors = {
+        name.replace("base_model.model.m.", f"base_model.model.{module}."): value
+        for module in modules
+        for name, value in one.items()
+    }
+    adapter = make_adapter(folder / "adapter", factors, r=RANK, lora_alpha=RANK)
+    flags = ["--base", str(folder / "base"), "--adapters", *[str(adapter)] * TIMES]
+    return ["merge", *flags, "--threads", "1", "--quiet"]
+
+
+def start(arguments: list[str], output: Path, code: str = COMMAND) -> subprocess.Popen[str]:
+    """The command, when it has begun to write."""
+    command = [sys.executable, "-c", code, *arguments, "--output", str(output)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + LIMIT
+    while not (output.is_dir() and any(output.rglob("*.safetensors"))):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "hung up\n")],
+)
+def test_a_signal_leaves_nothing_behind(
+    slow: list[str], tmp_path: Path, number: signal.Signals, status: int, words: str
+) -> None:
+    process = start(slow, tmp_path / "folder" / "out")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, errors) == (status, words)
+    assert not (tmp_path / "folder" / "out").exists()
+
+
+def test_a_second_signal_does_not_stop_the_cleaning(slow: list[str], tmp_path: Path) -> None:
+    process = start(slow, tmp_path / "out")
+    for _ in range(20):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, errors) == (143, "terminated\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_that_was_there_stays(slow: list[str], tmp_path: Path) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
+    output = tmp_path / "out"
+    lorafast.merge(base, adapter, output)
+    earlier = read_checkpoint(output)
+    names = sorted(path.name for path in output.iterdir())
+    arguments = [*slow, "--overwrite"]
+    command = [sys.executable, "-c", COMMAND, *arguments, "--output", str(output)]
+    below = set(tmp_path.rglob("*"))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while set(tmp_path.rglob("*")) == below:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 143, errors
+    assert read_checkpoint(output) == earlier
+    assert sorted(path.name for path in output.iterdir()) == names
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(slow: list[str], tmp_path: Path) -> None:
+    process = start(slow, tmp_path / "out", IGNORING)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=LIMIT)
+    assert process.returncode == 143
+
+
+def test_a_terminal_that_is_gone_takes_no_traceback(slow: list[str], tmp_path: Path) -> None:
+    """What is printed after a hang-up fails; the exit code is still the signal's."""
+    process = start(slow, tmp_path / "out")
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=LIMIT) == 129
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_that_uses_the_package_keeps_its_own_handlers(tmp_path: Path) -> None:
+    from lorafast._cli import main
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
+    arguments = ["--base", str(base), "--adapters", str(adapter), "--quiet"]
+    assert main(["merge", *arguments, "--output", str(tmp_path / "out")]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+    assert os.path.lexists(tmp_path / "out")
