@@ -11,9 +11,16 @@ LONGEST_REASON = 400
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
+def _printable(text: str) -> str:
+    """The text with blanks in place of what would be obeyed rather than shown."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return text.strip()
+
+
 def cell(text: object, longest: int = LONGEST_CELL) -> str:
     """A text as one table cell that can break neither the table nor the page."""
-    clean = "".join(c if c.isprintable() else " " for c in str(text)).strip()
+    clean = _printable(str(text))
     if len(clean) > longest:
         clean = clean[: longest - 1] + "…"
     for character in "\\|`*_<>[]":
@@ -23,7 +30,7 @@ def cell(text: object, longest: int = LONGEST_CELL) -> str:
 
 def code(text: object, longest: int = LONGEST_CELL) -> str:
     """A name as code."""
-    clean = "".join(c if c.isprintable() else " " for c in str(text)).strip()
+    clean = _printable(str(text))
     if len(clean) > longest:
         clean = "…" + clean[1 - longest :]
     return "`" + clean.replace("`", "'").replace("|", "\\|") + "`"

@@ -203,6 +203,8 @@ class MergePlan:
                 threads=threads,
                 progress=progress,
             )
+        except VerificationError:
+            raise
         except AFTERWARDS as error:
             # The model is written; whether it is right is not known.
             result.warnings.append(unverified(result.output_path, error))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING
+# What `signal` is made of: making its enumerations takes longer than all that is done here.
+import _signal  # type: ignore[import-not-found]
 
+# Not `typing`'s, whose import takes time as well.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -34,15 +36,18 @@ def end_as_by_ctrl_c() -> None:
     One that is ignored stays so: `nohup` starts a command that is to outlive its terminal.
     """
     for name in WORDS:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _stop)
+        number = getattr(_signal, name, None)
+        if number is not None and _signal.getsignal(number) == _signal.SIG_DFL:
+            _signal.signal(number, _stop)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
     # Once: what cleans up is not to be stopped by a second one.
-    for name in WORDS:
-        other = getattr(signal, name, None)
+    words = ""
+    for name, own in WORDS.items():
+        other = getattr(_signal, name, None)
         if other is not None:
-            signal.signal(other, signal.SIG_IGN)
-    raise Stopped(WORDS[signal.Signals(number).name], EXIT_OF_SIGNALS + number)
+            _signal.signal(other, _signal.SIG_IGN)
+        if other == number:
+            words = own
+    raise Stopped(words, EXIT_OF_SIGNALS + number)
