@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from lorafast._fleet._scan import scan
     from lorafast._fleet._similarity import similarity
     from lorafast._fleet._trajectory import Checkpoint, Trajectory, trajectory
-    from lorafast._merge import MergePlan, MergeReport, inspect, merge, plan
+    from lorafast._inspect import inspect
+    from lorafast._merge import MergePlan, MergeReport, merge, plan
     from lorafast._records import (
         AdapterAnalysis,
         Comparison,
@@ -127,7 +128,8 @@ _HOMES = {
     "_fleet._alike": ("Similarity",),
     "_fleet._similarity": ("similarity",),
     "_fleet._trajectory": ("Checkpoint", "Trajectory", "trajectory"),
-    "_merge": ("MergePlan", "MergeReport", "inspect", "merge", "plan"),
+    "_inspect": ("inspect",),
+    "_merge": ("MergePlan", "MergeReport", "merge", "plan"),
     "_records": (
         "AdapterAnalysis",
         "Comparison",
