@@ -6,8 +6,10 @@ pub mod account;
 pub mod config;
 mod tensors;
 
-use std::io::Read;
+use std::collections::VecDeque;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use indexmap::IndexMap;
 use sha2::{Digest, Sha256};
@@ -16,9 +18,9 @@ pub use account::{Account, Accounts, Verdict};
 pub use config::PeftConfig;
 pub use config::features::{Initialisation, Version};
 
-use crate::dtype::Dtype;
-use crate::error::{Error, Result};
-use crate::safetensors::{SafetensorsFile, TensorInfo};
+use crate::error::{Error, Owner, Result};
+use crate::file::{self, Stamp};
+use crate::safetensors::{SafetensorsFile, TensorInfo, check_path};
 
 pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
@@ -175,12 +177,19 @@ impl Role {
 pub struct Adapter {
     path: PathBuf,
     config: PeftConfig,
+    /// Where the config lies, and what it was when it was read.
+    config_file: (PathBuf, Stamp),
     file: SafetensorsFile,
     modules: IndexMap<String, Module>,
     saved: Vec<Saved>,
     rows: Vec<TrainedRows>,
     others: Vec<(String, Role)>,
+    /// Whole tensors of which each of many products takes a part, the last ones that were asked for.
+    shared: Mutex<VecDeque<(String, Arc<Vec<u8>>)>>,
 }
+
+/// How many of those are kept: the B of each of an expert's matrices, and one of the next layer's.
+const SHARED: usize = 4;
 
 impl Adapter {
     /// Opens PEFT's directory (or a weights file in it). `weights` replaces the directory's own
@@ -190,34 +199,36 @@ impl Adapter {
     /// [`Error::Io`] if something is not there, [`Error::Adapter`] if it is not sound,
     /// [`Error::Unsupported`] if it is no LoRA.
     pub fn open(path: &Path, weights: Option<&Path>) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(|error| Error::io(path, error))?;
+        let failed = |error: Error| error.of(Owner::Adapter);
+        let is_directory = match file::find(path).map_err(failed)? {
+            Some(metadata) => metadata.is_dir(),
+            None => return Err(Error::io(path, absence_of(path))),
+        };
         let directory = match path.parent() {
-            _ if metadata.is_dir() => path,
+            _ if is_directory => path,
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
         let config_path = directory.join(config::FILE_NAME);
-        if !config_path.is_file() {
+        if file::find(&config_path).map_err(failed)?.is_none() {
             return Err(Error::adapter(path, no_config(directory)));
         }
-        let config = PeftConfig::read(&config_path)?;
+        let (config, stamp) = read_config(&config_path)?;
         let weights = match weights {
             Some(weights) => weights.to_path_buf(),
-            None if metadata.is_dir() => directory.join(WEIGHTS),
+            None if is_directory => directory.join(WEIGHTS),
             None => path.to_path_buf(),
         };
-        if !weights.is_file() {
-            let message = if directory.join(PICKLED_WEIGHTS).is_file() {
+        if file::find(&weights).map_err(failed)?.is_none() {
+            let message = if file::find(&directory.join(PICKLED_WEIGHTS)).map_err(failed)?.is_some()
+            {
                 format!("holds its weights as {PICKLED_WEIGHTS}, which needs torch to be read")
             } else {
                 format!("holds a config but no {WEIGHTS}; fetch the adapter again")
             };
             return Err(Error::adapter(path, message));
         }
-        let file = SafetensorsFile::open(&weights).map_err(|error| match error {
-            Error::Checkpoint { path, message } => Error::Adapter { path, message },
-            other => other,
-        })?;
+        let file = SafetensorsFile::open_adapter(&weights)?;
         let sorted = tensors::sort(&file, &config).map_err(|error| {
             // Factors that do not pair up are no damage where the config says why.
             match config.obstacles(&[]).as_slice() {
@@ -226,7 +237,9 @@ impl Adapter {
             }
         })?;
         let tensors::Sorted { modules, saved, rows, others } = sorted;
-        Ok(Self { path: path.to_path_buf(), config, file, modules, saved, rows, others })
+        let (path, config_file) = (path.to_path_buf(), (config_path, stamp));
+        let shared = Mutex::default();
+        Ok(Self { path, config, config_file, file, modules, saved, rows, others, shared })
     }
 
     /// The path that was opened.
@@ -311,35 +324,72 @@ impl Adapter {
 
     /// A factor widened to f32, row-major.
     ///
+    /// # Errors
+    /// [`Error::Adapter`] if the file changed meanwhile, [`Error::Io`].
+    ///
     /// # Panics
     /// If `tensor` is not of a floating-point type, which opening has ruled out for factors.
-    pub fn read_f32(&self, tensor: &TensorInfo) -> Vec<f32> {
-        let bytes = self.file.tensor_bytes(tensor);
+    pub fn read_f32(&self, tensor: &TensorInfo) -> Result<Vec<f32>> {
+        let bytes = self.file.read(tensor)?;
         let mut values = vec![0.0; tensor.elements() as usize];
-        crate::kernel::convert::widen(&tensor.dtype, bytes, &mut values);
-        values
+        crate::kernel::convert::widen(&tensor.dtype, &bytes, &mut values);
+        Ok(values)
     }
 
     /// A factor widened to f64, row-major. The same panic applies.
-    pub fn read_f64(&self, tensor: &TensorInfo) -> Vec<f64> {
-        match tensor.dtype {
-            Dtype::F64 => self
-                .file
-                .tensor_bytes(tensor)
-                .chunks_exact(8)
-                .map(|chunk| f64::from_le_bytes(chunk.try_into().expect("eight bytes")))
-                .collect(),
-            _ => self.read_f32(tensor).into_iter().map(f64::from).collect(),
-        }
-    }
-
-    /// The SHA-256 of the weights file, in hexadecimal.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read.
-    pub fn sha256(&self) -> Result<String> {
-        sha256_of(self.file.path())
+    /// As [`Adapter::read_f32`].
+    pub fn read_f64(&self, tensor: &TensorInfo) -> Result<Vec<f64>> {
+        Ok(crate::kernel::convert::widen_f64(&tensor.dtype, &self.file.read(tensor)?))
     }
+
+    /// All bytes of a tensor of which others will ask for as well. Whoever does meanwhile waits.
+    ///
+    /// # Errors
+    /// As [`Adapter::read_f32`].
+    pub(crate) fn read_shared(&self, tensor: &TensorInfo) -> Result<Arc<Vec<u8>>> {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, bytes)) = shared.iter().find(|(name, _)| *name == tensor.name) {
+            return Ok(bytes.clone());
+        }
+        let bytes = Arc::new(self.file.read(tensor)?);
+        if shared.len() == SHARED {
+            shared.pop_front();
+        }
+        shared.push_back((tensor.name.clone(), bytes.clone()));
+        Ok(bytes)
+    }
+
+    /// The SHA-256 of the weights file that was opened, in hexadecimal.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if it changed meanwhile, [`Error::Io`].
+    pub fn sha256(&self) -> Result<String> {
+        self.file.sha256()
+    }
+
+    /// Looks again at config and weights: an error if either is not what was opened.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if one changed, [`Error::Io`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        let (path, stamp) = &self.config_file;
+        check_path(Owner::Adapter, path, *stamp)?;
+        self.file.check_unchanged()
+    }
+}
+
+/// What the system says of a path that is not there.
+fn absence_of(path: &Path) -> io::Error {
+    std::fs::metadata(path).err().unwrap_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+fn read_config(path: &Path) -> Result<(PeftConfig, Stamp)> {
+    let (mut file, metadata) = file::open(path).map_err(|error| error.of(Owner::Adapter))?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text).map_err(|error| Error::io(path, error))?;
+    Ok((PeftConfig::parse(path, &text)?, Stamp::of(&metadata)))
 }
 
 /// The SHA-256 of a file, in hexadecimal.

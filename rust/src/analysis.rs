@@ -23,7 +23,9 @@ use crate::names;
 use crate::renames::{Names, Renames};
 use crate::safetensors::TensorInfo;
 use crate::spectrum::{Spectrum, Update, Values};
-use crate::statistics::{Bins, ElementType, Request, Summary, Tensor, describe, describe_each};
+use crate::statistics::{
+    Bins, ElementType, InFile, Request, Summary, Tensor, describe, describe_each,
+};
 use crate::task::Task;
 
 /// Entries of ΔW smaller than this share of their root mean square count as small.
@@ -133,22 +135,35 @@ pub(crate) fn extents(module: &Module) -> Option<(usize, usize, usize)> {
     is_plain.then_some((rows as usize, columns as usize, rank as usize))
 }
 
-/// A module's factors as they lie in the file.
-fn update_of<'a>(adapter: &'a Adapter, module: &Module) -> Result<Option<Update<'a>>> {
-    let Some((rows, columns, rank)) = extents(module) else {
-        return Ok(None);
-    };
-    let (Some(b), Some(a)) = (stored(adapter, &module.b)?, stored(adapter, &module.a)?) else {
-        return Ok(None);
-    };
-    let (left, right) = (Values::Stored(b), Values::Stored(a));
-    Update::new(rows, columns, rank, left, right, module.scaling).map(Some)
+/// A module's factors as they lie in the file, read.
+struct Factors {
+    extents: (usize, usize, usize),
+    scaling: f64,
+    elements: [ElementType; 2],
+    b: Vec<u8>,
+    a: Vec<u8>,
 }
 
-fn stored<'a>(adapter: &'a Adapter, tensor: &TensorInfo) -> Result<Option<Tensor<'a>>> {
-    ElementType::from_dtype(&tensor.dtype)
-        .map(|element| Tensor::new(adapter.file().tensor_bytes(tensor), element))
-        .transpose()
+impl Factors {
+    /// Of a module that can be measured.
+    fn read(adapter: &Adapter, module: &Module) -> Result<Option<Self>> {
+        let Some(extents) = extents(module) else { return Ok(None) };
+        let element = |tensor: &TensorInfo| ElementType::from_dtype(&tensor.dtype);
+        let (Some(left), Some(right)) = (element(&module.b), element(&module.a)) else {
+            return Ok(None);
+        };
+        let (b, a) = (adapter.file().read(&module.b)?, adapter.file().read(&module.a)?);
+        let (scaling, elements) = (module.scaling, [left, right]);
+        Ok(Some(Self { extents, scaling, elements, b, a }))
+    }
+
+    /// The update that they make.
+    fn update(&self) -> Result<Update<'_>> {
+        let (rows, columns, rank) = self.extents;
+        let left = Values::Stored(Tensor::new(&self.b, self.elements[0])?);
+        let right = Values::Stored(Tensor::new(&self.a, self.elements[1])?);
+        Update::new(rows, columns, rank, left, right, self.scaling)
+    }
 }
 
 pub(crate) fn unmeasured(module: &Module) -> String {
@@ -170,7 +185,8 @@ pub(crate) fn without_statistics(tensor: &TensorInfo) -> String {
 ///
 /// # Errors
 /// [`Error::Argument`] for unusable bins or percentiles, [`Error::Plan`] where the base has no
-/// weight for a module, [`Error::Cancelled`].
+/// weight for a module, [`Error::Adapter`] or [`Error::Checkpoint`] if a file changed meanwhile,
+/// [`Error::Io`], [`Error::Cancelled`].
 pub fn analyze(
     adapter: &Adapter,
     base: Option<&Checkpoint>,
@@ -192,6 +208,8 @@ pub fn analyze(
                 measure(adapter, module, base.zip(weight), options, task)
             })
             .collect::<Result<_>>()?;
+        adapter.check_unchanged()?;
+        base.map_or(Ok(()), Checkpoint::check_unchanged)?;
         for ((_, module), measured) in modules.iter().zip(&measured) {
             if measured.is_none() {
                 notes.push(unmeasured(module));
@@ -200,7 +218,7 @@ pub fn analyze(
         Ok(Analysis {
             path: adapter.path().display().to_string(),
             config: adapter.config().raw().clone(),
-            total_bytes: adapter.file().bytes().len() as u64,
+            total_bytes: adapter.file().size(),
             weights: all,
             tensors,
             modules: measured.into_iter().flatten().collect(),
@@ -271,7 +289,7 @@ fn tensors(
     let mut infos = Vec::new();
     let mut values = Vec::new();
     for tensor in &adapter.file().header().tensors {
-        match stored(adapter, tensor)? {
+        match InFile::new(adapter.file(), tensor) {
             Some(stored) => {
                 infos.push(tensor);
                 values.push(stored);
@@ -302,9 +320,10 @@ fn measure(
     options: &Options,
     task: &Task,
 ) -> Result<Option<ModuleAnalysis>> {
-    let Some(update) = update_of(adapter, module)? else {
+    let Some(factors) = Factors::read(adapter, module)? else {
         return Ok(None);
     };
+    let update = factors.update()?;
     let spectrum = Spectrum::of(&update);
     task.advance(factor_bytes(module));
     let base = base.map(|(base, weight)| base_norm(base, weight, task)).transpose()?;
@@ -399,11 +418,10 @@ fn weight_of(module: &Module, name: &str, base: &Checkpoint) -> Result<TensorInf
 fn base_norm(base: &Checkpoint, weight: &TensorInfo, task: &Task) -> Result<BaseNorm> {
     task.check()?;
     let shard = base.tensors()[&weight.name].shard;
-    let bytes = base.shards()[shard].file.tensor_bytes(weight);
-    let element = ElementType::from_dtype(&weight.dtype).ok_or_else(|| {
+    let stored = InFile::new(&base.shards()[shard].file, weight).ok_or_else(|| {
         Error::Argument(format!("there are no statistics of the type {}", weight.dtype))
     })?;
-    let summary = describe(&[Tensor::new(bytes, element)?], &Request::default())?;
+    let summary = describe(&[stored], &Request::default())?;
     task.advance(weight.bytes());
     // Statistics leave NaN and infinities out; a norm that did would mislead.
     let norm = if summary.non_finite == 0 { summary.l2_norm } else { f64::NAN };

@@ -196,6 +196,14 @@ impl Checkpoint {
         Self { tensors, ..self.clone() }
     }
 
+    /// Looks again at every shard: an error if one is not what was opened.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if one changed, [`Error::Io`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.shards.iter().try_for_each(|shard| shard.file.check_unchanged())
+    }
+
     /// The tensor at that place.
     pub fn at(&self, location: Location) -> &TensorInfo {
         &self.shards[location.shard].file.header().tensors[location.tensor]

@@ -78,7 +78,7 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
             format: "peft",
             tensors: adapter.file().header().tensors.len(),
             modules: adapter.modules().len(),
-            bytes: adapter.file().bytes().len() as u64,
+            bytes: adapter.file().size(),
             account,
         });
     let tensors = plan.tensors().map(|(shard, tensor)| TensorDescription {
@@ -184,7 +184,7 @@ impl Listing {
             let header = file.header();
             listing.files.push(FileDescription {
                 name: name.to_owned(),
-                bytes: file.bytes().len() as u64,
+                bytes: file.size(),
                 tensors: header.tensors.len(),
             });
             if let Value::Object(metadata) = &mut listing.metadata {

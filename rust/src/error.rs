@@ -72,7 +72,48 @@ pub enum Error {
     Cancelled,
 }
 
+/// Whose file is read, which decides the class of what is wrong with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// A model's: [`Error::Checkpoint`].
+    Checkpoint,
+    /// An adapter's: [`Error::Adapter`].
+    Adapter,
+}
+
+impl Owner {
+    /// The error for a file that is not what it should be.
+    pub fn broken(self, path: impl AsRef<Path>, message: impl Into<String>) -> Error {
+        match self {
+            Self::Checkpoint => Error::checkpoint(path, message),
+            Self::Adapter => Error::adapter(path, message),
+        }
+    }
+
+    /// The error for a file that somebody truncated, replaced or wrote to while it was read.
+    pub fn changed(self, path: impl AsRef<Path>) -> Error {
+        self.broken(path, "changed while it was read; run again when it is complete")
+    }
+
+    /// The error for a read that failed: a file that ends before its end has changed.
+    pub fn unread(self, path: impl AsRef<Path>, error: io::Error) -> Error {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => self.changed(path),
+            _ => Error::io(path, error),
+        }
+    }
+}
+
 impl Error {
+    /// What is wrong with a model's file, said of an adapter's where it is one.
+    #[must_use]
+    pub fn of(self, owner: Owner) -> Self {
+        match (self, owner) {
+            (Self::Checkpoint { path, message }, Owner::Adapter) => Self::Adapter { path, message },
+            (other, _) => other,
+        }
+    }
+
     /// An [`Error::Io`] about `path`.
     pub fn io(path: impl AsRef<Path>, source: io::Error) -> Self {
         Self::Io { path: path.as_ref().to_path_buf(), source }

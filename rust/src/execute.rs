@@ -199,7 +199,7 @@ impl<'a> Job<'a> {
                 *shard
             }
             Work::Place { shard, tensor } => {
-                self.place(*shard, *tensor)?;
+                self.place(*shard, *tensor, buffers)?;
                 *shard
             }
             Work::Cast { shard, tensor, elements } => {
@@ -259,7 +259,7 @@ impl<'a> Job<'a> {
         let buffer = buffers.stored(queue::TILE_BYTES);
         file::copy_range(from.file(), source.clone(), &self.output.files[shard], target, buffer)
             .map_err(|error| match error {
-                CopyError::Read(error) => Error::io(from.path(), error),
+                CopyError::Read(error) => from.unread(error),
                 CopyError::Write(error) => self.write_error(shard, error),
             })?;
         let length = source.end - source.start;
@@ -275,13 +275,17 @@ impl<'a> Job<'a> {
         (tensor, shard.header.len() as u64 + tensor.target.start)
     }
 
-    fn place(&self, shard: usize, tensor: usize) -> Result<()> {
+    fn place(&self, shard: usize, tensor: usize, buffers: &mut Buffers) -> Result<()> {
         let (tensor, target) = self.tensor(shard, tensor);
-        let Origin::Adapter(adapter) = tensor.origin else {
-            unreachable!("the base's tensors are copied in the kernel")
-        };
-        let bytes = self.inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
-        self.write(shard, bytes, target)
+        debug_assert!(matches!(tensor.origin, Origin::Adapter(_)), "the kernel copies the base's");
+        let bytes = tensor.source.bytes();
+        for start in (0..bytes).step_by(queue::TILE_BYTES) {
+            self.task.check()?;
+            let buffer = buffers.stored(queue::TILE_BYTES.min((bytes - start) as usize));
+            self.computer.read(tensor, buffer, start as usize)?;
+            self.write(shard, buffer, target + start)?;
+        }
+        Ok(())
     }
 
     fn cast(

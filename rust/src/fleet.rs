@@ -4,9 +4,8 @@
 //! different is the way there. A unit of work is a module of an adapter (a small adapter is one
 //! unit), and all threads take from one queue, so that one large adapter and ten thousand small
 //! ones both keep them busy. No more adapters are open than twice the threads, and memory is two
-//! buffers a thread, of the largest module or small adapter. Files are read with positioned reads, never through a
-//! map, since adapters that are still in training shrink and grow; what changed while it was read
-//! is an error of that adapter.
+//! buffers a thread, of the largest module or small adapter. Adapters that are still in training
+//! shrink and grow: what changed while it was read is an error of that adapter.
 
 mod measure;
 mod read;

@@ -16,7 +16,7 @@ mod targets;
 mod ties;
 mod tokens;
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -42,6 +42,18 @@ pub struct Inputs {
     pub base: Arc<Checkpoint>,
     /// The adapters, in the order in which they are added.
     pub adapters: Vec<Arc<Adapter>>,
+}
+
+impl Inputs {
+    /// Looks again at every file of base and adapters: an error if one is not what was opened.
+    /// What was read of it is then of no state that it ever had.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] or [`Error::Adapter`] if one changed, [`Error::Io`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.base.check_unchanged()?;
+        self.adapters.iter().try_for_each(|adapter| adapter.check_unchanged())
+    }
 }
 
 /// How several adapters are combined.
@@ -414,7 +426,10 @@ pub struct Plan {
 
 /// Whether every parameter of the adapters has its tensor in the base, by the names as they stand
 /// or the built-in rules for renamed ones.
-pub fn names_fit(inputs: &Inputs) -> bool {
+///
+/// # Errors
+/// That a file changed meanwhile, or [`Error::Io`].
+pub fn names_fit(inputs: &Inputs) -> Result<bool> {
     let options = Options {
         strategy: Strategy::Sequential,
         weights: None,
@@ -425,8 +440,8 @@ pub fn names_fit(inputs: &Inputs) -> bool {
         expert_layout: None,
         renames: None,
     };
-    let planner = Planner::new(inputs, &options);
-    inputs.adapters.iter().all(|adapter| planner.name(adapter).fits())
+    let planner = Planner::new(inputs, &options)?;
+    Ok(inputs.adapters.iter().all(|adapter| planner.name(adapter).fits()))
 }
 
 impl Plan {
@@ -434,7 +449,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Argument`] for weights that do not fit the strategy, [`Error::Unsupported`] for
-    /// what cannot be merged, [`Error::Plan`] with everything that does not fit together.
+    /// what cannot be merged, [`Error::Plan`] with everything that does not fit together,
+    /// [`Error::Checkpoint`] or [`Error::Adapter`] if a file changed meanwhile, [`Error::Io`].
     pub fn new(inputs: &Inputs, options: Options) -> Result<Self> {
         let mut weights = weights_of(&options, inputs.adapters.len())?;
         if options.subtract {
@@ -459,11 +475,11 @@ impl Plan {
             false => replication::apply(inputs).map_err(|problem| Error::Plan(vec![problem]))?,
         };
         let inputs = replicated.as_ref().map_or(inputs, |(inputs, _)| inputs);
-        let mut planner = Planner::new(inputs, &options);
+        let mut planner = Planner::new(inputs, &options)?;
         for (position, weight) in weights.iter().enumerate() {
             planner.add(position, *weight);
         }
-        let mut decided = planner.finish().map_err(Error::Plan)?;
+        let mut decided = planner.finish()?;
         if let Some((_, replication)) = &replicated {
             decided.notes.push(format!(
                 "the base's {} layers become {}, each written out with its own updates",
@@ -473,7 +489,9 @@ impl Plan {
             decided.config_changes.layers = Some(replication.clone());
         }
         let mut warnings = inputs.base.warnings().to_vec();
-        warnings.extend(inputs.adapters.iter().filter_map(|adapter| untrained(adapter)));
+        for adapter in &inputs.adapters {
+            warnings.extend(untrained(adapter)?);
+        }
         warnings.extend_from_slice(&decided.warnings);
         let (config_changes, notes) = (decided.config_changes.clone(), decided.notes.clone());
         let waived = std::mem::take(&mut decided.waived);
@@ -550,28 +568,47 @@ fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
 }
 
 /// A warning if some of an adapter's products are zero because B never moved from its start.
-fn untrained(adapter: &Adapter) -> Option<String> {
-    let mut zero = adapter.modules().values().filter(|module| changes_nothing(adapter, module));
-    let first = &zero.next()?.path;
-    let count = zero.count() + 1;
-    Some(format!(
-        "{}: lora_B is all zero in {count} of {} modules (the first: {first}); \
-         they were never trained and change nothing",
-        adapter.path().display(),
-        adapter.modules().len()
-    ))
+fn untrained(adapter: &Adapter) -> Result<Option<String>> {
+    let (mut first, mut count) = (None, 0);
+    for module in adapter.modules().values() {
+        if changes_nothing(adapter, module)? {
+            first.get_or_insert(&module.path);
+            count += 1;
+        }
+    }
+    Ok(first.map(|first| {
+        format!(
+            "{}: lora_B is all zero in {count} of {} modules (the first: {first}); \
+             they were never trained and change nothing",
+            adapter.path().display(),
+            adapter.modules().len()
+        )
+    }))
 }
 
 /// Whether a module's product is zero because its B is.
-fn changes_nothing(adapter: &Adapter, module: &Module) -> bool {
+fn changes_nothing(adapter: &Adapter, module: &Module) -> Result<bool> {
+    // DoRA's magnitude can have been trained beside a B that stayed zero.
+    if module.magnitude.is_some() {
+        return Ok(false);
+    }
     let size = module.b.dtype.size();
     // Zero but for the sign, which is the highest bit of the last byte.
-    let mut elements = adapter.file().tensor_bytes(&module.b).chunks_exact(size);
-    // DoRA's magnitude can have been trained beside a B that stayed zero.
-    module.magnitude.is_none()
-        && elements.all(|element| {
-            element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
-        })
+    let is_zero = |element: &[u8]| {
+        element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
+    };
+    // One of the first elements nearly always tells.
+    let mut beginning = [0; 64];
+    let beginning = &mut beginning[..module.b.bytes().min(64) as usize];
+    adapter.file().read_into(&module.b, 0, beginning)?;
+    let mut all_zero = beginning.chunks_exact(size).all(is_zero);
+    if all_zero {
+        adapter.file().for_each_chunk(&module.b, &mut |_, bytes| {
+            all_zero = bytes.chunks_exact(size).all(is_zero);
+            if all_zero { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+    }
+    Ok(all_zero)
 }
 
 #[cfg(test)]

@@ -19,7 +19,6 @@ use indexmap::IndexMap;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::file;
 use crate::safetensors::TensorInfo;
 
 pub use blocks::Blocks;
@@ -46,14 +45,10 @@ impl Stored {
     /// Some of its bytes.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// That the file changed, or [`Error::Io`].
     pub fn read(&self, checkpoint: &Checkpoint, bytes: Range<usize>) -> Result<Vec<u8>> {
-        let source = &checkpoint.shards()[self.shard].file;
-        let start = source.data_start() + self.tensor.range.start + bytes.start as u64;
-        let mut buffer = vec![0; bytes.len()];
-        file::read_at(source.file(), &mut buffer, start)
-            .map_err(|error| Error::io(source.path(), error))?;
-        Ok(buffer)
+        let file = &checkpoint.shards()[self.shard].file;
+        file.read_range(&self.tensor, bytes.start as u64..bytes.end as u64)
     }
 }
 

@@ -56,7 +56,7 @@ impl Weight {
         what: Residual,
         rank: usize,
         orientation: Orientation,
-    ) -> Result<Pair<'static>, String> {
+    ) -> Result<Pair, String> {
         if self.values.iter().any(|value| !value.is_finite()) {
             return Err("holds numbers that are not finite, so that it cannot be decomposed as \
                         the adapter's initialisation did"
@@ -82,9 +82,9 @@ impl Weight {
             rank: a.nrows(),
             outputs: b.nrows(),
             inputs: a.ncols(),
-            a: row_major(&a).into(),
+            a: row_major(&a),
             a_dtype: Dtype::F64,
-            b: row_major(&b).into(),
+            b: row_major(&b),
             b_dtype: Dtype::F64,
         })
     }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     /// P as it lies on the stored weight.
-    fn product(pair: &Pair<'_>, orientation: Orientation) -> Mat<f64> {
+    fn product(pair: &Pair, orientation: Orientation) -> Mat<f64> {
         let a = widen_f64(&pair.a_dtype, &pair.a);
         let b = widen_f64(&pair.b_dtype, &pair.b);
         let a = MatRef::from_row_major_slice(&a, pair.rank, pair.inputs);

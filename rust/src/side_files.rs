@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::file;
+use crate::file::{self, Stamp};
 use crate::staging;
 
 /// The config that makes a directory an adapter.
@@ -22,8 +22,8 @@ pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 /// The files of a checkpoint's directory beside its own shards and index.
 #[derive(Debug, Default, Clone)]
 pub struct SideFiles {
-    /// Carried over, by their path within the directory, with their size.
-    pub carried: Vec<(String, u64)>,
+    /// Carried over, by their path within the directory, as they were found.
+    pub carried: Vec<(String, Stamp)>,
     /// Not carried over, folders with a slash at the end: other weights, hidden files, folders with
     /// models of their own, links that lead out of the model, and what no model needs.
     pub left_out: Vec<String>,
@@ -98,9 +98,10 @@ const OF_TRAINING: [&str; 4] =
     ["trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"];
 /// Names that only a model's files have: what a new model does not replace of them would belong to
 /// none.
-const OF_A_MODEL: [&str; 24] = [
+const OF_A_MODEL: [&str; 25] = [
     "config.json",
     "model.safetensors",
+    "pytorch_model.bin",
     "diffusion_pytorch_model.safetensors",
     "generation_config.json",
     "tokenizer.json",
@@ -136,7 +137,9 @@ pub fn holds_weights(name: &str) -> bool {
 /// Whether a name in an output says that the file belongs to the model there, or reports on it.
 pub fn is_of_a_model(name: &str) -> bool {
     let is_shard = || shard_of(name).is_some_and(|(stem, ..)| SHARD_STEMS.contains(&stem));
-    OF_A_MODEL.contains(&name) || REPORTS.contains(&name) || is_shard()
+    // What a report leaves whose writing was cut off.
+    let is_draft = || name.starts_with(".lorafast-") && name.ends_with(".part");
+    OF_A_MODEL.contains(&name) || REPORTS.contains(&name) || is_shard() || is_draft()
 }
 
 /// Stem, number and count of a shard by its name: `model-00001-of-00003.safetensors`.
@@ -162,7 +165,7 @@ pub fn list(base: &Checkpoint) -> Result<SideFiles> {
         own.extend(base.index().map(|index| index.file_name.as_str()));
         let walk = Walk { root: base.root(), own, homes: homes(base)?, parts: parts(base.root())? };
         walk.folder(Path::new(""), &mut files)?;
-        files.carried.sort();
+        files.carried.sort_by(|left, right| left.0.cmp(&right.0));
         files.left_out.sort();
     }
     Ok(files)
@@ -228,8 +231,8 @@ impl Walk<'_> {
                     files.left_out.push(format!("{name}/"));
                 }
             } else if is_carried(&file_name) && !(is_top && holds_weights(&file_name)) {
-                if let Some(bytes) = self.size_of(&entry.path(), &file_name)? {
-                    files.carried.push((name, bytes));
+                if let Some(stamp) = self.look_at(&entry.path(), &file_name)? {
+                    files.carried.push((name, stamp));
                 } else {
                     files.left_out.push(name);
                 }
@@ -260,9 +263,9 @@ impl Walk<'_> {
         Ok(true)
     }
 
-    /// The size of a side file; `None` for what is no plain file, and for a link that leads out of
+    /// A side file as it is; `None` for what is no plain file, and for a link that leads out of
     /// the model, unless the model would be another one without the file.
-    fn size_of(&self, path: &Path, name: &str) -> Result<Option<u64>> {
+    fn look_at(&self, path: &Path, name: &str) -> Result<Option<Stamp>> {
         let Some(metadata) = file::find(path)? else { return Ok(None) };
         let needed = OF_A_MODEL.contains(&name);
         if !metadata.is_file() {
@@ -275,7 +278,7 @@ impl Walk<'_> {
         }
         let real = path.canonicalize().map_err(|error| Error::io(path, error))?;
         if self.homes.iter().any(|home| real.starts_with(home)) {
-            return Ok(Some(metadata.len()));
+            return Ok(Some(Stamp::of(&metadata)));
         }
         if needed {
             return Err(Error::checkpoint(

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub use commit::{Recovery, check_whole, recover};
 pub use manifest::{MANIFEST, missing_files};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Owner, Result};
 use crate::file::{self, Stamp};
 use lock::Lock;
 use place::Occupancy;
@@ -213,12 +213,16 @@ impl Staging {
         Ok(())
     }
 
-    /// Copies a small file with its permissions.
+    /// Copies a small file, which was found so, with its permissions.
     ///
     /// # Errors
-    /// [`Error::Io`], of the file at fault; [`Error::Checkpoint`] if the source is no plain file.
-    pub fn copy(&mut self, name: &str, source: &Path) -> Result<()> {
+    /// [`Error::Io`], of the file at fault; [`Error::Checkpoint`] if the source is no plain file,
+    /// or another than was found.
+    pub fn copy(&mut self, name: &str, source: &Path, found: Stamp) -> Result<()> {
         let (mut from, metadata) = file::open(source)?;
+        if Stamp::of(&metadata) != found {
+            return Err(Owner::Checkpoint.changed(source));
+        }
         let content = file::read_whole(&mut from).map_err(|error| Error::io(source, error))?;
         self.write(name, &content, Some(&metadata))
     }

@@ -14,24 +14,29 @@ mod histogram;
 mod moments;
 pub(crate) mod panels;
 mod radix;
+mod source;
 
 #[cfg(test)]
 mod tests;
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 use serde::Serialize;
 
 pub use element::{ElementType, Tensor};
 pub use histogram::{Bins, Histogram};
+pub use source::Source;
 
 pub(crate) use histogram::log_magnitude;
 pub(crate) use moments::Moments;
+pub(crate) use source::InFile;
 
 use crate::error::{Error, Result};
 use crate::task::Task;
 use element::Format;
 use histogram::{linear_counts, linear_thresholds, log_counts, log_thresholds};
-use radix::{Counts, Refinement};
+use radix::{Counts, Refinement, Tally};
 
 /// Elements of one unit of work.
 pub(crate) const SEGMENT: usize = 1 << 16;
@@ -112,20 +117,24 @@ pub struct Summary {
 /// The statistics of all elements of `tensors`, taken together as one population.
 ///
 /// # Errors
-/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins.
-pub fn describe(tensors: &[Tensor<'_>], request: &Request) -> Result<Summary> {
+/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins, and those of reading.
+pub fn describe<S: Source>(tensors: &[S], request: &Request) -> Result<Summary> {
     request.check()?;
-    let (moments, counts) = first_look(tensors, common_format(tensors), request.needs_counts());
-    Ok(summarize(tensors, request, &moments, counts))
+    let (moments, counts) = first_look(tensors, common_format(tensors), request.needs_counts())?;
+    summarize(tensors, request, &moments, counts)
 }
+
+/// What was found of a run of tensors: of each, its summary and its moments; of all, the counts.
+type Found = (Vec<Summary>, Vec<Moments>, Option<Counts>);
 
 /// The statistics of each tensor for itself, and of all of them together: the same figures as of
 /// [`describe`], with less reading. Progress is counted in bytes.
 ///
 /// # Errors
-/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins, [`Error::Cancelled`].
-pub fn describe_each(
-    tensors: &[Tensor<'_>],
+/// [`Error::Argument`] for a percentile outside 0 to 100 or unusable bins, [`Error::Cancelled`], and
+/// those of reading.
+pub fn describe_each<S: Source>(
+    tensors: &[S],
     request: &Request,
     task: &Task,
 ) -> Result<(Vec<Summary>, Summary)> {
@@ -133,51 +142,46 @@ pub fn describe_each(
     let format = common_format(tensors);
     let size = total_len(tensors);
     let needs_counts = request.needs_counts();
+    let empty = || -> Found { (Vec::new(), Vec::new(), None) };
     let (summaries, all_moments, counts) = tensors
         .par_iter()
-        .fold(
-            || (Vec::new(), Vec::new(), None::<Counts>),
-            |(mut summaries, mut all_moments, mut all_counts), tensor| {
-                if task.check().is_err() {
-                    return (summaries, all_moments, all_counts);
-                }
-                let one = std::slice::from_ref(tensor);
-                let own_format = tensor.element().format();
-                let (moments, counts) = first_look(one, own_format, needs_counts);
-                if let Some(own) = &counts {
-                    let all = all_counts.get_or_insert_with(|| Counts::new(format, size));
-                    if all.is_like(own) {
-                        all.merge(own);
-                    } else {
-                        all.add(tensor);
+        .try_fold(empty, |(mut summaries, mut all_moments, mut all_counts), tensor| {
+            task.check()?;
+            let one = std::slice::from_ref(tensor);
+            let own_format = tensor.element().format();
+            let (moments, counts) = first_look(one, own_format, needs_counts)?;
+            if let Some(own) = &counts {
+                let all = all_counts.get_or_insert_with(|| Counts::new(format, size));
+                if all.is_like(own) {
+                    all.merge(own);
+                } else {
+                    let mut buffer = Vec::new();
+                    for part in segments(one) {
+                        all.add(&part.read(&mut buffer)?);
                     }
                 }
-                summaries.push(summarize(one, request, &moments, counts));
-                all_moments.push(moments);
-                task.advance((tensor.len() * tensor.element().size()) as u64);
-                (summaries, all_moments, all_counts)
-            },
-        )
-        .reduce(
-            || (Vec::new(), Vec::new(), None),
-            |mut left, right| {
-                left.0.extend(right.0);
-                left.1.extend(right.1);
-                (left.0, left.1, merge_counts(left.2, right.2))
-            },
-        );
-    task.check()?;
+            }
+            summaries.push(summarize(one, request, &moments, counts)?);
+            all_moments.push(moments);
+            task.advance((tensor.len() * tensor.element().size()) as u64);
+            Ok((summaries, all_moments, all_counts))
+        })
+        .try_reduce(empty, |mut left: Found, right| {
+            left.0.extend(right.0);
+            left.1.extend(right.1);
+            Ok((left.0, left.1, merge_counts(left.2, right.2)))
+        })?;
     let moments = merge_in_order(&all_moments);
     let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
-    let all = summarize(tensors, request, &moments, counts);
+    let all = summarize(tensors, request, &moments, counts)?;
     Ok((summaries, all))
 }
 
-fn total_len(tensors: &[Tensor<'_>]) -> u64 {
+fn total_len<S: Source>(tensors: &[S]) -> u64 {
     tensors.iter().map(|tensor| tensor.len() as u64).sum()
 }
 
-fn common_format(tensors: &[Tensor<'_>]) -> Format {
+fn common_format<S: Source>(tensors: &[S]) -> Format {
     tensors
         .iter()
         .map(|tensor| tensor.element().format())
@@ -185,14 +189,27 @@ fn common_format(tensors: &[Tensor<'_>]) -> Format {
         .unwrap_or(Format::Single)
 }
 
+/// A unit of work: elements of a tensor.
+struct Segment<'a, S> {
+    tensor: &'a S,
+    elements: Range<usize>,
+}
+
+impl<S: Source> Segment<'_, S> {
+    fn read<'b>(&'b self, buffer: &'b mut Vec<u8>) -> Result<Tensor<'b>> {
+        self.tensor.read(self.elements.clone(), buffer)
+    }
+}
+
 /// The tensors cut into units of work.
-fn segments<'a>(tensors: &[Tensor<'a>]) -> Vec<Tensor<'a>> {
+fn segments<S: Source>(tensors: &[S]) -> Vec<Segment<'_, S>> {
     tensors
         .iter()
         .flat_map(|tensor| {
-            (0..tensor.len())
+            let length = tensor.len();
+            (0..length)
                 .step_by(SEGMENT)
-                .map(|start| tensor.slice(start, tensor.len().min(start + SEGMENT)))
+                .map(move |start| Segment { tensor, elements: start..length.min(start + SEGMENT) })
         })
         .collect()
 }
@@ -217,44 +234,48 @@ fn merge_in_order(parts: &[Moments]) -> Moments {
 
 /// The moments of each segment of a tensor, found by the calling thread alone.
 pub(crate) fn segment_moments(tensor: &Tensor<'_>) -> Vec<Moments> {
-    segments(std::slice::from_ref(tensor)).iter().map(Moments::of).collect()
+    let starts = (0..tensor.len()).step_by(SEGMENT);
+    let part = |start: usize| tensor.slice(start, tensor.len().min(start + SEGMENT));
+    starts.map(|start| Moments::of(&part(start))).collect()
 }
 
 /// What follows from moments alone, bit for bit as [`describe`] finds it: of one tensor from those
 /// of its segments, of several from those of each.
 pub(crate) fn summary_of(parts: &[Moments]) -> (Moments, Summary) {
     let moments = merge_in_order(parts);
-    let summary = summarize(&[], &Request::default(), &moments, None);
+    let summary = summary(&moments, Distribution::default());
     (moments, summary)
 }
 
 /// Moments and first-level counts in one pass. The moments of a tensor are merged to one before
 /// those of several tensors are, so that [`describe`] and [`describe_each`] agree in every bit.
-fn first_look(
-    tensors: &[Tensor<'_>],
+fn first_look<S: Source>(
+    tensors: &[S],
     format: Format,
     needs_counts: bool,
-) -> (Moments, Option<Counts>) {
+) -> Result<(Moments, Option<Counts>)> {
     let size = total_len(tensors);
     let work = segments(tensors);
-    let visit = |(mut moments, mut counts): (Vec<Moments>, Option<Counts>), part: &Tensor<'_>| {
-        moments.push(Moments::of(part));
+    type Seen = (Vec<Moments>, Option<Counts>, Vec<u8>);
+    let visit = |(mut moments, mut counts, mut buffer): Seen, part: &Segment<'_, S>| {
+        let part = part.read(&mut buffer)?;
+        moments.push(Moments::of(&part));
         if needs_counts {
-            counts.get_or_insert_with(|| Counts::new(format, size)).add(part);
+            counts.get_or_insert_with(|| Counts::new(format, size)).add(&part);
         }
-        (moments, counts)
+        Ok((moments, counts, buffer))
     };
-    let empty = || (Vec::new(), None);
-    let (parts, counts) = if work.len() <= 1 {
-        work.iter().fold(empty(), visit)
+    let empty = || -> Seen { (Vec::new(), None, Vec::new()) };
+    let (parts, counts, _) = if work.len() <= 1 {
+        work.iter().try_fold(empty(), visit)?
     } else {
-        work.par_iter().with_min_len(SEGMENTS_AT_A_TIME).fold(empty, visit).reduce(
+        work.par_iter().with_min_len(SEGMENTS_AT_A_TIME).try_fold(empty, visit).try_reduce(
             empty,
             |mut left, right| {
                 left.0.extend(right.0);
-                (left.0, merge_counts(left.1, right.1))
+                Ok::<_, Error>((left.0, merge_counts(left.1, right.1), left.2))
             },
-        )
+        )?
     };
     let mut rest = parts.as_slice();
     let mut of_tensors = Vec::with_capacity(tensors.len());
@@ -264,7 +285,7 @@ fn first_look(
         rest = others;
     }
     let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
-    (merge_in_order(&of_tensors), counts)
+    Ok((merge_in_order(&of_tensors), counts))
 }
 
 /// A rank that percentiles are interpolated at: the one below, and the share of the one above.
@@ -294,15 +315,18 @@ impl Position {
     }
 }
 
-fn summarize(
-    tensors: &[Tensor<'_>],
+fn summarize<S: Source>(
+    tensors: &[S],
     request: &Request,
     moments: &Moments,
     counts: Option<Counts>,
-) -> Summary {
-    let distribution = counts.map_or_else(Distribution::default, |counts| {
-        Distribution::find(tensors, request, moments, counts)
-    });
+) -> Result<Summary> {
+    let distribution =
+        counts.map(|counts| Distribution::find(tensors, request, moments, counts)).transpose()?;
+    Ok(summary(moments, distribution.unwrap_or_default()))
+}
+
+fn summary(moments: &Moments, distribution: Distribution) -> Summary {
     let finite = moments.finite;
     let or_nan = |value: f64| if finite == 0 { f64::NAN } else { value };
     Summary {
@@ -333,7 +357,12 @@ struct Distribution {
 }
 
 impl Distribution {
-    fn find(tensors: &[Tensor<'_>], request: &Request, moments: &Moments, counts: Counts) -> Self {
+    fn find<S: Source>(
+        tensors: &[S],
+        request: &Request,
+        moments: &Moments,
+        counts: Counts,
+    ) -> Result<Self> {
         let format = counts.format();
         let index = counts.index();
         debug_assert_eq!(index.total(), moments.finite);
@@ -366,12 +395,17 @@ impl Distribution {
 
         let refinement = index.refine(&ranks, &thresholds);
         drop(index);
-        let tally = look_again(tensors, &refinement);
+        // What was counted is not there any more where somebody wrote to the file in between.
+        let changed = || match tensors.first() {
+            Some(tensor) => tensor.changed(),
+            None => unreachable!("nothing is looked for among no values"),
+        };
+        let tally = look_again(tensors, &refinement)?;
         let below = refinement.below(&tally);
-        let mut refinement = refinement.narrow(tally);
+        let mut refinement = refinement.narrow(tally).ok_or_else(changed)?;
         while refinement.is_needed() {
-            let tally = look_again(tensors, &refinement);
-            refinement = refinement.narrow(tally);
+            let tally = look_again(tensors, &refinement)?;
+            refinement = refinement.narrow(tally).ok_or_else(changed)?;
         }
         let percentiles = if moments.finite == 0 {
             vec![f64::NAN; request.percentiles.len()]
@@ -382,34 +416,37 @@ impl Distribution {
                 .map(|(position, pair)| position.interpolate(pair[0], pair[1]))
                 .collect()
         };
-        Self {
+        Ok(Self {
             percentiles,
             histogram: edges
                 .map(|edges| Histogram { edges, counts: linear_counts(&below[..linear]) }),
             log_histogram: log_edges
                 .map(|edges| Histogram { edges, counts: log_counts(&below[linear..]) }),
-        }
+        })
     }
 }
 
-fn look_again(tensors: &[Tensor<'_>], refinement: &Refinement) -> radix::Tally {
+fn look_again<S: Source>(tensors: &[S], refinement: &Refinement) -> Result<Tally> {
     if !refinement.is_needed() {
-        return refinement.tally();
+        return Ok(refinement.tally());
     }
-    let visit = |mut tally: radix::Tally, part: &Tensor<'_>| {
-        refinement.visit(part, &mut tally);
-        tally
+    let visit = |(mut tally, mut buffer): (Tally, Vec<u8>), part: &Segment<'_, S>| {
+        refinement.visit(&part.read(&mut buffer)?, &mut tally);
+        Ok((tally, buffer))
     };
+    let empty = || (refinement.tally(), Vec::new());
     let work = segments(tensors);
     if work.len() <= 1 {
-        return work.iter().fold(refinement.tally(), visit);
+        return work.iter().try_fold(empty(), visit).map(|(tally, _)| tally);
     }
-    work.par_iter()
+    let tally = work
+        .par_iter()
         .with_min_len(SEGMENTS_AT_A_TIME)
-        .fold(|| refinement.tally(), visit)
-        .reduce_with(|mut left, right| {
+        .try_fold(empty, visit)
+        .map(|found: Result<_>| found.map(|(tally, _)| tally))
+        .try_reduce_with(|mut left, right| {
             left.merge(right);
-            left
-        })
-        .unwrap_or_else(|| refinement.tally())
+            Ok(left)
+        });
+    tally.unwrap_or_else(|| Ok(refinement.tally()))
 }

@@ -83,7 +83,8 @@ impl Distance {
 /// Bounds the distance for a plan that subtracts, once it is carried out into `output`.
 ///
 /// # Errors
-/// [`Error::Io`], [`Error::Cancelled`], or [`Error::Checkpoint`] if the output is not the plan's.
+/// That a file changed meanwhile, [`Error::Io`], [`Error::Cancelled`], or [`Error::Checkpoint`] if
+/// the output is not the plan's.
 pub fn distance(
     inputs: &Inputs,
     plan: &Plan,
@@ -104,6 +105,8 @@ pub fn distance(
             .map(|tensor| distance_of(computer, tensor, &result, further * tensor.updates().len()))
             .try_reduce(Distance::default, |left, right| Ok(left.and(right)))
     })?;
+    inputs.check_unchanged()?;
+    result.check_unchanged()?;
     Ok(Distance { norm: total.norm.sqrt(), change: total.change.sqrt(), ..total })
 }
 
@@ -143,10 +146,11 @@ impl Norms {
     }
 }
 
-fn norms(inputs: &Inputs, tensor: &PlannedTensor) -> (Vec<Norms>, usize) {
+fn norms(inputs: &Inputs, tensor: &PlannedTensor) -> Result<(Vec<Norms>, usize)> {
     let mut steps = 0;
-    let all = tensor.updates().iter().map(|update| {
-        let pair = Pair::of(&inputs.adapters[update.adapter], update);
+    let mut all = Vec::new();
+    for update in tensor.updates() {
+        let pair = Pair::of(&inputs.adapters[update.adapter], update)?;
         steps += pair.rank + 4;
         let squares = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>();
         let scale = update.coefficient().abs();
@@ -160,9 +164,9 @@ fn norms(inputs: &Inputs, tensor: &PlannedTensor) -> (Vec<Norms>, usize) {
         let (rows, columns) =
             if update.transposed { (of_inputs, of_outputs) } else { (of_outputs, of_inputs) };
         let start = update.part.rows.as_ref().map_or(0, |band| band.start as usize);
-        Norms { start, rows, columns }
-    });
-    (all.collect(), steps)
+        all.push(Norms { start, rows, columns });
+    }
+    Ok((all, steps))
 }
 
 fn distance_of(
@@ -174,8 +178,8 @@ fn distance_of(
     let missing = || Error::checkpoint(result.path(), format!("has no tensor {}", tensor.name));
     let location = *result.tensors().get(&tensor.name).ok_or_else(missing)?;
     let stored = result.at(location);
-    let bytes = result.shards()[location.shard].file.tensor_bytes(stored);
-    let (norms, steps) = norms(computer.inputs, tensor);
+    let file = &result.shards()[location.shard].file;
+    let (norms, steps) = norms(computer.inputs, tensor)?;
     let single = tensor.source.dtype != Dtype::F64;
     let gamma = (steps as f64 + 4.0) * if single { 2f64.powi(-24) } else { 2f64.powi(-53) };
     let (_, columns) = tensor.matrix();
@@ -188,7 +192,7 @@ fn distance_of(
     };
     let is_double = *from == Dtype::F64 || *to == Dtype::F64;
     let mut total = Distance { tensors: 1, ..Distance::default() };
-    let mut buffer = Vec::new();
+    let (mut buffer, mut restored) = (Vec::new(), Vec::new());
     let mut sizes = vec![0.0; columns];
     let mut single = [Vec::new(), Vec::new()];
     for tile in queue::tiles(tensor) {
@@ -196,13 +200,14 @@ fn distance_of(
         buffer.resize(tile.len() * columns * from.size(), 0);
         computer.read(tensor, &mut buffer, tile.start * columns * from.size())?;
         computer.task.advance(buffer.len() as u64);
-        let restored = &bytes[tile.start * columns * to.size()..tile.end * columns * to.size()];
+        restored.resize(tile.len() * columns * to.size(), 0);
+        file.read_into(stored, (tile.start * columns * to.size()) as u64, &mut restored)?;
         if is_double {
-            let values = [widen_f64(from, &buffer), widen_f64(to, restored)];
+            let values = [widen_f64(from, &buffer), widen_f64(to, &restored)];
             total.add_rows(tile, &values, &norms, rounding, &mut sizes);
         } else {
             for (values, (dtype, bytes)) in
-                single.iter_mut().zip([(from, buffer.as_slice()), (to, restored)])
+                single.iter_mut().zip([(from, &buffer), (to, &restored)])
             {
                 values.resize(tile.len() * columns, 0f32);
                 let wide = bytemuck::cast_slice_mut(values);
@@ -244,7 +249,7 @@ mod tests {
         let values = |name: &str| {
             let file = Checkpoint::open(&root.join(name)).expect("sound");
             let at = file.tensors()["a.weight"];
-            widen_f64(dtype, file.shards()[at.shard].file.tensor_bytes(file.at(at)))
+            widen_f64(dtype, &file.shards()[at.shard].file.read(file.at(at)).expect("read"))
         };
         (found.expect("measured"), values("base"), values("again"))
     }

@@ -13,6 +13,7 @@ mod exact;
 mod matching;
 mod quantised;
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,6 +30,7 @@ use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
 use crate::quantised::Catalogue;
+use crate::safetensors::{SafetensorsFile, TensorInfo};
 use crate::task::{self, Task};
 
 use exact::{ExactRow, Leeway, half_ulp};
@@ -163,8 +165,8 @@ impl Change {
 /// way to the checkpoint's, so that a converted one can be verified too.
 ///
 /// # Errors
-/// [`Error::Io`] and [`Error::Cancelled`]; whatever is wrong with the checkpoint itself is a
-/// problem in the result, not an error.
+/// That a file changed meanwhile, [`Error::Io`] and [`Error::Cancelled`]; whatever is wrong with the
+/// checkpoint itself is a problem in the result, not an error.
 pub fn verify(
     inputs: &Inputs,
     plan: &Plan,
@@ -184,7 +186,7 @@ pub fn verify(
     outcome.warnings.extend_from_slice(merged.warnings());
     let catalogue = Catalogue::of(&inputs.base);
     let (jobs, known) = matching::match_up(plan, &catalogue, &merged, &mut outcome);
-    consistency::check(inputs, plan, &merged, &known, &mut outcome);
+    consistency::check(inputs, plan, &merged, &known, &mut outcome)?;
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
     let set =
@@ -199,7 +201,7 @@ pub fn verify(
     let next = AtomicUsize::new(0);
     let results: Vec<_> = jobs.iter().map(|_| Mutex::new(None)).collect();
     pool.broadcast(|_| {
-        let mut buffers = Buffers::default();
+        let mut buffers = (Buffers::default(), Vec::new());
         loop {
             let position = next.fetch_add(1, Ordering::Relaxed);
             let Some(job) = jobs.get(position) else { break };
@@ -210,6 +212,8 @@ pub fn verify(
             *lock(&results[position]) = Some(result);
         }
     });
+    inputs.check_unchanged()?;
+    merged.check_unchanged()?;
     let mut total = Change::default();
     let mut of_adapters = vec![Change::default(); inputs.adapters.len()];
     for (job, result) in jobs.iter().zip(results) {
@@ -262,6 +266,28 @@ pub fn verify(
     Ok(outcome)
 }
 
+/// A thread's memory: for what is computed again, and for what is stored.
+type Room = (Buffers, Vec<u8>);
+
+/// A tensor of the merged checkpoint.
+#[derive(Clone, Copy)]
+struct Merged<'a> {
+    file: &'a SafetensorsFile,
+    tensor: &'a TensorInfo,
+}
+
+impl Merged<'_> {
+    /// Some of its bytes, in a buffer that grows as needed.
+    fn read<'b>(&self, bytes: Range<usize>, buffer: &'b mut Vec<u8>) -> Result<&'b [u8]> {
+        if buffer.len() < bytes.len() {
+            buffer.resize(bytes.len(), 0);
+        }
+        let buffer = &mut buffer[..bytes.len()];
+        self.file.read_into(self.tensor, bytes.start as u64, buffer)?;
+        Ok(buffer)
+    }
+}
+
 struct Checker<'a> {
     merged: &'a Checkpoint,
     computer: Computer<'a>,
@@ -283,10 +309,10 @@ struct Checked {
 }
 
 impl Checker<'_> {
-    fn check(&self, job: &Job, buffers: &mut Buffers) -> Result<Checked> {
+    fn check(&self, job: &Job, room: &mut Room) -> Result<Checked> {
         let Job { planned, location, stored } = job;
-        let bytes = self.merged.shards()[location.shard].file.tensor_bytes(stored);
-        match self.compare(planned, bytes, buffers) {
+        let file = &self.merged.shards()[location.shard].file;
+        match self.compare(planned, Merged { file, tensor: stored }, room) {
             // The recomputation itself overflowed: then so did the merge.
             Err(Error::Numeric { message, .. }) => {
                 let problem = Some(format!("tensor {}: {message}", planned.name));
@@ -299,9 +325,10 @@ impl Checker<'_> {
     fn compare(
         &self,
         planned: &PlannedTensor,
-        stored: &[u8],
-        buffers: &mut Buffers,
+        merged: Merged<'_>,
+        room: &mut Room,
     ) -> Result<Checked> {
+        let (buffers, stored) = room;
         let task = self.computer.task;
         let size = planned.output_dtype.bits().unwrap_or(8).div_ceil(8) as usize;
         let complain = |element: usize, text: &str| {
@@ -313,9 +340,11 @@ impl Checker<'_> {
         match &planned.action {
             Action::Copy => {
                 let mut hasher = Sha256::new();
-                for start in (0..stored.len()).step_by(queue::TILE_BYTES) {
+                let length = merged.tensor.bytes() as usize;
+                for start in (0..length).step_by(queue::TILE_BYTES) {
                     task.check()?;
-                    let stored = &stored[start..stored.len().min(start + queue::TILE_BYTES)];
+                    let stored =
+                        merged.read(start..length.min(start + queue::TILE_BYTES), stored)?;
                     let buffer = buffers.stored(stored.len());
                     self.computer.read(planned, buffer, start)?;
                     task.advance(stored.len() as u64);
@@ -335,7 +364,8 @@ impl Checker<'_> {
                     task.check()?;
                     let elements = start..planned.source.elements().min(start + unit);
                     let expected = self.computer.cast(planned, &elements, buffers)?;
-                    let stored = &stored[start as usize * size..][..expected.len()];
+                    let first = start as usize * size;
+                    let stored = merged.read(first..first + expected.len(), stored)?;
                     task.advance(stored.len() as u64);
                     if let Some(byte) = first_difference(expected, stored) {
                         let text = "is not the base's value converted";
@@ -347,17 +377,17 @@ impl Checker<'_> {
             }
             Action::Rescale => Ok(Checked::default()),
             Action::Merge(_) if planned.requantised => {
-                self.compare_requantised(planned, stored, buffers)
+                self.compare_requantised(planned, merged, room)
             }
-            Action::Merge(_) => self.compare_merged(planned, stored, buffers),
+            Action::Merge(_) => self.compare_merged(planned, merged, room),
         }
     }
 
     fn compare_merged(
         &self,
         planned: &PlannedTensor,
-        stored: &[u8],
-        buffers: &mut Buffers,
+        merged: Merged<'_>,
+        (buffers, stored): &mut Room,
     ) -> Result<Checked> {
         let (rows, columns) = planned.matrix();
         let row_bytes = columns * planned.output_dtype.size();
@@ -369,7 +399,7 @@ impl Checker<'_> {
             self.computer.task.check()?;
             let start = tile.start;
             let computed = self.computer.merge(planned, &prepared, &tile, buffers)?;
-            let tile_bytes = &stored[tile.start * row_bytes..tile.end * row_bytes];
+            let tile_bytes = merged.read(start * row_bytes..tile.end * row_bytes, stored)?;
             self.computer.task.advance(tile_bytes.len() as u64);
             // Rows that are not what the kernels make are held against the exact value.
             let differing = tile.clone().filter(|row| {
@@ -381,8 +411,8 @@ impl Checker<'_> {
             wanted.sort_unstable();
             wanted.dedup();
             for row in wanted {
-                let stored = &stored[row * row_bytes..(row + 1) * row_bytes];
-                let stored = widen_f64(&planned.output_dtype, stored);
+                let range = (row - start) * row_bytes..(row - start + 1) * row_bytes;
+                let stored = widen_f64(&planned.output_dtype, &tile_bytes[range]);
                 let rounding = |_, exact| half_ulp(&planned.output_dtype, exact);
                 match exact.compare(row, &stored, &rounding)? {
                     Ok(row_change) => change.add(&row_change),

@@ -119,7 +119,7 @@ pub fn updates(
     Ok(PyList::new(py, entries.collect::<PyResult<Vec<_>>>()?)?.unbind())
 }
 
-fn update_entry<'py>(py: Python<'py>, update: &Operands<'_>) -> PyResult<Bound<'py, PyDict>> {
+fn update_entry<'py>(py: Python<'py>, update: &Operands) -> PyResult<Bound<'py, PyDict>> {
     let entry = PyDict::new(py);
     entry.set_item("kind", to_object(py, &update.kind)?)?;
     entry.set_item("weight", update.weight)?;

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use lorafast::Error;
+use lorafast::error::Owner;
 
 /// The exception for an error of the core. The classes live in Python, so that they can be
 /// pickled, documented and subclassed there.
@@ -19,8 +20,7 @@ pub fn to_python(py: Python<'_>, error: Error) -> PyErr {
                 PyOSError::new_err((number, text, path.display().to_string()))
             }
             None if source.kind() == std::io::ErrorKind::UnexpectedEof => {
-                let path = path.display();
-                raise(py, "CheckpointError", format!("{path}: became shorter while it was read"))
+                raise(py, "CheckpointError", Owner::Checkpoint.changed(path).to_string())
             }
             None => PyOSError::new_err(message),
         },

@@ -97,8 +97,9 @@ impl Plan {
         place: (usize, usize),
     ) -> PyResult<Option<(String, Bound<'py, PyBytes>)>> {
         let tensor = device::tensor_at(&self.plan, place)?;
-        let found = execute::operands::replacement(&self.inputs, tensor);
-        Ok(found.map(|(dtype, bytes)| (dtype.name().to_owned(), PyBytes::new(py, bytes))))
+        let found = py.detach(|| execute::operands::replacement(&self.inputs, tensor));
+        let found = found.map_err(|error| to_python(py, error))?;
+        Ok(found.map(|(dtype, bytes)| (dtype.name().to_owned(), PyBytes::new(py, &bytes))))
     }
 
     /// The updates of a merged tensor as dictionaries, the factors as bytes. `weight` is all of it
@@ -232,7 +233,7 @@ mod _core {
     /// stand or the built-in rules for renamed ones.
     #[pyfunction]
     fn names_fit(py: Python<'_>, base: PathBuf, adapters: Vec<AdapterPath>) -> PyResult<bool> {
-        py.detach(|| open_inputs(&base, &adapters).map(|inputs| plan::names_fit(&inputs)))
+        py.detach(|| open_inputs(&base, &adapters).and_then(|inputs| plan::names_fit(&inputs)))
             .map_err(|error| to_python(py, error))
     }
 

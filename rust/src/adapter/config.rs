@@ -41,16 +41,15 @@ pub struct PeftConfig {
 }
 
 impl PeftConfig {
-    /// Reads and checks `adapter_config.json`.
+    /// Checks what an `adapter_config.json` of that path holds.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read, [`Error::Adapter`] if it is broken, and
-    /// [`Error::Unsupported`] if it describes something other than a LoRA.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-        let raw: Map<String, Value> = serde_json::from_slice(&text).map_err(|error| {
+    /// [`Error::Adapter`] if it is broken, and [`Error::Unsupported`] if it describes something
+    /// other than a LoRA.
+    pub fn parse(path: &Path, text: &[u8]) -> Result<Self> {
+        let raw: Map<String, Value> = serde_json::from_slice(text).map_err(|error| {
             // Python writes non-finite numbers as bare words that JSON does not have.
-            let text = String::from_utf8_lossy(&text);
+            let text = String::from_utf8_lossy(text);
             let non_finite = [": NaN", ": Infinity", ": -Infinity"];
             let message = match non_finite.iter().find(|word| text.contains(**word)) {
                 Some(word) => format!("holds the number {}, which no setting can be", &word[2..]),

@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 
 use super::{Form, LayerKind, Module, PeftConfig, Role, Saved, TrainedRows};
 use crate::error::{Error, Result};
-use crate::safetensors::{SafetensorsFile, TensorInfo};
+use crate::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
 
 /// PEFT's wrapper around the user's model; not part of any module's name.
 const PREFIX: &str = "base_model.model.";
@@ -118,7 +118,7 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
                 match saved.iter().find(|other: &&Saved| other.path == path) {
                     None => saved.push(Saved { path, tensor: tensor.clone() }),
                     // PEFT writes the biases of saved modules twice under bias = "all".
-                    Some(other) if is_repeated(file, &other.tensor, tensor) => {
+                    Some(other) if is_repeated(file, &other.tensor, tensor)? => {
                         others.push((tensor.name.clone(), Role::Repeated));
                     }
                     Some(other) => {
@@ -200,9 +200,9 @@ fn trained_rows(
     Ok(TrainedRows { path, rows: rows.to_vec(), tensor: tensor.clone() })
 }
 
-fn is_repeated(file: &SafetensorsFile, first: &TensorInfo, second: &TensorInfo) -> bool {
+fn is_repeated(file: &SafetensorsFile, first: &TensorInfo, second: &TensorInfo) -> Result<bool> {
     let alike = first.dtype == second.dtype && first.shape == second.shape;
-    alike && file.tensor_bytes(first) == file.tensor_bytes(second)
+    Ok(alike && same_bytes((file, first), (file, second))?)
 }
 
 fn assemble(key: &str, parts: Parts, config: &PeftConfig) -> Result<Module, String> {

@@ -1,6 +1,7 @@
 use std::fs;
 
 use super::*;
+use crate::dtype::Dtype;
 use crate::fixtures::{Tensor, ramp, write, write_adapter};
 
 /// An adapter of rank 2 with those tensors, zeros all, and those config fields.

@@ -1,8 +1,7 @@
 //! Where the factors of many adapters lie.
 
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use indexmap::IndexMap;
 use rayon::prelude::*;
@@ -10,7 +9,8 @@ use serde::Serialize;
 
 use crate::adapter::{Adapter, Form, Module, sha256_of_bytes};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Owner, Result};
+use crate::file::{self, Stamp};
 use crate::plan::Expert;
 use crate::safetensors::TensorInfo;
 use crate::task::Task;
@@ -67,27 +67,6 @@ pub struct Member {
     pub(super) identity: String,
 }
 
-/// What tells that a file is still the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Stamp {
-    length: u64,
-    modified: u128,
-    inode: u64,
-}
-
-impl Stamp {
-    pub(super) fn of(metadata: &Metadata) -> Self {
-        let modified = metadata.modified().ok();
-        let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        #[cfg(unix)]
-        let inode = std::os::unix::fs::MetadataExt::ino(metadata);
-        #[cfg(not(unix))]
-        let inode = 0;
-        let modified = since.map_or(0, |since| since.as_nanos());
-        Self { length: metadata.len(), modified, inode }
-    }
-}
-
 impl Member {
     /// The path that was given.
     pub fn path(&self) -> &Path {
@@ -134,21 +113,25 @@ impl Member {
 
     /// The adapter, opened again.
     pub(super) fn open(&self) -> Result<Adapter> {
-        Adapter::open(&self.path, self.weights.as_deref())
+        let adapter = Adapter::open(&self.path, self.weights.as_deref())?;
+        // Another file may have come to the same name.
+        if adapter.file().stamp() == self.stamp { Ok(adapter) } else { Err(self.changed()) }
     }
 
     /// The weights file, opened again.
     pub(super) fn open_file(&self) -> Result<File> {
-        let file = File::open(&self.file).map_err(|error| Error::io(&self.file, error))?;
+        let (file, metadata) = file::open(&self.file).map_err(|error| error.of(Owner::Adapter))?;
+        if Stamp::of(&metadata) == self.stamp { Ok(file) } else { Err(self.changed()) }
+    }
+
+    /// Looks again at the opened weights file: an error if it is not what it was at first.
+    pub(super) fn check_unchanged(&self, file: &File) -> Result<()> {
         let metadata = file.metadata().map_err(|error| Error::io(&self.file, error))?;
-        if Stamp::of(&metadata) != self.stamp {
-            return Err(self.changed());
-        }
-        Ok(file)
+        if Stamp::of(&metadata) == self.stamp { Ok(()) } else { Err(self.changed()) }
     }
 
     pub(super) fn changed(&self) -> Error {
-        Error::adapter(&self.file, "was changed while it was read; run again when it is complete")
+        Owner::Adapter.changed(&self.file)
     }
 }
 
@@ -226,8 +209,7 @@ impl Opened {
     fn read(path: &Path, weights: Option<&Path>) -> Result<Self> {
         let adapter = Adapter::open(path, weights)?;
         let file = adapter.file().path().to_path_buf();
-        let metadata = adapter.file().file().metadata().map_err(|error| Error::io(&file, error))?;
-        let stamp = Stamp::of(&metadata);
+        let stamp = adapter.file().stamp();
         let mut pieces = Vec::new();
         let mut modules = Vec::new();
         for (key, module) in adapter.modules() {
@@ -252,6 +234,7 @@ impl Opened {
         let base = adapter.config().raw().get("base_model_name_or_path");
         let base = base.and_then(|value| value.as_str()).map(str::trim);
         let identity = identity_of(&adapter, weights, stamp)?;
+        adapter.check_unchanged()?;
         let member = Member {
             path: path.to_path_buf(),
             weights: weights.map(Path::to_path_buf),
@@ -300,7 +283,9 @@ fn identity_of(adapter: &Adapter, weights: Option<&Path>, stamp: Stamp) -> Resul
     use std::fmt::Write;
     let mut text = format!("{}\n", adapter.path().display());
     if weights.is_none() {
-        let _ = writeln!(text, "{stamp:?}");
+        // Without the device, whose number a file system can change when it is mounted again.
+        let Stamp { length, modified, identity: (_, inode) } = stamp;
+        let _ = writeln!(text, "{length} {modified} {inode}");
     } else {
         // A converted file is new every time; its bytes are not.
         let _ = writeln!(text, "{}", adapter.sha256()?);

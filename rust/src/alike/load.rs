@@ -1,18 +1,15 @@
 //! Factors read from their files, in the number type and the order that products want.
 
-use std::collections::HashMap;
 use std::fs::File;
 
-use super::collection::{Member, Piece, Source, Stamp, Stored};
-use crate::adapter::Adapter;
+use super::collection::{Member, Piece, Source, Stored};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Owner, Result};
 use crate::factors::Pair;
 use crate::file::read_at;
 use crate::kernel::convert::widen_f64;
 use crate::kernel::{InstructionSet, convert};
 use crate::plan::{Part, Update as Planned, UpdateKind};
-use crate::safetensors::TensorInfo;
 use crate::spectrum::{Update, Values};
 use crate::vector::vectorized;
 
@@ -209,15 +206,6 @@ impl Factors<f64> {
     }
 }
 
-/// A tensor's bytes, read rather than mapped: a file that becomes shorter is an error, not a crash.
-pub(super) fn tensor_bytes(adapter: &Adapter, tensor: &TensorInfo) -> Result<Vec<u8>> {
-    let file = adapter.file();
-    let mut bytes = vec![0; tensor.bytes() as usize];
-    let offset = file.data_start() + tensor.range.start;
-    read_at(file.file(), &mut bytes, offset).map_err(|error| Error::io(file.path(), error))?;
-    Ok(bytes)
-}
-
 /// A member's factors, read one after another from one opening of its file.
 pub(super) struct Reader<'a> {
     member: &'a Member,
@@ -234,6 +222,8 @@ impl<'a> Reader<'a> {
             Source::Plain { a, b } => (self.wide(b)?, self.wide(a)?),
             Source::Composed { .. } => self.composed(piece)?,
         };
+        // At once, for what comes of them may be kept for the next run.
+        self.member.check_unchanged(&self.file)?;
         let (b, left) = b.into_numbers();
         let (a, right) = a.into_numbers();
         Ok(Factors { b, a, scale: piece.scale * left * right })
@@ -246,10 +236,8 @@ impl<'a> Reader<'a> {
     }
 
     fn read(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
-        read_at(&self.file, bytes, offset).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => self.member.changed(),
-            _ => Error::io(&self.member.file, error),
-        })
+        let failed = |error| Owner::Adapter.unread(&self.member.file, error);
+        read_at(&self.file, bytes, offset).map_err(failed)
     }
 
     fn composed(&self, piece: &Piece) -> Result<(Wide, Wide)> {
@@ -257,10 +245,7 @@ impl<'a> Reader<'a> {
             unreachable!("a plain product is read as it stands");
         };
         let adapter = self.member.open()?;
-        // Opened anew: another file may have come to the same name.
-        let metadata = adapter.file().file().metadata();
-        let metadata = metadata.map_err(|error| Error::io(&self.member.file, error))?;
-        if Stamp::of(&metadata) != self.member.stamp || !adapter.modules().contains_key(key) {
+        if !adapter.modules().contains_key(key) {
             return Err(self.member.changed());
         }
         let planned = Planned {
@@ -276,17 +261,7 @@ impl<'a> Reader<'a> {
             residual: None,
             stage: 0,
         };
-        // Read and not mapped: the file may become shorter.
-        let module = &adapter.modules()[key];
-        let mut tensors = HashMap::new();
-        for tensor in [Some(&module.a), Some(&module.b), module.diagonal.as_ref()] {
-            let Some(tensor) = tensor else { continue };
-            let mut bytes = vec![0; tensor.bytes() as usize];
-            self.read(&mut bytes, adapter.file().data_start() + tensor.range.start)?;
-            tensors.insert(tensor.name.as_str(), bytes);
-        }
-        let read = |tensor: &TensorInfo| tensors[tensor.name.as_str()].as_slice();
-        let pair = Pair::from_bytes(module, &planned, &read);
+        let pair = Pair::of(&adapter, &planned)?;
         if pair.rank != piece.rank {
             return Err(self.member.changed());
         }

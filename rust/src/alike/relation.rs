@@ -7,13 +7,13 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::collection::{Collection, Member, Piece};
-use super::load::{Reader, tensor_bytes};
+use super::load::Reader;
 use super::signature::numerical_rank;
 use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::kernel::convert::widen_f64;
 use crate::overlap::{difference_norm, inner_product};
-use crate::safetensors::TensorInfo;
+use crate::safetensors::{TensorInfo, same_bytes};
 use crate::spectrum::{Term, Update, Values, decompose_update, frobenius_norm, values_of};
 use crate::task::Task;
 
@@ -215,7 +215,14 @@ pub fn combination_norm(
 /// the rounding of the coarser of their types.
 fn other_difference(x: &Member, y: &Member) -> Result<Option<String>> {
     let (x, y) = (x.open()?, y.open()?);
-    let (ours, theirs) = (others(&x), others(&y));
+    let difference = difference_of_others(&x, &y)?;
+    x.check_unchanged()?;
+    y.check_unchanged()?;
+    Ok(difference)
+}
+
+fn difference_of_others(x: &Adapter, y: &Adapter) -> Result<Option<String>> {
+    let (ours, theirs) = (others(x), others(y));
     let missing = |a: &BTreeMap<String, TensorInfo>, b: &BTreeMap<String, TensorInfo>| {
         a.keys().find(|name| !b.contains_key(*name)).cloned()
     };
@@ -228,7 +235,7 @@ fn other_difference(x: &Member, y: &Member) -> Result<Option<String>> {
             return Ok(Some(format!("they have {name} of different shapes")));
         }
         if !tensor.dtype.is_mergeable() || !other.dtype.is_mergeable() {
-            if tensor_bytes(&x, tensor)? != tensor_bytes(&y, other)? {
+            if !same_bytes((x.file(), tensor), (y.file(), other))? {
                 return Ok(Some(format!("they differ in {name}")));
             }
             continue;
@@ -238,8 +245,8 @@ fn other_difference(x: &Member, y: &Member) -> Result<Option<String>> {
             "F16" => 2f64.powi(-11),
             _ => 2f64.powi(-24),
         };
-        let left = widen_f64(&tensor.dtype, &tensor_bytes(&x, tensor)?);
-        let right = widen_f64(&other.dtype, &tensor_bytes(&y, other)?);
+        let left = widen_f64(&tensor.dtype, &x.file().read(tensor)?);
+        let right = widen_f64(&other.dtype, &y.file().read(other)?);
         let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
         let difference = square(&mut left.iter().zip(&right).map(|(a, b)| a - b)).sqrt();
         let norm = square(&mut left.iter().copied()).sqrt();

@@ -1,12 +1,14 @@
 //! What of one adapter does not change with its clothes, for finding those that are the same.
 
+use std::ops::ControlFlow;
+
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::collection::Collection;
-use super::load::{Factors, Reader, tensor_bytes};
+use super::load::{Factors, Reader};
 use crate::adapter::{Adapter, sha256_of_bytes};
 use crate::error::Result;
 use crate::safetensors::TensorInfo;
@@ -72,9 +74,11 @@ pub fn signature(collection: &Collection, member: usize) -> Result<Signature> {
         }
     }
     let adapter = member.open()?;
+    let (file, tensors) = (adapter.sha256()?, digest_of_tensors(&adapter)?);
+    adapter.check_unchanged()?;
     Ok(Signature {
-        file: adapter.sha256()?,
-        tensors: digest_of_tensors(&adapter)?,
+        file,
+        tensors,
         scales: digest_of_scales(&adapter),
         is_finite,
         norm: squares.sqrt(),
@@ -194,7 +198,10 @@ fn digest_of_tensors(adapter: &Adapter) -> Result<String> {
     let digest = |part: String, tensor: &TensorInfo| -> Result<Vec<u8>> {
         let mut hasher = Sha256::new();
         hasher.update(format!("{part}\n{} {:?}\n", tensor.dtype, tensor.shape));
-        hasher.update(tensor_bytes(adapter, tensor)?);
+        adapter.file().for_each_chunk(tensor, &mut |_, bytes| {
+            hasher.update(bytes);
+            ControlFlow::Continue(())
+        })?;
         Ok(hasher.finalize().to_vec())
     };
     let mut digests = Vec::new();

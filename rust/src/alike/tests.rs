@@ -142,7 +142,7 @@ fn a_file_that_changed_meanwhile_is_an_error() {
     let all = all(&collection);
     let error = products(&collection, &all, &options(None, false), &pool, &Task::new());
     let message = error.expect_err("changed").to_string();
-    assert!(message.contains("was changed while it was read"), "{message}");
+    assert!(message.contains("changed while it was read; run again"), "{message}");
     let signed = signatures(&collection, &[0, 1], &pool, &Task::new()).expect("not cancelled");
     assert!(signed[0].is_ok() && signed[1].is_err());
 }

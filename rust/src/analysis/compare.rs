@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{factor_bytes, unmeasured, update_of};
+use super::{Factors, factor_bytes, unmeasured};
 use crate::adapter::{Adapter, Module};
 use crate::error::Result;
 use crate::overlap::{
@@ -77,6 +77,7 @@ pub struct Comparison {
 /// Compares any number of adapters, on the given threads. Progress is counted in bytes.
 ///
 /// # Errors
+/// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`],
 /// [`crate::Error::Cancelled`].
 pub fn compare(adapters: &[&Adapter], pool: &rayon::ThreadPool, task: &Task) -> Result<Comparison> {
     let mut paths = IndexMap::<&str, Vec<Option<&Module>>>::new();
@@ -98,6 +99,7 @@ pub fn compare(adapters: &[&Adapter], pool: &rayon::ThreadPool, task: &Task) -> 
             })
             .collect::<Result<_>>()
     })?;
+    adapters.iter().try_for_each(|adapter| adapter.check_unchanged())?;
     let count = adapters.len();
     let mut products = vec![vec![0.0; count]; count];
     let mut modules = Vec::with_capacity(compared.len());
@@ -160,15 +162,20 @@ fn compare_module(
     task: &Task,
 ) -> Result<Compared> {
     let mut notes = Vec::new();
-    let mut members = Vec::new();
-    let mut norms = vec![None; adapters.len()];
+    let mut factors = Vec::new();
     for (position, (adapter, module)) in adapters.iter().zip(modules).enumerate() {
         let Some(module) = module else { continue };
         task.check()?;
-        let Some(update) = update_of(adapter, module)? else {
-            notes.push(format!("{}: {}", adapter.path().display(), unmeasured(module)));
-            continue;
-        };
+        match Factors::read(adapter, module)? {
+            Some(read) => factors.push((position, read)),
+            None => notes.push(format!("{}: {}", adapter.path().display(), unmeasured(module))),
+        }
+    }
+    let mut members = Vec::new();
+    let mut norms = vec![None; adapters.len()];
+    for (position, factors) in &factors {
+        task.check()?;
+        let (position, update) = (*position, factors.update()?);
         let norm = frobenius_norm(&update);
         norms[position] = Some(norm);
         members.push(Member { position, update, norm, bases: None });

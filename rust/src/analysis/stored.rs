@@ -2,8 +2,7 @@
 
 use crate::adapter::Adapter;
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
-use crate::file::read_at;
+use crate::error::Result;
 use crate::safetensors::TensorInfo;
 use crate::statistics::ElementType;
 
@@ -23,14 +22,11 @@ pub struct StoredFactors {
 /// The factors of every module that has a spectrum, in the adapter's order.
 ///
 /// # Errors
-/// [`Error::Io`] if they cannot be read.
+/// [`Error::Adapter`](crate::Error::Adapter) if the file changed meanwhile,
+/// [`Error::Io`](crate::Error::Io).
 pub fn stored_factors(adapter: &Adapter) -> Result<Vec<StoredFactors>> {
     let read = |tensor: &TensorInfo| -> Result<(Dtype, Vec<u8>)> {
-        let file = adapter.file();
-        let mut bytes = vec![0; tensor.bytes() as usize];
-        let offset = file.data_start() + tensor.range.start;
-        read_at(file.file(), &mut bytes, offset).map_err(|error| Error::io(file.path(), error))?;
-        Ok((tensor.dtype.clone(), bytes))
+        Ok((tensor.dtype.clone(), adapter.file().read(tensor)?))
     };
     let mut found = Vec::new();
     for module in adapter.modules().values() {
@@ -41,5 +37,6 @@ pub fn stored_factors(adapter: &Adapter) -> Result<Vec<StoredFactors>> {
             found.push(StoredFactors { extents, scaling: module.scaling, b, a });
         }
     }
+    adapter.check_unchanged()?;
     Ok(found)
 }

@@ -69,9 +69,11 @@ fn check(stack: [u64; 3], terms: &[Term]) {
 
     let adapter = &inputs.adapters[0];
     let module = &adapter.modules()["m"];
-    let (a, b) = (adapter.read_f64(&module.a), adapter.read_f64(&module.b));
+    let (a, b) =
+        (adapter.read_f64(&module.a).expect("read"), adapter.read_f64(&module.b).expect("read"));
     let file = SafetensorsFile::open(&output.join("model.safetensors")).expect("sound");
-    let merged = widen_f64(&Dtype::F32, file.tensor_bytes(file.tensor("stack").expect("there")));
+    let merged =
+        widen_f64(&Dtype::F32, &file.read(file.tensor("stack").expect("there")).expect("read"));
     assert_eq!(merged.len(), count * height * columns);
     let mut changed = 0;
     for (index, merged) in merged.iter().enumerate() {

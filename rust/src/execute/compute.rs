@@ -9,7 +9,6 @@ use super::tile::{Prepared, Real, Segment};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::factors::Pair;
-use crate::file;
 use crate::kernel::{self, InstructionSet};
 use crate::plan::{Action, Inputs, Origin, PlannedTensor};
 use crate::residual::Weight;
@@ -94,22 +93,19 @@ impl Computer<'_> {
     /// Reads a tensor's bytes from `offset` on, wherever it comes from.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// That the file changed, or [`Error::Io`].
     pub fn read(&self, tensor: &PlannedTensor, buffer: &mut [u8], offset: usize) -> Result<()> {
         if let Some(quantised) = &tensor.quantised {
             return quantised.read(&self.inputs.base, buffer, offset);
         }
         match tensor.origin {
             Origin::Base(shard) => {
-                let source = &self.inputs.base.shards()[shard].file;
-                let start = source.data_start() + tensor.source.range.start + offset as u64;
-                file::read_at(source.file(), buffer, start)
-                    .map_err(|error| Error::io(source.path(), error))
+                let file = &self.inputs.base.shards()[shard].file;
+                file.read_into(&tensor.source, offset as u64, buffer)
             }
             Origin::Adapter(adapter) => {
-                let bytes = self.inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
-                buffer.copy_from_slice(&bytes[offset..offset + buffer.len()]);
-                Ok(())
+                let file = self.inputs.adapters[adapter].file();
+                file.read_into(&tensor.source, offset as u64, buffer)
             }
         }
     }
@@ -163,9 +159,9 @@ impl Computer<'_> {
             _ => {
                 let result = reserve(result, count * to.size());
                 let finite = if queue::accumulator(from) == Dtype::F64 {
-                    self.apply(segment, rows, (from, stored), double, (to, result))
+                    self.apply(segment, rows, (from, stored), double, (to, result))?
                 } else {
-                    self.apply(segment, rows, (from, stored), single, (to, result))
+                    self.apply(segment, rows, (from, stored), single, (to, result))?
                 };
                 (finite, result)
             }
@@ -184,7 +180,7 @@ impl Computer<'_> {
         (from, stored): (&Dtype, &[u8]),
         wide: &mut [Vec<T>; 3],
         (to, result): (&Dtype, &mut [u8]),
-    ) -> bool {
+    ) -> Result<bool> {
         let count = stored.len() / from.size();
         for buffer in wide.iter_mut().filter(|buffer| buffer.len() < count) {
             buffer.resize(count, T::default());
@@ -192,19 +188,20 @@ impl Computer<'_> {
         let [start, scratch, sum] = wide;
         let (start, sum) = (&mut start[..count], &mut sum[..count]);
         kernel::convert(self.set, from, stored, &T::DTYPE, bytemuck::cast_slice_mut(start));
-        segment.apply(self.set, self.inputs, rows, start, &mut scratch[..count], sum);
-        kernel::convert(self.set, &T::DTYPE, bytemuck::cast_slice(sum), to, result)
+        segment.apply(self.set, self.inputs, rows, start, &mut scratch[..count], sum)?;
+        Ok(kernel::convert(self.set, &T::DTYPE, bytemuck::cast_slice(sum), to, result))
     }
 
     /// The updates of a merged tensor, packed.
     ///
     /// # Errors
-    /// [`Error::Io`] where the whole tensor had to be read for it.
+    /// That a file changed, or [`Error::Io`].
     pub fn prepare(&self, tensor: &PlannedTensor) -> Result<Prepared> {
         let wide = queue::accumulator(&tensor.source.dtype);
         let removed = self.removed(tensor)?;
-        let scan = |each: &mut dyn FnMut(usize, &mut [u8])| self.scan(tensor, &wide, each);
-        Prepared::new(self.set, self.inputs, tensor, &wide, removed, scan)
+        let mut scan =
+            |each: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>| self.scan(tensor, &wide, each);
+        Prepared::new(self.set, self.inputs, tensor, &wide, removed, &mut scan)
     }
 
     /// A whole tensor in f64.
@@ -217,6 +214,7 @@ impl Computer<'_> {
         self.scan(tensor, &Dtype::F64, &mut |_, tile| {
             let wide = tile.chunks_exact(size_of::<f64>());
             values.extend(wide.map(bytemuck::pod_read_unaligned::<f64>));
+            Ok(())
         })?;
         Ok(Weight { rows, columns, values })
     }
@@ -226,10 +224,7 @@ impl Computer<'_> {
     ///
     /// # Errors
     /// [`Error::Io`] if the tensor cannot be read, [`Error::Numeric`] if it cannot be decomposed.
-    pub fn removed<'t>(
-        &self,
-        tensor: &'t PlannedTensor,
-    ) -> Result<Vec<((usize, &'t str), Pair<'static>)>> {
+    pub fn removed<'t>(&self, tensor: &'t PlannedTensor) -> Result<Vec<((usize, &'t str), Pair)>> {
         let mut removed = Vec::new();
         let mut weight = None;
         for update in tensor.updates() {
@@ -251,7 +246,7 @@ impl Computer<'_> {
         &self,
         tensor: &PlannedTensor,
         wide: &Dtype,
-        each: &mut dyn FnMut(usize, &mut [u8]),
+        each: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
         let from = &tensor.source.dtype;
         let (_, columns) = tensor.matrix();
@@ -263,7 +258,7 @@ impl Computer<'_> {
             let widened = reserve(&mut widened, count * wide.size());
             self.read(tensor, stored, tile.start * columns * from.size())?;
             kernel::convert(self.set, from, stored, wide, widened);
-            each(tile.start, widened);
+            each(tile.start, widened)?;
         }
         Ok(())
     }
@@ -277,7 +272,11 @@ impl Computer<'_> {
         let after = kernel::convert::widen_f64(tensor.rounded_dtype(), result);
         let is_made = |(before, after): (&f64, &f64)| before.is_finite() && !after.is_finite();
         match before.iter().zip(&after).position(is_made) {
-            Some(index) => Err(overflow(tensor, first + index, &self.culprit(tensor))),
+            Some(index) => {
+                // What is half of one state and half of another can be anything.
+                self.inputs.check_unchanged()?;
+                Err(overflow(tensor, first + index, &self.culprit(tensor)))
+            }
             None => Ok(()),
         }
     }
@@ -294,7 +293,8 @@ impl Computer<'_> {
                 [Some(&module.a), Some(&module.b), module.magnitude.as_ref(), module.bias.as_ref()]
             });
             for part in parts.into_iter().flatten().flatten() {
-                if adapter.read_f32(part).iter().any(|value| !value.is_finite()) {
+                let is_odd = |values: Vec<f32>| values.iter().any(|value| !value.is_finite());
+                if adapter.read_f32(part).is_ok_and(is_odd) {
                     let path = adapter.path().display();
                     return format!("the NaN or infinity in {} of {path}", part.name);
                 }

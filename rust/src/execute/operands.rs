@@ -10,7 +10,6 @@
 //! where V is m/‖S + Σ c · (B · A)‖ ⊙ (S + Σ c · (B · A)) of DoRA, or the replacement; all in f32
 //! (f64 for a tensor in f64) with one rounding at the end.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use serde::Serialize;
@@ -61,10 +60,15 @@ fn is_replaced(tensor: &PlannedTensor) -> bool {
 }
 
 /// W₀ of a tensor that an adapter brings whole: its type and its bytes.
-pub fn replacement<'a>(inputs: &'a Inputs, tensor: &PlannedTensor) -> Option<(Dtype, &'a [u8])> {
-    let Origin::Adapter(adapter) = tensor.origin else { return None };
-    let bytes = inputs.adapters[adapter].file().tensor_bytes(&tensor.source);
-    Some((tensor.source.dtype.clone(), bytes))
+///
+/// # Errors
+/// [`Error::Adapter`] if the file changed meanwhile, [`Error::Io`].
+pub fn replacement(inputs: &Inputs, tensor: &PlannedTensor) -> Result<Option<(Dtype, Vec<u8>)>> {
+    let Origin::Adapter(adapter) = tensor.origin else { return Ok(None) };
+    let file = inputs.adapters[adapter].file();
+    let bytes = file.read(&tensor.source)?;
+    file.check_unchanged()?;
+    Ok(Some((tensor.source.dtype.clone(), bytes)))
 }
 
 /// Every tensor that adapters change: merged, or brought whole.
@@ -109,16 +113,16 @@ pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
 
 /// One product B·A with the factor on it, the update's weight left out.
 #[derive(Debug)]
-pub struct Product<'a> {
+pub struct Product {
     /// The factors.
-    pub pair: Pair<'a>,
+    pub pair: Pair,
     /// The factor on the product.
     pub coefficient: f64,
 }
 
 /// What one update does to the rows that it lies on.
 #[derive(Debug)]
-pub struct Operands<'a> {
+pub struct Operands {
     /// What it does.
     pub kind: UpdateKind,
     /// The adapter's weight under the strategy.
@@ -130,11 +134,11 @@ pub struct Operands<'a> {
     /// Whether the products lie turned: Aᵀ·Bᵀ.
     pub transposed: bool,
     /// What is added to what it is made from.
-    pub products: Vec<Product<'a>>,
+    pub products: Vec<Product>,
     /// DoRA's magnitudes of the outputs, in f64.
     pub magnitude: Option<Vec<f64>>,
     /// The adapter's own values on those rows, where they take the place of what it is made from.
-    pub own: Option<(Dtype, Cow<'a, [u8]>)>,
+    pub own: Option<(Dtype, Vec<u8>)>,
 }
 
 /// The updates of a merged tensor, in their order. `weight` is all of W₀ in f64, row after row, for
@@ -142,12 +146,13 @@ pub struct Operands<'a> {
 /// initialisation took a part out of it.
 ///
 /// # Errors
-/// [`Error::Io`] if W₀ cannot be read, [`Error::Numeric`] if it cannot be decomposed.
-pub fn operands<'a>(
-    inputs: &'a Inputs,
+/// That a file changed, [`Error::Io`] if W₀ cannot be read, [`Error::Numeric`] if it cannot be
+/// decomposed.
+pub fn operands(
+    inputs: &Inputs,
     tensor: &PlannedTensor,
     weight: Option<Vec<f64>>,
-) -> Result<Vec<Operands<'a>>> {
+) -> Result<Vec<Operands>> {
     let (rows, columns) = tensor.matrix();
     let task = Task::new();
     let computer = Computer { inputs, set: InstructionSet::detect(), task: &task };
@@ -167,7 +172,7 @@ pub fn operands<'a>(
             products.push(Product { pair, coefficient: -residual.scale(update.scale) });
         }
         if update.kind != UpdateKind::Replace {
-            products.push(Product { pair: Pair::of(adapter, update), coefficient: update.scale });
+            products.push(Product { pair: Pair::of(adapter, update)?, coefficient: update.scale });
         }
         let band = update.part.rows.as_ref();
         let rows = band.map_or(0..rows, |band| band.start as usize..band.end as usize);
@@ -176,10 +181,10 @@ pub fn operands<'a>(
             let tensor = adapter.file().tensor(name).expect("planned from this tensor");
             let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
             let row = columns * tensor.dtype.size();
-            let bytes = adapter.file().tensor_bytes(tensor);
-            let bytes = &bytes[first * row..(first + rows.len()) * row];
-            (tensor.dtype.clone(), Cow::Borrowed(bytes))
+            let bytes = (first * row) as u64..((first + rows.len()) * row) as u64;
+            Ok((tensor.dtype.clone(), adapter.file().read_range(tensor, bytes)?))
         });
+        let is_dora = update.kind == UpdateKind::Dora;
         result.push(Operands {
             kind: update.kind,
             weight: update.weight,
@@ -187,9 +192,11 @@ pub fn operands<'a>(
             rows,
             transposed: update.transposed,
             products,
-            magnitude: (update.kind == UpdateKind::Dora).then(|| tile::magnitude(adapter, update)),
-            own,
+            magnitude: is_dora.then(|| tile::magnitude(adapter, update)).transpose()?,
+            own: own.transpose()?,
         });
+        // Whoever computes elsewhere never looks at the file; what he was given is of one state.
+        adapter.file().check_unchanged()?;
     }
     Ok(result)
 }

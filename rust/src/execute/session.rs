@@ -88,7 +88,7 @@ impl Session {
             // ModelOpt's description of what is no longer so.
             side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
         }
-        let side_bytes: u64 = side_files.carried.iter().map(|(_, bytes)| bytes).sum();
+        let side_bytes: u64 = side_files.carried.iter().map(|(_, stamp)| stamp.length).sum();
         let total = plan.bytes() + side_bytes;
         // The base's shards, the output's, and each adapter's file.
         file::allow_open(2 * plan.shards.len() + inputs.adapters.len());
@@ -221,7 +221,7 @@ impl Session {
             }
         }
         let side_files = self.side_files;
-        for (name, bytes) in &side_files.carried {
+        for (name, stamp) in &side_files.carried {
             task.check()?;
             let source = inputs.base.root().join(name);
             match (name.as_str(), inputs.base.config()) {
@@ -229,15 +229,17 @@ impl Session {
                     let changed = rewrite::changed_config(config, &plan.config_changes);
                     self.staging.write(name, &changed, file::find(&source)?.as_ref())?;
                 }
-                _ => self.staging.copy(name, &source)?,
+                _ => self.staging.copy(name, &source, *stamp)?,
             }
-            task.advance(*bytes);
+            task.advance(stamp.length);
         }
         if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
             let like = file::find(&inputs.base.root().join(&name))?;
             self.staging.write(&name, &content, like.as_ref())?;
         }
         task.check()?;
+        // What was written to meanwhile would make a model of two states.
+        inputs.check_unchanged()?;
         let warnings = self.staging.commit()?;
         Ok(Summary {
             bytes_written: plan.bytes(),

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use crate::adapter::Adapter;
 use crate::dtype::Dtype;
+use crate::error::Result;
 use crate::factors::Pair;
 use crate::kernel::{self, Factors, InstructionSet, Orientation};
 use crate::plan::{Inputs, PlannedTensor, Update, UpdateKind};
@@ -114,12 +115,14 @@ impl Own {
         rows: &Range<usize>,
         columns: usize,
         target: &mut [T],
-    ) {
-        let bytes = inputs.adapters[self.adapter].file().tensor_bytes(&self.tensor);
+    ) -> Result<()> {
         let row = columns * self.tensor.dtype.size();
-        let bytes = &bytes[(self.first + rows.start) * row..(self.first + rows.end) * row];
+        let bytes = (self.first + rows.start) * row..(self.first + rows.end) * row;
+        let file = inputs.adapters[self.adapter].file();
+        let bytes = file.read_range(&self.tensor, bytes.start as u64..bytes.end as u64)?;
         let target = bytemuck::cast_slice_mut(target);
-        kernel::convert(set, &self.tensor.dtype, bytes, &T::DTYPE, target);
+        kernel::convert(set, &self.tensor.dtype, &bytes, &T::DTYPE, target);
+        Ok(())
     }
 }
 
@@ -132,6 +135,10 @@ enum Gains {
     OfColumns(Vec<f64>),
 }
 
+/// What streams W₀ once, in the accumulator's type and in order, to what it is given.
+pub(crate) type Scan<'a> =
+    dyn FnMut(&mut dyn FnMut(usize, &mut [u8]) -> Result<()>) -> Result<()> + 'a;
+
 /// What packing needs to know of a tensor.
 struct Packing<'a> {
     set: InstructionSet,
@@ -142,7 +149,7 @@ struct Packing<'a> {
     in_place: Option<&'a Dtype>,
     columns: usize,
     /// What initialisations took out of W₀, by the adapter's position and its module.
-    removed: Vec<((usize, &'a str), Pair<'static>)>,
+    removed: Vec<((usize, &'a str), Pair)>,
 }
 
 impl Packing<'_> {
@@ -153,17 +160,17 @@ impl Packing<'_> {
     }
 
     /// The products that an update adds to what it is made from, each with its scale.
-    fn pairs(&self, update: &Update, segment: &Range<usize>) -> Vec<(Pair<'_>, f64)> {
+    fn pairs(&self, update: &Update, segment: &Range<usize>) -> Result<Vec<(Pair, f64)>> {
         let rows = Self::rows_within(update, segment);
-        let cut = |pair: Pair<'static>| pair.stored_rows(update.orientation(), rows.clone());
+        let cut = |pair: Pair| pair.stored_rows(update.orientation(), rows.clone());
         let key = (update.adapter, update.module.as_str());
         let removed = self.removed.iter().find(|(other, _)| *other == key);
         let removed = removed
             .zip(update.residual)
             .map(|((_, pair), residual)| (cut(pair.clone()), -residual.scale(update.scale)));
-        let own = Pair::of(&self.inputs.adapters[update.adapter], update);
+        let own = Pair::of(&self.inputs.adapters[update.adapter], update)?;
         let own = (own.stored_rows(update.orientation(), rows.clone()), update.scale);
-        removed.into_iter().chain([own]).collect()
+        Ok(removed.into_iter().chain([own]).collect())
     }
 
     fn pack(
@@ -171,7 +178,7 @@ impl Packing<'_> {
         dtype: &Dtype,
         orientation: Orientation,
         rows: &Range<usize>,
-        pairs: &[(Pair<'_>, f64)],
+        pairs: &[(Pair, f64)],
     ) -> Factors {
         let operands: Vec<_> =
             pairs.iter().map(|(pair, coefficient)| pair.operand(*coefficient)).collect();
@@ -188,12 +195,12 @@ impl Packing<'_> {
         self.in_place.filter(|_| one_sum).unwrap_or(self.dtype)
     }
 
-    fn segment<E>(
+    fn segment(
         &self,
         rows: Range<usize>,
         updates: &[&Update],
-        scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
-    ) -> Result<Segment, E> {
+        scan: &mut Scan<'_>,
+    ) -> Result<Segment> {
         let mut segment = Segment { rows, columns: self.columns, stages: Vec::new() };
         let dtype = self.dtype_of_sums(updates);
         for stage in updates.chunk_by(|left, right| left.stage == right.stage) {
@@ -204,13 +211,13 @@ impl Packing<'_> {
     }
 
     /// The next stage of a segment, its sums packed for rows of `dtype`.
-    fn stage<E>(
+    fn stage(
         &self,
         segment: &Segment,
         updates: &[&Update],
         dtype: &Dtype,
-        scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
-    ) -> Result<Stage, E> {
+        scan: &mut Scan<'_>,
+    ) -> Result<Stage> {
         let rows = &segment.rows;
         let mut keep = 1.0;
         let mut places = Vec::new();
@@ -219,9 +226,9 @@ impl Packing<'_> {
                 UpdateKind::LowRank | UpdateKind::Vector => {}
                 UpdateKind::Dora => {
                     keep -= update.weight;
-                    let pairs = self.pairs(update, rows);
+                    let pairs = self.pairs(update, rows)?;
                     let factors = self.pack(self.dtype, update.orientation(), rows, &pairs);
-                    let magnitude = magnitude(&self.inputs.adapters[update.adapter], update);
+                    let magnitude = magnitude(&self.inputs.adapters[update.adapter], update)?;
                     let on = update.on.as_ref().map(|tensor| self.own(update, tensor, rows));
                     let gains = match update.orientation() {
                         Orientation::OutIn => {
@@ -247,18 +254,20 @@ impl Packing<'_> {
             }
         }
         // Neighbours of one orientation share a packing.
-        let sums = [Orientation::OutIn, Orientation::InOut].into_iter().filter_map(|orientation| {
-            let pairs: Vec<_> = (updates.iter())
-                .filter(|update| !update.kind.takes_the_place())
-                .filter(|update| update.orientation() == orientation)
-                .flat_map(|update| {
+        let mut sums = Vec::new();
+        for orientation in [Orientation::OutIn, Orientation::InOut] {
+            let mut pairs = Vec::new();
+            for update in updates.iter().filter(|update| !update.kind.takes_the_place()) {
+                if update.orientation() == orientation {
                     let weighted = |(pair, scale)| (pair, scale * update.weight);
-                    self.pairs(update, rows).into_iter().map(weighted)
-                })
-                .collect();
-            (!pairs.is_empty()).then(|| self.pack(dtype, orientation, rows, &pairs))
-        });
-        Ok(Stage { sums: sums.collect(), keep, places })
+                    pairs.extend(self.pairs(update, rows)?.into_iter().map(weighted));
+                }
+            }
+            if !pairs.is_empty() {
+                sums.push(self.pack(dtype, orientation, rows, &pairs));
+            }
+        }
+        Ok(Stage { sums, keep, places })
     }
 
     /// The rows of an adapter's tensor that lie on a segment.
@@ -272,24 +281,25 @@ impl Packing<'_> {
 
     /// ‖V‖ of every column, in f64, row after row. V is made from what the segment's stages so far
     /// leave of W₀, or from the adapter's own tensor.
-    fn column_norms<E>(
+    fn column_norms(
         &self,
         segment: &Segment,
         factors: &Factors,
         on: Option<&Own>,
-        scan: &mut impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
-    ) -> Result<Vec<f64>, E> {
+        scan: &mut Scan<'_>,
+    ) -> Result<Vec<f64>> {
         let mut sums = vec![0.0; self.columns];
         scan(&mut |first_row, tile| {
             if *self.dtype == Dtype::F64 {
-                self.begin::<f64>(segment, on, first_row, tile);
+                self.begin::<f64>(segment, on, first_row, tile)?;
             } else {
-                self.begin::<f32>(segment, on, first_row, tile);
+                self.begin::<f32>(segment, on, first_row, tile)?;
             }
             kernel::merge_rows(self.set, factors, first_row, self.dtype, tile);
             kernel::convert::for_each_f64(self.dtype, tile, |index, value| {
                 sums[index % self.columns] += value * value;
             });
+            Ok(())
         })?;
         sums.iter_mut().for_each(|sum| *sum = sum.sqrt());
         Ok(sums)
@@ -302,9 +312,9 @@ impl Packing<'_> {
         on: Option<&Own>,
         first_row: usize,
         tile: &mut [u8],
-    ) {
+    ) -> Result<()> {
         if on.is_none() && segment.stages.is_empty() {
-            return;
+            return Ok(());
         }
         let values: &[T] = &tile
             .chunks_exact(size_of::<T>())
@@ -313,25 +323,27 @@ impl Packing<'_> {
         let mut result = vec![T::default(); values.len()];
         let rows = first_row..first_row + values.len() / self.columns;
         match on {
-            Some(own) => own.read(self.set, self.inputs, &rows, self.columns, &mut result),
+            Some(own) => own.read(self.set, self.inputs, &rows, self.columns, &mut result)?,
             None => {
                 let (mut start, mut scratch) = (values.to_vec(), result.clone());
-                segment.apply(self.set, self.inputs, &rows, &mut start, &mut scratch, &mut result);
+                let (set, inputs) = (self.set, self.inputs);
+                segment.apply(set, inputs, &rows, &mut start, &mut scratch, &mut result)?;
             }
         }
         tile.copy_from_slice(bytemuck::cast_slice(&result));
+        Ok(())
     }
 }
 
 /// DoRA's magnitudes of the outputs that an update uses.
-pub(super) fn magnitude(adapter: &Adapter, update: &Update) -> Vec<f64> {
+pub(super) fn magnitude(adapter: &Adapter, update: &Update) -> Result<Vec<f64>> {
     let module = &adapter.modules()[&update.module];
     let magnitude = module.magnitude.as_ref().expect("planned from its magnitude");
-    let magnitude = adapter.read_f64(magnitude);
-    match &update.part.outputs {
+    let magnitude = adapter.read_f64(magnitude)?;
+    Ok(match &update.part.outputs {
         Some(outputs) => magnitude[outputs.start as usize..outputs.end as usize].to_vec(),
         None => magnitude,
-    }
+    })
 }
 
 impl Prepared {
@@ -339,14 +351,14 @@ impl Prepared {
     ///
     /// `scan` streams W₀ once, in that type and in order; it is only called for norms of columns.
     /// `removed` has what initialisations took out of W₀, by the adapter and its module.
-    pub fn new<E>(
+    pub fn new(
         set: InstructionSet,
         inputs: &Inputs,
         tensor: &PlannedTensor,
         dtype: &Dtype,
-        removed: Vec<((usize, &str), Pair<'static>)>,
-        mut scan: impl FnMut(&mut dyn FnMut(usize, &mut [u8])) -> Result<(), E>,
-    ) -> Result<Self, E> {
+        removed: Vec<((usize, &str), Pair)>,
+        scan: &mut Scan<'_>,
+    ) -> Result<Self> {
         let (_, columns) = tensor.matrix();
         let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let in_place = (from == to).then_some(from);
@@ -362,9 +374,9 @@ impl Prepared {
                     None => true,
                 })
                 .collect();
-            packing.segment(rows, &updates, &mut scan)
+            packing.segment(rows, &updates, scan)
         });
-        Ok(Self { columns, segments: segments.collect::<Result<_, E>>()? })
+        Ok(Self { columns, segments: segments.collect::<Result<_>>()? })
     }
 
     /// Elements of a row.
@@ -414,7 +426,7 @@ impl Segment {
         start: &mut [T],
         scratch: &mut [T],
         result: &mut [T],
-    ) {
+    ) -> Result<()> {
         debug_assert!(start.len() == rows.len() * self.columns);
         let rows = rows.start - self.rows.start..rows.end - self.rows.start;
         result.copy_from_slice(start);
@@ -422,8 +434,9 @@ impl Segment {
             if position > 0 {
                 start.copy_from_slice(result);
             }
-            stage.apply(set, inputs, &rows, self.columns, start, scratch, result);
+            stage.apply(set, inputs, &rows, self.columns, start, scratch, result)?;
         }
+        Ok(())
     }
 }
 
@@ -439,7 +452,7 @@ impl Stage {
         start: &[T],
         scratch: &mut [T],
         result: &mut [T],
-    ) {
+    ) -> Result<()> {
         if self.keep == 0.0 {
             // Not by a product with zero, which would make NaN of a base's infinity.
             result.fill(T::default());
@@ -455,7 +468,7 @@ impl Stage {
             match &place.value {
                 Value::Rescaled { factors, gains, on } => {
                     match on {
-                        Some(own) => own.read(set, inputs, rows, columns, scratch),
+                        Some(own) => own.read(set, inputs, rows, columns, scratch)?,
                         None => scratch.copy_from_slice(start),
                     }
                     let bytes = bytemuck::cast_slice_mut(scratch);
@@ -463,13 +476,14 @@ impl Stage {
                     add_rescaled(gains, place.weight, rows, columns, scratch, result);
                 }
                 Value::Replaced(own) => {
-                    own.read(set, inputs, rows, columns, scratch);
+                    own.read(set, inputs, rows, columns, scratch)?;
                     let weight = T::from_f64(place.weight);
                     let pairs = result.iter_mut().zip(&*scratch);
                     pairs.for_each(|(to, from)| *to = to.plus(from.times(weight)));
                 }
             }
         }
+        Ok(())
     }
 }
 

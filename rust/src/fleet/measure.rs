@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::read::{Stamp, digest, read, read_into, room};
+use super::read::{digest, read, room};
 use super::rows::Row;
 use super::{Level, Modules, NonFinite, Scanned, Source};
 use crate::adapter::{Adapter, sha256_of};
@@ -61,7 +61,6 @@ pub struct Open {
     /// The file whose digest is the adapter's, where it is not the one that is read.
     content: Option<std::path::PathBuf>,
     level: Level,
-    stamp: Stamp,
     modules: Vec<Factors>,
     units: Vec<Unit>,
     left: AtomicUsize,
@@ -72,7 +71,6 @@ pub struct Open {
 impl Open {
     /// Plans the work on an adapter.
     pub fn new(position: usize, adapter: Adapter, source: &Source, level: Level) -> Result<Self> {
-        let stamp = Stamp::of(&adapter)?;
         let tensors = &adapter.file().header().tensors;
         let positions: HashMap<&str, usize> = tensors
             .iter()
@@ -119,7 +117,6 @@ impl Open {
             position,
             content: source.content.clone(),
             level,
-            stamp,
             modules,
             left: AtomicUsize::new(units.len()),
             units,
@@ -140,7 +137,7 @@ impl Open {
     }
 
     fn length(&self) -> u64 {
-        self.adapter.file().bytes().len() as u64
+        self.adapter.file().size()
     }
 
     /// Whether it is not worth being cut into units.
@@ -217,8 +214,8 @@ impl Open {
                 let [a, b] = self.modules[module].tensors.map(|tensor| self.info(tensor));
                 let (size, all) = (a.bytes() as usize, (a.bytes() + b.bytes()) as usize);
                 let (first, second) = room(buffer, all).split_at_mut(size);
-                read_into(adapter, self.offset(a), first)?;
-                read_into(adapter, self.offset(b), second)?;
+                adapter.file().read_into(a, 0, first)?;
+                adapter.file().read_into(b, 0, second)?;
                 self.measure_module(module, view(a, first)?, view(b, second)?)?;
                 task.advance(all as u64);
             }
@@ -289,9 +286,7 @@ impl Open {
         if let Some(error) = findings.error.take() {
             return Err(error);
         }
-        if self.level.reads_data() {
-            self.stamp.check(&self.adapter)?;
-        }
+        self.adapter.check_unchanged()?;
         let tensors = &self.adapter.file().header().tensors;
         let mut of_tensors = Vec::with_capacity(tensors.len());
         let mut non_finite = Vec::new();

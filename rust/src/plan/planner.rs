@@ -12,6 +12,7 @@ use super::{Compat, ConfigChanges, Inputs, Options, Origin, Part, Residual, Upda
 use crate::adapter::{Adapter, Form, Initialisation, LayerKind, Module};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
+use crate::error::{Error, Result};
 use crate::kernel::Orientation;
 use crate::orientation;
 use crate::quantised::Catalogue;
@@ -85,27 +86,32 @@ pub(super) struct Planner<'a> {
     /// The base's quantised weights.
     pub(super) quantised: Catalogue,
     pub(super) problems: Vec<String>,
+    /// Why a file could not be read, which is no problem of the plan's but its end.
+    pub(super) failure: Option<Error>,
     pub(super) notes: Vec<String>,
     pub(super) warnings: Vec<String>,
     pub(super) waived: Vec<Waived>,
 }
 
 impl<'a> Planner<'a> {
-    pub fn new(inputs: &'a Inputs, options: &'a Options) -> Self {
-        Self {
+    /// # Errors
+    /// That a file changed meanwhile, or [`Error::Io`].
+    pub fn new(inputs: &'a Inputs, options: &'a Options) -> Result<Self> {
+        Ok(Self {
             inputs,
             base: &inputs.base,
             options,
             tensors: IndexMap::new(),
             additions: IndexMap::new(),
             vocabulary: None,
-            tie: Tie::of(&inputs.base, inputs),
+            tie: Tie::of(&inputs.base, inputs)?,
             quantised: Catalogue::of(&inputs.base),
             problems: Vec::new(),
+            failure: None,
             notes: Vec::new(),
             warnings: Vec::new(),
             waived: Vec::new(),
-        }
+        })
     }
 
     /// Adds everything that one adapter does.
@@ -367,8 +373,16 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The decision, or every problem.
-    pub fn finish(mut self) -> Result<Decided, Vec<String>> {
+    /// What was read, or nothing where it could not be, which ends the plan.
+    pub(super) fn read<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.failure.get_or_insert(error)).ok()
+    }
+
+    /// The decision.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] with every problem, or why a file could not be read.
+    pub fn finish(mut self) -> Result<Decided> {
         let mut config_changes = ConfigChanges {
             dtype: self.options.dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
             vocabulary: self.vocabulary.map(|(_, new)| new),
@@ -383,8 +397,11 @@ impl<'a> Planner<'a> {
             self.check_subtraction();
         }
         self.settle_quantised(&mut config_changes);
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
         if !self.problems.is_empty() {
-            return Err(self.problems);
+            return Err(Error::Plan(self.problems));
         }
         Ok(Decided {
             tensors: self.tensors,

@@ -1,13 +1,16 @@
 //! Parameters that an adapter brings whole: in the place of the base's, beside them, and with
 //! another number of tokens.
 
+use std::ops::ControlFlow;
+
 use super::naming::Naming;
 use super::planner::{Addition, Planner, TensorChange};
 use super::ties;
 use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
 use crate::adapter::Saved;
+use crate::error::Result;
 use crate::kernel::{self, InstructionSet};
-use crate::safetensors::TensorInfo;
+use crate::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
 
 impl Planner<'_> {
     /// Puts a saved parameter in the place of the base's, or beside it.
@@ -88,7 +91,7 @@ impl Planner<'_> {
 
     /// Whether a parameter that was saved beside an update is only the base's own again. Then it
     /// replaces nothing, least of all what an earlier adapter added; in PEFT's merge it does.
-    fn is_unchanged(&self, position: usize, saved: &Saved, name: &str) -> bool {
+    fn is_unchanged(&mut self, position: usize, saved: &Saved, name: &str) -> bool {
         let Some(location) = self.base.tensors().get(name) else { return false };
         let base = self.base.at(*location);
         let (from, to) = (&base.dtype, &saved.tensor.dtype);
@@ -96,16 +99,16 @@ impl Planner<'_> {
         if self.options.compat == Some(Compat::Peft) && mergeable {
             return false;
         }
-        let base = self.base.shards()[location.shard].file.tensor_bytes(base);
-        let bytes = self.inputs.adapters[position].file().tensor_bytes(&saved.tensor);
-        if from == to {
-            return base == bytes;
-        }
-        mergeable && from.size() < to.size() && {
-            let mut widened = vec![0; bytes.len()];
-            kernel::convert(InstructionSet::detect(), from, base, to, &mut widened);
-            widened == bytes
-        }
+        let base = (&self.base.shards()[location.shard].file, base);
+        let own = (self.inputs.adapters[position].file(), &saved.tensor);
+        let same = if from == to {
+            same_bytes(base, own)
+        } else if mergeable && from.size() < to.size() {
+            same_widened(base, own)
+        } else {
+            Ok(false)
+        };
+        self.read(same).unwrap_or(false)
     }
 
     /// Puts a saved parameter in the place of one tensor.
@@ -117,8 +120,6 @@ impl Planner<'_> {
         weight: f64,
     ) -> Result<(), String> {
         let file = self.inputs.adapters[position].file();
-        let is_same =
-            |other: &TensorInfo| file.tensor_bytes(other) == file.tensor_bytes(&saved.tensor);
         let replaces_outright = weight == 1.0 && self.stands_alone();
         let change = self.tensors.entry(name.clone()).or_default();
         // A parameter that two modules share can be in the file under either name, and under both.
@@ -131,7 +132,9 @@ impl Planner<'_> {
             _ => change.updates.iter().find_map(by_name),
         };
         if let Some(other) = already {
-            if !is_same(other) {
+            let other = other.clone();
+            let same = same_bytes((file, &other), (file, &saved.tensor));
+            if self.read(same) == Some(false) {
                 return Err(format!(
                     "its tensors {} and {} differ, but both are {name}, which the base ties",
                     other.name, saved.tensor.name
@@ -254,4 +257,31 @@ impl Planner<'_> {
         }
         additions
     }
+}
+
+/// Whether a tensor holds the values of another of a narrower type with as many elements.
+fn same_widened(
+    (narrow_file, narrow): (&SafetensorsFile, &TensorInfo),
+    (wide_file, wide): (&SafetensorsFile, &TensorInfo),
+) -> Result<bool> {
+    if narrow.elements() != wide.elements() {
+        return Ok(false);
+    }
+    let (from, to) = (&narrow.dtype, &wide.dtype);
+    let (mut stored, mut widened) = (Vec::new(), Vec::new());
+    let (mut same, mut failure) = (true, None);
+    wide_file.for_each_chunk(wide, &mut |start, bytes| {
+        stored.resize(bytes.len() / to.size() * from.size(), 0);
+        widened.resize(bytes.len(), 0);
+        let first = start / to.size() as u64 * from.size() as u64;
+        match narrow_file.read_into(narrow, first, &mut stored) {
+            Ok(()) => {
+                kernel::convert(InstructionSet::detect(), from, &stored, to, &mut widened);
+                same = widened == bytes;
+            }
+            Err(error) => failure = Some(error),
+        }
+        if same && failure.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    failure.map_or(Ok(same), Err)
 }

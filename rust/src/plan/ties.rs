@@ -12,7 +12,8 @@ use super::planner::{Addition, Planner, TensorChange};
 use super::{Compat, ConfigChanges, Inputs, Origin, Update, UpdateKind, changes_nothing};
 use crate::adapter::{Adapter, LayerKind};
 use crate::checkpoint::Checkpoint;
-use crate::safetensors::TensorInfo;
+use crate::error::Result;
+use crate::safetensors::{TensorInfo, same_bytes};
 
 /// The usual name of the output head.
 const HEAD: &str = "lm_head.weight";
@@ -59,7 +60,10 @@ pub(super) struct Tie {
 
 impl Tie {
     /// The pair, where an adapter changes either of the two.
-    pub fn of(base: &Checkpoint, inputs: &Inputs) -> Option<Self> {
+    ///
+    /// # Errors
+    /// That the base changed meanwhile, or [`crate::Error::Io`].
+    pub fn of(base: &Checkpoint, inputs: &Inputs) -> Result<Option<Self>> {
         let touches = |adapter: &Adapter| {
             let weights =
                 adapter.modules().values().map(|module| format!("{}.weight", module.path));
@@ -68,22 +72,24 @@ impl Tie {
             weights.chain(saved).chain(rows).any(|parameter| is_of_vocabulary(&parameter))
         };
         if !base.ties_embeddings() || !inputs.adapters.iter().any(|adapter| touches(adapter)) {
-            return None;
+            return Ok(None);
         }
-        let embedding = find_embedding(base)?;
+        let Some(embedding) = find_embedding(base) else { return Ok(None) };
         let location = base.tensors()[&embedding];
         let tensor = base.at(location).clone();
         let stored = base.tensors().keys().find(|name| is_head(name)).cloned();
-        let bytes = |name: &str| {
+        let of = |name: &str| {
             let location = base.tensors()[name];
-            base.shards()[location.shard].file.tensor_bytes(base.at(location))
+            (&base.shards()[location.shard].file, base.at(location))
         };
         // What the config ties but the files do not is not tied when it is loaded either.
-        if stored.as_deref().is_some_and(|head| bytes(head) != bytes(&embedding)) {
-            return None;
+        if let Some(head) = &stored
+            && !same_bytes(of(head), of(&embedding))?
+        {
+            return Ok(None);
         }
         let flag = |name: &str| base.config().and_then(|config| config.get(name)?.as_bool());
-        Some(Self {
+        Ok(Some(Self {
             head: stored.clone().unwrap_or_else(|| match leaf(&embedding) {
                 Some("embed_in") => "embed_out.weight".to_owned(),
                 _ => match embedding.strip_prefix("language_model.") {
@@ -99,7 +105,7 @@ impl Tie {
             has_head: base.is_language_model() || stored.is_some(),
             stored: stored.is_some(),
             parted: false,
-        })
+        }))
     }
 
     fn other(&self, name: &str) -> Option<&str> {
@@ -210,7 +216,8 @@ impl Planner<'_> {
         if embedding.is_empty() && head.is_empty() {
             return None;
         }
-        if is_same(self.inputs, &embedding, &head) {
+        let same = is_same(self.inputs, &embedding, &head);
+        if self.read(same)? {
             self.notes.push(format!(
                 "{} and the head that is tied to it change alike and stay tied",
                 tie.embedding
@@ -274,47 +281,64 @@ impl Planner<'_> {
 }
 
 /// Whether two changes make the same of the same tensor. Products that are zero count for nothing.
-fn is_same(inputs: &Inputs, left: &TensorChange, right: &TensorChange) -> bool {
-    let bytes = |(adapter, tensor): &(usize, TensorInfo)| {
-        inputs.adapters[*adapter].file().tensor_bytes(tensor)
-    };
+fn is_same(inputs: &Inputs, left: &TensorChange, right: &TensorChange) -> Result<bool> {
     let same_origin = match (&left.origin, &right.origin) {
         (None, None) => true,
-        (Some(left), Some(right)) => bytes(left) == bytes(right),
+        (Some(left), Some(right)) => {
+            let ((left, own), (right, other)) = (left, right);
+            let file = |adapter: &usize| inputs.adapters[*adapter].file();
+            same_bytes((file(left), own), (file(right), other))?
+        }
         _ => false,
     };
-    let effective = |change: &'_ TensorChange| -> Vec<Update> {
-        let counts = |update: &&Update| {
-            let adapter = &inputs.adapters[update.adapter];
-            update.kind != UpdateKind::LowRank
-                || !changes_nothing(adapter, &adapter.modules()[&update.module])
-        };
-        change.updates.iter().filter(counts).cloned().collect()
-    };
-    let (left, right) = (effective(left), effective(right));
-    same_origin
-        && left.len() == right.len()
-        && left.iter().zip(&right).all(|(l, r)| is_same_update(inputs, l, r))
+    if !same_origin {
+        return Ok(false);
+    }
+    let (left, right) = (effective(inputs, left)?, effective(inputs, right)?);
+    if left.len() != right.len() {
+        return Ok(false);
+    }
+    for (left, right) in left.iter().zip(right) {
+        if !is_same_update(inputs, left, right)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
-fn is_same_update(inputs: &Inputs, left: &Update, right: &Update) -> bool {
+/// The updates that change something.
+fn effective<'c>(inputs: &Inputs, change: &'c TensorChange) -> Result<Vec<&'c Update>> {
+    let mut effective = Vec::new();
+    for update in &change.updates {
+        let adapter = &inputs.adapters[update.adapter];
+        if update.kind != UpdateKind::LowRank
+            || !changes_nothing(adapter, &adapter.modules()[&update.module])?
+        {
+            effective.push(update);
+        }
+    }
+    Ok(effective)
+}
+
+fn is_same_update(inputs: &Inputs, left: &Update, right: &Update) -> Result<bool> {
     let adapter = &inputs.adapters[left.adapter];
     if (left.adapter, left.kind) != (right.adapter, right.kind)
         || left.scale != right.scale
         || left.weight != right.weight
         || left.part != right.part
     {
-        return false;
+        return Ok(false);
     }
     if left.module == right.module {
-        return true;
+        return Ok(true);
     }
     match left.kind {
         UpdateKind::Replace => {
-            let bytes = |name: &str| {
-                adapter.file().tensor(name).map(|tensor| adapter.file().tensor_bytes(tensor))
-            };
-            bytes(&left.module) == bytes(&right.module)
+            let file = adapter.file();
+            match (file.tensor(&left.module), file.tensor(&right.module)) {
+                (Some(left), Some(right)) => same_bytes((file, left), (file, right)),
+                (left, right) => Ok(left.is_none() && right.is_none()),
+            }
         }
         UpdateKind::LowRank => {
             let (left, right) =
@@ -322,26 +346,26 @@ fn is_same_update(inputs: &Inputs, left: &Update, right: &Update) -> bool {
             // An embedding's factors are the transposes of a linear layer's.
             let turned =
                 (left.kind == LayerKind::Embedding) != (right.kind == LayerKind::Embedding);
-            turned
-                && is_transpose(adapter, &left.a, &right.b)
-                && is_transpose(adapter, &left.b, &right.a)
+            Ok(turned
+                && is_transpose(adapter, &left.a, &right.b)?
+                && is_transpose(adapter, &left.b, &right.a)?)
         }
-        UpdateKind::Dora | UpdateKind::Vector => false,
+        UpdateKind::Dora | UpdateKind::Vector => Ok(false),
     }
 }
 
-fn is_transpose(adapter: &Adapter, left: &TensorInfo, right: &TensorInfo) -> bool {
+fn is_transpose(adapter: &Adapter, left: &TensorInfo, right: &TensorInfo) -> Result<bool> {
     let ([rows, columns], [turned_rows, turned_columns]) =
         (left.shape.as_slice(), right.shape.as_slice())
     else {
-        return false;
+        return Ok(false);
     };
     if (rows, columns) != (turned_columns, turned_rows) {
-        return false;
+        return Ok(false);
     }
     let (rows, columns) = (*rows as usize, *columns as usize);
-    let (left, right) = (adapter.read_f64(left), adapter.read_f64(right));
-    (0..rows).all(|row| {
+    let (left, right) = (adapter.read_f64(left)?, adapter.read_f64(right)?);
+    Ok((0..rows).all(|row| {
         (0..columns).all(|column| left[row * columns + column] == right[column * rows + row])
-    })
+    }))
 }

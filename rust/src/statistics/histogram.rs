@@ -100,9 +100,10 @@ pub(super) fn linear_thresholds(format: Format, edges: &[f64]) -> Vec<u64> {
         .collect()
 }
 
-/// Counts in the bins from the number of values below each of `linear_thresholds`.
+/// Counts in the bins from the number of values below each of `linear_thresholds`. Those ascend,
+/// unless somebody wrote to the file between two looks, which is found at the end.
 pub(super) fn linear_counts(below: &[u64]) -> Vec<u64> {
-    below.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    below.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).collect()
 }
 
 /// For each edge two keys, one on either side of zero, between which the values lie whose
@@ -138,6 +139,7 @@ pub(super) fn log_thresholds(format: Format, edges: &[f64]) -> Vec<u64> {
 
 /// Counts in the bins from the number of values below each of `log_thresholds`.
 pub(super) fn log_counts(below: &[u64]) -> Vec<u64> {
-    let inside: Vec<u64> = below.chunks_exact(2).map(|pair| pair[1] - pair[0]).collect();
+    let inside = below.chunks_exact(2);
+    let inside: Vec<u64> = inside.map(|pair| pair[1].saturating_sub(pair[0])).collect();
     linear_counts(&inside)
 }

@@ -341,8 +341,9 @@ impl Refinement {
             .collect()
     }
 
-    /// Narrows every selection by what was found, and asks what is still open.
-    pub(crate) fn narrow(self, mut tally: Tally) -> Self {
+    /// Narrows every selection by what was found, and asks what is still open. `None` if fewer values
+    /// were found than were counted before.
+    pub(crate) fn narrow(self, mut tally: Tally) -> Option<Self> {
         let mut selections = self.selections;
         for selection in selections.iter_mut().filter(|selection| selection.shift > 0) {
             let store = tally
@@ -350,7 +351,7 @@ impl Refinement {
                 .iter_mut()
                 .find(|store| store.prefix == selection.prefix)
                 .expect("every open prefix has a store");
-            store.narrow(selection);
+            store.narrow(selection)?;
         }
         let mut next = Self {
             format: self.format,
@@ -361,7 +362,7 @@ impl Refinement {
             selections,
         };
         next.mark();
-        next
+        Some(next)
     }
 
     /// The values at the ranks, in the order they were asked for, once nothing is open.
@@ -403,16 +404,19 @@ impl Store {
         }
     }
 
-    fn narrow(&mut self, selection: &mut Selection) {
+    fn narrow(&mut self, selection: &mut Selection) -> Option<()> {
         match &mut self.content {
             Content::Keys(keys) => {
+                if selection.rest >= keys.len() as u64 {
+                    return None;
+                }
                 let (_, key, _) = keys.select_nth_unstable(selection.rest as usize);
                 selection.prefix = *key;
                 selection.shift = 0;
             }
             Content::NextDigit(table) => {
                 let mut digit = 0;
-                while selection.rest >= table[digit] {
+                while selection.rest >= *table.get(digit)? {
                     selection.rest -= table[digit];
                     digit += 1;
                 }
@@ -421,5 +425,6 @@ impl Store {
                 selection.count = table[digit];
             }
         }
+        Some(())
     }
 }

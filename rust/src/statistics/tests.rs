@@ -194,7 +194,8 @@ fn crowded_buckets_are_counted_by_further_digits() {
 
 #[test]
 fn unusable_requests_are_refused() {
-    let refuse = |request: Request| assert!(describe(&[], &request).is_err(), "{request:?}");
+    let refuse =
+        |request: Request| assert!(describe::<Tensor>(&[], &request).is_err(), "{request:?}");
     refuse(Request { percentiles: vec![101.0], ..Request::default() });
     refuse(Request { percentiles: vec![f64::NAN], ..Request::default() });
     refuse(Request { histogram: Some(Bins::Automatic(0)), ..Request::default() });

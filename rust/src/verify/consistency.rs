@@ -7,7 +7,9 @@ use serde_json::{Map, Value};
 use super::Verification;
 use crate::checkpoint::{Checkpoint, Location, rewrite};
 use crate::dtype::Dtype;
+use crate::error::Result;
 use crate::plan::{Inputs, Plan};
+use crate::safetensors::same_bytes;
 
 /// Whether a tensor is an output head by its usual names.
 pub(super) fn is_head(name: &str) -> bool {
@@ -32,23 +34,30 @@ pub(super) fn check(
     merged: &Checkpoint,
     known: &HashSet<String>,
     outcome: &mut Verification,
-) {
-    check_extra(merged, known, outcome);
-    check_tie(inputs, plan, merged, outcome);
+) -> Result<()> {
+    check_extra(merged, known, outcome)?;
+    check_tie(inputs, plan, merged, outcome)?;
     check_index(merged, outcome);
     check_config(inputs, plan, merged, outcome);
+    Ok(())
 }
 
-fn bytes(checkpoint: &Checkpoint, location: Location) -> &[u8] {
-    checkpoint.shards()[location.shard].file.tensor_bytes(checkpoint.at(location))
+/// Whether two tensors hold the same bytes.
+fn are_twins(checkpoint: &Checkpoint, left: Location, right: Location) -> Result<bool> {
+    let of = |at: Location| (&checkpoint.shards()[at.shard].file, checkpoint.at(at));
+    same_bytes(of(left), of(right))
 }
 
 /// Tensors that the merge does not make: a head written out beside the embeddings that it is tied
 /// to is only odd, if it equals them; anything else is wrong.
-fn check_extra(merged: &Checkpoint, known: &HashSet<String>, outcome: &mut Verification) {
+fn check_extra(
+    merged: &Checkpoint,
+    known: &HashSet<String>,
+    outcome: &mut Verification,
+) -> Result<()> {
     for (name, location) in merged.tensors().iter().filter(|(name, _)| !known.contains(*name)) {
         match embedding(merged).filter(|_| is_head(name)) {
-            Some((other, at)) if bytes(merged, at) == bytes(merged, *location) => {
+            Some((other, at)) if are_twins(merged, at, *location)? => {
                 outcome
                     .warnings
                     .push(format!("tensor {name} is written out beside its twin {other}"));
@@ -61,10 +70,16 @@ fn check_extra(merged: &Checkpoint, known: &HashSet<String>, outcome: &mut Verif
             }
         }
     }
+    Ok(())
 }
 
 /// The head and the embeddings, as the config ties them.
-fn check_tie(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Verification) {
+fn check_tie(
+    inputs: &Inputs,
+    plan: &Plan,
+    merged: &Checkpoint,
+    outcome: &mut Verification,
+) -> Result<()> {
     let head = merged.tensors().iter().find(|(name, _)| is_head(name));
     if !merged.ties_embeddings() {
         if head.is_none() && inputs.base.ties_embeddings() && merged.is_language_model() {
@@ -74,10 +89,10 @@ fn check_tie(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Ve
                     .into(),
             );
         }
-        return;
+        return Ok(());
     }
     if let (Some((head, at_head)), Some((embedding, at_embedding))) = (head, embedding(merged))
-        && bytes(merged, *at_head) != bytes(merged, at_embedding)
+        && !are_twins(merged, *at_head, at_embedding)?
     {
         outcome.problems.push(format!(
             "tensor {head} differs from {embedding}, to which config.json ties it; \
@@ -90,6 +105,7 @@ fn check_tie(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut Ve
                 .into(),
         );
     }
+    Ok(())
 }
 
 /// The index's own arithmetic; opening has held its names against the shards.

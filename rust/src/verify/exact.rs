@@ -135,7 +135,7 @@ impl<'a> ExactRow<'a> {
         }
         let mut removed = this.computer.removed(planned)?.into_iter();
         for update in planned.updates() {
-            let mut term = this.read(update);
+            let mut term = this.read(update)?;
             if let Some(residual) = update.residual {
                 let (_, pair) = removed.next().expect("one for each update that has a residual");
                 term.removed = Some(Removed {
@@ -153,7 +153,7 @@ impl<'a> ExactRow<'a> {
         Ok(this)
     }
 
-    fn read(&self, update: &Update) -> Term {
+    fn read(&self, update: &Update) -> Result<Term> {
         let adapter = &self.computer.inputs.adapters[update.adapter];
         let mut term = Term {
             adapter: update.adapter,
@@ -177,25 +177,24 @@ impl<'a> ExactRow<'a> {
         let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         if update.kind == UpdateKind::Replace {
             let tensor = adapter.file().tensor(&update.module).expect("planned from this tensor");
-            let bytes = adapter.file().tensor_bytes(tensor);
             let row = self.columns * tensor.dtype.size();
-            let stored = &bytes[first * row..(first + term.band.len()) * row];
-            term.a = widen_f64(&tensor.dtype, stored);
-            return term;
+            let bytes = (first * row) as u64..((first + term.band.len()) * row) as u64;
+            term.a = widen_f64(&tensor.dtype, &adapter.file().read_range(tensor, bytes)?);
+            return Ok(term);
         }
-        let pair = Pair::of(adapter, update);
+        let pair = Pair::of(adapter, update)?;
         term.a = widen_f64(&pair.a_dtype, &pair.a);
         term.b = widen_f64(&pair.b_dtype, &pair.b);
         if let (UpdateKind::Dora, Some(magnitude)) =
             (update.kind, &adapter.modules()[&update.module].magnitude)
         {
-            term.magnitude = adapter.read_f64(magnitude).split_off(first);
+            term.magnitude = adapter.read_f64(magnitude)?.split_off(first);
         }
         if let Some(tensor) = &update.on {
             let tensor = adapter.file().tensor(tensor).expect("planned from this tensor");
-            term.on = Some(adapter.read_f64(tensor).split_off(first * self.columns));
+            term.on = Some(adapter.read_f64(tensor)?.split_off(first * self.columns));
         }
-        term
+        Ok(term)
     }
 
     /// W₀'s row.

@@ -6,10 +6,9 @@
 //! passes, such as one to a power of two; a scale that fits the weights badly does not.
 
 use super::exact::{ExactRow, Leeway};
-use super::{Change, Checked, Checker, sample_rows};
+use super::{Change, Checked, Checker, Merged, Room, sample_rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::execute::compute::Buffers;
 use crate::execute::queue;
 use crate::execute::requantise::{Finished, Requantising};
 use crate::plan::{Origin, PlannedTensor, means};
@@ -85,8 +84,8 @@ impl Checker<'_> {
     pub(super) fn compare_requantised(
         &self,
         planned: &PlannedTensor,
-        stored: &[u8],
-        buffers: &mut Buffers,
+        merged: Merged<'_>,
+        (buffers, stored): &mut Room,
     ) -> Result<Checked> {
         let name = &planned.name;
         let Some(scheme) = self.quantised.get(name) else {
@@ -105,7 +104,7 @@ impl Checker<'_> {
             let encoded =
                 requantising.encode(&self.computer, planned, &prepared, &unit, buffers)?;
             let (first, codes) = (encoded.first, encoded.codes);
-            let bytes = &stored[first as usize..][..codes.len()];
+            let bytes = merged.read(first as usize..first as usize + codes.len(), stored)?;
             self.computer.task.advance(bytes.len() as u64);
             if codes != bytes {
                 wanted.extend(unit.filter(|row| {
