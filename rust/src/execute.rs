@@ -181,7 +181,8 @@ impl<'a> Job<'a> {
                 }
             }
         });
-        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)?;
+        self.inputs.check_unchanged()
     }
 
     fn digests(&self) -> Result<Vec<String>> {

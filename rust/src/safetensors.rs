@@ -70,7 +70,7 @@ impl SafetensorsFile {
         let length = header::length(&beginning, size).map_err(broken)?;
         beginning.resize((PREFIX + length) as usize, 0);
         read_at(&file, &mut beginning[PREFIX as usize..], PREFIX).map_err(failed)?;
-        let Parsed { header, positions, .. } = header::parse(&beginning, size).map_err(broken)?;
+        let Parsed { header, positions } = header::parse(&beginning, size).map_err(broken)?;
         Ok(Self { path: path.to_path_buf(), owner, file, stamp, beginning, header, positions })
     }
 
@@ -245,4 +245,82 @@ pub fn same_bytes(
         if same && failure.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
     failure.map_or(Ok(same), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+    use crate::fixtures::{ramp, write};
+
+    fn tensors() -> Vec<(&'static str, Dtype, &'static [u64], Vec<f32>)> {
+        let shape: &[u64] = &[300, 400];
+        vec![
+            ("x", Dtype::F32, shape, ramp(120_000, 1)),
+            ("y", Dtype::F32, shape, ramp(120_000, 1)),
+            ("z", Dtype::F32, shape, ramp(120_000, 2)),
+        ]
+    }
+
+    #[test]
+    fn tensors_are_read_whole_in_parts_and_in_runs() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("one.safetensors");
+        write(&path, &tensors());
+        let file = SafetensorsFile::open(&path).expect("sound");
+        let content = fs::read(&path).expect("read");
+        assert_eq!(file.header_bytes(), &content[..file.data_start() as usize]);
+        assert_eq!(file.size(), content.len() as u64);
+        let of = |name| file.tensor(name).expect("there");
+        let start = (file.data_start() + of("z").range.start) as usize;
+        assert!(file.read(of("z")).expect("read") == content[start..start + 480_000]);
+        assert!(file.read_range(of("z"), 9..77).expect("read") == content[start + 9..start + 77]);
+        let mut whole = Vec::new();
+        let mut runs = 0;
+        file.for_each_chunk(of("z"), &mut |at, bytes| {
+            assert_eq!(at as usize, whole.len());
+            whole.extend_from_slice(bytes);
+            runs += 1;
+            ControlFlow::Continue(())
+        })
+        .expect("read");
+        assert!(runs > 1 && whole == content[start..start + 480_000]);
+        assert!(same_bytes((&file, of("x")), (&file, of("y"))).expect("read"));
+        assert!(!same_bytes((&file, of("x")), (&file, of("z"))).expect("read"));
+        assert_eq!(file.sha256().expect("read"), crate::adapter::sha256_of_bytes(&content));
+        file.check_unchanged().expect("nobody wrote to it");
+    }
+
+    #[test]
+    fn a_file_that_is_not_what_was_opened_is_one_error() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("one.safetensors");
+        let sentence = "changed while it was read; run again when it is complete";
+        let opened = || {
+            write(&path, &tensors());
+            // Times of changes are counted in ticks.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            SafetensorsFile::open_adapter(&path).expect("sound")
+        };
+        let of = |result: Result<()>| {
+            let error = result.expect_err("it changed");
+            assert!(matches!(error, Error::Adapter { .. }), "{error}");
+            assert_eq!(error.to_string(), format!("{}: {sentence}", path.display()));
+        };
+        let file = opened();
+        File::options().write(true).open(&path).expect("opened").set_len(2000).expect("cut");
+        of(file.read(file.tensor("z").expect("there")).map(drop));
+        of(file.sha256().map(drop));
+        of(file.check_unchanged());
+        let file = opened();
+        let content = fs::read(&path).expect("read");
+        fs::write(&path, &content).expect("written");
+        of(file.check_unchanged());
+        let file = opened();
+        fs::rename(&path, path.with_extension("old")).expect("moved");
+        file.read(file.tensor("z").expect("there")).expect("it is open");
+        of(file.check_unchanged());
+        fs::write(&path, &content).expect("written");
+        of(file.check_unchanged());
+    }
 }

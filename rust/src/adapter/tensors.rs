@@ -107,7 +107,7 @@ struct Parts {
 /// Puts every tensor in its place, pairs the factors up and checks each pair against the config.
 pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted> {
     let mut all = IndexMap::<String, Parts>::new();
-    let mut saved = Vec::new();
+    let mut saved = IndexMap::<String, TensorInfo>::new();
     let mut rows = Vec::new();
     let mut others = Vec::new();
     let broken = |message: String| Error::adapter(file.path(), message);
@@ -115,16 +115,16 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
         let (module, part) = match classify(&tensor.name) {
             Key::Module(module, part) => (module, part),
             Key::Saved(path) => {
-                match saved.iter().find(|other: &&Saved| other.path == path) {
-                    None => saved.push(Saved { path, tensor: tensor.clone() }),
+                match saved.get(&path) {
+                    None => drop(saved.insert(path, tensor.clone())),
                     // PEFT writes the biases of saved modules twice under bias = "all".
-                    Some(other) if is_repeated(file, &other.tensor, tensor)? => {
+                    Some(other) if is_repeated(file, other, tensor)? => {
                         others.push((tensor.name.clone(), Role::Repeated));
                     }
                     Some(other) => {
                         return Err(broken(format!(
                             "tensors {} and {} differ, but both are the parameter {path}",
-                            other.tensor.name, tensor.name
+                            other.name, tensor.name
                         )));
                     }
                 }
@@ -169,6 +169,7 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
     if file.header().tensors.is_empty() {
         return Err(broken("holds no tensors".into()));
     }
+    let saved = saved.into_iter().map(|(path, tensor)| Saved { path, tensor }).collect();
     Ok(Sorted { modules, saved, rows, others })
 }
 

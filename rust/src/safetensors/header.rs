@@ -138,8 +138,6 @@ impl Positions {
 pub(super) struct Parsed {
     pub header: Header,
     pub positions: Positions,
-    /// Bytes before the data.
-    pub data_start: u64,
 }
 
 /// The length that the prefix gives, if a file of that size can have it.
@@ -174,8 +172,7 @@ pub(super) fn parse(bytes: &[u8], size: u64) -> Result<Parsed, String> {
         positions = Positions::of(&tensors);
     }
     check_layout(&tensors, size - PREFIX - length)?;
-    let header = Header { metadata, tensors };
-    Ok(Parsed { header, positions, data_start: PREFIX + length })
+    Ok(Parsed { header: Header { metadata, tensors }, positions })
 }
 
 /// Checks an entry by itself.
@@ -311,8 +308,8 @@ mod tests {
         bytes
     }
 
-    fn parse_whole(bytes: &[u8]) -> Result<(Header, u64), String> {
-        parse(bytes, bytes.len() as u64).map(|parsed| (parsed.header, parsed.data_start))
+    fn parse_whole(bytes: &[u8]) -> Result<Header, String> {
+        parse(bytes, bytes.len() as u64).map(|parsed| parsed.header)
     }
 
     fn complaint(header: &str, data: usize) -> String {
@@ -325,14 +322,13 @@ mod tests {
             "b":{"dtype":"BF16","shape":[2,2],"data_offsets":[4,12]},
             "a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},
             "odd":{"dtype":"Q3","shape":[5],"data_offsets":[12,14]}}"#;
-        let (header, start) = parse_whole(&file(text, 14)).expect("sound");
-        assert_eq!(start as usize, 8 + text.len());
+        let header = parse_whole(&file(text, 14)).expect("sound");
         let names: Vec<_> = header.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["a", "b", "odd"]);
         let mut encoded = header.encode();
         assert_eq!(encoded.len() % 8, 0);
         encoded.resize(encoded.len() + 14, 0);
-        let (again, _) = parse_whole(&encoded).expect("sound");
+        let again = parse_whole(&encoded).expect("sound");
         assert_eq!(again.tensors, header.tensors);
         assert_eq!(again.metadata["format"], "pt");
     }
