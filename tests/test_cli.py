@@ -43,6 +43,7 @@ MERGE_FLAGS = [
     "--quiet",
 ]
 REPORTS = {"merge_report.json", "merge_report.md"}
+MANIFEST = "lorafast_manifest.json"
 
 
 @pytest.fixture(scope="session")
@@ -317,7 +318,7 @@ def test_merge_ends_with_a_table_and_is_silent_on_stderr(
     assert "× -0.3" in done.stdout
     assert re.search(r"\d [kMG]?B/s", done.stdout)
     assert "\x1b" not in done.stdout
-    assert names_in(output) == names_in(inputs.base) | REPORTS
+    assert names_in(output) == names_in(inputs.base) | REPORTS | {MANIFEST}
     merged = _demo.DemoInputs(inputs.directory, inputs.shape, output)
     assert [check.name for check in _demo.check_merge(merged) if not check.ok] == []
 
@@ -333,7 +334,7 @@ def test_no_report_leaves_the_reports_out(
 ) -> None:
     output = tmp_path / "out"
     assert main([*style, "--output", str(output), "--no-report"]) == 0
-    assert names_in(output) == names_in(inputs.base)
+    assert names_in(output) == names_in(inputs.base) | {MANIFEST}
 
 
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])

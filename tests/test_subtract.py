@@ -23,6 +23,7 @@ from support.reference import PREFIX, merge_float64
 HALF_ULP = {"F64": 2.0**-53, "F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
 SMALLEST = {"F64": 0.0, "F32": 0.0, "BF16": 0.0, "F16": 2.0**-25}
 REPORTS = {"subtract_report.json", "subtract_report.md"}
+MANIFEST = "lorafast_manifest.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -78,7 +79,7 @@ def test_the_base_to_within_rounding(tmp_path: Path, dtype: str) -> None:
         # The sums' own bound, which holds in whatever order the merge added up.
         assert 0 < report.bound["share"] < {"F32": 1e-5, "F64": 1e-14}[dtype]
     files = {path.name for path in base.iterdir()}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == files | REPORTS
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files | REPORTS | {MANIFEST}
     assert json.loads((tmp_path / "out" / "subtract_report.json").read_text()) == report.to_dict()
     page = (tmp_path / "out" / "subtract_report.md").read_text()
     assert "to within rounding" in page
@@ -175,7 +176,7 @@ def test_with_the_base_at_hand_every_file_is_the_bases(tmp_path: Path) -> None:
     lorafast.merge(base, adapter, tmp_path / "merged", dtype="bfloat16")
     report = lorafast.subtract(tmp_path / "merged", adapter, tmp_path / "out", original=base)
     files = snapshot(tmp_path / "out")
-    assert {name: files[name] for name in files if name not in REPORTS} == snapshot(base)
+    assert {name: files[name] for name in files if name not in REPORTS | {MANIFEST}} == snapshot(base)
     assert (report.exact, report.bound) == (True, None)
     assert report.proof is not None
     assert report.proof["ok"]
@@ -291,6 +292,7 @@ def test_a_head_that_the_merge_untied(tmp_path: Path) -> None:
     error = after["lm_head.weight"].float64() - after["model.embed_tokens.weight"].float64()
     assert np.abs(error).max() <= report.bound["largest"]
     lorafast.subtract(merged, adapter, tmp_path / "exact", original=base, report=False)
+    (tmp_path / "exact" / MANIFEST).unlink()
     assert snapshot(tmp_path / "exact") == snapshot(base)
 
 
