@@ -269,6 +269,13 @@ def test_bin_files_hold_the_same_tensors(
         index = json.loads((output / "pytorch_model.bin.index.json").read_text())
         assert index["weight_map"] == found
         assert "pytorch_model-00001-of-00003.bin" in files
+    listed = json.loads((output / "lorafast_manifest.json").read_text())["files"]
+    reports = {"merge_report.json", "merge_report.md", "merge_info.json", "lorafast_manifest.json"}
+    assert {entry["name"] for entry in listed} == files - reports
+    assert all((output / entry["name"]).stat().st_size == entry["bytes"] for entry in listed)
+    # A model written over it leaves none of its files.
+    lorafast.merge(base, style, output, overwrite=True, report=False)
+    assert not [path.name for path in output.iterdir() if ".bin" in path.name]
 
 
 def test_bin_files_load_in_transformers(tmp_path: Path, models: Any) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lorafast._merge import MergeReport
 
 INDEX = "model.safetensors.index.json"
+#: What lists the model's files; the core writes it.
+MANIFEST = "lorafast_manifest.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 #: The files that the tokenizers of transformers save.
@@ -68,6 +70,7 @@ def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
     ]
     for name in removed:
         (model / name).unlink(missing_ok=True)
+    _amend_manifest(model, removed=removed, added=[])
     from lorafast._merge import write_afterwards
 
     kept = [name for name in report.side_files if name not in removed]
@@ -114,11 +117,24 @@ def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
     # Only now: until here the model was whole in one form or the other.
     for shard in shards:
         (model / shard).unlink()
+    added = list(names.values())
+    if index is not None:
+        added.append(PICKLE_INDEX)
+    _amend_manifest(model, removed=[*shards, INDEX], added=added)
     from lorafast._merge import write_afterwards
 
     changed = replace(report, weight_files=sorted(names.values()))
     write_afterwards(changed, str(model))
     return changed
+
+
+def _amend_manifest(model: Path, *, removed: list[str], added: list[str]) -> None:
+    """Lists the model's files as they are now."""
+    manifest = json.loads((model / MANIFEST).read_text(encoding="utf-8"))
+    kept = [entry for entry in manifest["files"] if entry["name"] not in removed]
+    kept += [{"name": name, "bytes": (model / name).stat().st_size} for name in added]
+    manifest["files"] = sorted(kept, key=lambda entry: str(entry["name"]))
+    atomic.write(model / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def _pickle_names(shards: list[str]) -> Mapping[str, str]:
