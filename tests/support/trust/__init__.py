@@ -1,0 +1,1 @@
+"""What the programs of tests/trust share: scenes, commands, injected faults, figures."""
