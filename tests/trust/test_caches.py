@@ -136,7 +136,7 @@ def test_a_poisoned_cache_changes_no_result(
 
 
 def test_a_locked_cache_costs_no_work(tmp_path: Path, figures: Callable[[str], Figures]) -> None:
-    """Another program holds it, for a while or for ever: waiting is right, losing results is not."""
+    """Another program holds it, for a while or for ever: results are not lost."""
     told = figures("locked caches")
     adapter = make_adapter(tmp_path / "a")
     place = tmp_path / "cache"

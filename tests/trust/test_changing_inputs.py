@@ -47,10 +47,11 @@ class Inputs:
     def targets(self, command: str) -> list[Path]:
         """The files that a command reads and that may change under it."""
         base = [
-            self.scene.base / name
-            for name in ("model-00002-of-00003.safetensors", "config.json")
+            self.scene.base / name for name in ("model-00002-of-00003.safetensors", "config.json")
         ]
-        adapter = [self.scene.adapter / n for n in ("adapter_model.safetensors", "adapter_config.json")]
+        adapter = [
+            self.scene.adapter / n for n in ("adapter_model.safetensors", "adapter_config.json")
+        ]
         merged = [self.merged / "model-00001-of-00003.safetensors"]
         return {
             "merge": [*base, *adapter],

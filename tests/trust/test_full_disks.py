@@ -16,7 +16,6 @@ from support.trust.command import Argument
 from support.trust.figures import Figures, count, generator
 from support.trust.scene import LARGE, Scene, model_files
 
-
 KINDS = ("new", "overwrite", "analyze", "scan", "cache", "similar")
 
 

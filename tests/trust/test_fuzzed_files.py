@@ -23,7 +23,17 @@ TEXTS = (
     "", "F32", "BF16", "F99", "\x00", "\ud800", "é" * 10, "../../etc/passwd", "/dev/zero", "~",
     "lora_A", "base_model.model.", ".*", "(", "(.*)*x", "model.safetensors", "x" * 5000, "NaN",
 )  # fmt: skip
-LITERALS = (b"null", b"true", b"NaN", b"Infinity", b"[]", b"{}", b"1e999", b'"\\ud800"', b'"\\u0000"')
+LITERALS = (
+    b"null",
+    b"true",
+    b"NaN",
+    b"Infinity",
+    b"[]",
+    b"{}",
+    b"1e999",
+    b'"\\ud800"',
+    b'"\\u0000"',
+)
 
 
 def some_value(random: chance.Random, depth: int = 0) -> Any:
@@ -43,7 +53,7 @@ def some_value(random: chance.Random, depth: int = 0) -> Any:
     return [random.choice(NUMBERS)] * random.choice((1, 2, 9, 300))
 
 
-def changed_value(value: Any, random: chance.Random) -> Any:
+def changed_value(value: Any, random: chance.Random) -> Any:  # noqa: PLR0911
     """The value with one change somewhere in it."""
     if isinstance(value, dict) and value and random.random() < 0.85:
         key = random.choice(list(value))

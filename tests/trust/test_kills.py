@@ -1,4 +1,4 @@
-"""Merges and subtractions killed at random moments and before each system call that changes a file."""
+"""Merges and subtractions killed at random moments, and before each call that changes a file."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ GROWTH = 32_000_000
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def resident() -> int:

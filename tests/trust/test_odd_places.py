@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -25,7 +24,7 @@ LIMIT = 20
 SECRET = "no model's"
 
 
-class Unsuitable(Exception):
+class UnsuitableError(Exception):
     """This machine cannot show it."""
 
 
@@ -49,7 +48,9 @@ class Place:
         self.precious = self.folder / "precious"
         self.precious.write_text(SECRET)
 
-    def merge(self, *more: Argument, before: Sequence[Argument] = (), limit: float = LIMIT, **how: object) -> Outcome:
+    def merge(
+        self, *more: Argument, before: Sequence[Argument] = (), limit: float = LIMIT, **how: object
+    ) -> Outcome:
         places = how.pop("places", (self.base, self.adapter, self.output))
         base, adapter, output = places  # type: ignore[misc]
         outcome = lorafast(
@@ -216,7 +217,9 @@ def hub_snapshot(place: Place) -> None:
         (blobs / f"blob-{path.name}").write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/blob-{path.name}")
     done(place.merge(places=(snapshot, place.adapter, place.output)))
-    assert (place.output / "tokenizer.json").read_bytes() == (place.base / "tokenizer.json").read_bytes()
+    assert (place.output / "tokenizer.json").read_bytes() == (
+        place.base / "tokenizer.json"
+    ).read_bytes()
     assert not any(path.is_symlink() for path in place.output.iterdir())
 
 
@@ -296,7 +299,7 @@ def immutable_file_of_the_older_model(place: Place) -> None:
         before = place.earlier()
         path = place.output / name
         if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
-            raise Unsuitable("chattr +i does not work here")
+            raise UnsuitableError("chattr +i does not work here")
         try:
             outcome = place.merge("--overwrite")
             after = contents(place.output)
@@ -358,11 +361,13 @@ def as_nobody() -> list[Argument]:
     if os.geteuid() != 0:
         return []
     if shutil.which("setpriv") is None:
-        raise Unsuitable("setpriv is needed to be nobody")
+        raise UnsuitableError("setpriv is needed to be nobody")
     before: list[Argument] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    can = subprocess.run([*before, sys.executable, "-c", "import lorafast"], capture_output=True, check=False)
+    can = subprocess.run(
+        [*before, sys.executable, "-c", "import lorafast"], capture_output=True, check=False
+    )
     if can.returncode:
-        raise Unsuitable("nobody cannot read this installation")
+        raise UnsuitableError("nobody cannot read this installation")
     return before
 
 
@@ -411,7 +416,7 @@ def few_open_files(place: Place) -> None:
     base = make_base(place.folder / "many", modules=modules, shards=200)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < 1024:
-        raise Unsuitable("the hard limit of open files is too low")
+        raise UnsuitableError("the hard limit of open files is too low")
     few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # noqa: E731
     from support.handmade import adapter_tensors
 
@@ -423,18 +428,25 @@ def few_open_files(place: Place) -> None:
 
 
 def odd_names(place: Place) -> None:
-    names = [b"new\nline", b"not \xff utf-8", b"x" * 255, b"-x", b"sp ace", b"q'uo\"te", b"\x1b[31m"]
-    root = os.fsencode(place.folder)
-    for name in names:
-        base, adapter, output = (os.path.join(root, part, name) for part in (b"b", b"a", b"o"))
-        for part in (b"b", b"a", b"o"):
-            os.makedirs(os.path.join(root, part), exist_ok=True)
-        shutil.copytree(os.fsencode(place.base), base)
-        shutil.copytree(os.fsencode(place.adapter), adapter)
+    names = [
+        b"new\nline",
+        b"not \xff utf-8",
+        b"x" * 255,
+        b"-x",
+        b"sp ace",
+        b"q'uo\"te",
+        b"\x1b[31m",
+    ]
+    for raw in names:
+        name = os.fsdecode(raw)
+        base, adapter, output = (place.folder / part / name for part in ("b", "a", "o"))
+        shutil.copytree(place.base, base)
+        shutil.copytree(place.adapter, adapter)
+        output.parent.mkdir(exist_ok=True)
         outcome = place.merge(places=(base, adapter, output))
-        assert outcome.problems(0, 1) == [], name
+        assert outcome.problems(0, 1) == [], raw
         if outcome.code == 0:
-            assert os.path.isfile(os.path.join(output, b"config.json")), name
+            assert (output / "config.json").is_file(), raw
         assert "\x1b" not in outcome.err + outcome.out
         again = place.merge(places=(base, adapter, output))
         assert again.problems(0, 1) == [], name
@@ -486,7 +498,7 @@ def test_odd_places_neither_hang_nor_lose_anything(
         place = Place(open_folder / scenario.__name__)
         try:
             scenario(place)
-        except Unsuitable as reason:
+        except UnsuitableError as reason:
             told.add("skipped")
             told.counts[f"({name}: {reason})"] += 1
         except (AssertionError, OSError, ValueError) as error:

@@ -23,7 +23,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """A scene with the models of as many adapters as there are processes."""
     scene = Scene(tmp_path_factory.mktemp("races"), modules=LARGE)
     for number in range(MOST):
-        adapter = make_adapter(scene.folder / f"rival{number}", adapter_tensors(LARGE, seed=20 + number))
+        adapter = make_adapter(
+            scene.folder / f"rival{number}", adapter_tensors(LARGE, seed=20 + number)
+        )
         output = scene.folder / "references" / f"rival{number}"
         outcome = scene.run(scene.merge(adapters=[adapter], output=output))
         assert outcome.code == 0, outcome.err

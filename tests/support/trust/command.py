@@ -90,7 +90,8 @@ class Running:
             stderr=subprocess.PIPE,
             env=environment(temporary, more),
             cwd=directory,
-            preexec_fn=prepare,
+            # Nothing here has threads when it starts a command with a limit.
+            preexec_fn=prepare,  # noqa: PLW1509
             start_new_session=True,
         )
 

@@ -16,15 +16,18 @@ from support.trust.command import COMMAND, Argument, Outcome, Running
 
 #: Calls that change what is on the disk, or say that it is there.
 CHANGING = (
-    "open,openat,openat2,creat,write,pwrite64,writev,copy_file_range,sendfile,fsync,fdatasync,"
-    "sync_file_range,ftruncate,fallocate,flock,rename,renameat,renameat2,unlink,unlinkat,rmdir,"
-    "mkdir,mkdirat,link,linkat,symlink,symlinkat,chmod,fchmod,fchmodat,utimensat,close"
-).split(",")
+    "open", "openat", "openat2", "creat", "write", "pwrite64", "writev", "copy_file_range",
+    "sendfile", "fsync", "fdatasync", "sync_file_range", "ftruncate", "fallocate", "flock",
+    "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat",
+    "link", "linkat", "symlink", "symlinkat", "chmod", "fchmod", "fchmodat", "utimensat",
+    "close",
+)  # fmt: skip
 #: Calls that read, or only look.
 LOOKING = (
-    "read,pread64,readv,mmap,stat,lstat,statx,newfstatat,fstat,getdents64,readlink,readlinkat,"
-    "statfs,fstatfs,lseek,fcntl,access,faccessat,faccessat2"
-).split(",")
+    "read", "pread64", "readv", "mmap", "stat", "lstat", "statx", "newfstatat", "fstat",
+    "getdents64", "readlink", "readlinkat", "statfs", "fstatfs", "lseek", "fcntl", "access",
+    "faccessat", "faccessat2",
+)  # fmt: skip
 #: What may go wrong with a call, beside EIO.
 ERRORS = {
     **dict.fromkeys(("openat", "open", "openat2", "creat"), ("EACCES", "EMFILE", "EIO", "EROFS")),
@@ -83,7 +86,11 @@ class Point:
 
 
 def points(
-    arguments: Sequence[Argument], below: Sequence[Path], calls: Sequence[str], scratch: Path, **how: object
+    arguments: Sequence[Argument],
+    below: Sequence[Path],
+    calls: Sequence[str],
+    scratch: Path,
+    **how: object,
 ) -> list[Point]:
     """The calls that a command makes on paths below some directories, in their order.
 
@@ -98,7 +105,9 @@ def points(
     known = known_calls(tuple(calls))
     before = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "8192", "-e", f"trace={known}"]
     outcome = Running(
-        arguments, before=[*before, "-e", "signal=none", "-o", trace], **how  # type: ignore[arg-type]
+        arguments,
+        before=[*before, "-e", "signal=none", "-o", trace],
+        **how,  # type: ignore[arg-type]
     ).finish()
     assert outcome.code == 0, outcome.err
     places = [str(place) for place in below]
@@ -122,7 +131,13 @@ def points(
 
 
 def inject(
-    arguments: Sequence[Argument], point: Point, fault: str, scratch: Path, *, limit: float = 60.0, **how: object
+    arguments: Sequence[Argument],
+    point: Point,
+    fault: str,
+    scratch: Path,
+    *,
+    limit: float = 60.0,
+    **how: object,
 ) -> tuple[Outcome, bool]:
     """Run a command with a fault at one call, and say whether the call was met.
 
@@ -138,7 +153,10 @@ def inject(
     before = ["strace", "-f", "--seccomp-bpf", "-e", "signal=none", "-P", point.path, "-o", trace]
     rules = ["-e", f"trace={point.call}", "-e", f"inject={point.call}:{fault}:when={point.number}"]
     outcome = Running(
-        arguments, before=[*before, *rules], command=COMMAND, **how  # type: ignore[arg-type]
+        arguments,
+        before=[*before, *rules],
+        command=COMMAND,
+        **how,  # type: ignore[arg-type]
     ).finish(limit)
     text = trace.read_text(errors="replace") if trace.exists() else ""
     # What is killed leaves no word of it in the trace.

@@ -96,9 +96,7 @@ class Scene:
     def _snapshot(self) -> dict[str, str]:
         parts = (self.base, self.earlier, self.adapter, self.other, self.elsewhere)
         return {
-            f"{part.name}/{name}": found
-            for part in parts
-            for name, found in snapshot(part).items()
+            f"{part.name}/{name}": found for part in parts for name, found in snapshot(part).items()
         }
 
     def merge(
@@ -129,7 +127,7 @@ class Scene:
         return self.run(["recover", self.output])
 
     def reset(self, kind: str = "absent") -> None:
-        """Give the output its state before a merge: absent, or the old model among others' files."""
+        """Make the output absent, or the old model among others' files."""
         shutil.rmtree(self.runs, ignore_errors=True)
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.runs.mkdir()
@@ -207,8 +205,7 @@ class Scene:
             found += [
                 f"the manifest gives {name} {size} bytes"
                 for name, size in manifest_sizes(manifest).items()
-                if not (self.output / name).is_file()
-                or (self.output / name).stat().st_size != size
+                if not (self.output / name).is_file() or (self.output / name).stat().st_size != size
             ]
         return found
 
@@ -217,7 +214,9 @@ def manifest_sizes(manifest: Path) -> dict[str, int]:
     """The files that a manifest lists, with their sizes."""
     files = json.loads(manifest.read_text())["files"]
     if isinstance(files, dict):
-        entries = [{"name": n, **(v if isinstance(v, dict) else {"bytes": v})} for n, v in files.items()]
+        entries = [
+            {"name": n, **(v if isinstance(v, dict) else {"bytes": v})} for n, v in files.items()
+        ]
     else:
         entries = files
     return {entry["name"]: entry.get("bytes", entry.get("size")) for entry in entries}
