@@ -54,7 +54,7 @@ def cases(folder: Path) -> list[Case]:
     ahead = r"(?=.)((.*)*)*[^a-z]"
     configured("patterns that look ahead", rank_pattern={ahead: 4}, alpha_pattern={ahead + "x": 2})
     configured("a pattern that repeats what it found", rank_pattern={r"(.*)(.*)(.*)(.*)\1\2\3x": 4})
-    several = {rf"(?!x)(.*.*.*)*(.*)\2{n}x": 4 for n in range(300)}
+    several = {rf"(?!x)(.*.*.*)*(.*)\2x{n}": 4 for n in range(300)}
     configured("300 patterns that look ahead", rank_pattern=several)
     configured("alpha patterns that backtrack", alpha_pattern={"((.*)*)*x": 2.0})
     configured("a target pattern that backtracks", target_modules=r"(.*)*(.*)*(.*)*(.*)*x$")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from support.trust import injection
 from support.trust.command import Argument, Running
 from support.trust.figures import Figures, count, generator
-from support.trust.scene import LARGE, STAGING, Scene
+from support.trust.scene import LARGE, STAGING, Scene, model_files
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,13 @@ class Way:
     resumes: bool = False
     """Whether what is killed is itself a rerun after a kill."""
 
-    def arguments(self, scene: Scene) -> list[Argument]:
-        return scene.merge(*self.flags)
+    command: str = "merge"
+
+    def arguments(self, scene: Scene, output: Path | None = None) -> list[Argument]:
+        if self.command == "merge":
+            return scene.merge(*self.flags, output=output)
+        inputs = (scene.saved["new"], scene.adapter, "--output", output or scene.output)
+        return [self.command, *inputs, "--quiet", *self.flags]
 
 
 WAYS = [
@@ -36,6 +41,7 @@ WAYS = [
     Way("verify", "old", ("--overwrite", "--verify")),
     Way("resume", "old", ("--overwrite",), resumes=True),
 ]
+SUBTRACT = Way("subtract", "old", ("--overwrite",), command="subtract")
 
 
 @pytest.fixture(scope="module")
@@ -144,47 +150,40 @@ def test_a_merge_killed_before_a_system_call_leaves_one_model_whole(
     told.settle()
 
 
-def test_a_subtraction_killed_at_any_moment_leaves_one_model_whole(
-    scene: Scene, figures: Callable[[str], Figures]
+@pytest.fixture
+def subtracted(small: Scene) -> Iterator[Scene]:
+    """The scene whose new model is the base, as subtracting the adapter gives it back."""
+    wanted = small.folder / "subtracted"
+    outcome = small.run(SUBTRACT.arguments(small, wanted))
+    assert outcome.code == 0, outcome.err
+    merged, small.models["new"] = small.models["new"], model_files(wanted)
+    yield small
+    small.models["new"] = merged
+    shutil.rmtree(wanted)
+
+
+@pytest.mark.usefixtures("strace")
+def test_a_subtraction_killed_at_any_call_leaves_one_model_whole(
+    subtracted: Scene, tmp_path: Path, figures: Callable[[str], Figures]
 ) -> None:
-    """It runs through the same staging; what is new here is its own merged model as input."""
+    """It goes through the same staging; what it reads is a merged model."""
     told = figures("killed subtractions")
     random = generator("killed subtractions")
-    merged = scene.saved["new"]
-    wanted = scene.folder / "subtracted"
-    arguments = ["subtract", merged, scene.adapter, "--quiet", "--overwrite", "--output"]
-    outcome = scene.run([*arguments, wanted])
-    assert outcome.code == 0, outcome.err
-    models = dict(scene.models)
-    from support.trust.scene import model_files
-
-    scene.models["new"] = model_files(wanted)
-    before = model_files(merged)
-    try:
-        length = outcome.seconds
-        for number in range(count("kill_subtractions", 5)):
-            scene.reset("old")
-            running = Running(
-                [*arguments, scene.output], temporary=scene.temporary, directory=scene.folder
-            )
-            running.wait_until_loaded()
-            time.sleep(random.uniform(0, length))
-            running.kill()
-            running.finish()
-            told.add("kills")
-            where = f"kill {number}"
-            state = scene.state()
-            told.add("refused" if state == "middle" else f"{state.split(':')[0]} whole")
-            told.expect(state in {"old", "new", "middle"}, f"{where}: left {state}")
-            told.check(scene.intact(bystanders=True), where)
-            again = scene.run([*arguments, scene.output])
-            told.check(again.problems(0), f"{where}, rerun")
-            told.expect(scene.state() == "new", f"{where}: {scene.state()} after the rerun")
-            told.check(scene.leftovers(), f"{where}, rerun")
-            told.expect(model_files(merged) == before, f"{where}: changed the merged model")
-    finally:
-        scene.models = models
-        shutil.rmtree(wanted)
+    scene = subtracted
+    how = {"temporary": scene.temporary, "directory": scene.folder}
+    merged = model_files(scene.saved["new"])
+    scene.reset("old")
+    arguments = SUBTRACT.arguments(scene)
+    found = injection.points(arguments, [scene.runs], injection.CHANGING, tmp_path, **how)
+    told.counts["calls"] = len(found)
+    most = count("kill_subtractions", 6)
+    for point in found if len(found) <= most else random.sample(found, most):
+        scene.reset("old")
+        _, met = injection.inject(arguments, point, "signal=KILL", tmp_path, **how)
+        told.add("killed" if met else "not met")
+        where = f"killed before {point}"
+        judge(scene, SUBTRACT, told, where, recovers=random.random() < 0.5)
+        told.expect(model_files(scene.saved["new"]) == merged, f"{where}: changed what it read")
     told.settle()
 
 
