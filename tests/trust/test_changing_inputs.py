@@ -14,7 +14,7 @@ from support.trust.command import Argument, Running
 from support.trust.figures import Figures, count, generator
 from support.trust.scene import LARGE, Scene, model_files, other_values
 
-WAYS = ("cut off", "replaced", "written over")
+WAYS = ("cut off", "replaced", "written over", "saved again")
 #: Commands that write a model, and those that print JSON.
 WRITING = ("merge", "subtract")
 JSON_COMMANDS = (
@@ -82,9 +82,11 @@ def change(target: Path, way: str, other: bytes) -> None:
         new = target.with_name(target.name + ".new")
         new.write_bytes(other)
         new.replace(target)
-    else:
+    elif way == "written over":
         with target.open("r+b") as file:
             file.write(other)
+    else:
+        target.write_bytes(other)
 
 
 def result(inputs: Inputs, command: str, out: str) -> object:
@@ -149,7 +151,12 @@ def test_an_input_that_changes_is_an_error_or_one_state_of_it(
         original, other = target.read_bytes(), inputs.second(target).read_bytes()
         running = start(command)
         running.wait_until_loaded()
-        time.sleep(random.uniform(0, lengths[command]))
+        # While it is open is when it matters most; any other moment is fair too.
+        if random.random() < 0.7:
+            running.wait_until_open(target, lengths[command])
+            time.sleep(random.uniform(0, 0.2 * lengths[command]))
+        else:
+            time.sleep(random.uniform(0, lengths[command]))
         try:
             change(target, way, other)
             outcome = running.finish()

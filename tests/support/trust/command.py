@@ -107,6 +107,21 @@ class Running:
                 return
             time.sleep(0.001)
 
+    def wait_until_open(self, path: Path, most: float) -> None:
+        """Wait until the process has a file open or mapped, or has ended, or time is up."""
+        proc = Path(f"/proc/{self.process.pid}")
+        end = time.monotonic() + most
+        while self.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.0005)
+            try:
+                if any(str(each.readlink()) == str(path) for each in (proc / "fd").iterdir()):
+                    return
+                if str(path) in (proc / "maps").read_text():
+                    return
+            except OSError:
+                # Descriptors are closed, and processes end, while they are looked at.
+                continue
+
     def kill(self) -> None:
         """Kill it and what it has started."""
         try:

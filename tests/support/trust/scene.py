@@ -38,12 +38,17 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a name is one of lorafast's for what is not finished."""
+    return name.startswith(".lorafast") or (name.startswith(".") and name.endswith(".partial"))
+
+
 def model_files(output: Path) -> dict[str, str]:
     """The digests of a directory's files, but for reports, staging and others' files."""
     found = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
-        ignored = name.split("/")[0].startswith(".lorafast") or name in {*REPORTS, MANIFEST}
+        ignored = is_temporary(name.split("/")[0]) or name in {*REPORTS, MANIFEST}
         if not ignored and name not in BYSTANDERS and not path.is_dir():
             found[name] = digest(path)
     return found
@@ -179,14 +184,14 @@ class Scene:
                 found.append(f"lost or changed another's {name}")
         return found
 
-    def leftovers(self, *, staging: bool = True) -> list[str]:
+    def leftovers(self) -> list[str]:
         """Files of lorafast that nothing needs any more, by name."""
         found = [f"temporary {path.name}" for path in self.temporary.iterdir()]
         places = [self.runs, self.output] if self.output.is_dir() else [self.runs]
         for place in places:
-            found += [p.name for p in place.iterdir() if p.name.startswith(".lorafast")]
+            found += [p.name for p in place.iterdir() if is_temporary(p.name)]
         found += [path.name for path in self.runs.iterdir() if path != self.output]
-        return [f"left {name}" for name in found if staging or name != STAGING]
+        return [f"left {name}" for name in found]
 
     def accounts(self) -> list[str]:
         """Whether report and manifest, where they are, belong to the model that is there."""
