@@ -3,8 +3,8 @@
 //!
 //! Everything is written into [`DIRECTORY`] inside the output, so that it is on the same file
 //! system, under names and sizes that are known before. The commit ([`commit`]) looks whether all
-//! of it is there, moves the older model aside, moves the new one into place, config and index
-//! last, and deletes the older one at the very end. Until then every step can be taken back.
+//! of it is there, moves the older model aside, moves the new one into place, the config last, and
+//! deletes the older one at the very end. Until then every step can be taken back.
 
 mod commit;
 mod lock;
@@ -14,7 +14,6 @@ mod place;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use commit::{Recovery, check_whole, recover};
 pub use manifest::{MANIFEST, missing_files};
@@ -26,11 +25,8 @@ use place::Occupancy;
 
 /// The directory inside the output in which a merge is prepared.
 pub const DIRECTORY: &str = ".lorafast-partial";
-/// In it: the new model, in a directory of its own for each merge, so that one that has lost its
-/// lock writes nothing where another one does.
-const MODEL: &str = "model";
-/// Merges of this process so far.
-static MERGES: AtomicUsize = AtomicUsize::new(0);
+/// In it: the new model, in a directory of this name and a number that no merge before has used.
+const MODEL: &str = "model-";
 
 /// What a place for a merge is asked for.
 #[derive(Debug)]
@@ -100,7 +96,8 @@ impl Staging {
         let Request { output, overwrite, sync, bytes, mut names, inputs } = request;
         names.push(MANIFEST.to_owned());
         place::check_place(&inputs, output)?;
-        if !commit::is_cut_off(output)? {
+        // What an earlier merge left is cleared away first, whether the output may be used or not.
+        if fs::symlink_metadata(output.join(DIRECTORY)).is_err() {
             place::check_content(output, overwrite)?;
         }
         place::check_space(output, bytes)?;
@@ -110,11 +107,7 @@ impl Staging {
         let mut this = Self {
             output: output.to_path_buf(),
             directory: directory.clone(),
-            model: format!(
-                "{MODEL}-{}-{}",
-                std::process::id(),
-                MERGES.fetch_add(1, Ordering::Relaxed)
-            ),
+            model: String::new(),
             sync,
             occupancy: Occupancy::default(),
             names,
@@ -127,7 +120,8 @@ impl Staging {
         this.lock = Some(Lock::take(output, &directory)?);
         commit::take_back_or_finish(output, &directory)?;
         place::check_content(output, overwrite)?;
-        clear(&directory)?;
+        // One that has lost its lock without knowing writes to another directory.
+        this.model = format!("{MODEL}{}", clear(&directory)? + 1);
         let model = directory.join(&this.model);
         fs::create_dir(&model).map_err(|error| Error::io(&model, error))?;
         this.occupancy = Occupancy::find(output, &this.names, &this.inputs)?;
@@ -164,6 +158,10 @@ impl Staging {
     /// permissions of the file that it is made from.
     fn create_new(&mut self, name: &str, bytes: u64, like: Option<&fs::Metadata>) -> Result<File> {
         debug_assert!(self.names.iter().any(|known| known == name), "{name} was announced");
+        if self.lock.as_ref().is_none_or(|lock| !lock.is_held()) {
+            let what = format!("something removed the lock in {}", self.directory.display());
+            return Err(commit::lost(&self.output, what));
+        }
         let path = self.path(name)?;
         let failed = |error| Error::io(&path, error);
         // Never through a link, and never over what somebody else has put there.
@@ -271,25 +269,25 @@ impl Drop for Staging {
     }
 }
 
-/// Removes what an earlier merge left in its directory, but for the lock.
-fn clear(directory: &Path) -> Result<()> {
+/// Removes what an earlier merge left in its directory, but for the lock; the highest number of a
+/// model there.
+fn clear(directory: &Path) -> Result<u64> {
     let failed = |error| Error::io(directory, error);
+    let mut highest = 0;
     for entry in fs::read_dir(directory).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         if lock::is_lock(&entry.file_name()) {
             continue;
         }
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix(MODEL)?.parse().ok());
+        highest = highest.max(number.unwrap_or(0));
         let is_directory = entry.file_type().map_err(failed)?.is_dir();
         let path = entry.path();
         let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         removed.map_err(|error| Error::io(&path, error))?;
     }
-    Ok(())
-}
-
-/// Whether loaders take a directory for a model by this file.
-fn completes_model(name: &str) -> bool {
-    name == "config.json" || is_index(name)
+    Ok(highest)
 }
 
 /// Whether it is an index of shards, of safetensors or of torch's files.

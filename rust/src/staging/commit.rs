@@ -1,7 +1,7 @@
 //! The commit: the older model moves aside, the new one into its place, and either all of it
 //! happens or all of it is taken back.
 //!
-//! One file cannot be exchanged with many others at once. So config and index leave first and come
+//! Many files cannot be exchanged with many others at once. So the config leaves first and comes
 //! last, that no loader takes what is between for a model, and a journal in the staging directory
 //! says what was to move where. Whoever finds the journal knows that the process was cut off, and
 //! can finish what it did or take it back from what lies where, for files move and are never copied.
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::lock::Lock;
-use super::{DIRECTORY, Staging, clear, completes_model, place, stays_inside};
+use super::{DIRECTORY, Staging, clear, is_index, place, stays_inside};
 use crate::error::{Error, Result};
 use crate::file;
 
@@ -212,14 +212,17 @@ pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
 }
 
 /// The new files with their sizes in the order in which they come, and the older ones in that in
-/// which they leave: config and index, which make a directory a model, leave first and come last.
+/// which they leave: the config, without which nothing is a model, leaves first and comes last, and
+/// the index is next to it.
 fn in_order(staging: &Staging, mut older: Vec<String>) -> (Vec<(String, u64)>, Vec<String>) {
+    let rank = |name: &str| match name {
+        "config.json" => 2,
+        name => u8::from(is_index(name)),
+    };
     let mut new: Vec<_> =
         (staging.written.iter()).map(|written| (written.name.clone(), written.bytes)).collect();
-    new.sort_by(|left, right| {
-        (completes_model(&left.0), &left.0).cmp(&(completes_model(&right.0), &right.0))
-    });
-    older.sort_by_key(|name| !completes_model(name));
+    new.sort_by(|(left, _), (right, _)| (rank(left), left).cmp(&(rank(right), right)));
+    older.sort_by_key(|name| std::cmp::Reverse(rank(name)));
     (new, older)
 }
 
@@ -303,7 +306,7 @@ fn read_journal(directory: &Path) -> Result<Option<Journal>> {
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be looked at.
-pub fn is_cut_off(output: &Path) -> Result<bool> {
+fn is_cut_off(output: &Path) -> Result<bool> {
     let directory = output.join(DIRECTORY);
     match fs::symlink_metadata(&directory) {
         Ok(metadata) if metadata.is_dir() => exists(&directory.join(JOURNAL)),

@@ -253,7 +253,7 @@ fn a_commit_that_was_cut_off_is_finished_or_taken_back() {
                 staging.kept = true;
                 staging.write(MANIFEST, &content, None).expect("written");
                 commit::cut_off(&mut staging, steps);
-                let last = staging.directory.join(&staging.model).join(INDEX);
+                let last = staging.directory.join(&staging.model).join("config.json");
                 drop(staging);
                 fs::remove_file(last).expect("there");
                 assert_eq!(recover(&output).expect("recovered"), Recovery::TakenBack);
