@@ -125,7 +125,8 @@ pub fn describe<S: Source>(tensors: &[S], request: &Request) -> Result<Summary> 
 }
 
 /// What was found of a run of tensors: of each, its summary and its moments; of all, the counts.
-type Found = (Vec<Summary>, Vec<Moments>, Option<Counts>);
+/// And room for one of them.
+type Found = (Vec<Summary>, Vec<Moments>, Option<Counts>, Vec<u8>);
 
 /// The statistics of each tensor for itself, and of all of them together: the same figures as of
 /// [`describe`], with less reading. Progress is counted in bytes.
@@ -142,39 +143,52 @@ pub fn describe_each<S: Source>(
     let format = common_format(tensors);
     let size = total_len(tensors);
     let needs_counts = request.needs_counts();
-    let empty = || -> Found { (Vec::new(), Vec::new(), None) };
-    let (summaries, all_moments, counts) = tensors
+    let empty = || -> Found { (Vec::new(), Vec::new(), None, Vec::new()) };
+    let (summaries, all_moments, counts, _) = tensors
         .par_iter()
-        .try_fold(empty, |(mut summaries, mut all_moments, mut all_counts), tensor| {
+        .try_fold(empty, |(mut summaries, mut all_moments, mut all_counts, mut room), tensor| {
             task.check()?;
-            let one = std::slice::from_ref(tensor);
-            let own_format = tensor.element().format();
-            let (moments, counts) = first_look(one, own_format, needs_counts)?;
-            if let Some(own) = &counts {
-                let all = all_counts.get_or_insert_with(|| Counts::new(format, size));
-                if all.is_like(own) {
-                    all.merge(own);
-                } else {
-                    let mut buffer = Vec::new();
-                    for part in segments(one) {
-                        all.add(&part.read(&mut buffer)?);
-                    }
-                }
-            }
-            summaries.push(summarize(one, request, &moments, counts)?);
+            let all =
+                needs_counts.then(|| all_counts.get_or_insert_with(|| Counts::new(format, size)));
+            let (summary, moments) = match tensor.read_whole(&mut room)? {
+                Some(whole) => describe_one(&whole, request, all)?,
+                None => describe_one(tensor, request, all)?,
+            };
+            summaries.push(summary);
             all_moments.push(moments);
             task.advance((tensor.len() * tensor.element().size()) as u64);
-            Ok((summaries, all_moments, all_counts))
+            Ok((summaries, all_moments, all_counts, room))
         })
         .try_reduce(empty, |mut left: Found, right| {
             left.0.extend(right.0);
             left.1.extend(right.1);
-            Ok((left.0, left.1, merge_counts(left.2, right.2)))
+            Ok((left.0, left.1, merge_counts(left.2, right.2), left.3))
         })?;
     let moments = merge_in_order(&all_moments);
     let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
     let all = summarize(tensors, request, &moments, counts)?;
     Ok((summaries, all))
+}
+
+/// The statistics of one tensor, whose values are counted among those of all.
+fn describe_one<S: Source>(
+    tensor: &S,
+    request: &Request,
+    all: Option<&mut Counts>,
+) -> Result<(Summary, Moments)> {
+    let one = std::slice::from_ref(tensor);
+    let (moments, counts) = first_look(one, tensor.element().format(), all.is_some())?;
+    if let (Some(all), Some(own)) = (all, &counts) {
+        if all.is_like(own) {
+            all.merge(own);
+        } else {
+            let mut buffer = Vec::new();
+            for part in segments(one) {
+                all.add(&part.read(&mut buffer)?);
+            }
+        }
+    }
+    Ok((summarize(one, request, &moments, counts)?, moments))
 }
 
 fn total_len<S: Source>(tensors: &[S]) -> u64 {

@@ -72,7 +72,8 @@ def with_spectra(
         try:
             factors = _core.stored_factors(source)
             if len(factors) != len(rows):
-                raise AdapterError(f"{source[0]}: was changed while it was read")
+                text = "changed while it was read; run again when it is complete"
+                raise AdapterError(f"{source[0]}: {text}")
         except (LorafastError, OSError) as error:
             failed[position] = error
             continue

@@ -240,7 +240,11 @@ mod _core {
     /// Lists a checkpoint from its headers, as plain objects.
     #[pyfunction]
     fn list_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
-        let listing = py.detach(|| Checkpoint::open(&path).map(|base| describe::checkpoint(&base)));
+        let list = |base: Checkpoint| {
+            let listing = describe::checkpoint(&base);
+            base.check_unchanged().map(|()| listing)
+        };
+        let listing = py.detach(|| Checkpoint::open(&path).and_then(list));
         to_object(py, &listing.map_err(|error| to_python(py, error))?)
     }
 
@@ -252,8 +256,11 @@ mod _core {
         path: PathBuf,
         weights: Option<PathBuf>,
     ) -> PyResult<Py<PyAny>> {
-        let open = || Adapter::open(&path, weights.as_deref());
-        let listing = py.detach(|| open().map(|adapter| describe::adapter(&adapter)));
+        let list = |adapter: Adapter| {
+            let listing = describe::adapter(&adapter);
+            adapter.check_unchanged().map(|()| listing)
+        };
+        let listing = py.detach(|| Adapter::open(&path, weights.as_deref()).and_then(list));
         to_object(py, &listing.map_err(|error| to_python(py, error))?)
     }
 

@@ -6,6 +6,9 @@ use super::element::{ElementType, Tensor};
 use crate::error::{Error, Result};
 use crate::safetensors::{SafetensorsFile, TensorInfo};
 
+/// Bytes up to which a tensor is read at once where it is looked at several times.
+const WHOLE: usize = 8 << 20;
+
 /// A tensor of which any run of elements can be had, more than once.
 pub trait Source: Sync {
     /// The elements' type.
@@ -24,6 +27,14 @@ pub trait Source: Sync {
     /// # Errors
     /// Those of reading.
     fn read<'b>(&'b self, elements: Range<usize>, buffer: &'b mut Vec<u8>) -> Result<Tensor<'b>>;
+
+    /// All elements in the buffer, where that saves reading them several times and takes little room.
+    ///
+    /// # Errors
+    /// Those of reading.
+    fn read_whole<'b>(&'b self, _buffer: &'b mut Vec<u8>) -> Result<Option<Tensor<'b>>> {
+        Ok(None)
+    }
 
     /// The error for elements that are not what they were when they were last read.
     fn changed(&self) -> Error;
@@ -81,6 +92,11 @@ impl Source for InFile<'_> {
         let bytes = &mut buffer[..bytes];
         self.file.read_into(self.tensor, (elements.start * size) as u64, bytes)?;
         Tensor::new(bytes, self.element)
+    }
+
+    fn read_whole<'b>(&'b self, buffer: &'b mut Vec<u8>) -> Result<Option<Tensor<'b>>> {
+        let is_small = self.tensor.bytes() <= WHOLE as u64;
+        is_small.then(|| self.read(0..self.len(), buffer)).transpose()
     }
 
     fn changed(&self) -> Error {
