@@ -24,16 +24,12 @@ use crate::renames::{Names, Renames};
 use crate::safetensors::TensorInfo;
 use crate::spectrum::{Spectrum, Update, Values};
 use crate::statistics::{
-    Bins, ElementType, InFile, Request, Source, Summary, Tensor, describe, describe_each,
+    Bins, ElementType, InFile, Request, Summary, Tensor, describe, describe_each,
 };
 use crate::task::Task;
 
 /// Entries of ΔW smaller than this share of their root mean square count as small.
 const SMALL_ENTRY: f64 = 0.01;
-
-/// Bytes up to which an adapter's data is read at once for its statistics, which look at it several
-/// times. Of a larger one a tensor or a segment is in memory at a time.
-const HELD: u64 = 64 << 20;
 
 /// What to find beside moments and spectra.
 #[derive(Debug, Clone)]
@@ -307,17 +303,7 @@ fn tensors(
         histogram: bins.clone(),
         log_histogram: bins,
     };
-    let (each, all) = if adapter.file().header().data_bytes() <= HELD {
-        let mut data = vec![0; adapter.file().header().data_bytes() as usize];
-        adapter.file().read_raw(adapter.file().data_start(), &mut data)?;
-        let views = infos.iter().zip(&values).map(|(info, value)| {
-            let bytes = info.range.start as usize..info.range.end as usize;
-            Tensor::new(&data[bytes], value.element())
-        });
-        describe_each(&views.collect::<Result<Vec<_>>>()?, &request, task)?
-    } else {
-        describe_each(&values, &request, task)?
-    };
+    let (each, all) = describe_each(&values, &request, task)?;
     let tensors = infos.into_iter().zip(each).map(|(tensor, statistics)| TensorAnalysis {
         name: tensor.name.clone(),
         dtype: tensor.dtype.name().to_owned(),

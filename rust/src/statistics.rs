@@ -37,6 +37,7 @@ use crate::task::Task;
 use element::Format;
 use histogram::{linear_counts, linear_thresholds, log_counts, log_thresholds};
 use radix::{Counts, Refinement, Tally};
+use source::with_room;
 
 /// Elements of one unit of work.
 pub(crate) const SEGMENT: usize = 1 << 16;
@@ -125,8 +126,7 @@ pub fn describe<S: Source>(tensors: &[S], request: &Request) -> Result<Summary> 
 }
 
 /// What was found of a run of tensors: of each, its summary and its moments; of all, the counts.
-/// And room for one of them.
-type Found = (Vec<Summary>, Vec<Moments>, Option<Counts>, Vec<u8>);
+type Found = (Vec<Summary>, Vec<Moments>, Option<Counts>);
 
 /// The statistics of each tensor for itself, and of all of them together: the same figures as of
 /// [`describe`], with less reading. Progress is counted in bytes.
@@ -143,26 +143,26 @@ pub fn describe_each<S: Source>(
     let format = common_format(tensors);
     let size = total_len(tensors);
     let needs_counts = request.needs_counts();
-    let empty = || -> Found { (Vec::new(), Vec::new(), None, Vec::new()) };
-    let (summaries, all_moments, counts, _) = tensors
+    let empty = || -> Found { (Vec::new(), Vec::new(), None) };
+    let (summaries, all_moments, counts) = tensors
         .par_iter()
-        .try_fold(empty, |(mut summaries, mut all_moments, mut all_counts, mut room), tensor| {
+        .try_fold(empty, |(mut summaries, mut all_moments, mut all_counts), tensor| {
             task.check()?;
             let all =
                 needs_counts.then(|| all_counts.get_or_insert_with(|| Counts::new(format, size)));
-            let (summary, moments) = match tensor.read_whole(&mut room)? {
-                Some(whole) => describe_one(&whole, request, all)?,
-                None => describe_one(tensor, request, all)?,
-            };
+            let (summary, moments) = with_room(|room| match tensor.read_whole(room)? {
+                Some(whole) => describe_one(&whole, request, all),
+                None => describe_one(tensor, request, all),
+            })?;
             summaries.push(summary);
             all_moments.push(moments);
             task.advance((tensor.len() * tensor.element().size()) as u64);
-            Ok((summaries, all_moments, all_counts, room))
+            Ok((summaries, all_moments, all_counts))
         })
         .try_reduce(empty, |mut left: Found, right| {
             left.0.extend(right.0);
             left.1.extend(right.1);
-            Ok((left.0, left.1, merge_counts(left.2, right.2), left.3))
+            Ok((left.0, left.1, merge_counts(left.2, right.2)))
         })?;
     let moments = merge_in_order(&all_moments);
     let counts = needs_counts.then(|| counts.unwrap_or_else(|| Counts::new(format, size)));
@@ -182,9 +182,8 @@ fn describe_one<S: Source>(
         if all.is_like(own) {
             all.merge(own);
         } else {
-            let mut buffer = Vec::new();
             for part in segments(one) {
-                all.add(&part.read(&mut buffer)?);
+                part.look(|part| all.add(part))?;
             }
         }
     }
@@ -210,8 +209,9 @@ struct Segment<'a, S> {
 }
 
 impl<S: Source> Segment<'_, S> {
-    fn read<'b>(&'b self, buffer: &'b mut Vec<u8>) -> Result<Tensor<'b>> {
-        self.tensor.read(self.elements.clone(), buffer)
+    /// What somebody makes of its elements.
+    fn look<T>(&self, make: impl FnOnce(&Tensor<'_>) -> T) -> Result<T> {
+        with_room(|room| Ok(make(&self.tensor.read(self.elements.clone(), room)?)))
     }
 }
 
@@ -270,24 +270,25 @@ fn first_look<S: Source>(
 ) -> Result<(Moments, Option<Counts>)> {
     let size = total_len(tensors);
     let work = segments(tensors);
-    type Seen = (Vec<Moments>, Option<Counts>, Vec<u8>);
-    let visit = |(mut moments, mut counts, mut buffer): Seen, part: &Segment<'_, S>| {
-        let part = part.read(&mut buffer)?;
-        moments.push(Moments::of(&part));
-        if needs_counts {
-            counts.get_or_insert_with(|| Counts::new(format, size)).add(&part);
-        }
-        Ok((moments, counts, buffer))
+    type Seen = (Vec<Moments>, Option<Counts>);
+    let visit = |(mut moments, mut counts): Seen, part: &Segment<'_, S>| {
+        part.look(|part| {
+            moments.push(Moments::of(part));
+            if needs_counts {
+                counts.get_or_insert_with(|| Counts::new(format, size)).add(part);
+            }
+        })?;
+        Ok((moments, counts))
     };
-    let empty = || -> Seen { (Vec::new(), None, Vec::new()) };
-    let (parts, counts, _) = if work.len() <= 1 {
+    let empty = || -> Seen { (Vec::new(), None) };
+    let (parts, counts) = if work.len() <= 1 {
         work.iter().try_fold(empty(), visit)?
     } else {
         work.par_iter().with_min_len(SEGMENTS_AT_A_TIME).try_fold(empty, visit).try_reduce(
             empty,
             |mut left, right| {
                 left.0.extend(right.0);
-                Ok::<_, Error>((left.0, merge_counts(left.1, right.1), left.2))
+                Ok::<_, Error>((left.0, merge_counts(left.1, right.1)))
             },
         )?
     };
@@ -444,20 +445,18 @@ fn look_again<S: Source>(tensors: &[S], refinement: &Refinement) -> Result<Tally
     if !refinement.is_needed() {
         return Ok(refinement.tally());
     }
-    let visit = |(mut tally, mut buffer): (Tally, Vec<u8>), part: &Segment<'_, S>| {
-        refinement.visit(&part.read(&mut buffer)?, &mut tally);
-        Ok((tally, buffer))
+    let visit = |mut tally: Tally, part: &Segment<'_, S>| {
+        part.look(|part| refinement.visit(part, &mut tally))?;
+        Ok(tally)
     };
-    let empty = || (refinement.tally(), Vec::new());
     let work = segments(tensors);
     if work.len() <= 1 {
-        return work.iter().try_fold(empty(), visit).map(|(tally, _)| tally);
+        return work.iter().try_fold(refinement.tally(), visit);
     }
     let tally = work
         .par_iter()
         .with_min_len(SEGMENTS_AT_A_TIME)
-        .try_fold(empty, visit)
-        .map(|found: Result<_>| found.map(|(tally, _)| tally))
+        .try_fold(|| refinement.tally(), visit)
         .try_reduce_with(|mut left, right| {
             left.merge(right);
             Ok(left)

@@ -1,10 +1,24 @@
 //! Where the values of a population lie: in memory, or in a file that is read a segment at a time.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::element::{ElementType, Tensor};
 use crate::error::{Error, Result};
 use crate::safetensors::{SafetensorsFile, TensorInfo};
+
+thread_local! {
+    static ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Lends the thread's buffer, which keeps its pages from one read to the next. Work that waits for
+/// other threads may begin more work on this one, which finds an empty buffer then.
+pub(super) fn with_room<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    let mut room = ROOM.take();
+    let result = work(&mut room);
+    ROOM.set(room);
+    result
+}
 
 /// Bytes up to which a tensor is read at once where it is looked at several times.
 const WHOLE: usize = 8 << 20;
