@@ -168,4 +168,4 @@ def test_quiet_and_threads(folder: Path, capsys: Capture) -> None:
     assert main(["similar", str(folder / "one"), str(folder / "two"), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     assert main(["duplicates", str(folder), "--threads", "0"]) == 1
-    assert "threads must be at least 1" in capsys.readouterr().err
+    assert "threads is 0; it is 1 to 1024" in capsys.readouterr().err

@@ -363,7 +363,7 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
         ({"metric": "angle"}, "metric must be one of"),
         ({"precision": "float16"}, "precision must be one of"),
         ({"memory": 0}, "memory must be"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, "threads is 0; it is 1 to 1024"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorafast import _core, _findings, _sources
 from lorafast._io import scratch
 from lorafast._io.paths import expand, resolved
+from lorafast._limits import check_threads
 from lorafast._records import (
     AdapterAnalysis,
     Comparison,
@@ -185,8 +186,7 @@ def compare_analysed(
 def _check(histogram_bins: int, threads: int | None) -> None:
     if not 1 <= histogram_bins <= MOST_BINS:
         raise ValueError(f"histogram_bins must be from 1 to {MOST_BINS}, not {histogram_bins}")
-    if threads is not None and threads < 1:
-        raise ValueError("threads must be at least 1")
+    check_threads(threads)
 
 
 @contextmanager

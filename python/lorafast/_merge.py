@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from lorafast import _core, _sources
 from lorafast._errors import LorafastError, PlanError, VerificationError
 from lorafast._io.paths import expand
+from lorafast._limits import check_threads
 
 if TYPE_CHECKING:
     from lorafast._io.scratch import Scratch
@@ -539,12 +540,6 @@ def _in_words(error: BaseException) -> str:
 
     place = getattr(error, "filename", None)
     return reason_of(error) + (f": {os.fsdecode(place)}" if place is not None else "")
-
-
-def check_threads(threads: int | None) -> None:
-    """Raises ValueError for a number of threads below 1."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}; it is at least 1, or None for one per core")
 
 
 def _progress_callback(progress: Progress) -> Any:

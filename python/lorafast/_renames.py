@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorafast._io import scratch
 from lorafast._io.paths import is_directory, is_file
+from lorafast._limits import is_modest, with_few_positions
 
 #: The classes whose patterns and replacements say all that they do.
 PLAIN = {"WeightRenaming", "WeightConverter", "PrefixChange"}
@@ -29,7 +31,8 @@ def renaming_rules(base: Path) -> str | None:
     Returns:
         A JSON list of rules, each with `sources` and `targets` (regular expressions and
         replacements of names), `operations` (name, dimension, plain), `prefixes` and `special`;
-        `None` where transformers or the model's class in it is missing, or has no rules.
+        `None` where transformers or the model's class in it is missing, or has no rules, and where
+        the config describes a model with more modules than any has: transformers builds it.
 
     Raises:
         OSError: the config leads nowhere or may not be looked at.
@@ -38,8 +41,15 @@ def renaming_rules(base: Path) -> str | None:
     if not is_file(path) or find_spec("transformers") is None or find_spec("torch") is None:
         return None
     try:
-        with warnings.catch_warnings():
+        config = json.loads(path.read_bytes())
+        if not is_modest(config):
+            return None
+        with warnings.catch_warnings(), scratch.directory() as short:
             warnings.simplefilter("ignore")
+            few = with_few_positions(config)
+            if few is not config:
+                path = short / path.name
+                path.write_text(json.dumps(few), encoding="utf-8")
             transforms = _transforms(path)
     except Exception:
         # The answer only helps: without it the names stay what they are, and the error that is on

@@ -14,15 +14,8 @@ from lorafast._cells import LONGEST_REASON, cell
 from lorafast._errors import OutputError, VerificationError
 from lorafast._io import atomic
 from lorafast._io.paths import expand, is_directory, resolved
-from lorafast._merge import (
-    AFTERWARDS,
-    DTYPES,
-    MergePlan,
-    _plan,
-    check_threads,
-    unmeasured,
-    write_afterwards,
-)
+from lorafast._limits import check_threads
+from lorafast._merge import AFTERWARDS, DTYPES, MergePlan, _plan, unmeasured, write_afterwards
 from lorafast._merge_page import adapter_lines, note_lines, path, warning_lines
 from lorafast._progress import callback
 from lorafast._verify import verify_plan

@@ -117,7 +117,8 @@ def verify(
         LorafastError: base or adapters are broken or do not fit together, as for
             `lorafast.merge`. What is wrong with `merged` is a problem in the result instead.
     """
-    from lorafast._merge import check_threads, plan
+    from lorafast._limits import check_threads
+    from lorafast._merge import plan
     from lorafast._torch._device_names import check_merge_name
 
     check_threads(threads)

@@ -21,6 +21,7 @@ pub use config::features::{Initialisation, Version};
 use crate::error::{Error, Owner, Result};
 use crate::file::{self, Stamp};
 use crate::safetensors::{SafetensorsFile, TensorInfo, check_path};
+use crate::task::Task;
 
 pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
@@ -199,6 +200,15 @@ impl Adapter {
     /// [`Error::Io`] if something is not there, [`Error::Adapter`] if it is not sound,
     /// [`Error::Unsupported`] if it is no LoRA.
     pub fn open(path: &Path, weights: Option<&Path>) -> Result<Self> {
+        Self::open_with(path, weights, &Task::new())
+    }
+
+    /// The same, as a part of a task that can be cancelled.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::open`], and [`Error::Cancelled`].
+    pub fn open_with(path: &Path, weights: Option<&Path>, task: &Task) -> Result<Self> {
+        task.check()?;
         let failed = |error: Error| error.of(Owner::Adapter);
         let is_directory = match file::find(path).map_err(failed)? {
             Some(metadata) => metadata.is_dir(),
@@ -229,10 +239,11 @@ impl Adapter {
             return Err(Error::adapter(path, message));
         }
         let file = SafetensorsFile::open_adapter(&weights)?;
-        let sorted = tensors::sort(&file, &config).map_err(|error| {
+        let sorted = tensors::sort(&file, &config, task).map_err(|error| {
             // Factors that do not pair up are no damage where the config says why.
             match config.obstacles(&[]).as_slice() {
                 [] => error,
+                _ if matches!(error, Error::Cancelled) => error,
                 obstacles => Error::unsupported(path, obstacles.join("; ")),
             }
         })?;

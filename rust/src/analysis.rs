@@ -194,7 +194,7 @@ pub fn analyze(
     pool: &rayon::ThreadPool,
     task: &Task,
 ) -> Result<Analysis> {
-    let weights = base.map(|base| find_weights(adapter, base)).transpose()?;
+    let weights = base.map(|base| find_weights(adapter, base, task)).transpose()?;
     task.expect(work(adapter, weights.as_deref(), options));
     pool.install(|| {
         let mut notes = Vec::new();
@@ -355,20 +355,20 @@ fn measure(
 }
 
 /// The base's weight of each module.
-fn find_weights(adapter: &Adapter, base: &Checkpoint) -> Result<Vec<TensorInfo>> {
+fn find_weights(adapter: &Adapter, base: &Checkpoint, task: &Task) -> Result<Vec<TensorInfo>> {
     let mut parameters: Vec<_> =
         adapter.modules().keys().map(|path| format!("{path}.weight")).collect();
     let mut names = Names::plain(base);
-    let mut fit = names::find_mapping(&parameters, &names);
+    let mut fit = names::find_mapping(&parameters, &names, task)?;
     if !fit.problems.is_empty()
         && let Some(renames) = Renames::built_in(base)
     {
-        let renamed = Names::renamed(base, renames);
+        let renamed = Names::renamed(base, renames, task)?;
         // A piece of a stored tensor has no norm of its own there.
         let canonical = parameters.iter().map(|parameter| renamed.canonical(parameter));
         let whole = canonical.filter(|one| one.piece.is_none()).map(|one| one.name);
         let whole: Vec<_> = whole.collect();
-        let other = names::find_mapping(&whole, &renamed);
+        let other = names::find_mapping(&whole, &renamed, task)?;
         if whole.len() == parameters.len() && other.problems.is_empty() {
             (names, fit, parameters) = (renamed, other, whole);
         }

@@ -15,6 +15,7 @@ use crate::file;
 use crate::safetensors::{SafetensorsFile, TensorInfo};
 use crate::side_files::shard_of;
 use crate::staging;
+use crate::task::Task;
 
 /// The file names under which libraries save a whole model, in the order in which transformers
 /// looks for them; diffusers' come after.
@@ -72,6 +73,14 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Io`] if something is not there, [`Error::Checkpoint`] if it is not sound.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, &Task::new())
+    }
+
+    /// The same, as a part of a task that can be cancelled.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`], and [`Error::Cancelled`].
+    pub fn open_with(path: &Path, task: &Task) -> Result<Self> {
         let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
         let is_directory = metadata.is_dir();
         let (root, files) = if is_directory {
@@ -96,6 +105,7 @@ impl Checkpoint {
             .shards
             .into_iter()
             .map(|name| {
+                task.check()?;
                 let file = SafetensorsFile::open(&root.join(&name))?;
                 Ok(Shard { name, file })
             })

@@ -4,6 +4,7 @@
 //! The variants are the classes that a caller can tell apart; the bindings map each to one
 //! Python exception.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A base checkpoint that is broken or not of a kind that can be read.
-    #[error("{}: {message}", path.display())]
+    #[error("{}: {}", path.display(), shortened(message))]
     Checkpoint {
         /// The file or directory at fault.
         path: PathBuf,
@@ -30,7 +31,7 @@ pub enum Error {
         message: String,
     },
     /// An adapter that is broken: its config, its file, or the two together.
-    #[error("{}: {message}", path.display())]
+    #[error("{}: {}", path.display(), shortened(message))]
     Adapter {
         /// The file or directory at fault.
         path: PathBuf,
@@ -38,7 +39,7 @@ pub enum Error {
         message: String,
     },
     /// An adapter that is sound but uses something that cannot be merged.
-    #[error("{}: {message}", path.display())]
+    #[error("{}: {}", path.display(), shortened(message))]
     Unsupported {
         /// The adapter.
         path: PathBuf,
@@ -49,7 +50,7 @@ pub enum Error {
     #[error("{}", list_problems(.0))]
     Plan(Vec<String>),
     /// The output cannot be written where it was asked for.
-    #[error("{}: {message}", path.display())]
+    #[error("{}: {}", path.display(), shortened(message))]
     Output {
         /// The output directory, or the file in it.
         path: PathBuf,
@@ -57,7 +58,7 @@ pub enum Error {
         message: String,
     },
     /// The arithmetic left the range of the output's dtype.
-    #[error("tensor {tensor}: {message}")]
+    #[error("tensor {}: {}", shortened(tensor), shortened(message))]
     Numeric {
         /// The base tensor's name.
         tensor: String,
@@ -65,7 +66,7 @@ pub enum Error {
         message: String,
     },
     /// An argument outside its domain.
-    #[error("{0}")]
+    #[error("{}", shortened(.0))]
     Argument(String),
     /// The caller raised the cancel flag.
     #[error("cancelled")]
@@ -140,17 +141,69 @@ impl Error {
     }
 }
 
+/// Characters without white space that a message spells out.
+const LONGEST_WORD: usize = 300;
+/// Characters that are left of a longer word, at its beginning and at its end.
+const ENDS_OF_WORD: usize = 100;
+/// Characters that a message spells out.
+const LONGEST_MESSAGE: usize = 20_000;
+/// Characters that are left of a longer message, at its beginning and at its end.
+const ENDS_OF_MESSAGE: usize = 5_000;
+
+/// A message that quotes strangers' names, in a length that somebody can read: a word of more than
+/// 300 characters keeps its beginning and its end, and so does the whole message.
+pub fn shortened(message: &str) -> Cow<'_, str> {
+    let is_long = |word: &str| word.len() > LONGEST_WORD && word.chars().count() > LONGEST_WORD;
+    if message.len() <= LONGEST_WORD {
+        return message.into();
+    }
+    let words = || message.split_inclusive(char::is_whitespace);
+    let mut text = Cow::Borrowed(message);
+    if words().any(|word| is_long(word.trim_end())) {
+        let short = words().map(|word| {
+            let bare = word.trim_end();
+            if is_long(bare) {
+                cut(bare, ENDS_OF_WORD) + &word[bare.len()..]
+            } else {
+                word.to_owned()
+            }
+        });
+        text = Cow::Owned(short.collect());
+    }
+    if text.len() > LONGEST_MESSAGE && text.chars().count() > LONGEST_MESSAGE {
+        text = Cow::Owned(cut(&text, ENDS_OF_MESSAGE));
+    }
+    text
+}
+
+/// Shortens every one of some messages.
+pub fn shorten_all<'a>(messages: impl Iterator<Item = &'a mut String>) {
+    for message in messages {
+        if let Cow::Owned(short) = shortened(message) {
+            *message = short;
+        }
+    }
+}
+
+/// The first and the last characters of a text, and how many it has.
+fn cut(text: &str, kept: usize) -> String {
+    let begin = text.char_indices().nth(kept).map_or(text.len(), |(position, _)| position);
+    let end = text.char_indices().rev().nth(kept - 1).map_or(0, |(position, _)| position);
+    let count = text.chars().count();
+    format!("{}…{} ({count} characters)", &text[..begin], &text[end..])
+}
+
 /// The most problems that one message spells out; the error itself carries all of them.
 const PROBLEMS_IN_MESSAGE: usize = 8;
 
 fn list_problems(problems: &[String]) -> String {
     match problems {
-        [only] => only.clone(),
+        [only] => shortened(only).into_owned(),
         _ => {
             let mut text = format!("{} problems", problems.len());
             for problem in problems.iter().take(PROBLEMS_IN_MESSAGE) {
                 text.push_str("\n  - ");
-                text.push_str(problem);
+                text.push_str(&shortened(problem));
             }
             if problems.len() > PROBLEMS_IN_MESSAGE {
                 let rest = problems.len() - PROBLEMS_IN_MESSAGE;
@@ -168,6 +221,21 @@ mod tests {
     #[test]
     fn a_single_problem_is_the_message() {
         assert_eq!(Error::Plan(vec!["x does not fit".into()]).to_string(), "x does not fit");
+    }
+
+    #[test]
+    fn a_name_of_a_megabyte_makes_no_message_of_a_megabyte() {
+        let name = "ü".repeat(500_000) + ".weight";
+        let message = Error::Plan(vec![format!("its module {name} fits nothing")]).to_string();
+        assert!(message.starts_with("its module üü") && message.ends_with(") fits nothing"));
+        assert!(message.contains("….weight") || message.contains("üü.weight (500007 characters)"));
+        assert!(message.chars().count() < 300, "{message}");
+        let apart = "a ".repeat(500_000);
+        let message = Error::adapter("x", format!("has {apart}")).to_string();
+        assert!(message.starts_with("x: has a a") && message.contains("(1000004 characters)"));
+        assert!(message.len() < 11_000);
+        let plain = format!("{} is a name", "a".repeat(300));
+        assert_eq!(shortened(&plain), plain);
     }
 
     #[test]

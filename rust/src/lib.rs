@@ -23,6 +23,7 @@ pub mod file;
 mod fixtures;
 pub mod fleet;
 pub mod kernel;
+pub mod limits;
 pub mod names;
 pub mod orientation;
 pub mod overlap;

@@ -3,10 +3,19 @@
 //! An adapter is named after the model in memory, a checkpoint after what was saved. The two differ
 //! by a leading part where one of them is a bare backbone: `model.`, `transformer.`, `bert.`.
 
+pub mod endings;
+
+use std::collections::{HashMap, HashSet};
+
+use indexmap::IndexMap;
+
+use crate::error::Result;
+use crate::limits;
 use crate::renames::Names;
+use crate::task::Task;
 
 /// The one change of names that makes every module of an adapter fit.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Mapping {
     /// The names are the same.
     Same,
@@ -52,38 +61,42 @@ pub struct Fit {
 
 /// Finds the mapping under which every parameter has its tensor in the base. The parameters are
 /// given by their canonical names.
-pub fn find_mapping(parameters: &[String], base: &Names<'_>) -> Fit {
+///
+/// # Errors
+/// [`crate::Error::Cancelled`].
+pub fn find_mapping(parameters: &[String], base: &Names<'_>, task: &Task) -> Result<Fit> {
     let fits = |mapping: &Mapping, parameter: &String| {
         mapping.apply(parameter).is_some_and(|name| base.has(&name))
     };
-    let fitting =
-        |mapping: &Mapping| parameters.iter().filter(|parameter| fits(mapping, parameter)).count();
-    let same = fitting(&Mapping::Same);
+    let same = parameters.iter().filter(|parameter| base.has(parameter)).count();
     if same == parameters.len() {
-        return Fit { mapping: Mapping::Same, problems: Vec::new() };
+        return Ok(Fit { mapping: Mapping::Same, problems: Vec::new() });
     }
-    // A mapping that fits them all can be learned from any of them; the others are asked only to
-    // find the best one that does not.
-    let mut candidates: Vec<(Mapping, usize)> = vec![(Mapping::Same, same)];
+    // Each parameter votes for all mappings under which it fits.
+    let mut votes = IndexMap::<Mapping, Votes>::new();
+    votes.insert(Mapping::Same, Votes { count: same, is_candidate: true });
     for parameter in parameters {
-        for mapping in candidates_for(parameter, base) {
-            if !candidates.iter().any(|(known, _)| *known == mapping) {
-                let count = fitting(&mapping);
-                candidates.push((mapping, count));
-            }
-        }
-        if candidates.iter().any(|(_, count)| *count == parameters.len()) {
-            break;
+        task.check()?;
+        for (mapping, names_a_module) in mappings_of(parameter, base) {
+            let votes = votes.entry(mapping).or_default();
+            votes.count += 1;
+            votes.is_candidate |= names_a_module;
         }
     }
+    let candidates: Vec<(&Mapping, usize)> = (votes.iter())
+        .filter(|(_, votes)| votes.is_candidate)
+        .map(|(mapping, votes)| (mapping, votes.count))
+        .collect();
     // The first of the best: the names as they stand win a tie.
     let best = candidates.iter().rev().max_by_key(|(_, count)| *count);
-    let (mapping, count) = best.cloned().unwrap_or((Mapping::Same, same));
-    let mut problems: Vec<_> = parameters
-        .iter()
-        .filter(|parameter| !fits(&mapping, parameter))
-        .map(|parameter| complain(parameter, base))
-        .collect();
+    let (mapping, count) =
+        best.map_or((Mapping::Same, same), |(best, count)| (Mapping::clone(best), *count));
+    let mut hints = Hints { base, known: HashMap::new() };
+    let mut problems = Vec::new();
+    for parameter in parameters.iter().filter(|parameter| !fits(&mapping, parameter)) {
+        task.check()?;
+        problems.push(hints.complain(parameter));
+    }
     let equal: Vec<_> = (candidates.iter())
         .filter(|(_, other)| *other == count && count == parameters.len())
         .filter_map(|(mapping, _)| mapping.describe())
@@ -95,7 +108,15 @@ pub fn find_mapping(parameters: &[String], base: &Names<'_>) -> Fit {
             equal.join(", or ")
         ));
     }
-    Fit { mapping, problems }
+    Ok(Fit { mapping, problems })
+}
+
+/// How many parameters fit under a mapping, and whether it leaves one of them naming a module and
+/// its parameter, without which it is none.
+#[derive(Debug, Default)]
+struct Votes {
+    count: usize,
+    is_candidate: bool,
 }
 
 /// A leading part that is part of a name, not the place in a list of layers.
@@ -105,38 +126,55 @@ fn is_plain(prefix: &str) -> bool {
         .any(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-fn candidates_for(parameter: &str, base: &Names<'_>) -> Vec<Mapping> {
-    let mut candidates = Vec::new();
-    for (position, _) in parameter.match_indices('.') {
+/// The mappings under which a parameter fits, each once, and whether what is left of its name under
+/// it still names a module and its parameter.
+fn mappings_of(parameter: &str, base: &Names<'_>) -> Vec<(Mapping, bool)> {
+    let mut mappings = Vec::new();
+    for (position, _) in parameter.match_indices('.').take(limits::LEADING_PARTS) {
         let (prefix, rest) = parameter.split_at(position + 1);
-        // What is left must still name a module and its parameter.
-        if rest.contains('.') && is_plain(prefix) && base.has(rest) {
-            candidates.push(Mapping::Strip(prefix.to_owned()));
+        if is_plain(prefix) && base.has(rest) {
+            mappings.push((Mapping::Strip(prefix.to_owned()), rest.contains('.')));
         }
     }
     let tail = format!(".{parameter}");
-    for name in base.keys() {
-        if let Some(prefix) = name.strip_suffix(&tail).filter(|prefix| is_plain(prefix)) {
-            candidates.push(Mapping::Add(format!("{prefix}.")));
+    let mut seen = HashSet::new();
+    for name in base.ending_in(&tail) {
+        let prefix = &name[..name.len() - parameter.len()];
+        if is_plain(prefix) && seen.insert(prefix) {
+            mappings.push((Mapping::Add(prefix.to_owned()), true));
         }
     }
-    candidates
+    mappings
 }
 
-fn complain(parameter: &str, base: &Names<'_>) -> String {
-    let (module, kind) = parameter.rsplit_once('.').unwrap_or((parameter, ""));
-    let leaf = module.rsplit('.').next().unwrap_or(module);
-    if leaf == "lm_head" && base.base().ties_embeddings() {
-        return format!(
-            "its module {module} is tied to the input embeddings in this base, \
-             which holds no {parameter}; a LoRA on it cannot be merged yet"
-        );
+/// What the base has in place of what it does not have.
+struct Hints<'a, 'b> {
+    base: &'a Names<'b>,
+    /// By the end of a name: the first tensor that has it.
+    known: HashMap<String, Option<&'a str>>,
+}
+
+impl Hints<'_, '_> {
+    fn complain(&mut self, parameter: &str) -> String {
+        let base = self.base.base();
+        let (module, kind) = parameter.rsplit_once('.').unwrap_or((parameter, ""));
+        let leaf = module.rsplit('.').next().unwrap_or(module);
+        if leaf == "lm_head" && base.ties_embeddings() {
+            return format!(
+                "its module {module} is tied to the input embeddings in this base, \
+                 which holds no {parameter}; a LoRA on it cannot be merged yet"
+            );
+        }
+        let tail = format!(".{leaf}.{kind}");
+        let find = || {
+            let mut names = base.tensors().keys();
+            names.find(|name| name.ends_with(&tail)).map(String::as_str)
+        };
+        let similar = *self.known.entry(tail.clone()).or_insert_with(find);
+        let hint = match similar {
+            Some(name) => format!(" (the base has, for example, {name})"),
+            None => format!(" (no tensor of the base ends in {})", &tail[1..]),
+        };
+        format!("its module {module} fits no tensor of the base{hint}")
     }
-    let tail = format!(".{leaf}.{kind}");
-    let similar = base.base().tensors().keys().find(|name| name.ends_with(&tail));
-    let hint = match similar {
-        Some(name) => format!(" (the base has, for example, {name})"),
-        None => format!(" (no tensor of the base ends in {})", &tail[1..]),
-    };
-    format!("its module {module} fits no tensor of the base{hint}")
 }

@@ -24,11 +24,12 @@ use serde::Serialize;
 use crate::adapter::{Accounts, Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten_all};
 use crate::kernel::Orientation;
 use crate::quantised::Quantised;
 use crate::renames::Renames;
 use crate::safetensors::TensorInfo;
+use crate::task::Task;
 
 use planner::Planner;
 pub(crate) use quantised::means;
@@ -428,8 +429,9 @@ pub struct Plan {
 /// or the built-in rules for renamed ones.
 ///
 /// # Errors
-/// That a file changed meanwhile, or [`Error::Io`].
-pub fn names_fit(inputs: &Inputs) -> Result<bool> {
+/// [`Error::Cancelled`], [`Error::Adapter`] for patterns of a config that take too many steps, that
+/// a file changed meanwhile, or [`Error::Io`].
+pub fn names_fit(inputs: &Inputs, task: &Task) -> Result<bool> {
     let options = Options {
         strategy: Strategy::Sequential,
         weights: None,
@@ -440,8 +442,13 @@ pub fn names_fit(inputs: &Inputs) -> Result<bool> {
         expert_layout: None,
         renames: None,
     };
-    let planner = Planner::new(inputs, &options)?;
-    Ok(inputs.adapters.iter().all(|adapter| planner.name(adapter).fits()))
+    let planner = Planner::new(inputs, &options, task)?;
+    for adapter in &inputs.adapters {
+        if !planner.name(adapter)?.fits() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 impl Plan {
@@ -452,6 +459,14 @@ impl Plan {
     /// what cannot be merged, [`Error::Plan`] with everything that does not fit together,
     /// [`Error::Checkpoint`] or [`Error::Adapter`] if a file changed meanwhile, [`Error::Io`].
     pub fn new(inputs: &Inputs, options: Options) -> Result<Self> {
+        Self::new_with(inputs, options, &Task::new())
+    }
+
+    /// The same, as a part of a task that can be cancelled.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`], and [`Error::Cancelled`].
+    pub fn new_with(inputs: &Inputs, options: Options, task: &Task) -> Result<Self> {
         let mut weights = weights_of(&options, inputs.adapters.len())?;
         if options.subtract {
             weights.iter_mut().for_each(|weight| *weight = -*weight);
@@ -475,9 +490,10 @@ impl Plan {
             false => replication::apply(inputs).map_err(|problem| Error::Plan(vec![problem]))?,
         };
         let inputs = replicated.as_ref().map_or(inputs, |(inputs, _)| inputs);
-        let mut planner = Planner::new(inputs, &options)?;
+        task.check()?;
+        let mut planner = Planner::new(inputs, &options, task)?;
         for (position, weight) in weights.iter().enumerate() {
-            planner.add(position, *weight);
+            planner.add(position, *weight)?;
         }
         let mut decided = planner.finish()?;
         if let Some((_, replication)) = &replicated {
@@ -493,9 +509,12 @@ impl Plan {
             warnings.extend(untrained(adapter)?);
         }
         warnings.extend_from_slice(&decided.warnings);
-        let (config_changes, notes) = (decided.config_changes.clone(), decided.notes.clone());
+        let (config_changes, mut notes) = (decided.config_changes.clone(), decided.notes.clone());
+        shorten_all(warnings.iter_mut().chain(&mut notes));
         let waived = std::mem::take(&mut decided.waived);
+        task.check()?;
         let shards = layout::plan_shards(inputs, &options, decided);
+        task.check()?;
         let accounts = accounts::settle(inputs, &options.allow, &shards, &waived);
         Ok(Self { options, weights, shards, config_changes, warnings, notes, accounts })
     }

@@ -10,14 +10,26 @@
 mod families;
 
 use std::collections::HashSet;
+use std::sync::OnceLock;
 
-use fancy_regex::{Regex, escape};
+use fancy_regex::{Regex, RegexBuilder, escape};
 use indexmap::IndexMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::limits;
+use crate::names::endings::Backwards;
+use crate::task::Task;
+
+/// How often a rule may go back while it is held against one name.
+const BACKTRACKS: usize = 100_000;
+/// What stands in the way of a name that no rule can be held against.
+const TOO_LONG: &str = "its name takes too many steps to hold against the rules for its model type";
+
+/// A rule took more steps than it may.
+struct Exceeded;
 
 /// What transformers does to some names as it loads a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -173,16 +185,23 @@ impl Renames {
     pub fn canonical(&self, parameter: &str) -> Canonical {
         let mut name = parameter.to_owned();
         let mut obstacle = None;
+        let unknown = |name| Canonical { name, piece: None, obstacle: Some(TOO_LONG.to_owned()) };
         for renaming in &self.renamings {
-            if let Some((renamed, _)) = renaming.source.replace(&name, &renaming.target) {
-                obstacle = obstacle.or_else(|| renaming.obstacle.clone());
-                name = renamed;
+            match renaming.source.replace(&name, &renaming.target) {
+                Ok(None) => {}
+                Ok(Some((renamed, _))) => {
+                    obstacle = obstacle.or_else(|| renaming.obstacle.clone());
+                    name = renamed;
+                }
+                Err(Exceeded) => return unknown(name),
             }
         }
         for conversion in &self.conversions {
             for (source, piece) in &conversion.sources {
-                let Some((renamed, expert)) = source.replace(&name, &conversion.target) else {
-                    continue;
+                let (renamed, expert) = match source.replace(&name, &conversion.target) {
+                    Ok(None) => continue,
+                    Ok(Some(found)) => found,
+                    Err(Exceeded) => return unknown(name),
                 };
                 let piece = piece.clone().map(|piece| Piece { expert, ..piece });
                 let obstacle = obstacle.or_else(|| conversion.obstacle.clone());
@@ -193,8 +212,11 @@ impl Renames {
     }
 }
 
-/// The model types that a config names, outermost first.
+/// The model types that a config names, outermost first, as many as a model has.
 fn collect_types<'a>(config: &'a Map<String, Value>, types: &mut Vec<&'a str>) {
+    if types.len() >= limits::MODEL_TYPES {
+        return;
+    }
     if let Some(name) = config.get("model_type").and_then(Value::as_str)
         && !types.contains(&name)
     {
@@ -214,27 +236,35 @@ fn pattern(source: &str, prefixes: &[String]) -> Result<Pattern> {
     // that ends in an underscore is the beginning of a name.
     let ends_in_word = source.ends_with(|last: char| last.is_ascii_alphanumeric());
     let boundary = if ends_in_word { r"(?!\w)" } else { "" };
-    let regex = Regex::new(&format!("{source}{boundary}"))
+    let regex = RegexBuilder::new(&format!("{source}{boundary}"))
+        .backtrack_limit(BACKTRACKS)
+        .build()
         .map_err(|error| Error::Argument(format!("the renaming rule {source:?}: {error}")))?;
     Ok(Pattern { regex, prefixes: prefixes.to_vec() })
 }
 
 impl Pattern {
     /// The name with the first match replaced, and the expert's number in it.
-    fn replace(&self, name: &str, target: &str) -> Option<(String, Option<u64>)> {
+    fn replace(&self, name: &str, target: &str) -> Result<Option<(String, Option<u64>)>, Exceeded> {
+        let begins = |prefix: &&String| name.starts_with(prefix.as_str());
         let prefix = match self.prefixes.as_slice() {
             [] => "",
-            prefixes => prefixes.iter().find(|prefix| name.starts_with(prefix.as_str()))?,
+            prefixes => match prefixes.iter().find(begins) {
+                Some(prefix) => prefix,
+                None => return Ok(None),
+            },
         };
         let rest = &name[prefix.len()..];
-        // A pattern that is too much for the matcher is one that does not match.
-        let captures = self.regex.captures(rest).ok().flatten()?;
-        let whole = captures.get(0)?;
+        // Whether a name matches is not known where the matcher gives up.
+        let Some(captures) = self.regex.captures(rest).map_err(|_| Exceeded)? else {
+            return Ok(None);
+        };
+        let Some(whole) = captures.get(0) else { return Ok(None) };
         let expert = captures.name("expert").and_then(|number| number.as_str().parse().ok());
         let group = captures.get(1).map_or("", |group| group.as_str());
         let target = target.replace(r"\1", group).replace(r"\.", ".");
         let (before, after) = (&rest[..whole.start()], &rest[whole.end()..]);
-        Some((format!("{prefix}{before}{target}{after}"), expert))
+        Ok(Some((format!("{prefix}{before}{target}{after}"), expert)))
     }
 }
 
@@ -320,6 +350,8 @@ pub struct Stored {
 pub struct Names<'a> {
     base: &'a Checkpoint,
     renamed: Option<Renamed>,
+    /// The canonical names by their ends; made when they are asked for.
+    backwards: OnceLock<Backwards>,
 }
 
 #[derive(Debug, Clone)]
@@ -331,18 +363,23 @@ struct Renamed {
 impl<'a> Names<'a> {
     /// The names as they stand.
     pub fn plain(base: &'a Checkpoint) -> Self {
-        Self { base, renamed: None }
+        Self { base, renamed: None, backwards: OnceLock::new() }
     }
 
     /// The canonical names under some rules.
-    pub fn renamed(base: &'a Checkpoint, renames: Renames) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`].
+    pub fn renamed(base: &'a Checkpoint, renames: Renames, task: &Task) -> Result<Self> {
         let mut tensors = IndexMap::<String, Vec<Stored>>::new();
         for name in base.tensors().keys() {
+            task.check()?;
             let Canonical { name: canonical, piece, obstacle } = renames.canonical(name);
             let stored = Stored { name: name.clone(), piece, obstacle };
             tensors.entry(canonical).or_default().push(stored);
         }
-        Self { base, renamed: Some(Renamed { renames, tensors }) }
+        let renamed = Some(Renamed { renames, tensors });
+        Ok(Self { base, renamed, backwards: OnceLock::new() })
     }
 
     /// The checkpoint.
@@ -363,12 +400,49 @@ impl<'a> Names<'a> {
         }
     }
 
-    /// Every canonical name.
-    pub fn keys(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+    /// How many canonical names there are.
+    fn count(&self) -> usize {
         match &self.renamed {
-            Some(renamed) => Box::new(renamed.tensors.keys().map(String::as_str)),
-            None => Box::new(self.base.tensors().keys().map(String::as_str)),
+            Some(renamed) => renamed.tensors.len(),
+            None => self.base.tensors().len(),
         }
+    }
+
+    /// The canonical name at that position.
+    fn key(&self, position: usize) -> &str {
+        let key = match &self.renamed {
+            Some(renamed) => renamed.tensors.get_index(position).map(|(name, _)| name),
+            None => self.base.tensors().get_index(position).map(|(name, _)| name),
+        };
+        key.map_or("", String::as_str)
+    }
+
+    /// The position of a canonical name.
+    fn position(&self, canonical: &str) -> Option<usize> {
+        match &self.renamed {
+            Some(renamed) => renamed.tensors.get_index_of(canonical),
+            None => self.base.tensors().get_index_of(canonical),
+        }
+    }
+
+    fn positions_ending_in(&self, text: &str) -> Vec<usize> {
+        let key = |position| self.key(position);
+        let backwards = self.backwards.get_or_init(|| Backwards::of(self.count(), key));
+        backwards.ending_in(text, key)
+    }
+
+    /// The canonical names that end in a text, in their order.
+    pub fn ending_in(&self, text: &str) -> impl Iterator<Item = &str> {
+        self.positions_ending_in(text).into_iter().map(|position| self.key(position))
+    }
+
+    /// The first canonical name that differs from this one by a leading part, of either.
+    pub fn alike(&self, canonical: &str) -> Option<&str> {
+        let cuts = canonical.match_indices('.').take(limits::LEADING_PARTS);
+        let shorter = cuts.filter_map(|(dot, _)| self.position(&canonical[dot + 1..])).min();
+        let longer = self.positions_ending_in(&format!(".{canonical}")).first().copied();
+        let first = [shorter, longer].into_iter().flatten().min()?;
+        Some(self.key(first))
     }
 
     /// Whether the base has a tensor of that canonical name, or pieces of it.

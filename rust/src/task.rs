@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+use crate::limits;
 
 /// Progress and cancellation of one job. Workers write progress, the caller reads it; the caller
 /// raises the cancel flag, workers look at it between units of work.
@@ -51,12 +52,17 @@ impl Task {
 /// threads did not survive the fork.
 ///
 /// # Errors
-/// [`Error::Argument`] for zero threads or when the system cannot start them.
+/// [`Error::Argument`] for no threads, for more than there can be, or when the system cannot start
+/// them.
 pub fn build_pool(threads: Option<usize>) -> Result<rayon::ThreadPool> {
-    if threads == Some(0) {
-        return Err(Error::Argument("threads must be at least 1".into()));
+    if let Some(threads) = threads.filter(|threads| !(1..=limits::THREADS).contains(threads)) {
+        return Err(Error::Argument(format!(
+            "threads is {threads}; it is 1 to {}, or left out for one per core",
+            limits::THREADS
+        )));
     }
     let available = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let available = available.min(limits::THREADS);
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads.unwrap_or(available))
         .thread_name(|index| format!("lorafast-{index}"))

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 
 use crate::adapter::hexadecimal;
 use crate::checkpoint::Checkpoint;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten_all};
 use crate::execute::compute::{Buffers, Computer, lock};
 use crate::execute::queue;
 use crate::kernel::InstructionSet;
@@ -185,7 +185,7 @@ pub fn verify(
     };
     outcome.warnings.extend_from_slice(merged.warnings());
     let catalogue = Catalogue::of(&inputs.base);
-    let (jobs, known) = matching::match_up(plan, &catalogue, &merged, &mut outcome);
+    let (jobs, known) = matching::match_up(plan, &catalogue, &merged, &mut outcome, task)?;
     consistency::check(inputs, plan, &merged, &known, &mut outcome)?;
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
@@ -263,6 +263,7 @@ pub fn verify(
         }
         outcome.adapters.push(rounding);
     }
+    shorten_all(outcome.problems.iter_mut().chain(&mut outcome.warnings));
     Ok(outcome)
 }
 

@@ -15,6 +15,7 @@ from lorafast._errors import AdapterError
 from lorafast._fleet._paths import ScanError, discover
 from lorafast._io import scratch
 from lorafast._io.strangers import gate, reason_of
+from lorafast._limits import check_threads
 
 Source = str | os.PathLike[str]
 Progress = bool | Callable[[int, int], object]
@@ -99,8 +100,7 @@ def opened(
         ValueError: an argument is outside its domain.
         AdapterError: there is no adapter that can be read.
     """
-    if threads is not None and threads < 1:
-        raise ValueError("threads must be at least 1")
+    check_threads(threads)
     with scratch.directory() as directory:
         sources, positions = _readable(found, directory, errors)
         # A callable is told of the work that follows.

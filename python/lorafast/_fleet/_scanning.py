@@ -24,6 +24,7 @@ from lorafast._fleet._scan import METRICS, Metrics
 from lorafast._fleet._table import NOTHING, OnDemand, Words, WordsBuilder
 from lorafast._io import scratch
 from lorafast._io.strangers import gate, reason_of
+from lorafast._limits import check_threads
 from lorafast._torch._devices import analysis_device
 
 Item = tuple[Path, Path | None, Path | None]
@@ -44,8 +45,7 @@ def scan_followed(
     """`scan`, telling `follow` how far it is."""
     if metrics not in METRICS:
         raise ValueError(f"metrics must be one of {', '.join(METRICS)}, not {metrics!r}")
-    if threads is not None and threads < 1:
-        raise ValueError("threads must be at least 1")
+    check_threads(threads)
     place = analysis_device(device, cache)
     found = discover(paths)
     scanning = _Scanning(found.adapters, metrics, threads, follow)

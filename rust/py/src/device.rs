@@ -31,8 +31,9 @@ pub fn stored_factors<'py>(
     adapter: AdapterPath,
 ) -> PyResult<Vec<StoredFactors<'py>>> {
     let (path, weights) = adapter;
-    let read = || stored::stored_factors(&Adapter::open(&path, weights.as_deref())?);
-    let found = py.detach(read).map_err(|error| to_python(py, error))?;
+    let found = job::run(py, None, |task| {
+        stored::stored_factors(&Adapter::open_with(&path, weights.as_deref(), task)?)
+    })?;
     let bytes =
         |(dtype, bytes): &(Dtype, Vec<u8>)| (dtype.name().to_owned(), PyBytes::new(py, bytes));
     let entries =
@@ -107,14 +108,12 @@ pub fn updates(
 ) -> PyResult<Py<PyList>> {
     let tensor = tensor_at(plan, place)?;
     let memory = weight.map(|weight| Memory::of(weight, false)).transpose()?;
-    let found = py
-        .detach(|| {
-            // SAFETY: the caller, who waits for this call, keeps the weight as it is meanwhile.
-            let weight = memory.as_ref().map(|memory| unsafe { memory.bytes() });
-            let weight = weight.map(|bytes| operands::widen(&Dtype::F64, bytes));
-            operands::operands(inputs, tensor, weight)
-        })
-        .map_err(|error| to_python(py, error))?;
+    let found = job::run(py, None, |_| {
+        // SAFETY: the caller, who waits for this call, keeps the weight as it is meanwhile.
+        let weight = memory.as_ref().map(|memory| unsafe { memory.bytes() });
+        let weight = weight.map(|bytes| operands::widen(&Dtype::F64, bytes));
+        operands::operands(inputs, tensor, weight)
+    })?;
     let entries = found.iter().map(|update| update_entry(py, update));
     Ok(PyList::new(py, entries.collect::<PyResult<Vec<_>>>()?)?.unbind())
 }
@@ -165,8 +164,9 @@ impl Execution {
         plan: &Arc<plan::Plan>,
         output: &Path,
         options: &Options,
+        task: &Task,
     ) -> lorafast::Result<Self> {
-        let session = Session::begin(inputs, plan, output, options, &Task::new())?;
+        let session = Session::begin(inputs, plan, output, options, task)?;
         Ok(Self { inputs: inputs.clone(), plan: plan.clone(), session: RwLock::new(Some(session)) })
     }
 

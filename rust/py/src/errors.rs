@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use lorafast::Error;
-use lorafast::error::Owner;
+use lorafast::error::{Owner, shortened};
 
 /// The exception for an error of the core. The classes live in Python, so that they can be
 /// pickled, documented and subclassed there.
@@ -27,10 +27,13 @@ pub fn to_python(py: Python<'_>, error: Error) -> PyErr {
         Error::Checkpoint { .. } => raise(py, "CheckpointError", message),
         Error::Adapter { .. } => raise(py, "AdapterError", message),
         Error::Unsupported { .. } => raise(py, "UnsupportedAdapterError", message),
-        Error::Plan(problems) => raise(py, "PlanError", (message, problems)),
+        Error::Plan(problems) => {
+            let short = |problem: &String| shortened(problem).into_owned();
+            raise(py, "PlanError", (message, problems.iter().map(short).collect::<Vec<_>>()))
+        }
         Error::Output { .. } => raise(py, "OutputError", message),
         Error::Numeric { .. } => raise(py, "NumericError", message),
-        Error::Argument(message) => PyValueError::new_err(message),
+        Error::Argument(_) => PyValueError::new_err(message),
         Error::Cancelled => PyKeyboardInterrupt::new_err(()),
     }
 }

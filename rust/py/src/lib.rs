@@ -20,7 +20,7 @@ use lorafast::dtype::Dtype;
 use lorafast::kernel::InstructionSet;
 use lorafast::plan::{self, Compat, ExpertLayout, Inputs, Strategy};
 use lorafast::renames::Renames;
-use lorafast::task::build_pool;
+use lorafast::task::{Task, build_pool};
 use lorafast::{describe, execute, staging, subtract, verify};
 
 use errors::to_python;
@@ -33,13 +33,11 @@ fn to_object(py: Python<'_>, value: &impl serde::Serialize) -> PyResult<Py<PyAny
 /// An adapter's directory, and the file to read in place of its own weights.
 type AdapterPath = (PathBuf, Option<PathBuf>);
 
-fn open_inputs(base: &Path, adapters: &[AdapterPath]) -> lorafast::Result<Inputs> {
-    let base = Arc::new(Checkpoint::open(base)?);
-    let adapters = adapters
-        .iter()
-        .map(|(path, weights)| Adapter::open(path, weights.as_deref()).map(Arc::new))
-        .collect::<lorafast::Result<_>>()?;
-    Ok(Inputs { base, adapters })
+fn open_inputs(base: &Path, adapters: &[AdapterPath], task: &Task) -> lorafast::Result<Inputs> {
+    let base = Arc::new(Checkpoint::open_with(base, task)?);
+    let open = |(path, weights): &AdapterPath| Adapter::open_with(path, weights.as_deref(), task);
+    let adapters = adapters.iter().map(|adapter| open(adapter).map(Arc::new));
+    Ok(Inputs { base, adapters: adapters.collect::<lorafast::Result<_>>()? })
 }
 
 /// A decided merge together with its opened inputs.
@@ -53,8 +51,7 @@ struct Plan {
 impl Plan {
     /// The plan in full, as plain objects.
     fn describe(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        let description = py.detach(|| describe::plan(&self.inputs, &self.plan));
-        to_object(py, &description.map_err(|error| to_python(py, error))?)
+        to_object(py, &job::run(py, None, |_| describe::plan(&self.inputs, &self.plan))?)
     }
 
     /// Carries the plan out on the CPU; returns the summary as plain objects. Models among
@@ -97,8 +94,8 @@ impl Plan {
         place: (usize, usize),
     ) -> PyResult<Option<(String, Bound<'py, PyBytes>)>> {
         let tensor = device::tensor_at(&self.plan, place)?;
-        let found = py.detach(|| execute::operands::replacement(&self.inputs, tensor));
-        let found = found.map_err(|error| to_python(py, error))?;
+        let found =
+            job::run(py, None, |_| execute::operands::replacement(&self.inputs, tensor))?;
         Ok(found.map(|(dtype, bytes)| (dtype.name().to_owned(), PyBytes::new(py, &bytes))))
     }
 
@@ -126,8 +123,9 @@ impl Plan {
     ) -> PyResult<device::Execution> {
         let options =
             execute::Options { threads, overwrite, unsynced: !sync, ..Default::default() };
-        py.detach(|| device::Execution::begin(&self.inputs, &self.plan, &output, &options))
-            .map_err(|error| to_python(py, error))
+        job::run(py, None, |task| {
+            device::Execution::begin(&self.inputs, &self.plan, &output, &options, task)
+        })
     }
 
     /// Holds a merged checkpoint against the plan; returns the outcome as plain objects.
@@ -152,9 +150,7 @@ impl Plan {
     #[pyo3(signature = (*, dtype=None))]
     fn of_base_alone(&self, py: Python<'_>, dtype: Option<&str>) -> PyResult<Self> {
         let dtype = dtype.map(Dtype::from_name);
-        let plan = py
-            .detach(|| self.plan.of_base_alone(&self.inputs, dtype))
-            .map_err(|error| to_python(py, error))?;
+        let plan = job::run(py, None, |_| self.plan.of_base_alone(&self.inputs, dtype))?;
         Ok(Self { inputs: self.inputs.clone(), plan: Arc::new(plan) })
     }
 
@@ -211,7 +207,7 @@ mod _core {
         expert_layout: Option<&str>,
         renames: Option<&str>,
     ) -> PyResult<Plan> {
-        let make = || -> lorafast::Result<Plan> {
+        job::run(py, None, |task| {
             let options = plan::Options {
                 strategy: Strategy::from_name(strategy)?,
                 weights,
@@ -222,30 +218,28 @@ mod _core {
                 expert_layout: expert_layout.map(ExpertLayout::from_name).transpose()?,
                 renames: renames.map(Renames::from_json).transpose()?,
             };
-            let inputs = open_inputs(&base, &adapters)?;
-            let plan = plan::Plan::new(&inputs, options)?;
+            let inputs = open_inputs(&base, &adapters, task)?;
+            let plan = plan::Plan::new_with(&inputs, options, task)?;
             Ok(Plan { inputs, plan: Arc::new(plan) })
-        };
-        py.detach(make).map_err(|error| to_python(py, error))
+        })
     }
 
     /// Whether every parameter of the adapters has its tensor in the base, by the names as they
     /// stand or the built-in rules for renamed ones.
     #[pyfunction]
     fn names_fit(py: Python<'_>, base: PathBuf, adapters: Vec<AdapterPath>) -> PyResult<bool> {
-        py.detach(|| open_inputs(&base, &adapters).and_then(|inputs| plan::names_fit(&inputs)))
-            .map_err(|error| to_python(py, error))
+        job::run(py, None, |task| plan::names_fit(&open_inputs(&base, &adapters, task)?, task))
     }
 
     /// Lists a checkpoint from its headers, as plain objects.
     #[pyfunction]
     fn list_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
-        let list = |base: Checkpoint| {
+        let list = |task: &Task| {
+            let base = Checkpoint::open_with(&path, task)?;
             let listing = describe::checkpoint(&base);
             base.check_unchanged().map(|()| listing)
         };
-        let listing = py.detach(|| Checkpoint::open(&path).and_then(list));
-        to_object(py, &listing.map_err(|error| to_python(py, error))?)
+        to_object(py, &job::run(py, None, list)?)
     }
 
     /// Lists an adapter from its header and config, as plain objects.
@@ -256,12 +250,12 @@ mod _core {
         path: PathBuf,
         weights: Option<PathBuf>,
     ) -> PyResult<Py<PyAny>> {
-        let list = |adapter: Adapter| {
+        let list = |task: &Task| {
+            let adapter = Adapter::open_with(&path, weights.as_deref(), task)?;
             let listing = describe::adapter(&adapter);
             adapter.check_unchanged().map(|()| listing)
         };
-        let listing = py.detach(|| Adapter::open(&path, weights.as_deref()).and_then(list));
-        to_object(py, &listing.map_err(|error| to_python(py, error))?)
+        to_object(py, &job::run(py, None, list)?)
     }
 
     /// Measures an adapter; a base gives the norms of the weights that it changes. Returns plain
@@ -283,8 +277,9 @@ mod _core {
         let options = analysis::Options { percentiles, bins, entries };
         let analysis = job::run(py, progress, |task| {
             let pool = build_pool(threads)?;
-            let adapter = Adapter::open(&path, weights.as_deref())?;
-            let base = base.as_deref().map(Checkpoint::open).transpose()?;
+            let adapter = Adapter::open_with(&path, weights.as_deref(), task)?;
+            let open = |base| Checkpoint::open_with(base, task);
+            let base = base.as_deref().map(open).transpose()?;
             analysis::analyze(&adapter, base.as_ref(), &options, &pool, task)
         })?;
         to_object(py, &analysis)
@@ -303,7 +298,7 @@ mod _core {
             let pool = build_pool(threads)?;
             let adapters = adapters
                 .iter()
-                .map(|(path, weights)| Adapter::open(path, weights.as_deref()))
+                .map(|(path, weights)| Adapter::open_with(path, weights.as_deref(), task))
                 .collect::<lorafast::Result<Vec<_>>>()?;
             let adapters: Vec<&Adapter> = adapters.iter().collect();
             analysis::compare(&adapters, &pool, task)

@@ -3,25 +3,30 @@
 
 pub mod features;
 mod meaning;
+mod patterns;
 
 use std::path::{Path, PathBuf};
 
-use fancy_regex::Regex;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::limits;
+use crate::names::endings::Endings;
 
 use features::{Features, Initialisation};
+use patterns::{Budget, Fault, MAXIMUM_PATTERNS, Patterns};
 
 /// The config's file name.
 pub const FILE_NAME: &str = "adapter_config.json";
 
-/// A pattern of `rank_pattern` or `alpha_pattern` with its value.
+/// `rank_pattern` or `alpha_pattern`: the patterns and the value of each.
 #[derive(Debug, Clone)]
-struct Pattern<T> {
-    regex: Regex,
-    value: T,
+struct Table<T> {
+    field: &'static str,
+    patterns: Patterns,
+    keys: Vec<String>,
+    values: Vec<T>,
 }
 
 /// A read and checked config.
@@ -31,13 +36,14 @@ pub struct PeftConfig {
     raw: Map<String, Value>,
     rank: u64,
     alpha: f64,
-    rank_patterns: Vec<Pattern<u64>>,
-    alpha_patterns: Vec<Pattern<f64>>,
+    rank_patterns: Table<u64>,
+    alpha_patterns: Table<f64>,
     rank_stabilised: bool,
     fan_in_fan_out: bool,
     dora: bool,
     lora_bias: bool,
     features: Features,
+    saved_modules: Endings,
 }
 
 impl PeftConfig {
@@ -80,13 +86,18 @@ impl PeftConfig {
         }
         let rank = reader.rank("r", raw.get("r").unwrap_or(&Value::Null))?;
         let alpha = reader.alpha("lora_alpha", raw.get("lora_alpha").unwrap_or(&Value::Null))?;
-        let rank_patterns = reader.patterns("rank_pattern", Reader::rank)?;
-        let alpha_patterns = reader.patterns("alpha_pattern", Reader::alpha)?;
+        let budget = Budget::default();
+        let rank_patterns = reader.patterns("rank_pattern", Reader::rank, &budget)?;
+        let alpha_patterns = reader.patterns("alpha_pattern", Reader::alpha, &budget)?;
         let rank_stabilised = reader.flag("use_rslora")?;
         let fan_in_fan_out = reader.flag("fan_in_fan_out")?;
         let dora = reader.flag("use_dora")?;
         let lora_bias = reader.flag("lora_bias")?;
         let features = Features::read(&reader)?;
+        let saved_modules = match raw.get("modules_to_save") {
+            Some(Value::Array(names)) => Endings::of(names.iter().filter_map(Value::as_str)),
+            _ => Endings::default(),
+        };
         Ok(Self {
             path: path.to_path_buf(),
             rank,
@@ -98,6 +109,7 @@ impl PeftConfig {
             dora,
             lora_bias,
             features,
+            saved_modules,
             raw,
         })
     }
@@ -150,13 +162,21 @@ impl PeftConfig {
 
     /// The rank of the module at `path` (without `base_model.model.`): the first pattern in the
     /// order of the file that matches, or `r`.
-    pub fn rank_of(&self, path: &str) -> u64 {
-        first_match(&self.rank_patterns, path).copied().unwrap_or(self.rank)
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if the config's patterns take more steps than they may.
+    pub fn rank_of(&self, path: &str) -> Result<u64> {
+        let found = self.rank_patterns.first_match(&self.path, path)?;
+        Ok(found.copied().unwrap_or(self.rank))
     }
 
     /// The alpha of the module at `path`, found like its rank but on its own.
-    pub fn alpha_of(&self, path: &str) -> f64 {
-        first_match(&self.alpha_patterns, path).copied().unwrap_or(self.alpha)
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if the config's patterns take more steps than they may.
+    pub fn alpha_of(&self, path: &str) -> Result<f64> {
+        let found = self.alpha_patterns.first_match(&self.path, path)?;
+        Ok(found.copied().unwrap_or(self.alpha))
     }
 
     /// The factor s of ΔW = s·B·A for a module of that alpha and rank: α/r, or α/√r for rsLoRA
@@ -175,21 +195,33 @@ impl PeftConfig {
     /// Whether a parameter belongs to a module that `modules_to_save` names. PEFT matches the names
     /// against the ends of the modules' paths.
     pub fn saves_module_of(&self, parameter: &str) -> bool {
-        let Some(Value::Array(names)) = self.raw.get("modules_to_save") else { return false };
-        parameter.match_indices('.').any(|(end, _)| {
-            let module = &parameter[..end];
-            names.iter().filter_map(Value::as_str).any(|name| module.ends_with(name))
-        })
+        let mut modules = parameter.match_indices('.').map(|(end, _)| &parameter[..end]);
+        modules.any(|module| self.saved_modules.first_end_of(module).is_some())
     }
 }
 
-fn first_match<'a, T>(patterns: &'a [Pattern<T>], path: &str) -> Option<&'a T> {
-    patterns
-        .iter()
-        // A pattern that backtracks without end on this path matches nothing, as far as anyone
-        // can know; the rank's check against the tensors catches what follows from that.
-        .find(|pattern| pattern.regex.is_match(path).unwrap_or(false))
-        .map(|pattern| &pattern.value)
+impl<T> Table<T> {
+    fn first_match(&self, config: &Path, path: &str) -> Result<Option<&T>> {
+        let found = self.patterns.first_match(path);
+        let found = found.map_err(|fault| refuse_pattern(config, self.field, &self.keys, fault))?;
+        Ok(found.map(|position| &self.values[position]))
+    }
+}
+
+/// What is wrong with one of a field's patterns.
+fn refuse_pattern(config: &Path, field: &str, keys: &[String], fault: Fault) -> Error {
+    let message = match fault {
+        Fault::Invalid(position, error) => {
+            format!("has an invalid expression in {field}, {:?}: {error}", keys[position])
+        }
+        Fault::Exceeded(position) => format!(
+            "has patterns that take more than {} steps to match, at last {:?} of {field}; write the \
+             modules' names in its place",
+            patterns::STEPS,
+            keys[position]
+        ),
+    };
+    Error::adapter(config, message)
 }
 
 struct Reader<'a> {
@@ -204,7 +236,11 @@ impl Reader<'_> {
 
     fn rank(&self, field: &str, value: &Value) -> Result<u64> {
         match value.as_u64() {
-            Some(rank) if rank > 0 => Ok(rank),
+            Some(rank @ 1..=limits::RANK) => Ok(rank),
+            Some(rank) if rank > limits::RANK => {
+                Err(self
+                    .broken(format!("sets {field} to {rank}; a rank is at most {}", limits::RANK)))
+            }
             _ if value.is_null() => Err(self.broken(format!("has no {field}"))),
             _ => Err(self.broken(format!(
                 "sets {field} to {value}; a rank is a whole number of at least 1"
@@ -232,11 +268,13 @@ impl Reader<'_> {
 
     fn patterns<T>(
         &self,
-        field: &str,
+        field: &'static str,
         read: impl Fn(&Self, &str, &Value) -> Result<T>,
-    ) -> Result<Vec<Pattern<T>>> {
+        budget: &Budget,
+    ) -> Result<Table<T>> {
+        let none = Map::new();
         let entries = match self.raw.get(field) {
-            None | Some(Value::Null) => return Ok(Vec::new()),
+            None | Some(Value::Null) => &none,
             Some(Value::Object(entries)) => entries,
             Some(other) => {
                 return Err(
@@ -244,18 +282,24 @@ impl Reader<'_> {
                 );
             }
         };
-        entries
+        self.bounded(field, "patterns", entries.len(), MAXIMUM_PATTERNS)?;
+        let keys: Vec<String> = entries.keys().cloned().collect();
+        let patterns = Patterns::new(keys.clone(), budget.clone())
+            .map_err(|fault| refuse_pattern(self.path, field, &keys, fault))?;
+        let values = entries
             .iter()
-            .map(|(key, value)| {
-                // PEFT's own expression, groups included, so that a back-reference in a key
-                // counts the same.
-                let regex = Regex::new(&format!(r"^(.*\.)?({key})$")).map_err(|error| {
-                    self.broken(format!("has an invalid expression in {field}, {key:?}: {error}"))
-                })?;
-                let value = read(self, &format!("{field}[{key:?}]"), value)?;
-                Ok(Pattern { regex, value })
-            })
-            .collect()
+            .map(|(key, value)| read(self, &format!("{field}[{key:?}]"), value))
+            .collect::<Result<_>>()?;
+        Ok(Table { field, patterns, keys, values })
+    }
+
+    /// # Errors
+    /// [`Error::Adapter`] for a field with more entries than there can be.
+    fn bounded(&self, field: &str, what: &str, count: usize, most: usize) -> Result<()> {
+        if count <= most {
+            return Ok(());
+        }
+        Err(self.broken(format!("has {count} {what} in {field}; there can be {most}")))
     }
 }
 

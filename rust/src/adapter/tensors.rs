@@ -1,10 +1,13 @@
 //! From the keys of an adapter's file to the parts that its tensors play.
 
+
 use indexmap::IndexMap;
 
 use super::{Form, LayerKind, Module, PeftConfig, Role, Saved, TrainedRows};
 use crate::error::{Error, Result};
+use crate::limits;
 use crate::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
+use crate::task::Task;
 
 /// PEFT's wrapper around the user's model; not part of any module's name.
 const PREFIX: &str = "base_model.model.";
@@ -83,14 +86,20 @@ fn classify(name: &str) -> Key {
 /// A path without the wrappers that PEFT puts around modules; they are not part of the model's own
 /// names.
 fn unwrapped(path: &str) -> String {
-    let mut parts: Vec<&str> = path.split('.').collect();
-    // `default` is the adapter's name, which only follows a wrapper.
-    while let Some(at) = parts.windows(2).position(|pair| pair == ["modules_to_save", "default"]) {
-        parts.remove(at + 1);
-    }
     let wrappers = ["base_layer", "modules_to_save", "token_adapter"];
-    parts.retain(|part| !wrappers.contains(part));
-    parts.join(".")
+    let mut kept: Vec<&str> = Vec::new();
+    let mut follows = false;
+    for part in path.split('.') {
+        // `default` is the adapter's name, which only follows a wrapper.
+        if follows && part == "default" {
+            continue;
+        }
+        follows = part == "modules_to_save";
+        if !wrappers.contains(&part) {
+            kept.push(part);
+        }
+    }
+    kept.join(".")
 }
 
 /// The tensors of one module, as they are found.
@@ -105,13 +114,14 @@ struct Parts {
 }
 
 /// Puts every tensor in its place, pairs the factors up and checks each pair against the config.
-pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted> {
+pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig, task: &Task) -> Result<Sorted> {
     let mut all = IndexMap::<String, Parts>::new();
     let mut saved = IndexMap::<String, TensorInfo>::new();
     let mut rows = Vec::new();
     let mut others = Vec::new();
     let broken = |message: String| Error::adapter(file.path(), message);
     for tensor in &file.header().tensors {
+        task.check()?;
         let (module, part) = match classify(&tensor.name) {
             Key::Module(module, part) => (module, part),
             Key::Saved(path) => {
@@ -163,7 +173,8 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig) -> Result<Sorted
     }
     let mut modules = IndexMap::with_capacity(all.len());
     for (key, parts) in all {
-        let module = assemble(&key, parts, config).map_err(broken)?;
+        task.check()?;
+        let module = assemble(&key, parts, config, file)?;
         modules.insert(key, module);
     }
     if file.header().tensors.is_empty() {
@@ -206,69 +217,90 @@ fn is_repeated(file: &SafetensorsFile, first: &TensorInfo, second: &TensorInfo) 
     Ok(alike && same_bytes((file, first), (file, second))?)
 }
 
-fn assemble(key: &str, parts: Parts, config: &PeftConfig) -> Result<Module, String> {
+fn assemble(
+    key: &str,
+    parts: Parts,
+    config: &PeftConfig,
+    file: &SafetensorsFile,
+) -> Result<Module> {
+    let broken = |message: String| Error::adapter(file.path(), message);
     let Parts { embedding, a, b, magnitude, bias, diagonal } = parts;
     let (a, b) = match (a, b) {
         (Some(a), Some(b)) => (a, b),
-        (Some(a), None) => return Err(format!("has {} but not its lora_B", a.name)),
-        (None, Some(b)) => return Err(format!("has {} but not its lora_A", b.name)),
-        (None, None) => return Err(format!("has parts of the module {key} but not its factors")),
+        (Some(a), None) => return Err(broken(format!("has {} but not its lora_B", a.name))),
+        (None, Some(b)) => return Err(broken(format!("has {} but not its lora_A", b.name))),
+        (None, None) => {
+            return Err(broken(format!("has parts of the module {key} but not its factors")));
+        }
     };
     let path = unwrapped(key);
     let features = config.features();
     let parameters: Vec<String> = match embedding {
-        false => features.parameters_of(&path).into_iter().map(str::to_owned).collect(),
+        false => {
+            let names = features.target_parameters.of_module(&path);
+            let names = names.map_err(|message| Error::adapter(config.path(), message))?;
+            names.into_iter().map(str::to_owned).collect()
+        }
         true => Vec::new(),
     };
     let parts = features.enabled_parts.as_ref().filter(|_| a.shape.len() == 2 && !embedding);
     if a.shape.len() < 2 || b.shape.len() != a.shape.len() + usize::from(parts.is_some()) {
-        return Err(format!(
+        return Err(broken(format!(
             "{} of shape {:?} and {} of shape {:?} are no pair of factors",
             a.name, a.shape, b.name, b.shape
-        ));
+        )));
     }
     if a.shape[0] == 0 {
-        return Err(format!("{} has rank 0", a.name));
+        return Err(broken(format!("{} has rank 0", a.name)));
     }
     if b.shape[2..].iter().any(|extent| *extent != 1) {
-        return Err(format!("{} has shape {:?}; its kernel must be 1", b.name, b.shape));
+        return Err(broken(format!("{} has shape {:?}; its kernel must be 1", b.name, b.shape)));
     }
-    let (named, expected) = expected_rank(&path, &parameters, a.shape[0], config);
+    let (named, expected) = expected_rank(&path, &parameters, a.shape[0], config)?;
     let form = match parts {
         Some(parts) => Form::Parts(parts.clone()),
         None if a.shape[0] != expected && !parameters.is_empty() => Form::Experts,
-        None => block_form(&path, config)?,
+        None => block_form(&path, config).map_err(broken)?,
     };
-    check_rank(&form, (&a, &b), expected)?;
+    check_rank(&form, (&a, &b), expected).map_err(broken)?;
+    if form == Form::Experts && a.shape[0] / expected > limits::EXPERTS {
+        return Err(broken(format!(
+            "{} of shape {:?} holds the factors of {} experts; there can be {}",
+            a.name,
+            a.shape,
+            a.shape[0] / expected,
+            limits::EXPERTS
+        )));
+    }
     if config.uses_dora() != magnitude.is_some() {
-        return Err(match magnitude {
+        return Err(broken(match magnitude {
             Some(magnitude) => {
                 format!("has the magnitude {} but its config does not set use_dora", magnitude.name)
             }
             None => format!("sets use_dora in its config but has no magnitude for {path}"),
-        });
+        }));
     }
     // Embeddings have no biases, whatever the config says.
     if !embedding && config.has_lora_bias() != bias.is_some() {
-        return Err(match bias {
+        return Err(broken(match bias {
             Some(bias) => format!("has {} but its config does not set lora_bias", bias.name),
             None => format!("sets lora_bias in its config but has no bias of lora_B for {path}"),
-        });
+        }));
     }
     if features.kasa != diagonal.is_some() {
-        return Err(match diagonal {
+        return Err(broken(match diagonal {
             Some(diagonal) => {
                 format!("has {} but its config sets no kasa_config", diagonal.name)
             }
             None => format!("sets kasa_config in its config but has no lora_diag for {path}"),
-        });
+        }));
     }
     let kind = match (embedding, a.shape.len()) {
         (true, _) => LayerKind::Embedding,
         (false, 2) => LayerKind::Linear,
         (false, _) => LayerKind::Convolution,
     };
-    let alpha = config.alpha_of(&named);
+    let alpha = config.alpha_of(&named)?;
     let scaling = config.scaling(alpha, expected);
     let module = Module {
         key: key.to_owned(),
@@ -287,19 +319,19 @@ fn assemble(key: &str, parts: Parts, config: &PeftConfig) -> Result<Module, Stri
     };
     for vector in [&module.magnitude, &module.bias].into_iter().flatten() {
         if vector.elements() != module.outputs() {
-            return Err(format!(
+            return Err(broken(format!(
                 "{} has shape {:?} but its module has {} outputs",
                 vector.name,
                 vector.shape,
                 module.outputs()
-            ));
+            )));
         }
     }
     match &module.diagonal {
-        Some(diagonal) if diagonal.elements() != module.rank => Err(format!(
+        Some(diagonal) if diagonal.elements() != module.rank => Err(broken(format!(
             "{} has shape {:?} but its module has rank {}",
             diagonal.name, diagonal.shape, module.rank
-        )),
+        ))),
         _ => Ok(module),
     }
 }
@@ -312,12 +344,14 @@ fn expected_rank(
     parameters: &[String],
     rows: u64,
     config: &PeftConfig,
-) -> (String, u64) {
-    let names = parameters.iter().map(|parameter| format!("{path}.{parameter}"));
-    names
-        .map(|name| (config.rank_of(&name), name))
-        .find(|(rank, _)| rows.is_multiple_of(*rank))
-        .map_or_else(|| (path.to_owned(), config.rank_of(path)), |(rank, name)| (name, rank))
+) -> Result<(String, u64)> {
+    for name in parameters.iter().map(|parameter| format!("{path}.{parameter}")) {
+        let rank = config.rank_of(&name)?;
+        if rows.is_multiple_of(rank) {
+            return Ok((name, rank));
+        }
+    }
+    Ok((path.to_owned(), config.rank_of(path)?))
 }
 
 fn block_form(path: &str, config: &PeftConfig) -> Result<Form, String> {
@@ -337,7 +371,7 @@ fn check_rank(form: &Form, (a, b): (&TensorInfo, &TensorInfo), rank: u64) -> Res
     let (rows, columns) = (a.shape[0], b.shape[1]);
     let fit = match form {
         Form::Plain | Form::BlocksOfA(_) => rows == columns,
-        Form::BlocksOfB(blocks) => rows == columns * blocks,
+        Form::BlocksOfB(blocks) => Some(rows) == columns.checked_mul(*blocks),
         Form::Experts => rows == columns && rows.is_multiple_of(rank),
         // A convolution in groups: each group of B's rows reads its own rows of A.
         Form::Parts(_) => rows.is_multiple_of(columns) && b.shape[0].is_multiple_of(rows / columns),

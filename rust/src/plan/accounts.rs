@@ -1,6 +1,6 @@
 //! What a plan makes of each config field and each tensor of its adapters.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::planner::Planner;
 use super::{Inputs, Origin, PlannedShard, Update, UpdateKind};
@@ -67,20 +67,19 @@ pub(super) fn settle(
             used.extend(names.into_iter().map(|name| (update.adapter, name)));
         }
     }
+    let mut reasons = HashMap::<(usize, &str), &str>::new();
+    for waived in waived {
+        reasons.entry((waived.adapter, &waived.tensor)).or_insert(&waived.reason);
+    }
     let account = |(position, adapter): (usize, &std::sync::Arc<Adapter>)| {
         let mut accounts = adapter.account(allow);
         for account in &mut accounts.tensors {
             if account.verdict != Verdict::Used || used.contains(&(position, &account.name)) {
                 continue;
             }
-            let known = waived
-                .iter()
-                .find(|waived| waived.adapter == position && waived.tensor == account.name);
+            let known = reasons.get(&(position, account.name.as_str())).copied();
             account.verdict = Verdict::NotNeeded;
-            account.reason = match known {
-                Some(waived) => waived.reason.clone(),
-                None => "the result is the same without it".into(),
-            };
+            account.reason = known.unwrap_or("the result is the same without it").to_owned();
         }
         accounts
     };

@@ -1,5 +1,7 @@
 //! How an adapter's parameters are called in the base, and in which pieces the base stores them.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ops::Range;
 
 use indexmap::IndexMap;
@@ -8,6 +10,7 @@ use super::Expert;
 use super::planner::Planner;
 use super::targets::{self, Target};
 use crate::adapter::Adapter;
+use crate::error::Result;
 use crate::names::{self, Mapping};
 use crate::renames::{Canonical, Names, Piece, Renames, Stored};
 
@@ -15,7 +18,13 @@ use crate::renames::{Canonical, Names, Piece, Renames, Stored};
 pub(super) struct Naming<'a> {
     names: Names<'a>,
     mapping: Mapping,
+    /// By the last part of a parameter's name: the pieces that the adapter's modules are.
+    pieces: RefCell<HashMap<String, OwnPieces>>,
 }
+
+/// By the canonical name of a parameter: the slot and the outputs of each module that is a piece of
+/// it, in the adapter's order.
+type OwnPieces = HashMap<String, Vec<(usize, u64)>>;
 
 /// An adapter's targets under a naming, and what fits nothing.
 pub(super) struct Named<'a> {
@@ -101,9 +110,32 @@ impl Naming<'_> {
         self.names.are_renamed()
     }
 
-    /// The canonical name of a parameter.
-    pub fn canonical(&self, parameter: &str) -> Canonical {
-        self.names.canonical(parameter)
+    /// The outputs of those of an adapter's own modules that are the pieces of a parameter, by slot.
+    pub fn own_heights(
+        &self,
+        adapter: &Adapter,
+        parameter: &str,
+        slots: usize,
+    ) -> Vec<Option<u64>> {
+        let kind = parameter.rsplit('.').next().unwrap_or_default();
+        let mut pieces = self.pieces.borrow_mut();
+        let pieces = pieces.entry(kind.to_owned()).or_insert_with(|| {
+            let mut pieces = OwnPieces::new();
+            for module in adapter.modules().values() {
+                let found = self.names.canonical(&format!("{}.{kind}", module.path));
+                if let Some(piece) = found.piece {
+                    pieces.entry(found.name).or_default().push((piece.slot, module.outputs()));
+                }
+            }
+            pieces
+        });
+        let mut heights = vec![None; slots];
+        for (slot, outputs) in
+            pieces.get(&self.names.canonical(parameter).name).into_iter().flatten()
+        {
+            heights[*slot] = Some(*outputs);
+        }
+        heights
     }
 
     /// Where a parameter lies in a base whose names are not the adapter's.
@@ -166,19 +198,26 @@ fn slices(pieces: &[Stored], heights: &[u64]) -> Vec<Slice> {
 impl<'a> Planner<'a> {
     /// Finds how an adapter's names fit the base: as they stand, but for a leading part, or else by
     /// the rules for the base's model type.
-    pub(super) fn name(&self, adapter: &Adapter) -> Named<'a> {
-        let plain = self.try_names(adapter, Names::plain(self.base));
+    ///
+    /// # Errors
+    /// [`crate::Error::Cancelled`], and [`crate::Error::Adapter`] for patterns of the config that
+    /// take too many steps.
+    pub(super) fn name(&self, adapter: &Adapter) -> Result<Named<'a>> {
+        let plain = self.try_names(adapter, Names::plain(self.base))?;
         if plain.fits() {
-            return plain;
+            return Ok(plain);
         }
         let given = self.options.renames.clone();
-        let Some(renames) = given.or_else(|| Renames::built_in(self.base)) else { return plain };
-        let renamed = self.try_names(adapter, Names::renamed(self.base, renames));
-        if renamed.misfits() < plain.misfits() { renamed } else { plain }
+        let Some(renames) = given.or_else(|| Renames::built_in(self.base)) else {
+            return Ok(plain);
+        };
+        let renamed = self.try_names(adapter, Names::renamed(self.base, renames, self.task)?)?;
+        Ok(if renamed.misfits() < plain.misfits() { renamed } else { plain })
     }
 
-    fn try_names(&self, adapter: &Adapter, names: Names<'a>) -> Named<'a> {
-        let (targets, mut problems) = targets::find(adapter, &names, self.options.expert_layout);
+    fn try_names(&self, adapter: &Adapter, names: Names<'a>) -> Result<Named<'a>> {
+        let layout = self.options.expert_layout;
+        let (targets, mut problems) = targets::find(adapter, &names, layout, self.task)?;
         // A head that shares the embeddings' tensor has none of its own to be found by.
         let known = |parameter: &String| self.name_in_tie(parameter).is_none();
         let canonical = |parameter: String| names.canonical(&parameter).name;
@@ -188,15 +227,15 @@ impl<'a> Planner<'a> {
         let mapping = if targets.is_empty() {
             // Saved parameters need not be in the base; each is asked for below.
             let parameters: Vec<_> = saved.iter().cloned().map(canonical).collect();
-            names::find_mapping(&parameters, &names).mapping
+            names::find_mapping(&parameters, &names, self.task)?.mapping
         } else {
             let parameters = targets.values().map(|target| target.parameter.clone());
             let parameters: Vec<_> = parameters.filter(known).map(canonical).collect();
-            let fit = names::find_mapping(&parameters, &names);
+            let fit = names::find_mapping(&parameters, &names, self.task)?;
             problems.extend(fit.problems);
             fit.mapping
         };
-        let naming = Naming { names, mapping };
+        let naming = Naming { names, mapping, pieces: RefCell::default() };
         let unknown = saved.iter().filter(|path| known(path) && !naming.has(path)).count();
         let strangers = (adapter.modules().values())
             .filter(|module| {
@@ -204,6 +243,6 @@ impl<'a> Planner<'a> {
                 !own.map(|leaf| format!("{}.{leaf}", module.path)).any(|path| naming.has(&path))
             })
             .count();
-        Named { naming, targets, problems, unknown, strangers }
+        Ok(Named { naming, targets, problems, unknown, strangers })
     }
 }

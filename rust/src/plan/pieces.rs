@@ -327,15 +327,7 @@ impl Planner<'_> {
             return Ok(slot * height / slots..(slot + 1) * height / slots);
         }
         // Parts of several sizes: the adapter's own modules have them, if it has all of them.
-        let own = naming.canonical(parameter).name;
-        let mut heights = vec![None; piece.slots];
-        for module in self.inputs.adapters[position].modules().values() {
-            let kind = parameter.rsplit('.').next().unwrap_or_default();
-            let other = naming.canonical(&format!("{}.{kind}", module.path));
-            if let (true, Some(other)) = (other.name == own, other.piece) {
-                heights[other.slot] = Some(module.outputs());
-            }
-        }
+        let heights = naming.own_heights(&self.inputs.adapters[position], parameter, piece.slots);
         match heights.into_iter().collect::<Option<Vec<_>>>() {
             Some(heights) if heights.iter().sum::<u64>() == height => {
                 let start = heights[..piece.slot].iter().sum::<u64>();

@@ -14,9 +14,11 @@ use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::Orientation;
+use crate::limits;
 use crate::orientation;
 use crate::quantised::Catalogue;
 use crate::safetensors::TensorInfo;
+use crate::task::Task;
 
 /// What happens to one tensor of the base.
 #[derive(Debug, Clone, Default)]
@@ -76,6 +78,7 @@ pub(super) struct Planner<'a> {
     pub(super) inputs: &'a Inputs,
     pub(super) base: &'a Checkpoint,
     pub(super) options: &'a Options,
+    pub(super) task: &'a Task,
     pub(super) tensors: IndexMap<String, TensorChange>,
     /// By the tensor's name: the adapters that bring it, in order.
     pub(super) additions: IndexMap<String, Vec<(usize, TensorInfo)>>,
@@ -85,6 +88,8 @@ pub(super) struct Planner<'a> {
     pub(super) tie: Option<Tie>,
     /// The base's quantised weights.
     pub(super) quantised: Catalogue,
+    /// How many updates of single experts there are.
+    updates_of_experts: u64,
     pub(super) problems: Vec<String>,
     /// Why a file could not be read, which is no problem of the plan's but its end.
     pub(super) failure: Option<Error>,
@@ -96,16 +101,18 @@ pub(super) struct Planner<'a> {
 impl<'a> Planner<'a> {
     /// # Errors
     /// That a file changed meanwhile, or [`Error::Io`].
-    pub fn new(inputs: &'a Inputs, options: &'a Options) -> Result<Self> {
+    pub fn new(inputs: &'a Inputs, options: &'a Options, task: &'a Task) -> Result<Self> {
         Ok(Self {
             inputs,
             base: &inputs.base,
             options,
+            task,
             tensors: IndexMap::new(),
             additions: IndexMap::new(),
             vocabulary: None,
             tie: Tie::of(&inputs.base, inputs)?,
             quantised: Catalogue::of(&inputs.base),
+            updates_of_experts: 0,
             problems: Vec::new(),
             failure: None,
             notes: Vec::new(),
@@ -115,14 +122,18 @@ impl<'a> Planner<'a> {
     }
 
     /// Adds everything that one adapter does.
-    pub fn add(&mut self, position: usize, weight: f64) {
+    ///
+    /// # Errors
+    /// [`crate::Error::Cancelled`], and [`crate::Error::Adapter`] for patterns of the config that
+    /// take too many steps. What does not fit is among the problems.
+    pub fn add(&mut self, position: usize, weight: f64) -> Result<()> {
         let inputs = self.inputs;
         let adapter = &inputs.adapters[position];
         let label = adapter.path().display().to_string();
-        let Named { naming, targets, problems, .. } = self.name(adapter);
+        let Named { naming, targets, problems, .. } = self.name(adapter)?;
         if let Some(problem) = self.refuse_foreign(targets.values()) {
             self.problems.push(format!("{label}: {problem}"));
-            return;
+            return Ok(());
         }
         self.problems.extend(problems.iter().map(|problem| format!("{label}: {problem}")));
         let complained = !problems.is_empty();
@@ -132,6 +143,7 @@ impl<'a> Planner<'a> {
         // modules that were trained apart from what they shared.
         for trained_apart in [true, false] {
             for saved in adapter.saved() {
+                self.task.check()?;
                 if adapter.config().saves_module_of(&saved.path) == trained_apart
                     && let Err(problem) = self.replace(position, saved, &naming, weight)
                 {
@@ -140,6 +152,7 @@ impl<'a> Planner<'a> {
             }
         }
         for rows in adapter.trained_rows() {
+            self.task.check()?;
             if let Err(problem) = self.replace_rows(position, rows, &naming, weight) {
                 self.problems.push(format!("{label}: {problem}"));
             }
@@ -147,6 +160,7 @@ impl<'a> Planner<'a> {
         let flag = adapter.config().fan_in_fan_out();
         let mut turned_against_flag = 0;
         for (key, target) in &targets {
+            self.task.check()?;
             let module = &adapter.modules()[key];
             let found = match self.update_in_pieces(position, (module, target), &naming, weight) {
                 Ok(true) => continue,
@@ -197,6 +211,7 @@ impl<'a> Planner<'a> {
                  base's weights; their shapes and architecture decided"
             ));
         }
+        Ok(())
     }
 
     /// The updates of one module; whether its weight is stored turned.
@@ -284,6 +299,17 @@ impl<'a> Planner<'a> {
                 ));
             }
             names.extend(shared.into_iter().filter(|other| other != name));
+        }
+        if parts.len() > 1 {
+            self.updates_of_experts += (parts.len() * names.len()) as u64;
+            if self.updates_of_experts > limits::UPDATES_OF_EXPERTS {
+                return Err(format!(
+                    "its module {path} changes {} experts, and with those before it more than {} \
+                     are changed, which is more than a model has",
+                    parts.len(),
+                    limits::UPDATES_OF_EXPERTS
+                ));
+            }
         }
         for name in names {
             let parts = parts.iter().cloned();

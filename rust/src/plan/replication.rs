@@ -5,6 +5,7 @@
 //! tensor that they share. What was trained is a model whose layers differ, so each of them is
 //! written out with its own updates; `compat = "peft"` gives the other.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use indexmap::{IndexMap, IndexSet};
@@ -12,6 +13,7 @@ use serde::Serialize;
 
 use super::Inputs;
 use crate::checkpoint::{Checkpoint, Location};
+use crate::limits;
 use crate::quantised::Catalogue;
 
 /// The names under which a model keeps the list of its layers, in PEFT's order of looking.
@@ -62,17 +64,25 @@ pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, St
         ));
     }
     let order: Vec<u64> = ranges.iter().flat_map(|(start, end)| *start..*end).collect();
-    let base = Arc::new(repeat(&inputs.base, &prefix, &order));
+    let repeated = repeat(&inputs.base, &prefix, &order).ok_or_else(|| {
+        format!(
+            "{}: makes more than {} tensors by layer_replication, which is more than a checkpoint \
+             can have",
+            inputs.adapters[0].path().display(),
+            limits::REPEATED_TENSORS
+        )
+    })?;
+    let base = Arc::new(repeated);
     let inputs = Inputs { base, adapters: inputs.adapters.clone() };
     Ok(Some((inputs, Replication { layers, order })))
 }
 
-/// What stands before a layer's number in a tensor's name, and the number.
-fn layer_of(name: &str) -> Option<(&str, u64)> {
+/// What stands before a layer's number in a tensor's name, the number, and what stands after it.
+fn layer_of(name: &str) -> Option<(&str, u64, &str)> {
     let mut start = 0;
     for part in name.split('.') {
         if let Ok(number) = part.parse() {
-            return Some((&name[..start], number));
+            return Some((&name[..start], number, &name[start + part.len()..]));
         }
         start += part.len() + 1;
     }
@@ -81,7 +91,7 @@ fn layer_of(name: &str) -> Option<(&str, u64)> {
 
 fn find_layers(base: &Checkpoint) -> Result<(String, u64), String> {
     let mut lists = IndexMap::<&str, u64>::new();
-    for (prefix, number) in base.tensors().keys().filter_map(|name| layer_of(name)) {
+    for (prefix, number, _) in base.tensors().keys().filter_map(|name| layer_of(name)) {
         let list = prefix.trim_end_matches('.');
         let is_list = |known: &str| {
             list.strip_suffix(known).is_some_and(|wrappers| {
@@ -92,7 +102,7 @@ fn find_layers(base: &Checkpoint) -> Result<(String, u64), String> {
         };
         if LISTS.iter().any(|known| is_list(known)) {
             let count = lists.entry(prefix).or_default();
-            *count = (*count).max(number + 1);
+            *count = (*count).max(number.saturating_add(1));
         }
     }
     match lists.as_slice() {
@@ -109,14 +119,17 @@ fn find_layers(base: &Checkpoint) -> Result<(String, u64), String> {
     }
 }
 
-/// The same shards under the names of the repeated layers.
-fn repeat(base: &Checkpoint, prefix: &str, order: &[u64]) -> Checkpoint {
+/// The same shards under the names of the repeated layers; `None` for too many of them.
+fn repeat(base: &Checkpoint, prefix: &str, order: &[u64]) -> Option<Checkpoint> {
+    let mut repeats = HashMap::<u64, Vec<usize>>::new();
+    for (new, old) in order.iter().enumerate() {
+        repeats.entry(*old).or_default().push(new);
+    }
     let mut tensors = IndexMap::<String, Location>::new();
     for (name, location) in base.tensors() {
-        match layer_of(name).filter(|(found, _)| *found == prefix) {
-            Some((_, layer)) => {
-                let rest = &name[prefix.len() + layer.to_string().len()..];
-                for (new, _) in order.iter().enumerate().filter(|(_, old)| **old == layer) {
+        match layer_of(name).filter(|(found, ..)| *found == prefix) {
+            Some((_, layer, rest)) => {
+                for new in repeats.get(&layer).into_iter().flatten() {
                     tensors.insert(format!("{prefix}{new}{rest}"), *location);
                 }
             }
@@ -124,8 +137,11 @@ fn repeat(base: &Checkpoint, prefix: &str, order: &[u64]) -> Checkpoint {
                 tensors.insert(name.clone(), *location);
             }
         }
+        if tensors.len() as u64 > limits::REPEATED_TENSORS {
+            return None;
+        }
     }
-    base.with_tensors(tensors)
+    Some(base.with_tensors(tensors))
 }
 
 /// All names of the base under which the tensor of one of them stands.

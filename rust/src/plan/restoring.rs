@@ -1,5 +1,7 @@
 //! Adapters taken out of a merged model again: by subtraction, or with the base at hand.
 
+use std::collections::HashSet;
+
 use super::planner::{Decided, Planner};
 use super::{ConfigChanges, Inputs, Plan, UpdateKind, layout};
 use crate::adapter::{Initialisation, Saved};
@@ -63,10 +65,11 @@ impl Planner<'_> {
     /// Refuses what a subtraction cannot undo: whatever is made from the base's own weight in
     /// another way than by adding to it.
     pub(super) fn check_subtraction(&mut self) {
+        let mut known: HashSet<String> = self.problems.iter().cloned().collect();
         let mut complain = |position: usize, what: String| {
             let path = self.inputs.adapters[position].path().display();
             let problem = format!("{path}: {what}; {GIVE_THE_BASE}");
-            if !self.problems.contains(&problem) {
+            if known.insert(problem.clone()) {
                 self.problems.push(problem);
             }
         };

@@ -1,6 +1,8 @@
 //! Which parameter of the model each module of an adapter changes, and which way a product lies on
 //! experts that are stored as one tensor.
 
+use std::collections::HashMap;
+
 use indexmap::IndexMap;
 use serde::Serialize;
 
@@ -8,8 +10,10 @@ use super::Part;
 use crate::adapter::{Adapter, Form, LayerKind, Module, Version};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::limits;
 use crate::plan::Expert;
 use crate::renames::Names;
+use crate::task::Task;
 
 /// Which way a product lies on the weight of an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -59,11 +63,15 @@ pub(super) struct Target {
 }
 
 /// Finds the parameter of every module, by the module's key; or says in words why not.
+///
+/// # Errors
+/// [`Error::Cancelled`], and [`Error::Adapter`] for patterns of the config that take too many steps.
 pub(super) fn find(
     adapter: &Adapter,
     names: &Names<'_>,
     asked: Option<ExpertLayout>,
-) -> (IndexMap<String, Target>, Vec<String>) {
+    task: &Task,
+) -> Result<(IndexMap<String, Target>, Vec<String>)> {
     let mut targets = IndexMap::new();
     let mut problems = Vec::new();
     let mut groups = IndexMap::<&str, Vec<&Module>>::new();
@@ -71,6 +79,7 @@ pub(super) fn find(
         groups.entry(&module.path).or_default().push(module);
     }
     for (path, mut modules) in groups {
+        task.check()?;
         // The innermost wrapper first.
         modules.sort_by_key(|module| std::cmp::Reverse(module.key.len()));
         let parameters = parameters(names, &modules);
@@ -83,7 +92,7 @@ pub(super) fn find(
             }
             continue;
         }
-        match assign(adapter, &modules, &parameters) {
+        match assign(adapter, &modules, &parameters)? {
             Ok(found) => targets.extend(found),
             Err(problem) => problems.push(format!("its module {path} {problem}")),
         }
@@ -91,7 +100,7 @@ pub(super) fn find(
     for problem in settle_layouts(adapter, names.base(), asked, &mut targets) {
         problems.push(problem);
     }
-    (targets, problems)
+    Ok((targets, problems))
 }
 
 /// A layer's own weight.
@@ -109,18 +118,10 @@ fn plain(names: &Names<'_>, module: &Module) -> Target {
 /// The shape of the tensor of that name, or of one whose name differs by a leading part.
 fn find_alike(names: &Names<'_>, parameter: &str) -> Option<Vec<u64>> {
     let name = names.canonical(parameter).name;
-    let alike = |other: &&str| {
-        let (long, short) = if other.len() > name.len() {
-            (*other, name.as_str())
-        } else {
-            (name.as_str(), *other)
-        };
-        long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'))
-    };
     if names.has(&name) {
         return names.shape(&name);
     }
-    names.keys().find(alike).and_then(|name| names.shape(name))
+    names.alike(&name).and_then(|name| names.shape(name))
 }
 
 /// The parameters among the modules' candidates that the base has, in the order in which PEFT
@@ -161,15 +162,20 @@ fn unknown_parameter(modules: &[&Module]) -> String {
 }
 
 /// How the factors of a module can lie on a parameter of that shape.
-fn layouts(adapter: &Adapter, module: &Module, name: &str, shape: &[u64]) -> Vec<ExpertLayout> {
-    let rank = adapter.config().rank_of(&format!("{}.{name}", module.path));
+fn layouts(
+    adapter: &Adapter,
+    module: &Module,
+    name: &str,
+    shape: &[u64],
+) -> Result<Vec<ExpertLayout>> {
+    let rank = adapter.config().rank_of(&format!("{}.{name}", module.path))?;
     let (count, height, width) = match *shape {
         [height, width] => (1, height, width),
-        [count, height, width] => (count, height, width),
-        _ => return Vec::new(),
+        [count, height, width] if count <= limits::EXPERTS => (count, height, width),
+        _ => return Ok(Vec::new()),
     };
     if module.a.shape[0] != rank * count || module.a.shape.len() != 2 {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     let (outputs, inputs) = (module.b.shape[0], module.a.shape[1]);
     let mut layouts = Vec::new();
@@ -181,28 +187,39 @@ fn layouts(adapter: &Adapter, module: &Module, name: &str, shape: &[u64]) -> Vec
     {
         layouts.push(ExpertLayout::Transposed);
     }
-    layouts
+    Ok(layouts)
 }
 
 /// Gives each module its parameter: the only way in which the shapes fit, or else the one in the
-/// order of registration.
+/// order of registration; or says in words why not.
 fn assign(
     adapter: &Adapter,
     modules: &[&Module],
     parameters: &[(&str, Vec<u64>)],
-) -> Result<Vec<(String, Target)>, String> {
-    let fits = |module: &Module, (name, shape): &(&str, Vec<u64>)| {
-        !layouts(adapter, module, name, shape).is_empty()
-    };
-    let mut ways = Vec::new();
-    let mut way = Vec::new();
-    search(modules, parameters, &fits, &mut way, &mut ways);
+) -> Result<Result<Vec<(String, Target)>, String>> {
+    let mut fits = Vec::with_capacity(modules.len());
+    for module in modules {
+        let of_parameter = |(name, shape): &(&str, Vec<u64>)| {
+            layouts(adapter, module, name, shape).map(|layouts| !layouts.is_empty())
+        };
+        fits.push(parameters.iter().map(of_parameter).collect::<Result<Vec<_>>>()?);
+    }
+    let mut search = Search { fits: &fits, way: Vec::new(), ways: Vec::new(), steps: 0 };
+    if !search.run() {
+        return Ok(Err(format!(
+            "has {} pairs of factors, which fit {} parameters in too many ways; train each in an \
+             adapter of its own",
+            modules.len(),
+            parameters.len()
+        )));
+    }
+    let ways = search.ways;
     let in_order: Vec<_> = (0..modules.len()).collect();
     let known = parameters.iter().all(|(name, _)| REGISTRATION.contains(name));
     let way = match ways.as_slice() {
         [way] => way,
         [] => {
-            return Err(format!(
+            return Ok(Err(format!(
                 "has factors of shapes {}, which fit none of the base's {}",
                 modules
                     .iter()
@@ -214,50 +231,63 @@ fn assign(
                     .map(|(name, shape)| format!("{name} of shape {shape:?}"))
                     .collect::<Vec<_>>()
                     .join(" and ")
-            ));
+            )));
         }
         ways if known && ways.contains(&in_order) => &in_order,
         _ => {
-            return Err(format!(
+            return Ok(Err(format!(
                 "has factors that fit {} in more than one way, and nothing tells which is meant; \
                  merge with PEFT, or train each in an adapter of its own",
                 parameters.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" and ")
-            ));
+            )));
         }
     };
-    Ok(modules
-        .iter()
-        .zip(way)
-        .map(|(module, position)| {
-            let (name, shape) = &parameters[*position];
-            let parameter = format!("{}.{name}", module.path);
-            let config = adapter.config();
-            let rank = config.rank_of(&parameter);
-            let scale = config.scaling(config.alpha_of(&parameter), rank);
-            let layouts = layouts(adapter, module, name, shape);
-            let layout = if let [layout] = layouts[..] { Some(layout) } else { None };
-            (module.key.clone(), Target { parameter, layout, rank, scale })
-        })
-        .collect())
+    let target = |(module, position): (&&Module, &usize)| -> Result<(String, Target)> {
+        let (name, shape) = &parameters[*position];
+        let parameter = format!("{}.{name}", module.path);
+        let config = adapter.config();
+        let rank = config.rank_of(&parameter)?;
+        let scale = config.scaling(config.alpha_of(&parameter)?, rank);
+        let layouts = layouts(adapter, module, name, shape)?;
+        let layout = if let [layout] = layouts[..] { Some(layout) } else { None };
+        Ok((module.key.clone(), Target { parameter, layout, rank, scale }))
+    };
+    modules.iter().zip(way).map(target).collect::<Result<_>>().map(Ok)
 }
 
-fn search(
-    modules: &[&Module],
-    parameters: &[(&str, Vec<u64>)],
-    fits: &impl Fn(&Module, &(&str, Vec<u64>)) -> bool,
-    way: &mut Vec<usize>,
-    ways: &mut Vec<Vec<usize>>,
-) {
-    let Some(module) = modules.get(way.len()) else {
-        ways.push(way.clone());
-        return;
-    };
-    for (position, parameter) in parameters.iter().enumerate() {
-        if !way.contains(&position) && fits(module, parameter) {
-            way.push(position);
-            search(modules, parameters, fits, way, ways);
-            way.pop();
+/// The search for all ways of giving each module a parameter of its own.
+struct Search<'a> {
+    /// For each module, which parameters fit it.
+    fits: &'a [Vec<bool>],
+    /// The parameters of the first modules, as they are tried.
+    way: Vec<usize>,
+    ways: Vec<Vec<usize>>,
+    steps: usize,
+}
+
+impl Search<'_> {
+    /// Whether the search came to its end within its steps.
+    fn run(&mut self) -> bool {
+        self.steps += 1;
+        if self.steps > limits::ASSIGNMENTS {
+            return false;
         }
+        let Some(fits) = self.fits.get(self.way.len()) else {
+            self.ways.push(self.way.clone());
+            return true;
+        };
+        for (position, _) in fits.iter().enumerate().filter(|(_, fits)| **fits) {
+            if self.way.contains(&position) {
+                continue;
+            }
+            self.way.push(position);
+            let ended = self.run();
+            self.way.pop();
+            if !ended {
+                return false;
+            }
+        }
+        true
     }
 }
 
@@ -275,15 +305,18 @@ fn settle_layouts(
     if !targets.iter().any(|(key, target)| is_open(key, target)) {
         return Vec::new();
     }
-    let leaf = |key: &str| adapter.modules()[key].path.rsplit('.').next().unwrap_or("").to_owned();
-    let decided: Vec<_> =
-        (targets.iter()).filter_map(|(key, target)| Some((leaf(key), target.layout?))).collect();
+    let leaf = |key: &str| adapter.modules()[key].path.rsplit('.').next().unwrap_or("");
+    let mut decided = HashMap::<&str, ExpertLayout>::new();
+    for (key, target) in targets.iter() {
+        if let Some(layout) = target.layout {
+            decided.entry(leaf(key)).or_insert(layout);
+        }
+    }
     let version = adapter.config().features().version;
     let mut problems = Vec::new();
     for (key, target) in targets.iter_mut().filter(|(key, target)| is_open(key, target)) {
-        let neighbour = decided.iter().find(|(other, _)| *other == leaf(key));
-        target.layout =
-            asked.or(neighbour.map(|(_, layout)| *layout)).or_else(|| by_version(version?, base));
+        let neighbor = decided.get(leaf(key)).copied();
+        target.layout = asked.or(neighbor).or_else(|| by_version(version?, base));
         if target.layout.is_none() {
             problems.push(format!(
                 "its factors of {} fit its square experts both ways, and nothing tells which \

@@ -73,8 +73,13 @@ impl Planner<'_> {
     ) -> Result<(), String> {
         let change = self.tensors.entry(name.clone()).or_default();
         let mut others = change.updates.iter().filter(|update| update.adapter != position);
+        let mut sorted = rows.rows.clone();
+        sorted.sort_unstable();
         let taken = |update: &Update| match &update.part.rows {
-            Some(band) => rows.rows.iter().any(|row| band.contains(row)),
+            Some(band) => {
+                let first = sorted.partition_point(|row| *row < band.start);
+                sorted.get(first).is_some_and(|row| band.contains(row))
+            }
             None => true,
         };
         if self.options.strategy == Strategy::Sequential && others.any(taken) {

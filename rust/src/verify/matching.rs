@@ -3,11 +3,13 @@
 use std::collections::HashSet;
 
 use crate::checkpoint::{Checkpoint, Location};
+use crate::error::Result;
 use crate::names::{self, Mapping};
 use crate::plan::{Action, Plan, PlannedTensor};
 use crate::quantised::Catalogue;
 use crate::renames::Names;
 use crate::safetensors::TensorInfo;
+use crate::task::Task;
 
 use super::Verification;
 use super::consistency::{embedding, is_head};
@@ -22,13 +24,17 @@ pub(super) struct Job {
 
 /// Finds every planned tensor in the merged checkpoint; what is not there is a problem. Returns the
 /// names there that belong to the plan, too.
+///
+/// # Errors
+/// [`crate::Error::Cancelled`].
 pub(super) fn match_up(
     plan: &Plan,
     catalogue: &Catalogue,
     merged: &Checkpoint,
     outcome: &mut Verification,
-) -> (Vec<Job>, HashSet<String>) {
-    let mapping = mapping(plan, merged);
+    task: &Task,
+) -> Result<(Vec<Job>, HashSet<String>)> {
+    let mapping = mapping(plan, merged, task)?;
     if let Some(description) = mapping.describe() {
         outcome.warnings.push(format!(
             "the tensors' names are not the base's: {}",
@@ -61,18 +67,18 @@ pub(super) fn match_up(
             Err(problem) => outcome.problems.push(problem),
         }
     }
-    (jobs, known)
+    Ok((jobs, known))
 }
 
 /// The change of names between the base and the merged checkpoint: none, as long as most are the
 /// same, so that a missing tensor is not taken for a renamed one.
-fn mapping(plan: &Plan, merged: &Checkpoint) -> Mapping {
+fn mapping(plan: &Plan, merged: &Checkpoint, task: &Task) -> Result<Mapping> {
     let names: Vec<_> = plan.tensors().map(|(_, tensor)| tensor.name.clone()).collect();
     let found = names.iter().filter(|name| merged.tensor(name).is_some()).count();
     if 2 * found >= names.len() {
-        return Mapping::Same;
+        return Ok(Mapping::Same);
     }
-    names::find_mapping(&names, &Names::plain(merged)).mapping
+    Ok(names::find_mapping(&names, &Names::plain(merged), task)?.mapping)
 }
 
 /// Gives the plan of one tensor the type in which it is stored.

@@ -2,16 +2,20 @@
 
 use serde_json::{Map, Value};
 
+use std::collections::{HashMap, HashSet};
+
 use super::Reader;
 use crate::error::Result;
+use crate::limits;
+use crate::names::endings::Endings;
 
 /// Which rows of which embeddings were trained (`trainable_token_indices`).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Tokens {
     /// Rows of the input embedding.
     Input(Vec<u64>),
     /// Rows by the name of the module that has them.
-    Named(Vec<(String, Vec<u64>)>),
+    Named(Endings, Vec<Vec<u64>>),
 }
 
 impl Tokens {
@@ -19,10 +23,7 @@ impl Tokens {
     pub fn rows_of(&self, path: &str) -> Option<&[u64]> {
         match self {
             Self::Input(rows) => Some(rows),
-            Self::Named(entries) => {
-                let (_, rows) = entries.iter().find(|(name, _)| path.ends_with(name.as_str()))?;
-                Some(rows)
-            }
+            Self::Named(names, rows) => Some(&rows[names.first_end_of(path)?]),
         }
     }
 }
@@ -87,7 +88,7 @@ impl Version {
 #[derive(Debug, Clone)]
 pub struct Features {
     /// The parameters that have factors of their own, by the ends of their names.
-    pub target_parameters: Vec<String>,
+    pub target_parameters: TargetParameters,
     /// Trained rows of embeddings.
     pub tokens: Option<Tokens>,
     /// Block-diagonal factors.
@@ -109,7 +110,9 @@ impl Features {
     pub(super) fn read(reader: &Reader<'_>) -> Result<Self> {
         let text = |field: &str| reader.raw.get(field).and_then(Value::as_str);
         Ok(Self {
-            target_parameters: reader.strings(reader.raw, "target_parameters")?,
+            target_parameters: TargetParameters::of(
+                reader.strings(reader.raw, "target_parameters")?,
+            ),
             tokens: reader.tokens()?,
             block_diagonal: reader.block_diagonal()?,
             kasa: matches!(reader.raw.get("kasa_config"), Some(Value::Object(_))),
@@ -119,24 +122,57 @@ impl Features {
             version: text("peft_version").and_then(Version::parse),
         })
     }
-
-    /// The names of parameters that a module's factors may belong to, as `target_parameters` has
-    /// them: all whose leading part ends the module's path.
-    pub fn parameters_of(&self, path: &str) -> Vec<&str> {
-        let mut names: Vec<_> = (self.target_parameters.iter())
-            .filter_map(|target| match target.rsplit_once('.') {
-                Some((module, name)) => ends_in(path, module).then_some(name),
-                None => Some(target.as_str()),
-            })
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        names
-    }
 }
 
-fn ends_in(path: &str, module: &str) -> bool {
-    path.strip_suffix(module).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+/// The parameters that have factors of their own (`target_parameters`).
+#[derive(Debug, Clone, Default)]
+pub struct TargetParameters {
+    /// By the end of the module's path: the names of its parameters.
+    of_modules: HashMap<String, Vec<String>>,
+    /// The lengths of those ends.
+    lengths: HashSet<usize>,
+    /// Names that stand alone, which any module may have.
+    bare: Vec<String>,
+}
+
+impl TargetParameters {
+    fn of(targets: Vec<String>) -> Self {
+        let mut parameters = Self::default();
+        for target in targets {
+            match target.rsplit_once('.') {
+                Some((module, name)) => {
+                    parameters.lengths.insert(module.len());
+                    let names = parameters.of_modules.entry(module.to_owned()).or_default();
+                    names.push(name.to_owned());
+                }
+                None => parameters.bare.push(target),
+            }
+        }
+        parameters
+    }
+
+    /// The names of parameters that a module's factors may belong to: all whose leading part ends
+    /// the module's path.
+    ///
+    /// # Errors
+    /// In words, for more of them than a module has.
+    pub fn of_module(&self, path: &str) -> Result<Vec<&str>, String> {
+        let cuts = path.match_indices('.').map(|(dot, _)| &path[dot + 1..]);
+        let ends = std::iter::once(path).chain(cuts);
+        let ends = ends.filter(|end| self.lengths.contains(&end.len()));
+        let own = ends.filter_map(|end| self.of_modules.get(end)).flatten();
+        let mut names: Vec<_> = own.chain(&self.bare).map(String::as_str).collect();
+        names.sort_unstable();
+        names.dedup();
+        if names.len() > limits::PARAMETERS_OF_MODULE {
+            return Err(format!(
+                "names {} parameters of the module {path} in target_parameters; there can be {}",
+                names.len(),
+                limits::PARAMETERS_OF_MODULE
+            ));
+        }
+        Ok(names)
+    }
 }
 
 fn initialisation(value: Option<&Value>) -> Initialisation {
@@ -181,8 +217,9 @@ impl Reader<'_> {
             Some(Value::Array(items)) if items.is_empty() => None,
             Some(Value::Object(items)) if items.is_empty() => None,
             Some(Value::Object(entries)) => {
-                let read = |(name, rows)| Ok((String::clone(name), self.rows(field, rows)?));
-                Some(Tokens::Named(entries.iter().map(read).collect::<Result<_>>()?))
+                let names = Endings::of(entries.keys().map(String::as_str));
+                let rows = entries.values().map(|rows| self.rows(field, rows));
+                Some(Tokens::Named(names, rows.collect::<Result<_>>()?))
             }
             Some(rows) => Some(Tokens::Input(self.rows(field, rows)?)),
         })
@@ -196,6 +233,12 @@ impl Reader<'_> {
             .as_array()
             .and_then(|rows| rows.iter().map(Value::as_u64).collect())
             .ok_or_else(broken)?;
+        if let Some(row) = rows.iter().find(|row| **row > limits::TOKEN) {
+            return Err(self.broken(format!(
+                "names the token {row} in {field}; a token is at most {}",
+                limits::TOKEN
+            )));
+        }
         let mut sorted = rows.clone();
         sorted.sort_unstable();
         match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -218,11 +261,19 @@ impl Reader<'_> {
                 self.broken(format!("sets nblocks of use_bdlora to {value}; it is at least 1"))
             })?,
         };
-        Ok(Some(BlockDiagonal {
-            a: self.strings(fields, "target_modules_bd_a")?,
-            b: self.strings(fields, "target_modules_bd_b")?,
-            blocks,
-        }))
+        if blocks > limits::BLOCKS {
+            return Err(self.broken(format!(
+                "sets nblocks of use_bdlora to {blocks}; there can be {}",
+                limits::BLOCKS
+            )));
+        }
+        let substrings = |field: &str| {
+            let names = self.strings(fields, field)?;
+            self.bounded(field, "names", names.len(), limits::SUBSTRINGS)?;
+            Ok(names)
+        };
+        let (a, b) = (substrings("target_modules_bd_a")?, substrings("target_modules_bd_b")?);
+        Ok(Some(BlockDiagonal { a, b, blocks }))
     }
 
     fn layer_replication(&self) -> Result<Option<Vec<(u64, u64)>>> {
@@ -238,12 +289,22 @@ impl Reader<'_> {
             }
             _ => None,
         };
-        let ranges = value.as_array().and_then(|ranges| ranges.iter().map(range).collect());
-        ranges.map(Some).ok_or_else(|| {
+        let ranges: Option<Vec<(u64, u64)>> =
+            value.as_array().and_then(|ranges| ranges.iter().map(range).collect());
+        let ranges = ranges.ok_or_else(|| {
             self.broken(format!(
                 "sets layer_replication to {value}; it is a list of pairs [first layer, end]"
             ))
-        })
+        })?;
+        // Before they are written out: a range can be of any length.
+        let layers = ranges.iter().fold(0u64, |sum, (start, end)| sum.saturating_add(end - start));
+        if layers > limits::LAYERS {
+            return Err(self.broken(format!(
+                "makes {layers} layers by layer_replication; there can be {}",
+                limits::LAYERS
+            )));
+        }
+        Ok(Some(ranges))
     }
 
     fn enabled_parts(&self) -> Result<Option<Vec<bool>>> {
@@ -255,7 +316,10 @@ impl Reader<'_> {
             value.as_array().and_then(|flags| flags.iter().map(Value::as_bool).collect());
         match flags {
             Some(flags) if flags.is_empty() => Ok(None),
-            Some(flags) if flags.contains(&true) => Ok(Some(flags)),
+            Some(flags) if flags.contains(&true) => {
+                self.bounded("enable_lora", "parts", flags.len(), limits::PARTS)?;
+                Ok(Some(flags))
+            }
             _ => Err(self.broken(format!(
                 "sets enable_lora to {value}; it is a list of true and false, not all false"
             ))),
