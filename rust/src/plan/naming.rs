@@ -12,7 +12,7 @@ use super::targets::{self, Target};
 use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::names::{self, Mapping};
-use crate::renames::{Canonical, Names, Piece, Renames, Stored};
+use crate::renames::{Names, Piece, Renames, Stored};
 
 /// The one way from an adapter's names to the base's.
 pub(super) struct Naming<'a> {

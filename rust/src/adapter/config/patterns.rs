@@ -184,8 +184,7 @@ struct Backtracking {
 
 impl Backtracking {
     fn new(key: &str, budget: &Budget) -> Result<Self, Trouble> {
-        // Classes of Unicode characters are large.
-        if !budget.spend(20_000 + 2_000 * key.len() as u64) {
+        if !budget.spend(steps_to_compile(key)) {
             return Err(Trouble::Exceeded);
         }
         // PEFT's own expression, groups included, so that a back-reference in a key counts the
@@ -228,6 +227,15 @@ impl Backtracking {
         }
         Err(Trouble::Exceeded)
     }
+}
+
+/// What compiling a key counts as: classes of Unicode characters are large, and counts repeat what
+/// they count.
+fn steps_to_compile(key: &str) -> u64 {
+    let is_class = |pair: &&[u8]| pair[0] == b'\\' && pair[1].is_ascii_alphabetic();
+    let classes = key.as_bytes().windows(2).filter(is_class).count() as u64;
+    let counts = key.bytes().filter(|byte| *byte == b'{').count() as u64;
+    20_000 + 2_000 * key.len() as u64 + 150_000 * classes + 1_500_000 * counts
 }
 
 /// Whether the character after this text is escaped by it.

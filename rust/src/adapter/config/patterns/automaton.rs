@@ -352,11 +352,8 @@ fn is_common(key: &str) -> bool {
             // Within a class the dialects differ in nested ones and in operations on sets.
             b'[' if in_class => return false,
             b']' if in_class => in_class = false,
-            byte if in_class => {
-                if b"&~-^".contains(&byte) && next == byte {
-                    return false;
-                }
-            }
+            byte if in_class && b"&~-^".contains(&byte) && next == byte => return false,
+            _ if in_class => {}
             b'[' => {
                 in_class = true;
                 // A closing bracket that stands first is a member, a caret negates.
