@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence, Set
-from typing import Any, final
+from typing import Any, Literal, final
 
 __all__ = [
     "Collection",
@@ -196,4 +196,6 @@ def open_collection(
     threads: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[Collection, list[tuple[int, Exception]]]: ...
-def recover_output(output: str | os.PathLike[str]) -> str: ...
+def recover_output(
+    output: str | os.PathLike[str],
+) -> Literal["nothing", "cleared", "finished", "taken_back"]: ...

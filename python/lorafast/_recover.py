@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Literal
 
 from lorafast import _core
+from lorafast._io.paths import expand
 
 Recovery = Literal["nothing", "cleared", "finished", "taken_back"]
 
@@ -33,5 +33,4 @@ def recover(output: str | os.PathLike[str]) -> Recovery:
             understood.
         OSError: a file cannot be moved.
     """
-    done: Recovery = _core.recover_output(Path(output).expanduser())
-    return done
+    return _core.recover_output(expand(output))

@@ -94,8 +94,7 @@ impl Plan {
         place: (usize, usize),
     ) -> PyResult<Option<(String, Bound<'py, PyBytes>)>> {
         let tensor = device::tensor_at(&self.plan, place)?;
-        let found =
-            job::run(py, None, |_| execute::operands::replacement(&self.inputs, tensor))?;
+        let found = job::run(py, None, |_| execute::operands::replacement(&self.inputs, tensor))?;
         Ok(found.map(|(dtype, bytes)| (dtype.name().to_owned(), PyBytes::new(py, &bytes))))
     }
 

@@ -1,6 +1,5 @@
 //! From the keys of an adapter's file to the parts that its tensors play.
 
-
 use indexmap::IndexMap;
 
 use super::{Form, LayerKind, Module, PeftConfig, Role, Saved, TrainedRows};

@@ -121,7 +121,8 @@ fn what_the_staging_directory_lost_is_never_published() {
     let output = root.path();
     model(output, "old", &NAMES);
     let before = snapshot(output);
-    let spoil: [(&str, fn(&Path)); 5] = [
+    type Spoil = (&'static str, fn(&Path));
+    let spoil: [Spoil; 5] = [
         ("removed", |model| fs::remove_file(model.join(NAMES[0])).expect("removed")),
         ("removed", |model| fs::remove_dir_all(model).expect("removed")),
         ("changed", |model| {
