@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core, _findings, _sources
+from lorafast._changes import unchanged
 from lorafast._io import scratch
 from lorafast._io.paths import expand, resolved
 from lorafast._limits import check_threads
@@ -160,11 +161,12 @@ def compare(
         raise ValueError(f"{len(chosen)} names were given for {len(sources)} adapters")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"the adapters' names are not distinct: {', '.join(chosen)}")
-    analyses = [
-        analyze_named(source, name, threads=threads, progress=progress)
-        for source, name in zip(sources, chosen, strict=True)
-    ]
-    return compare_analysed(sources, analyses, threads=threads, progress=progress)
+    with unchanged([_sources.locate(source, _sources.ADAPTER_PATTERNS) for source in sources]):
+        analyses = [
+            analyze_named(source, name, threads=threads, progress=progress)
+            for source, name in zip(sources, chosen, strict=True)
+        ]
+        return compare_analysed(sources, analyses, threads=threads, progress=progress)
 
 
 def compare_analysed(
