@@ -1,5 +1,5 @@
 //! The core of lorafast: it reads checkpoints and adapters, plans merges and carries them out,
-//! and measures adapters, all on memory-mapped safetensors files.
+//! and measures adapters, all on safetensors files that are read at positions.
 //!
 //! The core knows no Python, prints nothing, reads no environment and owns no global pool:
 //! threads, progress and cancellation are arguments ([`task::Task`]).

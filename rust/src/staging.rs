@@ -100,7 +100,6 @@ impl Staging {
         if fs::symlink_metadata(output.join(DIRECTORY)).is_err() {
             place::check_content(output, overwrite)?;
         }
-        place::check_space(output, bytes)?;
         let created = place::first_missing(output)?;
         fs::create_dir_all(output).map_err(|error| Error::io(output, error))?;
         let directory = output.join(DIRECTORY);
@@ -122,6 +121,7 @@ impl Staging {
         place::check_content(output, overwrite)?;
         // One that has lost its lock without knowing writes to another directory.
         this.model = format!("{MODEL}{}", clear(&directory)? + 1);
+        place::check_space(output, bytes)?;
         let model = directory.join(&this.model);
         fs::create_dir(&model).map_err(|error| Error::io(&model, error))?;
         this.occupancy = Occupancy::find(output, &this.names, &this.inputs)?;
@@ -236,7 +236,6 @@ impl Staging {
         let content = manifest::encode(self.written.iter().map(|file| (&*file.name, file.bytes)));
         self.write(MANIFEST, &content, None)?;
         let mut warnings = commit::commit(&mut self)?;
-        self.kept = true;
         // The model is complete: what fails now is no failure of the merge.
         if let Some(lock) = self.lock.take()
             && let Err(error) = lock.remove(&self.directory)
@@ -250,11 +249,13 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // Nothing can be done about a failure here, and the name says what the remains are.
+        let lock = self.lock.take();
         if self.kept {
+            lock.into_iter().for_each(Lock::release);
             return;
         }
-        if let Some(lock) = self.lock.take() {
+        // Nothing can be done about a failure here, and the name says what the remains are.
+        if let Some(lock) = lock {
             let _ = lock.remove(&self.directory);
         }
         if let Some(created) = &self.created {

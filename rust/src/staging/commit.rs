@@ -161,38 +161,34 @@ pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
         )
     };
     // Looked at again: what has come since the merge began is nobody's to replace.
-    let occupancy = place::Occupancy::find(&output, &staging.names, &staging.inputs)?;
-    if let Some(name) = occupancy.older.iter().find(|name| !staging.occupancy.older.contains(name))
-    {
-        staging.kept = true;
+    staging.kept = true;
+    let occupancy = place::Occupancy::find(&output, &staging.names, &staging.inputs)
+        .map_err(|error| keep(format!("cannot be replaced any more: {error}")))?;
+    let has_come = |name: &&String| !staging.occupancy.older.contains(name);
+    if let Some(name) = occupancy.older.iter().find(has_come) {
         return Err(keep(format!("{name} has come into it while the model was written")));
     }
     let (new, older) = in_order(staging, occupancy.older);
     let journal = Journal { schema: SCHEMA, model: staging.model.clone(), new, older };
-    if let Err(error) = write_journal(&layout, &directory, &journal, staging.sync) {
-        staging.kept = true;
-        return Err(keep(format!("could not be replaced, and is as it was: {error}")));
-    }
+    let unmoved =
+        |error| keep(format!("the model could not be moved into it, which is as it was: {error}"));
+    write_journal(&layout, &directory, &journal, staging.sync).map_err(unmoved)?;
     if let Err(error) = layout.carry_on(&journal, staging.sync) {
-        staging.kept = true;
         if layout.is_done(&journal) {
             // Only the journal could not be removed, and says itself that all is done.
             return Ok(vec![format!("{}: {error}; remove it by hand", directory.display())]);
         }
         return Err(match layout.take_back(&journal) {
             Ok(()) => {
-                if let Some(lock) = staging.lock.take() {
-                    lock.release();
-                }
                 remove_new_directories(&layout, &journal);
-                keep(format!("could not be replaced, and is as it was: {error}"))
+                unmoved(error)
             }
             Err(second) => broken(
                 &output,
                 format!(
-                    "could not be replaced ({error}), nor taken back ({second}); the older model's \
-                     files lie in it and in {}, the new one's in it and in {}: mend the cause, and \
-                     `lorafast recover` finishes the one or the other",
+                    "the model could not be moved into it ({error}), nor back ({second}); the \
+                     older model's files lie in it and in {}, the new one's in it and in {}: mend \
+                     the cause, and `lorafast recover` finishes the one or the other",
                     layout.older.display(),
                     layout.model.display()
                 ),
