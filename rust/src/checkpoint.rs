@@ -2,7 +2,7 @@
 
 pub mod rewrite;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -328,22 +328,34 @@ fn read_index(directory: &Path, name: &str) -> Result<Files> {
         return Err(broken("has an empty weight_map".into()));
     }
     shards.sort();
-    check_count(&shards).map_err(broken)?;
+    check_count(directory, &shards)?.map_or(Ok(()), |message| Err(broken(message)))?;
     Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content }) })
 }
 
-/// Refuses an index that names some of the shards of which their names tell that there are more.
-fn check_count(shards: &[String]) -> std::result::Result<(), String> {
-    let mut numbers = BTreeMap::<(&str, u64), u64>::new();
-    for (stem, _, count) in shards.iter().filter_map(|shard| shard_of(shard)) {
-        *numbers.entry((stem, count)).or_default() += 1;
+/// What is wrong with an index that names some shards, of whose names tell that there are more, while
+/// the others are not there. A shard without tensors is in no index, but it is there.
+fn check_count(directory: &Path, shards: &[String]) -> Result<Option<String>> {
+    let mut families = BTreeMap::<(&str, u64, usize), BTreeSet<u64>>::new();
+    for name in shards {
+        if let Some((stem, number, count)) = shard_of(name) {
+            let width =
+                name.len() - ".safetensors".len() - name.rfind("-of-").map_or(0, |at| at + 4);
+            families.entry((stem, count, width)).or_default().insert(number);
+        }
     }
-    match numbers.into_iter().find(|((_, count), found)| found < count) {
-        Some(((stem, count), found)) => Err(format!(
-            "names {found} of the {count} shards of {stem}; fetch the checkpoint again"
-        )),
-        None => Ok(()),
+    for ((stem, count, width), numbers) in families {
+        for number in (1..=count).filter(|number| !numbers.contains(number)) {
+            let name = format!("{stem}-{number:0width$}-of-{count:0width$}.safetensors");
+            if file::find(&directory.join(&name))?.is_none() {
+                return Ok(Some(format!(
+                    "names {} of the {count} shards of {stem}, and {name} is not there; fetch the \
+                     checkpoint again",
+                    numbers.len()
+                )));
+            }
+        }
     }
+    Ok(None)
 }
 
 /// What a copy of a model that lorafast has written lacks.
