@@ -24,7 +24,7 @@ use crate::renames::{Names, Renames};
 use crate::safetensors::TensorInfo;
 use crate::spectrum::{Spectrum, Update, Values};
 use crate::statistics::{
-    Bins, ElementType, InFile, Request, Summary, Tensor, describe, describe_each,
+    Bins, ElementType, InFile, Request, Summary, Tensor, describe, describe_each, with_room,
 };
 use crate::task::Task;
 
@@ -136,32 +136,38 @@ pub(crate) fn extents(module: &Module) -> Option<(usize, usize, usize)> {
 }
 
 /// A module's factors as they lie in the file, read.
-struct Factors {
+struct Factors<'b> {
     extents: (usize, usize, usize),
     scaling: f64,
     elements: [ElementType; 2],
-    b: Vec<u8>,
-    a: Vec<u8>,
+    b: &'b [u8],
+    a: &'b [u8],
 }
 
-impl Factors {
-    /// Of a module that can be measured.
-    fn read(adapter: &Adapter, module: &Module) -> Result<Option<Self>> {
+impl<'b> Factors<'b> {
+    /// Of a module that can be measured, in a buffer that grows as needed.
+    fn read(adapter: &Adapter, module: &Module, room: &'b mut Vec<u8>) -> Result<Option<Self>> {
         let Some(extents) = extents(module) else { return Ok(None) };
         let element = |tensor: &TensorInfo| ElementType::from_dtype(&tensor.dtype);
         let (Some(left), Some(right)) = (element(&module.b), element(&module.a)) else {
             return Ok(None);
         };
-        let (b, a) = (adapter.file().read(&module.b)?, adapter.file().read(&module.a)?);
+        let (first, all) = (module.b.bytes() as usize, factor_bytes(module) as usize);
+        if room.len() < all {
+            room.resize(all, 0);
+        }
+        let (b, a) = room[..all].split_at_mut(first);
+        adapter.file().read_into(&module.b, 0, b)?;
+        adapter.file().read_into(&module.a, 0, a)?;
         let (scaling, elements) = (module.scaling, [left, right]);
         Ok(Some(Self { extents, scaling, elements, b, a }))
     }
 
     /// The update that they make.
-    fn update(&self) -> Result<Update<'_>> {
+    fn update(&self) -> Result<Update<'b>> {
         let (rows, columns, rank) = self.extents;
-        let left = Values::Stored(Tensor::new(&self.b, self.elements[0])?);
-        let right = Values::Stored(Tensor::new(&self.a, self.elements[1])?);
+        let left = Values::Stored(Tensor::new(self.b, self.elements[0])?);
+        let right = Values::Stored(Tensor::new(self.a, self.elements[1])?);
         Update::new(rows, columns, rank, left, right, self.scaling)
     }
 }
@@ -205,7 +211,12 @@ pub fn analyze(
             .map(|(position, module)| {
                 task.check()?;
                 let weight = weights.as_ref().map(|weights| &weights[*position]);
-                measure(adapter, module, base.zip(weight), options, task)
+                with_room(|room| {
+                    let Some(factors) = Factors::read(adapter, module, room)? else {
+                        return Ok(None);
+                    };
+                    measure(module, &factors.update()?, base.zip(weight), options, task).map(Some)
+                })
             })
             .collect::<Result<_>>()?;
         adapter.check_unchanged()?;
@@ -314,17 +325,13 @@ fn tensors(
 }
 
 fn measure(
-    adapter: &Adapter,
     module: &Module,
+    update: &Update<'_>,
     base: Option<(&Checkpoint, &TensorInfo)>,
     options: &Options,
     task: &Task,
-) -> Result<Option<ModuleAnalysis>> {
-    let Some(factors) = Factors::read(adapter, module)? else {
-        return Ok(None);
-    };
-    let update = factors.update()?;
-    let spectrum = Spectrum::of(&update);
+) -> Result<ModuleAnalysis> {
+    let spectrum = Spectrum::of(update);
     task.advance(factor_bytes(module));
     let base = base.map(|(base, weight)| base_norm(base, weight, task)).transpose()?;
     let entries = if options.entries {
@@ -333,13 +340,13 @@ fn measure(
         let typical = spectrum.frobenius_norm / count.sqrt();
         // Of an update that is not finite nothing is small.
         let threshold = if typical.is_finite() { SMALL_ENTRY * typical } else { 0.0 };
-        let statistics = scan_entries(&update, &Bins::Automatic(options.bins), threshold)?;
+        let statistics = scan_entries(update, &Bins::Automatic(options.bins), threshold)?;
         task.advance(entry_work(module));
         Some(EntryAnalysis { threshold, statistics })
     } else {
         None
     };
-    Ok(Some(ModuleAnalysis {
+    Ok(ModuleAnalysis {
         path: module.path.clone(),
         kind: module.kind.name(),
         shape: [update.rows(), update.columns()],
@@ -351,7 +358,7 @@ fn measure(
         spectrum,
         base,
         entries,
-    }))
+    })
 }
 
 /// The base's weight of each module.

@@ -30,14 +30,13 @@ pub use source::Source;
 
 pub(crate) use histogram::log_magnitude;
 pub(crate) use moments::Moments;
-pub(crate) use source::InFile;
+pub(crate) use source::{InFile, with_room};
 
 use crate::error::{Error, Result};
 use crate::task::Task;
 use element::Format;
 use histogram::{linear_counts, linear_thresholds, log_counts, log_thresholds};
 use radix::{Counts, Refinement, Tally};
-use source::with_room;
 
 /// Elements of one unit of work.
 pub(crate) const SEGMENT: usize = 1 << 16;

@@ -163,10 +163,12 @@ fn compare_module(
 ) -> Result<Compared> {
     let mut notes = Vec::new();
     let mut factors = Vec::new();
-    for (position, (adapter, module)) in adapters.iter().zip(modules).enumerate() {
+    let mut rooms = vec![Vec::new(); adapters.len()];
+    let pairs = adapters.iter().zip(modules).zip(&mut rooms).enumerate();
+    for (position, ((adapter, module), room)) in pairs {
         let Some(module) = module else { continue };
         task.check()?;
-        match Factors::read(adapter, module)? {
+        match Factors::read(adapter, module, room)? {
             Some(read) => factors.push((position, read)),
             None => notes.push(format!("{}: {}", adapter.path().display(), unmeasured(module))),
         }

@@ -13,7 +13,7 @@ thread_local! {
 
 /// Lends the thread's buffer, which keeps its pages from one read to the next. Work that waits for
 /// other threads may begin more work on this one, which finds an empty buffer then.
-pub(super) fn with_room<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+pub(crate) fn with_room<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
     let mut room = ROOM.take();
     let result = work(&mut room);
     ROOM.set(room);
