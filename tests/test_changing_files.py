@@ -81,6 +81,9 @@ def subtract(folder: Path, progress: Any) -> Any:
     report = lorafast.subtract(
         folder / "merged", folder / "a", folder / "out", threads=1, progress=progress, report=False
     )
+    if report.bound is None:
+        # It is found when the output is finished, and what fails then is a warning.
+        assert any(CHANGED in warning for warning in report.warnings)
     return digest(folder / "out"), report.bound
 
 
@@ -187,16 +190,14 @@ def test_a_file_that_changes_meanwhile_is_an_error_or_of_one_state(
         assert CHANGED in str(found)
         assert Path(file).name in str(found)
         assert isinstance(found, lorafast.AdapterError) == file.startswith("a/")
-        # A subtraction's bound is found when its output is finished.
-        if work is subtract and (folder / "out").exists():
-            assert digest(folder / "out") == undisturbed(work)[0]
-        else:
-            assert not (folder / "out").exists()
+        assert not (folder / "out").exists()
         return
     # It was done before it was changed, or it has read what was opened to its end.
     expected = undisturbed(work)
     if isinstance(expected, np.ndarray):
         assert np.array_equal(found, expected)
+    elif work is subtract and found[1] is None:
+        assert found[0] == expected[0]
     else:
         assert str(found).replace(str(folder), "") == str(expected).replace(str(originals), "")
 

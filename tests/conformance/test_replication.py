@@ -123,7 +123,7 @@ def test_per_layer_settings_of_the_config(toys: Toys, tmp_path: Path) -> None:
     ("value", "says"),
     [
         ([[0, 7]], "repeats layers up to 6.*the base has 3 layers"),
-        ([[0, 10**15]], "the base has 3 layers"),
+        ([[0, 10**15]], "layers by layer_replication; there can be"),
         ([[1, 1]], "list of pairs"),
         ([[0, 1, 2]], "list of pairs"),
         ("twice", "list of pairs"),
