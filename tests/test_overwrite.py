@@ -133,10 +133,11 @@ def test_one_shard_of_three_is_no_model(tmp_path: Path, adapter: Path) -> None:
     (first, *rest) = sorted(base.glob("*.safetensors"))
     partial = {n: s for n, s in whole["weight_map"].items() if s != rest[-1].name}
     index.write_text(json.dumps({"weight_map": partial}))
+    rest[-1].unlink()
     with pytest.raises(lorafast.CheckpointError, match="names 2 of the 3 shards"):
         lorafast.plan(base, adapter)
     index.unlink()
-    for shard in rest:
+    for shard in rest[:-1]:
         shard.unlink()
     with pytest.raises(lorafast.CheckpointError, match=f"{first.name}, one shard of 3"):
         lorafast.plan(base, adapter)
@@ -271,17 +272,21 @@ def test_many_shards_open_more_files_than_the_soft_limit(tmp_path: Path) -> None
 def cut_off(output: Path, *, older: bool) -> dict[str, bytes]:
     """Puts an output into the middle of a commit; what the finished one holds."""
     staging = output / ".lorafast-partial"
-    model = staging / "model-1-0"
+    model = staging / "model-1"
     model.mkdir(parents=True)
     new = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    stamps = {name: (output / name).stat() for name in new}
     (staging / "older").mkdir()
     was = []
     if older:
         (staging / "older" / "config.json").write_text('{"older": true}')
         was = ["config.json"]
     (output / "config.json").rename(model / "config.json")
-    sizes = [[name, len(content)] for name, content in new.items()]
-    journal = {"schema": 1, "model": model.name, "new": sizes, "older": was}
+    files = [
+        {"name": n, "bytes": s.st_size, "inode": s.st_ino, "modified": s.st_mtime_ns}
+        for n, s in stamps.items()
+    ]
+    journal = {"schema": 1, "model": model.name, "new": files, "older": was}
     (staging / "commit.json").write_text(json.dumps(journal))
     return new
 
@@ -301,7 +306,7 @@ def test_a_model_in_the_middle_of_a_commit_is_refused_and_recovers(
         assert lorafast.recover(output) == "finished"
         assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
     cut_off(output, older=True)
-    (output / ".lorafast-partial" / "model-1-0" / "config.json").write_text("cut")
+    (output / ".lorafast-partial" / "model-1" / "config.json").write_text("cut")
     assert lorafast.recover(str(output)) == "taken_back"
     assert (output / "config.json").read_text() == '{"older": true}'
     assert not (output / ".lorafast-partial").exists()
@@ -327,6 +332,43 @@ def test_a_journal_that_leads_out_of_its_directory_is_refused(
     with pytest.raises(lorafast.OutputError, match="leaves its directory"):
         lorafast.merge(base, adapter, output, overwrite=True)
     assert snapshot(base) == before
+
+
+def test_a_finished_model_that_could_not_be_placed_is_kept(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    kept = output / ".lorafast-partial" / "kept-1" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("hours of work")
+    assert lorafast.recover(output) == "kept"
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(lorafast.OutputError, match="not empty"):
+        lorafast.merge(base, adapter, output)
+    assert kept.read_text() == "hours of work"
+    lorafast.merge(base, adapter, output, overwrite=True)
+    assert not kept.exists()
+
+
+def test_a_folder_that_nobody_may_look_at_is_left_out(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    (base / "lost+found").mkdir(mode=0o000)
+    report = lorafast.merge(base, adapter, tmp_path / "out")
+    # Root may look, and finds nothing that is no part of a model.
+    assert report.left_out == ([] if os.geteuid() == 0 else ["lost+found/"])
+
+
+def test_the_command_says_what_is_left_out(
+    tmp_path: Path, base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorafast._cli import main
+
+    (base / "weights.gguf").write_text("x")
+    words = ["merge", "--base", base, "--adapters", adapter, "--output", tmp_path / "out"]
+    assert main([*map(str, words)]) == 0
+    assert "weights.gguf" in capsys.readouterr().out
 
 
 def test_the_command_recovers(

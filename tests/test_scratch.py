@@ -72,13 +72,13 @@ def test_what_is_nobodys_or_behind_a_link_stays(temporary: Path, tmp_path: Path)
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / scratch.LOCK).touch()
-    (temporary / "lorafast-link").symlink_to(outside)
+    (temporary / f"{scratch.PREFIX}link").symlink_to(outside)
     # A lock that is a link, or a pipe that would keep its opener waiting.
-    (temporary / "lorafast-odd").mkdir()
-    (temporary / "lorafast-odd" / scratch.LOCK).symlink_to(outside / scratch.LOCK)
-    (temporary / "lorafast-pipe").mkdir()
-    os.mkfifo(temporary / "lorafast-pipe" / scratch.LOCK)
-    (temporary / "lorafast-file").write_text("a file")
+    (temporary / f"{scratch.PREFIX}odd").mkdir()
+    (temporary / f"{scratch.PREFIX}odd" / scratch.LOCK).symlink_to(outside / scratch.LOCK)
+    (temporary / f"{scratch.PREFIX}pipe").mkdir()
+    os.mkfifo(temporary / f"{scratch.PREFIX}pipe" / scratch.LOCK)
+    (temporary / f"{scratch.PREFIX}file").write_text("a file")
     before = sorted(temporary.iterdir())
     with scratch.directory():
         pass
@@ -91,7 +91,7 @@ def test_a_link_in_what_was_left_is_removed_and_not_followed(
 ) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("a person's")
-    left = temporary / "lorafast-left"
+    left = temporary / f"{scratch.PREFIX}left"
     left.mkdir()
     (left / scratch.LOCK).touch()
     (left / "link").symlink_to(tmp_path / "precious")

@@ -106,13 +106,13 @@ def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
     names = _pickle_names(shards)
     for shard, name in names.items():
         state = load_file(model / shard)
-        with atomic.writing(model / name) as file:
+        with atomic.writing(model / name, sync=True) as file:
             torch.save(state, file)
         del state
     if index is not None:
         index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
         text = json.dumps(index, indent=2) + "\n"
-        atomic.write(model / PICKLE_INDEX, text)
+        atomic.write(model / PICKLE_INDEX, text, sync=True)
         index_path.unlink()
     # Only now: until here the model was whole in one form or the other.
     for shard in shards:

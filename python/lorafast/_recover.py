@@ -8,7 +8,7 @@ from typing import Literal
 from lorafast import _core
 from lorafast._io.paths import expand
 
-Recovery = Literal["nothing", "cleared", "finished", "taken_back"]
+Recovery = Literal["nothing", "cleared", "finished", "taken_back", "kept"]
 
 
 def recover(output: str | os.PathLike[str]) -> Recovery:
@@ -25,12 +25,13 @@ def recover(output: str | os.PathLike[str]) -> Recovery:
 
     Returns:
         What was done: "nothing" was cut off there, what was unfinished is "cleared", the new model
-        is "finished", or the older one "taken_back".
+        is "finished", or the older one "taken_back". "kept": a finished model that could not be
+        moved into place lies in the directory's `.lorafast-partial`, and stays there.
 
     Raises:
         FileNotFoundError: the directory is not there.
-        OutputError: a merge is writing there at this moment, or what is left of one cannot be
-            understood.
+        OutputError: a merge is writing there at this moment, somebody else's file has come to the
+            place of one of the model's, or what is left of a merge cannot be understood.
         OSError: a file cannot be moved.
     """
     return _core.recover_output(expand(output))

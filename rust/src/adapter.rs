@@ -24,7 +24,7 @@ use crate::safetensors::{SafetensorsFile, TensorInfo, check_path};
 use crate::task::Task;
 
 pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
-const PICKLED_WEIGHTS: &str = "adapter_model.bin";
+pub(crate) const PICKLED_WEIGHTS: &str = "adapter_model.bin";
 
 /// What kind of layer a pair of factors belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

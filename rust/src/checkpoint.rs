@@ -84,7 +84,6 @@ impl Checkpoint {
         let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
         let is_directory = metadata.is_dir();
         let (root, files) = if is_directory {
-            staging::check_whole(path)?;
             (path.to_path_buf(), find_files(path)?)
         } else {
             let name = file_name(path);
@@ -100,6 +99,7 @@ impl Checkpoint {
             };
             (root, Files { shards: vec![name], index: None })
         };
+        staging::check_whole(&root)?;
         file::allow_open(files.shards.len());
         let shards = files
             .shards
@@ -117,6 +117,9 @@ impl Checkpoint {
         }
         if is_directory {
             warnings.extend(missing_side_files(path));
+        } else if let Some((_, number, count)) = shard_of(&file_name(path)).filter(|of| of.2 > 1) {
+            let path = path.display();
+            warnings.push(format!("{path}: is shard {number} of {count}, not a whole model"));
         }
         let config = read_config(&root.join("config.json"))?;
         Ok(Self {

@@ -74,6 +74,18 @@ pub fn open(path: &Path) -> Result<(File, Metadata)> {
     Ok((file, metadata))
 }
 
+/// The permissions of a file for one that is made from it: who may read, write and execute, and none
+/// of the bits that let a program act as somebody else.
+pub fn permissions(metadata: &Metadata) -> fs::Permissions {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::Permissions::from_mode(metadata.permissions().mode() & 0o777)
+    }
+    #[cfg(not(unix))]
+    metadata.permissions()
+}
+
 /// The rest of an open file.
 ///
 /// # Errors

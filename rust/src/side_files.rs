@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -47,7 +48,7 @@ const WEIGHTS: [&str; 13] = [
 ];
 /// Endings of the files that belong to models: configs, tokenizers, templates, code, and what their
 /// cards show.
-const CARRIED: [&str; 21] = [
+const CARRIED: [&str; 28] = [
     ".json",
     ".jinja",
     ".txt",
@@ -57,7 +58,14 @@ const CARRIED: [&str; 21] = [
     ".vocab",
     ".bpe",
     ".spm",
+    ".codes",
+    ".tokenizer",
+    ".ttf",
     ".py",
+    ".c",
+    ".h",
+    ".cpp",
+    ".cu",
     ".yaml",
     ".yml",
     ".toml",
@@ -70,7 +78,7 @@ const CARRIED: [&str; 21] = [
     ".svg",
     ".webp",
 ];
-/// Names without an ending that belong to models, and how they may begin.
+/// What the names of files without an ending hold that belong to models.
 const PLAIN: [&str; 8] =
     ["license", "licence", "notice", "copying", "readme", "use_policy", "authors", "changelog"];
 /// Folders of other copies of the weights.
@@ -137,9 +145,13 @@ pub fn holds_weights(name: &str) -> bool {
 /// Whether a name in an output says that the file belongs to the model there, or reports on it.
 pub fn is_of_a_model(name: &str) -> bool {
     let is_shard = || shard_of(name).is_some_and(|(stem, ..)| SHARD_STEMS.contains(&stem));
-    // What a report leaves whose writing was cut off.
-    let is_draft = || name.starts_with(".lorafast-") && name.ends_with(".part");
-    OF_A_MODEL.contains(&name) || REPORTS.contains(&name) || is_shard() || is_draft()
+    OF_A_MODEL.contains(&name) || is_report(name) || is_shard()
+}
+
+/// Whether a name in an output is that of a report on the model there, or of what a report leaves
+/// whose writing was cut off.
+pub fn is_report(name: &str) -> bool {
+    REPORTS.contains(&name) || name.starts_with(".lorafast-") && name.ends_with(".part")
 }
 
 /// Stem, number and count of a shard by its name: `model-00001-of-00003.safetensors`.
@@ -171,8 +183,8 @@ pub fn list(base: &Checkpoint) -> Result<SideFiles> {
     Ok(files)
 }
 
-/// The directories in which a base's files may lie: its own, and those where its shards do if they
-/// are links, as in a hub's cache.
+/// The directories in which a base's files may lie: its own first, and those in which its shards do
+/// if they are links, as in a hub's cache.
 fn homes(base: &Checkpoint) -> Result<Vec<PathBuf>> {
     let root = base.root();
     let mut homes = vec![root.canonicalize().map_err(|error| Error::io(root, error))?];
@@ -253,7 +265,12 @@ impl Walk<'_> {
         }
         let directory = self.root.join(relative);
         let failed = |error| Error::io(&directory, error);
-        for entry in fs::read_dir(&directory).map_err(failed)? {
+        let entries = match fs::read_dir(&directory) {
+            // Such as lost+found; what nobody may look at is no part of a model.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(false),
+            entries => entries.map_err(failed)?,
+        };
+        for entry in entries {
             let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
             let of_a_model = [ADAPTER_CONFIG, "trainer_state.json", "model_index.json"];
             if holds_weights(&name) || is_index(&name) || of_a_model.contains(&name.as_str()) {
@@ -277,7 +294,9 @@ impl Walk<'_> {
             };
         }
         let real = path.canonicalize().map_err(|error| Error::io(path, error))?;
-        if self.homes.iter().any(|home| real.starts_with(home)) {
+        let [root, beside_shards @ ..] = self.homes.as_slice() else { return Ok(None) };
+        let is_beside = |home: &PathBuf| real.parent() == Some(home.as_path());
+        if real.starts_with(root) || beside_shards.iter().any(is_beside) {
             return Ok(Some(Stamp::of(&metadata)));
         }
         if needed {
@@ -308,7 +327,7 @@ fn is_carried(name: &str) -> bool {
     let is_known = || {
         CARRIED.iter().any(|ending| lower.ends_with(ending))
             || lower.ends_with(".safetensors")
-            || !lower.contains('.') && PLAIN.iter().any(|plain| lower.starts_with(plain))
+            || !lower.contains('.') && PLAIN.iter().any(|plain| lower.contains(plain))
     };
     let is_other = lower.starts_with('.')
         || is_index(&lower)

@@ -19,7 +19,7 @@ pub use commit::{Recovery, check_whole, recover};
 pub use manifest::{MANIFEST, missing_files};
 
 use crate::error::{Error, Owner, Result};
-use crate::file::{self, Stamp};
+use crate::file::{self, CopyError, Stamp};
 use lock::Lock;
 use place::Occupancy;
 
@@ -27,6 +27,11 @@ use place::Occupancy;
 pub const DIRECTORY: &str = ".lorafast-partial";
 /// In it: the new model, in a directory of this name and a number that no merge before has used.
 const MODEL: &str = "model-";
+/// In it: finished models that could not be moved into place, for whoever merged them.
+const KEPT: &str = "kept-";
+
+/// Bytes of a side file that are in memory at a time.
+const COPIED_AT_ONCE: usize = 1 << 20;
 
 /// What a place for a merge is asked for.
 #[derive(Debug)]
@@ -57,13 +62,14 @@ pub struct Input {
 }
 
 /// A file of the new model.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Written {
     name: String,
     bytes: u64,
     identity: (u64, u64),
-    /// As it was when it was closed, where nobody writes to it any more.
-    stamp: Option<Stamp>,
+    /// Open until the commit, that no other file can have its identity. Weights are held open by
+    /// whoever writes them.
+    _file: Option<File>,
 }
 
 /// The checked and locked place for one merge. Dropped before [`Staging::commit`], it leaves the
@@ -101,7 +107,6 @@ impl Staging {
             place::check_content(output, overwrite)?;
         }
         let created = place::first_missing(output)?;
-        fs::create_dir_all(output).map_err(|error| Error::io(output, error))?;
         let directory = output.join(DIRECTORY);
         let mut this = Self {
             output: output.to_path_buf(),
@@ -117,10 +122,18 @@ impl Staging {
             kept: false,
         };
         this.lock = Some(Lock::take(output, &directory)?);
-        commit::take_back_or_finish(output, &directory)?;
-        place::check_content(output, overwrite)?;
+        let has_finished = commit::take_back_or_finish(output, &directory)?;
+        place::check_content(output, overwrite).map_err(|error| match error {
+            Error::Output { path, message } if has_finished => {
+                let note = "a merge that was cut off there has just been finished; it";
+                Error::Output { path, message: format!("{note} {message}") }
+            }
+            other => other,
+        })?;
         // One that has lost its lock without knowing writes to another directory.
-        this.model = format!("{MODEL}{}", clear(&directory)? + 1);
+        let highest = clear(&directory, Kept::Stays);
+        let highest = highest.map_err(|error| Error::io(&directory, error))?;
+        this.model = format!("{MODEL}{}", highest + 1);
         place::check_space(output, bytes)?;
         let model = directory.join(&this.model);
         fs::create_dir(&model).map_err(|error| Error::io(&model, error))?;
@@ -168,10 +181,11 @@ impl Staging {
         let file = File::options().read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(|error| self.failed(&path, error))?;
         if let Some(like) = like {
-            file.set_permissions(like.permissions()).map_err(failed)?;
+            // Some file systems have no permissions to set.
+            let _ = file.set_permissions(file::permissions(like));
         }
         let identity = file::identity(&file.metadata().map_err(failed)?);
-        self.written.push(Written { name: name.to_owned(), bytes, identity, stamp: None });
+        self.written.push(Written { name: name.to_owned(), bytes, identity, _file: None });
         Ok(file)
     }
 
@@ -199,30 +213,40 @@ impl Staging {
     /// [`Error::Io`].
     pub fn write(&mut self, name: &str, content: &[u8], like: Option<&fs::Metadata>) -> Result<()> {
         let mut file = self.create_new(name, content.len() as u64, like)?;
-        let failed = |error| Error::io(self.output.join(name), error);
-        file.write_all(content).map_err(failed)?;
-        if self.sync {
-            file.sync_all().map_err(failed)?;
-        }
-        let stamp = Stamp::of(&file.metadata().map_err(failed)?);
-        if let Some(written) = self.written.last_mut() {
-            written.stamp = Some(stamp);
-        }
-        Ok(())
+        file.write_all(content).map_err(|error| Error::io(self.output.join(name), error))?;
+        self.close(name, file)
     }
 
-    /// Copies a small file, which was found so, with its permissions.
+    /// Copies a file, which was found so, with its permissions.
     ///
     /// # Errors
     /// [`Error::Io`], of the file at fault; [`Error::Checkpoint`] if the source is no plain file,
     /// or another than was found.
     pub fn copy(&mut self, name: &str, source: &Path, found: Stamp) -> Result<()> {
-        let (mut from, metadata) = file::open(source)?;
+        let (from, metadata) = file::open(source)?;
         if Stamp::of(&metadata) != found {
             return Err(Owner::Checkpoint.changed(source));
         }
-        let content = file::read_whole(&mut from).map_err(|error| Error::io(source, error))?;
-        self.write(name, &content, Some(&metadata))
+        let file = self.create_new(name, found.length, Some(&metadata))?;
+        let mut buffer = vec![0; COPIED_AT_ONCE.min(found.length as usize)];
+        file::copy_range(&from, 0..found.length, &file, 0, &mut buffer).map_err(
+            |error| match error {
+                CopyError::Read(error) => Owner::Checkpoint.unread(source, error),
+                CopyError::Write(error) => Error::io(self.output.join(name), error),
+            },
+        )?;
+        self.close(name, file)
+    }
+
+    /// Syncs a file that is written, and keeps it open.
+    fn close(&mut self, name: &str, file: File) -> Result<()> {
+        if self.sync {
+            file.sync_all().map_err(|error| Error::io(self.output.join(name), error))?;
+        }
+        if let Some(written) = self.written.last_mut() {
+            written._file = Some(file);
+        }
+        Ok(())
     }
 
     /// Makes what was written the output's model, and lists it in a manifest beside it. What of an
@@ -238,7 +262,7 @@ impl Staging {
         let mut warnings = commit::commit(&mut self)?;
         // The model is complete: what fails now is no failure of the merge.
         if let Some(lock) = self.lock.take()
-            && let Err(error) = lock.remove(&self.directory)
+            && let Err(error) = lock.remove(&self.directory, Kept::Goes)
         {
             let place = self.directory.display();
             warnings.push(format!("{place}: could not be removed ({error}); remove it by hand"));
@@ -256,7 +280,7 @@ impl Drop for Staging {
         }
         // Nothing can be done about a failure here, and the name says what the remains are.
         if let Some(lock) = lock {
-            let _ = lock.remove(&self.directory);
+            let _ = lock.remove(&self.directory, Kept::Stays);
         }
         if let Some(created) = &self.created {
             // From the output upwards, as long as the directories are empty.
@@ -270,23 +294,32 @@ impl Drop for Staging {
     }
 }
 
-/// Removes what an earlier merge left in its directory, but for the lock; the highest number of a
+/// What becomes of finished models that could not be moved into place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Stays,
+    Goes,
+}
+
+/// Removes what merges left in their directory, but for the lock. Returns the highest number of a
 /// model there.
-fn clear(directory: &Path) -> Result<u64> {
-    let failed = |error| Error::io(directory, error);
+fn clear(directory: &Path, kept: Kept) -> io::Result<u64> {
     let mut highest = 0;
-    for entry in fs::read_dir(directory).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        if lock::is_lock(&entry.file_name()) {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let text = name.to_string_lossy();
+        let number = text.strip_prefix(MODEL).or_else(|| text.strip_prefix(KEPT));
+        highest = highest.max(number.and_then(|number| number.parse().ok()).unwrap_or(0));
+        if lock::is_lock(&name) || kept == Kept::Stays && text.starts_with(KEPT) {
             continue;
         }
-        let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix(MODEL)?.parse().ok());
-        highest = highest.max(number.unwrap_or(0));
-        let is_directory = entry.file_type().map_err(failed)?.is_dir();
         let path = entry.path();
-        let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.map_err(|error| Error::io(&path, error))?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(&path)?;
+        } else {
+            fs::remove_file(&path)?;
+        }
     }
     Ok(highest)
 }
@@ -297,10 +330,26 @@ fn is_index(name: &str) -> bool {
     of_weights && name.ends_with(".json") && !name.contains('/')
 }
 
-/// Whether a name from a file leads to something below the directory that it is taken in.
-fn stays_inside(name: &str) -> bool {
+/// Whether a name from a file leads to something below a directory and past no link on the way
+/// there, and not into the staging directory.
+fn stays_inside(directory: &Path, name: &str) -> bool {
     let mut parts = Path::new(name).components().peekable();
-    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
+    let mut path = directory.to_path_buf();
+    if parts.peek().is_none_or(|part| part.as_os_str() == DIRECTORY) {
+        return false;
+    }
+    while let Some(part) = parts.next() {
+        if !matches!(part, Component::Normal(_)) {
+            return false;
+        }
+        path.push(part);
+        // What is not there yet will be made.
+        let is_passed = parts.peek().is_some();
+        if is_passed && fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_dir()) {
+            return false;
+        }
+    }
+    true
 }
 
 #[cfg(test)]

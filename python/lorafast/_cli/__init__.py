@@ -12,7 +12,8 @@
 143  terminated (SIGTERM)
 ==== =====================================================================================
 
-What was interrupted, hung up or terminated leaves the output as it was, and no temporary files.
+What was interrupted, hung up or terminated leaves the output as it was, or, where it says so,
+finished; and no temporary files.
 
 Results go to stdout; progress, warnings and errors go to stderr. Each subcommand is a module with a
 `COMMAND`, listed in `_commands.py`. Nothing that is slow to import (numpy, rich) is imported before
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         # A signal's exception says which; Ctrl-C's is Python's own.
         words, status = getattr(stop, "lorafast_outcome", ("interrupted", EXIT_INTERRUPTED))
+        for note in getattr(stop, "__notes__", []):
+            words += f", but {note}"
         try:
             print(words, file=sys.stderr)
             sys.stdout.flush()

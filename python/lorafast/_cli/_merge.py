@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 STRATEGIES = ("sequential", "weighted", "average")
 COMPAT = ("peft",)
 DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
+#: Names of files beside the base that a summary spells out.
+MOST_LEFT_OUT = 6
 EXPERT_LAYOUTS = ("auto", "straight", "transposed")
 
 
@@ -245,6 +247,10 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
         "time": f"{seconds_text(report.merge_time)} on {where}"
         + (f", {bytes_text(speed)}/s" if speed else ""),
     }
+    if report.left_out:
+        shown = ", ".join(report.left_out[:MOST_LEFT_OUT])
+        rest = len(report.left_out) - MOST_LEFT_OUT
+        facts["left out"] = shown + (f" and {rest} more" if rest > 0 else "")
     if report.verification is not None:
         count = report.verification["elements"]
         facts["verified"] = f"every one of {count_text(count)} weights, read back"

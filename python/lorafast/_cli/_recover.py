@@ -17,6 +17,7 @@ SENTENCES = {
     "cleared": "a merge was cut off while it wrote; what it left is removed",
     "finished": "a merge was cut off as it put its model in place; the model is whole now",
     "taken_back": "a merge was cut off and its model is not whole; what was there before is back",
+    "kept": "a finished model that could not be moved into place lies in its .lorafast-partial",
 }
 
 

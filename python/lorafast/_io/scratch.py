@@ -1,7 +1,7 @@
 """Temporary directories that do not outlive a crash's next run.
 
-Each is named `lorafast-…`, lies in the system's temporary directory, and holds a file that is
-locked for as long as it is in use. The system drops the lock of a process that is killed, so
+Each is named `lorafast-MACHINE-…`, lies in the system's temporary directory, and holds a file that
+is locked for as long as it is in use. The system drops the lock of a process that is killed, so
 whoever makes the next one can tell what was left behind, and removes it.
 """
 
@@ -19,7 +19,8 @@ try:
 except ImportError:  # Windows, where nothing is swept.
     fcntl = None  # type: ignore[assignment]
 
-PREFIX = "lorafast-"
+#: With the machine's name, for others that share the directory may not see its locks.
+PREFIX = f"lorafast-{os.uname().nodename if hasattr(os, 'uname') else ''}-"
 LOCK = ".lorafast-lock"
 
 

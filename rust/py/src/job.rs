@@ -10,6 +10,8 @@ use lorafast::task::Task;
 
 use crate::errors::to_python;
 
+/// What is noted on an interruption that came too late.
+const FINISHED: &str = "what was asked for was finished before that";
 /// How often signals and progress are looked at.
 const STEP: Duration = Duration::from_millis(50);
 
@@ -71,14 +73,27 @@ pub fn run_reporting<T: Send>(
             }
         })
     });
-    if let Some(error) = interruption {
-        return Err(error);
+    let result = result.ok_or_else(|| {
+        pyo3::exceptions::PyRuntimeError::new_err("a worker ended without a result")
+    })?;
+    match (interruption, result) {
+        // What failed by itself is what there is to say.
+        (Some(_), Err(error)) if !matches!(error, lorafast::Error::Cancelled) => {
+            Err(to_python(py, error))
+        }
+        (Some(interruption), Err(_)) => Err(interruption),
+        (Some(interruption), Ok(_)) => Err(too_late(py, interruption)),
+        (None, Err(error)) => Err(to_python(py, error)),
+        (None, Ok(value)) => match report(py) {
+            Ok(()) => Ok(value),
+            Err(interruption) => Err(too_late(py, interruption)),
+        },
     }
-    let value = result
-        .ok_or_else(|| {
-            pyo3::exceptions::PyRuntimeError::new_err("a worker ended without a result")
-        })?
-        .map_err(|error| to_python(py, error))?;
-    report(py)?;
-    Ok(value)
+}
+
+/// An interruption that came when the work was done, and says so: an output is then in its place.
+fn too_late(py: Python<'_>, interruption: PyErr) -> PyErr {
+    // Only a note, whose failure changes nothing.
+    let _ = interruption.value(py).call_method1("add_note", (FINISHED,));
+    interruption
 }

@@ -2,7 +2,7 @@
 //! with arithmetic of its own can make some of the merged tensors while the CPU makes the rest.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +13,8 @@ use super::compute::{self, Computer};
 use super::queue::{self, Work};
 use super::{Job, Options, Output, Summary};
 use crate::checkpoint::rewrite;
-use crate::error::{Error, Result};
-use crate::file;
+use crate::error::{Error, Owner, Result};
+use crate::file::{self, Stamp};
 use crate::kernel::InstructionSet;
 use crate::plan::{Inputs, Plan, PlannedTensor};
 use crate::side_files::{self, SideFiles};
@@ -58,6 +58,8 @@ pub struct Session {
     /// Before the staging, which removes them: fields are dropped in this order.
     files: Vec<File>,
     staging: Staging,
+    /// Names and contents of what is written last, with the files that they are made from.
+    last: Vec<(String, Vec<u8>, Metadata)>,
     side_files: SideFiles,
     total: u64,
     start: Instant,
@@ -90,8 +92,8 @@ impl Session {
         }
         let side_bytes: u64 = side_files.carried.iter().map(|(_, stamp)| stamp.length).sum();
         let total = plan.bytes() + side_bytes;
-        // The base's shards, the output's, and each adapter's file.
-        file::allow_open(2 * plan.shards.len() + inputs.adapters.len());
+        // The base's shards, the output's, each adapter's file, and what lies beside the weights.
+        file::allow_open(2 * plan.shards.len() + inputs.adapters.len() + side_files.carried.len());
         let mut staging = Staging::create(staging::Request {
             output,
             overwrite: options.overwrite,
@@ -101,6 +103,23 @@ impl Session {
             inputs: read_inputs(inputs, &side_files, &options.protected)?,
         })?;
         task.expect(total);
+        // Before the weights: what cannot be read or written of them costs no work then. Config and
+        // index, with which half-written weights would look like a model, wait in memory.
+        let mut last = Vec::new();
+        for (name, stamp) in &side_files.carried {
+            task.check()?;
+            let source = inputs.base.root().join(name);
+            if name == "config.json" {
+                last.push(config_of(inputs, plan, &source, *stamp)?);
+            } else {
+                staging.copy(name, &source, *stamp)?;
+            }
+            task.advance(stamp.length);
+        }
+        if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
+            let (_, metadata) = file::open(&inputs.base.root().join(&name))?;
+            last.push((name, content, metadata));
+        }
         let files = plan
             .shards
             .iter()
@@ -120,6 +139,7 @@ impl Session {
         Ok(Self {
             output: output.to_path_buf(),
             staging,
+            last,
             files,
             side_files,
             total,
@@ -220,22 +240,8 @@ impl Session {
                 file.sync_all().map_err(failed)?;
             }
         }
-        let side_files = self.side_files;
-        for (name, stamp) in &side_files.carried {
-            task.check()?;
-            let source = inputs.base.root().join(name);
-            match (name.as_str(), inputs.base.config()) {
-                ("config.json", Some(config)) if !plan.config_changes.is_empty() => {
-                    let changed = rewrite::changed_config(config, &plan.config_changes);
-                    self.staging.write(name, &changed, file::find(&source)?.as_ref())?;
-                }
-                _ => self.staging.copy(name, &source, *stamp)?,
-            }
-            task.advance(stamp.length);
-        }
-        if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
-            let like = file::find(&inputs.base.root().join(&name))?;
-            self.staging.write(&name, &content, like.as_ref())?;
+        for (name, content, like) in &self.last {
+            self.staging.write(name, content, Some(like))?;
         }
         task.check()?;
         // What was written to meanwhile would make a model of two states.
@@ -253,11 +259,31 @@ impl Session {
                 .iter()
                 .map(|shard| crate::adapter::sha256_of_bytes(shard.file.header_bytes()))
                 .collect(),
-            side_files: side_files.carried.into_iter().map(|(name, _)| name).collect(),
-            left_out: side_files.left_out,
+            side_files: self.side_files.carried.into_iter().map(|(name, _)| name).collect(),
+            left_out: self.side_files.left_out,
             warnings,
         })
     }
+}
+
+/// The config of the output, made from that file, which was found so.
+fn config_of(
+    inputs: &Inputs,
+    plan: &Plan,
+    source: &Path,
+    found: Stamp,
+) -> Result<(String, Vec<u8>, Metadata)> {
+    let (mut file, metadata) = file::open(source)?;
+    if Stamp::of(&metadata) != found {
+        return Err(Owner::Checkpoint.changed(source));
+    }
+    let content = match inputs.base.config() {
+        Some(config) if !plan.config_changes.is_empty() => {
+            rewrite::changed_config(config, &plan.config_changes)
+        }
+        _ => file::read_whole(&mut file).map_err(|error| Error::io(source, error))?,
+    };
+    Ok(("config.json".to_owned(), content, metadata))
 }
 
 /// Everything that the output will hold, but for its manifest.
@@ -286,9 +312,15 @@ fn read_inputs(
     for (name, _) in &side_files.carried {
         add(base.root().join(name), "the base", false);
     }
+    if let Some(index) = base.index() {
+        add(base.root().join(&index.file_name), "the base", false);
+    }
     for adapter in &inputs.adapters {
         let what = format!("the adapter {}", adapter.path().display());
-        for file in [adapter.config().path(), adapter.file().path()] {
+        let files = [adapter.config().path(), adapter.file().path()];
+        // A pickle is read from where it was rewritten to.
+        let pickle = adapter.config().path().with_file_name(crate::adapter::PICKLED_WEIGHTS);
+        for file in files.into_iter().chain([pickle.as_path()]) {
             add(file.to_path_buf(), &what, false);
             let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
             add(folder.unwrap_or(Path::new(".")).to_path_buf(), &what, false);

@@ -14,13 +14,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::lock::Lock;
-use super::{DIRECTORY, Staging, clear, is_index, place, stays_inside};
+use super::{DIRECTORY, KEPT, Kept, MODEL, Staging, is_index, place, stays_inside};
 use crate::error::{Error, Result};
-use crate::file;
+use crate::file::{self, Stamp};
+use crate::side_files;
 
 /// In the staging directory: the files of the older model, while the new one takes their place.
 const OLDER: &str = "older";
-const JOURNAL: &str = "commit.json";
+pub(super) const JOURNAL: &str = "commit.json";
 /// The journal before it counts.
 const DRAFT: &str = "commit.json.draft";
 const SCHEMA: u32 = 1;
@@ -31,10 +32,36 @@ struct Journal {
     schema: u32,
     /// The directory in which the new model was made.
     model: String,
-    /// The new model's files with their sizes, in the order in which they come.
-    new: Vec<(String, u64)>,
+    /// The new model's files, in the order in which they come.
+    new: Vec<NewFile>,
     /// The older model's files, in the order in which they leave.
     older: Vec<String>,
+}
+
+/// A file of the new model. Renaming changes none of this.
+#[derive(Debug, Serialize, Deserialize)]
+struct NewFile {
+    name: String,
+    bytes: u64,
+    inode: u64,
+    /// Nanoseconds from 1970.
+    modified: u128,
+}
+
+impl NewFile {
+    fn of(name: &str, metadata: &fs::Metadata) -> Self {
+        let Stamp { length, modified, identity: (_, inode) } = Stamp::of(metadata);
+        Self { name: name.to_owned(), bytes: length, inode, modified }
+    }
+
+    /// Whether it is the file that lies there. Not every file system keeps inodes, or times.
+    fn is_at(&self, path: &Path) -> bool {
+        fs::symlink_metadata(path).is_ok_and(|metadata| {
+            let found = Self::of(&self.name, &metadata);
+            let is_same = found.inode == self.inode || found.modified == self.modified;
+            metadata.is_file() && found.bytes == self.bytes && is_same
+        })
+    }
 }
 
 /// What [`recover`] found and did.
@@ -49,6 +76,8 @@ pub enum Recovery {
     Finished,
     /// A commit was cut off and not all of the new model is there; the older one is back.
     TakenBack,
+    /// A finished model could not be moved into place; it lies in the staging directory still.
+    Kept,
 }
 
 /// An error in the middle of a commit.
@@ -84,22 +113,33 @@ impl<'a> Layout<'a> {
         shift(&self.model.join(name), &self.output.join(name))
     }
 
-    /// Whether what lies in a new file's place is the new file: it is no more where it was made, and
-    /// an older one of that name has moved aside.
-    fn is_placed(&self, name: &str, journal: &Journal) -> Result<bool> {
-        if exists(&self.model.join(name))? || !exists(&self.output.join(name))? {
+    /// Whether a new file is in its place: no more where it was made, and an older one of that name
+    /// has moved aside.
+    ///
+    /// # Errors
+    /// [`Error::Output`] if somebody else's file has come there.
+    fn is_placed(&self, file: &NewFile, journal: &Journal) -> Result<bool> {
+        let place = self.output.join(&file.name);
+        if exists(&self.model.join(&file.name))? || !exists(&place)? {
             return Ok(false);
         }
-        let had_older = journal.older.iter().any(|older| older == name);
-        Ok(!had_older || exists(&self.older.join(name))?)
+        let had_older = journal.older.contains(&file.name);
+        if had_older && !exists(&self.older.join(&file.name))? {
+            return Ok(false);
+        }
+        if file.is_at(&place) {
+            return Ok(true);
+        }
+        let message = "has come there after a merge was cut off, and is not its file; move it away";
+        Err(broken(&place, message))
     }
 
     /// Moves everything back, whatever has moved: the new files that are in their places, then the
-    /// older ones, config and index last.
+    /// older ones, the config last.
     fn take_back(&self, journal: &Journal) -> Result<()> {
-        for (name, _) in journal.new.iter().rev() {
-            if self.is_placed(name, journal)? {
-                shift(&self.output.join(name), &self.model.join(name))?;
+        for file in journal.new.iter().rev() {
+            if self.is_placed(file, journal)? {
+                shift(&self.output.join(&file.name), &self.model.join(&file.name))?;
             }
         }
         for name in journal.older.iter().rev() {
@@ -107,23 +147,24 @@ impl<'a> Layout<'a> {
                 shift(&self.older.join(name), &self.output.join(name))?;
             }
         }
-        remove(&self.journal)
+        remove(&self.journal)?;
+        remove_new_directories(self.output, journal);
+        Ok(())
     }
 
     /// Whether every new file is in its place or ready to be moved there.
-    fn is_whole(&self, journal: &Journal) -> bool {
-        journal.new.iter().all(|(name, bytes)| {
-            let is_placed = self.is_placed(name, journal).unwrap_or(false);
-            let at = if is_placed { self.output } else { &self.model }.join(name);
-            let found = fs::symlink_metadata(at);
-            found.is_ok_and(|metadata| metadata.is_file() && metadata.len() == *bytes)
-        })
+    fn is_whole(&self, journal: &Journal) -> Result<bool> {
+        for file in &journal.new {
+            if !self.is_placed(file, journal)? && !file.is_at(&self.model.join(&file.name)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether every new file is in its place.
     fn is_done(&self, journal: &Journal) -> bool {
-        let is_placed = |(name, _): &(String, u64)| self.is_placed(name, journal).unwrap_or(false);
-        journal.new.iter().all(is_placed) && self.is_whole(journal)
+        journal.new.iter().all(|file| self.is_placed(file, journal).unwrap_or(false))
     }
 
     /// Moves whatever has not moved yet.
@@ -133,56 +174,64 @@ impl<'a> Layout<'a> {
                 self.retire(name)?;
             }
         }
-        for (name, _) in &journal.new {
-            if exists(&self.model.join(name))? {
-                self.place(name)?;
+        for file in &journal.new {
+            if exists(&self.model.join(&file.name))? {
+                self.place(&file.name)?;
             }
         }
         if sync {
-            sync_directories(self.output, journal.new.iter().map(|(name, _)| name.as_str()));
+            sync_directories(self.output, journal);
         }
-        remove(&self.journal)
+        remove(&self.journal)?;
+        if sync && let Some(directory) = self.journal.parent() {
+            // Before anything is deleted that the journal tells of.
+            sync_directory(directory);
+        }
+        Ok(())
     }
 }
 
-/// Carries a commit out. Returns what went wrong after the new model was in its place.
+/// Carries a commit out. Returns what is to be known of the output beside the new model.
 pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
     let (output, directory) = (staging.output.clone(), staging.directory.clone());
     let layout = Layout::new(&output, &directory, &staging.model);
-    check_written(staging, &layout)?;
+    let new = check_written(staging, &layout)?;
+    staging.kept = true;
     let keep = |message: String| {
-        let place = layout.model.display();
+        // Under a name that the next merge does not clear away.
+        let kept = directory.join(staging.model.replacen(MODEL, KEPT, 1));
+        let kept = if fs::rename(&layout.model, &kept).is_ok() { &kept } else { &layout.model };
+        let place = kept.display();
         broken(
             &output,
             format!(
-                "{message}; the finished model lies in {place} until the next merge into this \
-                 directory"
+                "{message}; the finished model lies in {place} until a merge into this directory \
+                 succeeds"
             ),
         )
     };
-    // Looked at again: what has come since the merge began is nobody's to replace.
-    staging.kept = true;
+    // Looked at again: what has come since the merge began is nobody's to replace, but for what
+    // another merge says of its own.
     let occupancy = place::Occupancy::find(&output, &staging.names, &staging.inputs)
         .map_err(|error| keep(format!("cannot be replaced any more: {error}")))?;
-    let has_come = |name: &&String| !staging.occupancy.older.contains(name);
+    let has_come =
+        |name: &&String| !staging.occupancy.older.contains(name) && !side_files::is_report(name);
     if let Some(name) = occupancy.older.iter().find(has_come) {
         return Err(keep(format!("{name} has come into it while the model was written")));
     }
-    let (new, older) = in_order(staging, occupancy.older);
+    let (new, older) = in_order(new, occupancy.older);
     let journal = Journal { schema: SCHEMA, model: staging.model.clone(), new, older };
     let unmoved =
         |error| keep(format!("the model could not be moved into it, which is as it was: {error}"));
     write_journal(&layout, &directory, &journal, staging.sync).map_err(unmoved)?;
-    if let Err(error) = layout.carry_on(&journal, staging.sync) {
-        if layout.is_done(&journal) {
-            // Only the journal could not be removed, and says itself that all is done.
-            return Ok(vec![format!("{}: {error}; remove it by hand", directory.display())]);
-        }
+    let moved = layout.carry_on(&journal, staging.sync);
+    // Where only the journal could not be removed, it says itself that all is done, and what is
+    // left is removed with the staging directory or reported with it.
+    if let Err(error) = moved
+        && !layout.is_done(&journal)
+    {
         return Err(match layout.take_back(&journal) {
-            Ok(()) => {
-                remove_new_directories(&layout, &journal);
-                unmoved(error)
-            }
+            Ok(()) => unmoved(error),
             Err(second) => broken(
                 &output,
                 format!(
@@ -195,29 +244,23 @@ pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
             ),
         });
     }
-    Ok(occupancy
-        .bystanders
-        .iter()
-        .map(|name| {
-            format!(
-                "{}: stays in the output with weights that are no part of the model",
-                output.join(name).display()
-            )
-        })
-        .collect())
+    let stays = |name: &String| {
+        let path = output.join(name);
+        format!("{}: stays there with weights that are no part of the model", path.display())
+    };
+    Ok(occupancy.bystanders.iter().map(stays).collect())
 }
 
-/// The new files with their sizes in the order in which they come, and the older ones in that in
-/// which they leave: the config, without which nothing is a model, leaves first and comes last, and
-/// the index is next to it.
-fn in_order(staging: &Staging, mut older: Vec<String>) -> (Vec<(String, u64)>, Vec<String>) {
+/// The new files in the order in which they come, and the older ones in that in which they leave: the
+/// config, without which nothing is a model, leaves first and comes last, and the index is next to it.
+fn in_order(mut new: Vec<NewFile>, mut older: Vec<String>) -> (Vec<NewFile>, Vec<String>) {
     let rank = |name: &str| match name {
         "config.json" => 2,
         name => u8::from(is_index(name)),
     };
-    let mut new: Vec<_> =
-        (staging.written.iter()).map(|written| (written.name.clone(), written.bytes)).collect();
-    new.sort_by(|(left, _), (right, _)| (rank(left), left).cmp(&(rank(right), right)));
+    new.sort_by(|left, right| {
+        (rank(&left.name), &left.name).cmp(&(rank(&right.name), &right.name))
+    });
     older.sort_by_key(|name| std::cmp::Reverse(rank(name)));
     (new, older)
 }
@@ -230,27 +273,29 @@ pub fn lost(output: &Path, what: String) -> Error {
 }
 
 /// Holds what lies in the staging directory against what was written: a cleaner of temporary files,
-/// or a merge that took the same place, may have been there.
-fn check_written(staging: &Staging, layout: &Layout<'_>) -> Result<()> {
+/// or a merge that took the same place, may have been there. The files are open still, so what has
+/// their identity is theirs.
+fn check_written(staging: &Staging, layout: &Layout<'_>) -> Result<Vec<NewFile>> {
     let lost = |what| lost(layout.output, what);
     if staging.lock.as_ref().is_none_or(|lock| !lock.is_held()) {
         return Err(lost(format!("something removed the lock in {}", staging.directory.display())));
     }
+    let mut new = Vec::new();
     for written in &staging.written {
         let path = layout.model.join(&written.name);
         let found = fs::symlink_metadata(&path).ok();
-        let is_it = |metadata: &fs::Metadata| {
+        let is_it = |metadata: &&fs::Metadata| {
             metadata.is_file()
                 && file::identity(metadata) == written.identity
                 && metadata.len() == written.bytes
-                && written.stamp.is_none_or(|stamp| stamp == file::Stamp::of(metadata))
         };
-        if !found.as_ref().is_some_and(is_it) {
+        let Some(metadata) = found.as_ref().filter(is_it) else {
             let how = if found.is_some() { "changed" } else { "removed" };
             return Err(lost(format!("something {how} {}", path.display())));
-        }
+        };
+        new.push(NewFile::of(&written.name, metadata));
     }
-    Ok(())
+    Ok(new)
 }
 
 /// Writes the journal, after which a commit can be carried on by whoever finds it.
@@ -269,7 +314,7 @@ fn write_journal(
     if sync {
         draft.sync_all().map_err(failed)?;
         // What is renamed must be found under its name after a loss of power.
-        sync_directories(&layout.model, journal.new.iter().map(|(name, _)| name.as_str()));
+        sync_directories(&layout.model, journal);
     }
     drop(draft);
     shift(&path, &layout.journal)?;
@@ -286,16 +331,30 @@ fn read_journal(directory: &Path) -> Result<Option<Journal>> {
     }
     let (mut file, _) = file::open(&path)?;
     let content = file::read_whole(&mut file).map_err(|error| Error::io(&path, error))?;
-    let journal: Journal = serde_json::from_slice(&content)
-        .map_err(|error| broken(&path, format!("is no journal of a commit: {error}")))?;
+    let journal: Journal = serde_json::from_slice(&content).map_err(|error| {
+        broken(
+            &path,
+            format!(
+                "is no journal of a commit ({error}), so nobody knows how far it came: the older \
+                 model's files lie beside it in {OLDER} and in the output, the new one's in \
+                 {MODEL}… and in the output; put them in place, and remove the directory"
+            ),
+        )
+    })?;
     if journal.schema != SCHEMA {
         return Err(broken(&path, "is of another version of lorafast; recover it with that"));
     }
-    let names = journal.new.iter().map(|(name, _)| name).chain(&journal.older);
-    if let Some(name) = names.chain([&journal.model]).find(|name| !stays_inside(name)) {
-        return Err(broken(&path, format!("names {name:?}, which leaves its directory")));
+    let names = journal.new.iter().map(|file| &file.name).chain(&journal.older);
+    let output = directory.parent().unwrap_or(directory);
+    let is_inside = |name: &&String| stays_inside(output, name);
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let wrong = names.clone().find(|name| !is_inside(name));
+    let model = Some(&journal.model)
+        .filter(|model| !model.strip_prefix(MODEL).is_some_and(|number| is_number(number)));
+    match wrong.or(model) {
+        Some(name) => Err(broken(&path, format!("names {name:?}, which leaves its directory"))),
+        None => Ok(Some(journal)),
     }
-    Ok(Some(journal))
 }
 
 /// Whether a commit was cut off in an output.
@@ -335,17 +394,19 @@ pub fn check_whole(root: &Path) -> Result<()> {
     ))
 }
 
-/// Before a merge begins: takes a commit back that was cut off where no model had been, so that the
-/// output is as empty as the merge that was cut off had found it; finishes any other.
-pub fn take_back_or_finish(output: &Path, directory: &Path) -> Result<()> {
-    let Some(journal) = read_journal(directory)? else { return Ok(()) };
+/// Before a merge begins: finishes a commit that was cut off. One that was cut off where no model had
+/// been, and is not all in its place, is taken back, so that the merge can be run again as it was.
+/// Returns whether a model was finished.
+pub fn take_back_or_finish(output: &Path, directory: &Path) -> Result<bool> {
+    let Some(journal) = read_journal(directory)? else { return Ok(false) };
     let layout = Layout::new(output, directory, &journal.model);
-    if !journal.older.is_empty() && layout.is_whole(&journal) {
-        return layout.carry_on(&journal, true);
+    let is_wanted = !journal.older.is_empty() || layout.is_done(&journal);
+    if is_wanted && layout.is_whole(&journal)? {
+        layout.carry_on(&journal, true)?;
+        return Ok(true);
     }
     layout.take_back(&journal)?;
-    remove_new_directories(&layout, &journal);
-    Ok(())
+    Ok(false)
 }
 
 /// Finishes or takes back what a merge that was cut off left in an output, and removes the rest of
@@ -369,19 +430,18 @@ pub fn recover(output: &Path) -> Result<Recovery> {
         None => Recovery::Cleared,
         Some(journal) => {
             let layout = Layout::new(output, &directory, &journal.model);
-            if layout.is_whole(&journal) {
+            if layout.is_whole(&journal)? {
                 layout.carry_on(&journal, true)?;
                 Recovery::Finished
             } else {
                 layout.take_back(&journal)?;
-                remove_new_directories(&layout, &journal);
                 Recovery::TakenBack
             }
         }
     };
-    clear(&directory)?;
-    lock.remove(&directory).map_err(|error| Error::io(&directory, error))?;
-    Ok(recovery)
+    lock.remove(&directory, Kept::Stays).map_err(|error| Error::io(&directory, error))?;
+    let is_kept = recovery == Recovery::Cleared && exists(&directory)?;
+    Ok(if is_kept { Recovery::Kept } else { recovery })
 }
 
 /// Whether something has that name, a link that leads nowhere included.
@@ -428,24 +488,24 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 /// Removes the directories of new files that were taken back, as far as they are empty.
-fn remove_new_directories(layout: &Layout<'_>, journal: &Journal) {
-    for (name, _) in journal.new.iter().rev() {
-        let parents = Path::new(name).ancestors().skip(1);
+fn remove_new_directories(output: &Path, journal: &Journal) {
+    for file in journal.new.iter().rev() {
+        let parents = Path::new(&file.name).ancestors().skip(1);
         for parent in parents.take_while(|parent| !parent.as_os_str().is_empty()) {
-            if fs::remove_dir(layout.output.join(parent)).is_err() {
+            if fs::remove_dir(output.join(parent)).is_err() {
                 break;
             }
         }
     }
 }
 
-/// Makes renames below a directory durable.
-fn sync_directories<'n>(root: &Path, names: impl Iterator<Item = &'n str>) {
+/// Makes the renames of new files below a directory durable.
+fn sync_directories(root: &Path, journal: &Journal) {
     let root = place::resolve(root);
-    let mut directories: BTreeSet<_> =
-        names.filter_map(|name| root.join(name).parent().map(Path::to_path_buf)).collect();
-    directories
-        .extend([Some(root.clone()), root.parent().map(Path::to_path_buf)].into_iter().flatten());
+    let folders =
+        journal.new.iter().filter_map(|file| root.join(&file.name).parent().map(Path::to_path_buf));
+    let above = root.parent().map(Path::to_path_buf);
+    let directories: BTreeSet<_> = folders.chain(above).chain([root.clone()]).collect();
     directories.iter().for_each(|directory| sync_directory(directory));
 }
 
@@ -461,14 +521,15 @@ pub fn cut_off(staging: &mut Staging, steps: usize) -> bool {
     let (output, directory) = (staging.output.clone(), staging.directory.clone());
     let layout = Layout::new(&output, &directory, &staging.model);
     let older = place::Occupancy::find(&output, &staging.names, &[]).expect("found").older;
-    let (new, older) = in_order(staging, older);
+    let new = check_written(staging, &layout).expect("all there");
+    let (new, older) = in_order(new, older);
     let journal = Journal { schema: SCHEMA, model: staging.model.clone(), new, older };
     if steps == 0 {
         return false;
     }
     write_journal(&layout, &directory, &journal, false).expect("written");
     let moves = journal.older.iter().map(|name| (true, name));
-    let moves = moves.chain(journal.new.iter().map(|(name, _)| (false, name)));
+    let moves = moves.chain(journal.new.iter().map(|file| (false, &file.name)));
     let all = journal.older.len() + journal.new.len();
     for (is_older, name) in moves.take(steps - 1) {
         if is_older { layout.retire(name) } else { layout.place(name) }.expect("moved");

@@ -10,6 +10,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use super::Kept;
 use crate::error::{Error, Result};
 use crate::file;
 
@@ -38,7 +39,7 @@ impl Lock {
     /// [`Error::Output`] if another merge has it, or if its name leads elsewhere; [`Error::Io`].
     pub fn take(output: &Path, directory: &Path) -> Result<Self> {
         for _ in 0..TRIES {
-            make(directory)?;
+            make(output, directory)?;
             let path = directory.join(NAME);
             let file = match open(&path) {
                 Ok(file) => file,
@@ -49,7 +50,12 @@ impl Lock {
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Err(taken(output)),
-                Err(TryLockError::Error(_)) => return Self::take_exclusive(output, directory),
+                Err(TryLockError::Error(_)) => match Self::take_exclusive(output, directory) {
+                    Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                        continue;
+                    }
+                    other => return other,
+                },
             }
             let metadata = file.metadata().map_err(|error| Error::io(&path, error))?;
             let lock = Self { identity: file::identity(&metadata), path, file };
@@ -78,7 +84,10 @@ impl Lock {
             Err(error) => return Err(Error::io(&path, error)),
         };
         let failed = |error| Error::io(&path, error);
-        writeln!(file, "process {}", std::process::id()).map_err(failed)?;
+        if let Err(error) = writeln!(file, "process {}", std::process::id()) {
+            let _ = fs::remove_file(&path);
+            return Err(failed(error));
+        }
         let identity = file::identity(&file.metadata().map_err(failed)?);
         Ok(Self { path, file, identity })
     }
@@ -102,30 +111,24 @@ impl Lock {
         drop(self.file);
     }
 
-    /// Removes the staging directory with all that is in it, the lock last, unless the lock was
-    /// lost: then it is somebody else's.
+    /// Removes the staging directory with all that is in it, the journal of a commit first and the
+    /// lock last, unless the lock was lost: then it is somebody else's. Finished models that are
+    /// kept may stay, and the directory with them.
     ///
     /// # Errors
     /// Those of the operating system.
-    pub fn remove(self, directory: &Path) -> io::Result<()> {
+    pub fn remove(self, directory: &Path, kept: Kept) -> io::Result<()> {
         if !self.is_held() {
             return Ok(());
         }
-        for entry in fs::read_dir(directory)? {
-            let entry = entry?;
-            if is_lock(&entry.file_name()) {
-                continue;
-            }
-            let path = entry.path();
-            if entry.file_type()?.is_dir() {
-                fs::remove_dir_all(&path)?;
-            } else {
-                fs::remove_file(&path)?;
-            }
+        match fs::remove_file(directory.join(super::commit::JOURNAL)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
+        super::clear(directory, kept)?;
         self.release();
         match fs::remove_dir(directory) {
-            // Somebody has begun to wait for it meanwhile, and makes it anew or uses it.
+            // Somebody has begun to wait for it meanwhile, or a model is kept.
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
@@ -137,12 +140,15 @@ fn taken(output: &Path) -> Error {
     Error::output(output, "another merge is writing there at this moment")
 }
 
-/// Makes the staging directory; a link of its name could lead anywhere.
-fn make(directory: &Path) -> Result<()> {
+/// Makes the output and the staging directory in it; a link of its name could lead anywhere.
+fn make(output: &Path, directory: &Path) -> Result<()> {
     let failed = |error| Error::io(directory, error);
+    // Another merge may remove at this moment what it has made.
+    fs::create_dir_all(output).map_err(|error| Error::io(output, error))?;
     match fs::create_dir(directory) {
         Ok(()) => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
     }
     match fs::symlink_metadata(directory) {

@@ -46,7 +46,7 @@ pub fn listed(directory: &Path) -> Vec<(String, u64)> {
     };
     let files = read().unwrap_or_default().into_iter();
     files
-        .filter(|entry| super::stays_inside(&entry.name))
+        .filter(|entry| super::stays_inside(directory, &entry.name))
         .map(|entry| (entry.name, entry.bytes))
         .collect()
 }

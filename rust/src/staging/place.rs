@@ -177,7 +177,7 @@ impl Occupancy {
         }
         let known = manifest::listed(output).into_iter().map(|(name, _)| name);
         let indexes = entries.iter().filter(|name| is_index(name));
-        let shards = indexes.clone().flat_map(|name| shards_of(&output.join(name)));
+        let shards = indexes.clone().flat_map(|name| shards_of(output, name));
         let fixed = entries.iter().filter(|name| side_files::is_of_a_model(name));
         for name in known.chain(shards).chain(indexes.cloned()).chain(fixed.cloned()) {
             // A file, or a link to one, which is moved as the link that it is.
@@ -230,12 +230,13 @@ fn check_target(output: &Path, name: &str) -> Result<bool> {
 }
 
 /// The files that an index lists.
-fn shards_of(index: &Path) -> BTreeSet<String> {
+fn shards_of(output: &Path, index: &str) -> BTreeSet<String> {
     let read = || {
-        let (mut file, _) = file::open(index).ok()?;
+        let (mut file, _) = file::open(&output.join(index)).ok()?;
         let content: Value = serde_json::from_slice(&file::read_whole(&mut file).ok()?).ok()?;
         let map = content.get("weight_map")?.as_object()?;
-        let names = map.values().filter_map(Value::as_str).filter(|name| stays_inside(name));
+        let names =
+            map.values().filter_map(Value::as_str).filter(|name| stays_inside(output, name));
         Some(names.map(str::to_owned).collect())
     };
     read().unwrap_or_default()

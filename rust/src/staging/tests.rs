@@ -99,7 +99,7 @@ fn a_new_model_replaces_the_older_one_and_nothing_else() {
     fs::write(output.join("merge_report.md"), "old").expect("written");
     let warnings = begin(output, "new", &["model.safetensors", "config.json"]).commit();
     let [warning] = &warnings.expect("committed")[..] else { panic!("one warning") };
-    assert!(warning.contains("style.safetensors: stays in the output"), "{warning}");
+    assert!(warning.contains("style.safetensors: stays there with weights"), "{warning}");
     let mut files = names(output);
     files.sort();
     assert_eq!(
@@ -126,9 +126,8 @@ fn what_the_staging_directory_lost_is_never_published() {
         ("removed", |model| fs::remove_file(model.join(NAMES[0])).expect("removed")),
         ("removed", |model| fs::remove_dir_all(model).expect("removed")),
         ("changed", |model| {
-            // Longer than the steps in which file systems count time.
-            std::thread::sleep(std::time::Duration::from_millis(20));
-            fs::write(model.join("config.json"), "odd").expect("written");
+            fs::remove_file(model.join("config.json")).expect("removed");
+            fs::write(model.join("config.json"), "new").expect("written");
         }),
         ("changed", |model| fs::write(model.join("config.json"), "longer").expect("written")),
         ("removed", |model| {
@@ -175,6 +174,67 @@ fn what_comes_into_the_output_meanwhile_is_not_replaced() {
     let kept = error.split("lies in ").nth(1).and_then(|rest| rest.split(" until").next());
     let kept = Path::new(kept.expect("says where"));
     assert_eq!(fs::read_to_string(kept.join(NAMES[1])).expect("kept"), "new");
+    // Neither a merge that is refused nor one that fails nor a recovery takes it away.
+    Staging::create(request(&output, false, &NAMES)).expect_err("not empty");
+    drop(begin(&output, "newer", &NAMES));
+    assert_eq!(recover(&output).expect("recovered"), Recovery::Kept);
+    assert_eq!(fs::read_to_string(kept.join(NAMES[1])).expect("kept"), "new");
+    model(&output, "newest", &NAMES);
+    assert!(!output.join(DIRECTORY).exists());
+}
+
+#[test]
+fn a_finished_model_is_never_taken_back() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path().join("out");
+    let mut staging = begin(&output, "new", &NAMES);
+    staging.kept = true;
+    assert!(commit::cut_off(&mut staging, 100), "all is in its place but the journal");
+    drop(staging);
+    check_whole(&output).expect("whole");
+    let error = Staging::create(request(&output, false, &NAMES)).expect_err("not empty");
+    assert!(error.to_string().contains("has just been finished; it exists and is not empty"));
+    assert_eq!(fs::read_to_string(output.join(NAMES[1])).expect("there"), "new");
+    assert!(!output.join(DIRECTORY).exists());
+}
+
+#[test]
+fn what_somebody_saved_after_a_crash_is_not_the_merges() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path().join("out");
+    model(&output, "old", &NAMES);
+    let older = names(&output).len();
+    let mut staging = begin(&output, "new", &NAMES);
+    staging.kept = true;
+    // The journal, all of the older model, and one of the new files.
+    assert!(!commit::cut_off(&mut staging, 1 + older + 1));
+    drop(staging);
+    let saved = output.join(NAMES[0]);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    fs::remove_file(&saved).expect("placed");
+    fs::write(&saved, "somebody's").expect("written");
+    let error = recover(&output).expect_err("not ours").to_string();
+    assert!(error.contains("is not its file; move it away"), "{error}");
+    assert_eq!(fs::read_to_string(&saved).expect("there"), "somebody's");
+    fs::remove_file(&saved).expect("moved away");
+    recover(&output).expect("recovered");
+}
+
+#[cfg(unix)]
+#[test]
+fn what_lies_behind_a_linked_folder_is_not_the_models() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (output, other) = (root.path().join("out"), root.path().join("other"));
+    model(&output, "old", &["model.safetensors", "sub/x.json", "config.json"]);
+    fs::create_dir(&other).expect("made");
+    fs::write(other.join("x.json"), "mine").expect("written");
+    fs::remove_dir_all(output.join("sub")).expect("removed");
+    std::os::unix::fs::symlink(&other, output.join("sub")).expect("linked");
+    model(&output, "new", &["model.safetensors", "config.json"]);
+    assert_eq!(fs::read_to_string(other.join("x.json")).expect("there"), "mine");
+    assert!(!stays_inside(&output, "sub/x.json") && stays_inside(&output, "new/x.json"));
+    assert!(!stays_inside(&output, ".lorafast-partial/lock") && !stays_inside(&output, "../x"));
+    assert!(!stays_inside(&output, "/x") && !stays_inside(&output, ""));
 }
 
 #[test]
