@@ -15,7 +15,7 @@ import lorafast
 import numpy as np
 import pytest
 from lorafast._cli import main
-from lorafast._limits import is_modest, with_few_positions
+from lorafast._config_bounds import is_modest, with_few_positions
 from support.files import tensor
 from support.handmade import MODULES, adapter_tensors, make_adapter, make_base
 

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorafast._config_bounds import is_modest, with_few_positions
 from lorafast._io import scratch
 from lorafast._io.paths import is_directory, is_file
-from lorafast._limits import is_modest, with_few_positions
 
 #: The classes whose patterns and replacements say all that they do.
 PLAIN = {"WeightRenaming", "WeightConverter", "PrefixChange"}
