@@ -349,8 +349,8 @@ fn read_journal(directory: &Path) -> Result<Option<Journal>> {
     let is_inside = |name: &&String| stays_inside(output, name);
     let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let wrong = names.clone().find(|name| !is_inside(name));
-    let model = Some(&journal.model)
-        .filter(|model| !model.strip_prefix(MODEL).is_some_and(|number| is_number(number)));
+    let model =
+        Some(&journal.model).filter(|model| !model.strip_prefix(MODEL).is_some_and(is_number));
     match wrong.or(model) {
         Some(name) => Err(broken(&path, format!("names {name:?}, which leaves its directory"))),
         None => Ok(Some(journal)),

@@ -148,12 +148,14 @@ class Scene:
         if not output.exists():
             return "absent"
         found = model_files(output)
+        is_committing = (output / STAGING / "commit.json").exists()
         if not found:
-            return "absent"
+            # All of the old model may have moved aside, and nothing of the new one in its place.
+            return "middle" if is_committing else "absent"
         for kind, files in self.models.items():
             if found == files:
                 return kind
-        if (output / STAGING / "commit.json").exists():
+        if is_committing:
             # Nothing loads a model without its config, and lorafast refuses it for the journal.
             if "config.json" not in found:
                 return "middle"
