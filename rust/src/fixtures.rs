@@ -8,7 +8,7 @@ use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::kernel::convert;
-use crate::plan::{Inputs, Options, Strategy};
+use crate::plan::{Inputs, Options};
 use crate::safetensors::{Header, TensorInfo};
 
 /// A tensor to write: name, type, shape, values.
@@ -81,14 +81,5 @@ pub fn open(base: &Path, adapters: &[PathBuf]) -> Inputs {
 
 /// Every adapter at its full scale, nothing converted.
 pub fn plain() -> Options {
-    Options {
-        strategy: Strategy::Sequential,
-        weights: None,
-        dtype: None,
-        allow: Vec::new(),
-        compat: None,
-        subtract: false,
-        expert_layout: None,
-        renames: None,
-    }
+    Options::default()
 }

@@ -5,6 +5,7 @@
 mod accounts;
 mod layout;
 mod naming;
+mod options;
 mod pieces;
 mod planner;
 mod quantised;
@@ -15,6 +16,7 @@ mod saved;
 mod targets;
 mod ties;
 mod tokens;
+mod update;
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -25,16 +27,17 @@ use crate::adapter::{Accounts, Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, shorten_all};
-use crate::kernel::Orientation;
 use crate::quantised::Quantised;
-use crate::renames::Renames;
 use crate::safetensors::TensorInfo;
 use crate::task::Task;
 
+use options::weights_of;
+pub use options::{Compat, Options, Strategy};
 use planner::Planner;
 pub(crate) use quantised::means;
 pub use replication::Replication;
 pub use targets::ExpertLayout;
+pub use update::{Expert, Part, Residual, Update, UpdateKind};
 
 /// The opened base and adapters of a merge.
 #[derive(Debug, Clone)]
@@ -54,202 +57,6 @@ impl Inputs {
     pub fn check_unchanged(&self) -> Result<()> {
         self.base.check_unchanged()?;
         self.adapters.iter().try_for_each(|adapter| adapter.check_unchanged())
-    }
-}
-
-/// How several adapters are combined.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Strategy {
-    /// Each adapter at its full scale, in order.
-    Sequential,
-    /// base + Σ wᵢ·(mergedᵢ − base), the weights as given.
-    Weighted,
-    /// Weighted with 1/N.
-    Average,
-}
-
-impl Strategy {
-    /// The strategy of that name.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if there is none.
-    pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "sequential" => Ok(Self::Sequential),
-            "weighted" => Ok(Self::Weighted),
-            "average" => Ok(Self::Average),
-            _ => Err(Error::Argument(format!(
-                "unknown strategy {name:?}; there are sequential, weighted and average"
-            ))),
-        }
-    }
-}
-
-/// What the caller decides about a plan.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// How adapters are combined.
-    pub strategy: Strategy,
-    /// One weight an adapter, for [`Strategy::Weighted`]; missing, all are 1.
-    pub weights: Option<Vec<f64>>,
-    /// The type of the output's floating-point tensors; `None` keeps each as it is.
-    pub dtype: Option<Dtype>,
-    /// Unknown config fields that are known not to matter.
-    pub allow: Vec<String>,
-    /// Whose result is wanted where PEFT's own merge is not what was trained.
-    pub compat: Option<Compat>,
-    /// The base is a merged checkpoint, out of which the adapters are to be taken.
-    pub subtract: bool,
-    /// How experts' factors lie where neither shapes nor versions tell.
-    pub expert_layout: Option<ExpertLayout>,
-    /// The rules by which transformers renames the base's tensors as it loads them; `None` for the
-    /// built-in ones.
-    pub renames: Option<Renames>,
-}
-
-/// Another tool whose results are reproduced where they differ from the right ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Compat {
-    /// `merge_and_unload` of PEFT 0.21.
-    Peft,
-}
-
-impl Compat {
-    /// The one of that name.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if there is none.
-    pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "peft" => Ok(Self::Peft),
-            _ => Err(Error::Argument(format!("unknown compat {name:?}; there is peft"))),
-        }
-    }
-}
-
-/// One low-rank update of one tensor.
-#[derive(Debug, Clone, Serialize)]
-pub struct Update {
-    /// Which adapter, by its position.
-    pub adapter: usize,
-    /// The adapter's module, or for a replacement the tensor in its file.
-    pub module: String,
-    /// What the update does.
-    pub kind: UpdateKind,
-    /// The rank; 1 for a vector, 0 for a replacement.
-    pub rank: u64,
-    /// s of s·B·A: α/r, or α/√r for rsLoRA; 1 for a replacement.
-    pub scale: f64,
-    /// The adapter's weight under the strategy.
-    pub weight: f64,
-    /// Whether the base stores the weight (in, out), so that the product is turned.
-    pub transposed: bool,
-    /// Which part of the module's product it is, and where it lies.
-    #[serde(skip_serializing_if = "Part::is_whole")]
-    pub part: Part,
-    /// The adapter's tensor that it is made from, where that replaces W₀.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub on: Option<String>,
-    /// What the adapter's initialisation took out of W₀, which it was trained without.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub residual: Option<Residual>,
-    /// Updates are made from what those of all lower stages leave. There is one stage but where
-    /// PEFT's order is followed.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub stage: usize,
-}
-
-fn is_zero(stage: &usize) -> bool {
-    *stage == 0
-}
-
-/// Which part of a module's product an update takes, and on which rows of the stored tensor it
-/// lies: experts that are stored as one tensor, modules that are stored fused or split. The default
-/// is the whole product on the whole tensor.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Part {
-    /// The expert, where the module's factors hold those of all experts.
-    pub expert: Option<Expert>,
-    /// The outputs of the product that are used: rows of B, or rows of a replacement.
-    pub outputs: Option<Range<u64>>,
-    /// The inputs of the product that are used: columns of A.
-    pub inputs: Option<Range<u64>>,
-    /// The rows of the stored tensor that are changed, its leading dimensions taken as one.
-    pub rows: Option<Range<u64>>,
-}
-
-impl Part {
-    /// Whether it is the whole product on the whole tensor.
-    pub fn is_whole(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-/// One of the experts whose factors a module holds together, as PEFT's `target_parameters` do:
-/// of A (count·r, in) the rows e·r to (e+1)·r, of B (out, r·count) the columns k·count + e.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Expert {
-    /// Which one.
-    pub index: u64,
-    /// Of how many.
-    pub count: u64,
-}
-
-/// What an initialisation took out of W₀; the rank is the update's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Residual {
-    /// The largest singular components (PiSSA; Meng et al. 2024, arXiv:2404.02948).
-    Largest,
-    /// The smallest singular components (KaSA; Wang et al. 2024, arXiv:2412.06071).
-    Smallest,
-    /// s·Q·R of the first columns' QR decomposition (OLoRA; Büyükakyüz 2024, arXiv:2406.01775).
-    Leading,
-}
-
-impl Residual {
-    /// The factor on the product that was taken out, of an update with the scale s.
-    pub fn scale(self, scale: f64) -> f64 {
-        match self {
-            Self::Largest | Self::Smallest => 1.0,
-            Self::Leading => scale,
-        }
-    }
-}
-
-/// What an update does to W₀, the base's weight. With several updates of one tensor the result is
-/// W₀ + Σ wᵢ·(Wᵢ − W₀), each Wᵢ made from W₀ alone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum UpdateKind {
-    /// W₀ + s·B·A.
-    LowRank,
-    /// m/‖V‖ ⊙ V with V = W₀ + s·B·A, a norm for each output (Liu et al. 2024, arXiv:2402.09353).
-    Dora,
-    /// b₀ + s·b, with the bias of B.
-    Vector,
-    /// The adapter's own tensor.
-    Replace,
-}
-
-impl UpdateKind {
-    /// Whether Wᵢ is more than W₀ with something added.
-    pub fn takes_the_place(self) -> bool {
-        matches!(self, Self::Dora | Self::Replace)
-    }
-}
-
-impl Update {
-    /// The factor on B·A.
-    pub fn coefficient(&self) -> f64 {
-        self.scale * self.weight
-    }
-
-    /// Which way the product lies.
-    pub fn orientation(&self) -> Orientation {
-        if self.transposed { Orientation::InOut } else { Orientation::OutIn }
     }
 }
 
@@ -432,16 +239,7 @@ pub struct Plan {
 /// [`Error::Cancelled`], [`Error::Adapter`] for patterns of a config that take too many steps, that
 /// a file changed meanwhile, or [`Error::Io`].
 pub fn names_fit(inputs: &Inputs, task: &Task) -> Result<bool> {
-    let options = Options {
-        strategy: Strategy::Sequential,
-        weights: None,
-        dtype: None,
-        allow: Vec::new(),
-        compat: None,
-        subtract: false,
-        expert_layout: None,
-        renames: None,
-    };
+    let options = Options::default();
     let planner = Planner::new(inputs, &options, task)?;
     for adapter in &inputs.adapters {
         if !planner.name(adapter)?.fits() {
@@ -542,31 +340,6 @@ impl Plan {
     /// How many tensors meet an action of that name.
     pub fn count(&self, action: &str) -> usize {
         self.tensors().filter(|(_, tensor)| tensor.action.name() == action).count()
-    }
-}
-
-fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>> {
-    if adapters == 0 {
-        return Err(Error::Argument("no adapter was given; a merge needs at least one".into()));
-    }
-    match (options.strategy, &options.weights) {
-        (Strategy::Weighted, Some(weights)) => {
-            if weights.len() != adapters {
-                return Err(Error::Argument(format!(
-                    "{} weights were given for {adapters} adapters; give one for each",
-                    weights.len()
-                )));
-            }
-            if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {
-                return Err(Error::Argument(format!("the weight {weight} is not a finite number")));
-            }
-            Ok(weights.clone())
-        }
-        (_, Some(_)) => Err(Error::Argument(
-            "weights were given, but only the strategy \"weighted\" uses them".into(),
-        )),
-        (Strategy::Sequential | Strategy::Weighted, None) => Ok(vec![1.0; adapters]),
-        (Strategy::Average, None) => Ok(vec![1.0 / adapters as f64; adapters]),
     }
 }
 

@@ -1,0 +1,106 @@
+//! What the caller decides about a plan: how adapters are combined, and what the output is.
+
+use serde::Serialize;
+
+use super::ExpertLayout;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::renames::Renames;
+
+/// How several adapters are combined.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// Each adapter at its full scale, in order.
+    #[default]
+    Sequential,
+    /// base + Σ wᵢ·(mergedᵢ − base), the weights as given.
+    Weighted,
+    /// Weighted with 1/N.
+    Average,
+}
+
+impl Strategy {
+    /// The strategy of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "sequential" => Ok(Self::Sequential),
+            "weighted" => Ok(Self::Weighted),
+            "average" => Ok(Self::Average),
+            _ => Err(Error::Argument(format!(
+                "unknown strategy {name:?}; there are sequential, weighted and average"
+            ))),
+        }
+    }
+}
+
+/// What the caller decides about a plan.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// How adapters are combined.
+    pub strategy: Strategy,
+    /// One weight an adapter, for [`Strategy::Weighted`]; missing, all are 1.
+    pub weights: Option<Vec<f64>>,
+    /// The type of the output's floating-point tensors; `None` keeps each as it is.
+    pub dtype: Option<Dtype>,
+    /// Unknown config fields that are known not to matter.
+    pub allow: Vec<String>,
+    /// Whose result is wanted where PEFT's own merge is not what was trained.
+    pub compat: Option<Compat>,
+    /// The base is a merged checkpoint, out of which the adapters are to be taken.
+    pub subtract: bool,
+    /// How experts' factors lie where neither shapes nor versions tell.
+    pub expert_layout: Option<ExpertLayout>,
+    /// The rules by which transformers renames the base's tensors as it loads them; `None` for the
+    /// built-in ones.
+    pub renames: Option<Renames>,
+}
+
+/// Another tool whose results are reproduced where they differ from the right ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compat {
+    /// `merge_and_unload` of PEFT 0.21.
+    Peft,
+}
+
+impl Compat {
+    /// The one of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "peft" => Ok(Self::Peft),
+            _ => Err(Error::Argument(format!("unknown compat {name:?}; there is peft"))),
+        }
+    }
+}
+
+pub(super) fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>> {
+    if adapters == 0 {
+        return Err(Error::Argument("no adapter was given; a merge needs at least one".into()));
+    }
+    match (options.strategy, &options.weights) {
+        (Strategy::Weighted, Some(weights)) => {
+            if weights.len() != adapters {
+                return Err(Error::Argument(format!(
+                    "{} weights were given for {adapters} adapters; give one for each",
+                    weights.len()
+                )));
+            }
+            if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {
+                return Err(Error::Argument(format!("the weight {weight} is not a finite number")));
+            }
+            Ok(weights.clone())
+        }
+        (_, Some(_)) => Err(Error::Argument(
+            "weights were given, but only the strategy \"weighted\" uses them".into(),
+        )),
+        (Strategy::Sequential | Strategy::Weighted, None) => Ok(vec![1.0; adapters]),
+        (Strategy::Average, None) => Ok(vec![1.0 / adapters as f64; adapters]),
+    }
+}

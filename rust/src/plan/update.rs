@@ -1,0 +1,131 @@
+//! What one adapter does to one tensor.
+
+use std::ops::Range;
+
+use serde::Serialize;
+
+use crate::kernel::Orientation;
+
+/// One low-rank update of one tensor.
+#[derive(Debug, Clone, Serialize)]
+pub struct Update {
+    /// Which adapter, by its position.
+    pub adapter: usize,
+    /// The adapter's module, or for a replacement the tensor in its file.
+    pub module: String,
+    /// What the update does.
+    pub kind: UpdateKind,
+    /// The rank; 1 for a vector, 0 for a replacement.
+    pub rank: u64,
+    /// s of s·B·A: α/r, or α/√r for rsLoRA; 1 for a replacement.
+    pub scale: f64,
+    /// The adapter's weight under the strategy.
+    pub weight: f64,
+    /// Whether the base stores the weight (in, out), so that the product is turned.
+    pub transposed: bool,
+    /// Which part of the module's product it is, and where it lies.
+    #[serde(skip_serializing_if = "Part::is_whole")]
+    pub part: Part,
+    /// The adapter's tensor that it is made from, where that replaces W₀.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on: Option<String>,
+    /// What the adapter's initialisation took out of W₀, which it was trained without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual: Option<Residual>,
+    /// Updates are made from what those of all lower stages leave. There is one stage but where
+    /// PEFT's order is followed.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub stage: usize,
+}
+
+fn is_zero(stage: &usize) -> bool {
+    *stage == 0
+}
+
+/// Which part of a module's product an update takes, and on which rows of the stored tensor it
+/// lies: experts that are stored as one tensor, modules that are stored fused or split. The default
+/// is the whole product on the whole tensor.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Part {
+    /// The expert, where the module's factors hold those of all experts.
+    pub expert: Option<Expert>,
+    /// The outputs of the product that are used: rows of B, or rows of a replacement.
+    pub outputs: Option<Range<u64>>,
+    /// The inputs of the product that are used: columns of A.
+    pub inputs: Option<Range<u64>>,
+    /// The rows of the stored tensor that are changed, its leading dimensions taken as one.
+    pub rows: Option<Range<u64>>,
+}
+
+impl Part {
+    /// Whether it is the whole product on the whole tensor.
+    pub fn is_whole(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// One of the experts whose factors a module holds together, as PEFT's `target_parameters` do:
+/// of A (count·r, in) the rows e·r to (e+1)·r, of B (out, r·count) the columns k·count + e.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Expert {
+    /// Which one.
+    pub index: u64,
+    /// Of how many.
+    pub count: u64,
+}
+
+/// What an initialisation took out of W₀; the rank is the update's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// The largest singular components (PiSSA; Meng et al. 2024, arXiv:2404.02948).
+    Largest,
+    /// The smallest singular components (KaSA; Wang et al. 2024, arXiv:2412.06071).
+    Smallest,
+    /// s·Q·R of the first columns' QR decomposition (OLoRA; Büyükakyüz 2024, arXiv:2406.01775).
+    Leading,
+}
+
+impl Residual {
+    /// The factor on the product that was taken out, of an update with the scale s.
+    pub fn scale(self, scale: f64) -> f64 {
+        match self {
+            Self::Largest | Self::Smallest => 1.0,
+            Self::Leading => scale,
+        }
+    }
+}
+
+/// What an update does to W₀, the base's weight. With several updates of one tensor the result is
+/// W₀ + Σ wᵢ·(Wᵢ − W₀), each Wᵢ made from W₀ alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpdateKind {
+    /// W₀ + s·B·A.
+    LowRank,
+    /// m/‖V‖ ⊙ V with V = W₀ + s·B·A, a norm for each output (Liu et al. 2024, arXiv:2402.09353).
+    Dora,
+    /// b₀ + s·b, with the bias of B.
+    Vector,
+    /// The adapter's own tensor.
+    Replace,
+}
+
+impl UpdateKind {
+    /// Whether Wᵢ is more than W₀ with something added.
+    pub fn takes_the_place(self) -> bool {
+        matches!(self, Self::Dora | Self::Replace)
+    }
+}
+
+impl Update {
+    /// The factor on B·A.
+    pub fn coefficient(&self) -> f64 {
+        self.scale * self.weight
+    }
+
+    /// Which way the product lies.
+    pub fn orientation(&self) -> Orientation {
+        if self.transposed { Orientation::InOut } else { Orientation::OutIn }
+    }
+}
