@@ -156,7 +156,7 @@ class Collection:
         cache: str | os.PathLike[str] | None,
         threads: int | None,
         progress: Callable[[int, int], object] | None,
-    ) -> tuple[bytearray, list[bytearray], int, tuple[float, float]]: ...
+    ) -> tuple[bytearray, list[bytearray], int, tuple[float, float], str | None]: ...
     def stacked(
         self,
         module: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,7 @@ def similarity(
                 )
                 seconds["multiplying"] = time.perf_counter() - begin
             else:
-                whole, modules, _, (reading, multiplying) = found.core.products(
+                whole, modules, _, (reading, multiplying), unsaved = found.core.products(
                     positions,
                     precision=precision,
                     per_module=per_module,
@@ -147,6 +148,11 @@ def similarity(
                     progress=report,
                 )
                 seconds |= {"reading": reading, "multiplying": multiplying}
+                if unsaved is not None:
+                    warnings.warn(
+                        f"the cache could not be written, and this run is not kept: {unsaved}",
+                        stacklevel=2,
+                    )
                 count = len(found.names)
                 matrix = _square(whole, count)
                 tables = [_square(table, count) for table in modules]

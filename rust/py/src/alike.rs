@@ -41,7 +41,7 @@ fn to_bytes_f32<'py>(py: Python<'py>, values: &[f32]) -> PyResult<Bound<'py, PyB
 }
 
 type InnerProducts<'py> =
-    (Bound<'py, PyByteArray>, Vec<Bound<'py, PyByteArray>>, usize, (f64, f64));
+    (Bound<'py, PyByteArray>, Vec<Bound<'py, PyByteArray>>, usize, (f64, f64), Option<String>);
 
 type StackedFactors<'py> =
     (Vec<usize>, Vec<usize>, Vec<f64>, Bound<'py, PyByteArray>, Bound<'py, PyByteArray>);
@@ -101,7 +101,7 @@ impl Collection {
     }
 
     /// N×N inner products of all and of each module, the number of blocks that were in the cache,
-    /// and the seconds that reading and multiplying took.
+    /// the seconds that reading and multiplying took, and why the cache could not be written.
     #[pyo3(signature = (groups, *, precision, per_module, memory, cache, threads, progress))]
     #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
     fn products<'py>(
@@ -124,7 +124,7 @@ impl Collection {
         let modules = modules.collect::<PyResult<_>>()?;
         let times = &products.times;
         let seconds = (times.reading.as_secs_f64(), times.multiplying.as_secs_f64());
-        Ok((to_bytes(py, &products.all)?, modules, products.found, seconds))
+        Ok((to_bytes(py, &products.all)?, modules, products.found, seconds, products.unsaved))
     }
 
     /// The factors of some members that have a module: those members, the rank of each, the factor

@@ -1,6 +1,7 @@
 //! What is done of a matrix of products, on disk, so that it need not be done again.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -9,6 +10,7 @@ use super::collection::Collection;
 use super::products::{Block, Options, Table};
 use crate::adapter::sha256_of_bytes;
 use crate::error::{Error, Result};
+use crate::file;
 
 /// Changes with what the files hold and with the arithmetic.
 const VERSION: &str = "lorafast products 1";
@@ -46,7 +48,8 @@ impl Cache {
 
     /// What is done of a block; nothing where the file is not there or not whole.
     pub fn find(&self, index: usize, block: &Block, modules: usize) -> Option<Table> {
-        let bytes = fs::read(self.path(index)).ok()?;
+        let (mut file, _) = file::open(&self.path(index)).ok()?;
+        let bytes = file::read_whole(&mut file).ok()?;
         let (content, digest) = bytes.split_last_chunk::<DIGEST>()?;
         if Sha256::digest(content).as_slice() != digest {
             return None;
@@ -79,8 +82,16 @@ impl Cache {
         let digest = Sha256::digest(&content);
         content.extend_from_slice(&digest);
         let partial = self.directory.join(format!("block-{index:06}.{}", std::process::id()));
-        let written = fs::write(&partial, content).and_then(|()| fs::rename(&partial, &path));
-        written.map_err(|error| {
+        let write = || -> io::Result<()> {
+            // What a killed process of this number left; never through a link.
+            match fs::remove_file(&partial) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            File::options().write(true).create_new(true).open(&partial)?.write_all(&content)?;
+            fs::rename(&partial, &path)
+        };
+        write().map_err(|error| {
             let _ = fs::remove_file(&partial);
             Error::io(&path, error)
         })

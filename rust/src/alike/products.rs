@@ -82,6 +82,8 @@ pub struct Products {
     pub modules: Vec<Vec<f64>>,
     /// Blocks that were found in the cache as a whole.
     pub found: usize,
+    /// Why nothing more was written to the cache, where that failed.
+    pub unsaved: Option<String>,
     /// Where the time went.
     pub times: Times,
 }
@@ -123,6 +125,7 @@ pub fn products(
         all: vec![f64::NAN; count * count],
         modules: vec![vec![f64::NAN; count * count]; tables],
         found: 0,
+        unsaved: None,
         times: Times::default(),
     };
     let longest = collection.modules.iter().map(|m| m.rows + m.columns).max().unwrap_or(1);
@@ -130,12 +133,12 @@ pub fn products(
     let blocks: Vec<Block> =
         groups.iter().flat_map(|group| plan(collection, group, most.min(BLOCK_RANKS))).collect();
     task.expect(blocks.iter().map(|block| block.work(collection)).sum());
-    let cache = match &options.cache {
-        Some(directory) => Some(Cache::open(directory, collection, &blocks, options)?),
-        None => None,
-    };
+    let open = |directory: &PathBuf| Cache::open(directory, collection, &blocks, options);
+    let cache = options.cache.as_ref().map(open).transpose()?;
     for (index, block) in blocks.iter().enumerate() {
-        let run = Run { collection, block, options, cache: cache.as_ref(), index, task };
+        let unsaved = &mut result.unsaved;
+        let mut run =
+            Run { collection, block, options, cache: cache.as_ref(), index, unsaved, task };
         let table = match options.precision {
             Precision::Double => run.carry_out::<f64>(pool, &mut result.times),
             Precision::Single => run.carry_out::<f32>(pool, &mut result.times),
@@ -295,11 +298,13 @@ struct Run<'a> {
     options: &'a Options,
     cache: Option<&'a Cache>,
     index: usize,
+    /// Why the cache is written to no more.
+    unsaved: &'a mut Option<String>,
     task: &'a Task,
 }
 
 impl Run<'_> {
-    fn carry_out<T: Real>(&self, pool: &rayon::ThreadPool, times: &mut Times) -> Result<Table> {
+    fn carry_out<T: Real>(&mut self, pool: &rayon::ThreadPool, times: &mut Times) -> Result<Table> {
         let count = self.collection.modules.len();
         let size = self.block.height() * self.block.width();
         let found = self.cache.and_then(|cache| cache.find(self.index, self.block, count));
@@ -334,10 +339,12 @@ impl Run<'_> {
             }
             table.next = batch.end;
             if let Some(cache) = self.cache
+                && self.unsaved.is_none()
                 && (table.next == count || saved.elapsed() > pause)
             {
                 let begin = Instant::now();
-                cache.save(self.index, &table)?;
+                // What the cache cannot do costs no work that is done.
+                *self.unsaved = cache.save(self.index, &table).err().map(|error| error.to_string());
                 saved = Instant::now();
                 // Tables of each module are large; writing them must not become the work.
                 pause = SAVE_EVERY.max(20 * begin.elapsed());

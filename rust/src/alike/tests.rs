@@ -114,6 +114,24 @@ fn a_begun_block_is_taken_at_its_word() {
     assert_eq!(run(&whole, &options).all, vec![7.0; 9]);
 }
 
+#[cfg(unix)]
+#[test]
+fn a_cache_that_cannot_be_written_costs_no_work_and_no_pipe_is_opened() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let whole = collect(&adapters(folder.path(), 3, &MODULES));
+    let expected = run(&whole, &options(None, false));
+    let options = options(Some(folder.path().join("cache")), false);
+    assert_eq!(run(&whole, &options).unsaved, None);
+    let products = std::fs::read_dir(folder.path().join("cache")).expect("made").next();
+    let block = products.expect("one").expect("an entry").path().join("block-000000");
+    // What lies there is no file: neither read, which a pipe would make wait, nor replaced.
+    std::fs::remove_file(&block).expect("removed");
+    std::fs::create_dir_all(block.join("mine")).expect("made");
+    let result = run(&whole, &options);
+    assert_eq!(result.all, expected.all);
+    assert!(result.unsaved.expect("said").contains("block-000000"));
+}
+
 #[test]
 fn a_cancelled_job_ends() {
     let folder = tempfile::tempdir().expect("a folder");
