@@ -33,7 +33,12 @@ pub struct Index {
     pub file_name: String,
     /// Its whole content.
     pub content: serde_json::Map<String, Value>,
+    /// The same as it stands in the file.
+    pub bytes: Vec<u8>,
 }
+
+/// A JSON object, and the bytes that it was read from.
+type Object = (serde_json::Map<String, Value>, Vec<u8>);
 
 /// One shard of a checkpoint.
 #[derive(Debug)]
@@ -62,7 +67,8 @@ pub struct Checkpoint {
     shards: Arc<Vec<Shard>>,
     index: Option<Index>,
     tensors: IndexMap<String, Location>,
-    config: Option<serde_json::Map<String, Value>>,
+    /// With the bytes that it was read from.
+    config: Option<Object>,
     warnings: Vec<String>,
 }
 
@@ -161,7 +167,12 @@ impl Checkpoint {
 
     /// `config.json`, where there is one beside the shards.
     pub fn config(&self) -> Option<&serde_json::Map<String, Value>> {
-        self.config.as_ref()
+        self.config.as_ref().map(|(fields, _)| fields)
+    }
+
+    /// `config.json` as it stood in its file when the checkpoint was opened.
+    pub fn config_bytes(&self) -> Option<&[u8]> {
+        self.config.as_ref().map(|(_, bytes)| bytes.as_slice())
     }
 
     /// Whether the config says that the output head shares the input embeddings.
@@ -302,7 +313,7 @@ fn find_files(directory: &Path) -> Result<Files> {
 
 fn read_index(directory: &Path, name: &str) -> Result<Files> {
     let path = directory.join(name);
-    let content = read_object(&path)?;
+    let (content, bytes) = read_object(&path)?;
     let broken = |message: String| Error::checkpoint(&path, message);
     let map = content
         .get("weight_map")
@@ -332,7 +343,7 @@ fn read_index(directory: &Path, name: &str) -> Result<Files> {
     }
     shards.sort();
     check_count(directory, &shards)?.map_or(Ok(()), |message| Err(broken(message)))?;
-    Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content }) })
+    Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content, bytes }) })
 }
 
 /// What is wrong with an index that names some shards, of whose names tell that there are more, while
@@ -374,15 +385,16 @@ fn missing_side_files(directory: &Path) -> Option<String> {
     ))
 }
 
-/// Reads a file that must hold one JSON object.
-fn read_object(path: &Path) -> Result<serde_json::Map<String, Value>> {
+/// Reads a file that must hold one JSON object: the object, and its bytes.
+fn read_object(path: &Path) -> Result<Object> {
     let (mut file, _) = file::open(path)?;
     let text = file::read_whole(&mut file).map_err(|error| Error::io(path, error))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| Error::checkpoint(path, format!("is not a JSON object: {error}")))
+    let content = serde_json::from_slice(&text)
+        .map_err(|error| Error::checkpoint(path, format!("is not a JSON object: {error}")))?;
+    Ok((content, text))
 }
 
-fn read_config(path: &Path) -> Result<Option<serde_json::Map<String, Value>>> {
+fn read_config(path: &Path) -> Result<Option<Object>> {
     if file::find(path)?.is_some() { read_object(path).map(Some) } else { Ok(None) }
 }
 

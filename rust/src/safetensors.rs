@@ -7,10 +7,12 @@
 
 mod header;
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -57,6 +59,7 @@ impl SafetensorsFile {
 
     fn open_of(path: &Path, owner: Owner) -> Result<Self> {
         let (file, metadata) = file::open(path).map_err(|error| error.of(owner))?;
+        let metadata = settled(&file, metadata).map_err(|error| owner.unread(path, error))?;
         let broken = |message: String| owner.broken(path, message);
         let (stamp, size) = (Stamp::of(&metadata), metadata.len());
         if size < PREFIX {
@@ -209,6 +212,24 @@ impl SafetensorsFile {
     pub(crate) fn unread(&self, error: io::Error) -> Error {
         self.owner.unread(&self.path, error)
     }
+}
+
+/// Longer than the steps in which file systems count time.
+const TICK: Duration = Duration::from_millis(20);
+/// How many steps to wait for a file that is being written.
+const PATIENCE: usize = 5;
+
+/// What is known of an open file once its time of change is so long ago that the next change will
+/// have another one. A file that somebody goes on writing is taken as it is, and found changed later.
+fn settled(file: &File, mut metadata: Metadata) -> io::Result<Metadata> {
+    for _ in 0..PATIENCE {
+        let age = metadata.modified().ok().and_then(|time| time.elapsed().ok());
+        // A clock that runs differently tells nothing.
+        let Some(rest) = age.and_then(|age| TICK.checked_sub(age)) else { break };
+        thread::sleep(rest);
+        metadata = file.metadata()?;
+    }
+    Ok(metadata)
 }
 
 /// Looks again at what a path leads to: an error if it is not what had that stamp.

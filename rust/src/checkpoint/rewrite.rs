@@ -6,7 +6,6 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
-use crate::file;
 use crate::plan::{ConfigChanges, Plan};
 
 /// The output's index: the base's, with every tensor that the shards hold and their size in bytes;
@@ -33,13 +32,9 @@ pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)
     content.remove("weight_map");
     content.insert("metadata".into(), Value::Object(metadata));
     content.insert("weight_map".into(), Value::Object(map));
-    if content == index.content
-        && let Ok((mut file, _)) = file::open(&base.root().join(&index.file_name))
-        && let Ok(bytes) = file::read_whole(&mut file)
-    {
-        return Some((index.file_name.clone(), bytes));
-    }
-    Some((index.file_name.clone(), pretty(&Value::Object(content))))
+    let is_same = content == index.content;
+    let bytes = if is_same { index.bytes.clone() } else { pretty(&Value::Object(content)) };
+    Some((index.file_name.clone(), bytes))
 }
 
 /// The names under which configs count layers.

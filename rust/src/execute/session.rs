@@ -13,8 +13,8 @@ use super::compute::{self, Computer};
 use super::queue::{self, Work};
 use super::{Job, Options, Output, Summary};
 use crate::checkpoint::rewrite;
-use crate::error::{Error, Owner, Result};
-use crate::file::{self, Stamp};
+use crate::error::{Error, Result};
+use crate::file;
 use crate::kernel::InstructionSet;
 use crate::plan::{Inputs, Plan, PlannedTensor};
 use crate::side_files::{self, SideFiles};
@@ -109,10 +109,12 @@ impl Session {
         for (name, stamp) in &side_files.carried {
             task.check()?;
             let source = inputs.base.root().join(name);
-            if name == "config.json" {
-                last.push(config_of(inputs, plan, &source, *stamp)?);
-            } else {
-                staging.copy(name, &source, *stamp)?;
+            match (name.as_str(), inputs.base.config_bytes()) {
+                ("config.json", Some(bytes)) => {
+                    let (_, metadata) = file::open(&source)?;
+                    last.push((name.clone(), config_of(inputs, plan, bytes), metadata));
+                }
+                _ => staging.copy(name, &source, *stamp)?,
             }
             task.advance(stamp.length);
         }
@@ -266,24 +268,14 @@ impl Session {
     }
 }
 
-/// The config of the output, made from that file, which was found so.
-fn config_of(
-    inputs: &Inputs,
-    plan: &Plan,
-    source: &Path,
-    found: Stamp,
-) -> Result<(String, Vec<u8>, Metadata)> {
-    let (mut file, metadata) = file::open(source)?;
-    if Stamp::of(&metadata) != found {
-        return Err(Owner::Checkpoint.changed(source));
-    }
-    let content = match inputs.base.config() {
+/// The config of the output, made from what the base's was when it was opened.
+fn config_of(inputs: &Inputs, plan: &Plan, bytes: &[u8]) -> Vec<u8> {
+    match inputs.base.config() {
         Some(config) if !plan.config_changes.is_empty() => {
             rewrite::changed_config(config, &plan.config_changes)
         }
-        _ => file::read_whole(&mut file).map_err(|error| Error::io(source, error))?,
-    };
-    Ok(("config.json".to_owned(), content, metadata))
+        _ => bytes.to_vec(),
+    }
 }
 
 /// Everything that the output will hold, but for its manifest.
