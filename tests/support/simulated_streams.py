@@ -102,13 +102,19 @@ class Simulator:
         return self.completed.get(access.actor.number, 0) >= access.time
 
     def _arrive(self, copy: OnItsWay) -> None:
-        self.on_their_way.remove(copy)
-        if copy.incoming:
-            copy.pinned.copy_(copy.content)
-        elif not same_bytes(copy.pinned, copy.content):
-            self.checker.report(
-                f"{copy.memory.name} was changed while a copy of it by {copy.access} was on its way"
-            )
+        # Two threads can wait for one copy: it arrives once.
+        with self.lock:
+            left = [one for one in self.on_their_way if one is not copy]
+            if len(left) == len(self.on_their_way):
+                return
+            self.on_their_way[:] = left
+            if copy.incoming:
+                copy.pinned.copy_(copy.content)
+            elif not same_bytes(copy.pinned, copy.content):
+                self.checker.report(
+                    f"{copy.memory.name} was changed while a copy of it by {copy.access} was on "
+                    "its way"
+                )
 
     def settle(self, memory: Memory, actor: Actor) -> None:
         """Lets copies into the memory arrive that the actor comes after."""
