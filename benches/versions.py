@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--fleet", type=int, default=200, help="adapters of the scan")
+    parser.add_argument("--only", default="", help="jobs whose names hold this")
     options = parser.parse_args()
     other = options.other.resolve()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
@@ -131,7 +132,7 @@ def main() -> None:
         }
         print("| Job | this build, s | the other, s | ratio | quartiles | processor | memory |")
         print("|---|---:|---:|---:|---:|---:|---:|")
-        for job, words in jobs.items():
+        for job, words in ((name, jobs[name]) for name in jobs if options.only in name):
             print(f"| {job} | {compare(other, words, output, options.rounds)} |", flush=True)
 
 

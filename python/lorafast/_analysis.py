@@ -6,14 +6,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core, _findings, _sources
 from lorafast._changes import unchanged
-from lorafast._io import scratch
 from lorafast._io.paths import expand, resolved
 from lorafast._limits import check_threads
 from lorafast._records import (
@@ -194,12 +193,17 @@ def _check(histogram_bins: int, threads: int | None) -> None:
 @contextmanager
 def opened(adapters: Sequence[Source]) -> Iterator[list[tuple[Path, Path | None]]]:
     """The local paths of adapters, each with the file that stands in for pickled weights."""
-    with scratch.directory() as directory:
+    with ExitStack() as stack:
+        directory: Path | None = None
         paths: list[tuple[Path, Path | None]] = []
         for position, adapter in enumerate(adapters):
             path = _sources.locate(adapter, _sources.ADAPTER_PATTERNS)
             rewritten = None
             if _sources.has_only_pickle(path):
+                if directory is None:
+                    from lorafast._io import scratch
+
+                    directory = stack.enter_context(scratch.directory())
                 rewritten = _sources.rewrite_pickle(path, directory / f"{position}")
             paths.append((path, rewritten))
         yield paths
