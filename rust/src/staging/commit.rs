@@ -58,7 +58,8 @@ impl NewFile {
     fn is_at(&self, path: &Path) -> bool {
         fs::symlink_metadata(path).is_ok_and(|metadata| {
             let found = Self::of(&self.name, &metadata);
-            let is_same = found.inode == self.inode || found.modified == self.modified;
+            let is_inode = self.inode != 0 && found.inode == self.inode;
+            let is_same = is_inode || found.modified == self.modified;
             metadata.is_file() && found.bytes == self.bytes && is_same
         })
     }
