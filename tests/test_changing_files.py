@@ -249,3 +249,23 @@ def test_what_is_no_plain_file_is_not_read_and_says_what_it_is(tmp_path: Path) -
     os.mkfifo(model)
     with pytest.raises(lorafast.CheckpointError, match=r"model\.safetensors: is a pipe"):
         lorafast.merge(base, adapter, tmp_path / "out")
+
+
+def test_the_command_compares_what_it_has_analyzed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorafast import _analysis
+    from lorafast._cli import main
+
+    first, second = make_adapter(tmp_path / "a"), make_adapter(tmp_path / "b")
+    original = _analysis.compare_analysed
+
+    def change(*arguments: Any, **options: Any) -> Any:
+        file = first / "adapter_model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(_analysis, "compare_analysed", change)
+    assert main(["compare", str(first), str(second), "--quiet"]) == 1
+    assert CHANGED in capsys.readouterr().err

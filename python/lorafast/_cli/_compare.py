@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,19 +52,25 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         if len(set(arguments.names)) != len(arguments.names):
             arguments.parser.error("--names must differ from each other")
     from lorafast._analysis import analyze_named, compare_analysed, names_of
+    from lorafast._changes import unchanged
+    from lorafast._sources import ADAPTER_PATTERNS, locate
 
     names = arguments.names or names_of(arguments.adapters)
     failures = Failures()
     sources: list[str] = []
     analyses: list[AdapterAnalysis] = []
     options = {"threads": arguments.threads, "progress": not arguments.quiet}
-    for adapter, name in zip(arguments.adapters, names, strict=True):
-        with failures.of(adapter, fatal=False):
-            analyses.append(analyze_named(adapter, name, **options))
-            sources.append(adapter)
-    if len(analyses) < 2:
-        return EXIT_ERROR
-    comparison = compare_analysed(sources, analyses, **options)
+    with ExitStack() as held:
+        for adapter, name in zip(arguments.adapters, names, strict=True):
+            with failures.of(adapter, fatal=False), ExitStack() as own:
+                own.enter_context(unchanged([locate(adapter, ADAPTER_PATTERNS)]))
+                analyses.append(analyze_named(adapter, name, **options))
+                sources.append(adapter)
+                # What was analyzed has to stay what it is until it is compared.
+                held.enter_context(own.pop_all())
+        if len(analyses) < 2:
+            return EXIT_ERROR
+        comparison = compare_analysed(sources, analyses, **options)
     if arguments.output is not None:
         _write(comparison, arguments, terminal)
     _print(comparison, arguments, terminal)
