@@ -43,7 +43,7 @@ bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour
 	$(BIN)/python benches/similarity.py
 
 # Each count is a program's of tests/trust; `make test` runs a few of each.
-TRUST := KILLS=200 KILL_CALLS=1000 KILL_SUBTRACTIONS=100 FAILING_CALLS=1000 FULL_DISKS=150 \
+TRUST := KILLS=200 KILL_CALLS=1000 KILL_SUBTRACTIONS=1000 FAILING_CALLS=2000 FULL_DISKS=150 \
   CHANGING_INPUTS=250 RACES=100 REPLACED_ADAPTERS=100 CACHES=90 LOCKED_CACHES=2 SIGNALS=120 \
   FUZZED_FILES=100000 MANY_MERGES=10000
 
