@@ -34,7 +34,7 @@ def test_a_signal_ends_a_merge_and_leaves_nothing(
             length = time.monotonic() - begun
         scene.reset(before)
         running = Running(scene.merge(*flags), temporary=scene.temporary)
-        running.wait_until_loaded()
+        running.wait_until_it_hears()
         time.sleep(random.uniform(0.02, 1) * length)
         running.process.send_signal(signum)
         sent = time.monotonic()

@@ -33,9 +33,9 @@ def writing(path: str | os.PathLike[str], *, sync: bool = False) -> Iterator[Bin
     with _about(target, temporary):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(temporary, flags, 0o666)
+        # Made within: a signal's exception can come as soon as it is there.
         try:
-            with os.fdopen(descriptor, "w+b") as file:
+            with os.fdopen(os.open(temporary, flags, 0o666), "w+b") as file:
                 yield file
                 file.flush()
                 if sync:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,20 @@ class Running:
                 if "_core" in maps.read_text():
                     return
             except OSError:
+                return
+            time.sleep(0.001)
+
+    def wait_until_it_hears(self, most: float = 10.0) -> None:
+        """Wait until the process handles SIGTERM: before, a signal meets Python's own start."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        caught = 1 << (signal.SIGTERM - 1)
+        end = time.monotonic() + most
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                found = re.search(r"^SigCgt:\s*(\w+)", status.read_text(), re.MULTILINE)
+            except OSError:
+                return
+            if found is not None and int(found[1], 16) & caught:
                 return
             time.sleep(0.001)
 
