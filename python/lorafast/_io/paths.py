@@ -45,10 +45,10 @@ def find(path: StrPath) -> os.stat_result | None:
     if not stat.S_ISLNK(own.st_mode):
         return own
     try:
-        return os.stat(path)  # noqa: PTH116
+        return os.stat(path)  # noqa: PTH116 (a text, as said above)
     except FileNotFoundError as error:
         try:
-            target = os.readlink(path)  # noqa: PTH115
+            target = os.readlink(path)  # noqa: PTH115 (a text, as said above)
         except OSError:
             # Removed meanwhile.
             return None
