@@ -52,10 +52,10 @@ class Place:
         self, *more: Argument, before: Sequence[Argument] = (), limit: float = LIMIT, **how: object
     ) -> Outcome:
         places = how.pop("places", (self.base, self.adapter, self.output))
-        base, adapter, output = places  # type: ignore[misc]
+        base, adapter, output = places
         outcome = lorafast(
             "merge", "--base", base, "--adapters", adapter, "--output", output, "--quiet", *more,
-            before=before, limit=limit, directory=self.folder, **how,  # type: ignore[arg-type]
+            before=before, limit=limit, directory=self.folder, **how,
         )  # fmt: skip
         assert self.precious.read_text() == SECRET, "wrote through a link"
         return outcome

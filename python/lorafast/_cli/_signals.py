@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # What `signal` is made of: making its enumerations takes longer than all that is done here.
+# Type checkers do not know it.
 import _signal  # type: ignore[import-not-found]
 
 # Not `typing`'s, whose import takes time as well.

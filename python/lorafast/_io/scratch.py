@@ -17,7 +17,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows, where nothing is swept.
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment] (a module elsewhere)
 
 #: With the machine's name, for others that share the directory may not see its locks.
 PREFIX = f"lorafast-{os.uname().nodename if hasattr(os, 'uname') else ''}-"

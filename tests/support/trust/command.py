@@ -92,7 +92,7 @@ class Running:
             env=environment(temporary, more),
             cwd=directory,
             # Nothing here has threads when it starts a command with a limit.
-            preexec_fn=prepare,  # noqa: PLW1509
+            preexec_fn=prepare,  # noqa: PLW1509 (as said)
             start_new_session=True,
         )
 

@@ -107,7 +107,7 @@ def points(
     outcome = Running(
         arguments,
         before=[*before, "-e", "signal=none", "-o", trace],
-        **how,  # type: ignore[arg-type]
+        **how,
     ).finish()
     assert outcome.code == 0, outcome.err
     places = [str(place) for place in below]
@@ -158,7 +158,7 @@ def inject(
         arguments,
         before=[*before, *rules],
         command=COMMAND,
-        **how,  # type: ignore[arg-type]
+        **how,
     ).finish(limit)
     text = trace.read_text(errors="replace") if trace.exists() else ""
     # What is killed leaves no word of it in the trace.
