@@ -17,7 +17,8 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows, where nothing is swept.
-    fcntl = None  # type: ignore[assignment] (a module elsewhere)
+    # It is a module elsewhere.
+    fcntl = None  # type: ignore[assignment]
 
 #: With the machine's name, for others that share the directory may not see its locks.
 PREFIX = f"lorafast-{os.uname().nodename if hasattr(os, 'uname') else ''}-"
