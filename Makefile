@@ -22,7 +22,7 @@ demo: $(VENV)/installed ## install, and merge two adapters into a small model ma
 .PHONY: test
 test: $(VENV)/installed-test ## install what the tests need, and run them (Rust and Python)
 	cargo test --locked
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 .PHONY: lint
 lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Python)
