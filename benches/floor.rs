@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use lorafast::file;
+use lorafast::storage::local;
 
 /// Rows of 2048 elements of 16 bits, as many as the executor takes.
 const TILE_BYTES: usize = 480 << 10;
@@ -33,18 +33,18 @@ fn copy(source: &Path, target: &Path) -> Result<(), Failure> {
     let source = File::open(source)?;
     let length = source.metadata()?.len();
     let mut word = [0; 8];
-    file::read_at(&source, &mut word, 0)?;
+    local::read_at(&source, &mut word, 0)?;
     let header = 8 + u64::from_le_bytes(word);
     let target = File::options().write(true).create(true).truncate(true).open(target)?;
     target.set_len(length)?;
-    file::allocate(&target, length);
+    local::allocate(&target, length);
     let mut buffer = vec![0; TILE_BYTES.max(header as usize)];
     let mut start = 0;
     while start < length {
         let count = if start == 0 { header } else { TILE_BYTES as u64 }.min(length - start);
         let tile = &mut buffer[..count as usize];
-        file::read_at(&source, tile, start)?;
-        file::write_at(&target, tile, start)?;
+        local::read_at(&source, tile, start)?;
+        local::write_at(&target, tile, start)?;
         start += count;
     }
     Ok(())

@@ -17,8 +17,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use lorafast::dtype::Dtype;
-use lorafast::kernel::{Factors, InstructionSet, Operand, Orientation, ROW_MULTIPLE, merge_rows};
+use lorafast::kernel::{Factors, InstructionSet, Operand, ROW_MULTIPLE, merge_rows};
+use lorafast::tensor::dtype::Dtype;
+use lorafast::tensor::orientation::Orientation;
 
 /// As the executor has it.
 const TILE_BYTES: usize = 512 << 10;

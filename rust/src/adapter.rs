@@ -2,8 +2,9 @@
 //! factors with its scale. Everything else in the file is listed with the part it plays, so that
 //! whoever uses the adapter can account for every tensor.
 
-pub mod account;
 pub mod config;
+pub mod coverage;
+pub mod factors;
 mod tensors;
 
 use std::collections::VecDeque;
@@ -14,14 +15,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use indexmap::IndexMap;
 use sha2::{Digest, Sha256};
 
-pub use account::{Account, Accounts, Verdict};
 pub use config::PeftConfig;
-pub use config::features::{Initialisation, Version};
+pub use config::features::{Initialization, Version};
+pub use coverage::{Account, Accounts, Verdict};
 
 use crate::error::{Error, Owner, Result};
-use crate::file::{self, Stamp};
-use crate::safetensors::{SafetensorsFile, TensorInfo, check_path};
-use crate::task::Task;
+use crate::parallel::task::Task;
+use crate::storage::local::{self, Stamp};
+use crate::tensor::safetensors::{SafetensorsFile, TensorInfo, check_path};
 
 pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 pub(crate) const PICKLED_WEIGHTS: &str = "adapter_model.bin";
@@ -210,7 +211,7 @@ impl Adapter {
     pub fn open_with(path: &Path, weights: Option<&Path>, task: &Task) -> Result<Self> {
         task.check()?;
         let failed = |error: Error| error.of(Owner::Adapter);
-        let is_directory = match file::find(path).map_err(failed)? {
+        let is_directory = match local::find(path).map_err(failed)? {
             Some(metadata) => metadata.is_dir(),
             None => return Err(Error::io(path, absence_of(path))),
         };
@@ -220,7 +221,7 @@ impl Adapter {
             _ => Path::new("."),
         };
         let config_path = directory.join(config::FILE_NAME);
-        if file::find(&config_path).map_err(failed)?.is_none() {
+        if local::find(&config_path).map_err(failed)?.is_none() {
             return Err(Error::adapter(path, no_config(directory)));
         }
         let (config, stamp) = read_config(&config_path)?;
@@ -229,13 +230,13 @@ impl Adapter {
             None if is_directory => directory.join(WEIGHTS),
             None => path.to_path_buf(),
         };
-        if file::find(&weights).map_err(failed)?.is_none() {
-            let message = if file::find(&directory.join(PICKLED_WEIGHTS)).map_err(failed)?.is_some()
-            {
-                format!("holds its weights as {PICKLED_WEIGHTS}, which needs torch to be read")
-            } else {
-                format!("holds a config but no {WEIGHTS}; fetch the adapter again")
-            };
+        if local::find(&weights).map_err(failed)?.is_none() {
+            let message =
+                if local::find(&directory.join(PICKLED_WEIGHTS)).map_err(failed)?.is_some() {
+                    format!("holds its weights as {PICKLED_WEIGHTS}, which needs torch to be read")
+                } else {
+                    format!("holds a config but no {WEIGHTS}; fetch the adapter again")
+                };
             return Err(Error::adapter(path, message));
         }
         let file = SafetensorsFile::open_adapter(&weights)?;
@@ -397,7 +398,7 @@ fn absence_of(path: &Path) -> io::Error {
 }
 
 fn read_config(path: &Path) -> Result<(PeftConfig, Stamp)> {
-    let (mut file, metadata) = file::open(path).map_err(|error| error.of(Owner::Adapter))?;
+    let (mut file, metadata) = local::open(path).map_err(|error| error.of(Owner::Adapter))?;
     let mut text = Vec::new();
     file.read_to_end(&mut text).map_err(|error| Error::io(path, error))?;
     Ok((PeftConfig::parse(path, &text)?, Stamp::of(&metadata)))

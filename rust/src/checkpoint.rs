@@ -1,6 +1,9 @@
 //! A base model on disk: one or more safetensors shards seen as one map from name to tensor.
 
+pub mod names;
+pub mod quantized;
 pub mod rewrite;
+pub mod side_files;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,12 +13,12 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use serde_json::Value;
 
+use crate::checkpoint::side_files::shard_of;
 use crate::error::{Error, Result};
-use crate::file;
-use crate::safetensors::{SafetensorsFile, TensorInfo};
-use crate::side_files::shard_of;
-use crate::staging;
-use crate::task::Task;
+use crate::parallel::task::Task;
+use crate::storage::local;
+use crate::storage::staging;
+use crate::tensor::safetensors::{SafetensorsFile, TensorInfo};
 
 /// The file names under which libraries save a whole model, in the order in which transformers
 /// looks for them; diffusers' come after.
@@ -106,7 +109,7 @@ impl Checkpoint {
             (root, Files { shards: vec![name], index: None })
         };
         staging::check_whole(&root)?;
-        file::allow_open(files.shards.len());
+        local::allow_open(files.shards.len());
         let shards = files
             .shards
             .into_iter()
@@ -331,7 +334,7 @@ fn read_index(directory: &Path, name: &str) -> Result<Files> {
         if !inside || shard.is_empty() {
             return Err(broken(format!("names the shard {shard:?}, which leaves its directory")));
         }
-        if file::find(&directory.join(shard))?.is_none() {
+        if local::find(&directory.join(shard))?.is_none() {
             return Err(broken(format!(
                 "names the shard {shard}, which is not there; fetch the checkpoint again"
             )));
@@ -360,7 +363,7 @@ fn check_count(directory: &Path, shards: &[String]) -> Result<Option<String>> {
     for ((stem, count, width), numbers) in families {
         for number in (1..=count).filter(|number| !numbers.contains(number)) {
             let name = format!("{stem}-{number:0width$}-of-{count:0width$}.safetensors");
-            if file::find(&directory.join(&name))?.is_none() {
+            if local::find(&directory.join(&name))?.is_none() {
                 return Ok(Some(format!(
                     "names {} of the {count} shards of {stem}, and {name} is not there; fetch the \
                      checkpoint again",
@@ -387,15 +390,15 @@ fn missing_side_files(directory: &Path) -> Option<String> {
 
 /// Reads a file that must hold one JSON object: the object, and its bytes.
 fn read_object(path: &Path) -> Result<Object> {
-    let (mut file, _) = file::open(path)?;
-    let text = file::read_whole(&mut file).map_err(|error| Error::io(path, error))?;
+    let (mut file, _) = local::open(path)?;
+    let text = local::read_whole(&mut file).map_err(|error| Error::io(path, error))?;
     let content = serde_json::from_slice(&text)
         .map_err(|error| Error::checkpoint(path, format!("is not a JSON object: {error}")))?;
     Ok((content, text))
 }
 
 fn read_config(path: &Path) -> Result<Option<Object>> {
-    if file::find(path)?.is_some() { read_object(path).map(Some) } else { Ok(None) }
+    if local::find(path)?.is_some() { read_object(path).map(Some) } else { Ok(None) }
 }
 
 fn gather(shards: &[Shard]) -> Result<IndexMap<String, Location>> {
@@ -457,8 +460,8 @@ fn check_index(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::Dtype;
-    use crate::safetensors::Header;
+    use crate::tensor::dtype::Dtype;
+    use crate::tensor::safetensors::Header;
 
     fn write_shard(path: &Path, names: &[&str]) {
         let tensors = names

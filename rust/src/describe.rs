@@ -7,11 +7,11 @@ use serde_json::{Map, Value};
 use crate::adapter::config;
 use crate::adapter::{Accounts, Adapter};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::side_files;
 use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Plan, Strategy, Update};
-use crate::quantised::Catalogue;
-use crate::safetensors::SafetensorsFile;
-use crate::side_files;
+use crate::tensor::safetensors::SafetensorsFile;
 
 /// An adapter within a plan.
 #[derive(Debug, Serialize)]
@@ -37,7 +37,8 @@ pub struct TensorDescription<'a> {
     updates: &'a [Update],
     /// How it is stored, where it is quantised and does not stay as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
-    quantised: Option<&'a str>,
+    #[serde(rename = "quantised")]
+    quantized: Option<&'a str>,
 }
 
 /// A plan in full.
@@ -92,7 +93,7 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
             Action::Merge(updates) => updates,
             Action::Copy | Action::Cast | Action::Rescale => &[],
         },
-        quantised: tensor.quantised.as_ref().map(|quantised| quantised.scheme.as_str()),
+        quantized: tensor.quantized.as_ref().map(|quantized| quantized.scheme.as_str()),
     });
     Ok(PlanDescription {
         base: inputs.base.path().display().to_string(),
@@ -157,7 +158,7 @@ pub struct Listing {
     adapter: Option<Map<String, Value>>,
     /// How weights are quantised, in words, and how many are so.
     #[serde(skip_serializing_if = "IndexMap::is_empty")]
-    quantised: IndexMap<String, usize>,
+    quantized: IndexMap<String, usize>,
     warnings: Vec<String>,
 }
 
@@ -177,7 +178,7 @@ impl Listing {
             total_bytes: 0,
             config: None,
             adapter: None,
-            quantised: IndexMap::new(),
+            quantized: IndexMap::new(),
             warnings: Vec::new(),
         };
         for (name, file) in files {
@@ -214,12 +215,12 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
     let mut listing = Listing::new("checkpoint", checkpoint.path(), files);
     listing.config = checkpoint.config().cloned();
     listing.warnings = checkpoint.warnings().to_vec();
-    let quantised = Catalogue::of(checkpoint);
-    let schemes = quantised.schemes().into_iter();
-    listing.quantised = schemes.map(|(scheme, count)| (scheme.to_owned(), count)).collect();
-    if let Some(foreign) = quantised.foreign() {
+    let quantized = Catalog::of(checkpoint);
+    let schemes = quantized.schemes().into_iter();
+    listing.quantized = schemes.map(|(scheme, count)| (scheme.to_owned(), count)).collect();
+    if let Some(foreign) = quantized.foreign() {
         let words = format!("{} (nothing can be merged into them)", foreign.format);
-        listing.quantised.insert(words, foreign.count());
+        listing.quantized.insert(words, foreign.count());
     }
     listing
 }

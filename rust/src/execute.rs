@@ -7,7 +7,8 @@
 pub(crate) mod compute;
 pub mod operands;
 pub(crate) mod queue;
-pub(crate) mod requantise;
+pub(crate) mod requantize;
+pub(crate) mod residual;
 pub mod session;
 mod tile;
 
@@ -21,14 +22,14 @@ use std::sync::{Mutex, PoisonError};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::file::{self, CopyError};
 use crate::kernel::InstructionSet;
+use crate::parallel::task::Task;
 use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
-use crate::task::Task;
+use crate::storage::local::{self, CopyError};
 
 use compute::{Buffers, Computer, Slot, lock};
 use queue::{Lanes, Work};
-use requantise::Requantising;
+use requantize::Requantizing;
 use session::{Part, Session};
 
 /// What the caller decides about the execution.
@@ -108,7 +109,7 @@ struct Job<'a> {
     remaining: Vec<AtomicUsize>,
     digests: Vec<Mutex<Option<String>>>,
     /// What is known so far of tensors that are quantised again, by shard and position.
-    requantising: HashMap<(usize, usize), Requantising>,
+    requantizing: HashMap<(usize, usize), Requantizing>,
 }
 
 impl<'a> Job<'a> {
@@ -128,13 +129,13 @@ impl<'a> Job<'a> {
         let slots = tiles.into_iter().map(Slot::new).collect();
         let computer = Computer { inputs, set, task };
         let mut remaining: Vec<_> = queues.iter().map(Vec::len).collect();
-        let mut requantising = requantise::all(plan);
+        let mut requantizing = requantize::all(plan);
         let mut digested = 0..inputs.adapters.len();
         if let Part::Only(places) = part {
-            requantising.retain(|place, _| places.contains(place));
+            requantizing.retain(|place, _| places.contains(place));
             digested = 0..0;
         }
-        for (shard, _) in requantising.values().flat_map(|tensor| &tensor.scales) {
+        for (shard, _) in requantizing.values().flat_map(|tensor| &tensor.scales) {
             remaining[*shard] += 1;
         }
         let remaining = remaining.into_iter().map(AtomicUsize::new).collect();
@@ -152,7 +153,7 @@ impl<'a> Job<'a> {
             slots,
             remaining,
             digests,
-            requantising,
+            requantizing,
         }
     }
 
@@ -232,7 +233,7 @@ impl<'a> Job<'a> {
     /// What is synced at the end is sent to the disk as early as possible, so that both overlap.
     fn begin_writing(&self, shard: usize, offset: u64, length: u64) {
         if self.output.sync {
-            file::begin_writing(&self.output.files[shard], offset..offset + length);
+            local::begin_writing(&self.output.files[shard], offset..offset + length);
         }
     }
 
@@ -241,7 +242,7 @@ impl<'a> Job<'a> {
     }
 
     fn write(&self, shard: usize, bytes: &[u8], offset: u64) -> Result<()> {
-        file::write_at(&self.output.files[shard], bytes, offset)
+        local::write_at(&self.output.files[shard], bytes, offset)
             .map_err(|error| self.write_error(shard, error))?;
         self.begin_writing(shard, offset, bytes.len() as u64);
         self.task.advance(bytes.len() as u64);
@@ -257,11 +258,11 @@ impl<'a> Job<'a> {
     ) -> Result<()> {
         let from = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
         let buffer = buffers.stored(queue::TILE_BYTES);
-        file::copy_range(from.file(), source.clone(), &self.output.files[shard], target, buffer)
+        local::copy_range(from.file(), source.clone(), &self.output.files[shard], target, buffer)
             .map_err(|error| match error {
-                CopyError::Read(error) => from.unread(error),
-                CopyError::Write(error) => self.write_error(shard, error),
-            })?;
+            CopyError::Read(error) => from.unread(error),
+            CopyError::Write(error) => self.write_error(shard, error),
+        })?;
         let length = source.end - source.start;
         self.begin_writing(shard, target, length);
         self.task.advance(length);
@@ -308,16 +309,16 @@ impl<'a> Job<'a> {
         slot: usize,
         buffers: &mut Buffers,
     ) -> Result<()> {
-        let requantising = self.requantising.get(&(shard, tensor));
+        let requantizing = self.requantizing.get(&(shard, tensor));
         let (tensor, target) = self.tensor(shard, tensor);
         let slot = &self.slots[slot];
         let prepared = slot.prepared(|| self.computer.prepare(tensor))?;
-        if let Some(requantising) = requantising {
-            let unit = requantising.encode(&self.computer, tensor, &prepared, rows, buffers)?;
+        if let Some(requantizing) = requantizing {
+            let unit = requantizing.encode(&self.computer, tensor, &prepared, rows, buffers)?;
             self.write(shard, &unit.codes, target + unit.first)?;
             slot.release();
             let scales = unit.scales.map(|scales| scales.tensors).unwrap_or_default();
-            for ((shard, offset), bytes) in requantising.scales.iter().zip(scales) {
+            for ((shard, offset), bytes) in requantizing.scales.iter().zip(scales) {
                 self.write(*shard, &bytes, *offset)?;
                 self.finish_unit(*shard)?;
             }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
-use crate::dtype::Dtype;
 use crate::kernel::convert;
 use crate::plan::{Inputs, Options};
-use crate::safetensors::{Header, TensorInfo};
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::{Header, TensorInfo};
 
 /// A tensor to write: name, type, shape, values.
 pub type Tensor<'a> = (&'a str, Dtype, &'a [u64], Vec<f32>);

@@ -10,6 +10,7 @@ mod amx;
 mod block;
 pub mod convert;
 mod double;
+pub(crate) mod large_pages;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pack;
@@ -19,15 +20,16 @@ mod simd;
     allow(dead_code, reason = "nothing multiplies tiles there but the tests' emulation")
 )]
 mod split;
+pub(crate) mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use serde::Serialize;
 
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::tensor::dtype::Dtype;
 
-pub use pack::{Factors, Operand, Orientation};
+pub use pack::{Factors, Operand};
 pub use split::PRODUCT_ERROR;
 
 /// Which instructions the kernels use. The result does not depend on it, but for

@@ -2,48 +2,42 @@
 //! and measures adapters, all on safetensors files that are read at positions.
 //!
 //! The core knows no Python, prints nothing, reads no environment and owns no global pool:
-//! threads, progress and cancellation are arguments ([`task::Task`]).
+//! threads, progress and cancellation are arguments ([`parallel::task::Task`]).
+//!
+//! Folders are layers. Each uses those above it in this list, and none below:
+//!
+//! - [`error`], [`limits`]: one error type; how large what a file asks for can be.
+//! - [`parallel`]: progress, cancellation and threads of a job.
+//! - [`storage`]: the only place that touches files.
+//! - [`tensor`]: element types, and the safetensors format.
+//! - [`kernel`], `linalg`: products and conversions; decompositions in f64.
+//! - [`checkpoint`]: shards seen as one map from names to tensors, their names and quantization.
+//! - [`adapter`]: what an adapter's modules add, and how it is read.
+//! - [`plan`]: what a merge will do; [`execute`] carries it out, and [`verify`] proves the result.
+//! - [`measure`]: statistics, spectra and overlap of one adapter, of several, of a fleet;
+//!   [`similarity`]: of all pairs of thousands.
+//! - [`describe`]: plain data for JSON.
 
 // The kernels read stored numbers as they lie in memory, and safetensors files are little-endian.
 #[cfg(not(target_endian = "little"))]
 compile_error!("lorafast runs on little-endian processors only");
 
 pub mod adapter;
-pub mod alike;
-pub mod analysis;
 pub mod checkpoint;
 pub mod describe;
-pub mod dtype;
-pub mod entries;
 pub mod error;
 pub mod execute;
-pub mod factors;
-pub mod file;
 #[cfg(test)]
 mod fixtures;
-pub mod fleet;
 pub mod kernel;
 pub mod limits;
-pub mod names;
-pub mod orientation;
-pub mod overlap;
+mod linalg;
+pub mod measure;
+pub mod parallel;
 pub mod plan;
-pub mod quantised;
-pub mod renames;
-mod residual;
-pub mod safetensors;
-pub mod side_files;
-pub mod spectrum;
-pub mod staging;
-pub mod statistics;
-pub mod subtract;
-pub mod task;
+pub mod similarity;
+pub mod storage;
+pub mod tensor;
 pub mod verify;
-pub mod waiting;
-
-mod dense;
-mod digest;
-mod memory;
-mod vector;
 
 pub use error::{Error, Result};

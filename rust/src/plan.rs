@@ -8,7 +8,7 @@ mod naming;
 mod options;
 mod pieces;
 mod planner;
-mod quantised;
+mod quantized;
 mod replication;
 mod rescaling;
 mod restoring;
@@ -25,16 +25,16 @@ use serde::Serialize;
 
 use crate::adapter::{Accounts, Adapter, Module};
 use crate::checkpoint::Checkpoint;
-use crate::dtype::Dtype;
+use crate::checkpoint::quantized::Quantized;
 use crate::error::{Error, Result, shorten_all};
-use crate::quantised::Quantised;
-use crate::safetensors::TensorInfo;
-use crate::task::Task;
+use crate::parallel::task::Task;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::TensorInfo;
 
 use options::weights_of;
 pub use options::{Compat, Options, Strategy};
 use planner::Planner;
-pub(crate) use quantised::means;
+pub(crate) use quantized::means;
 pub use replication::Replication;
 pub use targets::ExpertLayout;
 pub use update::{Expert, Part, Residual, Update, UpdateKind};
@@ -110,31 +110,31 @@ pub struct PlannedTensor {
     /// What happens to it.
     pub action: Action,
     /// How it is stored, where `source` is what a quantised weight means.
-    pub quantised: Option<Arc<Quantised>>,
+    pub quantized: Option<Arc<Quantized>>,
     /// Whether it is quantised again, with the same scheme.
-    pub requantised: bool,
+    pub requantized: bool,
 }
 
 impl PlannedTensor {
     /// The tensor as the source's file holds it.
     pub fn stored(&self) -> &TensorInfo {
-        self.quantised.as_ref().map_or(&self.source, |quantised| &quantised.stored.tensor)
+        self.quantized.as_ref().map_or(&self.source, |quantized| &quantized.stored.tensor)
     }
 
     /// The tensor as the output's file holds it, but for its range.
     pub fn written(&self) -> TensorInfo {
-        let tensor = if self.requantised { self.stored() } else { &self.source };
+        let tensor = if self.requantized { self.stored() } else { &self.source };
         TensorInfo { dtype: self.output_dtype.clone(), ..tensor.clone() }
     }
 
     /// The type to which sums are rounded: the output's, or what is quantised then.
     pub fn rounded_dtype(&self) -> &Dtype {
-        if self.requantised { &self.source.dtype } else { &self.output_dtype }
+        if self.requantized { &self.source.dtype } else { &self.output_dtype }
     }
 
     /// Whether it has the same type and size as in the source's file.
     pub fn keeps_its_size(&self) -> bool {
-        self.output_dtype == self.stored().dtype && (self.quantised.is_none() || self.requantised)
+        self.output_dtype == self.stored().dtype && (self.quantized.is_none() || self.requantized)
     }
 
     /// Rows and columns of the matrix on which updates act: the first dimension and the rest, as
@@ -203,7 +203,8 @@ pub struct ConfigChanges {
     /// Set to false where the merge makes the output head differ from the embeddings it was tied to.
     pub tied: Option<bool>,
     /// Whether the weights are no longer quantised.
-    pub unquantised: bool,
+    #[serde(rename = "unquantised")]
+    pub unquantized: bool,
 }
 
 impl ConfigChanges {

@@ -11,7 +11,8 @@
 mod consistency;
 mod exact;
 mod matching;
-mod quantised;
+mod quantized;
+pub mod subtraction;
 
 use std::ops::Range;
 use std::path::Path;
@@ -23,15 +24,15 @@ use sha2::{Digest, Sha256};
 
 use crate::adapter::hexadecimal;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::quantized::Catalog;
 use crate::error::{Error, Result, shorten_all};
 use crate::execute::compute::{Buffers, Computer, lock};
 use crate::execute::queue;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
+use crate::parallel::task::{self, Task};
 use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
-use crate::quantised::Catalogue;
-use crate::safetensors::{SafetensorsFile, TensorInfo};
-use crate::task::{self, Task};
+use crate::tensor::safetensors::{SafetensorsFile, TensorInfo};
 
 use exact::{ExactRow, Leeway, half_ulp};
 pub(crate) use exact::{HalfUlp, PEFT_ROUNDINGS};
@@ -184,8 +185,8 @@ pub fn verify(
         Err(error) => return Err(error),
     };
     outcome.warnings.extend_from_slice(merged.warnings());
-    let catalogue = Catalogue::of(&inputs.base);
-    let (jobs, known) = matching::match_up(plan, &catalogue, &merged, &mut outcome, task)?;
+    let catalog = Catalog::of(&inputs.base);
+    let (jobs, known) = matching::match_up(plan, &catalog, &merged, &mut outcome, task)?;
     consistency::check(inputs, plan, &merged, &known, &mut outcome)?;
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
@@ -196,7 +197,7 @@ pub fn verify(
         computer: Computer { inputs, set, task },
         full: options.full,
         leeway: Leeway { peft: plan.options.compat == Some(Compat::Peft), split: options.split },
-        quantised: Catalogue::of(&merged),
+        quantized: Catalog::of(&merged),
     };
     let next = AtomicUsize::new(0);
     let results: Vec<_> = jobs.iter().map(|_| Mutex::new(None)).collect();
@@ -295,7 +296,7 @@ struct Checker<'a> {
     full: bool,
     leeway: Leeway,
     /// The merged checkpoint's quantised weights.
-    quantised: Catalogue,
+    quantized: Catalog,
 }
 
 /// What was found of one tensor.
@@ -377,8 +378,8 @@ impl Checker<'_> {
                 Ok(Checked { problem, ..Checked::default() })
             }
             Action::Rescale => Ok(Checked::default()),
-            Action::Merge(_) if planned.requantised => {
-                self.compare_requantised(planned, merged, room)
+            Action::Merge(_) if planned.requantized => {
+                self.compare_requantized(planned, merged, room)
             }
             Action::Merge(_) => self.compare_merged(planned, merged, room),
         }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict, PyList};
 
-use lorafast::alike::{self, Options, Precision};
-use lorafast::task::build_pool;
+use lorafast::parallel::task::build_pool;
+use lorafast::similarity::{self, Options, Precision};
 
 use crate::errors::to_python;
 use crate::{AdapterPath, job, to_object};
@@ -14,7 +14,7 @@ use crate::{AdapterPath, job, to_object};
 /// Where the factors of many adapters lie.
 #[pyclass(frozen, module = "lorafast._core")]
 pub struct Collection {
-    inner: alike::Collection,
+    inner: similarity::Collection,
 }
 
 /// What could not be read: its position, and the exception.
@@ -57,7 +57,7 @@ pub fn open_collection(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Collection, Failures)> {
     let (inner, failures) = job::run(py, progress, |task| {
-        alike::Collection::open(&adapters, &build_pool(threads)?, task)
+        similarity::Collection::open(&adapters, &build_pool(threads)?, task)
     })?;
     let failures = failures
         .into_iter()
@@ -97,7 +97,7 @@ impl Collection {
 
     /// Multiplications that the products within groups take.
     fn work(&self, py: Python<'_>, groups: Vec<Vec<usize>>) -> u64 {
-        py.detach(|| alike::work(&self.inner, &groups))
+        py.detach(|| similarity::work(&self.inner, &groups))
     }
 
     /// N×N inner products of all and of each module, the number of blocks that were in the cache,
@@ -118,7 +118,7 @@ impl Collection {
         let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
         let options = Options { precision, per_module, memory, cache };
         let products = job::run(py, progress, |task| {
-            alike::products(&self.inner, &groups, &options, &build_pool(threads)?, task)
+            similarity::products(&self.inner, &groups, &options, &build_pool(threads)?, task)
         })?;
         let modules = products.modules.iter().map(|module| to_bytes(py, module));
         let modules = modules.collect::<PyResult<_>>()?;
@@ -142,7 +142,7 @@ impl Collection {
         match precision {
             Precision::Double => {
                 let read = |_: &_| {
-                    alike::stacked_f64(&self.inner, module, &members, &build_pool(threads)?)
+                    similarity::stacked_f64(&self.inner, module, &members, &build_pool(threads)?)
                 };
                 let found = job::run(py, None, read)?;
                 let (b, a) = (to_bytes(py, &found.b)?, to_bytes(py, &found.a)?);
@@ -150,7 +150,7 @@ impl Collection {
             }
             Precision::Single => {
                 let read = |_: &_| {
-                    alike::stacked_f32(&self.inner, module, &members, &build_pool(threads)?)
+                    similarity::stacked_f32(&self.inner, module, &members, &build_pool(threads)?)
                 };
                 let found = job::run(py, None, read)?;
                 let (b, a) = (to_bytes_f32(py, &found.b)?, to_bytes_f32(py, &found.a)?);
@@ -170,9 +170,9 @@ impl Collection {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Vec<(Py<PyAny>, Bound<'py, PyByteArray>)>> {
         let signatures = job::run(py, progress, |task| {
-            alike::signatures(&self.inner, &members, &build_pool(threads)?, task)
+            similarity::signatures(&self.inner, &members, &build_pool(threads)?, task)
         })?;
-        let convert = |signature: lorafast::Result<alike::Signature>| match signature {
+        let convert = |signature: lorafast::Result<similarity::Signature>| match signature {
             Ok(signature) => Ok((to_object(py, &signature)?, to_bytes(py, &signature.leading)?)),
             Err(error) => {
                 let error = to_python(py, error).into_value(py).into_any();
@@ -192,7 +192,7 @@ impl Collection {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
         let relations = job::run(py, progress, |task| {
-            alike::relations(&self.inner, &pairs, &build_pool(threads)?, task)
+            similarity::relations(&self.inner, &pairs, &build_pool(threads)?, task)
         })?;
         to_object(py, &relations)
     }
@@ -209,7 +209,7 @@ impl Collection {
         job::run(py, None, |task| {
             task.check()?;
             let pool = build_pool(threads)?;
-            pool.install(|| alike::combination_norm(&self.inner, target, &terms))
+            pool.install(|| similarity::combination_norm(&self.inner, target, &terms))
         })
     }
 
@@ -223,7 +223,7 @@ impl Collection {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
         let steps = job::run(py, progress, |task| {
-            alike::drift(&self.inner, &order, &build_pool(threads)?, task)
+            similarity::drift(&self.inner, &order, &build_pool(threads)?, task)
         })?;
         to_object(py, &steps)
     }

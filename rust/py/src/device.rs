@@ -11,13 +11,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
 use lorafast::adapter::Adapter;
-use lorafast::analysis::stored;
-use lorafast::dtype::Dtype;
 use lorafast::execute::Options;
 use lorafast::execute::operands::{self, Operands};
 use lorafast::execute::session::{Part, Place, Session};
+use lorafast::measure::analysis::stored;
+use lorafast::parallel::task::Task;
 use lorafast::plan::{self, Inputs, PlannedTensor};
-use lorafast::task::Task;
+use lorafast::tensor::dtype::Dtype;
 
 use crate::errors::to_python;
 use crate::{AdapterPath, job, to_object};

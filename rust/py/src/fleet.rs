@@ -6,9 +6,9 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use lorafast::fleet::{Kind, Level, Scanned, Source, columns, scan};
-use lorafast::task::{Task, build_pool};
-use lorafast::waiting::Waiting;
+use lorafast::measure::fleet::{Kind, Level, Scanned, Source, columns, scan};
+use lorafast::parallel::bounded::Waiting;
+use lorafast::parallel::task::{Task, build_pool};
 
 use crate::errors::to_python;
 use crate::{job, to_object};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 
-use lorafast::task::Task;
+use lorafast::parallel::task::Task;
 
 use crate::errors::to_python;
 

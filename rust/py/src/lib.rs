@@ -14,14 +14,16 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
 use lorafast::adapter::Adapter;
-use lorafast::analysis;
 use lorafast::checkpoint::Checkpoint;
-use lorafast::dtype::Dtype;
+use lorafast::checkpoint::names::renames::Renames;
 use lorafast::kernel::InstructionSet;
+use lorafast::measure::analysis;
+use lorafast::parallel::task::{Task, build_pool};
 use lorafast::plan::{self, Compat, ExpertLayout, Inputs, Strategy};
-use lorafast::renames::Renames;
-use lorafast::task::{Task, build_pool};
-use lorafast::{describe, execute, staging, subtract, verify};
+use lorafast::storage::staging;
+use lorafast::tensor::dtype::Dtype;
+use lorafast::verify::subtraction;
+use lorafast::{describe, execute, verify};
 
 use errors::to_python;
 
@@ -164,7 +166,7 @@ impl Plan {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
         let distance = job::run(py, progress, |task| {
-            subtract::distance(&self.inputs, &self.plan, &output, threads, task)
+            subtraction::distance(&self.inputs, &self.plan, &output, threads, task)
         })?;
         to_object(py, &distance)
     }

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
+use crate::checkpoint::names::endings::Endings;
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::names::endings::Endings;
 
-use features::{Features, Initialisation};
+use features::{Features, Initialization};
 use patterns::{Budget, Fault, MAXIMUM_PATTERNS, Patterns};
 
 /// The config's file name.
@@ -38,7 +38,7 @@ pub struct PeftConfig {
     alpha: f64,
     rank_patterns: Table<u64>,
     alpha_patterns: Table<f64>,
-    rank_stabilised: bool,
+    rank_stabilized: bool,
     fan_in_fan_out: bool,
     dora: bool,
     lora_bias: bool,
@@ -89,7 +89,7 @@ impl PeftConfig {
         let budget = Budget::default();
         let rank_patterns = reader.patterns("rank_pattern", Reader::rank, &budget)?;
         let alpha_patterns = reader.patterns("alpha_pattern", Reader::alpha, &budget)?;
-        let rank_stabilised = reader.flag("use_rslora")?;
+        let rank_stabilized = reader.flag("use_rslora")?;
         let fan_in_fan_out = reader.flag("fan_in_fan_out")?;
         let dora = reader.flag("use_dora")?;
         let lora_bias = reader.flag("lora_bias")?;
@@ -104,7 +104,7 @@ impl PeftConfig {
             alpha,
             rank_patterns,
             alpha_patterns,
-            rank_stabilised,
+            rank_stabilized,
             fan_in_fan_out,
             dora,
             lora_bias,
@@ -135,8 +135,8 @@ impl PeftConfig {
     }
 
     /// Whether the scale is α/√r (`use_rslora`) instead of α/r.
-    pub fn is_rank_stabilised(&self) -> bool {
-        self.rank_stabilised
+    pub fn is_rank_stabilized(&self) -> bool {
+        self.rank_stabilized
     }
 
     /// Whether every module has a magnitude (`use_dora`; Liu et al. 2024, arXiv:2402.09353).
@@ -183,7 +183,7 @@ impl PeftConfig {
     /// (Kalajdzievski 2023, arXiv:2312.03732).
     pub fn scaling(&self, alpha: f64, rank: u64) -> f64 {
         let rank = rank as f64;
-        alpha / if self.rank_stabilised { rank.sqrt() } else { rank }
+        alpha / if self.rank_stabilized { rank.sqrt() } else { rank }
     }
 
     /// Whether the modules that share the input embeddings were trained as one
@@ -311,7 +311,7 @@ pub fn summary(config: &PeftConfig) -> IndexMap<&'static str, Value> {
         ("base", field("base_model_name_or_path")),
         ("r", field("r")),
         ("alpha", field("lora_alpha")),
-        ("rslora", Value::Bool(config.rank_stabilised)),
+        ("rslora", Value::Bool(config.rank_stabilized)),
         ("peft_version", field("peft_version")),
     ])
 }

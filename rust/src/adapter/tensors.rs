@@ -5,8 +5,8 @@ use indexmap::IndexMap;
 use super::{Form, LayerKind, Module, PeftConfig, Role, Saved, TrainedRows};
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
-use crate::task::Task;
+use crate::parallel::task::Task;
+use crate::tensor::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
 
 /// PEFT's wrapper around the user's model; not part of any module's name.
 const PREFIX: &str = "base_model.model.";

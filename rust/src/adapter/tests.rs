@@ -1,8 +1,8 @@
 use std::fs;
 
 use super::*;
-use crate::dtype::Dtype;
 use crate::fixtures::{Tensor, ramp, write, write_adapter};
+use crate::tensor::dtype::Dtype;
 
 /// An adapter of rank 2 with those tensors, zeros all, and those config fields.
 fn adapter(root: &Path, tensors: &[(&str, &[u64])], fields: &str) -> Result<Adapter> {

@@ -87,8 +87,8 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
         (has_dtype, has_tie)
     }
     let mut config = config.clone();
-    if changes.unquantised {
-        remove_quantisation(&mut config);
+    if changes.unquantized {
+        remove_quantization(&mut config);
     }
     let (has_dtype, has_tie) = change(&mut config, changes);
     if let Some(dtype) = changes.dtype.as_ref().filter(|_| !has_dtype) {
@@ -101,11 +101,11 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
 }
 
 /// Takes the entries on quantisation out, wherever they stand.
-fn remove_quantisation(fields: &mut Map<String, Value>) {
+fn remove_quantization(fields: &mut Map<String, Value>) {
     fields.retain(|name, _| name != "quantization_config" && name != "compression_config");
     for (_, value) in fields.iter_mut().filter(|(name, _)| name.ends_with("_config")) {
         if let Value::Object(inner) = value {
-            remove_quantisation(inner);
+            remove_quantization(inner);
         }
     }
 }

@@ -3,11 +3,11 @@
 use std::fs;
 
 use super::*;
-use crate::dtype::Dtype;
 use crate::fixtures::{open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan::{Action, Expert, Part, Update, UpdateKind};
-use crate::safetensors::SafetensorsFile;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::SafetensorsFile;
 use crate::verify;
 
 const EXPERTS: usize = 2;

@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::queue;
 use super::tile::{Prepared, Real, Segment};
-use crate::dtype::Dtype;
+use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
-use crate::factors::Pair;
+use crate::execute::residual::Weight;
 use crate::kernel::{self, InstructionSet};
+use crate::parallel::task::Task;
 use crate::plan::{Action, Inputs, Origin, PlannedTensor};
-use crate::residual::Weight;
-use crate::task::Task;
+use crate::tensor::dtype::Dtype;
 
 /// A lock whose holder panicked protects nothing that could be half-made here.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -95,8 +95,8 @@ impl Computer<'_> {
     /// # Errors
     /// That the file changed, or [`Error::Io`].
     pub fn read(&self, tensor: &PlannedTensor, buffer: &mut [u8], offset: usize) -> Result<()> {
-        if let Some(quantised) = &tensor.quantised {
-            return quantised.read(&self.inputs.base, buffer, offset);
+        if let Some(quantized) = &tensor.quantized {
+            return quantized.read(&self.inputs.base, buffer, offset);
         }
         match tensor.origin {
             Origin::Base(shard) => {

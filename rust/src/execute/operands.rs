@@ -16,13 +16,13 @@ use serde::Serialize;
 
 use super::compute::Computer;
 use super::tile;
-use crate::dtype::Dtype;
+use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
-use crate::factors::Pair;
+use crate::execute::residual::Weight;
 use crate::kernel::{InstructionSet, convert};
+use crate::parallel::task::Task;
 use crate::plan::{Inputs, Origin, Plan, PlannedTensor, UpdateKind};
-use crate::residual::Weight;
-use crate::task::Task;
+use crate::tensor::dtype::Dtype;
 
 /// A tensor that adapters change, as an executor has to know it.
 #[derive(Debug, Serialize)]
@@ -44,7 +44,7 @@ pub struct ChangedTensor<'a> {
     /// Multiplications of all its products.
     pub work: u64,
     /// Whether its rows are stored as codes.
-    pub quantised: bool,
+    pub quantized: bool,
     /// Whether W₀ is an adapter's tensor.
     pub replaced: bool,
     /// Its shape.
@@ -101,7 +101,7 @@ pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
                     .map(|rows| (rows.start, rows.end))
                     .collect(),
                 work: work.sum(),
-                quantised: tensor.quantised.is_some(),
+                quantized: tensor.quantized.is_some(),
                 replaced: is_replaced(tensor),
                 shape: &tensor.source.shape,
                 updates: tensor.updates().len(),

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::dtype::Dtype;
 use crate::kernel;
 use crate::plan::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
+use crate::tensor::dtype::Dtype;
 
 /// Bytes of a tile of the widest type involved. Half of a common second-level cache, so that the
 /// factors have room beside it.
@@ -114,7 +114,7 @@ pub(super) fn queue_of(
                 flush(&mut run, &mut queue);
                 let slot = tiles.len();
                 let units =
-                    if tensor.requantised { encoded_units(tensor) } else { self::tiles(tensor) };
+                    if tensor.requantized { encoded_units(tensor) } else { self::tiles(tensor) };
                 tiles.push(units.len());
                 queue.extend(units.into_iter().map(|rows| Work::Merge {
                     shard: position,
@@ -149,8 +149,8 @@ pub(crate) fn tiles(tensor: &PlannedTensor) -> Vec<Range<usize>> {
 /// The units of a tensor that is quantised again: whole blocks.
 pub(crate) fn encoded_units(tensor: &PlannedTensor) -> Vec<Range<usize>> {
     let (rows, columns) = tensor.matrix();
-    let quantised = tensor.quantised.as_ref().expect("it is quantised");
-    quantised.blocks.units(rows, columns, tile_rows(columns, &tensor.source.dtype))
+    let quantized = tensor.quantized.as_ref().expect("it is quantised");
+    quantized.blocks.units(rows, columns, tile_rows(columns, &tensor.source.dtype))
 }
 
 /// The tiles that cover some rows of a merged tensor. They begin where tiles may begin, which can

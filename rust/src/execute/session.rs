@@ -13,13 +13,13 @@ use super::compute::{self, Computer};
 use super::queue::{self, Work};
 use super::{Job, Options, Output, Summary};
 use crate::checkpoint::rewrite;
+use crate::checkpoint::side_files::{self, SideFiles};
 use crate::error::{Error, Result};
-use crate::file;
 use crate::kernel::InstructionSet;
+use crate::parallel::task::{self, Task};
 use crate::plan::{Inputs, Plan, PlannedTensor};
-use crate::side_files::{self, SideFiles};
-use crate::staging::{self, Input, Staging};
-use crate::task::{self, Task};
+use crate::storage::local;
+use crate::storage::staging::{self, Input, Staging};
 
 /// A tensor of a plan: its shard's position and its own.
 pub type Place = (usize, usize);
@@ -86,14 +86,14 @@ impl Session {
         let start = Instant::now();
         let pool = task::build_pool(options.threads)?;
         let mut side_files = side_files::list(&inputs.base)?;
-        if plan.config_changes.unquantised {
+        if plan.config_changes.unquantized {
             // ModelOpt's description of what is no longer so.
             side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
         }
         let side_bytes: u64 = side_files.carried.iter().map(|(_, stamp)| stamp.length).sum();
         let total = plan.bytes() + side_bytes;
         // The base's shards, the output's, each adapter's file, and what lies beside the weights.
-        file::allow_open(2 * plan.shards.len() + inputs.adapters.len() + side_files.carried.len());
+        local::allow_open(2 * plan.shards.len() + inputs.adapters.len() + side_files.carried.len());
         let mut staging = Staging::create(staging::Request {
             output,
             overwrite: options.overwrite,
@@ -111,7 +111,7 @@ impl Session {
             let source = inputs.base.root().join(name);
             match (name.as_str(), inputs.base.config_bytes()) {
                 ("config.json", Some(bytes)) => {
-                    let (_, metadata) = file::open(&source)?;
+                    let (_, metadata) = local::open(&source)?;
                     last.push((name.clone(), config_of(inputs, plan, bytes), metadata));
                 }
                 _ => staging.copy(name, &source, *stamp)?,
@@ -119,7 +119,7 @@ impl Session {
             task.advance(stamp.length);
         }
         if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
-            let (_, metadata) = file::open(&inputs.base.root().join(&name))?;
+            let (_, metadata) = local::open(&inputs.base.root().join(&name))?;
             last.push((name, content, metadata));
         }
         let files = plan
@@ -132,7 +132,7 @@ impl Session {
                 let file = staging.create_file(&shard.name, shard.bytes(), Some(&like))?;
                 if !queue::copies_header(inputs, shard) {
                     let failed = |error| Error::io(output.join(&shard.name), error);
-                    file::write_at(&file, &shard.header, 0).map_err(failed)?;
+                    local::write_at(&file, &shard.header, 0).map_err(failed)?;
                     task.advance(shard.header.len() as u64);
                 }
                 Ok(file)
@@ -215,10 +215,10 @@ impl Session {
         assert!(bytes.len().is_multiple_of(row), "whole rows");
         assert!(end <= tensor.target.end - tensor.target.start, "within the tensor");
         let offset = planned.header.len() as u64 + tensor.target.start + first;
-        file::write_at(&self.files[shard], bytes, offset)
+        local::write_at(&self.files[shard], bytes, offset)
             .map_err(|error| Error::io(self.output.join(&planned.name), error))?;
         if self.sync {
-            file::begin_writing(&self.files[shard], offset..offset + bytes.len() as u64);
+            local::begin_writing(&self.files[shard], offset..offset + bytes.len() as u64);
             self.written.store(true, Ordering::Relaxed);
         }
         Ok(())

@@ -3,12 +3,12 @@ use std::fs;
 use indexmap::IndexMap;
 
 use super::*;
-use crate::dtype::Dtype;
 use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan;
-use crate::safetensors::{SafetensorsFile, TensorInfo};
-use crate::staging;
+use crate::storage::staging;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::{SafetensorsFile, TensorInfo};
 
 const ROWS: u64 = 70;
 const COLUMNS: u64 = 90;
@@ -442,7 +442,7 @@ fn parts_of_an_execution_make_the_whole() {
         set,
         &Dtype::Bf16,
         (ROWS as usize, COLUMNS as usize),
-        crate::kernel::Orientation::OutIn,
+        crate::tensor::orientation::Orientation::OutIn,
         &[pair.operand(update.products[0].coefficient * update.weight)],
     );
     assert!(crate::kernel::merge_rows(set, &factors, 0, &Dtype::Bf16, &mut rows));

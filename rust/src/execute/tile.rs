@@ -8,12 +8,13 @@
 use std::ops::Range;
 
 use crate::adapter::Adapter;
-use crate::dtype::Dtype;
+use crate::adapter::factors::Pair;
 use crate::error::Result;
-use crate::factors::Pair;
-use crate::kernel::{self, Factors, InstructionSet, Orientation};
+use crate::kernel::{self, Factors, InstructionSet};
 use crate::plan::{Inputs, PlannedTensor, Update, UpdateKind};
-use crate::safetensors::TensorInfo;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::orientation::Orientation;
+use crate::tensor::safetensors::TensorInfo;
 
 /// A type in which tiles are accumulated.
 pub(crate) trait Real: bytemuck::Pod + Default {

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use super::convert::{Element, PlainBf16, PlainF16};
 use super::split::{self, CHUNK, COLUMNS, ROWS, SplitFactors, TILE_COLUMNS, Tiles};
 use super::x86::Avx512;
-use crate::dtype::Dtype;
+use crate::tensor::dtype::Dtype;
 
 /// AMX-TILE and AMX-BF16.
 pub(super) struct Amx;

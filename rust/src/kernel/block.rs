@@ -8,7 +8,7 @@ use super::pack::PackedFactors;
 use super::simd::{Largest, Portable, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
-use crate::dtype::Dtype;
+use crate::tensor::dtype::Dtype;
 
 /// Adds the product to the tile's rows; returns the largest magnitude of the result as the bits of
 /// an f32. The caller has checked that the tile is made of whole rows within the factors.

@@ -2,7 +2,7 @@
 //! conversion of whole slices, with one rounding to nearest even.
 
 use super::simd::{Largest, Simd};
-use crate::dtype::Dtype;
+use crate::tensor::dtype::Dtype;
 
 /// A stored element type.
 ///

@@ -1,9 +1,10 @@
 //! The factors of one tensor's updates, put into the order in which the kernels read them.
 
+use crate::tensor::orientation::Orientation;
 use std::borrow::Cow;
 
 use super::split::SplitFactors;
-use crate::dtype::Dtype;
+use crate::tensor::dtype::Dtype;
 
 /// The register block of an instruction set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,15 +22,6 @@ impl BlockShape {
     fn panel(self) -> usize {
         self.lanes * self.vectors
     }
-}
-
-/// Which way a product lies on the stored weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Orientation {
-    /// The weight is stored (out, in): W += B · A.
-    OutIn,
-    /// The weight is stored (in, out): W += Aᵀ · Bᵀ.
-    InOut,
 }
 
 /// One low-rank product as it is read from an adapter.

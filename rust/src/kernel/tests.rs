@@ -1,4 +1,5 @@
 use super::*;
+use crate::tensor::orientation::Orientation;
 use proptest::prelude::*;
 
 mod split;

@@ -37,7 +37,7 @@ fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) -> Vec<&'a str> {
     }
     let Some(module) = adapter.modules().get(&update.module) else { return Vec::new() };
     let optional = |tensor: &'a Option<_>| {
-        tensor.as_ref().map(|tensor: &crate::safetensors::TensorInfo| tensor.name.as_str())
+        tensor.as_ref().map(|tensor: &crate::tensor::safetensors::TensorInfo| tensor.name.as_str())
     };
     if update.kind == UpdateKind::Vector {
         return optional(&module.bias).into_iter().collect();

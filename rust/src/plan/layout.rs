@@ -2,10 +2,10 @@
 //! changes its size, and a new one where something does.
 
 use super::planner::{Addition, Decided, TensorChange};
-use super::quantised;
+use super::quantized;
 use super::{Action, Inputs, Options, Origin, PlannedShard, PlannedTensor};
-use crate::dtype::Dtype;
-use crate::safetensors::{Header, TensorInfo};
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::{Header, TensorInfo};
 
 /// Lays out every shard. Tensors that the base does not have go into its last one, or into that of
 /// the tensor they begin as a copy of.
@@ -14,8 +14,8 @@ pub(super) fn plan_shards(
     options: &Options,
     decided: Decided,
 ) -> Vec<PlannedShard> {
-    let Decided { tensors: mut changes, additions, quantised, .. } = decided;
-    let fates = quantised::fates(&quantised, &changes, options);
+    let Decided { tensors: mut changes, additions, quantized, .. } = decided;
+    let fates = quantized::fates(&quantized, &changes, options);
     let last = inputs.base.shards().len().saturating_sub(1);
     let home = |addition: &Addition| addition.home.unwrap_or(last);
     (inputs.base.shards().iter().enumerate())
@@ -73,8 +73,8 @@ fn plan_tensor(
         output_dtype,
         target,
         action,
-        quantised: None,
-        requantised: false,
+        quantized: None,
+        requantized: false,
     }
 }
 
@@ -88,8 +88,8 @@ fn add(addition: &Addition) -> PlannedTensor {
         output_dtype,
         target: 0..0,
         action,
-        quantised: None,
-        requantised: false,
+        quantized: None,
+        requantized: false,
     }
 }
 

@@ -10,9 +10,9 @@ use super::Expert;
 use super::planner::Planner;
 use super::targets::{self, Target};
 use crate::adapter::Adapter;
+use crate::checkpoint::names::prefix::{self, Mapping};
+use crate::checkpoint::names::renames::{Names, Piece, Renames, Stored};
 use crate::error::Result;
-use crate::names::{self, Mapping};
-use crate::renames::{Names, Piece, Renames, Stored};
 
 /// The one way from an adapter's names to the base's.
 pub(super) struct Naming<'a> {
@@ -227,11 +227,11 @@ impl<'a> Planner<'a> {
         let mapping = if targets.is_empty() {
             // Saved parameters need not be in the base; each is asked for below.
             let parameters: Vec<_> = saved.iter().cloned().map(canonical).collect();
-            names::find_mapping(&parameters, &names, self.task)?.mapping
+            prefix::find_mapping(&parameters, &names, self.task)?.mapping
         } else {
             let parameters = targets.values().map(|target| target.parameter.clone());
             let parameters: Vec<_> = parameters.filter(known).map(canonical).collect();
-            let fit = names::find_mapping(&parameters, &names, self.task)?;
+            let fit = prefix::find_mapping(&parameters, &names, self.task)?;
             problems.extend(fit.problems);
             fit.mapping
         };

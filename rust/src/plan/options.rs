@@ -3,9 +3,9 @@
 use serde::Serialize;
 
 use super::ExpertLayout;
-use crate::dtype::Dtype;
+use crate::checkpoint::names::renames::Renames;
 use crate::error::{Error, Result};
-use crate::renames::Renames;
+use crate::tensor::dtype::Dtype;
 
 /// How several adapters are combined.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]

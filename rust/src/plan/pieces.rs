@@ -3,12 +3,12 @@
 use std::ops::Range;
 
 use super::naming::{Naming, Placing, Slice};
-use super::planner::{Planner, refuse_quantised};
+use super::planner::{Planner, refuse_quantized};
 use super::targets::{self, ExpertLayout, Target};
 use super::{Compat, Part, Strategy, Update, UpdateKind};
 use crate::adapter::{Form, LayerKind, Module, Saved};
-use crate::kernel::Orientation;
-use crate::renames::Piece;
+use crate::checkpoint::names::renames::Piece;
+use crate::tensor::orientation::Orientation;
 
 impl Planner<'_> {
     /// Adds the updates of a module whose parameter the base stores in pieces, or as a part of
@@ -70,7 +70,7 @@ impl Planner<'_> {
         for (name, kind, rank, part, transposed) in all {
             let tensor = self.source(&name).expect("one of the base's");
             self.refuse_unreadable(path, &name)?;
-            refuse_quantised(path, tensor)?;
+            refuse_quantized(path, tensor)?;
             self.tensors.entry(name).or_default().updates.push(Update {
                 adapter: position,
                 module: module.key.clone(),
@@ -143,7 +143,7 @@ impl Planner<'_> {
         for (name, from, to) in parts {
             let tensor = self.source(&name).expect("one of the base's");
             self.refuse_replacing(saved, &name)?;
-            refuse_quantised(&saved.path, tensor)?;
+            refuse_quantized(&saved.path, tensor)?;
             let stored = &tensor.shape;
             // Vectors have rows of one element.
             let (rows, width) = match shape.as_slice() {

@@ -9,16 +9,16 @@ use super::restoring::GIVE_THE_BASE;
 use super::targets::{self, ExpertLayout, Target};
 use super::ties::Tie;
 use super::{Compat, ConfigChanges, Inputs, Options, Origin, Part, Residual, Update, UpdateKind};
-use crate::adapter::{Adapter, Form, Initialisation, LayerKind, Module};
+use crate::adapter::{Adapter, Form, Initialization, LayerKind, Module};
 use crate::checkpoint::Checkpoint;
-use crate::dtype::Dtype;
+use crate::checkpoint::names::orientation;
+use crate::checkpoint::quantized::Catalog;
 use crate::error::{Error, Result};
-use crate::kernel::Orientation;
 use crate::limits;
-use crate::orientation;
-use crate::quantised::Catalogue;
-use crate::safetensors::TensorInfo;
-use crate::task::Task;
+use crate::parallel::task::Task;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::orientation::Orientation;
+use crate::tensor::safetensors::TensorInfo;
 
 /// What happens to one tensor of the base.
 #[derive(Debug, Clone, Default)]
@@ -55,7 +55,7 @@ pub(super) struct Decided {
     pub notes: Vec<String>,
     pub warnings: Vec<String>,
     pub waived: Vec<Waived>,
-    pub quantised: Catalogue,
+    pub quantized: Catalog,
 }
 
 impl Decided {
@@ -68,7 +68,7 @@ impl Decided {
             notes: Vec::new(),
             warnings: Vec::new(),
             waived: Vec::new(),
-            quantised: Catalogue::of(base),
+            quantized: Catalog::of(base),
         }
     }
 }
@@ -87,7 +87,7 @@ pub(super) struct Planner<'a> {
     /// The head that shares the input embeddings, where an adapter changes either.
     pub(super) tie: Option<Tie>,
     /// The base's quantised weights.
-    pub(super) quantised: Catalogue,
+    pub(super) quantized: Catalog,
     /// How many updates of single experts there are.
     updates_of_experts: u64,
     pub(super) problems: Vec<String>,
@@ -111,7 +111,7 @@ impl<'a> Planner<'a> {
             additions: IndexMap::new(),
             vocabulary: None,
             tie: Tie::of(&inputs.base, inputs)?,
-            quantised: Catalogue::of(&inputs.base),
+            quantized: Catalog::of(&inputs.base),
             updates_of_experts: 0,
             problems: Vec::new(),
             failure: None,
@@ -196,8 +196,8 @@ impl<'a> Planner<'a> {
                 Err(problem) => self.problems.push(format!("{label}: {problem}")),
             }
         }
-        if adapter.config().features().initialisation
-            == (Initialisation::Pissa { randomised: true })
+        if adapter.config().features().initialization
+            == (Initialization::Pissa { randomised: true })
         {
             self.warnings.push(format!(
                 "{label}: began with singular components that a randomised method came near to \
@@ -227,7 +227,7 @@ impl<'a> Planner<'a> {
         let path = &module.path;
         let tensor = self.source(name).expect("the caller found it");
         self.refuse_unreadable(path, name)?;
-        refuse_quantised(path, tensor)?;
+        refuse_quantized(path, tensor)?;
         // An adapter's own tensor in the base's place may have another shape.
         let replaced = self.tensors.get(name).and_then(|change| change.origin.as_ref());
         let shape = match replaced {
@@ -268,7 +268,7 @@ impl<'a> Planner<'a> {
             let bias = self.base.tensor(&name).ok_or_else(|| {
                 format!("its module {path} has a bias on lora_B, but the base has no {name}")
             })?;
-            refuse_quantised(path, bias)?;
+            refuse_quantized(path, bias)?;
             if bias.shape != [module.outputs()] {
                 let outputs = module.outputs();
                 return Err(format!(
@@ -328,11 +328,11 @@ impl<'a> Planner<'a> {
         shape: Option<&[u64]>,
     ) -> Result<Option<Residual>, String> {
         let path = &module.path;
-        let residual = match adapter.config().features().initialisation {
+        let residual = match adapter.config().features().initialization {
             _ if module.diagonal.is_some() => Residual::Smallest,
-            Initialisation::Pissa { .. } => Residual::Largest,
-            Initialisation::Olora => Residual::Leading,
-            Initialisation::Plain | Initialisation::Unknown => return Ok(None),
+            Initialization::Pissa { .. } => Residual::Largest,
+            Initialization::Olora => Residual::Leading,
+            Initialization::Plain | Initialization::Unknown => return Ok(None),
         };
         let is_linear = module.kind == LayerKind::Linear;
         let is_layer =
@@ -422,7 +422,7 @@ impl<'a> Planner<'a> {
         if self.options.subtract {
             self.check_subtraction();
         }
-        self.settle_quantised(&mut config_changes);
+        self.settle_quantized(&mut config_changes);
         if let Some(failure) = self.failure {
             return Err(failure);
         }
@@ -436,7 +436,7 @@ impl<'a> Planner<'a> {
             notes: self.notes,
             warnings: self.warnings,
             waived: self.waived,
-            quantised: self.quantised,
+            quantized: self.quantized,
         })
     }
 
@@ -457,7 +457,7 @@ impl<'a> Planner<'a> {
     }
 }
 
-pub(super) fn refuse_quantised(path: &str, tensor: &TensorInfo) -> Result<(), String> {
+pub(super) fn refuse_quantized(path: &str, tensor: &TensorInfo) -> Result<(), String> {
     if tensor.dtype.is_mergeable() {
         return Ok(());
     }

@@ -12,9 +12,9 @@ use indexmap::{IndexMap, IndexSet};
 use serde::Serialize;
 
 use super::Inputs;
+use crate::checkpoint::quantized::Catalog;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::limits;
-use crate::quantised::Catalogue;
 
 /// The names under which a model keeps the list of its layers, in PEFT's order of looking.
 const LISTS: [&str; 3] = ["layers", "encoder.layer", "h"];
@@ -46,7 +46,7 @@ pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, St
         ));
     }
     let Some(ranges) = first else { return Ok(None) };
-    if !Catalogue::of(&inputs.base).entries().is_empty() {
+    if !Catalog::of(&inputs.base).entries().is_empty() {
         return Err(format!(
             "{}: repeats layers (layer_replication), and the base is quantised; write the base out \
              unquantised first, and merge into that",

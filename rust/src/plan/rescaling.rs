@@ -2,7 +2,7 @@
 
 use super::planner::{Addition, Planner, TensorChange};
 use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
-use crate::safetensors::TensorInfo;
+use crate::tensor::safetensors::TensorInfo;
 
 impl Planner<'_> {
     /// Says of every rescaled tensor what each of its updates is made from.

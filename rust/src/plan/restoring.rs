@@ -4,10 +4,10 @@ use std::collections::HashSet;
 
 use super::planner::{Decided, Planner};
 use super::{ConfigChanges, Inputs, Plan, UpdateKind, layout};
-use crate::adapter::{Initialisation, Saved};
-use crate::dtype::Dtype;
+use crate::adapter::{Initialization, Saved};
+use crate::checkpoint::quantized::Catalog;
 use crate::error::{Error, Result};
-use crate::quantised::Catalogue;
+use crate::tensor::dtype::Dtype;
 
 /// The way out where a subtraction alone cannot give the base back.
 pub(super) const GIVE_THE_BASE: &str =
@@ -25,13 +25,13 @@ impl Plan {
             dtype: dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
             ..ConfigChanges::default()
         };
-        let quantised = Catalogue::of(&inputs.base);
+        let quantized = Catalog::of(&inputs.base);
         if let Some(dtype) = &config_changes.dtype {
-            let problems = quantised.problems_of_writing(dtype);
+            let problems = quantized.problems_of_writing(dtype);
             if !problems.is_empty() {
                 return Err(Error::Plan(problems));
             }
-            config_changes.unquantised = !quantised.entries().is_empty();
+            config_changes.unquantized = !quantized.entries().is_empty();
         }
         options.dtype = dtype;
         let shards = layout::plan_shards(inputs, &options, Decided::of_base_alone(&inputs.base));
@@ -75,7 +75,7 @@ impl Planner<'_> {
         };
         for (position, adapter) in self.inputs.adapters.iter().enumerate() {
             let features = adapter.config().features();
-            if features.kasa || !matches!(features.initialisation, Initialisation::Plain) {
+            if features.kasa || !matches!(features.initialization, Initialization::Plain) {
                 complain(
                     position,
                     "its start took components out of the base's weights, which are in neither the \
@@ -85,14 +85,14 @@ impl Planner<'_> {
             }
         }
         for (name, change) in &self.tensors {
-            if let (Some(quantised), Some(update)) =
-                (self.quantised.get(name), change.updates.first())
+            if let (Some(quantized), Some(update)) =
+                (self.quantized.get(name), change.updates.first())
             {
                 complain(
                     update.adapter,
                     format!(
                         "{name} is stored as {}, whose rounding is too coarse to subtract from",
-                        quantised.scheme
+                        quantized.scheme
                     ),
                 );
             }

@@ -10,7 +10,7 @@ use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
 use crate::adapter::Saved;
 use crate::error::Result;
 use crate::kernel::{self, InstructionSet};
-use crate::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
+use crate::tensor::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
 
 impl Planner<'_> {
     /// Puts a saved parameter in the place of the base's, or beside it.

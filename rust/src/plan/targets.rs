@@ -9,11 +9,11 @@ use serde::Serialize;
 use super::Part;
 use crate::adapter::{Adapter, Form, LayerKind, Module, Version};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::names::renames::Names;
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::parallel::task::Task;
 use crate::plan::Expert;
-use crate::renames::Names;
-use crate::task::Task;
 
 /// Which way a product lies on the weight of an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -13,7 +13,7 @@ use super::{Compat, ConfigChanges, Inputs, Origin, Update, UpdateKind, changes_n
 use crate::adapter::{Adapter, LayerKind};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::safetensors::{TensorInfo, same_bytes};
+use crate::tensor::safetensors::{TensorInfo, same_bytes};
 
 /// The usual name of the output head.
 const HEAD: &str = "lm_head.weight";
@@ -144,7 +144,7 @@ impl Planner<'_> {
     /// The tensor of that name that the base holds, or the one that stands in for the tied head.
     pub(super) fn source(&self, name: &str) -> Option<&TensorInfo> {
         let tied = || self.tie.as_ref().filter(|tie| name == tie.head).map(|tie| &tie.tensor);
-        let meant = self.quantised.get(name).map(|quantised| &quantised.logical);
+        let meant = self.quantized.get(name).map(|quantized| &quantized.logical);
         meant.or_else(|| self.base.tensor(name)).or_else(tied)
     }
 
@@ -240,7 +240,7 @@ impl Planner<'_> {
             ));
             return None;
         }
-        if !tie.stored && self.quantised.get(&tie.embedding).is_some() {
+        if !tie.stored && self.quantized.get(&tie.embedding).is_some() {
             self.problems.push(format!(
                 "{} is quantised, and the head that is tied to it would have to be written beside \
                  it; merge into the unquantised base instead",

@@ -1,7 +1,7 @@
 //! Trained rows of embeddings (`trainable_token_indices`): bands of a tensor that are replaced.
 
 use super::naming::Naming;
-use super::planner::{Planner, refuse_quantised};
+use super::planner::{Planner, refuse_quantized};
 use super::restoring::GIVE_THE_BASE;
 use super::{Part, Strategy, Update, UpdateKind};
 use crate::adapter::TrainedRows;
@@ -30,7 +30,7 @@ impl Planner<'_> {
             return Err(format!("its module {path} fits no tensor of the base"));
         };
         self.refuse_unreadable(path, &name)?;
-        refuse_quantised(path, tensor)?;
+        refuse_quantized(path, tensor)?;
         // An adapter's own tensor in the base's place may have another number of rows.
         let origin = self.tensors.get(&name).and_then(|change| change.origin.as_ref());
         let shape = match origin {

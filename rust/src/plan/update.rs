@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use crate::kernel::Orientation;
+use crate::tensor::orientation::Orientation;
 
 /// One low-rank update of one tensor.
 #[derive(Debug, Clone, Serialize)]

@@ -6,10 +6,10 @@ use serde_json::{Map, Value};
 
 use super::Verification;
 use crate::checkpoint::{Checkpoint, Location, rewrite};
-use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::plan::{Inputs, Plan};
-use crate::safetensors::same_bytes;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::same_bytes;
 
 /// Whether a tensor is an output head by its usual names.
 pub(super) fn is_head(name: &str) -> bool {

@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
-use crate::dtype::Dtype;
+use crate::adapter::factors::Pair;
 use crate::error::Result;
 use crate::execute::compute::Computer;
-use crate::factors::Pair;
+use crate::kernel::PRODUCT_ERROR;
 use crate::kernel::convert::widen_f64;
-use crate::kernel::{Orientation, PRODUCT_ERROR};
 use crate::plan::{PlannedTensor, Update, UpdateKind};
+use crate::tensor::dtype::Dtype;
+use crate::tensor::orientation::Orientation;
 
 use super::Change;
 

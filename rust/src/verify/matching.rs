@@ -2,18 +2,18 @@
 
 use std::collections::HashSet;
 
+use crate::checkpoint::names::prefix::{self, Mapping};
+use crate::checkpoint::names::renames::Names;
+use crate::checkpoint::quantized::Catalog;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::error::Result;
-use crate::names::{self, Mapping};
+use crate::parallel::task::Task;
 use crate::plan::{Action, Plan, PlannedTensor};
-use crate::quantised::Catalogue;
-use crate::renames::Names;
-use crate::safetensors::TensorInfo;
-use crate::task::Task;
+use crate::tensor::safetensors::TensorInfo;
 
 use super::Verification;
 use super::consistency::{embedding, is_head};
-use super::quantised;
+use super::quantized;
 
 /// One tensor: what it should be, and what is stored where.
 pub(super) struct Job {
@@ -29,7 +29,7 @@ pub(super) struct Job {
 /// [`crate::Error::Cancelled`].
 pub(super) fn match_up(
     plan: &Plan,
-    catalogue: &Catalogue,
+    catalog: &Catalog,
     merged: &Checkpoint,
     outcome: &mut Verification,
     task: &Task,
@@ -48,7 +48,7 @@ pub(super) fn match_up(
     let mut known = HashSet::new();
     for (_, planned) in plan.tensors() {
         let name = mapping.apply(&planned.name).unwrap_or_else(|| planned.name.clone());
-        let Some(planned) = quantised::as_written(planned, &name, catalogue, merged) else {
+        let Some(planned) = quantized::as_written(planned, &name, catalog, merged) else {
             continue;
         };
         let found = merged.tensors().get(&name).copied();
@@ -78,7 +78,7 @@ fn mapping(plan: &Plan, merged: &Checkpoint, task: &Task) -> Result<Mapping> {
     if 2 * found >= names.len() {
         return Ok(Mapping::Same);
     }
-    Ok(names::find_mapping(&names, &Names::plain(merged), task)?.mapping)
+    Ok(prefix::find_mapping(&names, &Names::plain(merged), task)?.mapping)
 }
 
 /// Gives the plan of one tensor the type in which it is stored.
@@ -91,7 +91,7 @@ fn with_dtype_of(planned: &PlannedTensor, stored: &TensorInfo) -> Result<Planned
     let mut planned = planned.clone();
     if stored.dtype != planned.output_dtype {
         let converts = stored.dtype.is_mergeable() && planned.output_dtype.is_mergeable();
-        if planned.requantised || matches!(planned.action, Action::Rescale) || !converts {
+        if planned.requantized || matches!(planned.action, Action::Rescale) || !converts {
             return Err(format!(
                 "tensor {name} is stored as {} instead of {}",
                 stored.dtype, planned.output_dtype

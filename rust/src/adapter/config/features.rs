@@ -5,9 +5,9 @@ use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
 
 use super::Reader;
+use crate::checkpoint::names::endings::Endings;
 use crate::error::Result;
 use crate::limits;
-use crate::names::endings::Endings;
 
 /// Which rows of which embeddings were trained (`trainable_token_indices`).
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ impl BlockDiagonal {
 
 /// What the initialisation took out of the base's weight and put into the factors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Initialisation {
+pub enum Initialization {
     /// Nothing: the factors began with a product of zero.
     Plain,
     /// PiSSA: the r largest singular components (Meng et al. 2024, arXiv:2404.02948).
@@ -101,7 +101,7 @@ pub struct Features {
     /// The layers of the base that make up the model, as ranges without their ends.
     pub layer_replication: Option<Vec<(u64, u64)>>,
     /// How the factors began.
-    pub initialisation: Initialisation,
+    pub initialization: Initialization,
     /// Who wrote it; configs say so since 0.18.
     pub version: Option<Version>,
 }
@@ -118,7 +118,7 @@ impl Features {
             kasa: matches!(reader.raw.get("kasa_config"), Some(Value::Object(_))),
             enabled_parts: reader.enabled_parts()?,
             layer_replication: reader.layer_replication()?,
-            initialisation: initialisation(reader.raw.get("init_lora_weights")),
+            initialization: initialization(reader.raw.get("init_lora_weights")),
             version: text("peft_version").and_then(Version::parse),
         })
     }
@@ -175,19 +175,19 @@ impl TargetParameters {
     }
 }
 
-fn initialisation(value: Option<&Value>) -> Initialisation {
+fn initialization(value: Option<&Value>) -> Initialization {
     let Some(Value::String(kind)) = value else {
         return match value {
-            None | Some(Value::Null | Value::Bool(_)) => Initialisation::Plain,
-            Some(_) => Initialisation::Unknown,
+            None | Some(Value::Null | Value::Bool(_)) => Initialization::Plain,
+            Some(_) => Initialization::Unknown,
         };
     };
     match kind.to_lowercase().as_str() {
-        "gaussian" | "eva" | "orthogonal" | "mica" => Initialisation::Plain,
-        "pissa" => Initialisation::Pissa { randomised: false },
-        "olora" => Initialisation::Olora,
-        other if other.starts_with("pissa_niter_") => Initialisation::Pissa { randomised: true },
-        _ => Initialisation::Unknown,
+        "gaussian" | "eva" | "orthogonal" | "mica" => Initialization::Plain,
+        "pissa" => Initialization::Pissa { randomised: false },
+        "olora" => Initialization::Olora,
+        other if other.starts_with("pissa_niter_") => Initialization::Pissa { randomised: true },
+        _ => Initialization::Unknown,
     }
 }
 

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::{Initialisation, PeftConfig};
-use crate::adapter::account::{
+use super::{Initialization, PeftConfig};
+use crate::adapter::coverage::{
     Account,
     Verdict::{self, NotNeeded, Refused, Used},
 };
@@ -98,7 +98,7 @@ impl PeftConfig {
     fn account_of(&self, field: &str, value: &Value, allow: &[String]) -> (Verdict, String) {
         let known = meaning(field);
         let (verdict, reason) = match (field, known) {
-            ("init_lora_weights", _) => self.account_of_initialisation(value),
+            ("init_lora_weights", _) => self.account_of_initialization(value),
             ("alpha", _) => self.account_of_alpha(value),
             _ if is_unset(value) && field != "fan_in_fan_out" => (NotNeeded, "is not set".into()),
             ("megatron_config", _) => account_of_megatron(value),
@@ -134,17 +134,17 @@ impl PeftConfig {
         }
     }
 
-    fn account_of_initialisation(&self, value: &Value) -> (Verdict, String) {
+    fn account_of_initialization(&self, value: &Value) -> (Verdict, String) {
         let kind = value.as_str().unwrap_or_default().to_lowercase();
-        match self.features.initialisation {
-            Initialisation::Plain => (NotNeeded, "left the base as it is".into()),
-            Initialisation::Pissa { .. } => {
+        match self.features.initialization {
+            Initialization::Plain => (NotNeeded, "left the base as it is".into()),
+            Initialization::Pissa { .. } => {
                 (Used, "took the largest singular components out of the base".into())
             }
-            Initialisation::Olora => {
+            Initialization::Olora => {
                 (Used, "took the first components of a QR decomposition out of the base".into())
             }
-            Initialisation::Unknown if ["loftq", "lora_ga", "corda"].contains(&kind.as_str()) => (
+            Initialization::Unknown if ["loftq", "lora_ga", "corda"].contains(&kind.as_str()) => (
                 Refused,
                 format!(
                     "was initialised with {value} (init_lora_weights), which changed the base in \
@@ -153,7 +153,7 @@ impl PeftConfig {
                      changed base and allow init_lora_weights"
                 ),
             ),
-            Initialisation::Unknown => (
+            Initialization::Unknown => (
                 Refused,
                 format!(
                     "was initialised with {value} (init_lora_weights), which is unknown and could \

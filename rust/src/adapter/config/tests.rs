@@ -36,10 +36,10 @@ fn patterns_match_as_in_peft() {
 fn the_scale_is_alpha_over_rank_or_its_root() {
     let plain = config(r#"{"peft_type": "LORA", "r": 16, "lora_alpha": 8}"#).expect("sound");
     assert_eq!(plain.scaling(8.0, 16), 0.5);
-    let stabilised =
+    let stabilized =
         config(r#"{"peft_type": "LORA", "r": 16, "lora_alpha": 8, "use_rslora": true}"#)
             .expect("sound");
-    assert_eq!(stabilised.scaling(8.0, 16), 2.0);
+    assert_eq!(stabilized.scaling(8.0, 16), 2.0);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Products of split factors, on tiles that are emulated on every machine, and on AMX where it is.
 
+use crate::tensor::orientation::Orientation;
 use half::bf16;
 
 use super::super::convert::{Element, PlainBf16, PlainF16};

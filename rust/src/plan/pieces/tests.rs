@@ -1,10 +1,10 @@
 use std::path::Path;
 
-use crate::dtype::Dtype;
+use crate::checkpoint::names::renames::Renames;
 use crate::error::Error;
 use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
 use crate::plan::{Part, Plan};
-use crate::renames::Renames;
+use crate::tensor::dtype::Dtype;
 
 const JOINED: &str = r#"[{
     "sources": ["\\.q\\.(weight|bias)", "\\.k\\.(weight|bias)", "\\.v\\.(weight|bias)"],

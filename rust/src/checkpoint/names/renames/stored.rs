@@ -1,0 +1,195 @@
+//! A base's tensors under the canonical names of the parameters that they are, or are pieces of.
+
+use std::collections::HashSet;
+use std::sync::OnceLock;
+
+use indexmap::IndexMap;
+
+use super::{Canonical, Piece, Renames};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::names::endings::Backwards;
+use crate::error::Result;
+use crate::limits;
+use crate::parallel::task::Task;
+
+/// A stored tensor under its canonical name.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its own name.
+    pub name: String,
+    /// Which piece of the canonical tensor it is.
+    pub piece: Option<Piece>,
+    /// Why no update can be followed to it.
+    pub obstacle: Option<String>,
+}
+
+/// A base's tensors by the names that an adapter may give them.
+#[derive(Debug, Clone)]
+pub struct Names<'a> {
+    base: &'a Checkpoint,
+    renamed: Option<Renamed>,
+    /// The canonical names by their ends; made when they are asked for.
+    backwards: OnceLock<Backwards>,
+}
+
+#[derive(Debug, Clone)]
+struct Renamed {
+    renames: Renames,
+    tensors: IndexMap<String, Vec<Stored>>,
+}
+
+impl<'a> Names<'a> {
+    /// The names as they stand.
+    pub fn plain(base: &'a Checkpoint) -> Self {
+        Self { base, renamed: None, backwards: OnceLock::new() }
+    }
+
+    /// The canonical names under some rules.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cancelled`].
+    pub fn renamed(base: &'a Checkpoint, renames: Renames, task: &Task) -> Result<Self> {
+        let mut tensors = IndexMap::<String, Vec<Stored>>::new();
+        for name in base.tensors().keys() {
+            task.check()?;
+            let Canonical { name: canonical, piece, obstacle } = renames.canonical(name);
+            let stored = Stored { name: name.clone(), piece, obstacle };
+            tensors.entry(canonical).or_default().push(stored);
+        }
+        let renamed = Some(Renamed { renames, tensors });
+        Ok(Self { base, renamed, backwards: OnceLock::new() })
+    }
+
+    /// The checkpoint.
+    pub fn base(&self) -> &'a Checkpoint {
+        self.base
+    }
+
+    /// Whether rules are in use.
+    pub fn are_renamed(&self) -> bool {
+        self.renamed.is_some()
+    }
+
+    /// The canonical name of a parameter; without rules, its own.
+    pub fn canonical(&self, parameter: &str) -> Canonical {
+        match &self.renamed {
+            Some(renamed) => renamed.renames.canonical(parameter),
+            None => Canonical { name: parameter.to_owned(), piece: None, obstacle: None },
+        }
+    }
+
+    /// How many canonical names there are.
+    fn count(&self) -> usize {
+        match &self.renamed {
+            Some(renamed) => renamed.tensors.len(),
+            None => self.base.tensors().len(),
+        }
+    }
+
+    /// The canonical name at that position.
+    fn key(&self, position: usize) -> &str {
+        let key = match &self.renamed {
+            Some(renamed) => renamed.tensors.get_index(position).map(|(name, _)| name),
+            None => self.base.tensors().get_index(position).map(|(name, _)| name),
+        };
+        key.map_or("", String::as_str)
+    }
+
+    /// The position of a canonical name.
+    fn position(&self, canonical: &str) -> Option<usize> {
+        match &self.renamed {
+            Some(renamed) => renamed.tensors.get_index_of(canonical),
+            None => self.base.tensors().get_index_of(canonical),
+        }
+    }
+
+    fn positions_ending_in(&self, text: &str) -> Vec<usize> {
+        let key = |position| self.key(position);
+        let backwards = self.backwards.get_or_init(|| Backwards::of(self.count(), key));
+        backwards.ending_in(text, key)
+    }
+
+    /// The canonical names that end in a text, in their order.
+    pub fn ending_in(&self, text: &str) -> impl Iterator<Item = &str> {
+        self.positions_ending_in(text).into_iter().map(|position| self.key(position))
+    }
+
+    /// The first canonical name that differs from this one by a leading part, of either.
+    pub fn alike(&self, canonical: &str) -> Option<&str> {
+        let cuts = canonical.match_indices('.').take(limits::LEADING_PARTS);
+        let shorter = cuts.filter_map(|(dot, _)| self.position(&canonical[dot + 1..])).min();
+        let longer = self.positions_ending_in(&format!(".{canonical}")).first().copied();
+        let first = [shorter, longer].into_iter().flatten().min()?;
+        Some(self.key(first))
+    }
+
+    /// Whether the base has a tensor of that canonical name, or pieces of it.
+    pub fn has(&self, canonical: &str) -> bool {
+        match &self.renamed {
+            Some(renamed) => renamed.tensors.contains_key(canonical),
+            None => self.base.tensor(canonical).is_some(),
+        }
+    }
+
+    /// The name of the one stored tensor that a canonical one is, whole.
+    pub fn whole(&self, canonical: &str) -> Option<&str> {
+        match &self.renamed {
+            None => self.base.tensor(canonical).map(|tensor| tensor.name.as_str()),
+            Some(_) => match self.stored(canonical) {
+                [Stored { name, piece: None, obstacle: None }] => Some(name),
+                _ => None,
+            },
+        }
+    }
+
+    /// The stored tensors that a canonical one consists of.
+    pub fn stored(&self, canonical: &str) -> &[Stored] {
+        let renamed = self.renamed.as_ref().and_then(|renamed| renamed.tensors.get(canonical));
+        renamed.map_or(&[], Vec::as_slice)
+    }
+
+    /// The shape of a canonical tensor, its pieces put together; `None` if they do not fit.
+    pub fn shape(&self, canonical: &str) -> Option<Vec<u64>> {
+        if self.renamed.is_none() {
+            return self.base.tensor(canonical).map(|tensor| tensor.shape.clone());
+        }
+        let stored = self.stored(canonical);
+        if let [Stored { name, piece: None, .. }] = stored {
+            return self.base.tensor(name).map(|tensor| tensor.shape.clone());
+        }
+        self.heights(canonical).and_then(|heights| {
+            let first = self.base.tensor(&stored[0].name)?;
+            let rows = heights.iter().sum();
+            let experts = stored[0].piece.as_ref()?.expert.map(|_| stored.len() / heights.len());
+            let mut shape: Vec<u64> = experts.map(|count| count as u64).into_iter().collect();
+            shape.push(rows);
+            shape.extend(&first.shape[1..]);
+            Some(shape)
+        })
+    }
+
+    /// The rows of each slot of a tensor that is stored in pieces; `None` if a piece is missing, is
+    /// there twice, or is not as the others are.
+    pub fn heights(&self, canonical: &str) -> Option<Vec<u64>> {
+        let stored = self.stored(canonical);
+        let first = stored.first()?.piece.as_ref()?;
+        let mut heights = vec![None; first.slots];
+        let mut seen = HashSet::new();
+        let mut width = None;
+        for one in stored {
+            let piece = one.piece.as_ref()?;
+            let shape = &self.base.tensor(&one.name)?.shape;
+            let (rows, rest) = shape.split_first()?;
+            let alike = piece.slots == first.slots
+                && piece.expert.is_some() == first.expert.is_some()
+                && *width.get_or_insert(rest) == rest
+                && *heights[piece.slot].get_or_insert(*rows) == *rows;
+            if !alike || !seen.insert((piece.expert, piece.slot)) {
+                return None;
+            }
+        }
+        let experts = seen.iter().filter_map(|(expert, _)| *expert).max().map_or(1, |max| max + 1);
+        let complete = seen.len() as u64 == experts * first.slots as u64;
+        heights.into_iter().collect::<Option<Vec<_>>>().filter(|_| complete)
+    }
+}

@@ -1,0 +1,8 @@
+//! Measurements: of the entries and spectra of adapters, of their overlap, and of fleets.
+
+pub mod analysis;
+pub mod entries;
+pub mod fleet;
+pub mod overlap;
+pub mod spectrum;
+pub mod statistics;

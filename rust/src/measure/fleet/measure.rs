@@ -1,0 +1,362 @@
+//! One opened adapter, its units of work, and what they add up to.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::read::{digest, read, room};
+use super::rows::Row;
+use super::{Level, Modules, NonFinite, Scanned, Source};
+use crate::adapter::{Adapter, sha256_of};
+use crate::error::{Error, Result};
+use crate::measure::analysis;
+use crate::measure::spectrum::{Spectrum, Update, Values};
+use crate::measure::statistics::{
+    ElementType, Moments, SEGMENT, Summary, Tensor, segment_moments, summary_of,
+};
+use crate::parallel::task::Task;
+use crate::tensor::safetensors::TensorInfo;
+
+/// Files up to this size are read whole, by one thread; larger ones a module at a time, by all.
+const SMALL: u64 = 8 << 20;
+/// Elements of a tensor outside of modules (a saved embedding) that are one unit: a whole number
+/// of the statistics' segments, so that the figures do not depend on it.
+const PART: usize = SEGMENT << 6;
+
+/// What one thread does at a time. Positions are those of `Open::modules` and of the header.
+#[derive(Debug, Clone, Copy)]
+pub enum Unit {
+    /// The digest of the file.
+    Digest,
+    /// A module: the moments of its factors, and its spectrum.
+    Module(usize),
+    /// Elements from this one on of a tensor that is no factor.
+    Part { tensor: usize, start: usize },
+}
+
+/// A module that can be measured.
+struct Factors {
+    /// Its position in the adapter.
+    module: usize,
+    /// (m, n, r).
+    extents: (usize, usize, usize),
+    /// The positions of A and B in the header.
+    tensors: [usize; 2],
+}
+
+/// What was found so far.
+#[derive(Default)]
+struct Findings {
+    sha256: Option<String>,
+    /// For each tensor of the header the moments of its segments, by the first element.
+    moments: HashMap<usize, Vec<(usize, Vec<Moments>)>>,
+    spectra: HashMap<usize, Spectrum>,
+    error: Option<Error>,
+}
+
+/// An opened adapter.
+pub struct Open {
+    position: usize,
+    adapter: Adapter,
+    /// The file whose digest is the adapter's, where it is not the one that is read.
+    content: Option<std::path::PathBuf>,
+    level: Level,
+    modules: Vec<Factors>,
+    units: Vec<Unit>,
+    left: AtomicUsize,
+    findings: Mutex<Findings>,
+    notes: Vec<String>,
+}
+
+impl Open {
+    /// Plans the work on an adapter.
+    pub fn new(position: usize, adapter: Adapter, source: &Source, level: Level) -> Result<Self> {
+        let tensors = &adapter.file().header().tensors;
+        let positions: HashMap<&str, usize> = tensors
+            .iter()
+            .enumerate()
+            .map(|(index, tensor)| (tensor.name.as_str(), index))
+            .collect();
+        let mut notes = Vec::new();
+        for tensor in tensors {
+            if ElementType::from_dtype(&tensor.dtype).is_none() {
+                notes.push(analysis::without_statistics(tensor));
+            }
+        }
+        let mut is_factor = vec![false; tensors.len()];
+        let mut modules = Vec::new();
+        for (index, module) in adapter.modules().values().enumerate() {
+            let pair = [&module.a, &module.b];
+            let is_measurable =
+                pair.iter().all(|tensor| ElementType::from_dtype(&tensor.dtype).is_some());
+            let Some(extents) = analysis::extents(module).filter(|_| is_measurable) else {
+                notes.push(analysis::unmeasured(module));
+                continue;
+            };
+            let tensors = pair.map(|tensor| positions[tensor.name.as_str()]);
+            tensors.iter().for_each(|tensor| is_factor[*tensor] = true);
+            modules.push(Factors { module: index, extents, tensors });
+        }
+        let mut units = Vec::new();
+        if level.reads_data() {
+            // The longest unit of a large file begins first.
+            units.push(Unit::Digest);
+            units.extend((0..modules.len()).map(Unit::Module));
+        }
+        if level.moments {
+            let others = tensors.iter().enumerate().filter(|(index, tensor)| {
+                !is_factor[*index] && ElementType::from_dtype(&tensor.dtype).is_some()
+            });
+            for (index, tensor) in others {
+                let starts = (0..(tensor.elements() as usize).max(1)).step_by(PART);
+                units.extend(starts.map(|start| Unit::Part { tensor: index, start }));
+            }
+        }
+        drop(positions);
+        Ok(Self {
+            position,
+            content: source.content.clone(),
+            level,
+            modules,
+            left: AtomicUsize::new(units.len()),
+            units,
+            findings: Mutex::default(),
+            notes,
+            adapter,
+        })
+    }
+
+    /// The position of its source.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// All units, in the order in which they are best begun.
+    pub fn units(&self) -> &[Unit] {
+        &self.units
+    }
+
+    fn length(&self) -> u64 {
+        self.adapter.file().size()
+    }
+
+    /// Whether it is not worth being cut into units.
+    pub fn is_small(&self) -> bool {
+        self.units.is_empty() || self.length() <= SMALL
+    }
+
+    fn info(&self, tensor: usize) -> &TensorInfo {
+        &self.adapter.file().header().tensors[tensor]
+    }
+
+    fn offset(&self, tensor: &TensorInfo) -> u64 {
+        self.adapter.file().data_start() + tensor.range.start
+    }
+
+    /// Whether [`Self::measure_whole`] leaves the digest of the file to be found.
+    pub fn awaits_digest(&self) -> bool {
+        !self.units.is_empty() && self.content.is_none()
+    }
+
+    /// The file, in the buffer that it was read into.
+    pub fn content<'a>(&self, buffer: &'a [u8]) -> &'a [u8] {
+        &buffer[..self.length() as usize]
+    }
+
+    /// Notes the digest, which somebody else has found.
+    pub fn keep_sha256(&self, sha256: String) {
+        self.keep(|findings| findings.sha256 = Some(sha256));
+    }
+
+    /// Carries out all units on a file that is read at once, and stays in the buffer, but for its
+    /// digest.
+    pub fn measure_whole(&self, buffer: &mut Vec<u8>, task: &Task) -> Result<()> {
+        if !self.units.is_empty() {
+            let bytes = read(&self.adapter, 0, self.length() as usize, buffer)?;
+            let of = |tensor: usize| {
+                let info = self.info(tensor);
+                let start = self.offset(info) as usize;
+                view(info, &bytes[start..start + info.bytes() as usize])
+            };
+            for unit in &self.units {
+                task.check()?;
+                match *unit {
+                    Unit::Digest => {
+                        if let Some(path) = &self.content {
+                            self.keep_sha256(sha256_of(path)?);
+                        }
+                    }
+                    Unit::Module(module) => {
+                        let [a, b] = self.modules[module].tensors;
+                        self.measure_module(module, of(a)?, of(b)?)?;
+                    }
+                    Unit::Part { tensor, start } => {
+                        let whole = of(tensor)?;
+                        let end = whole.len().min(start + PART);
+                        self.keep_moments(tensor, start, whole.slice(start, end));
+                    }
+                }
+            }
+        }
+        task.advance(self.length());
+        Ok(())
+    }
+
+    /// Carries out one unit, reading what it needs.
+    pub fn measure(&self, unit: Unit, buffer: &mut Vec<u8>, task: &Task) -> Result<()> {
+        let adapter = &self.adapter;
+        match unit {
+            Unit::Digest => self.keep_sha256(match &self.content {
+                Some(path) => sha256_of(path)?,
+                None => digest(adapter, self.length(), buffer)?,
+            }),
+            Unit::Module(module) => {
+                let [a, b] = self.modules[module].tensors.map(|tensor| self.info(tensor));
+                let (size, all) = (a.bytes() as usize, (a.bytes() + b.bytes()) as usize);
+                let (first, second) = room(buffer, all).split_at_mut(size);
+                adapter.file().read_into(a, 0, first)?;
+                adapter.file().read_into(b, 0, second)?;
+                self.measure_module(module, view(a, first)?, view(b, second)?)?;
+                task.advance(all as u64);
+            }
+            Unit::Part { tensor, start } => {
+                let info = self.info(tensor);
+                let size = element(info)?.size();
+                let end = (info.elements() as usize).min(start + PART);
+                let mut segments = Vec::new();
+                for first in (start..end).step_by(SEGMENT) {
+                    let count = (end - first).min(SEGMENT);
+                    let offset = self.offset(info) + (first * size) as u64;
+                    let bytes = read(adapter, offset, count * size, buffer)?;
+                    segments.extend(segment_moments(&view(info, bytes)?));
+                }
+                task.advance(((end - start) * size) as u64);
+                self.keep(|findings| {
+                    findings.moments.entry(tensor).or_default().push((start, segments));
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn measure_module(&self, module: usize, a: Tensor<'_>, b: Tensor<'_>) -> Result<()> {
+        let Factors { module: index, extents: (rows, columns, rank), tensors } =
+            self.modules[module];
+        if self.level.moments {
+            for (tensor, values) in tensors.into_iter().zip([a, b]) {
+                self.keep_moments(tensor, 0, values);
+            }
+        }
+        if self.level.spectra {
+            let (left, right) = (Values::Stored(b), Values::Stored(a));
+            let scaling = self.adapter.modules()[index].scaling;
+            let spectrum = Spectrum::of(&Update::new(rows, columns, rank, left, right, scaling)?);
+            self.keep(|findings| {
+                findings.spectra.insert(module, spectrum);
+            });
+        }
+        Ok(())
+    }
+
+    fn keep_moments(&self, tensor: usize, start: usize, values: Tensor<'_>) {
+        let segments = segment_moments(&values);
+        self.keep(|findings| findings.moments.entry(tensor).or_default().push((start, segments)));
+    }
+
+    fn keep(&self, change: impl FnOnce(&mut Findings)) {
+        let mut findings = self.findings.lock().expect("no holder of the lock panics");
+        change(&mut findings);
+    }
+
+    /// Notes that a unit is done; whether it was the last.
+    pub fn finished(&self, result: Result<()>) -> bool {
+        if let Err(error) = result {
+            // A damaged file fails in many units; the first error tells it.
+            self.keep(|findings| {
+                findings.error.get_or_insert(error);
+            });
+        }
+        self.left.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// What all units found.
+    pub fn result(&self) -> Result<Scanned> {
+        let mut findings =
+            std::mem::take(&mut *self.findings.lock().expect("no holder of the lock panics"));
+        if let Some(error) = findings.error.take() {
+            return Err(error);
+        }
+        self.adapter.check_unchanged()?;
+        let tensors = &self.adapter.file().header().tensors;
+        let mut of_tensors = Vec::with_capacity(tensors.len());
+        let mut non_finite = Vec::new();
+        let mut summaries = HashMap::new();
+        for (index, tensor) in tensors.iter().enumerate() {
+            let Some(mut parts) = findings.moments.remove(&index) else { continue };
+            parts.sort_by_key(|(start, _)| *start);
+            let segments: Vec<Moments> = parts.into_iter().flat_map(|(_, part)| part).collect();
+            let (moments, summary) = summary_of(&segments);
+            if summary.non_finite > 0 {
+                non_finite.push(NonFinite {
+                    name: tensor.name.clone(),
+                    count: summary.count,
+                    non_finite: summary.non_finite,
+                });
+            }
+            summaries.insert(index, summary);
+            of_tensors.push(moments);
+        }
+        let config = self.adapter.config();
+        let mut dtypes: Vec<String> =
+            tensors.iter().map(|tensor| tensor.dtype.name().to_owned()).collect();
+        dtypes.sort();
+        dtypes.dedup();
+        Ok(Scanned {
+            config: config.raw().clone(),
+            rank_stabilized: config.is_rank_stabilized(),
+            total_bytes: self.length(),
+            tensors: tensors.len(),
+            parameters: tensors.iter().map(TensorInfo::elements).sum(),
+            dtypes,
+            sha256: findings.sha256,
+            weights: self.level.moments.then(|| summary_of(&of_tensors).1),
+            non_finite,
+            features: analysis::features(&self.adapter),
+            notes: self.notes.clone(),
+            modules: self.rows(&mut summaries, &findings.spectra),
+        })
+    }
+
+    fn rows(
+        &self,
+        summaries: &mut HashMap<usize, Summary>,
+        spectra: &HashMap<usize, Spectrum>,
+    ) -> Modules {
+        let mut result = Modules::default();
+        for (position, factors) in self.modules.iter().enumerate() {
+            let module = &self.adapter.modules()[factors.module];
+            let moments = match factors.tensors.map(|tensor| summaries.remove(&tensor)) {
+                [Some(a), Some(b)] => Some([a, b]),
+                _ => None,
+            };
+            let spectrum = spectra.get(&position);
+            let (rows, columns, _) = factors.extents;
+            result.paths.push(module.path.clone());
+            result.kinds.push(module.kind.name());
+            Row { module, rows, columns, moments: moments.as_ref(), spectrum }
+                .encode(&mut result.rows);
+            result.singular_values.extend(spectrum.iter().flat_map(|s| &s.singular_values));
+        }
+        result
+    }
+}
+
+fn element(info: &TensorInfo) -> Result<ElementType> {
+    ElementType::from_dtype(&info.dtype).ok_or_else(|| {
+        Error::Argument(format!("there are no statistics of the type {}", info.dtype))
+    })
+}
+
+fn view<'a>(info: &TensorInfo, bytes: &'a [u8]) -> Result<Tensor<'a>> {
+    Tensor::new(bytes, element(info)?)
+}

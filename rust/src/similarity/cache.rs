@@ -1,0 +1,99 @@
+//! What is done of a matrix of products, on disk, so that it need not be done again.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::collection::Collection;
+use super::products::{Block, Options, Table};
+use crate::adapter::sha256_of_bytes;
+use crate::error::{Error, Result};
+use crate::storage::local;
+
+/// Changes with what the files hold and with the arithmetic.
+const VERSION: &str = "lorafast products 1";
+const DIGEST: usize = 32;
+
+/// A directory of blocks that belong to one collection under one set of options.
+pub(super) struct Cache {
+    directory: PathBuf,
+}
+
+impl Cache {
+    /// The place of these products in a directory that may hold many.
+    pub fn open(
+        root: &Path,
+        collection: &Collection,
+        blocks: &[Block],
+        options: &Options,
+    ) -> Result<Self> {
+        let mut text = format!("{VERSION}\n{:?} {}\n", options.precision, options.per_module);
+        for member in &collection.members {
+            text += &member.identity;
+            text.push('\n');
+        }
+        for block in blocks {
+            text += &format!("{:?}\n", block.members());
+        }
+        let directory = root.join(format!("products-{}", &sha256_of_bytes(text.as_bytes())[..24]));
+        fs::create_dir_all(&directory).map_err(|error| Error::io(&directory, error))?;
+        Ok(Self { directory })
+    }
+
+    fn path(&self, index: usize) -> PathBuf {
+        self.directory.join(format!("block-{index:06}"))
+    }
+
+    /// What is done of a block; nothing where the file is not there or not whole.
+    pub fn find(&self, index: usize, block: &Block, modules: usize) -> Option<Table> {
+        let (mut file, _) = local::open(&self.path(index)).ok()?;
+        let bytes = local::read_whole(&mut file).ok()?;
+        let (content, digest) = bytes.split_last_chunk::<DIGEST>()?;
+        if Sha256::digest(content).as_slice() != digest {
+            return None;
+        }
+        let numbers: Vec<u64> = content
+            .chunks_exact(8)
+            .map(|chunk| u64::from_le_bytes(chunk.try_into().expect("eight bytes")))
+            .collect();
+        let [next, tables, values @ ..] = &numbers[..] else { return None };
+        let size = block.height() * block.width();
+        let next = usize::try_from(*next).ok().filter(|next| *next <= modules)?;
+        if values.len() as u64 != (tables + 1) * size as u64 {
+            return None;
+        }
+        let mut tables =
+            values.chunks(size).map(|table| table.iter().copied().map(f64::from_bits).collect());
+        let all = tables.next()?;
+        Some(Table { next, all, modules: tables.collect(), was_found: false })
+    }
+
+    /// Writes down what is done of a block: the whole of it or, to whoever looks, nothing.
+    pub fn save(&self, index: usize, table: &Table) -> Result<()> {
+        let path = self.path(index);
+        let mut content = Vec::new();
+        let numbers = [table.next as u64, table.modules.len() as u64];
+        numbers.iter().for_each(|number| content.extend(number.to_le_bytes()));
+        for value in table.all.iter().chain(table.modules.iter().flatten()) {
+            content.extend(value.to_bits().to_le_bytes());
+        }
+        let digest = Sha256::digest(&content);
+        content.extend_from_slice(&digest);
+        let partial = self.directory.join(format!("block-{index:06}.{}", std::process::id()));
+        let write = || -> io::Result<()> {
+            // What a killed process of this number left; never through a link.
+            match fs::remove_file(&partial) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            File::options().write(true).create_new(true).open(&partial)?.write_all(&content)?;
+            fs::rename(&partial, &path)
+        };
+        write().map_err(|error| {
+            let _ = fs::remove_file(&partial);
+            Error::io(&path, error)
+        })
+    }
+}

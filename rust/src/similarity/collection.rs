@@ -1,0 +1,297 @@
+//! Where the factors of many adapters lie.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::adapter::{Adapter, Form, Module, sha256_of_bytes};
+use crate::error::{Error, Owner, Result};
+use crate::parallel::task::Task;
+use crate::plan::Expert;
+use crate::storage::local::{self, Stamp};
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::TensorInfo;
+
+/// A module that adapters update, told apart by its name and shape.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct ModuleInfo {
+    /// Its path in the model; of a parameter that holds experts, with the expert's index.
+    pub name: String,
+    /// m, the outputs of ΔW.
+    pub rows: usize,
+    /// n, its inputs, a convolution's kernel included.
+    pub columns: usize,
+}
+
+/// Where the bytes of a factor lie in its file.
+#[derive(Debug, Clone)]
+pub(super) struct Stored {
+    pub dtype: Dtype,
+    pub offset: u64,
+    pub length: usize,
+}
+
+/// How the factors of an update are found.
+#[derive(Debug, Clone)]
+pub(super) enum Source {
+    /// As they stand in the file.
+    Plain { a: Stored, b: Stored },
+    /// They have to be put together from what the module of that key stores.
+    Composed { key: String, expert: Option<Expert> },
+}
+
+/// One adapter's update of one module.
+#[derive(Debug, Clone)]
+pub(super) struct Piece {
+    /// Position in [`Collection::modules`].
+    pub module: usize,
+    pub rank: usize,
+    pub scale: f64,
+    pub source: Source,
+}
+
+/// One adapter of a collection.
+#[derive(Debug, Clone)]
+pub struct Member {
+    pub(super) path: PathBuf,
+    pub(super) weights: Option<PathBuf>,
+    pub(super) file: PathBuf,
+    pub(super) stamp: Stamp,
+    pub(super) base: Option<String>,
+    pub(super) pieces: Vec<Piece>,
+    pub(super) left_out: Vec<String>,
+    /// Changes with everything that the products depend on.
+    pub(super) identity: String,
+}
+
+impl Member {
+    /// The path that was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The base that its config names.
+    pub fn base(&self) -> Option<&str> {
+        self.base.as_deref()
+    }
+
+    /// Bytes of its weights file.
+    pub fn bytes(&self) -> u64 {
+        self.stamp.length
+    }
+
+    /// The number of modules that it updates.
+    pub fn modules(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// The positions of those modules in [`Collection::modules`], ascending.
+    pub fn module_positions(&self) -> Vec<usize> {
+        self.pieces.iter().map(|piece| piece.module).collect()
+    }
+
+    /// The ranks that occur, ascending, each once.
+    pub fn ranks(&self) -> Vec<usize> {
+        let mut ranks: Vec<_> = self.pieces.iter().map(|piece| piece.rank).collect();
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    }
+
+    /// What it does beside low-rank updates, in words.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
+    }
+
+    pub(super) fn piece(&self, module: usize) -> Option<&Piece> {
+        let found = self.pieces.binary_search_by_key(&module, |piece| piece.module);
+        found.ok().map(|position| &self.pieces[position])
+    }
+
+    /// The adapter, opened again.
+    pub(super) fn open(&self) -> Result<Adapter> {
+        let adapter = Adapter::open(&self.path, self.weights.as_deref())?;
+        // Another file may have come to the same name.
+        if adapter.file().stamp() == self.stamp { Ok(adapter) } else { Err(self.changed()) }
+    }
+
+    /// The weights file, opened again.
+    pub(super) fn open_file(&self) -> Result<File> {
+        let (file, metadata) = local::open(&self.file).map_err(|error| error.of(Owner::Adapter))?;
+        if Stamp::of(&metadata) == self.stamp { Ok(file) } else { Err(self.changed()) }
+    }
+
+    /// Looks again at the opened weights file: an error if it is not what it was at first.
+    pub(super) fn check_unchanged(&self, file: &File) -> Result<()> {
+        let metadata = file.metadata().map_err(|error| Error::io(&self.file, error))?;
+        if Stamp::of(&metadata) == self.stamp { Ok(()) } else { Err(self.changed()) }
+    }
+
+    pub(super) fn changed(&self) -> Error {
+        Owner::Adapter.changed(&self.file)
+    }
+}
+
+/// Many adapters, none of them open.
+#[derive(Debug, Clone, Default)]
+pub struct Collection {
+    pub(super) members: Vec<Member>,
+    pub(super) modules: Vec<ModuleInfo>,
+}
+
+impl Collection {
+    /// Opens each adapter for a moment, on the given threads, and remembers what is in it. Progress
+    /// is counted in adapters. Returns the collection, and for each path that could not be read
+    /// its position and why.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`].
+    pub fn open(
+        sources: &[(PathBuf, Option<PathBuf>)],
+        pool: &rayon::ThreadPool,
+        task: &Task,
+    ) -> Result<(Self, Vec<(usize, Error)>)> {
+        task.expect(sources.len() as u64);
+        let opened: Vec<Result<Opened>> = pool.install(|| {
+            sources
+                .par_iter()
+                .map(|(path, weights)| {
+                    task.check()?;
+                    let opened = Opened::read(path, weights.as_deref());
+                    task.advance(1);
+                    opened
+                })
+                .collect()
+        });
+        task.check()?;
+        let mut positions = IndexMap::<ModuleInfo, usize>::new();
+        let mut members = Vec::new();
+        let mut failures = Vec::new();
+        for (position, opened) in opened.into_iter().enumerate() {
+            match opened {
+                Err(Error::Cancelled) => return Err(Error::Cancelled),
+                Err(error) => failures.push((position, error)),
+                Ok(Opened { mut member, modules }) => {
+                    for (piece, module) in member.pieces.iter_mut().zip(modules) {
+                        let next = positions.len();
+                        piece.module = *positions.entry(module).or_insert(next);
+                    }
+                    member.pieces.sort_by_key(|piece| piece.module);
+                    members.push(member);
+                }
+            }
+        }
+        let modules = positions.into_keys().collect();
+        Ok((Self { members, modules }, failures))
+    }
+
+    /// The adapters that could be read, in the order given.
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// Every module that any of them updates.
+    pub fn modules(&self) -> &[ModuleInfo] {
+        &self.modules
+    }
+}
+
+/// One adapter as it is first met.
+struct Opened {
+    member: Member,
+    modules: Vec<ModuleInfo>,
+}
+
+impl Opened {
+    fn read(path: &Path, weights: Option<&Path>) -> Result<Self> {
+        let adapter = Adapter::open(path, weights)?;
+        let file = adapter.file().path().to_path_buf();
+        let stamp = adapter.file().stamp();
+        let mut pieces = Vec::new();
+        let mut modules = Vec::new();
+        for (key, module) in adapter.modules() {
+            let (rows, columns) = (module.outputs() as usize, module.inputs() as usize);
+            // A parameter of experts is named by its wrappers, which its module's path leaves out.
+            let path = if module.parameters.is_empty() { &module.path } else { key };
+            let is_of_experts = module.form == Form::Experts;
+            let rank = if is_of_experts { module.rank } else { module.a.shape[0] };
+            let count = module.a.shape[0] / rank;
+            for index in 0..count {
+                let expert = is_of_experts.then_some(Expert { index, count });
+                let name = if is_of_experts { format!("{path}[{index}]") } else { path.clone() };
+                modules.push(ModuleInfo { name, rows, columns });
+                pieces.push(Piece {
+                    module: 0,
+                    rank: rank as usize,
+                    scale: module.scaling,
+                    source: source_of(&adapter, key, module, expert),
+                });
+            }
+        }
+        let base = adapter.config().raw().get("base_model_name_or_path");
+        let base = base.and_then(|value| value.as_str()).map(str::trim);
+        let identity = identity_of(&adapter, weights, stamp)?;
+        adapter.check_unchanged()?;
+        let member = Member {
+            path: path.to_path_buf(),
+            weights: weights.map(Path::to_path_buf),
+            file,
+            stamp,
+            base: base.filter(|base| !base.is_empty()).map(str::to_owned),
+            pieces,
+            left_out: left_out(&adapter),
+            identity,
+        };
+        Ok(Self { member, modules })
+    }
+}
+
+fn source_of(adapter: &Adapter, key: &str, module: &Module, expert: Option<Expert>) -> Source {
+    if module.is_plain() {
+        let stored = |tensor: &TensorInfo| Stored {
+            dtype: tensor.dtype.clone(),
+            offset: adapter.file().data_start() + tensor.range.start,
+            length: tensor.bytes() as usize,
+        };
+        Source::Plain { a: stored(&module.a), b: stored(&module.b) }
+    } else {
+        Source::Composed { key: key.to_owned(), expert }
+    }
+}
+
+/// What an adapter does beside low-rank updates.
+fn left_out(adapter: &Adapter) -> Vec<String> {
+    let mut parts = Vec::new();
+    let mut say = |count: usize, what: &str| {
+        if count > 0 {
+            parts.push(format!("{count} {what}{}", if count == 1 { "" } else { "s" }));
+        }
+    };
+    let modules = || adapter.modules().values();
+    say(modules().filter(|module| module.magnitude.is_some()).count(), "DoRA magnitude");
+    say(modules().filter(|module| module.bias.is_some()).count(), "bias vector");
+    say(adapter.trained_rows().len(), "embedding of trained rows");
+    say(adapter.saved().len(), "parameter saved whole");
+    parts
+}
+
+/// A digest of what the products depend on: the file's state and the scales.
+fn identity_of(adapter: &Adapter, weights: Option<&Path>, stamp: Stamp) -> Result<String> {
+    use std::fmt::Write;
+    let mut text = format!("{}\n", adapter.path().display());
+    if weights.is_none() {
+        // Without the device, whose number a file system can change when it is mounted again.
+        let Stamp { length, modified, identity: (_, inode) } = stamp;
+        let _ = writeln!(text, "{length} {modified} {inode}");
+    } else {
+        // A converted file is new every time; its bytes are not.
+        let _ = writeln!(text, "{}", adapter.sha256()?);
+    }
+    for (key, module) in adapter.modules() {
+        let _ = writeln!(text, "{key} {:e} {:?}", module.scaling, module.form);
+    }
+    Ok(sha256_of_bytes(text.as_bytes()))
+}

@@ -1,0 +1,289 @@
+//! Factors read from their files, in the number type and the order that products want.
+
+use std::fs::File;
+
+use super::collection::{Member, Piece, Source, Stored};
+use crate::adapter::factors::Pair;
+use crate::error::{Owner, Result};
+use crate::kernel::convert::widen_f64;
+use crate::kernel::vector::vectorized;
+use crate::kernel::{InstructionSet, convert};
+use crate::measure::spectrum::{Update, Values};
+use crate::plan::{Part, Update as Planned, UpdateKind};
+use crate::storage::local::read_at;
+use crate::tensor::dtype::Dtype;
+
+/// Largest magnitudes beyond 2 to this power, up or down, are brought to one before they are
+/// multiplied, so that no product of four factors leaves the range of f32.
+const EXTREME: i32 = 24;
+
+/// The number type that products are summed in.
+pub(super) trait Real: Copy + Send + Sync + Default + bytemuck::Zeroable + 'static {
+    fn from_f32(value: f32) -> Self;
+    fn from_f64(value: f64) -> Self;
+    fn to_f64(self) -> f64;
+
+    /// Σ xᵢyᵢ in f64.
+    fn dot(x: &[Self], y: &[Self]) -> f64;
+
+    /// `output = left · rightᵀ`, both over the same depth: the value of row i and column j goes to
+    /// `output[j * stride + i]`.
+    fn multiply(left: View<'_, Self>, right: View<'_, Self>, output: &mut [Self], stride: usize);
+}
+
+/// Vectors of one length within a slice: value d of vector i is `data[first + d·depth_step + i·step]`.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a, T> {
+    pub data: &'a [T],
+    pub first: usize,
+    pub depth: usize,
+    pub depth_step: usize,
+    pub count: usize,
+    pub step: usize,
+}
+
+impl<T> View<'_, T> {
+    /// Whether every value lies in the slice.
+    fn is_inside(&self) -> bool {
+        let last = |count: usize, step: usize| (count - 1).checked_mul(step);
+        if self.depth == 0 || self.count == 0 {
+            return true;
+        }
+        let ends = last(self.depth, self.depth_step).zip(last(self.count, self.step));
+        let end = ends.and_then(|(one, other)| one.checked_add(other)?.checked_add(self.first));
+        end.is_some_and(|end| end < self.data.len())
+    }
+}
+
+macro_rules! real {
+    ($type:ty, $dot:path, $multiply:path) => {
+        impl Real for $type {
+            fn from_f32(value: f32) -> Self {
+                value as $type
+            }
+
+            fn from_f64(value: f64) -> Self {
+                value as $type
+            }
+
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+
+            fn dot(x: &[Self], y: &[Self]) -> f64 {
+                $dot(x, y)
+            }
+
+            fn multiply(
+                left: View<'_, Self>,
+                right: View<'_, Self>,
+                output: &mut [Self],
+                stride: usize,
+            ) {
+                let (rows, columns) = (left.count, right.count);
+                if rows == 0 || columns == 0 {
+                    return;
+                }
+                assert_eq!(left.depth, right.depth, "both sides run over one extent");
+                assert!(left.is_inside() && right.is_inside(), "views of what is there");
+                assert!(rows <= stride, "columns do not overlap");
+                assert!((columns - 1) * stride + rows <= output.len(), "room for each value");
+                let left_start = left.data[left.first.min(left.data.len())..].as_ptr();
+                let right_start = right.data[right.first.min(right.data.len())..].as_ptr();
+                // SAFETY: by the assertions, the steps reach every element of the two views and
+                // of the output's rows and columns, and none outside of the three slices; the
+                // output is not read (`read_dst` is false) and is borrowed mutably, so that it
+                // overlaps neither side.
+                unsafe {
+                    $multiply()(
+                        rows,
+                        columns,
+                        left.depth,
+                        output.as_mut_ptr(),
+                        stride as isize,
+                        1,
+                        false,
+                        left_start,
+                        left.depth_step as isize,
+                        left.step as isize,
+                        right_start,
+                        right.step as isize,
+                        right.depth_step as isize,
+                        0.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        // Whole tiles are spread over the caller's threads.
+                        gemm_common::Parallelism::None,
+                    );
+                }
+            }
+        }
+    };
+}
+
+real!(f32, super::tiles::dot_f32, gemm_f32::gemm::f32::get_gemm_fn);
+real!(f64, super::tiles::dot_f64, gemm_f64::gemm::f64::get_gemm_fn);
+
+/// Stored values, widened.
+enum Wide {
+    Single(Vec<f32>),
+    Double(Vec<f64>),
+}
+
+impl Wide {
+    fn of(dtype: &Dtype, bytes: &[u8]) -> Self {
+        if *dtype == Dtype::F64 {
+            return Self::Double(widen_f64(dtype, bytes));
+        }
+        let mut values = vec![0.0f32; bytes.len() / dtype.size()];
+        let set = InstructionSet::detect();
+        // What is not finite stays so, and makes the figures NaN.
+        let _ = convert(set, dtype, bytes, &Dtype::F32, bytemuck::cast_slice_mut(&mut values));
+        Self::Single(values)
+    }
+
+    /// The values as numbers of one type times a power of two, and what they are to be multiplied
+    /// by: 1 but for values that are extremely large or small.
+    fn into_numbers<T: Real>(self) -> (Vec<T>, f64) {
+        let largest = match &self {
+            Self::Single(values) => f64::from(largest_magnitude(values)),
+            Self::Double(values) => values.iter().fold(0.0f64, |most, value| most.max(value.abs())),
+        };
+        let exponent = if largest > 0.0 { largest.log2().floor() as i32 } else { 0 };
+        let is_extreme = largest.is_finite() && exponent.abs() > EXTREME;
+        if !is_extreme {
+            let numbers = match self {
+                Self::Single(values) => values.into_iter().map(T::from_f32).collect(),
+                Self::Double(values) => values.into_iter().map(T::from_f64).collect(),
+            };
+            return (numbers, 1.0);
+        }
+        // Twice half the way: 2^-exponent of a subnormal would be infinite.
+        let half = 2f64.powi(-exponent / 2);
+        let rest = 2f64.powi(-exponent + exponent / 2);
+        let shift = |value: f64| T::from_f64(value * half * rest);
+        let numbers = match self {
+            Self::Single(values) => values.into_iter().map(|value| shift(value.into())).collect(),
+            Self::Double(values) => values.into_iter().map(shift).collect(),
+        };
+        (numbers, 2f64.powi(exponent))
+    }
+}
+
+vectorized! {
+    /// max|x|, whatever is no number left out.
+    fn largest_magnitude(values: &[f32]) -> f32 {
+        let mut most = [0.0f32; 32];
+        let (blocks, rest) = values.as_chunks::<32>();
+        for block in blocks {
+            for (most, value) in most.iter_mut().zip(block) {
+                let magnitude = value.abs();
+                *most = if magnitude > *most { magnitude } else { *most };
+            }
+        }
+        most.iter().chain(rest).fold(0.0, |most, value| most.max(value.abs()))
+    }
+}
+
+/// One adapter's factors of one module, row-major: B (m, r) and A (r, n).
+pub(super) struct Factors<T> {
+    pub b: Vec<T>,
+    pub a: Vec<T>,
+    /// s, times what was taken out of extreme factors.
+    pub scale: f64,
+}
+
+impl Factors<f64> {
+    /// The update that they make.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] never: the shapes were read with the factors.
+    pub fn update(&self, rows: usize, columns: usize, rank: usize) -> Result<Update<'_>> {
+        let (left, right) = (Values::F64(&self.b), Values::F64(&self.a));
+        Update::new(rows, columns, rank, left, right, self.scale)
+    }
+}
+
+/// A member's factors, read one after another from one opening of its file.
+pub(super) struct Reader<'a> {
+    member: &'a Member,
+    file: File,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(member: &'a Member) -> Result<Self> {
+        Ok(Self { member, file: member.open_file()? })
+    }
+
+    pub fn factors<T: Real>(&self, piece: &Piece) -> Result<Factors<T>> {
+        let (b, a) = match &piece.source {
+            Source::Plain { a, b } => (self.wide(b)?, self.wide(a)?),
+            Source::Composed { .. } => self.composed(piece)?,
+        };
+        // At once, for what comes of them may be kept for the next run.
+        self.member.check_unchanged(&self.file)?;
+        let (b, left) = b.into_numbers();
+        let (a, right) = a.into_numbers();
+        Ok(Factors { b, a, scale: piece.scale * left * right })
+    }
+
+    fn wide(&self, stored: &Stored) -> Result<Wide> {
+        let mut bytes = vec![0; stored.length];
+        self.read(&mut bytes, stored.offset)?;
+        Ok(Wide::of(&stored.dtype, &bytes))
+    }
+
+    fn read(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        let failed = |error| Owner::Adapter.unread(&self.member.file, error);
+        read_at(&self.file, bytes, offset).map_err(failed)
+    }
+
+    fn composed(&self, piece: &Piece) -> Result<(Wide, Wide)> {
+        let Source::Composed { key, expert } = &piece.source else {
+            unreachable!("a plain product is read as it stands");
+        };
+        let adapter = self.member.open()?;
+        if !adapter.modules().contains_key(key) {
+            return Err(self.member.changed());
+        }
+        let planned = Planned {
+            adapter: 0,
+            module: key.clone(),
+            kind: UpdateKind::LowRank,
+            rank: piece.rank as u64,
+            scale: piece.scale,
+            weight: 1.0,
+            transposed: false,
+            part: Part { expert: *expert, ..Part::default() },
+            on: None,
+            residual: None,
+            stage: 0,
+        };
+        let pair = Pair::of(&adapter, &planned)?;
+        if pair.rank != piece.rank {
+            return Err(self.member.changed());
+        }
+        Ok((Wide::of(&pair.b_dtype, &pair.b), Wide::of(&pair.a_dtype, &pair.a)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_magnitude_is_found_wherever_it_stands() {
+        for length in [1, 31, 32, 33, 100] {
+            for place in 0..length {
+                let mut values = vec![0.5f32; length];
+                values[place] = -3.0;
+                values[length / 2] = if place == length / 2 { -3.0 } else { f32::NAN };
+                assert_eq!(largest_magnitude(&values), 3.0, "{place} of {length}");
+            }
+        }
+        assert_eq!(largest_magnitude(&[]), 0.0);
+        assert_eq!(largest_magnitude(&[1.0, f32::NEG_INFINITY]), f32::INFINITY);
+    }
+}

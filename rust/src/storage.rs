@@ -1,0 +1,5 @@
+//! Storage: the only layer that touches files.
+
+pub(crate) mod digest;
+pub mod local;
+pub mod staging;
