@@ -31,7 +31,7 @@ import lorafast
 import numpy as np
 from inputs import ALL_LINEAR, DTYPES, Shape, make_adapter
 from lorafast import _core
-from lorafast._analysis import PERCENTILES
+from lorafast._analysis.api import PERCENTILES
 from measure import processor, versions
 from rich.console import Console
 from rich.table import Table

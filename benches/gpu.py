@@ -29,8 +29,8 @@ import lorafast.torch
 import measure
 import numpy as np
 import torch
-from lorafast._torch import _in_place
-from lorafast._torch._devices import exact_products, without_cuda
+from lorafast._torch import in_place
+from lorafast._torch.device import exact_products, without_cuda
 from safetensors.torch import save_file
 
 PREFIX = "base_model.model."
@@ -233,7 +233,7 @@ def time_merges(options: argparse.Namespace, folder: Path, clock: Clock) -> list
 
         def apply(changed: Any = changed) -> None:
             for each in changed:
-                _in_place.apply(each, each.tensor)
+                in_place.apply(each, each.tensor)
 
         with exact_products(clock.device):
             seconds = clock.median(apply, options.repetitions)

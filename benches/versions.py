@@ -28,7 +28,7 @@ from pathlib import Path
 from inputs import ALL_LINEAR, Shape, make_adapter, make_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent / "python"
-COMMAND = "import sys; from lorafast._cli import main; sys.exit(main())"
+COMMAND = "import sys; from lorafast._cli.main import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)

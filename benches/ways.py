@@ -111,7 +111,8 @@ def command_line() -> list[str]:
     script = Path(sys.executable).parent / "lorafast"
     if script.exists():
         return [str(script)]
-    return [sys.executable, "-c", "import sys; from lorafast._cli import main; sys.exit(main())"]
+    program = "import sys; from lorafast._cli.main import main; sys.exit(main())"
+    return [sys.executable, "-c", program]
 
 
 def read_bytes(folder: Path, name: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._cli import main
+from lorafast._cli.main import main
 from support.files import tensor
 from support.handmade import adapter_tensors, make_adapter, make_base
 from support.reference import PREFIX

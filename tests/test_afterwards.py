@@ -11,7 +11,7 @@ from typing import Any
 
 import lorafast
 import pytest
-from lorafast._cli import main
+from lorafast._cli.main import main
 from lorafast._io import atomic
 from support.files import read_checkpoint
 from support.handmade import adapter_config, make_adapter, make_base
@@ -72,7 +72,7 @@ def test_a_subtractions_reports_that_do_not_fit_are_a_warning(
 def test_what_could_not_be_verified_is_a_warning_and_is_reported(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafast._verify.verify_plan", refuse)
+    monkeypatch.setattr("lorafast._merge.verify.verify_plan", refuse)
     report = lorafast.merge(base, adapter, tmp_path / "out", verify=True)
     (warning,) = report.warnings
     assert "could not be verified: Input/output error: /disk/model.safetensors" in warning
@@ -92,7 +92,7 @@ def test_what_is_proved_wrong_stays_an_error(
         def to_dict(self) -> dict[str, Any]:
             return {"ok": False}
 
-    monkeypatch.setattr("lorafast._verify.verify_plan", lambda *_, **__: Wrong())
+    monkeypatch.setattr("lorafast._merge.verify.verify_plan", lambda *_, **__: Wrong())
     with pytest.raises(lorafast.VerificationError, match="a tensor differs"):
         lorafast.merge(base, adapter, tmp_path / "out", verify=True)
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["verification"]
@@ -104,7 +104,7 @@ def test_an_error_of_the_callers_progress_is_still_the_callers(
     def stop(*_: Any, **__: Any) -> None:
         raise ArithmeticError("enough")
 
-    monkeypatch.setattr("lorafast._verify.verify_plan", stop)
+    monkeypatch.setattr("lorafast._merge.verify.verify_plan", stop)
     with pytest.raises(ArithmeticError, match="enough"):
         lorafast.merge(base, adapter, tmp_path / "out", verify=True)
 
@@ -114,7 +114,7 @@ def test_a_distance_that_could_not_be_measured_is_a_warning(
 ) -> None:
     lorafast.merge(base, adapter, tmp_path / "merged")
     expected = lorafast.subtract(tmp_path / "merged", adapter, tmp_path / "expected")
-    monkeypatch.setattr("lorafast._subtract.callback", refuse)
+    monkeypatch.setattr("lorafast._merge.subtract.callback", refuse)
     report = lorafast.subtract(tmp_path / "merged", adapter, tmp_path / "again")
     assert any("could not be measured: Input/output" in warning for warning in report.warnings)
     assert (report.exact, report.bound, report.original) == (False, None, None)
@@ -192,15 +192,15 @@ def test_files_that_the_merge_did_not_write_stay(base: Path, adapter: Path, tmp_
     for name, content in bystanders.items():
         (model / name).write_text(content)
     # What the merge does about them is its own matter; here they have come after it.
-    from lorafast import _merged_files
+    from lorafast._merge import merged_files
 
     report = lorafast.merge(base, adapter, tmp_path / "out")
     for name, content in bystanders.items():
         (tmp_path / "out" / name).write_text(content)
     assert "tokenizer.json" in report.side_files
     assert report.weight_files == ["model.safetensors"]
-    shorter = _merged_files.remove_tokenizer(tmp_path / "out", report)
-    changed = _merged_files.rewrite_as_pickles(tmp_path / "out", shorter)
+    shorter = merged_files.remove_tokenizer(tmp_path / "out", report)
+    changed = merged_files.rewrite_as_pickles(tmp_path / "out", shorter)
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert changed.weight_files == ["pytorch_model.bin"]

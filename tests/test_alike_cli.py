@@ -10,7 +10,7 @@ from pathlib import Path
 import lorafast
 import numpy as np
 import pytest
-from lorafast._cli import main
+from lorafast._cli.main import main
 from support.analysis import random_factors, write_factors
 
 Capture = pytest.CaptureFixture[str]

@@ -11,7 +11,7 @@ import lorafast
 import numpy as np
 import pytest
 import scipy.linalg
-from lorafast._serialise import from_plain
+from lorafast._report.serialize import from_plain
 from support.analysis import (
     graded_factors,
     numpy_statistics,

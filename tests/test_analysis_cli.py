@@ -9,7 +9,7 @@ from pathlib import Path
 import lorafast
 import numpy as np
 import pytest
-from lorafast._cli import main
+from lorafast._cli.main import main
 from support.analysis import random_factors, write_factors
 from support.handmade import adapter_tensors, make_adapter, make_base
 
@@ -119,12 +119,11 @@ def test_a_base_relates_the_norms(style: str, tmp_path: Path, capsys: Capture) -
 def test_without_matplotlib_the_rest_is_written(
     style: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("lorafast._plots")]:
+    for name in [name for name in sys.modules if name.startswith("lorafast._report.plots")]:
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delattr(lorafast, "_plots", raising=False)
     output = tmp_path / "out"
     assert main(["analyze", style, "--output", str(output)]) == 0
     captured = capsys.readouterr()

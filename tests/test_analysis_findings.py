@@ -8,7 +8,7 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast import _findings
+from lorafast._analysis.findings import KINDS, LARGEST_ORDINARY_RANK, SEVERITIES
 from support.analysis import graded_factors, random_factors, write_factors
 from support.handmade import make_base
 
@@ -72,7 +72,7 @@ def test_alpha_at_the_ends_of_the_ordinary(tmp_path: Path, alpha: float) -> None
 
 
 def test_a_rank_out_of_the_ordinary(tmp_path: Path) -> None:
-    rank = _findings.LARGEST_ORDINARY_RANK + 1
+    rank = LARGEST_ORDINARY_RANK + 1
     factors = random_factors({"layers.0.q": (20, 16, rank)})
     kinds = {f.kind: f for f in findings(tmp_path, factors)}
     assert kinds["unusual_rank"].figure == rank
@@ -155,5 +155,5 @@ def test_the_most_severe_stand_first(tmp_path: Path) -> None:
 
 
 def test_every_kind_is_described() -> None:
-    assert set(_findings.SEVERITIES) == {"severe", "warning", "note"}
-    assert all(text for text in _findings.KINDS.values())
+    assert set(SEVERITIES) == {"severe", "warning", "note"}
+    assert all(text for text in KINDS.values())

@@ -254,11 +254,11 @@ def test_what_is_no_plain_file_is_not_read_and_says_what_it_is(tmp_path: Path) -
 def test_the_command_compares_what_it_has_analyzed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorafast import _analysis
-    from lorafast._cli import main
+    from lorafast._analysis import api as analysis_api
+    from lorafast._cli.main import main
 
     first, second = make_adapter(tmp_path / "a"), make_adapter(tmp_path / "b")
-    original = _analysis.compare_analysed
+    original = analysis_api.compare_analysed
 
     def change(*arguments: Any, **options: Any) -> Any:
         file = first / "adapter_model.safetensors"
@@ -266,6 +266,6 @@ def test_the_command_compares_what_it_has_analyzed(
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(_analysis, "compare_analysed", change)
+    monkeypatch.setattr(analysis_api, "compare_analysed", change)
     assert main(["compare", str(first), str(second), "--quiet"]) == 1
     assert CHANGED in capsys.readouterr().err

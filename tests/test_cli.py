@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import lorafast
 import pytest
-from lorafast import _demo
-from lorafast._cli import main
-from lorafast._cli._format import bytes_text, count_text, seconds_text
-from lorafast._cli._patterns import collapse
-from lorafast._cli._terminal import printable
+from lorafast._cli import demo_inputs
+from lorafast._cli.format import bytes_text, count_text, seconds_text
+from lorafast._cli.main import main
+from lorafast._cli.patterns import collapse
+from lorafast._cli.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TINY = _demo.ModelShape(
+TINY = demo_inputs.ModelShape(
     hidden=64, intermediate=96, layers=3, heads=4, key_value_heads=2, vocabulary=320, shards=2
 )
 MERGE_FLAGS = [
@@ -47,36 +47,36 @@ MANIFEST = "lorafast_manifest.json"
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> _demo.DemoInputs:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> demo_inputs.DemoInputs:
     """A sharded bf16 Llama of toy size and two adapters. Read-only."""
-    return _demo.make_inputs(tmp_path_factory.mktemp("inputs"), TINY)
+    return demo_inputs.make_inputs(tmp_path_factory.mktemp("inputs"), TINY)
 
 
 @pytest.fixture
-def style(inputs: _demo.DemoInputs) -> list[str]:
+def style(inputs: demo_inputs.DemoInputs) -> list[str]:
     """The flags for merging the first adapter."""
     return ["merge", "--base", str(inputs.base), "--adapters", str(inputs.adapters[0])]
 
 
 @pytest.fixture
-def both(inputs: _demo.DemoInputs) -> list[str]:
+def both(inputs: demo_inputs.DemoInputs) -> list[str]:
     """The flags for merging both adapters."""
     return ["merge", "--base", str(inputs.base), "--adapters", *map(str, inputs.adapters)]
 
 
 @pytest.fixture
-def untrained(inputs: _demo.DemoInputs, tmp_path: Path) -> Path:
+def untrained(inputs: demo_inputs.DemoInputs, tmp_path: Path) -> Path:
     """The second adapter with every B zero."""
     adapter = tmp_path / "untrained"
     shutil.copytree(inputs.adapters[1], adapter)
     file = adapter / "adapter_model.safetensors"
     length = int.from_bytes(file.read_bytes()[:8], "little")
     names = [name for name in json.loads(file.read_bytes()[8 : 8 + length]) if name[0] != "_"]
-    tensors = {name: _demo.read_tensor(file, name) for name in names}
+    tensors = {name: demo_inputs.read_tensor(file, name) for name in names}
     for name, values in tensors.items():
         if "lora_B" in name:
             values.fill(0)
-    _demo.write_safetensors(file, tensors)
+    demo_inputs.write_safetensors(file, tensors)
     return adapter
 
 
@@ -243,9 +243,9 @@ def test_an_output_that_exists_needs_overwrite(
 
 
 def test_many_problems_are_one_line(
-    inputs: _demo.DemoInputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inputs: demo_inputs.DemoInputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    smaller = _demo.make_inputs(tmp_path / "smaller", replace(TINY, hidden=32))
+    smaller = demo_inputs.make_inputs(tmp_path / "smaller", replace(TINY, hidden=32))
     flags = ["--base", str(smaller.base), "--adapters", str(inputs.adapters[1])]
     assert main(["merge", *flags, "--dry-run"]) == 1
     assert re.fullmatch(r"error: 6 problems: .*; .*; .*; and 3 more\n", capsys.readouterr().err)
@@ -287,7 +287,7 @@ def test_ctrl_c_exits_with_130(
 
 
 @pytest.mark.parametrize("form", ["--tensors", "--json"])
-def test_a_closed_pipe_is_no_error(inputs: _demo.DemoInputs, form: str) -> None:
+def test_a_closed_pipe_is_no_error(inputs: demo_inputs.DemoInputs, form: str) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
@@ -306,7 +306,7 @@ def test_a_closed_pipe_is_no_error(inputs: _demo.DemoInputs, form: str) -> None:
 
 
 def test_merge_ends_with_a_table_and_is_silent_on_stderr(
-    both: list[str], inputs: _demo.DemoInputs, tmp_path: Path
+    both: list[str], inputs: demo_inputs.DemoInputs, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     weighted = ["--merge-strategy", "weighted", "--weights", "0.7", "-0.3"]
@@ -319,8 +319,8 @@ def test_merge_ends_with_a_table_and_is_silent_on_stderr(
     assert re.search(r"\d [kMG]?B/s", done.stdout)
     assert "\x1b" not in done.stdout
     assert names_in(output) == names_in(inputs.base) | REPORTS | {MANIFEST}
-    merged = _demo.DemoInputs(inputs.directory, inputs.shape, output)
-    assert [check.name for check in _demo.check_merge(merged) if not check.ok] == []
+    merged = demo_inputs.DemoInputs(inputs.directory, inputs.shape, output)
+    assert [check.name for check in demo_inputs.check_merge(merged) if not check.ok] == []
 
 
 def test_quiet_prints_nothing(style: list[str], tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_quiet_prints_nothing(style: list[str], tmp_path: Path) -> None:
 
 
 def test_no_report_leaves_the_reports_out(
-    style: list[str], inputs: _demo.DemoInputs, tmp_path: Path
+    style: list[str], inputs: demo_inputs.DemoInputs, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     assert main([*style, "--output", str(output), "--no-report"]) == 0
@@ -349,7 +349,7 @@ def test_json_is_all_of_stdout(style: list[str], quiet: list[str], tmp_path: Pat
 
 
 def test_a_warning_is_a_line_on_stderr_even_if_quiet(
-    inputs: _demo.DemoInputs, untrained: Path, tmp_path: Path
+    inputs: demo_inputs.DemoInputs, untrained: Path, tmp_path: Path
 ) -> None:
     flags = ["merge", "--base", str(inputs.base), "--adapters", str(untrained)]
     for extra in (["--dry-run"], ["--output", str(tmp_path / "out"), "--quiet"]):
@@ -395,7 +395,7 @@ def test_dry_run_shows_what_changes_at_which_scale(
 
 
 def test_dry_run_as_json_is_the_plan(
-    both: list[str], inputs: _demo.DemoInputs, capsys: pytest.CaptureFixture[str]
+    both: list[str], inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*both, "--merge-strategy", "average", "--dry-run", "--json"]) == 0
     plan = lorafast.plan(inputs.base, inputs.adapters, strategy="average")
@@ -426,7 +426,7 @@ def test_weights_may_be_negative_in_any_notation(
 
 
 def test_info_shows_a_checkpoint(
-    inputs: _demo.DemoInputs, capsys: pytest.CaptureFixture[str]
+    inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["info", str(inputs.base)]) == 0
     shown = capsys.readouterr().out
@@ -438,7 +438,7 @@ def test_info_shows_a_checkpoint(
 
 
 def test_info_lists_every_tensor_on_request(
-    inputs: _demo.DemoInputs, capsys: pytest.CaptureFixture[str]
+    inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["info", str(inputs.base), "--tensors"]) == 0
     shown = capsys.readouterr().out
@@ -446,7 +446,7 @@ def test_info_lists_every_tensor_on_request(
 
 
 def test_info_shows_an_adapter(
-    inputs: _demo.DemoInputs, capsys: pytest.CaptureFixture[str]
+    inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["info", str(inputs.adapters[1])]) == 0
     shown = capsys.readouterr().out
@@ -456,7 +456,7 @@ def test_info_shows_an_adapter(
 
 
 def test_info_as_json_is_what_inspect_returns(
-    inputs: _demo.DemoInputs, capsys: pytest.CaptureFixture[str]
+    inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (inputs.base, inputs.base / "model-00001-of-00002.safetensors", *inputs.adapters):
         assert main(["info", str(path), "--json"]) == 0
@@ -566,5 +566,5 @@ def test_rounding_to_bfloat16_is_done_once() -> None:
     import numpy as np
 
     value = np.array([1 + 2.0**-8 + 2.0**-40])
-    assert _demo.from_bfloat16(_demo.round_to_bfloat16(value))[0] == 1 + 2.0**-7
-    assert _demo.from_bfloat16(_demo.to_bfloat16(value.astype(np.float32)))[0] == 1
+    assert demo_inputs.from_bfloat16(demo_inputs.round_to_bfloat16(value))[0] == 1 + 2.0**-7
+    assert demo_inputs.from_bfloat16(demo_inputs.to_bfloat16(value.astype(np.float32)))[0] == 1

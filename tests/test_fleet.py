@@ -19,7 +19,7 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._fleet import _cache
+from lorafast._fleet import cache as fleet_cache
 from support.files import tensor, write_safetensors
 from support.handmade import MODULES, adapter_config, adapter_tensors, make_adapter, make_base
 from support.reference import PREFIX
@@ -367,7 +367,7 @@ def test_an_exception_of_the_progress_ends_the_scan(tmp_path: Path) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that were just written count as finished."""
-    monkeypatch.setattr(_cache, "SETTLED", 0)
+    monkeypatch.setattr(fleet_cache, "SETTLED", 0)
 
 
 @pytest.mark.usefixtures("settled")
@@ -414,7 +414,7 @@ def test_what_changed_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
 def test_another_schema_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_fleet(tmp_path / "fleet")
     lorafast.scan(tmp_path / "fleet", cache=tmp_path / "cache")
-    monkeypatch.setattr(_cache, "SCHEMA_VERSION", 10_000)
+    monkeypatch.setattr(fleet_cache, "SCHEMA_VERSION", 10_000)
     assert lorafast.scan(tmp_path / "fleet", cache=tmp_path / "cache").remembered == 0
 
 
@@ -426,7 +426,7 @@ def test_what_has_gone_from_a_directory_is_forgotten(tmp_path: Path) -> None:
         make_adapter(tmp_path / "fleets" / name)
 
     def known() -> set[str]:
-        with closing(sqlite3.connect(cache / _cache.FILE)) as connection:
+        with closing(sqlite3.connect(cache / fleet_cache.FILE)) as connection:
             rows = connection.execute("SELECT path FROM found").fetchall()
         return {os.path.relpath(path, tmp_path.resolve()) for (path,) in rows}
 
@@ -457,23 +457,23 @@ def test_a_name_that_is_no_text_is_scanned_and_not_cached(tmp_path: Path) -> Non
 def test_a_file_that_is_no_cache_is_set_aside_whole(tmp_path: Path) -> None:
     make_fleet(tmp_path / "fleet", 1)
     content = "something else entirely, long enough for a header" * 40
-    (tmp_path / _cache.FILE).write_text(content)
+    (tmp_path / fleet_cache.FILE).write_text(content)
     with pytest.warns(UserWarning, match="was damaged") as told:
         assert len(lorafast.scan(tmp_path / "fleet", cache=tmp_path)) == 1
     assert len(told) == 1
-    assert (tmp_path / f"{_cache.FILE}.damaged-1").read_text() == content
+    assert (tmp_path / f"{fleet_cache.FILE}.damaged-1").read_text() == content
     assert lorafast.scan(tmp_path / "fleet", cache=tmp_path).remembered == 1
 
 
 KILLED = """
 import os, signal, sys
-from lorafast._fleet import _cache
+from lorafast._fleet import cache as fleet_cache
 import lorafast
-_cache.SETTLED, _cache.INTERVAL = 0, 0
+fleet_cache.SETTLED, fleet_cache.INTERVAL = 0, 0
 when, fleet, cache = sys.argv[1:]
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 flushes = 0
-original = _cache.Cache.flush
+original = fleet_cache.Cache.flush
 def flush(self, **options):
     global flushes
     flushes += 1
@@ -491,7 +491,7 @@ def flush(self, **options):
             clear = lambda self: None
         self._waiting = Half()
     original(self, **options)
-_cache.Cache.flush = flush
+fleet_cache.Cache.flush = flush
 lorafast.scan(fleet, cache=cache)
 """
 

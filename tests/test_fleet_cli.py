@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lorafast
 import pytest
-from lorafast._cli import main
+from lorafast._cli.main import main
 from support.handmade import make_adapter
 
 

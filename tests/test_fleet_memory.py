@@ -14,13 +14,14 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast import _analysis
-from lorafast._fleet import _cache, _table
-from lorafast._fleet._fleet import TABLES
-from lorafast._fleet._names import names_of
-from lorafast._fleet._paths import discover, natural
-from lorafast._fleet._room import CHUNK, Room, fresh
-from lorafast._fleet._table import LOOKED_BACK, Lists, PathList, Texts, Words, WordsBuilder
+from lorafast._analysis.api import names_of
+from lorafast._fleet import cache as fleet_cache
+from lorafast._fleet import names as fleet_names
+from lorafast._fleet import table as fleet_table
+from lorafast._fleet.arena import CHUNK, Room, fresh
+from lorafast._fleet.discovery import discover, natural
+from lorafast._fleet.fleet import TABLES
+from lorafast._fleet.table import LOOKED_BACK, Lists, PathList, Texts, Words, WordsBuilder
 from support.files import tensor, write_safetensors
 from support.handmade import adapter_config, adapter_tensors, make_adapter
 from support.reference import PREFIX
@@ -62,9 +63,9 @@ def test_nothing_grows_with_the_fleet_but_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, most: float
 ) -> None:
     # What is bounded for thousands is to be bounded for hundreds here.
-    monkeypatch.setattr(_table, "LOOKED_BACK", 64)
-    monkeypatch.setattr(_cache, "SETTLED", 0)
-    monkeypatch.setattr(_cache, "INTERVAL", 0)
+    monkeypatch.setattr(fleet_table, "LOOKED_BACK", 64)
+    monkeypatch.setattr(fleet_cache, "SETTLED", 0)
+    monkeypatch.setattr(fleet_cache, "INTERVAL", 0)
     beyond = []
     for count in (300, 1500):
         root = tmp_path / f"{count}"
@@ -180,7 +181,7 @@ def test_names_are_those_of_an_analysis(tmp_path: Path) -> None:
     paths += [tmp_path / "link" / "final", tmp_path / "whole", tmp_path / "runs" / "gone"]
     paths += [Path(os.path.relpath(paths[4])), tmp_path / "link" / ".." / "a", Path("/")]
     for some in (paths, paths[:4], paths[3:9], paths[::-1], paths[:1], paths * 2, []):
-        assert list(names_of(Words.of(map(os.fspath, some)))) == _analysis.names_of(some)
+        assert list(fleet_names.names_of(Words.of(map(os.fspath, some)))) == names_of(some)
 
 
 def test_numbers_in_paths_are_sorted_as_numbers() -> None:

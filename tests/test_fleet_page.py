@@ -16,7 +16,8 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._fleet import _charts, _page
+from lorafast._report.html import fleet as fleet_page
+from lorafast._report.html import fleet_charts
 from support.files import tensor
 from support.handmade import adapter_tensors, make_adapter
 from support.reference import PREFIX
@@ -92,7 +93,7 @@ def test_the_matrix_is_computed_unless_it_is_given(
     monkeypatch.setattr(lorafast, "similarity", refuse, raising=False)
     page = without_scripts(fleet.to_html())
     assert "were not compared with each other: no two are of one shape" in page
-    monkeypatch.setattr(_page, "COMPARED_UNASKED", 11)
+    monkeypatch.setattr(fleet_page, "COMPARED_UNASKED", 11)
     assert "More than 11 adapters are compared only when" in fleet.to_html()
 
 
@@ -116,13 +117,13 @@ def test_plotly_is_asked_for_where_it_is_missing(
     def absent(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(_page.resources, "files", absent)
+    monkeypatch.setattr(fleet_page.resources, "files", absent)
     with pytest.raises(lorafast.MissingDependencyError, match=r"lorafast\[charts\]"):
         fleet.to_html()
 
 
 def test_histograms_count_every_adapter_once(fleet: lorafast.Fleet) -> None:
-    charts = {chart.title: chart for chart in _charts.charts(fleet)}
+    charts = {chart.title: chart for chart in fleet_charts.charts(fleet)}
     finite = int(np.isfinite(fleet.adapters["frobenius_norm"]).sum())
     assert finite == len(fleet) - 1
     assert sum(charts["Norms of the updates"].traces[0]["y"]) == finite
@@ -134,7 +135,7 @@ def test_histograms_count_every_adapter_once(fleet: lorafast.Fleet) -> None:
 
 
 def test_spectra_and_places_are_medians_of_the_modules(fleet: lorafast.Fleet) -> None:
-    charts = {chart.title: chart for chart in _charts.charts(fleet)}
+    charts = {chart.title: chart for chart in fleet_charts.charts(fleet)}
     values = np.stack(
         [v for v in fleet.modules["singular_values"] if np.isfinite(v).all() and v[0] > 0]
     )
@@ -150,11 +151,11 @@ def test_spectra_and_places_are_medians_of_the_modules(fleet: lorafast.Fleet) ->
 
 def test_the_matrix_puts_like_beside_like(fleet: lorafast.Fleet) -> None:
     found = similarity(fleet)
-    order = _charts.similar_order(found.matrix)
+    order = fleet_charts.similar_order(found.matrix)
     assert sorted(order.tolist()) == list(range(12))
     groups = [position % 3 for position in order.tolist()]
     assert sum(a != b for a, b in pairwise(groups)) == 2
-    chart = _charts.matrix(fleet.names, found.matrix)
+    chart = fleet_charts.matrix(fleet.names, found.matrix)
     trace = chart.traces[0]
     assert trace["names"][order.tolist().index(0)] == "&lt;img src=x onerror=alert(1)&gt;&amp;amp;"
     np.testing.assert_allclose(trace["z"], found.matrix[np.ix_(order, order)], atol=1e-5)
@@ -171,7 +172,7 @@ def test_the_order_needs_no_scipy(monkeypatch: pytest.MonkeyPatch, fleet: lorafa
         return plain(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    order = _charts.similar_order(similarity(fleet).matrix)
+    order = fleet_charts.similar_order(similarity(fleet).matrix)
     assert sorted(order.tolist()) == list(range(12))
 
 
@@ -193,21 +194,21 @@ def test_those_of_one_base_stand_together(monkeypatch: pytest.MonkeyPatch, has_s
     matrix = vectors @ vectors.T
     bases = np.arange(14) % 2
     matrix[bases[:, None] != bases] = math.nan
-    order = _charts.similar_order(matrix)
+    order = fleet_charts.similar_order(matrix)
     assert sum(a != b for a, b in pairwise(bases[order].tolist())) == 1
-    chart = _charts.matrix([f"a{i}" for i in range(14)], matrix)
+    chart = fleet_charts.matrix([f"a{i}" for i in range(14)], matrix)
     assert "different bases" in chart.caption
     assert chart.traces[0]["z"][0][-1] is None
 
 
 def test_a_large_matrix_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_charts, "MOST_CELLS", 4)
+    monkeypatch.setattr(fleet_charts, "MOST_CELLS", 4)
     random = np.random.default_rng(0)
     matrix = random.uniform(-1, 1, (11, 11))
     matrix = (matrix + matrix.T) / 2
     matrix[2, 5] = matrix[5, 2] = math.nan
-    order = _charts.similar_order(matrix)
-    chart = _charts.matrix([f"a{i}" for i in range(11)], matrix)
+    order = fleet_charts.similar_order(matrix)
+    chart = fleet_charts.matrix([f"a{i}" for i in range(11)], matrix)
     ordered = matrix[np.ix_(order, order)]
     assert "each cell is the mean" in chart.caption
     np.testing.assert_allclose(chart.traces[0]["z"][0][0], np.nanmean(ordered[:3, :3]), rtol=1e-4)
@@ -260,10 +261,10 @@ def test_a_browser_draws_the_charts_and_works_the_table(
     seen = json.loads(html.unescape(run.stdout.decode().split("SEEN")[1]))
     # No script failed, and nothing was asked for that the page's policy forbids.
     assert b"CONSOLE" not in run.stderr
-    assert seen["places"] == len(_charts.charts(fleet)) + 1
+    assert seen["places"] == len(fleet_charts.charts(fleet)) + 1
     assert seen["charts"] >= seen["places"]
     assert seen["cells"] == 12
-    order = _charts.similar_order(found.matrix).tolist()
+    order = fleet_charts.similar_order(found.matrix).tolist()
     first, second = (fleet.names[position] for position in order[:2])
     cosine = found.matrix[order[0], order[1]]
     figure = f"cosine {cosine:.4f}" if math.isfinite(cosine) else "no cosine"
@@ -313,15 +314,15 @@ def test_names_leave_room_for_the_cells(fleet: lorafast.Fleet, tmp_path: Path, w
 
 
 def test_axes_say_whole_numbers(fleet: lorafast.Fleet) -> None:
-    charts = {chart.title: chart for chart in _charts.charts(fleet)}
+    charts = {chart.title: chart for chart in fleet_charts.charts(fleet)}
     # Three adapters are not 0.2 of one high, a hundred have ticks of plotly's own.
-    assert _charts._counted(np.array([0, 3]))["dtick"] == 1
-    assert "dtick" not in _charts._counted(np.array([0, 100]))
+    assert fleet_charts._counted(np.array([0, 3]))["dtick"] == 1
+    assert "dtick" not in fleet_charts._counted(np.array([0, 100]))
     assert charts["Ranks"].layout["xaxis"]["range"] == [-2.0, 2.0]
     # Between 1 and 100, 20 is written as 20; in less than a power plotly does well.
-    assert _charts._logarithmic(0, 2) == {"type": "log", "dtick": "D2", "tickformat": "~g"}
-    assert _charts._logarithmic(0, 6)["dtick"] == 1
-    assert _charts._logarithmic(0, 0.5) == {"type": "log"}
+    assert fleet_charts._logarithmic(0, 2) == {"type": "log", "dtick": "D2", "tickformat": "~g"}
+    assert fleet_charts._logarithmic(0, 6)["dtick"] == 1
+    assert fleet_charts._logarithmic(0, 0.5) == {"type": "log"}
 
 
 def test_findings_are_words(fleet: lorafast.Fleet) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lorafast
 import pytest
-from lorafast._fleet._paths import ScanError, discover
+from lorafast._fleet.discovery import ScanError, discover
 from support.files import tensor, write_safetensors
 from support.handmade import make_adapter, make_base
 

@@ -24,7 +24,7 @@ LIMIT = 60
 # 64 are 550 GFLOP for one thread.
 WEIGHTS, SIZE, RANK, TIMES = 16, 2048, 64, 64
 
-COMMAND = "import sys; from lorafast._cli import main; sys.exit(main())"
+COMMAND = "import sys; from lorafast._cli.main import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")

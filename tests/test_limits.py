@@ -14,8 +14,8 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._cli import main
-from lorafast._config_bounds import is_modest, with_few_positions
+from lorafast._cli.main import main
+from lorafast._io.config_bounds import is_modest, with_few_positions
 from support.files import tensor
 from support.handmade import MODULES, adapter_tensors, make_adapter, make_base
 

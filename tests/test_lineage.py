@@ -12,7 +12,7 @@ import lorafast
 import numpy as np
 import pytest
 from lorafast import AdapterError, LorafastError
-from lorafast._fleet._trajectory import _shortest
+from lorafast._similarity.trajectory import _shortest
 from support.analysis import Array, Factors, random_factors, write_factors
 
 SHAPES = {"layers.0.q": (40, 30, 4), "layers.1.q": (26, 50, 3)}

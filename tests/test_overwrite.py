@@ -363,7 +363,7 @@ def test_a_folder_that_nobody_may_look_at_is_left_out(
 def test_the_command_says_what_is_left_out(
     tmp_path: Path, base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorafast._cli import main
+    from lorafast._cli.main import main
 
     (base / "weights.gguf").write_text("x")
     words = ["merge", "--base", base, "--adapters", adapter, "--output", tmp_path / "out"]
@@ -374,7 +374,7 @@ def test_the_command_says_what_is_left_out(
 def test_the_command_recovers(
     tmp_path: Path, base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorafast._cli import main
+    from lorafast._cli.main import main
 
     output = tmp_path / "out"
     lorafast.merge(base, adapter, output)

@@ -82,7 +82,7 @@ def packages(modules: set[str]) -> set[str]:
     "code",
     [
         "import lorafast",
-        "from lorafast._cli import main; main(['--version'])",
+        "from lorafast._cli.main import main; main(['--version'])",
     ],
 )
 def test_importing_it_imports_nothing_heavy(code: str) -> None:
@@ -90,13 +90,13 @@ def test_importing_it_imports_nothing_heavy(code: str) -> None:
     assert "lorafast" in loaded
     assert not packages(loaded).intersection([*HEAVY, *SLOW])
     ours = {name for name in loaded if name.startswith("lorafast.")}
-    assert ours <= {"lorafast._core", "lorafast._errors", "lorafast._cli"}
+    assert ours <= {"lorafast._core", "lorafast._errors", "lorafast._cli", "lorafast._cli.main"}
 
 
 def test_a_name_imports_its_own_module_alone() -> None:
     loaded = loaded_after("from lorafast import merge")
-    assert "lorafast._merge" in loaded
-    assert not loaded.intersection({"lorafast._analysis", "lorafast.analyzers"})
+    assert "lorafast._merge.api" in loaded
+    assert not loaded.intersection({"lorafast._analysis.api", "lorafast.analyzers"})
     assert not packages(loaded).intersection([*HEAVY, "numpy"])
 
 
@@ -107,12 +107,24 @@ def test_a_merge_by_the_command_imports_nothing_heavy(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", adapter_tensors())
     words = ["merge", "--base", str(base), "--adapters", str(adapter)]
     words += ["--output", str(tmp_path / "out")]
-    loaded = loaded_after(f"from lorafast._cli import main; assert main({words!r}) == 0")
+    loaded = loaded_after(f"from lorafast._cli.main import main; assert main({words!r}) == 0")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not packages(loaded).intersection([*HEAVY, "numpy"])
-    commands = {name for name in loaded if name.startswith("lorafast._cli._")}
-    assert "lorafast._cli._merge" in commands
-    assert not commands.intersection({"lorafast._cli._analyze", "lorafast._cli._scan"})
+    commands = {name for name in loaded if name.startswith("lorafast._cli.")}
+    assert "lorafast._cli.merge" in commands
+    assert not commands.intersection({"lorafast._cli.analyze", "lorafast._cli.scan"})
+
+
+def test_the_errors_have_a_module_of_their_own() -> None:
+    public = {
+        name
+        for name in lorafast.__all__
+        if isinstance(getattr(lorafast, name), type)
+        and issubclass(getattr(lorafast, name), lorafast.LorafastError)
+    }
+    assert set(lorafast.errors.__all__) == public
+    for name in public:
+        assert getattr(lorafast.errors, name) is getattr(lorafast, name)
 
 
 def test_type_checkers_and_the_interpreter_find_the_same_names() -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast import _plots
-from lorafast._plots import _style
-from lorafast._records import AdapterAnalysis, Comparison, Histogram
+from lorafast._analysis.records import AdapterAnalysis, Comparison, Histogram
+from lorafast._report.plots import draw as plots
+from lorafast._report.plots import style
+from lorafast._report.plots.png import DOTS_PER_INCH, png, save
 from support import records
 
 # Made when a test asks for them: to collect the tests takes none.
@@ -88,14 +89,14 @@ def subject_of(name: str) -> Any:
     return (ANALYSES.get(name) or COMPARISONS[name])()
 
 
-EVERY = [(name, kind) for name in ANALYSES for kind in _plots.ANALYSIS_KINDS]
-EVERY += [(name, kind) for name in COMPARISONS for kind in _plots.COMPARISON_KINDS]
+EVERY = [(name, kind) for name in ANALYSES for kind in plots.ANALYSIS_KINDS]
+EVERY += [(name, kind) for name in COMPARISONS for kind in plots.COMPARISON_KINDS]
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_every_plot_is_drawn_without_a_warning_and_fits(name: str, kind: str) -> None:
-    figure = _plots.figure(subject_of(name), kind)
-    width, height = figure.get_size_inches() * _plots.DOTS_PER_INCH
+    figure = plots.figure(subject_of(name), kind)
+    width, height = figure.get_size_inches() * DOTS_PER_INCH
     assert 700 <= width <= 2600
     assert 350 <= height <= 3300
     figure.canvas.draw()
@@ -115,22 +116,22 @@ def test_every_plot_is_drawn_without_a_warning_and_fits(name: str, kind: str) ->
 
 
 def test_a_saved_plot_is_a_png_of_its_size(tmp_path: Path) -> None:
-    figure = _plots.figure(subject_of("small"), "weights")
-    data = _plots.save(figure, tmp_path / "plot.png").read_bytes()
+    figure = plots.figure(subject_of("small"), "weights")
+    data = save(figure, tmp_path / "plot.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert struct.unpack(">II", data[16:24]) == (1200, 720)
 
 
 def test_the_same_figure_gives_the_same_bytes() -> None:
-    first, second = (_plots.png(_plots.figure(subject_of("small"), "overview")) for _ in range(2))
+    first, second = (png(plots.figure(subject_of("small"), "overview")) for _ in range(2))
     assert first == second
 
 
 def test_an_unknown_kind_is_answered_with_the_kinds_there_are() -> None:
     with pytest.raises(ValueError, match=r"'pie' of an analysis.*overview, weights, log_weights"):
-        _plots.figure(subject_of("small"), "pie")
+        plots.figure(subject_of("small"), "pie")
     with pytest.raises(ValueError, match=r"'weights' of a comparison.*adapters, distributions"):
-        _plots.figure(subject_of("three"), "weights")
+        plots.figure(subject_of("three"), "weights")
 
 
 def test_without_matplotlib_the_error_says_how_to_install_it(
@@ -138,21 +139,22 @@ def test_without_matplotlib_the_error_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(lorafast.MissingDependencyError, match="pip install matplotlib"):
-        _plots.figure(subject_of("small"), "overview")
+        plots.figure(subject_of("small"), "overview")
 
 
 def test_pyplot_and_global_settings_are_left_alone() -> None:
     program = """
 import sys
-from lorafast import _plots
+from lorafast._report.plots import draw
+from lorafast._report.plots.png import png
 assert "matplotlib" not in sys.modules, "imported before it was needed"
 from support import records
 import matplotlib
 raw = lambda: dict(dict.items(matplotlib.rcParams))  # to ask for the backend would import pyplot
 before = raw()
 for subject in (records.analysis(), records.comparison([records.analysis()] * 2)):
-    for kind in _plots.kinds(subject):
-        _plots.png(_plots.figure(subject, kind))
+    for kind in draw.kinds(subject):
+        png(draw.figure(subject, kind))
 assert "matplotlib.pyplot" not in sys.modules
 assert raw() == before
 """
@@ -162,7 +164,7 @@ assert raw() == before
 
 
 def test_a_notebook_can_show_a_figure_and_a_figure_can_be_pickled() -> None:
-    figure = _plots.figure(subject_of("small"), "weights")
+    figure = plots.figure(subject_of("small"), "weights")
     assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]  # a PlotFigure
     again = pickle.loads(pickle.dumps(figure))
     buffer = io.BytesIO()
@@ -172,7 +174,7 @@ def test_a_notebook_can_show_a_figure_and_a_figure_can_be_pickled() -> None:
 
 def test_the_histogram_is_drawn_as_it_was_computed() -> None:
     analysis = subject_of("small")
-    figure = _plots.figure(analysis, "weights")
+    figure = plots.figure(analysis, "weights")
     (patch,) = figure.axes[0].patches
     values, edges, _ = patch.get_data()  # type: ignore[attr-defined]  # a StepPatch
     assert values.tolist() == analysis.weights.histogram.counts
@@ -181,7 +183,7 @@ def test_the_histogram_is_drawn_as_it_was_computed() -> None:
 
 def test_mean_and_std_of_both_factors_are_drawn_for_every_layer() -> None:
     analysis = subject_of("224 modules")
-    figure = _plots.figure(analysis, "layers")
+    figure = plots.figure(analysis, "layers")
     for axes, name in zip(figure.axes, ("mean", "std"), strict=True):
         for line, factor in zip(axes.get_lines()[:2], ("a_name", "b_name"), strict=True):
             expected = [
@@ -194,25 +196,25 @@ def test_mean_and_std_of_both_factors_are_drawn_for_every_layer() -> None:
 def test_the_heatmap_puts_every_norm_at_its_block_and_place() -> None:
     analysis = subject_of("some without a block")
     modules = list(analysis.modules.values())
-    rows, columns, values, present = _style.grid_of(modules, [m.frobenius_norm for m in modules])
+    rows, columns, values, present = style.grid_of(modules, [m.frobenius_norm for m in modules])
     assert columns == ["none", "0", "1", "2"]
     assert rows == [*records.LLAMA, "lm_head", "embed"]
     for module in modules:
         column = columns.index("none" if module.block is None else str(module.block))
         assert values[rows.index(module.layer), column] == module.frobenius_norm
     assert present.sum() == len(modules)
-    (image,) = _plots.figure(analysis, "heatmap").axes[0].get_images()
+    (image,) = plots.figure(analysis, "heatmap").axes[0].get_images()
     np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), values)
 
 
 def test_a_norm_that_is_not_finite_is_marked_and_no_colour() -> None:
-    axes = _plots.figure(subject_of("224 modules"), "heatmap").axes[0]
+    axes = plots.figure(subject_of("224 modules"), "heatmap").axes[0]
     crosses = [text.get_position() for text in axes.texts if text.get_text() == "×"]
     assert crosses == [(9, records.LLAMA.index("mlp.up_proj"))]
 
 
 def test_a_spectrum_of_one_value_has_one_tick() -> None:
-    figure = _plots.figure(subject_of("one module"), "spectrum")
+    figure = plots.figure(subject_of("one module"), "spectrum")
     figure.canvas.draw()
     for axes in figure.axes:
         low, high = axes.get_xlim()
@@ -221,7 +223,7 @@ def test_a_spectrum_of_one_value_has_one_tick() -> None:
 
 def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
     analysis = subject_of("small")
-    left, right = _plots.figure(analysis, "spectrum").axes
+    left, right = plots.figure(analysis, "spectrum").axes
     for line, module in zip(left.get_lines(), analysis.modules.values(), strict=True):
         sigma = np.asarray(module.singular_values)
         np.testing.assert_allclose(line.get_ydata(), sigma / sigma[0])
@@ -234,7 +236,7 @@ def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
 
 @pytest.mark.parametrize("name", ["one module", "nan", "zero", "224 modules"])
 def test_no_point_of_a_factor_lies_outside_of_its_panel(name: str) -> None:
-    for axes in _plots.figure(subject_of(name), "layers").axes:
+    for axes in plots.figure(subject_of(name), "layers").axes:
         low, high = axes.get_ylim()
         for line in axes.get_lines()[:2]:
             y = np.asarray(line.get_ydata(), dtype=float)
@@ -243,7 +245,7 @@ def test_no_point_of_a_factor_lies_outside_of_its_panel(name: str) -> None:
 
 def test_distributions_are_densities_of_the_histograms() -> None:
     comparison = subject_of("three")
-    axes = _plots.figure(comparison, "distributions").axes[0]
+    axes = plots.figure(comparison, "distributions").axes[0]
     assert len(axes.patches) == 3
     for patch, analysis in zip(axes.patches, comparison.analyses, strict=True):
         values, edges, _ = patch.get_data()  # type: ignore[attr-defined]  # a StepPatch
@@ -254,14 +256,14 @@ def test_distributions_are_densities_of_the_histograms() -> None:
 
 def test_the_cosine_plot_shows_the_matrix() -> None:
     comparison = subject_of("three")
-    axes = _plots.figure(comparison, "cosine").axes[0]
+    axes = plots.figure(comparison, "cosine").axes[0]
     np.testing.assert_array_equal(axes.get_images()[0].get_array(), comparison.cosine)
     assert len(axes.texts) == 9
-    assert not _plots.figure(subject_of("sixty"), "cosine").axes[0].texts
+    assert not plots.figure(subject_of("sixty"), "cosine").axes[0].texts
 
 
 def test_long_names_keep_both_ends_and_stay_distinct() -> None:
-    labels = _style.fit_all([f"base.{'x' * 80}.q_proj", f"base.{'x' * 81}.q_proj"], 30)
+    labels = style.fit_all([f"base.{'x' * 80}.q_proj", f"base.{'x' * 81}.q_proj"], 30)
     assert labels[0].startswith("base.")
     assert labels[0].endswith("q_proj (1)")
     assert labels[1].endswith("q_proj (2)")
@@ -272,4 +274,4 @@ def test_long_names_keep_both_ends_and_stay_distinct() -> None:
     [([], []), ([0.0, 1.0], [0]), ([0.0, math.nan], [1]), ([1.0, 1.0], [3]), ([0.0, 1.0], [1, 2])],
 )
 def test_a_histogram_of_nothing_is_not_drawn(edges: list[float], counts: list[int]) -> None:
-    assert not _style.usable(Histogram(edges, counts))
+    assert not style.usable(Histogram(edges, counts))

@@ -10,7 +10,7 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._cli import main
+from lorafast._cli.main import main
 from support.files import Tensor, narrow, read_checkpoint, snapshot, tensor, widen
 from support.handmade import (
     PREFIX,

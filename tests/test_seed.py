@@ -116,12 +116,11 @@ def test_plots_may_be_left_out(analyzer: lorafast.LoRAAnalyzer, style: Path) -> 
 def test_without_matplotlib_only_the_pictures_are_missing(
     analyzer: lorafast.LoRAAnalyzer, style: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("lorafast._plots")]:
+    for name in [name for name in sys.modules if name.startswith("lorafast._report.plots")]:
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delattr(lorafast, "_plots", raising=False)
     with pytest.warns(UserWarning, match="pip install"):
         result = analyzer.analyze_lora_weights(style)
     assert result["weight_statistics"]["total_parameters"] > 0

@@ -17,7 +17,7 @@ from support.handmade import adapter_tensors, make_adapter, make_base, write_che
 
 LIMIT = 60
 SIZE, WEIGHTS, RANK, TIMES = 2048, 8, 64, 64
-COMMAND = "import sys; from lorafast._cli import main; sys.exit(main())"
+COMMAND = "import sys; from lorafast._cli.main import main; sys.exit(main())"
 IGNORING = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {COMMAND}"
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
@@ -122,7 +122,7 @@ def test_a_terminal_that_is_gone_takes_no_traceback(slow: list[str], tmp_path: P
 
 
 def test_a_program_that_uses_the_package_keeps_its_own_handlers(tmp_path: Path) -> None:
-    from lorafast._cli import main
+    from lorafast._cli.main import main
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")

@@ -16,13 +16,13 @@ from typing import Any
 
 import lorafast
 import pytest
-from lorafast._cells import cell, code, csv_text
-from lorafast._cli import main
-from lorafast._fleet import _cache
-from lorafast._fleet._paths import discover
+from lorafast._cli.main import main
+from lorafast._fleet import cache as fleet_cache
+from lorafast._fleet.discovery import discover
 from lorafast._io import paths
 from lorafast._io.strangers import parse_json, read_header
-from lorafast._reports import read_directory
+from lorafast._report.cells import cell, code, csv_text
+from lorafast._report.directory import read_directory
 from support.files import encode
 from support.handmade import adapter_tensors, make_adapter
 
@@ -252,8 +252,8 @@ def test_unreadable_weights_among_others_are_an_error(fleet: Path) -> None:
 @pytest.fixture
 def cached(fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of a scan of the fleet."""
-    monkeypatch.setattr(_cache, "SETTLED", 0)
-    monkeypatch.setattr(_cache, "PATIENCE", 0.1)
+    monkeypatch.setattr(fleet_cache, "SETTLED", 0)
+    monkeypatch.setattr(fleet_cache, "PATIENCE", 0.1)
     lorafast.scan(fleet, cache=tmp_path / "cache")
     assert lorafast.scan(fleet, cache=tmp_path / "cache").remembered == 2
     return tmp_path / "cache"
@@ -284,7 +284,7 @@ def same_tables(one: lorafast.Fleet, other: lorafast.Fleet) -> bool:
     ],
 )
 def test_a_damaged_row_is_read_anew_and_made_good(fleet: Path, cached: Path, change: str) -> None:
-    with closing(sqlite3.connect(cached / _cache.FILE)) as connection, connection:
+    with closing(sqlite3.connect(cached / fleet_cache.FILE)) as connection, connection:
         connection.execute(f"UPDATE found SET {change} WHERE path LIKE '%/a'")
     again = lorafast.scan(fleet, cache=cached)
     assert (again.remembered, len(again)) == (1, 2)
@@ -300,8 +300,8 @@ def test_a_row_that_was_made_to_deceive_is_read_anew(fleet: Path, cached: Path, 
     import zlib
 
     details = zlib.compress(text.encode())
-    row = (details, _cache._digest(details, b""))
-    with closing(sqlite3.connect(cached / _cache.FILE)) as connection, connection:
+    row = (details, fleet_cache._digest(details, b""))
+    with closing(sqlite3.connect(cached / fleet_cache.FILE)) as connection, connection:
         connection.execute("UPDATE found SET details = ?, cells = ?", row)
         # A path that is no text, below a directory that is searched.
         odd = "INSERT INTO found SELECT CAST(? AS TEXT), 'full', '', '', x'', x''"
@@ -315,7 +315,7 @@ def test_a_row_that_was_made_to_deceive_is_read_anew(fleet: Path, cached: Path, 
 def test_a_damaged_database_is_set_aside_with_one_warning(
     fleet: Path, cached: Path, where: str
 ) -> None:
-    file = cached / _cache.FILE
+    file = cached / fleet_cache.FILE
     if where in ("schema", "view"):
         with closing(sqlite3.connect(file)) as connection, connection:
             connection.execute("DROP TABLE found")
@@ -341,7 +341,7 @@ def test_a_damaged_database_is_set_aside_with_one_warning(
 
 
 def test_a_locked_cache_is_a_warning(fleet: Path, cached: Path) -> None:
-    with closing(sqlite3.connect(cached / _cache.FILE)) as connection:
+    with closing(sqlite3.connect(cached / fleet_cache.FILE)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.warns(UserWarning, match="cache cannot be used") as told:
             again = lorafast.scan(fleet, cache=cached)
@@ -353,15 +353,15 @@ def test_a_locked_cache_is_a_warning(fleet: Path, cached: Path) -> None:
 def test_a_cache_that_is_locked_while_the_scan_ends_loses_nothing_but_itself(
     fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cache, "SETTLED", 0)
-    monkeypatch.setattr(_cache, "PATIENCE", 0.1)
+    monkeypatch.setattr(fleet_cache, "SETTLED", 0)
+    monkeypatch.setattr(fleet_cache, "PATIENCE", 0.1)
     cache = tmp_path / "cache"
     lorafast.scan(fleet / "a", cache=cache)
     holder: list[sqlite3.Connection] = []
 
     def lock(done: int, total: int) -> None:
         if not holder:
-            holder.append(sqlite3.connect(cache / _cache.FILE, check_same_thread=False))
+            holder.append(sqlite3.connect(cache / fleet_cache.FILE, check_same_thread=False))
             holder[0].execute("BEGIN IMMEDIATE")
 
     with pytest.warns(UserWarning, match="may not be kept") as told:
@@ -375,7 +375,7 @@ def test_a_cache_that_is_locked_while_the_scan_ends_loses_nothing_but_itself(
 def test_a_cache_that_cannot_be_one_is_a_warning(
     fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "cache" / _cache.FILE).mkdir(parents=True)
+    (tmp_path / "cache" / fleet_cache.FILE).mkdir(parents=True)
     with pytest.warns(UserWarning, match="it is a directory"):
         assert len(lorafast.scan(fleet, cache=tmp_path / "cache")) == 2
     with warnings.catch_warnings():
@@ -410,7 +410,7 @@ def test_a_name_breaks_no_table_and_starts_no_formula() -> None:
 
 
 def test_a_message_quotes_no_more_of_a_name_than_a_person_reads() -> None:
-    from lorafast._cli._failures import sentence
+    from lorafast._cli.failures import sentence
 
     long = sentence(lorafast.AdapterError(f"model.safetensors: tensor {'x' * 100_000} is odd"))
     assert len(long) < 2_000

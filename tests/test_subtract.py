@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lorafast._cli import main
+from lorafast._cli.main import main
 from numpy.typing import NDArray
 from support.compare import FLOAT32_SUM, assert_merged_like_float64, assert_rest_untouched
 from support.files import Tensor, read_checkpoint, snapshot, tensor

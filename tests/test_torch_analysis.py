@@ -11,8 +11,9 @@ import lorafast
 import numpy as np
 import pytest
 import torch
-from lorafast._cli import main
-from lorafast._torch import _device_names, _products, _spectra
+from lorafast._cli.main import main
+from lorafast._io import device_names
+from lorafast._torch import gram, spectra
 from support.analysis import graded_factors, random_factors, write_factors
 from support.simulated_cuda import opened
 from test_similarity import dense_matrix, fleet, to_cosines
@@ -41,8 +42,8 @@ def test_products_are_those_of_dense_updates(
 ) -> None:
     if bound is not None:
         # So small that every run is of a member or two.
-        monkeypatch.setattr(_products, "TILE_RANKS", 6)
-        monkeypatch.setattr(_device_names, "parse_memory", lambda *arguments: 20_000)
+        monkeypatch.setattr(gram, "TILE_RANKS", 6)
+        monkeypatch.setattr(device_names, "parse_memory", lambda *arguments: 20_000)
     expected = dense_matrix(fleet(tmp_path / "fleet"))
     options: dict[str, Any] = {"precision": precision, "device": device, "device_memory": bound}
     found = lorafast.similarity(tmp_path / "fleet", metric="inner_product", **options)
@@ -124,7 +125,7 @@ def assert_same_fleet(ours: lorafast.Fleet, core: lorafast.Fleet, tolerance: flo
 def test_a_scan_finds_what_the_core_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, metrics: Any
 ) -> None:
-    monkeypatch.setattr(_spectra, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(spectra, "BATCH_BYTES", 20_000)
     fleet(tmp_path / "fleet")
     wide = random_factors({"wide": (6, 40, 9), "tall": (40, 6, 9)}, seed=3)
     write_factors(tmp_path / "fleet" / "wide", wide, dtype="F32")
@@ -158,7 +159,7 @@ def test_levels_without_spectra_need_no_device_work(
     def fail(*arguments: Any) -> None:
         raise AssertionError("nothing to decompose")
 
-    monkeypatch.setattr(_spectra, "with_spectra", fail)
+    monkeypatch.setattr(spectra, "with_spectra", fail)
     fleet(tmp_path / "fleet", count=2)
     for metrics in ("headers", "moments"):
         ours = lorafast.scan(tmp_path / "fleet", metrics=metrics, device="torch:cpu")

@@ -10,9 +10,10 @@ from typing import Any
 import lorafast
 import pytest
 import torch
-from lorafast._torch import _bounds, _device_names
-from lorafast._torch._devices import torch_dtype
-from lorafast._torch._program import Program, rounds_once
+from lorafast._io import device_names
+from lorafast._torch import memory
+from lorafast._torch.device import torch_dtype
+from lorafast._torch.program import Program, rounds_once
 from support.analysis import random_factors, write_factors
 from support.device_merges import WAYS, Inputs, go, inputs
 from support.files import read_checkpoint
@@ -64,7 +65,7 @@ def test_programs_and_tiles_take_no_more_than_is_reckoned(
             rounds_once(CUDA, output)
             simulator.peak = 0
             program = Program(updates, dtype=own, output=output, device=CUDA)
-            assert simulator.peak <= _bounds.building_bytes(updates, own, output)
+            assert simulator.peak <= memory.building_bytes(updates, own, output)
             tile = torch.ones(rows, columns, dtype=own, device=CUDA)
             before, simulator.peak = simulator.allocated, 0
             if program.needs_scan:
@@ -139,15 +140,15 @@ def test_a_bound_below_cublas_own_workspace_leaves_all_to_the_cpu(
 
 def test_the_workspace_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     with simulated_cuda(workspace=5 << 20):
-        assert _bounds.workspace_bytes(CUDA) == 5 << 20
-        assert _bounds.workspace_bytes(torch.device("cpu")) == 0
+        assert memory.workspace_bytes(CUDA) == 5 << 20
+        assert memory.workspace_bytes(torch.device("cpu")) == 0
         monkeypatch.delattr(torch.backends.cuda, "cublas_workspace_size")
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-        assert _bounds.workspace_bytes(CUDA) == 32 << 20
+        assert memory.workspace_bytes(CUDA) == 32 << 20
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-        assert _bounds.workspace_bytes(CUDA) == (4096 * 2 + 16 * 8) << 10
+        assert memory.workspace_bytes(CUDA) == (4096 * 2 + 16 * 8) << 10
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
-        assert _bounds.workspace_bytes(CUDA) == (4096 * 2 + 16 * 8) << 10
+        assert memory.workspace_bytes(CUDA) == (4096 * 2 + 16 * 8) << 10
         monkeypatch.undo()
 
 
@@ -158,7 +159,7 @@ def test_a_similarity_takes_what_it_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, ranks: tuple[int, ...]
 ) -> None:
     most = 400_000
-    monkeypatch.setattr(_device_names, "parse_memory", lambda *arguments: most)
+    monkeypatch.setattr(device_names, "parse_memory", lambda *arguments: most)
     for number in range(40):
         factors = random_factors({"m": (90, 125, ranks[number % len(ranks)])}, seed=number)
         write_factors(tmp_path / f"{number}", factors, dtype="F32")

@@ -11,8 +11,8 @@ import lorafast
 import numpy as np
 import pytest
 import torch
-from lorafast._torch import _files
-from lorafast._torch._bounds import workspace_bytes
+from lorafast._torch import file_merge
+from lorafast._torch.memory import workspace_bytes
 from support.device_merges import WAYS, Way, conditions, inputs
 from support.files import read_checkpoint
 from support.simulated_cuda import opened
@@ -59,7 +59,7 @@ def check(way: Way, folder: Path, device: str, **options: Any) -> lorafast.Merge
     indirect=["device"],
 )
 def test_every_way_is_the_cpus(tmp_path: Path, device: str, name: str) -> None:
-    with conditions(WAYS[name], _files):
+    with conditions(WAYS[name], file_merge):
         report = check(WAYS[name], tmp_path, device)
     assert report.device.startswith("cuda")
     assert report.fallbacks == {}
@@ -84,14 +84,14 @@ def test_a_device_that_runs_out_halves_its_tiles(
 ) -> None:
     modules = {"model.layers.0.q_proj": (4096, 2048)}
     way = replace(WAYS["sums"], modules=modules, count=1)
-    execute, sizes = _files.execute, []
+    execute, sizes = file_merge.execute, []
 
     def noted(*given: Any, **options: Any) -> Any:
         outcome = execute(*given, **options)
         sizes.append(outcome.tile_bytes)
         return outcome
 
-    monkeypatch.setattr(_files, "execute", noted)
+    monkeypatch.setattr(file_merge, "execute", noted)
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     # A tile of 32 MiB and what is made of it do not go into it, nor half of both beside cuBLAS.
@@ -102,4 +102,4 @@ def test_a_device_that_runs_out_halves_its_tiles(
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
     assert report.fallbacks == {}
-    assert 0 < sizes[0] <= _files.TILE_BYTES["cuda"] // 2
+    assert 0 < sizes[0] <= file_merge.TILE_BYTES["cuda"] // 2

@@ -10,8 +10,10 @@ import lorafast
 import numpy as np
 import pytest
 import torch
-from lorafast._cli import main
-from lorafast._torch import _choice, _device_names, _devices, _files
+from lorafast._cli.main import main
+from lorafast._io import device_names
+from lorafast._torch import choice, file_merge
+from lorafast._torch import device as device_module
 from support.files import Tensor, read_checkpoint, snapshot, tensor
 from support.handmade import adapter_tensors, make_adapter, make_base, write_checkpoint
 from support.quantised import SCHEMES
@@ -58,7 +60,7 @@ class Halved:
         self, monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError | None = None
     ) -> None:
         self.seen: list[int] = []
-        apply = _files.Program.apply
+        apply = file_merge.Program.apply
 
         def limited(program: Any, tile: torch.Tensor, *rest: Any) -> torch.Tensor:
             self.seen.append(len(tile))
@@ -66,7 +68,7 @@ class Halved:
                 raise error or torch.OutOfMemoryError("no room")
             return apply(program, tile, *rest)
 
-        monkeypatch.setattr(_files.Program, "apply", limited)
+        monkeypatch.setattr(file_merge.Program, "apply", limited)
 
 
 @pytest.mark.parametrize(
@@ -118,22 +120,22 @@ def test_the_bound_on_device_memory_makes_tiles_small(
     base = make_base(tmp_path / "base", modules=modules, dtype="BF16")
     adapter = make_adapter(tmp_path / "adapter", adapter_tensors(modules, scale=0.1))
     tiles = []
-    apply = _files.Program.apply
+    apply = file_merge.Program.apply
 
     def noted(program: Any, tile: torch.Tensor, *rest: Any) -> torch.Tensor:
         # Every tile on its way, each in and out, and the work on one.
-        moving = _files.TILES * 2 * tile.numel() * 2
+        moving = file_merge.TILES * 2 * tile.numel() * 2
         tiles.append(program.bytes + moving + tile.numel() * program.work_size)
         return apply(program, tile, *rest)
 
-    monkeypatch.setattr(_files.Program, "apply", noted)
+    monkeypatch.setattr(file_merge.Program, "apply", noted)
     report = merged(base, adapter, tmp_path / "out", device_memory="2MiB")
     assert report.fallbacks == {}
     assert len(tiles) > 5
     assert max(tiles) <= 2 << 20
     tiles.clear()
     lorafast.merge(base, adapter, tmp_path / "more", device="torch:cpu")
-    assert len(tiles) == -(-3000 // (_files.TILE_BYTES["cpu"] // 2000))
+    assert len(tiles) == -(-3000 // (file_merge.TILE_BYTES["cpu"] // 2000))
 
 
 def test_factors_beyond_the_bound_fall_back(tmp_path: Path) -> None:
@@ -222,11 +224,11 @@ def test_whatever_stops_it_leaves_the_output_as_it_was(
 
     options: dict[str, Any] = {}
     if where == "apply":
-        monkeypatch.setattr(_files.Program, "apply", fail)
+        monkeypatch.setattr(file_merge.Program, "apply", fail)
     elif where == "progress":
         options["progress"] = fail
     else:
-        monkeypatch.setattr(_files._Merge, "_check_rest", fail)
+        monkeypatch.setattr(file_merge._Merge, "_check_rest", fail)
     with pytest.raises(KeyboardInterrupt):
         lorafast.merge(base, adapter, previous, device="torch:cpu", overwrite=True, **options)
     assert snapshot(previous) == before
@@ -286,7 +288,7 @@ def test_a_wrong_argument(
     [("2GiB", 2 << 30), ("1.5 GB", 1_500_000_000), ("512mib", 512 << 20), (1 << 20, 1 << 20)],
 )
 def test_amounts_of_memory(text: int | str, expected: int) -> None:
-    assert _device_names.parse_memory(text, "cuda") == expected
+    assert device_names.parse_memory(text, "cuda") == expected
 
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")
@@ -309,7 +311,7 @@ def test_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(lorafast.DeviceError, match="built without CUDA"):
-        _devices.open_device("cuda")
+        device_module.open_device("cuda")
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +319,7 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: f"Model {at}")
     with pytest.raises(lorafast.DeviceError) as caught:
-        _devices.open_device("cuda:7")
+        device_module.open_device("cuda:7")
     assert "no device 'cuda:7'" in str(caught.value)
     assert "cuda:0 (Model 0), cuda:1 (Model 1)" in str(caught.value)
 
@@ -325,7 +327,7 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_torch_without_the_dtype(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_devices.DTYPES, "BF16", "bfloat17")
+    monkeypatch.setitem(device_module.DTYPES, "BF16", "bfloat17")
     with pytest.raises(lorafast.DeviceError, match="no dtype for BF16"):
         lorafast.merge(base, adapter, tmp_path / "out", device="torch:cpu")
     assert not (tmp_path / "out").exists()
@@ -356,7 +358,7 @@ def test_products_on_a_device_are_exact_and_settings_come_back(
         torch.set_float32_matmul_precision(asked)
         before = products.fp32_precision
         try:
-            with _devices.exact_products(torch.device("cuda", 0)):
+            with device_module.exact_products(torch.device("cuda", 0)):
                 assert products.fp32_precision == "ieee"
                 assert not products.allow_bf16_reduced_precision_reduction
                 assert not torch.is_grad_enabled()
@@ -384,10 +386,10 @@ def test_auto_without_a_device_is_the_cpu_and_says_so(
 
 def test_auto_weighs_the_link_against_the_products(base: Path, adapter: Path) -> None:
     plan = lorafast.plan(base, adapter)
-    slow, why = _choice.compare(plan.core, 2, link=1e3)
+    slow, why = choice.compare(plan.core, 2, link=1e3)
     assert slow == "cpu"
     assert "sending" in why
-    fast, why = _choice.compare(plan.core, 2, link=1e15)
+    fast, why = choice.compare(plan.core, 2, link=1e15)
     assert fast == "cuda"
     assert "2 CPU threads" in why
 
@@ -413,8 +415,8 @@ def test_exact_products_within_exact_products_end_with_the_outermost() -> None:
     device, ones = torch.device("cpu"), torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (ones @ ones).dtype == torch.bfloat16
-        with _devices.exact_products(device):
-            with _devices.exact_products(device):
+        with device_module.exact_products(device):
+            with device_module.exact_products(device):
                 assert (ones @ ones).dtype == torch.float32
             assert (ones @ ones).dtype == torch.float32
         assert (ones @ ones).dtype == torch.bfloat16

@@ -10,7 +10,8 @@ import lorafast.torch as live
 import numpy as np
 import pytest
 import torch
-from lorafast._torch import _in_place, _program
+from lorafast._torch import in_place
+from lorafast._torch import program as device_program
 from support.files import tensor
 from support.handmade import PREFIX, adapter_tensors, make_adapter
 
@@ -193,7 +194,7 @@ def test_a_block_that_raises_is_undone(adapter: Path) -> None:
 def test_a_swap_is_the_other_merge(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: Any, fused: bool
 ) -> None:
-    monkeypatch.setattr(_program, "rounds_once", lambda *arguments: fused)
+    monkeypatch.setattr(device_program, "rounds_once", lambda *arguments: fused)
     dtype = torch.bfloat16
     partial = {"second": MODULES["second"]}
     other = make(tmp_path / "other", seed=5, modules=partial, r=4)
@@ -225,7 +226,7 @@ def test_a_swap_is_the_other_merge(
 
 def interrupted(call: int) -> Any:
     """A `Program.apply` that is interrupted at that call."""
-    apply, calls = _program.Program.apply, []
+    apply, calls = device_program.Program.apply, []
 
     def fail(program: Any, tile: Any, first: int, out: Any = None) -> Any:
         calls.append(first)
@@ -248,7 +249,7 @@ def test_a_swap_that_fails_changes_nothing(
         assert same(merged, state(model))
         other = make(tmp_path / f"other-{keep}", seed=3)
         with monkeypatch.context() as patch:
-            patch.setattr(_program.Program, "apply", interrupted(2))
+            patch.setattr(device_program.Program, "apply", interrupted(2))
             with pytest.raises(KeyboardInterrupt):
                 handle.swap(other)
         now = state(model)
@@ -260,13 +261,13 @@ def test_a_swap_that_fails_changes_nothing(
 
 
 def test_an_interrupted_merge_is_undone(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_in_place, "TILE_ELEMENTS", {"cpu": 200})
+    monkeypatch.setattr(in_place, "TILE_ELEMENTS", {"cpu": 200})
     for keep in ("cpu", None):
         model = Model()
         before = state(model)
         with monkeypatch.context() as patch:
             # In the middle of the second tensor.
-            patch.setattr(_program.Program, "apply", interrupted(8))
+            patch.setattr(device_program.Program, "apply", interrupted(8))
             with pytest.raises(KeyboardInterrupt):
                 live.merge_into(model, adapter, keep=keep)
         now = state(model)

@@ -11,7 +11,7 @@ import lorafast.torch as live
 import numpy as np
 import pytest
 import torch
-from lorafast._torch import _in_place, _module, _program
+from lorafast._torch import in_place, module_plan, program
 from support.files import tensor
 from support.handmade import PREFIX, adapter_tensors, make_adapter
 from support.mutants import ordering_statements, without
@@ -155,7 +155,7 @@ def found_in_kept_copies(module: Any, adapter: Path) -> list[str]:
     """What is found where the copies that `prepare` made are read by the host at once."""
     with simulated_cuda() as simulator, torch.no_grad():
         model = Model().to("cuda")
-        plan = _module.plan_module(
+        plan = module_plan.plan_module(
             model, adapter, strategy="sequential", weights=None, originals={}
         )
         changed = module.prepare(plan, "cpu", {})
@@ -167,10 +167,10 @@ def found_in_kept_copies(module: Any, adapter: Path) -> list[str]:
 
 def test_kept_copies_are_there_when_they_are_made(tmp_path: Path) -> None:
     adapter = make(tmp_path / "a")
-    assert found_in_kept_copies(_in_place, adapter) == []
-    statements = ordering_statements(_in_place)
+    assert found_in_kept_copies(in_place, adapter) == []
+    statements = ordering_statements(in_place)
     for statement in [each for each in statements if ".synchronize(" in each.text]:
-        assert found_in_kept_copies(without(_in_place, statement), adapter) != [], statement
+        assert found_in_kept_copies(without(in_place, statement), adapter) != [], statement
 
 
 @pytest.mark.parametrize("keep", ["cpu", "device", None])
@@ -238,7 +238,7 @@ def test_a_swap_without_room_changes_nothing(
         model = Model().to("cuda")
         handle = live.merge_into(model, make(tmp_path / "a"), keep=keep)
         merged = state(model)
-        apply, calls = _program.Program.apply, []
+        apply, calls = program.Program.apply, []
 
         def without_room(*given: Any) -> Any:
             calls.append(1)
@@ -250,7 +250,7 @@ def test_a_swap_without_room_changes_nothing(
         side.wait_stream(torch.cuda.current_stream())
         # What was merged on one stream is merged once more on another.
         with monkeypatch.context() as patch, torch.cuda.stream(side):
-            patch.setattr(_program.Program, "apply", without_room)
+            patch.setattr(program.Program, "apply", without_room)
             with pytest.raises(torch.OutOfMemoryError):
                 handle.swap(make(tmp_path / "b", seed=2))
             handle.unmerge()

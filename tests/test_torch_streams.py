@@ -8,7 +8,7 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._torch import _files
+from lorafast._torch import file_merge
 from support.device_merges import WAYS, Inputs, Way, go, inputs
 from support.files import read_checkpoint
 from support.mutants import Statement, ordering_statements, without
@@ -45,7 +45,7 @@ def test_every_way_is_in_order(name: str, made: dict[str, Inputs], tmp_path: Pat
 
 
 # The first that needs a statement, for each one; other ways are tried if it does not.
-STATEMENTS = ordering_statements(_files)
+STATEMENTS = ordering_statements(file_merge)
 
 
 def fails(way: Way, files: Inputs, output: Path, mutant: Any) -> bool:
@@ -66,7 +66,7 @@ def test_there_are_statements_that_order() -> None:
 def test_no_order_is_there_for_nothing(
     statement: Statement, made: dict[str, Inputs], tmp_path: Path
 ) -> None:
-    mutant = without(_files, statement)
+    mutant = without(file_merge, statement)
     short = ["interrupted", "fused", "one row without room", "DoRA of columns"]
     tried = (fails(WAYS[name], made[name], tmp_path / name, mutant) for name in short)
     assert any(tried), f"nothing is found without {statement.text}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import lorafast
 import numpy as np
 import pytest
-from lorafast._cli import main
+from lorafast._cli.main import main
 from support.files import Tensor, read_checkpoint, tensor
 from support.handmade import adapter_tensors, make_adapter, make_base, write_checkpoint
 from support.reference import PREFIX, merge_float64

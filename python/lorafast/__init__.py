@@ -26,19 +26,10 @@ from lorafast._errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lorafast import analyzers as analyzers
+    from lorafast import errors as errors
     from lorafast import torch as torch
-    from lorafast._analysis import analyze, compare
-    from lorafast._fleet._alike import Similarity
-    from lorafast._fleet._duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
-    from lorafast._fleet._fleet import Fleet, FleetFinding
-    from lorafast._fleet._lineage import Lineage, lineage
-    from lorafast._fleet._paths import ScanError
-    from lorafast._fleet._scan import scan
-    from lorafast._fleet._similarity import similarity
-    from lorafast._fleet._trajectory import Checkpoint, Trajectory, trajectory
-    from lorafast._inspect import inspect
-    from lorafast._merge import MergePlan, MergeReport, merge, plan
-    from lorafast._records import (
+    from lorafast._analysis.api import analyze, compare
+    from lorafast._analysis.records import (
         AdapterAnalysis,
         Comparison,
         EntryStatistics,
@@ -49,9 +40,19 @@ if TYPE_CHECKING:
         PairComparison,
         TensorStatistics,
     )
-    from lorafast._recover import recover
-    from lorafast._subtract import SubtractReport, subtract
-    from lorafast._verify import Verification, verify
+    from lorafast._fleet.discovery import ScanError
+    from lorafast._fleet.fleet import Fleet, FleetFinding
+    from lorafast._fleet.scan import scan
+    from lorafast._merge.api import MergePlan, MergeReport, merge, plan
+    from lorafast._merge.inspect import inspect
+    from lorafast._merge.recover import recover
+    from lorafast._merge.subtract import SubtractReport, subtract
+    from lorafast._merge.verify import Verification, verify
+    from lorafast._similarity.api import similarity
+    from lorafast._similarity.duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
+    from lorafast._similarity.lineage import Lineage, lineage
+    from lorafast._similarity.similarity import Similarity
+    from lorafast._similarity.trajectory import Checkpoint, Trajectory, trajectory
     from lorafast.analyzers import (
         LoRAAnalyzer,
         UnifiedAnalyzer,
@@ -119,18 +120,8 @@ __all__ = [
 # Where each of the other names is at home. The first use of one imports that module alone, so that
 # a command or a script waits only for what it uses.
 _HOMES = {
-    "_analysis": ("analyze", "compare"),
-    "_fleet._duplicates": ("DuplicateGroup", "Duplicates", "Evidence", "duplicates"),
-    "_fleet._fleet": ("Fleet", "FleetFinding"),
-    "_fleet._lineage": ("Lineage", "lineage"),
-    "_fleet._paths": ("ScanError",),
-    "_fleet._scan": ("scan",),
-    "_fleet._alike": ("Similarity",),
-    "_fleet._similarity": ("similarity",),
-    "_fleet._trajectory": ("Checkpoint", "Trajectory", "trajectory"),
-    "_inspect": ("inspect",),
-    "_merge": ("MergePlan", "MergeReport", "merge", "plan"),
-    "_records": (
+    "_analysis.api": ("analyze", "compare"),
+    "_analysis.records": (
         "AdapterAnalysis",
         "Comparison",
         "EntryStatistics",
@@ -141,9 +132,19 @@ _HOMES = {
         "PairComparison",
         "TensorStatistics",
     ),
-    "_recover": ("recover",),
-    "_subtract": ("SubtractReport", "subtract"),
-    "_verify": ("Verification", "verify"),
+    "_fleet.discovery": ("ScanError",),
+    "_fleet.fleet": ("Fleet", "FleetFinding"),
+    "_fleet.scan": ("scan",),
+    "_merge.api": ("MergePlan", "MergeReport", "merge", "plan"),
+    "_merge.inspect": ("inspect",),
+    "_merge.recover": ("recover",),
+    "_merge.subtract": ("SubtractReport", "subtract"),
+    "_merge.verify": ("Verification", "verify"),
+    "_similarity.api": ("similarity",),
+    "_similarity.duplicates": ("DuplicateGroup", "Duplicates", "Evidence", "duplicates"),
+    "_similarity.lineage": ("Lineage", "lineage"),
+    "_similarity.similarity": ("Similarity",),
+    "_similarity.trajectory": ("Checkpoint", "Trajectory", "trajectory"),
     "analyzers": (
         "LoRAAnalyzer",
         "UnifiedAnalyzer",
@@ -154,7 +155,7 @@ _HOMES = {
 }
 
 # Public modules, which are there without an import of their own.
-_SUBMODULES = ("analyzers", "torch")
+_SUBMODULES = ("analyzers", "errors", "torch")
 
 # Unseen by type checkers, for which the imports above are the truth: a name that is not among them
 # is an error to them.

@@ -2,6 +2,6 @@
 
 import sys
 
-from lorafast._cli import main
+from lorafast._cli.main import main
 
 sys.exit(main())

@@ -21,13 +21,28 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafast import _analysis, _reports, _sources
+from lorafast._analysis import api as analysis_api
 from lorafast._errors import LorafastError, MissingDependencyError
 from lorafast._io.paths import expand, resolved
+from lorafast._io.sources import ADAPTER_PATTERNS, BASE_PATTERNS, locate
 from lorafast._io.strangers import read_json
+from lorafast._report.directory import (
+    ADAPTER_PLOTS,
+    ANALYSIS_DIRECTORY,
+    COMPARISON_PLOTS,
+    PLOT_DIRECTORY,
+    file_stems,
+    seed_comparison,
+    seed_dictionary,
+    write_analysis,
+    write_comparison,
+    write_json,
+    write_plots,
+    write_text,
+)
 
 if TYPE_CHECKING:
-    from lorafast._merge import Strategy
+    from lorafast._merge.api import Strategy
 
 __all__ = [
     "LoRAAnalyzer",
@@ -77,8 +92,8 @@ class LoRAAnalyzer:
         self.trust_remote_code = trust_remote_code
         self.local_files_only = local_files_only
         self.merge_dir = self.output_dir / "merged_models"
-        self.analysis_dir = self.output_dir / _reports.ANALYSIS_DIRECTORY
-        self.visualization_dir = self.output_dir / _reports.PLOT_DIRECTORY
+        self.analysis_dir = self.output_dir / ANALYSIS_DIRECTORY
+        self.visualization_dir = self.output_dir / PLOT_DIRECTORY
         for directory in (self.merge_dir, self.analysis_dir, self.visualization_dir):
             directory.mkdir(parents=True, exist_ok=True)
         # Files of this analyzer's adapters: two of one base name get different ones.
@@ -118,19 +133,19 @@ class LoRAAnalyzer:
             MissingDependencyError: `save_safetensors=False` and torch is not installed.
             LorafastError, OSError: as `lorafast.merge`.
         """
-        from lorafast import _merged_files
-        from lorafast._merge import merge
+        from lorafast._merge import merged_files
+        from lorafast._merge.api import merge
 
         if output_name in ("", ".", "..") or Path(output_name).name != output_name:
             raise ValueError(f"output_name {output_name!r} must be the name of one directory")
         if not save_safetensors:
-            _merged_files.require_torch()
+            merged_files.require_torch()
         sources = _as_list(adapters)
         output = self.merge_dir / output_name
         given = None if weights is None else [float(weight) for weight in weights]
         report = merge(
-            self._locate(base_model, _sources.BASE_PATTERNS),
-            [self._locate(adapter, _sources.ADAPTER_PATTERNS) for adapter in sources],
+            self._locate(base_model, BASE_PATTERNS),
+            [self._locate(adapter, ADAPTER_PATTERNS) for adapter in sources],
             output,
             strategy=merge_strategy,
             weights=given if merge_strategy == "weighted" else None,
@@ -139,9 +154,9 @@ class LoRAAnalyzer:
             overwrite=True,
         )
         if not save_tokenizer:
-            report = _merged_files.remove_tokenizer(output, report)
+            report = merged_files.remove_tokenizer(output, report)
         if not save_safetensors:
-            _merged_files.rewrite_as_pickles(output, report)
+            merged_files.rewrite_as_pickles(output, report)
         info = {
             "base_model": os.fspath(base_model),
             "adapters": [os.fspath(adapter) for adapter in sources],
@@ -152,7 +167,7 @@ class LoRAAnalyzer:
             "total_parameters": report.total_parameters,
         }
         try:
-            _reports.write_json(output / "merge_info.json", info)
+            write_json(output / "merge_info.json", info)
         except OSError as error:
             # The model is finished.
             warnings.warn(f"{output}: merge_info.json could not be written: {error}", stacklevel=2)
@@ -178,14 +193,14 @@ class LoRAAnalyzer:
             LorafastError, OSError: as `lorafast.analyze`.
         """
         name = self._name(adapter_path)
-        located = self._locate(adapter_path, _sources.ADAPTER_PATTERNS)
-        analysis = _analysis.analyze_named(located, name)
-        (stem,) = _reports.file_stems([name])
+        located = self._locate(adapter_path, ADAPTER_PATTERNS)
+        analysis = analysis_api.analyze_named(located, name)
+        (stem,) = file_stems([name])
         given = os.fspath(adapter_path)
-        _reports.write_analysis(self.analysis_dir, stem, analysis, given)
+        write_analysis(self.analysis_dir, stem, analysis, given)
         if save_plots:
-            self._plot(analysis, _reports.ADAPTER_PLOTS, stem)
-        return _reports.seed_dictionary(analysis, given)
+            self._plot(analysis, ADAPTER_PLOTS, stem)
+        return seed_dictionary(analysis, given)
 
     def compare_adapters(
         self, adapters: Sequence[Source], save_plots: bool = True
@@ -209,17 +224,17 @@ class LoRAAnalyzer:
             LorafastError, OSError: as `lorafast.compare`.
         """
         sources = _as_list(adapters)
-        names = _analysis.names_of(sources)
-        located = [self._locate(source, _sources.ADAPTER_PATTERNS) for source in sources]
-        comparison = _analysis.compare(located, names=names)
+        names = analysis_api.names_of(sources)
+        located = [self._locate(source, ADAPTER_PATTERNS) for source in sources]
+        comparison = analysis_api.compare(located, names=names)
         paths = [os.fspath(source) for source in sources]
-        stems = _reports.file_stems(names)
+        stems = file_stems(names)
         for stem, analysis, path in zip(stems, comparison.analyses, paths, strict=True):
-            _reports.write_analysis(self.analysis_dir, stem, analysis, path)
-        result = _reports.seed_comparison(comparison, paths)
-        _reports.write_comparison(self.analysis_dir, comparison, result)
+            write_analysis(self.analysis_dir, stem, analysis, path)
+        result = seed_comparison(comparison, paths)
+        write_comparison(self.analysis_dir, comparison, result)
         if save_plots:
-            self._plot(comparison, _reports.COMPARISON_PLOTS, "")
+            self._plot(comparison, COMPARISON_PLOTS, "")
         return result
 
     def generate_report(self, analysis_results: Mapping[str, Any]) -> str:
@@ -232,18 +247,18 @@ class LoRAAnalyzer:
             The Markdown.
         """
         text = _seed_report(analysis_results)
-        _reports.write_text(self.analysis_dir / "analysis_report.md", text)
+        write_text(self.analysis_dir / "analysis_report.md", text)
         return text
 
     def _locate(self, source: Source, patterns: list[str]) -> Path:
-        return _sources.locate(source, patterns, local_files_only=self.local_files_only)
+        return locate(source, patterns, local_files_only=self.local_files_only)
 
     def _name(self, adapter: Source) -> str:
         """A name that no other adapter in this output directory has, the same each time."""
         key = _identity(adapter)
         if key not in self._names:
             # Those that were named first keep their names, since files are named after them.
-            (short,) = _analysis.names_of([key])
+            (short,) = analysis_api.names_of([key])
             taken = list(self._names.values())
             earlier = self._owner(short)
             if short.casefold() in (name.casefold() for name in taken) or earlier not in {
@@ -251,8 +266,8 @@ class LoRAAnalyzer:
                 key,
             }:
                 others = [*self._names, *([earlier] if earlier else [])]
-                short = _analysis.names_of([*others, key])[-1]
-            candidate, number = _analysis.numbered([*taken, short])[-1], 2
+                short = analysis_api.names_of([*others, key])[-1]
+            candidate, number = analysis_api.numbered([*taken, short])[-1], 2
             while self._owner(candidate) not in {None, key}:
                 candidate, number = f"{short}_{number}", number + 1
             self._names[key] = candidate
@@ -260,7 +275,7 @@ class LoRAAnalyzer:
 
     def _owner(self, name: str) -> str | None:
         """The adapter, of this analyzer or an earlier one, whose analysis has that file name."""
-        (stem,) = _reports.file_stems([name])
+        (stem,) = file_stems([name])
         try:
             written = read_json(self.analysis_dir / f"{stem}_analysis.json")
             return _identity(written["adapter_path"])
@@ -270,7 +285,7 @@ class LoRAAnalyzer:
 
     def _plot(self, subject: Any, files: Mapping[str, str], stem: str) -> None:
         try:
-            _reports.write_plots(self.visualization_dir, subject, files, stem)
+            write_plots(self.visualization_dir, subject, files, stem)
         except MissingDependencyError as error:
             warnings.warn(f"no pictures were drawn: {error}", stacklevel=3)
 
@@ -356,8 +371,8 @@ def _seed_report(results: Mapping[str, Any]) -> str:
 
 
 def _seed_pages(name: str, results: Mapping[str, Any], most: int) -> list[str]:
-    from lorafast._cells import cell, code, table
-    from lorafast._markdown import number
+    from lorafast._report.cells import cell, code, table
+    from lorafast._report.markdown import number
 
     statistics, config = results["weight_statistics"], results["config"]
     of = f" of {cell(name)}" if name else ""

@@ -5,8 +5,8 @@ swap them; `applied` does so for the length of a `with` block. torch itself is i
 called, not by this module.
 """
 
-from lorafast._torch._in_place import Restoration
-from lorafast._torch._live import MergedModule, applied, merge_into
+from lorafast._torch.in_place import Restoration
+from lorafast._torch.live_merge import MergedModule, applied, merge_into
 
 __all__ = ["MergedModule", "Restoration", "applied", "merge_into"]
 

@@ -9,7 +9,7 @@ import lorafast
 import numpy as np
 import pytest
 import torch
-from lorafast._torch import _files, _program
+from lorafast._torch import file_merge, program
 from matrix import FEATURES, Entry, Feature
 from support.compare import (
     FLOAT32_SUM,
@@ -45,7 +45,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and buffers are full of NaN before anything is computed."""
-    begin, slot = _files._Merge.__init__, _files._Merge._slot
+    begin, slot = file_merge._Merge.__init__, file_merge._Merge._slot
 
     def poisoned_begin(self: Any, plan: Any, execution: Any, device: Any, **options: Any) -> None:
         sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -61,8 +61,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         made.target.fill_(0xFF)
         return made
 
-    monkeypatch.setattr(_files._Merge, "__init__", poisoned_begin)
-    monkeypatch.setattr(_files._Merge, "_slot", poisoned_slot)
+    monkeypatch.setattr(file_merge._Merge, "__init__", poisoned_begin)
+    monkeypatch.setattr(file_merge._Merge, "_slot", poisoned_slot)
 
 
 def assert_like_the_cpu(
@@ -137,7 +137,7 @@ def test_a_share_on_the_simulated_device(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # So small that most tensors are several tiles.
-    monkeypatch.setitem(_files.TILE_BYTES, "cuda", 2048)
+    monkeypatch.setitem(file_merge.TILE_BYTES, "cuda", 2048)
     (feature,) = [feature for feature in FEATURES if feature.name == name]
     position = list(SIMULATED).index(name)
     pair = FEW_PAIRS[position % len(FEW_PAIRS)]
@@ -151,14 +151,14 @@ def test_both_ways_to_add_in_16_bits(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, fused: bool
 ) -> None:
     used = []
-    apply = _program.Program.apply
+    apply = program.Program.apply
 
     def noted(self: Any, *arguments: Any) -> Any:
         used.append(self.fused)
         return apply(self, *arguments)
 
-    monkeypatch.setattr(_program, "rounds_once", lambda *arguments: fused)
-    monkeypatch.setattr(_program.Program, "apply", noted)
+    monkeypatch.setattr(program, "rounds_once", lambda *arguments: fused)
+    monkeypatch.setattr(program.Program, "apply", noted)
     toys = Toys(models)
     (feature,) = [feature for feature in FEATURES if feature.name == "Two and three adapters"]
     entry = feature.entries[1]

@@ -14,7 +14,8 @@ import lorafast
 import numpy as np
 import pytest
 import torch
-from lorafast._torch import _files, _program
+from lorafast._torch import file_merge
+from lorafast._torch import program as device_program
 
 from support.files import Tensor, tensor
 from support.handmade import adapter_tensors, make_adapter, make_base
@@ -150,16 +151,16 @@ def inputs(folder: Path, way: Way) -> Inputs:
 def conditions(way: Way, module: Any) -> Iterator[None]:
     """Small tiles, and what fails on this way."""
     with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(sys.modules, "lorafast._torch._files", module)
+        patches.setitem(sys.modules, "lorafast._torch.file_merge", module)
         patches.setitem(module.TILE_BYTES, "cuda", way.tile_bytes)
         if way.fail is not None:
-            true, fail = _program.Program.apply, way.fail
-            patches.setattr(_program.Program, "apply", lambda *given: fail(true, *given))
+            true, fail = device_program.Program.apply, way.fail
+            patches.setattr(device_program.Program, "apply", lambda *given: fail(true, *given))
         yield
 
 
 def go(
-    way: Way, files: Inputs, output: Path, *, module: Any = _files, **simulated: Any
+    way: Way, files: Inputs, output: Path, *, module: Any = file_merge, **simulated: Any
 ) -> tuple[Simulator, lorafast.MergeReport | None]:
     """Merges on the simulated device, by another module than `_files` if one is given."""
     report = None

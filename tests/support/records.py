@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lorafast._records import (
+from lorafast._analysis.records import (
     AdapterAnalysis,
     Comparison,
     Finding,

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import pytest
 import torch
-from lorafast._torch import _files, _module, _program
+from lorafast._torch import file_merge, module_plan, program
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -460,7 +460,7 @@ def _patch_cuda(patches: pytest.MonkeyPatch, simulator: Simulator) -> None:
 
 @contextmanager
 def simulated_cuda(
-    *, capacity: int = 1 << 30, workspace: int = 0, count: int = 1, files: Any = _files
+    *, capacity: int = 1 << 30, workspace: int = 0, count: int = 1, files: Any = file_merge
 ) -> Iterator[Simulator]:
     """Simulated devices for the length of a block.
 
@@ -476,7 +476,7 @@ def simulated_cuda(
     if torch.cuda.is_available():
         torch.cuda.init()
     simulator = Simulator(capacity, workspace, count)
-    obstacle = _module._obstacle
+    obstacle = module_plan._obstacle
     # Without a device its guards do nothing; and torch.tensor copies where a mode sees it.
     torch._C._ensureCUDADeviceGuardSet()
     # A module that moves gets new parameters: no plain one can become a tensor of ours.
@@ -489,8 +489,8 @@ def simulated_cuda(
         _patch_cuda(patches, simulator)
         host_threads.patch_threads(patches, Mode)
         watch_files(patches, files)
-        patches.setattr(_module, "_obstacle", lambda tensor: obstacle(inner_of(tensor)))
-        patches.setattr(_program, "_proved", {})
+        patches.setattr(module_plan, "_obstacle", lambda tensor: obstacle(inner_of(tensor)))
+        patches.setattr(program, "_proved", {})
         try:
             with Mode():
                 yield simulator

@@ -1,1 +1,1 @@
-"""Fleets: many adapters at once, what each holds and which of them are alike."""
+"""Fleets: what each of many adapters holds."""

@@ -1,0 +1,434 @@
+"""Analysing adapters and comparing them: `lorafast.analyze` and `lorafast.compare`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lorafast import _core
+from lorafast._analysis.findings import findings_of_adapter, findings_of_comparison
+from lorafast._analysis.records import (
+    AdapterAnalysis,
+    Comparison,
+    EntryStatistics,
+    Histogram,
+    ModuleAnalysis,
+    ModuleComparison,
+    PairComparison,
+    TensorStatistics,
+)
+from lorafast._io.changes import unchanged
+from lorafast._io.limits import check_threads
+from lorafast._io.paths import expand, resolved
+from lorafast._io.sources import (
+    ADAPTER_PATTERNS,
+    BASE_PATTERNS,
+    PICKLED_WEIGHTS,
+    WEIGHTS,
+    has_only_pickle,
+    locate,
+    rewrite_pickle,
+)
+
+if TYPE_CHECKING:
+    from lorafast._analysis.records import Matrix
+
+Source = str | os.PathLike[str]
+Progress = bool | Callable[[int, int], object]
+
+#: The percentiles of every tensor.
+PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
+#: More bins than anyone can draw; each tensor has two histograms.
+MOST_BINS = 65_536
+#: Fields that statistics and modules have under the core's own names.
+STATISTICS = (
+    *("count", "non_finite", "mean", "std", "min", "max", "l1_norm", "l2_norm", "max_norm"),
+    *("zeros", "zero_share", "skewness", "kurtosis"),
+)
+FIGURES = (
+    *("path", "kind", "rank", "alpha", "scaling", "a_name", "b_name", "frobenius_norm"),
+    *("spectral_norm", "singular_values", "stable_rank", "effective_rank"),
+    *("energy_effective_rank", "participation_ratio", "k90", "k95", "k99", "numerical_rank"),
+    "entry_mean",
+)
+#: A block's index in a module's path: its first whole number.
+BLOCK = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)", re.DOTALL)
+
+
+def analyze(
+    adapter: Source,
+    *,
+    base: Source | None = None,
+    histogram_bins: int = 50,
+    entries: bool = False,
+    threads: int | None = None,
+    progress: Progress = False,
+) -> AdapterAnalysis:
+    """Measures an adapter: every tensor's statistics, and every update's spectrum.
+
+    Figures of modules are those of ΔW = s·B·A, which is never formed; they are the same whatever
+    the number of threads and whatever factors the update is written in. An adapter that cannot be
+    merged (DoRA, saved modules, convolutions) can still be analysed.
+
+    Args:
+        adapter: a directory as PEFT saves it, a weights file in one, or a hub id.
+        base: the model that the adapter was trained on, for ‖ΔW‖/‖W₀‖; a directory, a
+            `.safetensors` file or a hub id.
+        histogram_bins: bins of every histogram, from 1 to 65536.
+        entries: also look at the entries of every ΔW; takes out × in × rank operations a module.
+        threads: worker threads; one for each core if `None`.
+        progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
+
+    Returns:
+        The analysis; its findings are what to look at first.
+
+    Raises:
+        FileNotFoundError: the adapter or the base is not there.
+        ValueError: an argument is outside its domain.
+        AdapterError: the adapter is broken, or (UnsupportedAdapterError) is no LoRA.
+        PlanError: the base has no weight for one of the adapter's modules.
+        MissingDependencyError: the weights are a pickle and torch is not installed.
+    """
+    return analyze_named(
+        adapter,
+        names_of([adapter])[0],
+        base=base,
+        histogram_bins=histogram_bins,
+        entries=entries,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def analyze_named(
+    adapter: Source,
+    name: str,
+    *,
+    base: Source | None = None,
+    histogram_bins: int = 50,
+    entries: bool = False,
+    threads: int | None = None,
+    progress: Progress = False,
+) -> AdapterAnalysis:
+    """`analyze` under a given name."""
+    from lorafast._io.progress import callback
+
+    _check(histogram_bins, threads)
+    base_path = None if base is None else locate(base, BASE_PATTERNS)
+    with opened([adapter]) as [(path, weights)], callback(progress, label="analysing") as report:
+        found = _core.analyze_adapter(
+            path,
+            weights,
+            base=base_path,
+            percentiles=PERCENTILES,
+            bins=histogram_bins,
+            entries=entries,
+            threads=threads,
+            progress=report,
+        )
+    return _adapter_analysis(found, name)
+
+
+def compare(
+    adapters: Sequence[Source],
+    *,
+    names: Sequence[str] | None = None,
+    threads: int | None = None,
+    progress: Progress = False,
+) -> Comparison:
+    """Compares adapters of one model, of any ranks and scales, and analyses each of them.
+
+    Args:
+        adapters: two or more, each as for `analyze`.
+        names: a distinct name for each; their directories' names if `None`, with as many of the
+            parents' before them as tell them apart.
+        threads: worker threads; one for each core if `None`.
+        progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
+
+    Returns:
+        The comparison. Modules that only some of the adapters have are in `modules` and `only_in`.
+
+    Raises:
+        FileNotFoundError: an adapter is not there.
+        ValueError: there are fewer than two adapters, or names that are not distinct.
+        AdapterError: an adapter is broken, or (UnsupportedAdapterError) is no LoRA.
+        MissingDependencyError: some weights are a pickle and torch is not installed.
+    """
+    if isinstance(adapters, str | os.PathLike):
+        raise ValueError("adapters must be a sequence of paths, not one path")
+    sources = list(adapters)
+    if len(sources) < 2:
+        raise ValueError(f"a comparison needs two adapters or more, not {len(sources)}")
+    chosen = names_of(sources) if names is None else list(names)
+    if len(chosen) != len(sources):
+        raise ValueError(f"{len(chosen)} names were given for {len(sources)} adapters")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"the adapters' names are not distinct: {', '.join(chosen)}")
+    with unchanged([locate(source, ADAPTER_PATTERNS) for source in sources]):
+        analyses = [
+            analyze_named(source, name, threads=threads, progress=progress)
+            for source, name in zip(sources, chosen, strict=True)
+        ]
+        return compare_analysed(sources, analyses, threads=threads, progress=progress)
+
+
+def compare_analysed(
+    adapters: Sequence[Source],
+    analyses: Sequence[AdapterAnalysis],
+    *,
+    threads: int | None = None,
+    progress: Progress = False,
+) -> Comparison:
+    """Compares adapters whose analyses, under distinct names, there are already."""
+    from lorafast._io.progress import callback
+
+    names = [analysis.name for analysis in analyses]
+    with opened(adapters) as paths, callback(progress, label="comparing") as report:
+        found = _core.compare_adapters(paths, threads=threads, progress=report)
+    return _comparison(found, names, analyses)
+
+
+def _check(histogram_bins: int, threads: int | None) -> None:
+    if not 1 <= histogram_bins <= MOST_BINS:
+        raise ValueError(f"histogram_bins must be from 1 to {MOST_BINS}, not {histogram_bins}")
+    check_threads(threads)
+
+
+@contextmanager
+def opened(adapters: Sequence[Source]) -> Iterator[list[tuple[Path, Path | None]]]:
+    """The local paths of adapters, each with the file that stands in for pickled weights."""
+    with ExitStack() as stack:
+        directory: Path | None = None
+        paths: list[tuple[Path, Path | None]] = []
+        for position, adapter in enumerate(adapters):
+            path = locate(adapter, ADAPTER_PATTERNS)
+            rewritten = None
+            if has_only_pickle(path):
+                if directory is None:
+                    from lorafast._io import scratch
+
+                    directory = stack.enter_context(scratch.directory())
+                rewritten = rewrite_pickle(path, directory / f"{position}")
+            paths.append((path, rewritten))
+        yield paths
+
+
+def names_of(adapters: Sequence[Source]) -> list[str]:
+    """A distinct name for each adapter: its directory's, and parents' where those are the same.
+
+    Compared without regard to case, since files are named after them.
+    """
+    parts = [_parts(adapter) for adapter in adapters]
+    depths = [1] * len(parts)
+    while True:
+        names = [
+            "_".join(own[-depth:]) or "adapter" for own, depth in zip(parts, depths, strict=True)
+        ]
+        groups: dict[str, list[int]] = {}
+        for position, name in enumerate(names):
+            groups.setdefault(name.casefold(), []).append(position)
+        grew = False
+        for group in groups.values():
+            # One adapter given twice has no parents that tell it apart from itself.
+            alike = len({parts[position] for position in group}) < 2
+            for position in [] if alike else group:
+                if depths[position] < len(parts[position]):
+                    depths[position] += 1
+                    grew = True
+        if not grew:
+            return numbered(names)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with numbers behind those that come again (one adapter given twice)."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        candidate, number = name, 2
+        while candidate.casefold() in taken:
+            candidate, number = f"{name}_{number}", number + 1
+        taken.add(candidate.casefold())
+        result.append(candidate)
+    return result
+
+
+def _parts(adapter: Source) -> tuple[str, ...]:
+    path = Path(expand(adapter))
+    if not os.path.lexists(path):
+        # A hub id.
+        return tuple(part for part in os.fspath(adapter).split("/") if part)
+    path = resolved(path)
+    if path.is_file():
+        usual = path.name in (WEIGHTS, PICKLED_WEIGHTS)
+        path = path.parent if usual else path.with_suffix("")
+    return tuple(part for part in path.parts if part != path.anchor)
+
+
+def _adapter_analysis(found: Mapping[str, Any], name: str) -> AdapterAnalysis:
+    tensors = {item["name"]: _statistics(item) for item in found["tensors"]}
+    layers = _layers([item["path"] for item in found["modules"]])
+    modules = {
+        item["path"]: _module(item, *place)
+        for item, place in zip(found["modules"], layers, strict=True)
+    }
+    weights = _statistics(found["weights"])
+    return AdapterAnalysis(
+        name=name,
+        path=found["path"],
+        config=found["config"],
+        summary=_summary(found, tensors, modules, weights),
+        findings=findings_of_adapter(modules, tensors, found["features"], found["notes"]),
+        weights=weights,
+        tensors=tensors,
+        modules=modules,
+    )
+
+
+def _statistics(item: Mapping[str, Any]) -> TensorStatistics:
+    shape = item.get("shape")
+    return TensorStatistics(
+        shape=None if shape is None else tuple(shape),
+        dtype=item.get("dtype"),
+        percentiles=dict(zip(PERCENTILES, item["percentiles"], strict=True)),
+        histogram=Histogram(**item["histogram"]),
+        log_histogram=Histogram(**item["log_histogram"]),
+        **{key: item[key] for key in STATISTICS},
+    )
+
+
+def _module(item: Mapping[str, Any], block: int | None, layer: str) -> ModuleAnalysis:
+    base, entries = item["base"], item["entries"]
+    rows, columns = item["shape"]
+    norm = item["frobenius_norm"]
+    if base is None:
+        relative = None
+    else:
+        relative = norm / base["norm"] if base["norm"] else math.inf if norm else math.nan
+    return ModuleAnalysis(
+        block=block,
+        layer=layer,
+        shape=(rows, columns),
+        condition=item["condition_number"],
+        relative_norm=relative,
+        base_norm=None if base is None else base["norm"],
+        base_tensor=None if base is None else base["tensor"],
+        entries=None
+        if entries is None
+        else EntryStatistics(**{**entries, "histogram": Histogram(**entries["histogram"])}),
+        **{key: item[key] for key in FIGURES},
+    )
+
+
+def _layers(paths: Sequence[str]) -> list[tuple[int | None, str]]:
+    """Block and layer of each path.
+
+    What stands before the block's index is left out where it is the same for all blocks, and
+    kept where blocks of several kinds (an encoder's and a decoder's) would be taken for one.
+    """
+    matches = [BLOCK.fullmatch(path) for path in paths]
+    stems = {match[1] for match in matches if match}
+    places: list[tuple[int | None, str]] = []
+    for path, match in zip(paths, matches, strict=True):
+        if match is None:
+            places.append((None, path))
+            continue
+        stem, block, rest = match.groups()
+        places.append((int(block), f"{stem}.{rest}" if len(stems) > 1 and stem else rest))
+    return places
+
+
+def _summary(
+    found: Mapping[str, Any],
+    tensors: Mapping[str, TensorStatistics],
+    modules: Mapping[str, ModuleAnalysis],
+    weights: TensorStatistics,
+) -> dict[str, Any]:
+    spectral = [m.spectral_norm for m in modules.values() if math.isfinite(m.spectral_norm)]
+    effective = [m.effective_rank for m in modules.values() if math.isfinite(m.effective_rank)]
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+    return {
+        "base": found["config"].get("base_model_name_or_path"),
+        "modules": len(modules),
+        "tensors": len(tensors),
+        "total_parameters": weights.count,
+        "total_bytes": found["total_bytes"],
+        "dtypes": dtypes,
+        "ranks": sorted({module.rank for module in modules.values()}),
+        "alphas": sorted({module.alpha for module in modules.values()}),
+        "scalings": sorted({module.scaling for module in modules.values()}),
+        "frobenius_norm": math.hypot(*(module.frobenius_norm for module in modules.values())),
+        "max_spectral_norm": max(spectral, default=math.nan),
+        "median_spectral_norm": median(spectral) if spectral else math.nan,
+        "mean_effective_rank": math.fsum(effective) / len(effective) if effective else math.nan,
+        "features": list(found["features"]),
+    }
+
+
+def _comparison(
+    found: Mapping[str, Any], names: list[str], analyses: Sequence[AdapterAnalysis]
+) -> Comparison:
+    import numpy as np
+
+    count = len(names)
+    modules = {item["path"]: _module_comparison(item, count) for item in found["modules"]}
+    only_in: dict[str, list[str]] = {
+        name: [
+            path
+            for path, module in modules.items()
+            if module.present[position] and not all(module.present)
+        ]
+        for position, name in enumerate(names)
+    }
+    return Comparison(
+        names=names,
+        analyses=list(analyses),
+        cosine=np.array(found["cosine"], dtype=np.float64).reshape(count, count),
+        modules=modules,
+        only_in=only_in,
+        findings=findings_of_comparison(names, found["cosine"], only_in, found["notes"]),
+    )
+
+
+def _module_comparison(item: Mapping[str, Any], count: int) -> ModuleComparison:
+    pairs = [
+        PairComparison(
+            sizes=(pair["sizes"][0], pair["sizes"][1]),
+            **{key: pair[key] for key in pair if key not in ("sizes", "inner_product")},
+        )
+        for pair in item["pairs"]
+    ]
+    norms: list[float | None] = item["norms"]
+
+    def symmetric(value: Callable[[PairComparison], float], *, itself: bool = True) -> Matrix:
+        import numpy as np
+
+        matrix = np.full((count, count), np.nan)
+        for position, norm in enumerate(norms):
+            if itself and norm is not None and 0 < norm < math.inf:
+                matrix[position, position] = 1.0
+        for pair in pairs:
+            matrix[pair.first, pair.second] = matrix[pair.second, pair.first] = value(pair)
+        return matrix
+
+    def last(grid: list[list[float]]) -> float:
+        return grid[-1][-1] if grid and grid[-1] else math.nan
+
+    rows, columns = item["shape"]
+    return ModuleComparison(
+        path=item["path"],
+        shape=(rows, columns),
+        present=[rank is not None for rank in item["ranks"]],
+        norms=norms,
+        ranks=item["ranks"],
+        cosine=symmetric(lambda pair: pair.cosine),
+        sign_agreement=symmetric(lambda pair: pair.sign_agreement),
+        subspace=symmetric(lambda pair: last(pair.output_phi)),
+        subspace_expected=symmetric(lambda pair: last(pair.output_expected), itself=False),
+        pairs=pairs,
+    )

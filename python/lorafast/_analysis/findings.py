@@ -1,0 +1,225 @@
+"""What an expert would point at in an adapter, and the thresholds from which on.
+
+Every finding follows from figures of ΔW = s·B·A or from the config; none is an opinion about what
+the adapter was trained for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from lorafast._analysis.records import Finding, ModuleAnalysis, Severity, TensorStatistics
+
+#: Scales s that trainers choose: alpha from r/4 to 16·r.
+ORDINARY_SCALING = (0.25, 16.0)
+#: Ranks above this are rare, and cost more than they are known to bring (LoRA, §7.2).
+LARGEST_ORDINARY_RANK = 512
+#: ‖ΔW‖ below this share of the adapter's median: the module has practically not been trained.
+DEAD_SHARE = 1e-3
+#: σ₁ above this many times the adapter's median σ₁.
+SPECTRAL_OUTLIER = 10.0
+#: The rank counts as mostly unused where k₉₉ is at most this share of it.
+UNUSED_RANK_SHARE = 0.25
+#: The rank counts as exhausted where k₉₀ is at least this share of it: no direction is idle.
+EXHAUSTED_RANK_SHARE = 0.85
+#: Below this rank neither of the two says anything.
+LEAST_RANK_TO_JUDGE = 4
+#: One module with more than this share of Σ‖ΔW‖².
+DOMINANT_SHARE = 0.5
+#: Fewer modules than this have no meaningful median and no meaningful shares.
+LEAST_MODULES_TO_JUDGE = 4
+#: ‖ΔW‖/‖W₀‖ above this: the update is as large as what it changes.
+OVERWHELMING_RELATIVE_NORM = 1.0
+#: Updates of a greater cosine than this are one update but for rounding and scale.
+DUPLICATE_COSINE = 0.999
+
+SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
+
+#: The kinds of finding, each with what it means in a few words.
+KINDS: dict[str, str] = {
+    "non_finite": "NaN or infinity in the weights",
+    "untrained": "every update is zero",
+    "zero_scale": "the scale is zero",
+    "zero_update": "the update of a module is zero",
+    "dead_module": "the update of a module is next to nothing",
+    "unusual_scale": "α/r is out of the ordinary",
+    "unusual_rank": "the rank is out of the ordinary",
+    "spectral_outlier": "the spectral norm is far above the adapter's median",
+    "dominant_module": "one module carries most of the norm",
+    "overwhelming_update": "the update is larger than the weight that it changes",
+    "unused_rank": "most of the rank is unused",
+    "exhausted_rank": "the rank is used up",
+    "feature": "more than plain low-rank products",
+    "unmeasured": "something that could not be measured",
+    "no_modules": "there is no low-rank update",
+    "duplicate": "two adapters are one update",
+    "opposite": "two adapters are one update with opposite signs",
+    "different_modules": "modules that only some of the adapters have",
+}
+
+
+def findings_of_adapter(
+    modules: dict[str, ModuleAnalysis],
+    tensors: dict[str, TensorStatistics],
+    features: Sequence[str],
+    notes: Sequence[str],
+) -> list[Finding]:
+    """The findings of one adapter, the most severe first, then in the order of `KINDS`."""
+    found = list(_of_tensors(tensors))
+    found += _of_scales(modules)
+    found += _of_updates(modules)
+    found += _of_ranks(modules)
+    found += [Finding("note", "feature", None, None, f"{_capital(text)}.") for text in features]
+    found += [Finding("note", "unmeasured", None, None, f"{_capital(text)}.") for text in notes]
+    if not modules:
+        reason = "The adapter holds no pair of low-rank factors."
+        found.append(Finding("severe", "no_modules", None, 0.0, reason))
+    return in_order(found)
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """The most severe first, then by kind; otherwise as they were found."""
+    places = {kind: place for place, kind in enumerate(KINDS)}
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), places[f.kind]))
+
+
+def _of_tensors(tensors: dict[str, TensorStatistics]) -> Iterable[Finding]:
+    for name, statistics in tensors.items():
+        if statistics.non_finite:
+            yield Finding(
+                "severe",
+                "non_finite",
+                name,
+                float(statistics.non_finite),
+                f"{statistics.non_finite:,} of {statistics.count:,} values of {name} are NaN or "
+                "infinite; whatever it is merged into breaks.",
+            )
+
+
+def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
+    groups: dict[tuple[float, int, float], list[str]] = {}
+    for path, module in modules.items():
+        groups.setdefault((module.alpha, module.rank, module.scaling), []).append(path)
+    for (alpha, rank, scaling), paths in groups.items():
+        where = None if len(paths) == len(modules) else paths[0]
+        who = "Every module" if where is None else f"{len(paths)} modules (the first: {paths[0]})"
+        what = f"{who} has alpha {alpha:g} and rank {rank}, a scale of {scaling:g}"
+        low, high = ORDINARY_SCALING
+        if scaling == 0:
+            reason = f"{what}: the update is zero whatever was trained."
+            yield Finding("severe", "zero_scale", where, scaling, reason)
+        elif scaling < 0:
+            reason = f"{what}: it subtracts what was trained."
+            yield Finding("warning", "unusual_scale", where, scaling, reason)
+        elif not low <= scaling <= high:
+            reason = f"{what}; usual are {low:g} to {high:g}."
+            yield Finding("warning", "unusual_scale", where, scaling, reason)
+        if rank > LARGEST_ORDINARY_RANK:
+            reason = f"{who} has rank {rank}; more than {LARGEST_ORDINARY_RANK} is rare."
+            yield Finding("warning", "unusual_rank", where, float(rank), reason)
+    for path, module in modules.items():
+        if module.rank > min(module.shape):
+            reason = (
+                f"Rank {module.rank} is more than a weight of shape {list(module.shape)} can have."
+            )
+            yield Finding("warning", "unusual_rank", path, float(module.rank), reason)
+
+
+def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
+    finite = {p: m for p, m in modules.items() if math.isfinite(m.frobenius_norm)}
+    alive = {p: m for p, m in finite.items() if m.frobenius_norm > 0}
+    if finite and not alive:
+        if any(module.scaling != 0 for module in finite.values()):
+            reason = (
+                "Every update is zero, as before the first step of training (B is all zero); "
+                "merging it changes nothing."
+            )
+            yield Finding("severe", "untrained", None, 0.0, reason)
+        return
+    for path, module in finite.items():
+        if module.frobenius_norm == 0 and module.scaling != 0:
+            reason = "The update is zero (a factor is all zero): the module was never trained."
+            yield Finding("warning", "zero_update", path, 0.0, reason)
+    for path, module in finite.items():
+        if module.relative_norm is not None and module.relative_norm > OVERWHELMING_RELATIVE_NORM:
+            reason = f"‖ΔW‖ is {module.relative_norm:.3g} times ‖W₀‖."
+            yield Finding("warning", "overwhelming_update", path, module.relative_norm, reason)
+    if len(alive) < LEAST_MODULES_TO_JUDGE:
+        return
+    typical = median(module.frobenius_norm for module in alive.values())
+    typical_spectral = median(module.spectral_norm for module in alive.values())
+    largest = max(module.frobenius_norm for module in alive.values())
+    # Relative to the largest, squares neither over- nor underflow.
+    squares = {p: (m.frobenius_norm / largest) ** 2 for p, m in alive.items()}
+    energy = math.fsum(squares.values())
+    for path, module in alive.items():
+        share = module.frobenius_norm / typical
+        if share < DEAD_SHARE:
+            reason = f"‖ΔW‖ is {share:.1e} of the adapter's median: practically not trained."
+            yield Finding("warning", "dead_module", path, share, reason)
+        ratio = module.spectral_norm / typical_spectral
+        if ratio > SPECTRAL_OUTLIER:
+            reason = (
+                f"σ₁ = {module.spectral_norm:.4g} is {ratio:.3g} times the adapter's median "
+                f"({typical_spectral:.4g})."
+            )
+            yield Finding("warning", "spectral_outlier", path, ratio, reason)
+        part = squares[path] / energy
+        if part > DOMINANT_SHARE:
+            reason = f"This one of {len(alive)} modules carries {part:.1%} of Σ‖ΔW‖²."
+            yield Finding("warning", "dominant_module", path, part, reason)
+
+
+def _of_ranks(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
+    for path, module in modules.items():
+        possible = len(module.singular_values)
+        if possible < LEAST_RANK_TO_JUDGE or not module.frobenius_norm > 0:
+            continue
+        if module.k99 <= UNUSED_RANK_SHARE * possible:
+            reason = (
+                f"{module.k99} of {possible} directions hold 99 % of the energy; "
+                "a smaller rank would do."
+            )
+            yield Finding("note", "unused_rank", path, float(module.k99), reason)
+        elif module.k90 >= EXHAUSTED_RANK_SHARE * possible:
+            reason = (
+                f"{module.k90} of {possible} directions are needed for 90 % of the energy; "
+                "a larger rank might fit better."
+            )
+            yield Finding("note", "exhausted_rank", path, float(module.k90), reason)
+
+
+def findings_of_comparison(
+    names: Sequence[str],
+    cosine: Sequence[Sequence[float]],
+    only_in: dict[str, list[str]],
+    notes: Sequence[str],
+) -> list[Finding]:
+    """The findings that only a comparison can make."""
+    found = []
+    for i, first in enumerate(names):
+        for j in range(i + 1, len(names)):
+            value = float(cosine[i][j])
+            if abs(value) > DUPLICATE_COSINE:
+                kind, relation = (
+                    ("duplicate", "one update up to scale")
+                    if value > 0
+                    else ("opposite", "one update with opposite signs")
+                )
+                reason = f"{first} and {names[j]} are {relation}: their cosine is {value:.6f}."
+                found.append(Finding("warning", kind, None, value, reason))
+    for name, paths in only_in.items():
+        if paths:
+            reason = (
+                f"{name} has {len(paths)} modules that not all the others have "
+                f"(the first: {paths[0]})."
+            )
+            found.append(Finding("note", "different_modules", None, float(len(paths)), reason))
+    found += [Finding("warning", "unmeasured", None, None, f"{_capital(n)}.") for n in notes]
+    return in_order(found)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

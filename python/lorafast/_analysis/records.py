@@ -1,0 +1,419 @@
+"""What an analysis and a comparison hold: frozen values with typed fields.
+
+Every figure of a module is one of its update ΔW = s·B·A, the scale included, and does not depend
+on the factors that the update is written in. The formulas are those of the core's `spectrum` and
+`overlap`; their sources are named at each field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy
+    import pandas
+    import polars
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[numpy.float64]
+
+Severity = Literal["severe", "warning", "note"]
+
+#: Of `to_dict` and `to_json`; raised when a field changes its meaning or goes away.
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that an expert would point at.
+
+    Attributes:
+        severity: severe (do not use the adapter before it is understood), warning, or note.
+        kind: what it is, one of the kinds in `lorafast._analysis.findings`.
+        module: the module it is about; `None` for the whole adapter.
+        figure: the number that gave rise to it.
+        reason: one sentence.
+    """
+
+    severity: Severity
+    kind: str
+    module: str | None
+    figure: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts between edges; the last bin contains its upper edge, as `numpy.histogram`.
+
+    Attributes:
+        edges: the n+1 edges of n bins, ascending.
+        counts: how many values lie in each bin.
+    """
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Statistics of stored values: of one tensor, or of all together.
+
+    NaN and infinities are counted in `non_finite` and left out of everything else but `count`.
+    Sums are in float64; figures that do not exist (the mean of nothing) are NaN.
+
+    Attributes:
+        shape: of the tensor; `None` for all together.
+        dtype: as safetensors writes it (F32, BF16, …); `None` for all together.
+        count: all values.
+        non_finite: NaN and ±∞ among them.
+        mean: the arithmetic mean.
+        std: the population standard deviation (divisor n), as `numpy.std`.
+        min: the least value.
+        max: the greatest value.
+        l1_norm: Σ|w|.
+        l2_norm: √Σw².
+        max_norm: max|w|.
+        zeros: values equal to zero.
+        zero_share: their share of the finite values.
+        skewness: m₃/m₂^1.5, biased, as `scipy.stats.skew`.
+        kurtosis: m₄/m₂² − 3, biased, as `scipy.stats.kurtosis`.
+        percentiles: percentile (0 to 100) to value, by linear interpolation as NumPy's.
+        histogram: of the values, from least to greatest.
+        log_histogram: of log₁₀(|w| + 1e-8).
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    count: int
+    non_finite: int
+    mean: float
+    std: float
+    min: float
+    max: float
+    l1_norm: float
+    l2_norm: float
+    max_norm: float
+    zeros: int
+    zero_share: float
+    skewness: float
+    kurtosis: float
+    percentiles: dict[float, float]
+    histogram: Histogram
+    log_histogram: Histogram
+
+
+@dataclass(frozen=True)
+class EntryStatistics:
+    """Statistics of the entries of ΔW itself, computed tile by tile in float32.
+
+    Attributes:
+        count: all entries, out × in.
+        non_finite: NaN and ±∞ among them, left out of the rest.
+        min: the least entry.
+        max: the greatest entry.
+        max_abs: max|ΔW|.
+        threshold: the magnitude that `below_share` is about.
+        below: entries of a magnitude below it.
+        below_share: their share of the finite entries.
+        histogram: of the entries, from least to greatest.
+    """
+
+    count: int
+    non_finite: int
+    min: float
+    max: float
+    max_abs: float
+    threshold: float
+    below: int
+    below_share: float
+    histogram: Histogram
+
+
+@dataclass(frozen=True)
+class ModuleAnalysis:
+    """One module's update ΔW = s·B·A, with σ₁ ≥ σ₂ ≥ … its singular values.
+
+    Of an update with NaN or infinity every figure is NaN and every count 0; of a zero update
+    norms and ranks are 0 and the condition is infinite.
+
+    Attributes:
+        path: the module's path in the model.
+        kind: linear, embedding or convolution.
+        block: the index of the block (layer) it lies in, from its path; `None` outside of blocks.
+        layer: the path within the block, `self_attn.q_proj`.
+        shape: (out, in) of ΔW; a convolution's in-channels and kernel are taken together.
+        rank: r, the common extent of the factors.
+        alpha: the alpha that the config gives the module.
+        scaling: s: α/r, or α/√r for rsLoRA (Kalajdzievski 2023).
+        a_name: the tensor of A in `AdapterAnalysis.tensors`.
+        b_name: the tensor of B.
+        frobenius_norm: ‖ΔW‖_F = √Σσ².
+        spectral_norm: ‖ΔW‖₂ = σ₁.
+        singular_values: σ, descending; min(r, out, in) of them, the others of ΔW are zero.
+        stable_rank: Σσ²/σ₁².
+        effective_rank: exp H(σ/Σσ) (Roy & Vetterli 2007).
+        energy_effective_rank: exp H(σ²/Σσ²).
+        participation_ratio: (Σσ²)²/Σσ⁴.
+        k90: the least k for which the first k of σ² make 90 % of Σσ².
+        k95: the same for 95 %.
+        k99: the same for 99 %.
+        numerical_rank: σ above max(out, in)·ε·σ₁, as `numpy.linalg.matrix_rank` in float64.
+        condition: σ₁ over the last singular value.
+        entry_mean: the mean of ΔW's entries.
+        relative_norm: ‖ΔW‖_F/‖W₀‖_F, with a base; else `None`.
+        base_norm: ‖W₀‖_F, with a base; else `None`.
+        base_tensor: the base's tensor, with a base; else `None`.
+        entries: statistics of ΔW's entries where they were asked for; else `None`.
+    """
+
+    path: str
+    kind: str
+    block: int | None
+    layer: str
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+    scaling: float
+    a_name: str
+    b_name: str
+    frobenius_norm: float
+    spectral_norm: float
+    singular_values: list[float]
+    stable_rank: float
+    effective_rank: float
+    energy_effective_rank: float
+    participation_ratio: float
+    k90: int
+    k95: int
+    k99: int
+    numerical_rank: int
+    condition: float
+    entry_mean: float
+    relative_norm: float | None = None
+    base_norm: float | None = None
+    base_tensor: str | None = None
+    entries: EntryStatistics | None = None
+
+
+class _Page:
+    """What an analysis and a comparison can be turned into."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain objects, with `schema_version` and `kind`; NaN stays NaN."""
+        from lorafast._report.serialize import to_plain
+
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    def to_json(self) -> str:
+        """`to_dict` as strict JSON: NaN and infinities, which JSON does not have, become null."""
+        from lorafast._report.serialize import without_non_finite
+
+        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """A report for a person: findings first, under 200 lines whatever the adapter."""
+        from lorafast._report.markdown import page
+
+        return page(self)
+
+    def to_html(self) -> str:
+        """The report with its plots as one HTML document that loads nothing from elsewhere."""
+        from lorafast._report.html import page as html_page
+
+        subject: Any = self
+        return html_page.page(subject)
+
+    def plot(self, kind: str) -> Figure:
+        """Draws one plot.
+
+        Args:
+            kind: what to draw; an unknown kind is answered with the list of those there are.
+
+        Returns:
+            A matplotlib Figure that belongs to no window.
+
+        Raises:
+            ValueError: there is no such plot.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from lorafast._report.plots import draw as plots
+
+        subject: Any = self
+        return plots.figure(subject, kind)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table with a row for each module.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        from lorafast._report.frames import pandas_frame
+
+        return pandas_frame(self)
+
+    def to_polars(self) -> polars.DataFrame:
+        """A table with a row for each module.
+
+        Raises:
+            MissingDependencyError: polars is not installed.
+        """
+        from lorafast._report.frames import polars_frame
+
+        return polars_frame(self)
+
+    def _repr_html_(self) -> str:
+        from lorafast._report.serialize import short_html
+
+        return short_html(self)
+
+
+@dataclass(frozen=True, repr=False)
+class AdapterAnalysis(_Page):
+    """What one adapter holds. Made by `lorafast.analyze`.
+
+    Attributes:
+        name: the adapter's name: its directory's.
+        path: where it was read from.
+        config: `adapter_config.json` as it stands.
+        summary: the figures of the whole adapter: `modules`, `tensors`, `total_parameters`,
+            `total_bytes`, `ranks`, `alphas`, `scalings`, `frobenius_norm` (√Σ‖ΔW‖²),
+            `max_spectral_norm`, `median_spectral_norm`, `mean_effective_rank`, `dtypes`,
+            `features` (what there is beside plain low-rank products), `base`.
+        findings: what an expert would point at, the most severe first.
+        weights: all stored weights taken together.
+        tensors: statistics of each tensor by its name, in the order of the file.
+        modules: each module's update by its path, in the order of the file.
+    """
+
+    name: str
+    path: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    findings: list[Finding]
+    weights: TensorStatistics
+    tensors: dict[str, TensorStatistics]
+    modules: dict[str, ModuleAnalysis]
+
+    def __repr__(self) -> str:
+        from lorafast._report.serialize import short_text
+
+        return short_text(self)
+
+
+@dataclass(frozen=True)
+class PairComparison:
+    """Two adapters' updates of one module.
+
+    φ(i, j) = ‖UᵢᵀUⱼ‖²_F/min(i, j) of the i and j leading singular directions (Hu et al. 2021,
+    LoRA, §7.2), 0 for orthogonal subspaces and 1 where one contains the other. Random subspaces
+    of a d-dimensional space have the expectation max(i, j)/d. Output is the left side (U, d = out),
+    input the right (V, d = in).
+
+    Attributes:
+        first: position of the first adapter in `Comparison.names`.
+        second: position of the second.
+        cosine: ⟨X, Y⟩/(‖X‖·‖Y‖); NaN where one is zero or not finite.
+        relative_difference: ‖X − Y‖_F/max(‖X‖_F, ‖Y‖_F).
+        sign_agreement: share of entries that both change in the same direction, of those that
+            both change.
+        sign_sampled: whether the entries were sampled (2¹⁸ of them, error about 0.001).
+        sizes: the i and the j that φ is given for: powers of two, and the ranks.
+        output_phi: φ of the output subspaces, a row for each i.
+        output_expected: its expectation for random subspaces.
+        input_phi: φ of the input subspaces.
+        input_expected: its expectation for random subspaces.
+        output_angles: principal angles between the whole output subspaces in radians, ascending.
+        input_angles: the same of the input subspaces.
+    """
+
+    first: int
+    second: int
+    cosine: float
+    relative_difference: float
+    sign_agreement: float
+    sign_sampled: bool
+    sizes: tuple[list[int], list[int]]
+    output_phi: list[list[float]]
+    output_expected: list[list[float]]
+    input_phi: list[list[float]]
+    input_expected: list[list[float]]
+    output_angles: list[float]
+    input_angles: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleComparison:
+    """One module in each of N adapters.
+
+    Attributes:
+        path: the module's path.
+        shape: (out, in) of its update in the first adapter that has it.
+        present: for each adapter whether it has the module.
+        norms: ‖ΔW‖_F in each adapter; `None` where it is absent.
+        ranks: the rank in each adapter; `None` where it is absent.
+        cosine: N×N, of the updates; NaN where one is absent, zero or not finite.
+        sign_agreement: N×N, NaN where one is absent.
+        subspace: N×N, φ of the whole output subspaces; NaN where one is absent.
+        subspace_expected: N×N, its expectation for random subspaces of these ranks; NaN on the
+            diagonal.
+        pairs: the pairs of adapters that both have the module, in order.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    present: list[bool]
+    norms: list[float | None]
+    ranks: list[int | None]
+    cosine: Matrix
+    sign_agreement: Matrix
+    subspace: Matrix
+    subspace_expected: Matrix
+    pairs: list[PairComparison]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(_Page):
+    """What N adapters have in common. Made by `lorafast.compare`.
+
+    Attributes:
+        names: a distinct name for each adapter, in the order given.
+        analyses: the analysis of each.
+        cosine: N×N, of the whole updates: Σ⟨X, Y⟩ over the modules that both have, over the norms
+            of the whole adapters; modules that only one has are zero in the other.
+        modules: each module of any adapter by its path.
+        only_in: for each adapter's name, modules that it has and not all the others have.
+        findings: what to know of the comparison itself.
+    """
+
+    names: list[str]
+    analyses: list[AdapterAnalysis]
+    cosine: Matrix
+    modules: dict[str, ModuleComparison]
+    only_in: dict[str, list[str]]
+    findings: list[Finding] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        from lorafast._report.serialize import short_text
+
+        return short_text(self)
+
+
+def finding_counts(findings: list[Finding]) -> Mapping[Severity, int]:
+    """How many findings there are of each severity, the severe first."""
+    counts: dict[Severity, int] = {"severe": 0, "warning": 0, "note": 0}
+    for finding in findings:
+        counts[finding.severity] += 1
+    return counts
+
+
+# What users see, and what a pickle names, whichever function made it.
+for _value in list(vars().values()):
+    if isinstance(_value, type) and _value.__module__ == __name__:
+        _value.__module__ = "lorafast"
+del _value

@@ -1,0 +1,242 @@
+"""`lorafast analyze`: what one or several adapters hold, findings first."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafast._cli.command import Command
+from lorafast._cli.failures import Failures, exit_code
+from lorafast._cli.format import bytes_text, count_text, number_text, plural
+from lorafast._cli.terminal import Column
+
+if TYPE_CHECKING:
+    from lorafast import AdapterAnalysis
+    from lorafast._cli.terminal import Terminal
+
+EXIT_SEVERE = 3
+FORMATS = ("md", "json", "html")
+MOST_FINDINGS = 12
+MOST_MODULES = 10
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the flags that say what is written; returns their group in the help."""
+    outcome = parser.add_argument_group("what to write and show")
+    outcome.add_argument(
+        "--output", metavar="DIR", help="write JSON, report and plots into a directory"
+    )
+    outcome.add_argument(
+        "--plots",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw plots into the output directory (default: yes)",
+    )
+    outcome.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="the report: what --output writes beside the JSON (default: md); without --output it "
+        "is printed in place of the tables",
+    )
+    return outcome
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `lorafast analyze`."""
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="directories, weights files or hub ids"
+    )
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--base", metavar="PATH", help="the model, to relate each update's norm to its weight's"
+    )
+    what.add_argument(
+        "--bins", type=int, default=50, metavar="N", help="bins of histograms (default: 50)"
+    )
+    what.add_argument(
+        "--entries", action="store_true", help="also look at every entry of every update"
+    )
+    what.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
+    )
+    outcome = add_report_arguments(parser)
+    outcome.add_argument("--json", action="store_true", help="print everything as JSON")
+    outcome.add_argument(
+        "--check", action="store_true", help="exit with 3 where there is a severe finding"
+    )
+    outcome.add_argument(
+        "--quiet", action="store_true", help="print errors only, and --json's JSON"
+    )
+
+
+def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Analyse each adapter; those that are broken are named, and the others done all the same."""
+    several = len(arguments.adapters) > 1
+    if arguments.format == "html" and arguments.output is None and several:
+        arguments.parser.error("--format html of several adapters needs --output")
+    from lorafast._analysis.api import analyze_named, names_of
+
+    failures = Failures()
+    analyses: list[AdapterAnalysis] = []
+    for adapter, name in zip(arguments.adapters, names_of(arguments.adapters), strict=True):
+        with failures.of(adapter, fatal=not several):
+            analyses.append(
+                analyze_named(
+                    adapter,
+                    name,
+                    base=arguments.base,
+                    histogram_bins=arguments.bins,
+                    entries=arguments.entries,
+                    threads=arguments.threads,
+                    progress=not arguments.quiet,
+                )
+            )
+    if arguments.output is not None:
+        _write(analyses, arguments, terminal)
+    _print(analyses, arguments, terminal, failures)
+    severe = any(finding.severity == "severe" for a in analyses for finding in a.findings)
+    return exit_code(failures, EXIT_SEVERE if arguments.check and severe else 0)
+
+
+def _write(
+    analyses: list[AdapterAnalysis], arguments: argparse.Namespace, terminal: Terminal
+) -> None:
+    from lorafast._errors import MissingDependencyError
+    from lorafast._io.paths import expand
+    from lorafast._report.directory import (
+        ADAPTER_PLOTS,
+        ANALYSIS_DIRECTORY,
+        PLOT_DIRECTORY,
+        file_stems,
+        write_analysis,
+        write_plots,
+        write_reports,
+    )
+
+    output = Path(expand(arguments.output))
+    stems = file_stems([analysis.name for analysis in analyses])
+    for stem, analysis in zip(stems, analyses, strict=True):
+        write_analysis(output / ANALYSIS_DIRECTORY, stem, analysis)
+        if arguments.plots:
+            try:
+                directory = output / PLOT_DIRECTORY
+                write_plots(directory, analysis, ADAPTER_PLOTS, stem)
+            except MissingDependencyError as error:
+                terminal.warn(f"no plots were drawn: {error}")
+    if analyses:
+        write_reports(output, analyses, None, arguments.format or "md")
+
+
+def _print(
+    analyses: list[AdapterAnalysis],
+    arguments: argparse.Namespace,
+    terminal: Terminal,
+    failures: Failures,
+) -> None:
+    if arguments.json or (arguments.format == "json" and arguments.output is None):
+        terminal.json(_all_as_json(analyses, failures))
+    elif arguments.format is not None and arguments.output is None:
+        for analysis in analyses:
+            is_html = arguments.format == "html"
+            terminal.document(analysis.to_html() if is_html else analysis.to_markdown())
+    else:
+        for position, analysis in enumerate(analyses):
+            if position:
+                terminal.line()
+            show_analysis(analysis, terminal)
+        if arguments.output is not None and analyses:
+            terminal.line()
+            terminal.line(f"Written to {arguments.output}")
+
+
+def _all_as_json(analyses: list[AdapterAnalysis], failures: Failures) -> dict[str, Any]:
+    from lorafast._analysis.records import SCHEMA_VERSION
+    from lorafast._report.serialize import without_non_finite
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "analyses": [without_non_finite(analysis.to_dict()) for analysis in analyses],
+        "errors": failures.errors,
+    }
+
+
+def show_analysis(analysis: AdapterAnalysis, terminal: Terminal) -> None:
+    """Print findings, what the adapter is, and its largest updates."""
+    summary, weights = analysis.summary, analysis.weights
+    terminal.heading(f"{analysis.name}: {plural(summary['modules'], 'module')}")
+    show_findings(analysis.findings, terminal)
+    terminal.facts(
+        {
+            "path": analysis.path,
+            "base": str(summary["base"] or "not named"),
+            "parameters": f"{count_text(summary['total_parameters'])}, "
+            f"{bytes_text(summary['total_bytes'])}, {', '.join(summary['dtypes'])}",
+            "rank": ", ".join(map(str, summary["ranks"])) or "none",
+            "scale": ", ".join(map(number_text, summary["scalings"][:6])) or "none",
+            "weights": f"mean {weights.mean:.4g}, std {weights.std:.4g}, "
+            f"from {weights.min:.4g} to {weights.max:.4g}",
+            "norm of ΔW": f"{summary['frobenius_norm']:.4g}, largest σ "
+            f"{summary['max_spectral_norm']:.4g}",
+        }
+    )
+    # What is not a number stands first: it is what to look at.
+    modules = sorted(
+        analysis.modules.values(),
+        key=lambda m: -m.frobenius_norm if math.isfinite(m.frobenius_norm) else -math.inf,
+    )
+    if not modules:
+        return
+    terminal.line()
+    terminal.heading("Largest updates")
+    relative = any(module.relative_norm is not None for module in modules)
+    columns = [Column("module"), Column("rank", number=True), Column("‖ΔW‖", number=True)]
+    if relative:
+        columns.append(Column("‖ΔW‖/‖W‖", number=True))
+    columns += [Column(name, number=True) for name in ("σ₁", "stable", "effective", "k₉₉")]
+    rows = []
+    for module in modules[:MOST_MODULES]:
+        row = [module.path, str(module.rank), f"{module.frobenius_norm:.4g}"]
+        if relative:
+            row.append("" if module.relative_norm is None else f"{module.relative_norm:.4g}")
+        row += [
+            f"{module.spectral_norm:.4g}",
+            f"{module.stable_rank:.3g}",
+            f"{module.effective_rank:.3g}",
+            str(module.k99),
+        ]
+        rows.append(row)
+    terminal.table(columns, rows)
+    if len(modules) > MOST_MODULES:
+        terminal.line(f"  and {len(modules) - MOST_MODULES} more")
+
+
+def show_findings(findings: Any, terminal: Terminal) -> None:
+    """Print findings, a line for each kind with the one of the greatest figure."""
+    from lorafast._report.markdown import grouped_findings
+
+    groups = grouped_findings(findings)
+    for worst, count in groups[:MOST_FINDINGS]:
+        where = "" if worst.module is None else f"{worst.module}: "
+        more = f" ({count} of these)" if count > 1 else ""
+        terminal.line(f"  {worst.severity}: {where}{worst.reason}{more}")
+    if len(groups) > MOST_FINDINGS:
+        terminal.line(f"  and {len(groups) - MOST_FINDINGS} more")
+
+
+COMMAND = Command(
+    name="analyze",
+    summary="show what adapters hold: findings, norms, spectra",
+    description="Measure adapters: the statistics of every tensor and the spectrum of every\n"
+    "update s·B·A. What deserves attention stands first: NaN, an adapter that was never\n"
+    "trained, an odd scale, dead or dominant modules, rank that is unused.",
+    examples=(
+        "lorafast analyze style",
+        "lorafast analyze style --base llama --output runs/style",
+        "lorafast analyze checkpoint-* --check --quiet   # in a pipeline: 3 if one is broken",
+        "lorafast analyze style --json | jq '.analyses[0].findings'",
+    ),
+    add_arguments=add_arguments,
+    run=run,
+)

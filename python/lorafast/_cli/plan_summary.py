@@ -1,0 +1,137 @@
+"""A merge plan in a screenful: what changes, at which scale, what stays, what will be written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorafast._cli.format import bytes_text, count_text, number_text, plural
+from lorafast._cli.merge import dtype_text
+from lorafast._cli.patterns import collapse
+from lorafast._cli.terminal import Column
+from lorafast._merge.coverage import left_over, names_text, summary_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lorafast._cli.terminal import Terminal
+
+    Tensor = Mapping[str, Any]
+
+# What tells one group of changes from another.
+UPDATE_FIELDS = ("adapter", "kind", "rank", "scale", "weight", "transposed")
+COUNT_AND_NAMES = (Column("count", number=True), Column("names"))
+
+
+def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
+    """Print a plan, as `MergePlan.to_dict()` gives it, without its warnings."""
+    tensors: Sequence[Tensor] = plan["tensors"]
+    adapters: Sequence[Mapping[str, Any]] = plan["adapters"]
+    terminal.heading(f"Plan: {plural(len(adapters), 'adapter')} into {plan['base']}")
+    terminal.facts(_facts(plan, len(tensors)))
+    changed = [tensor for tensor in tensors if tensor["updates"]]
+    if changed:
+        _show_changes(changed, adapters, terminal)
+    for adapter in adapters:
+        terminal.line()
+        terminal.heading(f"All of {adapter['name']}")
+        show_account(adapter["account"], terminal, fields=False)
+    unchanged = [tensor for tensor in tensors if not tensor["updates"]]
+    rescaled = [tensor for tensor in tensors if tensor["action"] == "rescale"]
+    if rescaled:
+        terminal.line()
+        terminal.heading(f"{plural(len(rescaled), 'tensor')} with the scales of what changes")
+        _show_unchanged(rescaled, terminal)
+    unchanged = [
+        tensor for tensor in tensors if not tensor["updates"] and tensor["action"] != "rescale"
+    ]
+    if unchanged:
+        terminal.line()
+        terminal.heading(f"{plural(len(unchanged), 'tensor')} no adapter changes")
+        _show_unchanged(unchanged, terminal)
+    for note in plan["notes"]:
+        terminal.line(f"note: {note}")
+
+
+def show_account(account: Mapping[str, Any], terminal: Terminal, *, fields: bool) -> None:
+    """Print what becomes of an adapter's tensors and config fields, and of which not all is used.
+
+    Args:
+        account: as a plan or a listing has it.
+        terminal: where to print.
+        fields: list the config fields that are not used as well as the tensors.
+    """
+    terminal.line(f"  {summary_text(account)}")
+    entries = account if fields else {"tensors": account["tensors"], "fields": []}
+    rows = [(verdict, names_text(names), reason) for verdict, reason, names in left_over(entries)]
+    if rows:
+        terminal.table((Column("verdict"), Column("names"), Column("reason")), rows)
+
+
+def _facts(plan: Mapping[str, Any], tensor_count: int) -> dict[str, str]:
+    facts = {
+        "strategy": plan["strategy"],
+        "tensors": f"{plan['tensors_merged']:,} of {tensor_count:,} change",
+        "parameters": count_text(plan["total_parameters"]),
+        "dtype": dtype_text(plan["dtype"]),
+        "to write": bytes_text(plan["bytes_to_write"]),
+    }
+    if plan["tensors_cast"]:
+        facts["tensors"] += f", {plan['tensors_cast']:,} are only converted"
+    if plan["side_files"]:
+        facts["side files"] = ", ".join(plan["side_files"])
+    if plan["left_out"]:
+        facts["left out"] = ", ".join(plan["left_out"])
+    return facts
+
+
+def _show_changes(
+    tensors: Sequence[Tensor], adapters: Sequence[Mapping[str, Any]], terminal: Terminal
+) -> None:
+    """List, for each adapter, rank and scale, the tensors that are changed in that way."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for tensor in tensors:
+        for update in tensor["updates"]:
+            key = tuple(update.get(field) for field in UPDATE_FIELDS)
+            groups.setdefault(key, []).append(tensor["name"])
+    for key, names in sorted(groups.items(), key=lambda group: group[0][0]):
+        update = dict(zip(UPDATE_FIELDS, key, strict=True))
+        adapter = adapters[update["adapter"]]["name"]
+        terminal.line()
+        terminal.heading(f"{adapter} changes {plural(len(names), 'tensor')}: {_how(update)}")
+        terminal.table(COUNT_AND_NAMES, [(str(count), name) for name, count in collapse(names)])
+
+
+def _how(update: Mapping[str, Any]) -> str:
+    """Return `low-rank, rank 16, scale 2, weight 0.7`."""
+    words = [update["kind"].replace("_", "-")]
+    if update["transposed"]:
+        words[0] += " into the transposed weight"
+    if update["rank"] is not None:
+        words.append(f"rank {update['rank']}")
+    words += [
+        f"{field} {number_text(update[field])}"
+        for field in ("scale", "weight")
+        if update[field] is not None
+    ]
+    return ", ".join(words)
+
+
+def _show_unchanged(tensors: Sequence[Tensor], terminal: Terminal) -> None:
+    def dtype(tensor: Tensor) -> str:
+        if tensor["dtype"] == tensor["output_dtype"]:
+            return str(tensor["dtype"])
+        return f"{tensor['dtype']} → {tensor['output_dtype']}"
+
+    rows = [
+        (str(count), pattern, dtypes)
+        for dtypes, names in _grouped(tensors, dtype).items()
+        for pattern, count in collapse(names)
+    ]
+    terminal.table((*COUNT_AND_NAMES, Column("dtype")), rows)
+
+
+def _grouped(tensors: Sequence[Tensor], key: Callable[[Tensor], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor["name"])
+    return groups

@@ -1,0 +1,249 @@
+"""`lorafast scan`: what hundreds or thousands of adapters hold, in tables."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafast._cli.command import Command
+from lorafast._cli.device import add_device_argument
+from lorafast._cli.format import bytes_text, count_text, plural, seconds_text
+from lorafast._cli.terminal import Column
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from lorafast._cli.terminal import Terminal
+    from lorafast._fleet.discovery import ScanError
+    from lorafast._fleet.fleet import Fleet, FleetFinding
+
+METRICS = ("full", "headers", "moments", "spectra")
+PAGE = "fleet.html"
+MOST_FINDINGS = 12
+MOST_ERRORS = 8
+MOST_GROUPS = 20
+NAMED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `lorafast scan`."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="DIR",
+        help="directories to search, adapters, or globs in quotes",
+    )
+    parser.add_argument(
+        "--metrics",
+        choices=METRICS,
+        default="full",
+        help="how much to find: headers reads no weights, moments looks at the stored values, "
+        "spectra at the singular values of the updates (default: full, both)",
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep what was found in a directory; a later scan reads only what changed, and one "
+        "that was interrupted goes on where it was",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
+    )
+    add_device_argument(parser, "singular values are found")
+    outcome = parser.add_argument_group("what to write and show")
+    outcome.add_argument(
+        "--output",
+        metavar="DIR",
+        help="write adapters.parquet, modules.parquet, findings.parquet and errors.json into a "
+        "directory",
+    )
+    outcome.add_argument(
+        "--html",
+        action="store_true",
+        help=f"write the page {PAGE} too, into --output or else into the current directory",
+    )
+    outcome.add_argument(
+        "--json", action="store_true", help="print the adapters' table, findings and errors as JSON"
+    )
+    outcome.add_argument(
+        "--quiet", action="store_true", help="print errors only, and --json's JSON"
+    )
+
+
+def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Scan, write what was asked for, and show findings, errors, and what the fleet is made of."""
+    from lorafast._fleet.progress import follower
+    from lorafast._fleet.scan import scan_followed
+
+    started = time.perf_counter()
+    with follower(not arguments.quiet) as follow:
+        fleet = scan_followed(
+            arguments.paths,
+            follow,
+            metrics=arguments.metrics,
+            threads=arguments.threads,
+            cache=arguments.cache,
+            device=arguments.device,
+        )
+    seconds = time.perf_counter() - started
+    written = _write(fleet, arguments)
+    if arguments.json:
+        terminal.json(as_json(fleet))
+    else:
+        _show(fleet, seconds, terminal)
+        if written:
+            terminal.line()
+            for path in written:
+                terminal.line(f"Written to {path}")
+    return 0 if len(fleet) else 1
+
+
+def _write(fleet: Fleet, arguments: argparse.Namespace) -> list[Path]:
+    written: list[Path] = []
+    if arguments.output is not None:
+        written += fleet.to_parquet(arguments.output)
+    if arguments.html:
+        from lorafast._fleet.export import write_whole
+        from lorafast._io.paths import expand
+
+        target = Path(expand(arguments.output or ".")) / PAGE
+        page = fleet.to_html().encode(errors="backslashreplace")
+        written.append(write_whole(target, lambda file: file.write(page)))
+    return written
+
+
+def as_json(fleet: Fleet) -> dict[str, Any]:
+    """The adapters' table, findings and errors as plain objects; the modules are in the Parquet."""
+    from dataclasses import asdict
+
+    from lorafast._fleet.entry import SCHEMA_VERSION
+    from lorafast._report.serialize import without_non_finite
+
+    columns = {name: fleet.adapters[name].tolist() for name in fleet.adapters}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    plain: dict[str, Any] = without_non_finite(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "fleet",
+            "metrics": fleet.metrics,
+            "adapters": rows,
+            "findings": [
+                {"adapter": item.adapter, **asdict(item.finding), "count": item.count}
+                for item in fleet.findings
+            ],
+            "errors": [{"path": str(error.path), "reason": error.reason} for error in fleet.errors],
+        }
+    )
+    return plain
+
+
+def _show(fleet: Fleet, seconds: float, terminal: Terminal) -> None:
+    terminal.heading(f"{plural(len(fleet), 'adapter')}, {plural(fleet.modules.rows, 'module')}")
+    _show_findings(fleet.findings, terminal)
+    _show_errors(fleet.errors, terminal)
+    what = "headers" if fleet.metrics == "headers" else bytes_text(fleet.bytes_read)
+    rate = f"{what} in {seconds_text(seconds)}"
+    read = len(fleet) - fleet.remembered + len(fleet.errors)
+    if seconds > 0:
+        rate += f", {read / seconds:,.0f} adapters/s"
+    facts = {
+        "parameters": count_text(int(fleet.adapters["parameters"].sum())),
+        "weights": bytes_text(int(fleet.adapters["bytes"].sum())),
+        "read": rate,
+    }
+    if fleet.remembered:
+        facts["from the cache"] = plural(fleet.remembered, "adapter")
+    terminal.facts(facts)
+    _show_groups(fleet, terminal)
+
+
+def _show_findings(findings: Sequence[FleetFinding], terminal: Terminal) -> None:
+    """A line for each kind of finding, with the adapters it is about."""
+    from lorafast._fleet.findings import KINDS
+
+    groups: dict[tuple[str, str], list[FleetFinding]] = {}
+    for item in findings:
+        groups.setdefault((item.finding.severity, item.finding.kind), []).append(item)
+    for (severity, kind), items in list(groups.items())[:MOST_FINDINGS]:
+        names = list(dict.fromkeys(item.adapter for item in items if item.adapter is not None))
+        if not names:
+            terminal.line(f"  {severity}: {items[0].finding.reason}")
+            continue
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        terminal.line(f"  {severity}: {KINDS[kind]}: {', '.join(names[:NAMED])}{more}")
+    if len(groups) > MOST_FINDINGS:
+        terminal.line(f"  and {len(groups) - MOST_FINDINGS} more")
+
+
+def _show_errors(errors: Sequence[ScanError], terminal: Terminal) -> None:
+    """What could not be read, and why; that of many on stderr, where warnings go."""
+    if not errors:
+        return
+    terminal.warn(f"{plural(len(errors), 'adapter')} could not be read")
+    terminal.line()
+    terminal.heading("Could not be read")
+    for error in errors[:MOST_ERRORS]:
+        terminal.line(f"  {error.path}: {error.reason}")
+    if len(errors) > MOST_ERRORS:
+        terminal.line(f"  and {len(errors) - MOST_ERRORS} more")
+    terminal.line()
+
+
+def _show_groups(fleet: Fleet, terminal: Terminal) -> None:
+    """The adapters of each base and rank, with the range of their figures."""
+    import numpy as np
+
+    adapters = fleet.adapters
+    keys = list(zip(adapters["base"].tolist(), adapters["rank"].tolist(), strict=True))
+    groups: dict[tuple[str | None, int], list[int]] = {}
+    for position, key in enumerate(keys):
+        groups.setdefault(key, []).append(position)
+    if not groups:
+        return
+    has_spectra = "frobenius_norm" in adapters
+    columns = [Column("base"), Column("rank", number=True), Column("adapters", number=True)]
+    if has_spectra:
+        columns += [
+            Column(name, number=True) for name in ("‖ΔW‖ median", "least", "greatest", "eff. rank")
+        ]
+    norms = adapters["frobenius_norm"] if has_spectra else None
+    ranks = adapters["mean_effective_rank"] if has_spectra else None
+    rows = []
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    for (base, rank), members in ordered[:MOST_GROUPS]:
+        row = [base or "not named", str(rank) if rank >= 0 else "–", f"{len(members):,}"]
+        if norms is not None and ranks is not None:
+            own = norms[members][np.isfinite(norms[members])]
+            effective = ranks[members][np.isfinite(ranks[members])]
+            row += (
+                [f"{value:.4g}" for value in (np.median(own), own.min(), own.max())]
+                if len(own)
+                else ["–"] * 3
+            )
+            row.append(f"{effective.mean():.3g}" if len(effective) else "–")
+        rows.append(row)
+    terminal.line()
+    terminal.heading("Adapters by base and rank")
+    terminal.table(columns, rows)
+    if len(groups) > MOST_GROUPS:
+        terminal.line(f"  and {len(groups) - MOST_GROUPS} more")
+
+
+COMMAND = Command(
+    name="scan",
+    summary="measure every adapter below some directories",
+    description="Search directories for adapters and measure all of them at once: norms, ranks\n"
+    "and spectra of every module, and what deserves attention. An adapter that cannot be read is\n"
+    "listed with the reason and does not keep the others from being read; the exit code is 1\n"
+    "only if none can be read.",
+    examples=(
+        "lorafast scan runs",
+        "lorafast scan 'runs/*/final' --output fleet --html",
+        "lorafast scan runs --cache ~/.cache/lorafast --metrics spectra",
+        "lorafast scan runs --json | jq '.errors'",
+    ),
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,220 @@
+"""`lorafast similar`: which of many adapters are alike."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafast._cli.command import Command
+from lorafast._cli.device import add_device_argument
+from lorafast._cli.format import plural
+from lorafast._cli.terminal import Column
+
+if TYPE_CHECKING:
+    from lorafast import Similarity
+    from lorafast._cli.terminal import Terminal
+    from lorafast._fleet.discovery import ScanError
+
+MOST_PAIRS = 20
+MOST_CLUSTERS = 12
+MOST_ERRORS = 3
+PICTURES = (".png", ".svg", ".pdf")
+ENDINGS = (".npz", ".json", ".csv", *PICTURES)
+
+
+def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of every command that reads many adapters."""
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print errors only, and --json's JSON")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `lorafast similar`."""
+    parser.add_argument(
+        "adapters", nargs="+", metavar="DIR", help="directories to search, adapters, or globs"
+    )
+    parser.add_argument(
+        "--nearest", type=int, metavar="K", help="show the K most alike of each adapter"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the matrix: .npz (everything, for Similarity.load), .csv, .json, or the "
+        "clustered picture: .png, .svg, .pdf",
+    )
+    parser.add_argument(
+        "--group-by-base",
+        action="store_true",
+        help="compare adapters within each base, where there are several",
+    )
+    parser.add_argument(
+        "--ignore-base",
+        action="store_true",
+        help="compare all adapters whose updates have the same shapes, whatever base they name",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float64", "float32"),
+        default="auto",
+        help="what products are summed in (default: float64, and float32 for very many)",
+    )
+    parser.add_argument(
+        "--memory", type=float, metavar="GB", default=1.0, help="memory for factors (default: 1)"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", help="keep what is done here, and go on from it next time"
+    )
+    add_device_argument(parser, "products are made")
+    add_fleet_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Compare the adapters, show the result, and write it where that was asked for."""
+    if arguments.nearest is not None and arguments.nearest < 1:
+        arguments.parser.error("--nearest must be at least 1")
+    if arguments.output is not None and Path(arguments.output).suffix not in ENDINGS:
+        arguments.parser.error(f"--output must end in one of {', '.join(ENDINGS)}")
+    if not 0 < arguments.memory < math.inf:
+        arguments.parser.error("--memory must be a positive number of gigabytes")
+    import lorafast
+
+    similarity = lorafast.similarity(
+        arguments.adapters,
+        group_by_base=arguments.group_by_base,
+        ignore_base=arguments.ignore_base,
+        precision=arguments.precision,
+        memory=max(1, int(arguments.memory * 1e9)),
+        cache=arguments.cache,
+        device=arguments.device,
+        threads=arguments.threads,
+        progress=not arguments.quiet,
+    )
+    warn_of_errors(similarity.errors, terminal)
+    if arguments.output is not None:
+        from lorafast._io.paths import expand
+
+        _write(similarity, Path(expand(arguments.output)))
+    if arguments.json:
+        from lorafast._report.serialize import without_non_finite
+
+        terminal.json(without_non_finite(_plain(similarity, arguments.nearest)))
+        return 0
+    _show(similarity, arguments.nearest, terminal)
+    if arguments.output is not None:
+        terminal.line()
+        terminal.line(f"Written to {arguments.output}")
+    return 0
+
+
+def warn_of_errors(errors: list[ScanError], terminal: Terminal) -> None:
+    """Say what was left out and why."""
+    for error in errors[:MOST_ERRORS]:
+        terminal.warn(f"left out {error.path}: {error.reason}")
+    if len(errors) > MOST_ERRORS:
+        terminal.warn(f"left out {len(errors) - MOST_ERRORS} more")
+
+
+def _plain(similarity: Similarity, nearest: int | None) -> dict[str, object]:
+    plain = similarity.to_dict()
+    if nearest is not None:
+        plain["nearest"] = {
+            name: [{"name": other, "cosine": cosine} for other, cosine in found]
+            for name in similarity.names
+            for found in [similarity.nearest(name, nearest)]
+        }
+    return plain
+
+
+def _write(similarity: Similarity, output: Path) -> None:
+    from lorafast._io import atomic
+
+    if output.suffix in PICTURES:
+        figure = similarity.plot()
+        with atomic.writing(output) as file:
+            figure.savefig(file, format=output.suffix.removeprefix("."), dpi=120)
+    elif output.suffix == ".npz":
+        similarity.save(output)
+    elif output.suffix == ".json":
+        atomic.write(output, similarity.to_json())
+    else:
+        atomic.write(output, _csv(similarity))
+
+
+def _csv(similarity: Similarity) -> str:
+    import csv
+    import io
+
+    from lorafast._report.cells import csv_text
+
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    names = list(map(csv_text, similarity.names))
+    writer.writerow(["", *names])
+    for name, row in zip(names, similarity.matrix, strict=True):
+        writer.writerow([name, *(repr(float(value)) for value in row)])
+    return text.getvalue()
+
+
+def _show(similarity: Similarity, nearest: int | None, terminal: Terminal) -> None:
+    count = len(similarity)
+    terminal.heading(f"Similarity of {plural(count, 'adapter')}")
+    facts = {
+        "modules": f"{len(set(similarity.modules)):,}",
+        "precision": similarity.precision,
+        "mean cosine": _mean(similarity),
+    }
+    for base, members in similarity.groups.items():
+        facts[f"base {base}"] = plural(len(members), "adapter")
+    terminal.facts(facts)
+    for note in similarity.notes:
+        terminal.line(f"  note: {note}")
+    terminal.line()
+    if nearest is not None:
+        columns = [Column("adapter"), Column("cosine", number=True), Column("nearest")]
+        rows = []
+        for name in similarity.names:
+            for place, (other, cosine) in enumerate(similarity.nearest(name, nearest)):
+                rows.append((name if place == 0 else "", f"{cosine:.4f}", other))
+        terminal.table(columns, rows)
+        return
+    shown = similarity.pairs(MOST_PAIRS)
+    if not shown:
+        terminal.line("There is no pair of adapters to compare.")
+        return
+    terminal.heading("Most alike")
+    terminal.table(
+        [Column("cosine", number=True), Column("adapter"), Column("adapter")],
+        [(f"{cosine:.4f}", first, second) for first, second, cosine in shown],
+    )
+    rest = sum(len(m) * (len(m) - 1) // 2 for m in similarity.groups.values()) - len(shown)
+    if rest > 0:
+        terminal.line(f"  and {plural(rest, 'pair')} more; --nearest K shows those of each adapter")
+
+
+def _mean(similarity: Similarity) -> str:
+    import numpy as np
+
+    finite = np.isfinite(similarity.matrix)
+    np.fill_diagonal(finite, False)
+    pairs = int(finite.sum())
+    return f"{similarity.matrix.sum(where=finite) / pairs:.4f}" if pairs else "–"
+
+
+COMMAND = Command(
+    name="similar",
+    summary="show which of many adapters are alike: all cosines of their updates",
+    description="Compare the updates of all adapters with each other, exactly, whatever their\n"
+    "ranks, scales and factors: cosines, nearest neighbours, a clustered picture.",
+    examples=(
+        "lorafast similar adapters/",
+        "lorafast similar adapters/ --nearest 3 --output similar.npz",
+        "lorafast similar team-a/ team-b/ --group-by-base --output similar.png",
+    ),
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,114 @@
+"""`lorafast verify`: hold a merged checkpoint against the base and the adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafast._cli.command import Command
+from lorafast._cli.device import merge_device_name
+from lorafast._cli.format import count_text
+from lorafast._cli.merge import add_input_arguments, add_strategy_arguments
+
+if TYPE_CHECKING:
+    import argparse
+
+    import lorafast
+    from lorafast._cli.terminal import Terminal
+
+EXIT_PROBLEMS = 3
+#: Problems that are spelled out; the JSON has them all.
+SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `lorafast verify`."""
+    inputs = add_input_arguments(parser)
+    inputs.add_argument(
+        "--merged", required=True, metavar="PATH", help="the merged model, whoever made it"
+    )
+    add_strategy_arguments(parser)
+    parser.add_argument(
+        "--device",
+        type=merge_device_name,
+        default="cpu",
+        metavar="DEVICE",
+        help="where the merge was made; cpu:amx lets pass what its products are off "
+        "(default: %(default)s)",
+    )
+    outcome = parser.add_argument_group("what to check and show")
+    outcome.add_argument(
+        "--full",
+        action="store_true",
+        help="compute every row of the merged weights in float64 as well, not a sample",
+    )
+    outcome.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    outcome.add_argument(
+        "--quiet", action="store_true", help="print problems, warnings and errors only"
+    )
+
+
+def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    """Verify, and show what was found."""
+    from lorafast import verify
+
+    outcome = verify(
+        arguments.base,
+        arguments.adapters,
+        arguments.merged,
+        strategy=arguments.merge_strategy,
+        weights=arguments.weights,
+        full=arguments.full,
+        threads=arguments.threads,
+        progress=not arguments.quiet,
+        allow=arguments.allow,
+        compat=arguments.compat,
+        expert_layout=arguments.expert_layout,
+        device=arguments.device,
+    )
+    if arguments.json:
+        terminal.json(outcome.to_dict())
+    else:
+        show(outcome, terminal)
+    for warning in outcome.warnings:
+        terminal.warn(warning)
+    return 0 if outcome.ok else EXIT_PROBLEMS
+
+
+def show(outcome: lorafast.Verification, terminal: Terminal) -> None:
+    """Print the verdict, what it rests on, and what rounding did."""
+    if outcome.ok:
+        terminal.heading("The merge is right")
+    else:
+        terminal.problem(f"{len(outcome.problems)} problems: the merge is not what it should be")
+        for problem in outcome.problems[:SHOWN]:
+            terminal.problem(f"  {problem}")
+        if len(outcome.problems) > SHOWN:
+            terminal.problem(f"  and {len(outcome.problems) - SHOWN} more")
+    lost = f"{outcome.lost:.2%} of the change; {outcome.unmoved:.2%} of the weights did not move"
+    if len(outcome.adapters) > 1:
+        shares = (f"{entry['adapter']} {entry['lost']:.2%}" for entry in outcome.adapters)
+        lost += f" (as a share of each adapter's own change: {', '.join(shares)})"
+    terminal.facts(
+        {
+            "computed again": f"{outcome.tensors_merged:,} tensors, "
+            f"{outcome.rows_exact:,} of their rows in float64 as well",
+            "compared": f"{outcome.tensors_copied:,} tensors that no adapter changes",
+            "weights in all": count_text(outcome.elements),
+            "lost to rounding": lost,
+        }
+    )
+
+
+COMMAND = Command(
+    name="verify",
+    summary="prove that a merged model is right",
+    description="Compare every tensor of a merged model with what base and adapters make: the\n"
+    "untouched ones byte for byte, the merged ones computed again. The exit code is 0 if it is\n"
+    "right and 3 if it is not; the first tensor that differs is named, and how.",
+    examples=(
+        "lorafast verify --base llama --adapters style --merged llama-style",
+        "lorafast verify --base llama --adapters style --merged llama-style --full --json",
+    ),
+    add_arguments=add_arguments,
+    run=run,
+)

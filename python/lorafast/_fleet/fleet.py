@@ -1,0 +1,192 @@
+"""A fleet: what many adapters hold, as tables that any data frame library takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    import pyarrow
+
+    from lorafast._analysis.records import Finding
+    from lorafast._fleet.finding_columns import ErrorList, FindingList
+    from lorafast._fleet.table import Table
+
+TableName = Literal["adapters", "modules", "findings"]
+
+TABLES: tuple[TableName, ...] = ("adapters", "modules", "findings")
+
+
+@dataclass(frozen=True, slots=True)
+class FleetFinding:
+    """Something to look at in one adapter of a fleet.
+
+    Attributes:
+        adapter: the adapter's name; `None` for the whole fleet.
+        finding: what it is; of several modules' the one with the greatest figure.
+        count: how many modules of the adapter it is about.
+    """
+
+    adapter: str | None
+    finding: Finding
+    count: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fleet:
+    """Many adapters, each with what it holds. Made by `lorafast.scan`.
+
+    Adapters and modules stand in the order in which the adapters were found. Which columns there
+    are depends on `metrics`; norms, ranks and the other figures of a module have the names and
+    meanings of `ModuleAnalysis`, those of an adapter the ones in `AdapterAnalysis.summary` and
+    (of all its weights together) of `TensorStatistics`.
+
+    Attributes:
+        metrics: how much was asked for: "full", "headers", "moments" or "spectra".
+        adapters: a row for each adapter. Always: `path`, `name`, `peft_type`, `base`, `rank`,
+            `alpha` and `scaling` (those that most of its modules have), `scaling_rule`,
+            `modules`, `tensors`, `parameters`, `bytes`, `dtypes`, `sha256` (of the weights file;
+            `None` with "headers"), `severe`, `warnings`, `notes` (numbers of findings),
+            `findings` (a list of their kinds). With moments: `mean`, `std`, `min`, `max`,
+            `l2_norm`, `skewness`, `kurtosis`, `zero_share`, `non_finite`. With spectra:
+            `frobenius_norm`, `max_spectral_norm`, `median_spectral_norm`, `mean_effective_rank`.
+        modules: a row for each module. Always: `adapter` (its name), `module` (its path), `block`
+            (−1 outside of blocks), `layer`, `kind`, `out_features`, `in_features`, `rank`,
+            `alpha`, `scaling`. With moments, for the stored A and B each: `a_mean`, `a_std`,
+            `a_min`, `a_max`, `a_l2_norm`, `a_skewness`, `a_kurtosis`, `a_zero_share`, `b_mean`, …
+            With spectra: `frobenius_norm`, `spectral_norm`, `stable_rank`, `effective_rank`,
+            `energy_effective_rank`, `participation_ratio`, `k90`, `k95`, `k99`,
+            `numerical_rank`, `condition`, `entry_mean`, and `singular_values`, a list.
+        findings: what to look at, the severe first: a sequence of `FleetFinding`, each made when
+            it is asked for. `table("findings")` has a row for each: `adapter` (its name; `None` of
+            the whole fleet), `severity`, `kind`, `module` (its path; `None` of the whole adapter),
+            `figure` (NaN where there is none), `count`, `reason`.
+        errors: what could not be read: a sequence of records with `path` and `reason`.
+        bytes_read: bytes of the weights files that were not taken from the cache; with "headers"
+            that is their size, of which only the headers were read.
+        remembered: adapters that were taken from the cache.
+    """
+
+    metrics: str
+    adapters: Table
+    modules: Table
+    findings: FindingList
+    errors: ErrorList
+    bytes_read: int
+    remembered: int
+
+    def __len__(self) -> int:
+        return self.adapters.rows
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where each adapter lies."""
+        return [Path(path) for path in self.adapters["path"]]
+
+    @property
+    def names(self) -> list[str]:
+        """A distinct name for each adapter.
+
+        Its directory's, with as many of the parents' before it as tell it apart from the others.
+        """
+        names: list[str] = self.adapters["name"].tolist()
+        return names
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self):,} adapters", f"{self.modules.rows:,} modules"]
+        if self.errors:
+            parts.append(f"{len(self.errors):,} errors")
+        return f"<Fleet {', '.join(parts)}>"
+
+    def table(self, name: TableName = "adapters") -> Table:
+        """One of the three tables by its name.
+
+        Raises:
+            ValueError: there is no such table.
+        """
+        if name not in TABLES:
+            raise ValueError(f"table must be 'adapters', 'modules' or 'findings', not {name!r}")
+        if name == "findings":
+            return self.findings.table
+        return self.adapters if name == "adapters" else self.modules
+
+    def to_arrow(self, table: TableName = "adapters") -> pyarrow.Table:
+        """A table as Arrow's: repeated texts as dictionaries, lists as lists, −1 blocks as nulls.
+
+        Raises:
+            ValueError: there is no such table.
+            MissingDependencyError: pyarrow is not installed.
+        """
+        from lorafast._fleet.export import arrow_table
+
+        return arrow_table(self.table(table))
+
+    def to_pandas(self, table: TableName = "adapters") -> pandas.DataFrame:
+        """A table as pandas'.
+
+        Raises:
+            ValueError: there is no such table.
+            MissingDependencyError: pandas is not installed.
+        """
+        from lorafast._fleet.export import pandas_frame
+
+        return pandas_frame(self.table(table))
+
+    def to_polars(self, table: TableName = "adapters") -> polars.DataFrame:
+        """A table as polars'.
+
+        Raises:
+            ValueError: there is no such table.
+            MissingDependencyError: polars is not installed.
+        """
+        from lorafast._fleet.export import polars_frame
+
+        return polars_frame(self.table(table))
+
+    def to_parquet(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Writes `adapters.parquet`, `modules.parquet`, `findings.parquet` and `errors.json`.
+
+        The tables are compressed with zstd and have `lorafast.schema_version` in their metadata.
+        Each file is put in its place when it is whole.
+
+        Args:
+            directory: where to; it is made if it is not there.
+
+        Returns:
+            The files.
+
+        Raises:
+            OutputError: the directory cannot be written.
+            MissingDependencyError: pyarrow is not installed.
+        """
+        from lorafast._fleet.export import write_parquet
+        from lorafast._io.paths import expand
+
+        return write_parquet(self, Path(expand(directory)))
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """The adapters' table for any library that speaks Arrow's C stream interface."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def to_html(self, *, similarity: Any = "auto") -> str:
+        """One HTML document that loads nothing from elsewhere: for a person to look at.
+
+        Args:
+            similarity: what `lorafast.similarity(fleet)` returned, for the clustered matrix of
+                cosines: any value with `matrix` (N×N) and `names`. "auto" computes it for up to
+                1000 adapters, `None` leaves it out.
+
+        Raises:
+            MissingDependencyError: plotly is not installed.
+        """
+        from lorafast._report.html.fleet import page
+
+        return page(self, similarity)
+
+
+# What users see, and what a pickle names.
+Fleet.__module__ = FleetFinding.__module__ = "lorafast"

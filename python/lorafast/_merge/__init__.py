@@ -1,0 +1,1 @@
+"""Merging adapters into checkpoints, and undoing, verifying and planning it."""

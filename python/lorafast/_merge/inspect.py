@@ -1,0 +1,43 @@
+"""Listing what a checkpoint or an adapter holds: `lorafast.inspect`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lorafast import _core
+from lorafast._io.sources import BASE_PATTERNS, has_only_pickle, is_adapter, locate, rewrite_pickle
+
+Source = str | os.PathLike[str]
+
+
+def inspect(path: Source) -> dict[str, Any]:
+    """Lists what a checkpoint or an adapter holds, from its headers alone.
+
+    Args:
+        path: a model's or an adapter's directory, a `.safetensors` file, or a hub id.
+
+    Returns:
+        Plain objects: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
+        `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
+        `config`, `warnings`, for a quantised checkpoint `quantised` (how many weights are stored
+            how), and for an adapter `adapter` with `type, base, r, alpha, rslora,
+        peft_version`, `modules` (name, kind, rank, alpha, scaling, shape (out, in)), `features`
+        (what in it cannot be merged) and `account`: of every tensor and every config field its
+        `name`, `verdict` (used, not_needed, refused) and `reason`.
+
+    Raises:
+        FileNotFoundError: the path is not there.
+        CheckpointError: the checkpoint is broken.
+        AdapterError: the adapter is broken or of a type that cannot be read.
+    """
+    local = locate(path, BASE_PATTERNS)
+    if not is_adapter(local):
+        return _core.list_checkpoint(local)
+    if not has_only_pickle(local):
+        return _core.list_adapter(local)
+    from lorafast._io import scratch
+
+    with scratch.directory() as directory:
+        rewritten = rewrite_pickle(local, directory / "adapter")
+        return _core.list_adapter(local, rewritten)

@@ -1,0 +1,148 @@
+"""What the seed's options do to a merged model: leave its tokenizer out, write it as pickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafast._errors import missing
+from lorafast._io import atomic
+from lorafast._io.paths import is_file
+
+if TYPE_CHECKING:
+    from lorafast._merge.api import MergeReport
+
+INDEX = "model.safetensors.index.json"
+#: What lists the model's files; the core writes it.
+MANIFEST = "lorafast_manifest.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+#: The files that the tokenizers of transformers save.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def require_torch() -> None:
+    """Raises what says how to install torch, where it is missing."""
+    try:
+        import torch  # noqa: F401  # only its absence is asked for
+    except ImportError as error:
+        raise missing("torch", "torch", "write .bin files (save_safetensors=False)") from error
+
+
+def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
+    """Removes the tokenizer's files from a merged model, and from its report.
+
+    Only what the merge itself has put there is removed: others may keep files beside a model.
+
+    Args:
+        model: the merged model.
+        report: that of the merge.
+
+    Returns:
+        The report without them, which is written too.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    removed = [
+        name
+        for name in report.side_files
+        if name in TOKENIZER_FILES or ("/" not in name and name.endswith(".tiktoken"))
+    ]
+    for name in removed:
+        (model / name).unlink(missing_ok=True)
+    _amend_manifest(model, removed=removed, added=[])
+    from lorafast._merge.api import write_afterwards
+
+    kept = [name for name in report.side_files if name not in removed]
+    shorter = replace(report, side_files=kept)
+    write_afterwards(shorter, str(model))
+    return shorter
+
+
+def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
+    """Replaces a model's safetensors shards by torch's `.bin` files, one shard in memory at a time.
+
+    Only tensors go into them, so that `torch.load(…, weights_only=True)` reads them. Files of
+    weights that the merge did not write stay.
+
+    Args:
+        model: the merged model.
+        report: that of the merge.
+
+    Returns:
+        The report with the new files, which is written too.
+
+    Raises:
+        OSError: a file cannot be written or removed.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    index_path = model / INDEX
+    index: dict[str, Any] | None = None
+    shards = report.weight_files
+    if is_file(index_path):
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+    names = _pickle_names(shards)
+    for shard, name in names.items():
+        state = load_file(model / shard)
+        with atomic.writing(model / name, sync=True) as file:
+            torch.save(state, file)
+        del state
+    if index is not None:
+        index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
+        text = json.dumps(index, indent=2) + "\n"
+        atomic.write(model / PICKLE_INDEX, text, sync=True)
+        index_path.unlink()
+    # Only now: until here the model was whole in one form or the other.
+    for shard in shards:
+        (model / shard).unlink()
+    added = list(names.values())
+    if index is not None:
+        added.append(PICKLE_INDEX)
+    _amend_manifest(model, removed=[*shards, INDEX], added=added)
+    from lorafast._merge.api import write_afterwards
+
+    changed = replace(report, weight_files=sorted(names.values()))
+    write_afterwards(changed, str(model))
+    return changed
+
+
+def _amend_manifest(model: Path, *, removed: list[str], added: list[str]) -> None:
+    """Lists the model's files as they are now."""
+    manifest = json.loads((model / MANIFEST).read_text(encoding="utf-8"))
+    kept = [entry for entry in manifest["files"] if entry["name"] not in removed]
+    kept += [{"name": name, "bytes": (model / name).stat().st_size} for name in added]
+    manifest["files"] = sorted(kept, key=lambda entry: str(entry["name"]))
+    atomic.write(model / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _pickle_names(shards: list[str]) -> Mapping[str, str]:
+    """The names that transformers looks for."""
+    if len(shards) == 1:
+        return {shards[0]: "pytorch_model.bin"}
+    count = len(shards)
+    return {
+        shard: f"pytorch_model-{position:05d}-of-{count:05d}.bin"
+        for position, shard in enumerate(shards, start=1)
+    }

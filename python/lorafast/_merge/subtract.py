@@ -1,0 +1,313 @@
+"""Taking adapters out of a merged checkpoint again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafast import _core
+from lorafast._errors import OutputError, VerificationError
+from lorafast._io import atomic
+from lorafast._io.limits import check_threads
+from lorafast._io.paths import expand, is_directory, resolved
+from lorafast._io.progress import callback
+from lorafast._io.sources import BASE_PATTERNS, locate
+from lorafast._merge.api import AFTERWARDS, DTYPES, MergePlan, _plan, unmeasured, write_afterwards
+from lorafast._merge.verify import verify_plan
+from lorafast._report.cells import LONGEST_REASON, cell
+from lorafast._report.merge import adapter_lines, note_lines, path, warning_lines
+
+if TYPE_CHECKING:
+    from lorafast._merge.api import Compat, ExpertLayout, MergeReport, Progress, Source, Strategy
+
+REPORT_JSON = "subtract_report.json"
+REPORT_MARKDOWN = "subtract_report.md"
+#: From this share of the change on, what rounding can have done is worth a warning.
+LOST = 0.5
+
+
+@dataclass(frozen=True)
+class SubtractReport:
+    """What a subtraction gave back, and how near that is to the base.
+
+    Attributes:
+        merged: path of the merged checkpoint.
+        adapters: paths of the adapters that were taken out, in the order of the merge.
+        original: path of the base, where it was at hand.
+        strategy: how the adapters had been combined.
+        weights: the weight each had, or `None` under sequential.
+        output_path: the directory that was written.
+        dtype: auto, or the dtype of the output's floating-point tensors.
+        exact: whether the output is the base, byte for byte (converted, where `dtype` says so).
+        bound: where it is not, and that could be measured: `largest`, what no weight lies further
+            from the base's than; `norm`, the root of the sum of squares of every weight's bound;
+            `change`, ‖merged - output‖;
+            `share`, norm over change; `tensors`, out of how many something was taken; `rounding`,
+            how the merge is taken to have rounded: "once", or "as PEFT does" with compat="peft".
+            Once: |R - W| ≤ ½ulp(M) + ½ulp(R) + the bound of two float32 sums (Higham, "Accuracy and
+            Stability of Numerical Algorithms", §3.1).
+        proof: with the base at hand, what `lorafast.verify` found of the merged checkpoint.
+        verification: with `verify`, what it found of the output.
+        tensors_changed: tensors out of which something was taken.
+        bytes_written: bytes of the output's shards.
+        seconds: of writing.
+        threads: worker threads.
+        versions: of lorafast.
+        adapter_sha256: of each adapter's weights file, by the adapter's path.
+        accounts: for each adapter what became of every config field and every tensor.
+        warnings: what to know before using the result.
+        notes: how adapters were made to fit where it was not plain.
+        side_files: files carried over beside the weights.
+        left_out: what was not carried over, as in a merge's report.
+    """
+
+    merged: str
+    adapters: list[str]
+    original: str | None
+    strategy: str
+    weights: list[float] | None
+    output_path: str
+    dtype: str
+    exact: bool
+    bound: dict[str, Any] | None
+    proof: dict[str, Any] | None
+    verification: dict[str, Any] | None
+    tensors_changed: int
+    bytes_written: int
+    seconds: float
+    threads: int
+    versions: dict[str, str]
+    adapter_sha256: dict[str, str]
+    accounts: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    side_files: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def exactness(self) -> str:
+        """How near the result is to the base, in words."""
+        if not self.exact and self.bound is None:
+            return "the base to within rounding; how near could not be measured"
+        if self.bound is None:
+            converted = "" if self.dtype == "auto" else f", converted to {self.dtype}"
+            return (
+                f"the base, byte for byte{converted}: the merged model was proved to be what "
+                "it and the adapters make"
+            )
+        share = f"{self.bound['share']:.2%}" if self.bound["change"] > 0 else "nothing"
+        return (
+            f"the base to within rounding: no weight is further from it than "
+            f"{self.bound['largest']:.3g}, and all together not further than {share} of the change "
+            f"that was taken out, if the merge rounded each weight {self.bound['rounding']}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain objects."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """A page for a person."""
+        lines = ["# LoRA adapters taken out", ""]
+        lines += warning_lines(self.warnings)
+        facts = {
+            "Merged model": path(self.merged),
+            "Base at hand": "no" if self.original is None else path(self.original),
+            "Output": path(self.output_path),
+            "The output is": cell(self.exactness(), LONGEST_REASON),
+            "Strategy": cell(self.strategy),
+            "dtype": cell(self.dtype),
+            "Tensors changed": f"{self.tensors_changed}",
+            "Time": f"{self.seconds:.2f} s ({self.threads} threads)",
+            "lorafast": self.versions["lorafast"],
+        }
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in facts.items()]
+        lines += adapter_lines(self.adapters, self.weights, self.adapter_sha256)
+        lines += note_lines(self.notes)
+        return "\n".join(lines) + "\n"
+
+    def write(self, directory: Source) -> None:
+        """Writes `subtract_report.json` and `subtract_report.md` into a directory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        folder = Path(expand(directory))
+        atomic.write(folder / REPORT_JSON, self.to_json() + "\n")
+        atomic.write(folder / REPORT_MARKDOWN, self.to_markdown())
+
+
+def subtract(
+    merged: Source,
+    adapters: Source | Sequence[Source],
+    output: Source,
+    *,
+    original: Source | None = None,
+    strategy: Strategy = "sequential",
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress = False,
+    allow: str | Sequence[str] = (),
+    compat: Compat | None = None,
+    expert_layout: ExpertLayout = "auto",
+    verify: bool = False,
+    report: bool = True,
+) -> SubtractReport:
+    """Takes adapters out of a merged checkpoint and writes what they were merged into.
+
+    Without `original` every weight M that the adapters changed becomes M - Σ wᵢ·sᵢ·Bᵢ·Aᵢ, computed
+    as in a merge and rounded once. The merge had rounded as well, so this is the base to within
+    rounding; the result says how far from it at most. What does more than add (DoRA, saved modules
+    and biases, trained tokens, starts that change the base) cannot be subtracted.
+
+    With `original` nothing is subtracted: `merged` is proved to be what `original` and the adapters
+    make, as `lorafast.verify` does, and then `original` is what is written, byte for byte. If the
+    proof fails, nothing is written. This undoes every kind of adapter.
+
+    Args:
+        merged: the merged checkpoint, as the base of `lorafast.merge`.
+        adapters: what to take out, in the order of the merge.
+        output: the directory to write. Absent or empty, unless `overwrite`.
+        original: the base that the adapters were merged into, if it is at hand.
+        strategy: how the adapters were combined in the merge.
+        weights: their weights in the merge, for "weighted".
+        dtype: as for `lorafast.merge`; "auto" keeps that of `merged`, or of `original`.
+        overwrite: as for `lorafast.merge`.
+        threads: as for `lorafast.merge`.
+        progress: as for `lorafast.merge`.
+        allow: as for `lorafast.merge`.
+        compat: as for `lorafast.merge`; "peft" for what PEFT merged.
+        expert_layout: as for `lorafast.merge`.
+        verify: read the result back and prove it.
+        report: write `subtract_report.json` and `subtract_report.md` beside the model.
+
+    Returns:
+        What was done, and how near to the base the result is.
+
+    Raises:
+        FileNotFoundError: something is not there.
+        ValueError: an argument is outside its domain.
+        CheckpointError: `merged` or `original` is broken.
+        AdapterError: an adapter is broken, or (UnsupportedAdapterError) could not have been merged.
+        PlanError: the adapters do not fit, or cannot be subtracted without `original`.
+        OutputError: the output may not or cannot be written.
+        NumericError: a finite weight would become NaN or infinite.
+        VerificationError: `merged` is not what `original` and the adapters make; or, with `verify`,
+            the output reads back as something else.
+    """
+    check_threads(threads)
+    output = expand(output)
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    proof = None
+    prepared = _plan(
+        merged if original is None else original,
+        adapters,
+        strategy=strategy,
+        weights=weights,
+        dtype=dtype if original is None else "auto",
+        allow=allow,
+        compat=compat,
+        subtract=original is None,
+        expert_layout=expert_layout,
+    )
+    plan = prepared
+    if original is not None:
+        _check_place(merged, output)
+        proof = verify_plan(
+            prepared, merged, device="cpu", full=False, threads=threads, progress=progress
+        )
+        if not proof.ok:
+            raise VerificationError(
+                f"{os.fspath(merged)}: is not what {os.fspath(original)} and the adapters make: "
+                f"{proof.problems[0]}; give the strategy, the weights and all the adapters that it "
+                "was merged with, or leave the original out to subtract all the same"
+            )
+        plan = MergePlan(prepared.core.of_base_alone(dtype=DTYPES[dtype]), None)
+        plan.protected = [locate(merged, BASE_PATTERNS)]
+    done = plan.execute(
+        output,
+        threads=threads,
+        overwrite=overwrite,
+        progress=progress,
+        verify=verify,
+        report=False,
+    )
+    bound = None
+    if original is None:
+        try:
+            with callback(progress, label="measuring") as tell:
+                bound = plan.core.distance(output, threads=threads, progress=tell)
+        except AFTERWARDS as error:
+            # The output is written; only how near it is to the base is not known.
+            done.warnings.append(unmeasured(output, error))
+        else:
+            bound["rounding"] = "once" if compat is None else "as PEFT does"
+            bound["share"] = bound["norm"] / bound["change"] if bound["change"] > 0 else 0.0
+    result = SubtractReport(
+        merged=os.fspath(merged),
+        proof=None if proof is None else proof.to_dict(),
+        bound=bound,
+        **_shared_fields(done, prepared, exact=original is not None),
+    )
+    if bound is not None and bound["share"] >= LOST:
+        result.warnings.append(
+            f"rounding can account for {bound['share']:.0%} of the change that was taken out; give "
+            "the base that it was merged into as well (original=…, --base) to get it back exactly"
+        )
+    if report:
+        write_afterwards(result, output)
+    return result
+
+
+def _shared_fields(done: MergeReport, prepared: MergePlan, *, exact: bool) -> dict[str, Any]:
+    """The fields that a merge's report has too."""
+    description = prepared.to_dict()
+    weights = description["weights"]
+    if weights is not None and not exact:
+        # A subtraction is planned with the opposite weights.
+        weights = [-weight for weight in weights]
+    return {
+        "adapters": done.adapters,
+        "original": prepared.base if exact else None,
+        "strategy": description["strategy"],
+        "weights": weights,
+        "output_path": done.output_path,
+        "dtype": done.dtype,
+        "exact": exact,
+        "verification": done.verification,
+        "tensors_changed": prepared.tensors_merged,
+        "bytes_written": done.bytes_written,
+        "seconds": done.merge_time,
+        "threads": done.threads,
+        "versions": {"lorafast": _core.__version__},
+        "adapter_sha256": done.adapter_sha256,
+        "accounts": [adapter["account"] for adapter in description["adapters"]],
+        "warnings": list(done.warnings),
+        "notes": [] if exact else list(prepared.notes),
+        "side_files": done.side_files,
+        "left_out": done.left_out,
+    }
+
+
+def _check_place(merged: Source, output: Source) -> None:
+    """Refuses to write over the merged checkpoint, which the proof reads and no plan protects."""
+    own = resolved(locate(merged, BASE_PATTERNS))
+    place = resolved(output)
+    whole = is_directory(own)
+    if place == (own if whole else own.parent):
+        raise OutputError(f"{output}: is the merged model itself; give another directory")
+    if whole and own in place.parents:
+        raise OutputError(
+            f"{output}: lies inside the merged model {merged}; give another directory"
+        )

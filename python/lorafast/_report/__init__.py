@@ -1,0 +1,1 @@
+"""Views of results: Markdown, HTML, plots, tables and JSON."""

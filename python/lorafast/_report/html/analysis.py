@@ -1,0 +1,174 @@
+"""The report of one adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from lorafast._analysis.records import AdapterAnalysis, ModuleAnalysis, TensorStatistics
+from lorafast._report.html.elements import (
+    Column,
+    Html,
+    definitions,
+    document,
+    element,
+    findings,
+    folded,
+    natural,
+    plots,
+    section,
+    table,
+    words,
+)
+
+PLOTS = ("overview", "heatmap", "spectrum")
+#: Points of a spectrum in a table's row.
+SPARK_POINTS = 32
+#: Keys of the summary that say more in other words.
+SUMMARY_WORDS = {
+    "total_parameters": "stored values",
+    "total_bytes": "bytes",
+    "frobenius_norm": "Frobenius norm of all updates",
+    "max_spectral_norm": "greatest spectral norm",
+    "median_spectral_norm": "median spectral norm",
+    "mean_effective_rank": "mean effective rank (Roy–Vetterli)",
+}
+
+
+def spark(module: ModuleAnalysis) -> Html:
+    """The spectrum as a line of the size of a word."""
+    values = module.singular_values
+    if not values or not all(map(math.isfinite, values)) or values[0] <= 0:
+        return Html("–")
+    width, height = 84, 20
+    step = max(1, math.ceil(len(values) / SPARK_POINTS))
+    kept = values[::step]
+    across = width / max(1, len(kept) - 1)
+    # A spectrum of one value is a level line, not a point that nobody sees.
+    heights = [value / values[0] for value in kept] * (2 if len(kept) == 1 else 1)
+    across = width if len(kept) == 1 else across
+    points = " ".join(
+        f"{i * across:.1f},{1 + (height - 2) * (1 - value):.1f}" for i, value in enumerate(heights)
+    )
+    return element(
+        "svg",
+        element("polyline", points=points),
+        class_="spark",
+        width=width,
+        height=height,
+        viewBox=f"0 0 {width} {height}",
+        aria_hidden="true",
+    )
+
+
+MODULE_COLUMNS: list[Column[ModuleAnalysis]] = [
+    Column("module", "Path of the module that the update belongs to.", lambda m: m.path),
+    Column("shape", "Rows × columns of ΔW = s·B·A.", lambda m: f"{m.shape[0]}×{m.shape[1]}"),
+    Column("r", "Rank: the common extent of B and A.", lambda m: m.rank),
+    Column("α", "alpha, as the config gives it.", lambda m: m.alpha),
+    Column("s", "Scaling: α/r, or α/√r for rsLoRA. Every figure includes it.", lambda m: m.scaling),
+    Column("‖ΔW‖", "Frobenius norm: √Σσ².", lambda m: m.frobenius_norm),
+    Column("‖ΔW‖/‖W₀‖", "Frobenius norm of the update over the one of the base's weight.",
+           lambda m: m.relative_norm),
+    Column("σ₁", "Spectral norm: the greatest singular value.", lambda m: m.spectral_norm),
+    Column("spectrum", "σᵢ/σ₁ from the first to the last, from 0 to 1.", spark,
+           sortable=False),
+    Column("stable rank", "Σσ²/σ₁².", lambda m: m.stable_rank),
+    Column("effective rank", "Roy and Vetterli: exp H(σ/Σσ), H the entropy.",
+           lambda m: m.effective_rank),
+    Column("energy effective rank", "exp H(σ²/Σσ²), H the entropy.",
+           lambda m: m.energy_effective_rank),
+    Column("participation ratio", "(Σσ²)²/Σσ⁴.", lambda m: m.participation_ratio),
+    Column("k₉₀", "The least k for which σ₁² + … + σₖ² is 90 % of Σσ².", lambda m: m.k90),
+    Column("k₉₅", "The least k for which σ₁² + … + σₖ² is 95 % of Σσ².", lambda m: m.k95),
+    Column("k₉₉", "The least k for which σ₁² + … + σₖ² is 99 % of Σσ².", lambda m: m.k99),
+    Column("condition", "σ₁ over the last singular value.", lambda m: m.condition),
+    Column("entry mean", "Mean of ΔW's entries: s·(1ᵀB)(A1)/(rows·columns).",
+           lambda m: m.entry_mean),
+]  # fmt: skip
+ENTRY_COLUMNS: list[Column[ModuleAnalysis]] = [
+    Column("max|ΔW|", "The greatest magnitude of an entry of ΔW.",
+           lambda m: None if m.entries is None else m.entries.max_abs),
+    Column("small share", "Share of ΔW's entries with a magnitude below the threshold.",
+           lambda m: None if m.entries is None else m.entries.below_share),
+]  # fmt: skip
+
+TENSOR_COLUMNS: list[Column[tuple[str, TensorStatistics]]] = [
+    Column("tensor", "Name of the tensor in the file.", lambda t: t[0]),
+    Column("shape", "Extents, as stored.", lambda t: "×".join(map(str, t[1].shape or ()))),
+    Column("dtype", "As safetensors writes it.", lambda t: t[1].dtype or ""),
+    Column("mean", "Σw/n.", lambda t: t[1].mean),
+    Column("std", "√(Σ(w − mean)²/n).", lambda t: t[1].std),
+    Column("min", "The least value.", lambda t: t[1].min),
+    Column("median", "50th percentile, by linear interpolation.",
+           lambda t: t[1].percentiles.get(50.0)),
+    Column("max", "The greatest value.", lambda t: t[1].max),
+    Column("‖w‖", "√Σw².", lambda t: t[1].l2_norm),
+    Column("zeros", "Share of the finite values that are zero.", lambda t: t[1].zero_share),
+    Column("not finite", "Number of NaN and infinities; they are left out of all other figures.",
+           lambda t: t[1].non_finite),
+    Column("skewness", "m₃/m₂^1.5, m the central moments.", lambda t: t[1].skewness),
+    Column("kurtosis", "m₄/m₂² − 3, m the central moments.", lambda t: t[1].kurtosis),
+]  # fmt: skip
+
+
+def page(analysis: AdapterAnalysis) -> str:
+    """The report of one adapter."""
+    return document(
+        f"Adapter {analysis.name}",
+        element("p", element("code", str(analysis.path)), class_="quiet"),
+        findings([(None, finding) for finding in analysis.findings]),
+        section("Summary", summary(analysis)),
+        plots(analysis, PLOTS),
+        section("Modules", modules_table(list(analysis.modules.values()))),
+        section(
+            "Stored tensors",
+            folded(
+                f"Statistics of {len(analysis.tensors):,} tensors",
+                table(
+                    sorted(analysis.tensors.items(), key=lambda item: natural(item[0])),
+                    TENSOR_COLUMNS,
+                    "tensors",
+                ),
+            ),
+        ),
+        section("Configuration", folded("adapter_config.json", element("pre", _json(analysis)))),
+    )
+
+
+def summary(analysis: AdapterAnalysis) -> Html:
+    """The figures of the whole adapter, and of all its stored weights."""
+    weights = analysis.weights
+    items = [
+        (SUMMARY_WORDS.get(key, key.replace("_", " ")), words(value))
+        for key, value in analysis.summary.items()
+    ]
+    items += [
+        ("mean of the weights", words(weights.mean)),
+        ("standard deviation", words(weights.std)),
+        ("least and greatest weight", f"{words(weights.min)} to {words(weights.max)}"),
+        ("zeros", f"{words(100 * weights.zero_share)} %"),
+        ("not finite", words(weights.non_finite)),
+    ]
+    items += [
+        (f"percentile {words(percent)}", words(value))
+        for percent, value in weights.percentiles.items()
+    ]
+    return definitions(items)
+
+
+def modules_table(modules: list[ModuleAnalysis]) -> Html:
+    """A row a module; columns that hold nothing are left out."""
+    modules = sorted(modules, key=lambda module: natural(module.path))
+    columns = [
+        column
+        for column in MODULE_COLUMNS
+        if column.title != "‖ΔW‖/‖W₀‖" or any(m.relative_norm is not None for m in modules)
+    ]
+    if any(module.entries is not None for module in modules):
+        columns += ENTRY_COLUMNS
+    return table(modules, columns, "modules")
+
+
+def _json(analysis: AdapterAnalysis) -> str:
+    return json.dumps(analysis.config, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,216 @@
+"""The report of several adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorafast._analysis.records import AdapterAnalysis, Comparison, ModuleComparison
+from lorafast._report.html.elements import (
+    Column,
+    Html,
+    document,
+    element,
+    findings,
+    folded,
+    join,
+    natural,
+    number,
+    plots,
+    section,
+    table,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float64]
+
+PLOTS = ("modules", "distributions", "adapters")
+#: Up to so many adapters have columns of their own in the table of modules.
+OWN_COLUMNS = 6
+#: Up to so many adapters the matrix of cosines is a table; for more it is a picture.
+MATRIX_AT_MOST = 60
+
+COSINE = "⟨X, Y⟩/(‖X‖·‖Y‖), exact, of two adapters' updates of the module."
+SIGN = "Share of entries that both change in the same direction, of those that both change."
+PHI = "φ = ‖UᵢᵀUⱼ‖²/min(rᵢ, rⱼ) of the output subspaces (LoRA, §7.2)."
+CHANCE = "What φ is expected to be for random subspaces: max(rᵢ, rⱼ)/d."
+
+ADAPTER_COLUMNS: list[Column[tuple[str, AdapterAnalysis]]] = [
+    Column("adapter", "Name of the adapter.", lambda a: a[0]),
+    Column("modules", "Modules that it updates.", lambda a: len(a[1].modules)),
+    Column("parameters", "Stored values.", lambda a: a[1].weights.count),
+    Column("‖ΔW‖", "Frobenius norm of all updates together: √Σ‖ΔW‖².",
+           lambda a: _number(a[1].summary.get("frobenius_norm"))),
+    Column("max σ₁", "The greatest spectral norm of a module.",
+           lambda a: _number(a[1].summary.get("max_spectral_norm"))),
+    Column("mean effective rank", "Mean over modules of Roy and Vetterli's exp H(σ/Σσ).",
+           lambda a: _number(a[1].summary.get("mean_effective_rank"))),
+    Column("mean", "Mean of the stored weights.", lambda a: a[1].weights.mean),
+    Column("std", "Standard deviation of the stored weights.", lambda a: a[1].weights.std),
+    Column("min", "The least stored weight.", lambda a: a[1].weights.min),
+    Column("max", "The greatest stored weight.", lambda a: a[1].weights.max),
+    Column("not finite", "Number of NaN and infinities.", lambda a: a[1].weights.non_finite),
+    Column("findings", "Number of findings.", lambda a: len(a[1].findings)),
+]  # fmt: skip
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) else None
+
+
+def page(comparison: Comparison) -> str:
+    """The report of several adapters."""
+    pairs = list(zip(comparison.names, comparison.analyses, strict=True))
+    modules = sorted(comparison.modules.values(), key=lambda module: natural(module.path))
+    found = [(None, finding) for finding in comparison.findings]
+    return document(
+        f"Comparison of {len(pairs)} adapters",
+        findings([*found, *((name, one) for name, a in pairs for one in a.findings)]),
+        section("Adapters", table(pairs, ADAPTER_COLUMNS, "adapters")),
+        section("Cosine of the updates", _matrix(comparison)),
+        plots(comparison, PLOTS if len(pairs) <= MATRIX_AT_MOST else ("cosine", *PLOTS)),
+        section("Modules", table(modules, _columns(comparison), "modules")),
+        _only_in(comparison),
+    )
+
+
+def _matrix(comparison: Comparison) -> Html:
+    """The cosines as a table of colours, each with both names on hover."""
+    explained = element(
+        "p",
+        "⟨X, Y⟩/(‖X‖·‖Y‖) of the whole updates: 1 the same direction, 0 nothing in common, "
+        "−1 opposite. A module that only one adapter has is zero in the other.",
+        class_="quiet",
+    )
+    names = comparison.names
+    if len(names) > MATRIX_AT_MOST:
+        return join([explained, element("p", "The matrix is among the plots.")])
+    short = len(names) > 8
+    head = element(
+        "tr",
+        element("th", ""),
+        *(
+            element("th", str(i + 1) if short else name, title=name, scope="col")
+            for i, name in enumerate(names)
+        ),
+    )
+    rows = [
+        element(
+            "tr",
+            element("th", f"{i + 1}  {name}" if short else name, title=name, scope="row"),
+            *(
+                _cosine_cell(float(comparison.cosine[i, j]), f"{name} × {other}")
+                for j, other in enumerate(names)
+            ),
+        )
+        for i, name in enumerate(names)
+    ]
+    grid = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
+    return join([explained, element("div", grid, class_="scroll", tabindex="0")])
+
+
+def _cosine_cell(value: float, pair: str) -> Html:
+    """A cell whose colour grows with the magnitude: violet above zero, orange below."""
+    if not math.isfinite(value):
+        return element("td", "–", title=f"{pair}: undefined, a zero or non-finite update")
+    strength = min(1.0, abs(value))
+    colour = "94,60,153" if value >= 0 else "230,97,1"
+    # On a full colour the page's own ink would be too faint in one of its two themes.
+    ink = None if strength < 0.8 else "dark" if value >= 0 else "light"
+    return element(
+        "td",
+        # Rounded first, and zero added, so that no zero has a minus.
+        f"{round(value, 3) + 0.0:.3f}",
+        title=f"{pair}: cosine {value:.9g}",
+        style=f"background:rgba({colour},{strength:.2f})",
+        class_=ink,
+    )
+
+
+def _columns(comparison: Comparison) -> list[Column[ModuleComparison]]:
+    """What is said of a module: pair by pair for two adapters, in the range of pairs for more."""
+    names = comparison.names
+    columns: list[Column[ModuleComparison]] = [
+        Column("module", "Path of the module.", lambda m: m.path),
+        Column("shape", "Rows × columns of ΔW.", lambda m: f"{m.shape[0]}×{m.shape[1]}"),
+    ]
+    if len(names) > 2:
+        meaning = "How many of the adapters have the module."
+        columns.append(Column("adapters", meaning, lambda m: sum(m.present)))
+        columns += [
+            _pair_column("least cosine", f"Least over pairs: {COSINE}", "cosine", np.min),
+            _pair_column("greatest cosine", f"Greatest over pairs: {COSINE}", "cosine", np.max),
+        ]
+    if len(names) > 1:
+        of = "" if len(names) == 2 else "Mean over pairs: "
+        columns += [
+            _pair_column("mean cosine" if of else "cosine", of + COSINE, "cosine", np.mean),
+            _pair_column("sign agreement", of + SIGN, "sign_agreement", np.mean),
+            _pair_column("φ", of + PHI, "subspace", np.mean),
+            _pair_column("φ of chance", of + CHANCE, "subspace_expected", np.mean),
+        ]
+    if len(names) <= OWN_COLUMNS:
+        for i, name in enumerate(names):
+            columns += [_norm_column(i, name), _rank_column(i, name)]
+        return columns
+    for word, reduce in (("least", min), ("greatest", max)):
+        columns += [
+            _range_column(
+                f"{word} ‖ΔW‖", f"The {word} Frobenius norm of the update.", "norms", reduce
+            ),
+            _range_column(f"{word} r", f"The {word} rank of the update.", "ranks", reduce),
+        ]
+    return columns
+
+
+def _pair_column(
+    title: str, meaning: str, name: str, reduce: Callable[[Values], float]
+) -> Column[ModuleComparison]:
+    """A reduction over the pairs of different adapters that have a value."""
+
+    def value(module: ModuleComparison) -> float | None:
+        matrix = np.asarray(getattr(module, name), dtype=float)
+        pairs = matrix[np.triu_indices_from(matrix, 1)]
+        pairs = pairs[np.isfinite(pairs)]
+        return float(reduce(pairs)) if pairs.size else None
+
+    return Column(title, meaning, value)
+
+
+def _range_column(
+    title: str, meaning: str, name: str, reduce: Callable[[list[float]], float]
+) -> Column[ModuleComparison]:
+    """A reduction over the adapters that have the module."""
+
+    def value(module: ModuleComparison) -> float | None:
+        known = [v for v in getattr(module, name) if v is not None and not math.isnan(v)]
+        return reduce(known) if known else None
+
+    return Column(title, meaning, value)
+
+
+def _norm_column(i: int, name: str) -> Column[ModuleComparison]:
+    return Column(f"‖ΔW‖ {name}", f"Frobenius norm of the update in {name}.", lambda m: m.norms[i])
+
+
+def _rank_column(i: int, name: str) -> Column[ModuleComparison]:
+    return Column(f"r {name}", f"Rank of the update in {name}.", lambda m: m.ranks[i])
+
+
+def _only_in(comparison: Comparison) -> Html:
+    """The modules that some adapters have and others lack, adapter by adapter."""
+    lists = [
+        folded(
+            f"{name}: {number(len(paths))} not in every adapter",
+            element("ul", *(element("li", element("code", path)) for path in paths)),
+        )
+        for name, paths in comparison.only_in.items()
+        if paths
+    ]
+    text = "Every adapter updates the same modules."
+    return section("Modules not in all adapters", *(lists or [element("p", text)]))

@@ -1,0 +1,261 @@
+"""One page about a fleet: what to look at first, then distributions, then every adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafast._errors import LorafastError, missing
+from lorafast._fleet.findings import KINDS, listed
+from lorafast._report.html import fleet_charts
+from lorafast._report.html.elements import (
+    SEVERITIES,
+    Column,
+    Html,
+    definitions,
+    document,
+    element,
+    folded,
+    join,
+    section,
+    table,
+)
+
+if TYPE_CHECKING:
+    from lorafast._fleet.discovery import ScanError
+    from lorafast._fleet.fleet import Fleet, FleetFinding
+
+#: Entries of a list that are not folded away.
+SHOWN = 12
+#: Entries of a folded list; the tables and the JSON have them all.
+MOST_LISTED = 200
+#: More adapters than this are not compared with each other unless it is asked for.
+COMPARED_UNASKED = 1000
+
+Row = dict[str, Any]
+
+
+def page(fleet: Fleet, similarity: Any) -> str:
+    """The document.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    library = _plotly()
+    charts = fleet_charts.charts(fleet)
+    alike = _alike(fleet, similarity)
+    if isinstance(alike, fleet_charts.Chart):
+        charts.append(alike)
+    here = resources.files("lorafast._report.html")
+    style = Html((here / "charts.css").read_text(encoding="utf-8"))
+    script = Html((here / "charts.js").read_text(encoding="utf-8"))
+    drawn = [(chart, _place(index, chart)) for index, chart in enumerate(charts)]
+    pictures = [place for chart, place in drawn if not chart.wide]
+    wide = [place for chart, place in drawn if chart.wide]
+    note = [element("p", alike, class_="quiet")] if isinstance(alike, str) else []
+    return document(
+        f"A fleet of {len(fleet):,} adapters",
+        element("style", style),
+        _summary(fleet),
+        _findings(fleet),
+        _errors(fleet.errors),
+        section("Distributions", element("div", *pictures, class_="charts")) if pictures else "",
+        section("Similarity", *wide, *note) if wide or note else "",
+        section("Adapters", table(_rows(fleet), _columns(fleet), "adapters")),
+        element("script", _data(charts), type="application/json", id="charts"),
+        element("script", library),
+        element("script", script),
+    )
+
+
+def _plotly() -> Html:
+    """Plotly's script: charts that can be zoomed and hovered over without being connected."""
+    try:
+        file = resources.files("plotly") / "package_data" / "plotly.min.js"
+        return Html(file.read_text(encoding="utf-8"))
+    except (ImportError, FileNotFoundError) as error:
+        raise missing("plotly", "charts", "draw the charts of a page") from error
+
+
+def _data(charts: Sequence[fleet_charts.Chart]) -> Html:
+    plain = [
+        {"traces": chart.traces, "layout": chart.layout, "height": chart.height} for chart in charts
+    ]
+    # A name may hold what would end the script.
+    return Html(json.dumps(plain, allow_nan=False).replace("<", "\\u003c"))
+
+
+def _place(index: int, chart: fleet_charts.Chart) -> Html:
+    parts = [
+        element("h3", chart.title),
+        element("p", chart.caption, class_="quiet"),
+        element("div", id=f"chart-{index}", style=f"height: {chart.height}px"),
+    ]
+    if chart.wide:
+        parts.insert(2, element("output", "Point at a cell to see the pair and its cosine."))
+    return element("div", *parts, class_="chart wide" if chart.wide else "chart")
+
+
+def _alike(fleet: Fleet, similarity: Any) -> fleet_charts.Chart | str | None:
+    """The matrix, or a sentence about why there is none."""
+    if isinstance(similarity, str):
+        if len(fleet) < 2:
+            return None
+        if len(fleet) > COMPARED_UNASKED:
+            return (
+                f"More than {COMPARED_UNASKED:,} adapters are compared only when it is asked for: "
+                "to_html(similarity=lorafast.similarity(fleet))."
+            )
+        import lorafast
+
+        compute = getattr(lorafast, "similarity", None)
+        if compute is None:
+            return None
+        try:
+            # Those of another base have nothing to be compared by, and leave their cells empty.
+            similarity = compute(fleet, group_by_base=True)
+        except (LorafastError, ValueError, OSError) as error:
+            return f"The adapters were not compared with each other: {error}"
+    if similarity is None:
+        return None
+    return fleet_charts.matrix(list(similarity.names), np.asarray(similarity.matrix))
+
+
+def _summary(fleet: Fleet) -> Html:
+    adapters = fleet.adapters
+    bases = Counter("none named" if base is None else base for base in adapters["base"].tolist())
+    common = ", ".join(f"{base} ({count:,})" for base, count in bases.most_common(3))
+    more = f" and {len(bases) - 3} more" if len(bases) > 3 else ""
+    counts = Counter[str](item.finding.severity for item in fleet.findings)
+    counted = [
+        f"{counts[severity]:,} {word if counts[severity] != 1 else word.removesuffix('s')}"
+        for severity, word in zip(SEVERITIES, ("severe", "warnings", "notes"), strict=True)
+        if counts[severity]
+    ]
+    facts = [
+        ("adapters", f"{len(fleet):,}"),
+        ("could not be read", f"{len(fleet.errors):,}"),
+        ("modules", f"{fleet.modules.rows:,}"),
+        ("parameters", f"{int(adapters['parameters'].sum()):,}"),
+        ("weights files", f"{adapters['bytes'].sum() / 1e6:,.1f} MB"),
+        ("bases", f"{common}{more}"),
+        ("findings", ", ".join(counted) or "none"),
+        ("looked at", {"headers": "headers alone"}.get(fleet.metrics, fleet.metrics)),
+    ]
+    return section("Summary", definitions(facts))
+
+
+def _findings(fleet: Fleet) -> Html:
+    groups: dict[tuple[str, str], list[FleetFinding]] = {}
+    for item in fleet.findings:
+        groups.setdefault((item.finding.severity, item.finding.kind), []).append(item)
+    if not groups:
+        return section("Findings", element("p", "Nothing out of the ordinary was found."))
+    entries = [
+        _finding_group(severity, kind, items)
+        for (severity, kind), items in sorted(
+            groups.items(), key=lambda group: SEVERITIES.index(group[0][0])
+        )
+    ]
+    return section("Findings", element("ul", *entries, class_="findings"))
+
+
+def _finding_group(severity: str, kind: str, items: Sequence[FleetFinding]) -> Html:
+    """Findings of one kind in any number of adapters."""
+    adapters = list(dict.fromkeys(item.adapter for item in items if item.adapter is not None))
+    meaning = KINDS.get(kind, kind.replace("_", " "))
+    # A formula is not written with another letter.
+    first = meaning[:1].upper() if meaning[:1].isascii() else meaning[:1]
+    head: list[str] = [element("b", first + meaning[1:])]
+    if adapters:
+        head.append(f": {listed(adapters)}" if len(items) > 1 else "")
+    body: list[str] = []
+    if len(items) == 1:
+        body.append(join([". " if items[0].adapter is None else ": ", _finding(items[0])]))
+    else:
+        entries = [element("li", _finding(item)) for item in items[:MOST_LISTED]]
+        if len(items) > MOST_LISTED:
+            entries.append(element("li", f"and {len(items) - MOST_LISTED:,} more"))
+        body.append(folded(f"all {len(items):,}", element("ul", *entries)))
+    return element(
+        "li", element("span", severity, class_="badge"), " ", *head, *body, class_=severity
+    )
+
+
+def _finding(item: FleetFinding) -> Html:
+    finding = item.finding
+    parts: list[str] = []
+    if item.adapter is not None:
+        parts += [element("b", item.adapter), ": "]
+    if finding.module is not None:
+        parts += [element("code", finding.module), " "]
+    parts.append(finding.reason)
+    if item.count > 1:
+        parts.append(element("small", f" ({item.count:,} of these in this adapter)"))
+    return join(parts)
+
+
+def _errors(errors: Sequence[ScanError]) -> str:
+    if not errors:
+        return ""
+    entries = [(os.fspath(error.path), error.reason) for error in errors]
+    shown = [definitions(entries[:SHOWN])]
+    rest = entries[SHOWN : SHOWN + MOST_LISTED]
+    if rest:
+        left = len(entries) - SHOWN - len(rest)
+        more = [element("p", f"and {left:,} more, all in fleet.errors")] if left else []
+        shown.append(folded(f"{len(entries) - SHOWN:,} more", definitions(rest), *more))
+    return section("Could not be read", element("div", *shown, class_="errors"))
+
+
+def _rows(fleet: Fleet) -> list[Row]:
+    columns = {name: fleet.adapters[name].tolist() for name in fleet.adapters if name != "findings"}
+    columns["findings"] = [
+        ", ".join(kinds).replace("_", " ") for kinds in fleet.adapters["findings"].tolist()
+    ]
+    keys = list(columns)
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _columns(fleet: Fleet) -> list[Column[Row]]:
+    def of(key: str, title: str, meaning: str) -> Column[Row]:
+        return Column(title, meaning, lambda row: row[key])
+
+    def of_text(key: str, title: str, meaning: str) -> Column[Row]:
+        return Column(title, meaning, lambda row: row[key] or "")
+
+    columns = [
+        Column[Row](
+            "adapter",
+            "Its directory's name, with as many of the parents' as tell it from the others.",
+            lambda row: element("span", row["name"], title=row["path"]),
+        ),
+        of_text("base", "base", "base_model_name_or_path of its config."),
+        of("rank", "r", "The rank that most of its modules have."),
+        of("alpha", "α", "The alpha that most of its modules have."),
+        of("scaling", "s", "The scale that most of its modules have: α/r, or α/√r for rsLoRA."),
+        of("modules", "modules", "Modules with a low-rank update."),
+        of("parameters", "parameters", "Stored values."),
+        Column[Row]("MB", "Size of the weights file.", lambda row: row["bytes"] / 1e6),
+    ]
+    if "frobenius_norm" in fleet.adapters:
+        columns += [
+            of("frobenius_norm", "‖ΔW‖", "Frobenius norm of all updates: √Σ‖ΔW‖²."),
+            of("max_spectral_norm", "max σ₁", "The greatest spectral norm of a module."),
+            of("mean_effective_rank", "effective rank", "The mean of the modules' effective "
+               "ranks (Roy and Vetterli: exp H(σ/Σσ), H the entropy)."),
+        ]  # fmt: skip
+    if "std" in fleet.adapters:
+        columns += [
+            of("std", "std", "Standard deviation of all stored values."),
+            of("zero_share", "zeros", "Share of the stored values that are zero."),
+            of("non_finite", "not finite", "NaN and infinities among the stored values."),
+        ]
+    columns.append(of_text("findings", "findings", "The kinds of findings."))
+    return columns

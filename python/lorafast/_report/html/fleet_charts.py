@@ -1,0 +1,483 @@
+"""The figures of a fleet as plotly's charts: traces and layouts as plain objects.
+
+Distributions are counted here, so that a page of ten thousand adapters is not larger than one of
+ten.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafast._fleet.table import Lists, Table, Texts
+
+if TYPE_CHECKING:
+    from lorafast._fleet.fleet import Fleet
+
+#: Okabe and Ito's colours, told apart with any colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+BINS = 40
+#: Points of a scatter plot; more are one blot and make the page slow.
+MOST_POINTS = 5000
+#: Bases with a colour of their own; the others share one.
+MOST_BASES = len(COLOURS) - 1
+#: Rows or columns of a chart by layer or block that stay readable.
+MOST_LAYERS = 24
+MOST_BLOCKS = 128
+#: Cells along a side of the matrix; beyond, neighbours in its order are averaged.
+MOST_CELLS = 500
+#: Names along the matrix that can be read.
+MOST_NAMES = 60
+OTHERS = "other bases"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.
+
+    Attributes:
+        title: its heading.
+        caption: what is seen, in a sentence.
+        traces: plotly's data.
+        layout: plotly's layout beside what all charts share.
+        height: in pixels.
+        wide: whether it takes the page's whole width.
+    """
+
+    title: str
+    caption: str
+    traces: list[dict[str, Any]]
+    layout: dict[str, Any] = field(default_factory=dict)
+    height: int = 340
+    wide: bool = False
+
+
+def text(value: str | None) -> str:
+    """A name as plotly shows it as it is: its texts are a little HTML."""
+    return "–" if value is None else html.escape(value, quote=False)
+
+
+def charts(fleet: Fleet) -> list[Chart]:
+    """All charts that the fleet's level of metrics allows."""
+    made: list[Chart | None] = []
+    if "frobenius_norm" in fleet.adapters:
+        made += [
+            _norms(fleet.adapters),
+            _scatter(fleet.adapters),
+            _spectra(fleet.modules),
+            _use_of_rank(fleet.modules),
+            _places(fleet.modules),
+        ]
+    if "zero_share" in fleet.adapters:
+        made.append(_weights(fleet.adapters))
+    made += [
+        _counts(fleet.adapters, column, title, f"The {column} of most modules of each adapter.")
+        for column, title in (("rank", "Ranks"), ("scaling", "Scales"))
+    ]
+    return [chart for chart in made if chart is not None]
+
+
+def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) -> Chart | None:
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
+        return None
+    powers = np.log10(positive)
+    low, high = float(powers.min()), float(powers.max())
+    if high - low < 1e-6:
+        low, high = low - 0.5, high + 0.5
+    counts, edges = np.histogram(powers, bins=BINS, range=(low, high))
+    bars = 10 ** ((edges[:-1] + edges[1:]) / 2)
+    hover = [
+        f"{10**start:.4g} to {10**end:.4g}<br>{count:,} adapters"
+        for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+    trace = {
+        "type": "bar",
+        "x": _numbers(bars),
+        "y": counts.tolist(),
+        "width": _numbers(10 ** edges[1:] - 10 ** edges[:-1]),
+        "marker": {"color": COLOURS[0]},
+        "hovertext": hover,
+        "hoverinfo": "text",
+    }
+    layout = {
+        "xaxis": {**_logarithmic(low, high), "title": {"text": axis}},
+        "yaxis": _counted(counts),
+        "bargap": 0.03,
+    }
+    return Chart(title, caption, [trace], layout)
+
+
+def _logarithmic(low: float, high: float) -> dict[str, Any]:
+    """An axis from one power of ten to another, with ticks at 1, 2 and 5 where there are many."""
+    # Without a format what stands between powers is one small digit: 2 for 20.
+    ticks = {"dtick": "D2" if high - low < 3 else 1, "tickformat": "~g"} if high - low > 1 else {}
+    return {"type": "log", **ticks}
+
+
+def _counted(counts: NDArray[Any]) -> dict[str, Any]:
+    """An axis of numbers of adapters, of which there are no halves."""
+    return {"title": {"text": "adapters"}, **({"dtick": 1} if counts.max() <= 5 else {})}
+
+
+def _norms(adapters: Table) -> Chart | None:
+    caption = "Frobenius norm of all updates of an adapter together, √Σ‖ΔW‖². Zero is left out."
+    return _log_histogram(adapters["frobenius_norm"], "Norms of the updates", caption, "‖ΔW‖")
+
+
+def _weights(adapters: Table) -> Chart | None:
+    caption = "Standard deviation of all stored values of an adapter, A and B together."
+    return _log_histogram(adapters["std"], "Spread of the stored weights", caption, "std")
+
+
+def _scatter(adapters: Table) -> Chart | None:
+    norms, ranks = adapters["frobenius_norm"], adapters["mean_effective_rank"]
+    drawn = np.flatnonzero(np.isfinite(norms) & (norms > 0) & np.isfinite(ranks))
+    if not len(drawn):
+        return None
+    caption = "Each point is an adapter."
+    if len(drawn) > MOST_POINTS:
+        drawn = np.sort(np.random.default_rng(0).choice(drawn, MOST_POINTS, replace=False))
+        caption = f"Each point is an adapter; {MOST_POINTS:,} of them, drawn at random."
+    bases = [text(base) for base in adapters["base"].tolist()]
+    names = adapters["name"].tolist()
+    frequent = [base for base, _ in Counter(bases[p] for p in drawn.tolist()).most_common()]
+    own = frequent if len(frequent) <= len(COLOURS) else frequent[:MOST_BASES]
+    groups = [*own, OTHERS] if len(own) < len(frequent) else own
+    traces = []
+    for colour, group in zip(COLOURS, groups, strict=False):
+        here = [p for p in drawn.tolist() if (bases[p] if bases[p] in own else OTHERS) == group]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": group,
+                "x": _numbers(norms[here]),
+                "y": _numbers(ranks[here]),
+                "text": [text(names[p]) for p in here],
+                "hovertemplate": "<b>%{text}</b><br>‖ΔW‖ %{x:.4g}<br>"
+                "mean effective rank %{y:.3g}<extra></extra>",
+                "marker": {"color": colour, "size": 7, "opacity": 0.75},
+            }
+        )
+    low, high = np.log10([norms[drawn].min(), norms[drawn].max()]).tolist()
+    layout = {
+        "xaxis": {**_logarithmic(low, high), "title": {"text": "‖ΔW‖"}},
+        "yaxis": {"title": {"text": "mean effective rank"}, "rangemode": "tozero"},
+        "hovermode": "closest",
+        "showlegend": len(groups) > 1,
+    }
+    return Chart("Norm and effective rank", caption, traces, layout)
+
+
+def _spectra(modules: Table) -> Chart | None:
+    column = modules.stored()["singular_values"]
+    assert isinstance(column, Lists)
+    assert not isinstance(column.values, Texts)
+    lengths = np.diff(column.offsets)
+    starts = column.offsets[:-1]
+    has_any = lengths > 0
+    first = np.zeros(len(lengths))
+    first[has_any] = column.values[starts[has_any]]
+    alive = np.isfinite(first) & (first > 0)
+    if not alive.any():
+        return None
+    longest = int(lengths[alive].max())
+    places = np.unique(np.geomspace(1, longest, num=64).round().astype(int))
+    bands: dict[str, list[float]] = {"10 %": [], "median": [], "90 %": []}
+    for place in places.tolist():
+        here = alive & (lengths >= place)
+        ratio = column.values[starts[here] + place - 1] / first[here]
+        low, middle, high = np.quantile(ratio, (0.1, 0.5, 0.9))
+        for key, value in zip(bands, (low, middle, high), strict=True):
+            bands[key].append(float(value))
+    x = places.tolist()
+    colour = COLOURS[0]
+    edge = {"type": "scatter", "mode": "lines", "x": x, "line": {"width": 0}, "showlegend": False}
+    hover = "k = %{x}<br>%{y:.4g}"
+    traces = [
+        {**edge, "name": "90 %", "y": bands["90 %"], "hovertemplate": hover},
+        {
+            **edge,
+            "name": "10 %",
+            "y": bands["10 %"],
+            "fill": "tonexty",
+            "fillcolor": "rgba(0,114,178,0.18)",
+            "hovertemplate": hover,
+        },
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": "median",
+            "x": x,
+            "y": bands["median"],
+            "line": {"color": colour},
+            "marker": {"size": 5},
+            "hovertemplate": hover,
+        },
+    ]
+    layout = {
+        "xaxis": {
+            "title": {"text": "k"},
+            **(_logarithmic(0, math.log10(longest)) if longest > 32 else {}),
+        },
+        "yaxis": {"title": {"text": "σₖ/σ₁"}, "rangemode": "tozero"},
+        "hovermode": "x unified",
+        "showlegend": False,
+    }
+    caption = (
+        "Singular values of ΔW relative to the greatest: the median of all modules that have as "
+        "many, and the range from 10 % to 90 % of them."
+    )
+    return Chart("Spectra", caption, traces, layout)
+
+
+def _groups(column: Texts, limit: int) -> list[tuple[str, NDArray[Any]]]:
+    """The rows of each of the most frequent texts, in the order of the texts."""
+    counts = np.bincount(column.codes[column.codes >= 0], minlength=len(column.values))
+    kept = sorted(np.argsort(-counts, kind="stable")[:limit].tolist())
+    return [(column.values[code], np.flatnonzero(column.codes == code)) for code in kept]
+
+
+def _use_of_rank(modules: Table) -> Chart | None:
+    column = modules.stored()["layer"]
+    assert isinstance(column, Texts)
+    share = modules["effective_rank"] / np.minimum(
+        modules["rank"], np.minimum(modules["out_features"], modules["in_features"])
+    )
+    rows = []
+    for layer, here in _groups(column, MOST_LAYERS):
+        values = share[here]
+        values = values[np.isfinite(values)]
+        if len(values):
+            rows.append((layer, np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))))
+    if not rows:
+        return None
+    quantiles = np.array([row[1] for row in rows])
+    trace = {
+        "type": "box",
+        "orientation": "h",
+        "y": [text(layer) for layer, _ in rows],
+        **{
+            key: _numbers(quantiles[:, place])
+            for place, key in enumerate(("lowerfence", "q1", "median", "q3", "upperfence"))
+        },
+        "marker": {"color": COLOURS[2]},
+        "line": {"width": 1.3},
+        "hoverinfo": "x",
+        "xhoverformat": ".3f",
+    }
+    layout = {
+        "xaxis": {"title": {"text": "effective rank / rank"}, "range": [0, 1.02]},
+        "yaxis": {"automargin": True, "autorange": "reversed", "type": "category"},
+    }
+    caption = (
+        "How much of the rank the updates use, by layer: quartiles, and whiskers from 5 % to 95 % "
+        "of the modules."
+    )
+    return Chart("Use of the rank", caption, [trace], layout, height=max(340, 90 + 22 * len(rows)))
+
+
+def _places(modules: Table) -> Chart | None:
+    column = modules.stored()["layer"]
+    assert isinstance(column, Texts)
+    blocks, norms = modules["block"], modules["frobenius_norm"]
+    inside = (blocks >= 0) & (blocks < MOST_BLOCKS) & np.isfinite(norms)
+    if not inside.any():
+        return None
+    width = int(blocks[inside].max()) + 1
+    groups = [(layer, here[inside[here]]) for layer, here in _groups(column, MOST_LAYERS)]
+    groups = [(layer, here) for layer, here in groups if len(here)]
+    grid = np.full((len(groups), width), math.nan)
+    for row, (_, here) in enumerate(groups):
+        order = here[np.argsort(blocks[here], kind="stable")]
+        edges = np.flatnonzero(np.diff(blocks[order])) + 1
+        for part in np.split(order, edges):
+            grid[row, int(blocks[part[0]])] = np.median(norms[part])
+    trace = {
+        "type": "heatmap",
+        "z": [_numbers(row) for row in grid],
+        "x": list(range(width)),
+        "y": [text(layer) for layer, _ in groups],
+        "colorscale": "Viridis",
+        "colorbar": {"title": {"text": "‖ΔW‖"}, "thickness": 12},
+        "hovertemplate": "block %{x}<br>%{y}<br>median ‖ΔW‖ %{z:.4g}<extra></extra>",
+        "xgap": 1,
+        "ygap": 1,
+    }
+    layout = {
+        "xaxis": {"title": {"text": "block"}, "constrain": "domain"},
+        "yaxis": {"automargin": True, "autorange": "reversed", "type": "category"},
+    }
+    caption = "The median of ‖ΔW‖ over all adapters that have the module."
+    return Chart(
+        "Where the fleet changes the model",
+        caption,
+        [trace],
+        layout,
+        height=max(340, 110 + 24 * len(groups)),
+    )
+
+
+def _counts(adapters: Table, column: str, title: str, caption: str) -> Chart | None:
+    values = adapters[column]
+    values = values[np.isfinite(values) & (values != -1)]
+    if not len(values):
+        return None
+    found, counts = np.unique(values, return_counts=True)
+    if len(found) > MOST_LAYERS:
+        return _log_histogram(values, title, caption, column)
+    trace = {
+        "type": "bar",
+        "x": [f"{value:g}" for value in found.tolist()],
+        "y": counts.tolist(),
+        "marker": {"color": COLOURS[3] if column == "rank" else COLOURS[5]},
+        "hovertemplate": f"{column} %{{x}}<br>%{{y:,}} adapters<extra></extra>",
+    }
+    # One bar or two are no wider than one of four.
+    beside = max(0, 4 - len(found)) / 2
+    layout = {
+        "xaxis": {
+            "type": "category",
+            "title": {"text": column},
+            "range": [-0.5 - beside, len(found) - 0.5 + beside],
+        },
+        "yaxis": _counted(counts),
+        "bargap": 0.35,
+    }
+    return Chart(title, caption, [trace], layout, height=300)
+
+
+def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
+    """The cosines of all pairs, in an order that puts like beside like."""
+    order = similar_order(cosine)
+    ordered = cosine[np.ix_(order, order)]
+    labels = [text(names[position]) for position in order.tolist()]
+    caption = "Cosine of the updates of each pair, in the order of a hierarchical clustering."
+    count = len(labels)
+    has_gaps = not np.isfinite(cosine).all()
+    if has_gaps:
+        caption += " Grey cells have no cosine: adapters of different bases, or no finite update."
+    if count > MOST_CELLS:
+        edges = np.linspace(0, count, MOST_CELLS + 1).round().astype(int)
+        ordered = _averaged(ordered, edges)
+        caption += (
+            f" {count:,} adapters are too many to be shown one by one: each cell is the mean of "
+            f"neighbours in that order."
+        )
+        labels = [
+            labels[start] if end - start == 1 else f"{labels[start]} … {labels[end - 1]}"
+            for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        ]
+    has_names = len(labels) <= MOST_NAMES
+    positions = list(range(len(labels)))
+    ticks = {
+        "showticklabels": has_names,
+        "tickvals": positions if has_names else [],
+        "ticktext": [text(_short(names[position])) for position in order.tolist()]
+        if has_names
+        else [],
+        "automargin": True,
+        "showgrid": False,
+        "zeroline": False,
+        "ticks": "",
+        "constrain": "domain",
+    }
+    trace = {
+        "type": "heatmap",
+        "z": [_numbers(row, 5) for row in ordered],
+        "x": positions,
+        "y": positions,
+        "zmin": -1,
+        "zmax": 1,
+        "colorscale": [
+            [0, "#67001f"],
+            [0.25, "#d6604d"],
+            [0.5, "#f7f7f7"],
+            [0.75, "#4393c3"],
+            [1, "#053061"],
+        ],
+        "colorbar": {"title": {"text": "cosine"}, "thickness": 14},
+        "names": labels,
+        "hoverinfo": "none",
+    }
+    layout: dict[str, Any] = {
+        "xaxis": {**ticks, "tickangle": -60},
+        "yaxis": {**ticks, "autorange": "reversed", "scaleanchor": "x"},
+    }
+    if has_gaps:
+        layout["plot_bgcolor"] = GAP
+    return Chart(
+        "Which adapters are alike",
+        caption,
+        [trace],
+        layout,
+        height=min(760, 420 + 24 * count),
+        wide=True,
+    )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:12]}…{name[-27:]}"
+
+
+def _averaged(values: NDArray[Any], edges: NDArray[Any]) -> NDArray[Any]:
+    """Means of the finite values of blocks."""
+    finite = np.isfinite(values)
+    kept = np.where(finite, values, 0.0)
+    sums, counts = (
+        np.add.reduceat(np.add.reduceat(part, edges[:-1], axis=0), edges[:-1], axis=1)
+        for part in (kept, finite.astype(np.float64))
+    )
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums / counts)
+
+
+#: Behind the cells that have no cosine, unlike any colour of one.
+GAP = "#c4c8ce"
+#: Farther than any two that have a cosine, so that those of one base stand together.
+NO_COSINE = 4.0
+
+
+def similar_order(cosine: NDArray[Any]) -> NDArray[np.int64]:
+    """An order of the adapters in which similar ones stand beside each other.
+
+    The leaves of an average-linkage tree where SciPy is installed; else the order along the
+    direction of the greatest variance of the matrix's rows.
+    """
+    finite = np.isfinite(cosine)
+    known = np.where(finite, cosine, 0.0).astype(np.float64)
+    count = len(known)
+    if count < 3:
+        return np.arange(count)
+    try:
+        from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+        from scipy.spatial.distance import squareform
+    except ImportError:
+        centred = known - known.mean(axis=0)
+        direction = np.linalg.svd(centred, full_matrices=False)[2][0]
+        # What has cosines with the same adapters, those of its base, stands together.
+        return np.lexsort((centred @ direction, finite.argmax(axis=1)))
+    distance = np.clip(1.0 - (known + known.T) / 2, 0.0, 2.0)
+    distance[~(finite & finite.T)] = NO_COSINE
+    np.fill_diagonal(distance, 0.0)
+    condensed = squareform(distance, checks=False)
+    tree = linkage(condensed, "average")
+    if count <= MOST_CELLS:
+        tree = optimal_leaf_ordering(tree, condensed)
+    return np.asarray(leaves_list(tree), dtype=np.int64)
+
+
+def _numbers(values: NDArray[Any] | Sequence[float], digits: int = 6) -> list[float | None]:
+    """Numbers in as many digits as can be seen; what is not finite is nothing."""
+    return [
+        float(f"{value:.{digits}g}") if math.isfinite(value) else None
+        for value in np.asarray(values, dtype=np.float64).tolist()
+    ]

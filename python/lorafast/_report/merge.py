@@ -1,0 +1,95 @@
+"""The page of a merge: result, inputs, scales, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lorafast._merge.coverage import left_over, summary_text
+from lorafast._report.cells import LONGEST_REASON, cell, code
+
+if TYPE_CHECKING:
+    from lorafast._merge.api import MergeReport
+
+#: A path is shown whole for as long as it can be opened by hand.
+LONGEST_PATH = 1000
+
+
+def page(report: MergeReport) -> str:
+    """The page, in which nothing that came from strangers' files is markup."""
+    lines = ["# LoRA merge", ""]
+    lines += warning_lines(report.warnings)
+    rate = report.bytes_written / report.merge_time / 1e9 if report.merge_time > 0 else 0.0
+    facts = {
+        "Base": path(report.base),
+        "Output": path(report.output_path),
+        "Strategy": cell(report.strategy),
+        "dtype": cell(report.dtype),
+        "Device": f"{cell(report.device)} ({report.threads} threads, {report.instruction_set})",
+        "Parameters": f"{report.total_parameters:,}",
+        "Size": f"{report.model_size_mb:,.1f} MiB",
+        "Tensors": f"{report.tensors_merged} merged, {report.tensors_copied} copied, "
+        f"{report.tensors_cast} cast",
+        "Time": f"{report.merge_time:.2f} s ({rate:.2f} GB/s)",
+        "lorafast": report.versions["lorafast"],
+    }
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += adapter_lines(report.adapters, report.weights, report.adapter_sha256)
+    lines += ["", "## Scales", "", "| Adapter | Rank | Scale | Weight | Modules |"]
+    lines += ["|---|---|---|---|---|"]
+    for group in report.groups:
+        lines.append(
+            f"| {group['adapter']} | {group['rank']} | {group['scale']:g} "
+            f"| {group['weight']:g} | {group['modules']} |"
+        )
+    lines += ["", "## What became of every tensor and config field", ""]
+    for position, account in enumerate(report.accounts):
+        lines.append(f"- adapter {position}: {summary_text(account)}")
+        lines += [
+            f"    - {verdict}: {_codes(names)} ({cell(reason, LONGEST_REASON)})"
+            for verdict, reason, names in left_over(account)
+        ]
+    if report.fallbacks:
+        lines += ["", "## Merged on the CPU", ""]
+        lines += [
+            f"- {cell(reason, LONGEST_REASON)}: {_codes(names)}"
+            for reason, names in report.fallbacks.items()
+        ]
+    lines += note_lines(report.notes)
+    if report.left_out:
+        lines += ["", "## Not carried over", ""]
+        lines.append(_codes(report.left_out))
+    return "\n".join(lines) + "\n"
+
+
+def path(text: str) -> str:
+    """A path as code."""
+    return code(text, LONGEST_PATH)
+
+
+def warning_lines(warnings: Iterable[str]) -> list[str]:
+    """The warnings that a page opens with."""
+    return [f"> **Warning:** {cell(warning, LONGEST_REASON)}\n" for warning in warnings]
+
+
+def adapter_lines(
+    adapters: list[str], weights: list[float] | None, digests: dict[str, str]
+) -> list[str]:
+    """The table of the adapters."""
+    lines = ["", "## Adapters", "", "| # | Adapter | Weight | SHA-256 |", "|---|---|---|---|"]
+    for position, adapter in enumerate(adapters):
+        weight = 1.0 if weights is None else weights[position]
+        digest = code(digests[adapter])
+        lines.append(f"| {position} | {path(adapter)} | {weight:g} | {digest} |")
+    return lines
+
+
+def note_lines(notes: Iterable[str]) -> list[str]:
+    """The notes, if there are any."""
+    lines = [f"- {cell(note, LONGEST_REASON)}" for note in notes]
+    return ["", "## Notes", "", *lines] if lines else []
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(code(name) for name in names)

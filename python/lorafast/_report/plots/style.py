@@ -1,0 +1,286 @@
+"""What the plots share: colours, labels that fit, ticks that stay readable, histograms, grids."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafast._analysis.records import Histogram, ModuleAnalysis
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+#: Okabe and Ito's colours, told apart with any colour vision, in an order in which neighbours
+#: differ in lightness; their yellow, too pale for a line on white, is left out.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000"]
+#: Beside the colour, so that more lines than colours stay distinct.
+LINES = ["-", "--", "-.", ":"]
+ABSENT = "#d9d9d9"
+GUIDE = "#767676"
+
+TICK_SIZE = 8
+LABEL_SIZE = 10
+#: Longest label of a heatmap's row, in characters.
+ROW_LABEL = 70
+#: Of a heatmap's cell, in inches, while the columns are few.
+CELL_WIDTH = 0.42
+
+
+@lru_cache(maxsize=8)
+def _drawable(families: tuple[str, ...]) -> frozenset[int]:
+    """The code points that the fonts of these families have."""
+    from matplotlib import font_manager
+
+    points: set[int] = set()
+    for family in families:
+        properties = font_manager.FontProperties(family=[family])
+        points.update(font_manager.get_font(font_manager.findfont(properties)).get_charmap())
+    return frozenset(points)
+
+
+def fit(name: str, limit: int = 40) -> str:
+    """A name as one line of at most `limit` characters that the font can draw.
+
+    The middle of a long name is left out: both ends of a path tell more.
+    """
+    from matplotlib import rcParams
+
+    points = _drawable(tuple(rcParams["font.family"]))
+    text = "".join(
+        " " if unicodedata.category(c)[0] in "CZ" else c if ord(c) in points else "?" for c in name
+    )
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) * 2 // 3
+    return f"{text[: limit - 1 - tail]}…{text[-tail:]}"
+
+
+def fit_all(names: Sequence[str], limit: int = 40) -> list[str]:
+    """Names as `fit` makes them; those that would become the same are numbered."""
+    labels = [fit(name, limit) for name in names]
+    return [
+        f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label
+        for i, label in enumerate(labels)
+    ]
+
+
+def finite(value: float | None) -> float:
+    """A value as it can be drawn: NaN where there is none."""
+    return float(value) if value is not None and math.isfinite(value) else math.nan
+
+
+def short(value: float | None) -> str:
+    """A figure in three significant digits."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage that neither rounds to nothing nor to all."""
+    value = 100 * share
+    return f"{value:.3g} %" if value < 99.9 or value == 100 else f"{value:.6g} %"
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Colour and dashes of the i-th line."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+    }
+
+
+def dress(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, labels and the quiet frame of every panel."""
+    axes.set_title(title, fontsize=11, loc="left", parse_math=False)
+    axes.set_xlabel(x, fontsize=LABEL_SIZE)
+    axes.set_ylabel(y, fontsize=LABEL_SIZE)
+    axes.tick_params(labelsize=TICK_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", linewidth=0.5, alpha=0.4)
+    axes.set_axisbelow(True)
+
+
+def legend_above(axes: Axes, handles: Sequence[Artist], *, enlarge: float = 1.0) -> None:
+    """A legend on the line of the title, where it covers nothing; its markers enlarged."""
+    if handles:
+        axes.legend(
+            handles=handles, fontsize=8, frameon=False, ncols=len(handles), loc="lower right",
+            bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, markerscale=enlarge,
+        )  # fmt: skip
+
+
+def nothing(axes: Axes, reason: str) -> None:
+    """Says in an empty panel why it is empty."""
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", wrap=True)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+
+
+def count_axis(axes: Axes, counts: NDArray[np.float64]) -> str:
+    """Writes counts as 20 k or 3 M; logarithmic where one bin would flatten all others.
+
+    Returns:
+        What to label the axis with.
+    """
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
+    filled = counts[counts > 0]
+    # An untrained B puts half of all weights into one bin.
+    steep = filled.size > 2 and filled.max() > 100 * np.median(filled)
+    if steep:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    return "count (logarithmic)" if steep else "count"
+
+
+def usable(histogram: Histogram) -> bool:
+    """Whether a histogram has anything to draw: finite ascending edges and any count."""
+    edges = np.asarray(histogram.edges, dtype=float)
+    return bool(
+        edges.size >= 2
+        and len(histogram.counts) == edges.size - 1
+        and np.isfinite(edges).all()
+        and edges[-1] > edges[0]
+        and sum(histogram.counts) > 0
+    )
+
+
+def filled_histogram(axes: Axes, histogram: Histogram) -> str:
+    """Draws a histogram as one filled outline; returns the label of the count axis."""
+    counts = np.asarray(histogram.counts, dtype=float)
+    label = count_axis(axes, counts)
+    baseline = 0.8 if axes.get_yscale() == "log" else 0.0
+    # A filled area whose lower end is 0 cannot be drawn on a logarithmic axis.
+    axes.stairs(np.maximum(counts, baseline), histogram.edges, baseline=baseline, fill=True,
+                facecolor=COLOURS[0], edgecolor=COLOURS[0], linewidth=0.6)  # fmt: skip
+    axes.set_ylim(bottom=baseline)
+    return label
+
+
+def thin_ticks(
+    axes: Axes, which: str, labels: Sequence[str], most: int, rotation: float = 0.0
+) -> None:
+    """Puts labels at 0, 1, 2, …, every k-th of them where there are more than `most`.
+
+    Args:
+        axes: the panel.
+        which: x or y.
+        labels: a label for each position.
+        most: how many fit.
+        rotation: of labels along x, in degrees.
+    """
+    step = max(1, math.ceil(len(labels) / most))
+    # 2, 5, 10, … are easier to count by than 3, 7, 11.
+    step = next(nice for nice in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if nice >= step)
+    positions = list(range(0, len(labels), step))
+    shown = [labels[i] for i in positions]
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_ticks(positions)
+    axis.set_ticklabels(shown, parse_math=False)
+    if rotation:
+        for text in axis.get_ticklabels():
+            text.set(rotation=rotation, ha="right", rotation_mode="anchor")
+
+
+def grid_of(
+    modules: Sequence[ModuleAnalysis], values: Sequence[float | None]
+) -> tuple[list[str], list[str], NDArray[np.float64], NDArray[np.bool_]]:
+    """Arranges a value of each module by place within the block (rows) and block (columns).
+
+    Modules outside of any block stand in a column of their own, the first.
+
+    Returns:
+        Row labels, column labels, the values (NaN where there is none), and where a module is.
+    """
+    rows = list(dict.fromkeys(module.layer for module in modules))
+    blocks: list[int | None] = [*sorted({m.block for m in modules if m.block is not None})]
+    if any(module.block is None for module in modules):
+        blocks = [None, *blocks]
+    row_of = {layer: i for i, layer in enumerate(rows)}
+    column_of = {block: i for i, block in enumerate(blocks)}
+    total = np.zeros((len(rows), len(blocks)))
+    present = np.zeros(total.shape, dtype=int)
+    for module, value in zip(modules, values, strict=True):
+        cell = row_of[module.layer], column_of[module.block]
+        total[cell] += finite(value)
+        present[cell] += 1
+    # Two modules fall into one cell where a model has two stacks of blocks: their mean is shown.
+    means = np.divide(total, present, out=np.full(total.shape, np.nan), where=present > 0)
+    return rows, ["none" if b is None else str(b) for b in blocks], means, present > 0
+
+
+def grid_size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
+    """Width and height in inches in which the cells and the labels of a grid fit."""
+    longest = max((len(fit(row, ROW_LABEL)) for row in rows), default=0)
+    width = 2.2 + 0.075 * longest + max(2.5, min(14.0, CELL_WIDTH * len(columns)))
+    height = 1.4 + min(24.0, (0.32 if len(rows) <= 12 else 0.18) * max(3, len(rows)))
+    return max(7.0, width), max(3.0, height)
+
+
+def draw_grid(
+    figure: Figure,
+    axes: Axes,
+    grid: tuple[list[str], list[str], NDArray[np.float64], NDArray[np.bool_]],
+    *,
+    colours: Colormap,
+    scale: Normalize,
+    label: str,
+    number: str = ".2g",
+) -> None:
+    """Draws what `grid_of` arranged as a heatmap: grey without a module, × without a value."""
+    rows, columns, values, present = grid
+    axes.set_facecolor(ABSENT)
+    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest",
+                        cmap=colours, norm=scale)  # fmt: skip
+    axes.tick_params(labelsize=TICK_SIZE)
+    thin_ticks(axes, "y", fit_all(rows, ROW_LABEL), 130)
+    thin_ticks(axes, "x", columns, 40)
+    axes.set_xlabel("block", fontsize=LABEL_SIZE)
+    if columns == ["none"]:
+        axes.set_xticks([])
+        axes.set_xlabel("")
+    axes.set_xticks(np.arange(-0.5, len(columns)), minor=True)
+    axes.set_yticks(np.arange(-0.5, len(rows)), minor=True)
+    if max(values.shape) <= 100:
+        axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="minor", length=0)
+    bar = figure.colorbar(
+        image, ax=axes, pad=0.01, fraction=0.05, aspect=max(10, min(40, 2 * len(rows)))
+    )
+    bar.set_label(label, fontsize=LABEL_SIZE)
+    bar.ax.tick_params(labelsize=TICK_SIZE)
+    for row, column in np.argwhere(present & ~np.isfinite(values)):
+        axes.text(column, row, "×", ha="center", va="center", color="#B00020", fontsize=9)
+    longest = max((len(f"{v:{number}}") for v in values[np.isfinite(values)]), default=0)
+    # A character of this size is 0.075 inches wide.
+    room = max(2.5, CELL_WIDTH * len(columns)) / len(columns)
+    if len(columns) <= 14 and len(rows) <= 40 and 0.075 * longest <= room:
+        annotate(axes, values, colours, scale, size=8, number=number)
+
+
+def annotate(
+    axes: Axes,
+    values: NDArray[np.float64],
+    colours: Colormap,
+    scale: Normalize,
+    *,
+    size: float,
+    number: str,
+) -> None:
+    """Writes each finite value into its cell, black or white, whichever is legible there."""
+    for row, column in np.argwhere(np.isfinite(values)):
+        value = float(values[row, column])
+        red, green, blue, _ = colours(float(scale(value)))
+        light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+        axes.text(column, row, f"{value:{number}}", ha="center", va="center", fontsize=size,
+                  color="black" if light else "white")  # fmt: skip

@@ -1,0 +1,1 @@
+"""How alike the adapters of a fleet are: matrices, clusters, duplicates, lineages, trajectories."""

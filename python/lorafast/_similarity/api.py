@@ -1,0 +1,283 @@
+"""Which adapters are alike: `lorafast.similarity`."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lorafast._errors import LorafastError
+from lorafast._similarity.similarity import Metric, Similarity
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+    from lorafast._analysis.records import Matrix
+    from lorafast._similarity.collection import Adapters, Collected
+
+Precision = Literal["auto", "float64", "float32"]
+Progress = bool | Callable[[int, int], object]
+
+METRICS: tuple[Metric, ...] = ("cosine", "inner_product")
+PRECISIONS: tuple[Precision, ...] = ("auto", "float64", "float32")
+#: Up to so many multiplications are made in float64: some minutes of a core.
+DOUBLE_WORK = 4 * 10**12
+#: Bytes of stacked factors, where nothing else is said.
+MEMORY = 1 << 30
+
+
+def similarity(
+    adapters: Adapters,
+    *,
+    metric: Metric = "cosine",
+    per_module: bool = False,
+    group_by_base: bool = False,
+    ignore_base: bool = False,
+    precision: Precision = "auto",
+    memory: int = MEMORY,
+    cache: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    progress: Progress = False,
+    device: str = "cpu",
+    device_memory: int | str | None = None,
+) -> Similarity:
+    """The exact similarity of the updates of all adapters with each other.
+
+    Ranks, alphas and modules may differ. The products come from the factors alone, stacked by
+    module: K = blocksum((𝐁ᵀ𝐁)∘(𝐀𝐀ᵀ)), N²r²(m + n)/2 multiplications a module. That is cheaper
+    than dense updates while r < √(mn/(m + n)).
+
+    Figures are of the low-rank updates s·B·A. What an adapter does beside them (DoRA's
+    magnitudes, biases, saved modules, trained rows) is no part of them; `notes` says where there
+    is any. Embeddings and convolutions count as the matrices that their factors make.
+
+    Memory is `memory` bytes for factors, and 16·N² for the result (times one and the number of
+    modules with `per_module`); few files are open at a time. The figures are the same whatever
+    the threads, the memory, and the interruptions.
+
+    Args:
+        adapters: directories, which are searched; adapters; globs; any number of these; or a
+            fleet.
+        metric: "cosine", or "inner_product" for ⟨X, Y⟩ itself.
+        per_module: also keep the matrix of each module, in N² numbers each.
+        group_by_base: sort the adapters by their base, and compare only within each. A base is
+            known by the last part of the name that `adapter_config.json` gives it, and by the
+            shapes of what is updated.
+        ignore_base: compare adapters in one matrix whatever base they name, as long as the shapes
+            of their updates agree.
+        precision: what products are summed in. "float64" gives cosines to 1e-13; "float32", at
+            twice the speed, to about 1e-7 (norms are always float64); "auto" is float64 for up
+            to 4·10¹² multiplications and float32 beyond.
+        memory: bytes for stacked factors.
+        cache: a directory (made if it is not there) where what is done is written down every few
+            seconds. The same call goes on where an earlier one was interrupted; what is finished
+            is not computed again. It may be deleted at any time.
+        threads: worker threads; one for each core if `None`.
+        progress: `True` for a bar on a terminal, or a callable that is given (done, total)
+            multiplications.
+        device: where products are made: "cpu", or by torch on "cuda" or "cuda:N" ("auto": on a
+            CUDA device where there is one; "torch:cpu" to compare backends). There they agree with
+            the CPU's to the precision's rounding, not to the bit, and are not kept in a cache.
+        device_memory: bytes for factors and their products on the device, or a text such as
+            "2GiB", which is the default. cuBLAS's workspace comes on top.
+
+    Returns:
+        The similarity. Adapters that cannot be read are in `errors` and not in the matrix.
+
+    Raises:
+        ValueError: an argument is outside its domain, or no path was given.
+        FileNotFoundError: no path is there.
+        AdapterError: no adapter can be read, or one was changed meanwhile.
+        LorafastError: the adapters belong to different bases; the message lists the groups.
+        DeviceError: the device is not there.
+    """
+    from lorafast._io.device_names import parse_memory
+    from lorafast._io.paths import expand
+    from lorafast._similarity.collection import collected, pace
+    from lorafast._torch.device import analysis_device
+
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if memory < 1:
+        raise ValueError("memory must be a positive number of bytes")
+    bound = parse_memory(device_memory, device)
+    place = analysis_device(device, cache)
+    begin = time.perf_counter()
+    with collected(adapters, threads, progress) as found:
+        seconds = {"opening": time.perf_counter() - begin}
+        groups = dict(found.core.groups(ignore_base))
+        if len(groups) > 1 and not group_by_base:
+            raise LorafastError(_several_bases(groups, found.names, ignore_base))
+        positions = list(groups.values())
+        if precision == "auto":
+            work = found.core.work(positions)
+            precision = "float64" if work <= DOUBLE_WORK else "float32"
+        pairs = sum(len(group) * (len(group) + 1) // 2 for group in positions)
+        with pace(progress, "comparing", pairs, "pairs") as report:
+            if place is not None:
+                from lorafast._torch.gram import products
+
+                begin = time.perf_counter()
+                matrix, tables = products(
+                    found.core,
+                    positions,
+                    device=place,
+                    precision=precision,
+                    per_module=per_module,
+                    memory=bound,
+                    threads=threads,
+                    progress=report,
+                )
+                seconds["multiplying"] = time.perf_counter() - begin
+            else:
+                whole, modules, _, (reading, multiplying), unsaved = found.core.products(
+                    positions,
+                    precision=precision,
+                    per_module=per_module,
+                    memory=memory,
+                    cache=None if cache is None else Path(expand(cache)),
+                    threads=threads,
+                    progress=report,
+                )
+                seconds |= {"reading": reading, "multiplying": multiplying}
+                if unsaved is not None:
+                    warnings.warn(
+                        f"the cache could not be written, and this run is not kept: {unsaved}",
+                        stacklevel=2,
+                    )
+                count = len(found.names)
+                matrix = _square(whole, count)
+                tables = [_square(table, count) for table in modules]
+        own = tables if per_module else None
+        similar = _similarity(found, groups, matrix, own, metric=metric, precision=precision)
+        return replace(similar, seconds=seconds)
+
+
+def _several_bases(groups: Mapping[str, Sequence[int]], names: Sequence[str], ignored: bool) -> str:
+    parts = []
+    for base, members in groups.items():
+        shown = ", ".join(names[member] for member in members[:3])
+        more = ", …" if len(members) > 3 else ""
+        parts.append(f"{base} ({len(members)}: {shown}{more})")
+    hint = "group_by_base (--group-by-base) compares within each"
+    if not ignored:
+        hint += (
+            ", ignore_base (--ignore-base) takes them for one model where the shapes of their "
+            "updates agree"
+        )
+    return f"the adapters belong to {len(groups)} bases: {'; '.join(parts)}; {hint}"
+
+
+def _similarity(
+    found: Collected,
+    groups: dict[str, list[int]],
+    matrix: Matrix,
+    modules: list[Matrix] | None,
+    *,
+    metric: Metric,
+    precision: str,
+) -> Similarity:
+    import numpy as np
+
+    count = len(found.names)
+    names = [name for name, _, _ in found.core.modules()]
+    presence = np.zeros((count, len(names)), dtype=np.bool_)
+    for member, row in zip(found.members, presence, strict=True):
+        row[member["modules"]] = True
+    norms = np.sqrt(matrix.diagonal())
+    per_module: dict[str, Matrix] | None = None
+    if metric == "cosine":
+        _to_cosines(matrix, norms)
+    if modules is not None:
+        per_module = {}
+        for at, (name, table) in enumerate(zip(names, modules, strict=True)):
+            own = table
+            absent = ~presence[:, at]
+            own[absent] = np.nan
+            own[:, absent] = np.nan
+            if metric == "cosine":
+                _to_cosines(own, np.sqrt(own.diagonal()))
+            # Modules of one name and different shapes are of different bases.
+            if name in per_module:
+                own = np.where(np.isnan(per_module[name]), own, per_module[name])
+            per_module[name] = own
+    return Similarity(
+        metric=metric,
+        precision=precision,
+        names=found.names,
+        paths=found.paths,
+        matrix=matrix,
+        norms=norms,
+        groups=groups,
+        modules=names,
+        presence=presence,
+        per_module=per_module,
+        errors=found.errors,
+        notes=_notes(found, groups, norms, presence),
+    )
+
+
+def _square(table: bytearray, count: int) -> Matrix:
+    import numpy as np
+
+    return np.frombuffer(table, dtype="<f8").reshape(count, count)
+
+
+def _to_cosines(matrix: Matrix, norms: NDArray[numpy.float64]) -> None:
+    """Inner products become cosines in place: the matrix may be most of the memory."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where((norms > 0) & np.isfinite(norms), 1 / norms, np.nan)
+    # One factor a pair, so that the matrix stays symmetric to the bit.
+    for place, own in enumerate(inverse):
+        matrix[place] *= own * inverse
+    np.clip(matrix, -1.0, 1.0, out=matrix)
+    places = np.flatnonzero(np.isfinite(inverse))
+    matrix[places, places] = 1.0
+
+
+def _notes(
+    found: Collected,
+    groups: Mapping[str, Sequence[int]],
+    norms: NDArray[numpy.float64],
+    presence: NDArray[numpy.bool_],
+) -> list[str]:
+    notes = []
+    lacking = []
+    for members in groups.values():
+        wanted = presence[list(members)].any(axis=0).sum()
+        lacking += [found.names[at] for at in members if presence[at].sum() < wanted]
+    if lacking:
+        notes.append(
+            f"{_some(lacking)} of {len(found.names)} lack modules that others have; what is not "
+            "shared counts as zero (`shared` has the numbers)"
+        )
+    left_out = [at for at, member in enumerate(found.members) if member["left_out"]]
+    if left_out:
+        example = ", ".join(found.members[left_out[0]]["left_out"])
+        notes.append(
+            f"{_some([found.names[at] for at in left_out])} do more than add low-rank updates, "
+            f"which is no part of the figures ({found.names[left_out[0]]}: {example})"
+        )
+    zero = [name for name, norm in zip(found.names, norms, strict=True) if norm == 0]
+    if zero:
+        notes.append(f"{_some(zero)} are zero (never trained) and have no cosine")
+    odd = [name for name, norm in zip(found.names, norms, strict=True) if not math.isfinite(norm)]
+    if odd:
+        notes.append(f"{_some(odd)} hold NaN or infinity and have no figures")
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    more = ", …" if len(names) > 3 else ""
+    return f"{len(names)} adapter{'s' * (len(names) > 1)} ({shown}{more})"

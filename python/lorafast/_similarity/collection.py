@@ -1,0 +1,209 @@
+"""From paths or a fleet to the core's collection of adapters, with what could not be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lorafast import _core
+from lorafast._analysis.api import names_of
+from lorafast._errors import AdapterError
+from lorafast._fleet.discovery import ScanError, discover
+from lorafast._io import scratch
+from lorafast._io.limits import check_threads
+from lorafast._io.sources import has_only_pickle, rewrite_pickle
+from lorafast._io.strangers import gate, reason_of
+
+Source = str | os.PathLike[str]
+Progress = bool | Callable[[int, int], object]
+
+
+@runtime_checkable
+class HasPaths(Protocol):
+    """What is needed of a fleet: where its adapters lie and what they are called."""
+
+    @property
+    def paths(self) -> list[Path]: ...
+
+    @property
+    def names(self) -> list[str]: ...
+
+
+#: Directories, adapters, globs, any number of these, or a fleet.
+Adapters = Source | Iterable[Source] | HasPaths
+
+
+@dataclass
+class Collected:
+    """Adapters that could be read.
+
+    Attributes:
+        core: the core's collection, in the order of `paths`.
+        paths: where each lies.
+        names: a distinct name for each.
+        members: what the core says of each.
+        errors: what could not be read.
+    """
+
+    core: _core.Collection
+    paths: list[Path]
+    names: list[str]
+    members: list[dict[str, Any]]
+    errors: list[ScanError]
+
+
+@contextmanager
+def collected(adapters: Adapters, threads: int | None, progress: Progress) -> Iterator[Collected]:
+    """Opens each adapter for a moment; those that cannot be read are errors, not the end.
+
+    Raises:
+        ValueError: no path was given, or an argument is outside its domain.
+        FileNotFoundError: no path is there.
+        AdapterError: there is no adapter, or none that can be read.
+    """
+    found, errors, names = found_by(adapters)
+    with opened(found, errors, names, threads, progress=progress) as result:
+        yield result
+
+
+def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str] | None]:
+    """Adapters' paths, what could not be looked into, and names where a fleet gives them.
+
+    Raises:
+        ValueError: no path was given.
+        FileNotFoundError: no path is there.
+        AdapterError: there is no adapter.
+    """
+    if isinstance(adapters, HasPaths):
+        if not adapters.paths:
+            raise AdapterError("the fleet holds no adapter that could be read")
+        return list(adapters.paths), [], list(adapters.names)
+    discovery = discover(adapters)
+    return list(discovery.adapters), list(discovery.errors), None
+
+
+@contextmanager
+def opened(
+    found: Sequence[Path],
+    errors: list[ScanError],
+    names: Sequence[str] | None,
+    threads: int | None,
+    *,
+    progress: Progress,
+) -> Iterator[Collected]:
+    """Opens adapters whose paths are known; adds to `errors` what cannot be read.
+
+    Raises:
+        ValueError: an argument is outside its domain.
+        AdapterError: there is no adapter that can be read.
+    """
+    check_threads(threads)
+    with scratch.directory() as directory:
+        sources, positions = _readable(found, directory, errors)
+        # A callable is told of the work that follows.
+        with pace(progress is True, "opening", len(sources), "adapters") as report:
+            core, failures = _core.open_collection(sources, threads=threads, progress=report)
+        failed = {position for position, _ in failures}
+        errors += [
+            ScanError(sources[position][0], _reason(error, sources[position][0]))
+            for position, error in failures
+        ]
+        kept = [place for at, place in enumerate(positions) if at not in failed]
+        if not kept:
+            raise AdapterError(_nothing(errors))
+        paths = [found[place] for place in kept]
+        chosen = names_of(paths) if names is None else [names[place] for place in kept]
+        yield Collected(core, paths, chosen, core.members(), errors)
+
+
+def _readable(
+    found: Sequence[Path], directory: Path, errors: list[ScanError]
+) -> tuple[list[tuple[Path, Path | None]], list[int]]:
+    """Each adapter with the file that stands in for pickled weights, and its place."""
+    sources: list[tuple[Path, Path | None]] = []
+    positions = []
+    for place, path in enumerate(found):
+
+        def fail(error: Exception, path: Path = path) -> None:
+            errors.append(ScanError(path, _reason(error, path)))
+
+        with gate(fail):
+            rewritten = None
+            if has_only_pickle(path):
+                rewritten = rewrite_pickle(path, directory / f"{place}")
+            sources.append((path, rewritten))
+            positions.append(place)
+    return sources, positions
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What went wrong, without the path that stands beside it."""
+    reason = reason_of(error)
+    return reason.removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
+
+
+def _nothing(errors: Sequence[ScanError]) -> str:
+    if not errors:
+        return "there is no adapter"
+    first = errors[0]
+    rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"no adapter could be read; {first.path}: {first.reason}{rest}"
+
+
+def errors_text(errors: Sequence[ScanError]) -> str:
+    """How many adapters were left out, and why the first of them."""
+    noun = "adapter" if len(errors) == 1 else "adapters"
+    return (
+        f"{len(errors)} {noun} could not be read and left out; {errors[0].path}: {errors[0].reason}"
+    )
+
+
+@contextmanager
+def pace(
+    progress: Progress, label: str, count: int, unit: str, *, is_bytes: bool = False
+) -> Iterator[Callable[[int, int], object] | None]:
+    """What the core is to call with (done, total) of its own units.
+
+    Args:
+        progress: a callable is passed on; `True` draws a bar on standard error if that is a
+            terminal; anything else is silence.
+        label: the word before the bar.
+        count: how many there are of what a person counts in.
+        unit: what that is, in the plural.
+        is_bytes: whether the core counts in bytes.
+    """
+    import sys
+    import time
+
+    if callable(progress):
+        yield progress
+        return
+    if not progress or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    start = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            share = done / total if total else 1.0
+            speed = share * count / max(time.monotonic() - start, 1e-3)
+            rate = f"{share * count:,.0f} of {count:,} {unit} · {speed:,.0f} {unit}/s"
+            if is_bytes:
+                rate += f" · {speed * total / count / 1e9:.2f} GB/s"
+            bar.update(task, completed=done, total=total, rate=rate)
+
+        yield update

@@ -1,0 +1,490 @@
+"""Which adapters are the same update in other clothes: `lorafast.duplicates`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from lorafast._fleet.discovery import ScanError
+from lorafast._similarity.collection import Adapters, Collected, Progress, collected, pace
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+Tier = Literal["same_bytes", "same_tensors", "same_update", "scaled", "truncated"]
+
+#: From the closest to the loosest, with what each says.
+TIERS: dict[Tier, str] = {
+    "same_bytes": "the same weights file, with the same scales",
+    "same_tensors": "the same tensors under another header",
+    "same_update": "the same ΔW: other factors, scale in the factors, or another dtype",
+    "scaled": "the same ΔW times a number",
+    "truncated": "the leading singular values of the same ΔW",
+}
+SCHEMA_VERSION = 1
+#: Below this share of the norm, two updates are the same whatever they are stored in.
+FLOOR = 1e-12
+#: A truncation has been through a decomposition, which turns rounding into somewhat more.
+TRUNCATION_SLACK = 4.0
+#: What a comparison of singular values in float64 can tell apart.
+INVARIANT_FLOOR = 1e-6
+#: Singular values that the core keeps of each module.
+LEADING = 4
+#: Pairs that are looked at together.
+CHUNK = 100_000
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What makes an adapter one of its group.
+
+    Attributes:
+        path: the adapter.
+        text: the evidence in words; X is the group's first member, Y this one.
+        figures: the numbers in it: `difference` (relative to ‖Y‖), `tolerance` (what rounding
+            explains, likewise), `factor` (Y = factor·X), `kept` (‖X_k‖²/‖X‖²), or `sha256`.
+    """
+
+    path: Path
+    text: str
+    figures: dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class DuplicateGroup:
+    """Adapters that are one update.
+
+    An adapter is in the group of the closest tier that applies. What the first member of a group
+    stands for in looser tiers holds for all: the others are not repeated there.
+
+    Attributes:
+        tier: how close they are; `lorafast.duplicates` has the list.
+        members: the adapters, the one to keep first: the most precise, or of truncations the
+            whole.
+        names: their names.
+        evidence: what makes each of the others a member.
+    """
+
+    tier: Tier
+    members: list[Path]
+    names: list[str]
+    evidence: list[Evidence]
+
+
+@dataclass(frozen=True, repr=False)
+class Duplicates(Sequence[DuplicateGroup]):
+    """The groups that were found: a sequence, the closest tiers first.
+
+    Attributes:
+        groups: the groups.
+        names: a distinct name for each adapter that could be read.
+        paths: where each lies.
+        errors: what could not be read, each with its path and the reason.
+        notes: what could not be compared.
+    """
+
+    groups: list[DuplicateGroup]
+    names: list[str]
+    paths: list[Path]
+    errors: list[ScanError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> DuplicateGroup: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[DuplicateGroup]: ...
+    def __getitem__(self, index: int | slice) -> DuplicateGroup | list[DuplicateGroup]:
+        return self.groups[index]
+
+    def __iter__(self) -> Iterator[DuplicateGroup]:
+        return iter(self.groups)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Duplicates: {len(self):,} groups, {self.redundant:,} of {len(self.names):,} "
+            "adapters could go>"
+        )
+
+    @property
+    def redundant(self) -> int:
+        """How many adapters would be left out if only the first of each group were kept."""
+        return len({path for group in self.groups for path in group.members[1:]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain objects, with `schema_version` and `kind`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "duplicates",
+            "adapters": len(self.names),
+            "groups": [
+                {
+                    "tier": group.tier,
+                    "meaning": TIERS[group.tier],
+                    "members": [os.fspath(path) for path in group.members],
+                    "names": group.names,
+                    "evidence": [
+                        {
+                            "path": os.fspath(evidence.path),
+                            "text": evidence.text,
+                            "figures": evidence.figures,
+                        }
+                        for evidence in group.evidence
+                    ],
+                }
+                for group in self.groups
+            ],
+            "errors": [
+                {"path": os.fspath(error.path), "reason": error.reason} for error in self.errors
+            ],
+            "notes": self.notes,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as strict JSON."""
+        from lorafast._report.serialize import without_non_finite
+
+        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
+
+
+def duplicates(
+    adapters: Adapters, *, threads: int | None = None, progress: Progress = False
+) -> Duplicates:
+    """Groups adapters that are the same update, whatever it is written in.
+
+    The tiers, from the closest to the loosest:
+
+    - `same_bytes`: the weights files are the same to the byte, and the configs give the same
+      scales.
+    - `same_tensors`: the same tensors in another order, with another prefix or other metadata.
+    - `same_update`: the same ΔW in other factors (B·G, G⁻¹·A), with alpha moved into the factors,
+      or in another dtype.
+    - `scaled`: Y = c·X for one number c.
+    - `truncated`: Y is X with only its leading singular values in every module, up to a number.
+
+    Two updates are the same where ‖X − Y‖ is no more than rounding explains: for independent
+    errors of ulp²/12 in the stored factors, E‖δ(s·B·A)‖² follows from the factors, and twice
+    its root is allowed for 16-bit factors, 64 times for longer ones, whose arithmetic counts as
+    well (four times that for truncations). So the threshold is relative, is finer for float32
+    than for bfloat16, and grows for badly conditioned factorisations as their errors do; every
+    group's evidence has the difference and the threshold. What the adapters do beside low-rank
+    updates (magnitudes, biases, saved modules) has to be the same too.
+
+    Candidates are found by the leading singular values of every module, which none of this
+    changes by more (Mirsky's inequality); each is then confirmed on the factors. Every adapter is
+    read once for that, and those that have a candidate again.
+
+    Args:
+        adapters: directories, which are searched; adapters; globs; any number of these; or a
+            fleet.
+        threads: worker threads; one for each core if `None`.
+        progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
+
+    Returns:
+        The groups, the closest tiers first. Adapters that cannot be read are in `errors`.
+
+    Raises:
+        ValueError: an argument is outside its domain, or no path was given.
+        FileNotFoundError: no path is there.
+        AdapterError: no adapter can be read, or one was changed meanwhile.
+    """
+    with collected(adapters, threads, progress) as found:
+        return _Search(found, threads).run(progress)
+
+
+@dataclass
+class _Signature:
+    """The core's signature, with its place."""
+
+    position: int
+    file: str
+    tensors: str
+    scales: str
+    is_finite: bool
+    norm: float
+    tolerance: float
+    rank: int
+
+    @property
+    def relative(self) -> float:
+        return self.tolerance / self.norm if self.norm else 0.0
+
+    @property
+    def coarseness(self) -> int:
+        """The decade of the relative tolerance: what is stored more precisely is kept."""
+        import math
+
+        return math.floor(math.log10(self.relative)) if self.relative > 0 else -99
+
+
+Relation = dict[str, Any]
+
+
+class _Search:
+    """One call of `duplicates`."""
+
+    def __init__(self, found: Collected, threads: int | None) -> None:
+        self.found = found
+        self.threads = threads
+        self.groups: list[DuplicateGroup] = []
+        self.signatures: dict[int, _Signature] = {}
+        self.leading: dict[int, NDArray[numpy.float64]] = {}
+        self.known: dict[tuple[int, int], Relation] = {}
+        self.errors = list(found.errors)
+
+    def run(self, progress: Progress) -> Duplicates:
+        self._sign(progress)
+        classes = self._same_digest(
+            list(self.signatures), "same_bytes", lambda own: (own.file, own.scales)
+        )
+        classes = self._same_digest(classes, "same_tensors", lambda own: (own.tensors, own.scales))
+        odd = [at for at in classes if not self.signatures[at].is_finite]
+        classes = [at for at in classes if self.signatures[at].is_finite]
+        edges = self._candidates(classes)
+        classes = self._stars(classes, edges, "same_update", self._same_update, self._by_precision)
+        classes = self._stars(classes, edges, "scaled", self._scaled, self._by_precision)
+        self._stars(classes, edges, "truncated", self._truncated, self._by_rank)
+        notes = []
+        if odd:
+            names = ", ".join(self.found.names[at] for at in odd[:3])
+            notes.append(
+                f"{len(odd)} adapters hold NaN or infinity and were compared byte by byte only "
+                f"({names}{', …' if len(odd) > 3 else ''})"
+            )
+        return Duplicates(self.groups, self.found.names, self.found.paths, self.errors, notes)
+
+    def _sign(self, progress: Progress) -> None:
+        import numpy as np
+
+        count = len(self.found.names)
+        with pace(progress, "reading", count, "adapters", is_bytes=True) as report:
+            signed = self.found.core.signatures(range(count), threads=self.threads, progress=report)
+        for at, (plain, leading) in enumerate(signed):
+            if isinstance(plain, Exception):
+                self.errors.append(ScanError(self.found.paths[at], str(plain)))
+                continue
+            self.signatures[at] = _Signature(position=at, **plain)
+            self.leading[at] = np.frombuffer(leading, dtype="<f8")
+
+    def _add(self, tier: Tier, members: list[int], evidence: list[Evidence]) -> None:
+        paths = [self.found.paths[at] for at in members]
+        names = [self.found.names[at] for at in members]
+        self.groups.append(DuplicateGroup(tier, paths, names, evidence))
+
+    def _same_digest(
+        self, classes: list[int], tier: Tier, key: Callable[[_Signature], tuple[str, str]]
+    ) -> list[int]:
+        """Groups what has one digest; returns the first of each."""
+        by_digest: dict[tuple[str, str], list[int]] = {}
+        for at in classes:
+            by_digest.setdefault(key(self.signatures[at]), []).append(at)
+        for (digest, _), members in by_digest.items():
+            if len(members) > 1:
+                what = "weights files" if tier == "same_bytes" else "tensors"
+                text = f"the {what} have the SHA-256 {digest[:16]}…, and the scales are the same"
+                evidence = [
+                    Evidence(self.found.paths[at], text, {"sha256": digest}) for at in members[1:]
+                ]
+                self._add(tier, members, evidence)
+        return [members[0] for members in by_digest.values()]
+
+    def _candidates(self, classes: list[int]) -> dict[int, set[int]]:
+        """Pairs whose leading singular values allow that they are one update, scaled or shorter."""
+        import numpy as np
+
+        edges: dict[int, set[int]] = {at: set() for at in classes}
+        zero = [at for at in classes if self.signatures[at].norm == 0]
+        for at in zero:
+            edges[at] = set(zero) - {at}
+        usable = [at for at in classes if self.signatures[at].norm > 0]
+        if len(usable) < 2:
+            return edges
+        values = np.stack([self.leading[at] for at in usable])
+        tolerance = np.array([self.signatures[at].tolerance for at in usable])
+        ranks = np.array([self.signatures[at].rank for at in usable])
+        first = values[:, ::LEADING]
+        lengths = np.linalg.norm(first, axis=1)
+        units = first / lengths[:, None]
+        allowed = 2 * TRUNCATION_SLACK * tolerance / lengths + INVARIANT_FLOOR
+        step = max(1, CHUNK // len(usable))
+        for start in range(0, len(usable), step):
+            block = slice(start, start + step)
+            squares = np.maximum(2 - 2 * units[block] @ units.T, 0.0)
+            close = np.sqrt(squares) <= allowed[block, None] + allowed[None, :]
+            rows, columns = np.nonzero(close)
+            keep = rows + start < columns
+            rows, columns = rows[keep] + start, columns[keep]
+            alike = _alike(values, tolerance, ranks, rows, columns)
+            for row, column in zip(rows[alike], columns[alike], strict=True):
+                edges[usable[row]].add(usable[column])
+                edges[usable[column]].add(usable[row])
+        return edges
+
+    def _stars(
+        self,
+        classes: list[int],
+        edges: dict[int, set[int]],
+        tier: Tier,
+        judge: Callable[[int, int], Evidence | None],
+        order: Callable[[int], tuple[int, ...]],
+    ) -> list[int]:
+        """Compares candidates with the best among them, group after group; returns the firsts."""
+        remaining = set(classes)
+        dropped: set[int] = set()
+        while True:
+            stars = []
+            for component in _components(remaining, edges):
+                if len(component) > 1:
+                    centre = min(component, key=order)
+                    others = sorted(edges[centre] & component)
+                    stars.append((centre, others))
+            if not stars:
+                return [at for at in classes if at not in dropped]
+            self._relate([(centre, other) for centre, others in stars for other in others])
+            for centre, others in stars:
+                evidence = {other: judge(centre, other) for other in others}
+                members = [other for other in others if evidence[other] is not None]
+                if members:
+                    found = [item for item in evidence.values() if item is not None]
+                    self._add(tier, [centre, *members], found)
+                remaining -= {centre, *members}
+                dropped.update(members)
+
+    def _relate(self, pairs: list[tuple[int, int]]) -> None:
+        new = [pair for pair in pairs if pair not in self.known]
+        if new:
+            found = self.found.core.relations(new, threads=self.threads, progress=None)
+            self.known.update(zip(new, found, strict=True))
+
+    def _by_precision(self, at: int) -> tuple[int, ...]:
+        return self.signatures[at].coarseness, at
+
+    def _by_rank(self, at: int) -> tuple[int, ...]:
+        own = self.signatures[at]
+        return -own.rank, own.coarseness, at
+
+    def _tolerance(self, x: int, y: int, factor: float) -> float:
+        import math
+
+        x_signature, y_signature = self.signatures[x], self.signatures[y]
+        rounding = math.hypot(factor * x_signature.tolerance, y_signature.tolerance)
+        return rounding + FLOOR * y_signature.norm
+
+    def _same_update(self, x: int, y: int) -> Evidence | None:
+        relation = self.known[x, y]
+        if relation["other_difference"] is not None:
+            return None
+        path, norm = self.found.paths[y], relation["norms"][1]
+        if norm == 0:
+            if relation["norms"][0] > 0:
+                return None
+            return Evidence(path, "both updates are zero (never trained)", {"difference": 0.0})
+        tolerance = self._tolerance(x, y, 1.0)
+        if not relation["difference"] <= tolerance:
+            return None
+        figures: dict[str, float | str] = {
+            "difference": relation["difference"] / norm,
+            "tolerance": tolerance / norm,
+        }
+        return Evidence(path, f"‖X − Y‖/‖Y‖ = {_rounding(figures)}", figures)
+
+    def _scaled(self, x: int, y: int) -> Evidence | None:
+        relation = self.known[x, y]
+        norm, factor = relation["norms"][1], relation["factor"]
+        if relation["other_difference"] is not None or not norm > 0:
+            return None
+        tolerance = self._tolerance(x, y, factor)
+        if not relation["scaled_difference"] <= tolerance:
+            return None
+        figures: dict[str, float | str] = {
+            "factor": factor,
+            "difference": relation["scaled_difference"] / norm,
+            "tolerance": tolerance / norm,
+        }
+        text = f"Y = {factor:.6g}·X, ‖Y − {factor:.6g}·X‖/‖Y‖ = {_rounding(figures)}"
+        return Evidence(self.found.paths[y], text, figures)
+
+    def _truncated(self, x: int, y: int) -> Evidence | None:
+        relation = self.known[x, y]
+        factor = relation["truncation_factor"]
+        if relation["other_difference"] is not None or factor is None:
+            return None
+        norm = relation["norms"][1]
+        tolerance = TRUNCATION_SLACK * self._tolerance(x, y, factor)
+        if not relation["truncation_difference"] <= tolerance:
+            return None
+        kept = relation["kept"]
+        figures: dict[str, float | str] = {
+            "factor": factor,
+            "kept": kept,
+            "difference": relation["truncation_difference"] / norm,
+            "tolerance": tolerance / norm,
+        }
+        ranks = self.signatures[x].rank, self.signatures[y].rank
+        scale = "" if abs(factor - 1) < 1e-3 else f" times {factor:.6g}"
+        text = (
+            f"Y is X_k{scale}, X with {ranks[1]} of its {ranks[0]} singular values and "
+            f"{100 * kept:.4g} % of its energy; ‖Y − X_k‖/‖Y‖ = {_rounding(figures)}"
+        )
+        return Evidence(self.found.paths[y], text, figures)
+
+
+def _rounding(figures: dict[str, float | str]) -> str:
+    difference, tolerance = figures["difference"], figures["tolerance"]
+    return f"{difference:.2g}, within rounding ({tolerance:.2g})"
+
+
+def _alike(
+    values: NDArray[numpy.float64],
+    tolerance: NDArray[numpy.float64],
+    ranks: NDArray[numpy.int64],
+    rows: NDArray[numpy.int64],
+    columns: NDArray[numpy.int64],
+) -> NDArray[numpy.bool_]:
+    """Of some pairs, whether all values that the one of lower rank has are those of the other."""
+    import numpy as np
+
+    alike = np.zeros(len(rows), dtype=np.bool_)
+    step = max(1, CHUNK * 10 // values.shape[1])
+    for start in range(0, len(rows), step):
+        chosen = slice(start, start + step)
+        row, column = rows[chosen], columns[chosen]
+        swap = ranks[row] < ranks[column]
+        longer, shorter = np.where(swap, column, row), np.where(swap, row, column)
+        x, y = values[longer].copy(), values[shorter].copy()
+        firsts = np.repeat(y[:, ::LEADING], LEADING, axis=1)
+        missing = y <= 1e-6 * firsts
+        x[missing] = 0.0
+        y[missing] = 0.0
+        lengths = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            distance = np.linalg.norm(x / lengths[0][:, None] - y / lengths[1][:, None], axis=1)
+            allowed = tolerance[longer] / lengths[0] + tolerance[shorter] / lengths[1]
+        alike[chosen] = distance <= 2 * TRUNCATION_SLACK * allowed + INVARIANT_FLOOR
+    return alike
+
+
+def _components(nodes: set[int], edges: dict[int, set[int]]) -> list[set[int]]:
+    """The connected components, in the order of their least member."""
+    left = set(nodes)
+    found = []
+    for node in sorted(nodes):
+        if node not in left:
+            continue
+        component, waiting = set(), [node]
+        left.discard(node)
+        while waiting:
+            at = waiting.pop()
+            component.add(at)
+            fresh = edges[at] & left
+            left -= fresh
+            waiting += fresh
+        found.append(component)
+    return found

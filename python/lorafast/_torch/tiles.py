@@ -1,0 +1,78 @@
+"""What is on its way through a device: tiles, the buffers that hold them, and their tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorafast._torch.program import Program
+
+if TYPE_CHECKING:
+    import torch
+
+Place = tuple[int, int]
+
+
+@dataclass
+class Slot:
+    """Host buffers of one tile, as bytes; pinned where the device is another."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+    finite: torch.Tensor
+    done: Any = None
+
+
+@dataclass(eq=False)
+class Work:
+    """One tensor with its program on the device.
+
+    Attributes:
+        tensor: what the core says of it.
+        place: where the plan has it.
+        columns: elements of a row.
+        dtype: in which its rows are read.
+        output: in which they are written.
+        program: what is done to them.
+        rows: of a tile, at most.
+        failed: whether it is left to the CPU after all.
+    """
+
+    tensor: dict[str, Any]
+    place: Place
+    columns: int
+    dtype: torch.dtype
+    output: torch.dtype
+    program: Program
+    rows: int = 0
+    failed: bool = False
+
+    @property
+    def read_bytes(self) -> int:
+        """Of a row as it is read."""
+        return self.columns * self.dtype.itemsize
+
+    @property
+    def written_bytes(self) -> int:
+        """Of a row as it is written."""
+        return self.columns * self.output.itemsize
+
+
+@dataclass
+class Tile:
+    work: Work
+    first: int
+    rows: int
+
+    @property
+    def place(self) -> Place:
+        return self.work.place
+
+
+@dataclass
+class Rows:
+    """What a writer needs to know of a tile; `dtype` is the one in which it was read."""
+
+    place: Place
+    first: int
+    dtype: torch.dtype

@@ -1,0 +1,27 @@
+"""The errors that lorafast raises, all of them kinds of `LorafastError`."""
+
+from lorafast._errors import (
+    AdapterError,
+    CheckpointError,
+    DeviceError,
+    LorafastError,
+    MissingDependencyError,
+    NumericError,
+    OutputError,
+    PlanError,
+    UnsupportedAdapterError,
+    VerificationError,
+)
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "DeviceError",
+    "LorafastError",
+    "MissingDependencyError",
+    "NumericError",
+    "OutputError",
+    "PlanError",
+    "UnsupportedAdapterError",
+    "VerificationError",
+]
