@@ -14,11 +14,11 @@ use indexmap::IndexMap;
 use serde_json::Value;
 
 use crate::checkpoint::side_files::shard_of;
-use crate::error::{Error, Result};
+use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::local;
 use crate::storage::staging;
-use crate::tensor::safetensors::{SafetensorsFile, TensorInfo};
+use crate::tensor::safetensors::{NamedTensor, TensorFile, TensorInfo};
 
 /// The file names under which libraries save a whole model, in the order in which transformers
 /// looks for them; diffusers' come after.
@@ -49,7 +49,7 @@ pub struct Shard {
     /// Its path within the checkpoint's directory.
     pub name: String,
     /// The opened file.
-    pub file: SafetensorsFile,
+    pub file: TensorFile,
 }
 
 /// Where a tensor stands: the shard's position and the tensor's within it.
@@ -115,7 +115,7 @@ impl Checkpoint {
             .into_iter()
             .map(|name| {
                 task.check()?;
-                let file = SafetensorsFile::open(&root.join(&name))?;
+                let file = TensorFile::open(&root.join(&name))?;
                 Ok(Shard { name, file })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -140,6 +140,31 @@ impl Checkpoint {
             tensors,
             config,
             warnings,
+        })
+    }
+
+    /// A model in memory, as one shard of that name. Tensors without bytes can be planned against.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the tensors are not what their shapes and types say.
+    pub fn in_memory(
+        name: &str,
+        config: serde_json::Map<String, Value>,
+        tensors: Vec<NamedTensor>,
+    ) -> Result<Self> {
+        let path = PathBuf::from(name);
+        let file = TensorFile::in_memory(&path, Owner::Checkpoint, tensors, None)?;
+        let shards = vec![Shard { name: name.to_owned(), file }];
+        let tensors = gather(&shards)?;
+        Ok(Self {
+            path,
+            root: PathBuf::new(),
+            is_directory: false,
+            shards: Arc::new(shards),
+            index: None,
+            tensors,
+            config: Some((config, Vec::new())),
+            warnings: Vec::new(),
         })
     }
 

@@ -4,14 +4,13 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::adapter::config;
 use crate::adapter::{Accounts, Adapter};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::Catalog;
 use crate::checkpoint::side_files;
 use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Plan, Strategy, Update};
-use crate::tensor::safetensors::SafetensorsFile;
+use crate::tensor::safetensors::TensorFile;
 
 /// An adapter within a plan.
 #[derive(Debug, Serialize)]
@@ -76,7 +75,7 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
         inputs.adapters.iter().zip(&plan.accounts).map(|(adapter, account)| PlannedAdapter {
             path: adapter.path().display().to_string(),
             name: last_part(adapter.path()),
-            format: "peft",
+            format: adapter.format(),
             tensors: adapter.file().header().tensors.len(),
             modules: adapter.modules().len(),
             bytes: adapter.file().size(),
@@ -166,7 +165,7 @@ impl Listing {
     fn new<'a>(
         kind: &'static str,
         path: &std::path::Path,
-        files: impl Iterator<Item = (&'a str, &'a SafetensorsFile)>,
+        files: impl Iterator<Item = (&'a str, &'a TensorFile)>,
     ) -> Self {
         let mut listing = Self {
             kind,
@@ -228,8 +227,11 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
 /// Lists an adapter.
 pub fn adapter(adapter: &Adapter) -> Listing {
     let name = last_part(adapter.file().path());
-    let mut listing =
-        Listing::new("adapter", adapter.path(), std::iter::once((name.as_str(), adapter.file())));
+    let mut listing = Listing::new(
+        "adapter",
+        adapter.path(),
+        std::iter::once((name.as_str(), adapter.file().as_ref())),
+    );
     let modules: Vec<_> = adapter
         .modules()
         .values()
@@ -242,15 +244,13 @@ pub fn adapter(adapter: &Adapter) -> Listing {
             shape: [module.outputs(), module.inputs()],
         })
         .collect();
-    let mut summary: Map<String, Value> = config::summary(adapter.config())
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), value))
-        .collect();
+    let mut summary: Map<String, Value> =
+        (adapter.summary().iter()).map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     summary.insert("modules".into(), serde_json::to_value(modules).unwrap_or(Value::Null));
     summary.insert("features".into(), Value::from(adapter.obstacles(&[])));
     let account = serde_json::to_value(adapter.account(&[])).unwrap_or(Value::Null);
     summary.insert("account".into(), account);
-    listing.config = Some(adapter.config().raw().clone());
+    listing.config = Some(adapter.settings().clone());
     listing.adapter = Some(summary);
     listing
 }

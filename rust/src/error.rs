@@ -68,6 +68,9 @@ pub enum Error {
     /// An argument outside its domain.
     #[error("{}", shortened(.0))]
     Argument(String),
+    /// What a caller's own function raised, to be handed back to the caller as it is.
+    #[error("{0}")]
+    Foreign(Box<dyn std::error::Error + Send + Sync>),
     /// The caller raised the cancel flag.
     #[error("cancelled")]
     Cancelled,

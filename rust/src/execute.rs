@@ -258,11 +258,12 @@ impl<'a> Job<'a> {
     ) -> Result<()> {
         let from = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
         let buffer = buffers.stored(queue::TILE_BYTES);
-        local::copy_range(from.file(), source.clone(), &self.output.files[shard], target, buffer)
-            .map_err(|error| match error {
-            CopyError::Read(error) => from.unread(error),
-            CopyError::Write(error) => self.write_error(shard, error),
-        })?;
+        from.copy_to(source.clone(), &self.output.files[shard], target, buffer).map_err(
+            |error| match error {
+                CopyError::Read(error) => from.unread(error),
+                CopyError::Write(error) => self.write_error(shard, error),
+            },
+        )?;
         let length = source.end - source.start;
         self.begin_writing(shard, target, length);
         self.task.advance(length);

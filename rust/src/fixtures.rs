@@ -74,7 +74,7 @@ pub fn open(base: &Path, adapters: &[PathBuf]) -> Inputs {
         base: Arc::new(Checkpoint::open(base).expect("a sound base")),
         adapters: adapters
             .iter()
-            .map(|path| Arc::new(Adapter::open(path, None).expect("a sound adapter")))
+            .map(|path| Arc::new(Adapter::open(path).expect("a sound adapter")))
             .collect(),
     }
 }

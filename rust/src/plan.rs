@@ -18,12 +18,12 @@ mod ties;
 mod tokens;
 mod update;
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::adapter::{Accounts, Adapter, Module};
+use crate::adapter::{Accounts, Adapter, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::Quantized;
 use crate::error::{Error, Result, shorten_all};
@@ -37,7 +37,7 @@ use planner::Planner;
 pub(crate) use quantized::means;
 pub use replication::Replication;
 pub use targets::ExpertLayout;
-pub use update::{Expert, Part, Residual, Update, UpdateKind};
+pub use update::{Part, Residual, Update, UpdateKind};
 
 /// The opened base and adapters of a merge.
 #[derive(Debug, Clone)]
@@ -241,6 +241,8 @@ pub struct Plan {
 /// a file changed meanwhile, or [`Error::Io`].
 pub fn names_fit(inputs: &Inputs, task: &Task) -> Result<bool> {
     let options = Options::default();
+    let named = named_like_the_base(inputs);
+    let inputs = named.as_ref().unwrap_or(inputs);
     let planner = Planner::new(inputs, &options, task)?;
     for adapter in &inputs.adapters {
         if !planner.name(adapter)?.fits() {
@@ -270,9 +272,10 @@ impl Plan {
         if options.subtract {
             weights.iter_mut().for_each(|weight| *weight = -*weight);
         }
+        let named = named_like_the_base(inputs);
+        let inputs = named.as_ref().unwrap_or(inputs);
         refuse_obstacles(inputs, &options.allow)?;
-        let repeats =
-            |adapter: &Arc<Adapter>| adapter.config().features().layer_replication.is_some();
+        let repeats = |adapter: &Arc<Adapter>| adapter.semantics().layer_replication.is_some();
         if options.subtract
             && options.compat == Some(Compat::Peft)
             && inputs.adapters.iter().any(repeats)
@@ -344,6 +347,21 @@ impl Plan {
     }
 }
 
+/// The inputs with adapters whose names are flattened under the base's names; `None` where all are
+/// dotted.
+fn named_like_the_base(inputs: &Inputs) -> Option<Inputs> {
+    let mut changed = false;
+    let resolve = |adapter: &Arc<Adapter>| match grammar::resolve(adapter, &inputs.base) {
+        Some(named) => {
+            changed = true;
+            Arc::new(named)
+        }
+        None => adapter.clone(),
+    };
+    let adapters = inputs.adapters.iter().map(resolve).collect();
+    changed.then(|| Inputs { base: inputs.base.clone(), adapters })
+}
+
 /// Refuses, adapter by adapter, whatever cannot be merged.
 fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
     let refused: Vec<_> = (inputs.adapters.iter())
@@ -364,7 +382,7 @@ fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
 fn untrained(adapter: &Adapter) -> Result<Option<String>> {
     let (mut first, mut count) = (None, 0);
     for module in adapter.modules().values() {
-        if changes_nothing(adapter, module)? {
+        if module.is_zero()? {
             first.get_or_insert(&module.path);
             count += 1;
         }
@@ -377,31 +395,6 @@ fn untrained(adapter: &Adapter) -> Result<Option<String>> {
             adapter.modules().len()
         )
     }))
-}
-
-/// Whether a module's product is zero because its B is.
-fn changes_nothing(adapter: &Adapter, module: &Module) -> Result<bool> {
-    // DoRA's magnitude can have been trained beside a B that stayed zero.
-    if module.magnitude.is_some() {
-        return Ok(false);
-    }
-    let size = module.b.dtype.size();
-    // Zero but for the sign, which is the highest bit of the last byte.
-    let is_zero = |element: &[u8]| {
-        element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
-    };
-    // One of the first elements nearly always tells.
-    let mut beginning = [0; 64];
-    let beginning = &mut beginning[..module.b.bytes().min(64) as usize];
-    adapter.file().read_into(&module.b, 0, beginning)?;
-    let mut all_zero = beginning.chunks_exact(size).all(is_zero);
-    if all_zero {
-        adapter.file().for_each_chunk(&module.b, &mut |_, bytes| {
-            all_zero = bytes.chunks_exact(size).all(is_zero);
-            if all_zero { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-        })?;
-    }
-    Ok(all_zero)
 }
 
 #[cfg(test)]

@@ -2,4 +2,5 @@
 
 pub(crate) mod digest;
 pub mod local;
+pub mod source;
 pub mod staging;

@@ -22,7 +22,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::adapter::hexadecimal;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::Catalog;
 use crate::error::{Error, Result, shorten_all};
@@ -32,7 +31,8 @@ use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
-use crate::tensor::safetensors::{SafetensorsFile, TensorInfo};
+use crate::storage::digest::hexadecimal;
+use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
 use exact::{ExactRow, Leeway, half_ulp};
 pub(crate) use exact::{HalfUlp, PEFT_ROUNDINGS};
@@ -274,7 +274,7 @@ type Room = (Buffers, Vec<u8>);
 /// A tensor of the merged checkpoint.
 #[derive(Clone, Copy)]
 struct Merged<'a> {
-    file: &'a SafetensorsFile,
+    file: &'a TensorFile,
     tensor: &'a TensorInfo,
 }
 

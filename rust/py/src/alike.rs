@@ -9,7 +9,8 @@ use lorafast::parallel::task::build_pool;
 use lorafast::similarity::{self, Options, Precision};
 
 use crate::errors::to_python;
-use crate::{AdapterPath, job, to_object};
+use crate::sources::{Source, to_core};
+use crate::{job, to_object};
 
 /// Where the factors of many adapters lie.
 #[pyclass(frozen, module = "lorafast._core")]
@@ -52,10 +53,11 @@ type StackedFactors<'py> =
 #[pyo3(signature = (adapters, *, threads, progress))]
 pub fn open_collection(
     py: Python<'_>,
-    adapters: Vec<AdapterPath>,
+    adapters: Vec<Source>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Collection, Failures)> {
+    let adapters = to_core(adapters);
     let (inner, failures) = job::run(py, progress, |task| {
         similarity::Collection::open(&adapters, &build_pool(threads)?, task)
     })?;

@@ -10,7 +10,6 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
-use lorafast::adapter::Adapter;
 use lorafast::execute::Options;
 use lorafast::execute::operands::{self, Operands};
 use lorafast::execute::session::{Part, Place, Session};
@@ -20,20 +19,15 @@ use lorafast::plan::{self, Inputs, PlannedTensor};
 use lorafast::tensor::dtype::Dtype;
 
 use crate::errors::to_python;
-use crate::{AdapterPath, job, to_object};
+use crate::sources::Source;
+use crate::{job, to_object};
 
 /// The factors of every module of an adapter that has a spectrum, in order: (m, n, r), the scale,
 /// and type and bytes of B and of A.
 #[pyfunction]
 #[pyo3(signature = (adapter))]
-pub fn stored_factors<'py>(
-    py: Python<'py>,
-    adapter: AdapterPath,
-) -> PyResult<Vec<StoredFactors<'py>>> {
-    let (path, weights) = adapter;
-    let found = job::run(py, None, |task| {
-        stored::stored_factors(&Adapter::open_with(&path, weights.as_deref(), task)?)
-    })?;
+pub fn stored_factors<'py>(py: Python<'py>, adapter: Source) -> PyResult<Vec<StoredFactors<'py>>> {
+    let found = job::run(py, None, |task| stored::stored_factors(&adapter.0.open(task)?))?;
     let bytes =
         |(dtype, bytes): &(Dtype, Vec<u8>)| (dtype.name().to_owned(), PyBytes::new(py, bytes));
     let entries =

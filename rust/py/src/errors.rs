@@ -1,6 +1,6 @@
 //! The one mapping from the core's errors to Python's exceptions.
 
-use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
@@ -34,6 +34,10 @@ pub fn to_python(py: Python<'_>, error: Error) -> PyErr {
         Error::Output { .. } => raise(py, "OutputError", message),
         Error::Numeric { .. } => raise(py, "NumericError", message),
         Error::Argument(_) => PyValueError::new_err(message),
+        Error::Foreign(source) => match source.downcast::<PyErr>() {
+            Ok(raised) => *raised,
+            Err(other) => PyRuntimeError::new_err(other.to_string()),
+        },
         Error::Cancelled => PyKeyboardInterrupt::new_err(()),
     }
 }

@@ -1,16 +1,16 @@
 //! Scanning many adapters: results are handed over while the scan goes on.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use lorafast::measure::fleet::{Kind, Level, Scanned, Source, columns, scan};
+use lorafast::measure::fleet::{Kind, Level, Scanned, columns, scan};
 use lorafast::parallel::bounded::Waiting;
 use lorafast::parallel::task::{Task, build_pool};
 
 use crate::errors::to_python;
+use crate::sources::{Source, to_core};
 use crate::{job, to_object};
 
 /// Bytes of results that wait for Python.
@@ -27,24 +27,20 @@ const STEP: Duration = Duration::from_millis(5);
 
 type Delivery = (usize, lorafast::Result<Scanned>);
 
-/// Looks at adapters, each (path, weights to read in place of its own, file to digest in its
-/// place). `receive` is called on the calling thread with a list of (position, what was found or
+/// Looks at adapters. `receive` is called on the calling thread with a list of (position, what was found or
 /// the exception that tells why not) of those that were finished since, and with the bytes done
 /// and to do.
 #[pyfunction]
 #[pyo3(signature = (sources, *, metrics, threads, receive))]
 pub fn scan_adapters(
     py: Python<'_>,
-    sources: Vec<(PathBuf, Option<PathBuf>, Option<PathBuf>)>,
+    sources: Vec<Source>,
     metrics: &str,
     threads: Option<usize>,
     receive: Py<PyAny>,
 ) -> PyResult<()> {
     let level = Level::from_name(metrics).map_err(|error| to_python(py, error))?;
-    let sources: Vec<_> = sources
-        .into_iter()
-        .map(|(path, weights, content)| Source { path, weights, content })
-        .collect();
+    let sources = to_core(sources);
     let waiting = Waiting::<Delivery>::new(ROOM);
     let report = |py: Python<'_>, task: &Task| -> PyResult<()> {
         loop {

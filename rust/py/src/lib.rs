@@ -6,14 +6,16 @@ mod device;
 mod errors;
 mod fleet;
 mod job;
+mod sources;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
 use lorafast::adapter::Adapter;
+use lorafast::adapter::format::AdapterSource;
 use lorafast::checkpoint::Checkpoint;
 use lorafast::checkpoint::names::renames::Renames;
 use lorafast::kernel::InstructionSet;
@@ -26,19 +28,16 @@ use lorafast::verify::subtraction;
 use lorafast::{describe, execute, verify};
 
 use errors::to_python;
+use sources::{Base, Source, to_core};
 
 /// A serialisable value as plain Python objects.
 fn to_object(py: Python<'_>, value: &impl serde::Serialize) -> PyResult<Py<PyAny>> {
     Ok(pythonize::pythonize(py, value)?.unbind())
 }
 
-/// An adapter's directory, and the file to read in place of its own weights.
-type AdapterPath = (PathBuf, Option<PathBuf>);
-
-fn open_inputs(base: &Path, adapters: &[AdapterPath], task: &Task) -> lorafast::Result<Inputs> {
-    let base = Arc::new(Checkpoint::open_with(base, task)?);
-    let open = |(path, weights): &AdapterPath| Adapter::open_with(path, weights.as_deref(), task);
-    let adapters = adapters.iter().map(|adapter| open(adapter).map(Arc::new));
+fn open_inputs(base: &Base, adapters: &[AdapterSource], task: &Task) -> lorafast::Result<Inputs> {
+    let base = Arc::new(base.open(task)?);
+    let adapters = adapters.iter().map(|adapter| adapter.open(task).map(Arc::new));
     Ok(Inputs { base, adapters: adapters.collect::<lorafast::Result<_>>()? })
 }
 
@@ -197,8 +196,8 @@ mod _core {
     #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
     fn plan_merge(
         py: Python<'_>,
-        base: PathBuf,
-        adapters: Vec<AdapterPath>,
+        base: Base,
+        adapters: Vec<Source>,
         strategy: &str,
         weights: Option<Vec<f64>>,
         dtype: Option<&str>,
@@ -208,6 +207,7 @@ mod _core {
         expert_layout: Option<&str>,
         renames: Option<&str>,
     ) -> PyResult<Plan> {
+        let adapters = to_core(adapters);
         job::run(py, None, |task| {
             let options = plan::Options {
                 strategy: Strategy::from_name(strategy)?,
@@ -228,7 +228,8 @@ mod _core {
     /// Whether every parameter of the adapters has its tensor in the base, by the names as they
     /// stand or the built-in rules for renamed ones.
     #[pyfunction]
-    fn names_fit(py: Python<'_>, base: PathBuf, adapters: Vec<AdapterPath>) -> PyResult<bool> {
+    fn names_fit(py: Python<'_>, base: Base, adapters: Vec<Source>) -> PyResult<bool> {
+        let adapters = to_core(adapters);
         job::run(py, None, |task| plan::names_fit(&open_inputs(&base, &adapters, task)?, task))
     }
 
@@ -251,8 +252,9 @@ mod _core {
         path: PathBuf,
         weights: Option<PathBuf>,
     ) -> PyResult<Py<PyAny>> {
+        let adapter = Source::with_weights(path, weights);
         let list = |task: &Task| {
-            let adapter = Adapter::open_with(&path, weights.as_deref(), task)?;
+            let adapter = adapter.0.open(task)?;
             let listing = describe::adapter(&adapter);
             adapter.check_unchanged().map(|()| listing)
         };
@@ -275,10 +277,11 @@ mod _core {
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
+        let adapter = Source::with_weights(path, weights);
         let options = analysis::Options { percentiles, bins, entries };
         let analysis = job::run(py, progress, |task| {
             let pool = build_pool(threads)?;
-            let adapter = Adapter::open_with(&path, weights.as_deref(), task)?;
+            let adapter = adapter.0.open(task)?;
             let open = |base| Checkpoint::open_with(base, task);
             let base = base.as_deref().map(open).transpose()?;
             analysis::analyze(&adapter, base.as_ref(), &options, &pool, task)
@@ -291,7 +294,7 @@ mod _core {
     #[pyo3(signature = (adapters, *, threads, progress))]
     fn compare_adapters(
         py: Python<'_>,
-        adapters: Vec<AdapterPath>,
+        adapters: Vec<Source>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
@@ -299,7 +302,7 @@ mod _core {
             let pool = build_pool(threads)?;
             let adapters = adapters
                 .iter()
-                .map(|(path, weights)| Adapter::open_with(path, weights.as_deref(), task))
+                .map(|adapter| adapter.0.open(task))
                 .collect::<lorafast::Result<Vec<_>>>()?;
             let adapters: Vec<&Adapter> = adapters.iter().collect();
             analysis::compare(&adapters, &pool, task)

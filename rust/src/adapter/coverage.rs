@@ -32,6 +32,23 @@ impl Account {
     }
 }
 
+/// The same with what is refused let pass where its name is among `allow`.
+pub(super) fn allowed(accounts: &[Account], allow: &[String]) -> Vec<Account> {
+    let passed = |account: &Account| match account.verdict {
+        Verdict::Refused if allow.contains(&account.name) => {
+            Account::new(account.name.as_str(), (Verdict::NotNeeded, "allowed by name"))
+        }
+        _ => account.clone(),
+    };
+    accounts.iter().map(passed).collect()
+}
+
+/// The reasons of all that is refused.
+pub(super) fn refused(accounts: &[Account]) -> Vec<String> {
+    let refused = accounts.iter().filter(|account| account.verdict == Verdict::Refused);
+    refused.map(|account| account.reason.clone()).collect()
+}
+
 /// A whole adapter's account, in the order of its files.
 #[derive(Debug, Clone, Serialize)]
 pub struct Accounts {

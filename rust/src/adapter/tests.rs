@@ -1,6 +1,8 @@
 use std::fs;
 
+use super::formats::peft::{PICKLED_WEIGHTS, WEIGHTS};
 use super::*;
+use crate::error::Error;
 use crate::fixtures::{Tensor, ramp, write, write_adapter};
 use crate::tensor::dtype::Dtype;
 
@@ -12,7 +14,7 @@ fn adapter(root: &Path, tensors: &[(&str, &[u64])], fields: &str) -> Result<Adap
         .collect();
     write_adapter(root, &[], fields);
     write(&root.join("adapter_model.safetensors"), &tensors);
-    Adapter::open(root, None)
+    Adapter::open(root)
 }
 
 fn complaint(root: &Path, tensors: &[(&str, &[u64])], fields: &str) -> String {
@@ -133,17 +135,17 @@ fn a_parameter_saved_twice_counts_once() {
 fn what_is_missing_is_said() {
     let directory = tempfile::tempdir().expect("a directory");
     let root = directory.path();
-    let open = || Adapter::open(root, None).expect_err("no adapter").to_string();
+    let open = || Adapter::open(root).expect_err("no adapter").to_string();
     assert!(open().contains("holds no adapter_config.json; it is no PEFT adapter"));
     fs::write(root.join("config.json"), "{}").expect("written");
     assert!(open().contains("looks like a whole model"));
     write_adapter(&root.join("inner"), &[("x", 4, 6)], "");
     assert!(open().contains("its folder inner does"));
     write_adapter(root, &[("x", 4, 6)], "");
-    assert!(Adapter::open(root, None).is_ok());
+    assert!(Adapter::open(root).is_ok());
     fs::remove_file(root.join(WEIGHTS)).expect("removed");
     assert!(open().contains("no adapter_model.safetensors"));
     fs::write(root.join(PICKLED_WEIGHTS), "").expect("written");
     assert!(open().contains("needs torch"));
-    assert!(matches!(Adapter::open(&root.join("absent"), None), Err(Error::Io { .. })));
+    assert!(matches!(Adapter::open(&root.join("absent")), Err(Error::Io { .. })));
 }

@@ -3,11 +3,12 @@
 use std::fs;
 
 use super::*;
+use crate::adapter::Expert;
 use crate::fixtures::{open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
-use crate::plan::{Action, Expert, Part, Update, UpdateKind};
+use crate::plan::{Action, Part, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::SafetensorsFile;
+use crate::tensor::safetensors::TensorFile;
 use crate::verify;
 
 const EXPERTS: usize = 2;
@@ -69,9 +70,12 @@ fn check(stack: [u64; 3], terms: &[Term]) {
 
     let adapter = &inputs.adapters[0];
     let module = &adapter.modules()["m"];
-    let (a, b) =
-        (adapter.read_f64(&module.a).expect("read"), adapter.read_f64(&module.b).expect("read"));
-    let file = SafetensorsFile::open(&output.join("model.safetensors")).expect("sound");
+    let (a, b) = module
+        .delta
+        .plain()
+        .map(|(a, b)| (a.read_f64().expect("read"), b.read_f64().expect("read")))
+        .expect("plain");
+    let file = TensorFile::open(&output.join("model.safetensors")).expect("sound");
     let merged =
         widen_f64(&Dtype::F32, &file.read(file.tensor("stack").expect("there")).expect("read"));
     assert_eq!(merged.len(), count * height * columns);

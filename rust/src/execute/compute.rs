@@ -188,7 +188,7 @@ impl Computer<'_> {
         let [start, scratch, sum] = wide;
         let (start, sum) = (&mut start[..count], &mut sum[..count]);
         kernel::convert(self.set, from, stored, &T::DTYPE, bytemuck::cast_slice_mut(start));
-        segment.apply(self.set, self.inputs, rows, start, &mut scratch[..count], sum)?;
+        segment.apply(self.set, rows, start, &mut scratch[..count], sum)?;
         Ok(kernel::convert(self.set, &T::DTYPE, bytemuck::cast_slice(sum), to, result))
     }
 
@@ -289,12 +289,9 @@ impl Computer<'_> {
         for update in tensor.updates() {
             let adapter = &self.inputs.adapters[update.adapter];
             let module = adapter.modules().get(&update.module);
-            let parts = module.map(|module| {
-                [Some(&module.a), Some(&module.b), module.magnitude.as_ref(), module.bias.as_ref()]
-            });
-            for part in parts.into_iter().flatten().flatten() {
+            for (_, part) in module.into_iter().flat_map(|module| module.tensors()) {
                 let is_odd = |values: Vec<f32>| values.iter().any(|value| !value.is_finite());
-                if adapter.read_f32(part).is_ok_and(is_odd) {
+                if part.read_f32().is_ok_and(is_odd) {
                     let path = adapter.path().display();
                     return format!("the NaN or infinity in {} of {path}", part.name);
                 }

@@ -172,17 +172,17 @@ pub fn operands(
             products.push(Product { pair, coefficient: -residual.scale(update.scale) });
         }
         if update.kind != UpdateKind::Replace {
-            products.push(Product { pair: Pair::of(adapter, update)?, coefficient: update.scale });
+            products.push(Product { pair: update.pair(adapter)?, coefficient: update.scale });
         }
         let band = update.part.rows.as_ref();
         let rows = band.map_or(0..rows, |band| band.start as usize..band.end as usize);
         let replacement = (update.kind == UpdateKind::Replace).then_some(&update.module);
         let own = replacement.or(update.on.as_ref()).map(|name| {
-            let tensor = adapter.file().tensor(name).expect("planned from this tensor");
+            let tensor = adapter.tensor(name).expect("planned from this tensor");
             let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
             let row = columns * tensor.dtype.size();
             let bytes = (first * row) as u64..((first + rows.len()) * row) as u64;
-            Ok((tensor.dtype.clone(), adapter.file().read_range(tensor, bytes)?))
+            Ok((tensor.dtype.clone(), tensor.read_range(bytes)?))
         });
         let is_dora = update.kind == UpdateKind::Dora;
         result.push(Operands {

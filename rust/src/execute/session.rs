@@ -127,9 +127,9 @@ impl Session {
             .iter()
             .map(|shard| {
                 let source = &inputs.base.shards()[shard.source].file;
-                let like = source.file().metadata();
+                let like = source.as_file().map(File::metadata).transpose();
                 let like = like.map_err(|error| Error::io(source.path(), error))?;
-                let file = staging.create_file(&shard.name, shard.bytes(), Some(&like))?;
+                let file = staging.create_file(&shard.name, shard.bytes(), like.as_ref())?;
                 if !queue::copies_header(inputs, shard) {
                     let failed = |error| Error::io(output.join(&shard.name), error);
                     local::write_at(&file, &shard.header, 0).map_err(failed)?;
@@ -259,7 +259,7 @@ impl Session {
                 .base
                 .shards()
                 .iter()
-                .map(|shard| crate::adapter::sha256_of_bytes(shard.file.header_bytes()))
+                .map(|shard| crate::storage::digest::sha256_of_bytes(shard.file.header_bytes()))
                 .collect(),
             side_files: self.side_files.carried.into_iter().map(|(name, _)| name).collect(),
             left_out: self.side_files.left_out,
@@ -309,10 +309,7 @@ fn read_inputs(
     }
     for adapter in &inputs.adapters {
         let what = format!("the adapter {}", adapter.path().display());
-        let files = [adapter.config().path(), adapter.file().path()];
-        // A pickle is read from where it was rewritten to.
-        let pickle = adapter.config().path().with_file_name(crate::adapter::PICKLED_WEIGHTS);
-        for file in files.into_iter().chain([pickle.as_path()]) {
+        for file in adapter.paths() {
             add(file.to_path_buf(), &what, false);
             let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
             add(folder.unwrap_or(Path::new(".")).to_path_buf(), &what, false);

@@ -8,7 +8,7 @@ use crate::kernel::convert::widen_f64;
 use crate::plan;
 use crate::storage::staging;
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::{SafetensorsFile, TensorInfo};
+use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
 const ROWS: u64 = 70;
 const COLUMNS: u64 = 90;
@@ -81,13 +81,16 @@ fn a_merge_writes_the_whole_model_and_nothing_else() {
         index.contains(&format!("\"total_size\": {size}")) && index.contains("\"kept\": \"yes\"")
     );
 
-    let file = SafetensorsFile::open(&output.join("one.safetensors")).expect("sound");
+    let file = TensorFile::open(&output.join("one.safetensors")).expect("sound");
     let merged = file.tensor("one.weight").expect("there");
     let merged = widen_f64(&merged.dtype, &file.read(merged).expect("read"));
     let adapter = &inputs.adapters[0];
     let module = &adapter.modules()["one"];
-    let (a, b) =
-        (adapter.read_f64(&module.a).expect("read"), adapter.read_f64(&module.b).expect("read"));
+    let (a, b) = module
+        .delta
+        .plain()
+        .map(|(a, b)| (a.read_f64().expect("read"), b.read_f64().expect("read")))
+        .expect("plain");
     let base = ramp(ROWS * COLUMNS, 5);
     for (index, (merged, base)) in merged.iter().zip(base).enumerate() {
         let (row, column) = (index / COLUMNS as usize, index % COLUMNS as usize);
@@ -125,7 +128,7 @@ fn a_converted_model_says_so_in_its_config() {
     run(&inputs, plan::Options { dtype: Some(Dtype::F32), ..plain() }, &output, 1).expect("merged");
     let config = fs::read_to_string(output.join("config.json")).expect("read");
     assert!(config.contains(r#""torch_dtype": "float32""#), "{config}");
-    let file = SafetensorsFile::open(&output.join("two.safetensors")).expect("sound");
+    let file = TensorFile::open(&output.join("two.safetensors")).expect("sound");
     assert_eq!(file.tensor("two.weight").expect("there").dtype, Dtype::F32);
 }
 
@@ -242,7 +245,7 @@ fn merge_tensors(
     write(&root.join("adapter/adapter_model.safetensors"), adapter);
     let inputs = open(&root.join("base"), &[root.join("adapter")]);
     run(&inputs, options, &root.join("output"), 2).expect("merged");
-    let file = SafetensorsFile::open(&root.join("output/model.safetensors")).expect("sound");
+    let file = TensorFile::open(&root.join("output/model.safetensors")).expect("sound");
     let tensors = file.header().tensors.iter();
     let read = |tensor: &TensorInfo| widen_f64(&tensor.dtype, &file.read(tensor).expect("read"));
     let values = tensors.map(|tensor| (tensor.name.clone(), read(tensor))).collect();
@@ -405,7 +408,7 @@ fn a_saved_embedding_of_another_size_changes_the_vocabulary() {
     write(&root.join("adapter/adapter_model.safetensors"), &adapter);
     let inputs = open(&root.join("base"), &[root.join("adapter")]);
     run(&inputs, plain(), &root.join("output"), 1).expect("merged");
-    let file = SafetensorsFile::open(&root.join("output/model.safetensors")).expect("sound");
+    let file = TensorFile::open(&root.join("output/model.safetensors")).expect("sound");
     assert_eq!(file.header().tensors.len(), 1, "the tied head is not written twice");
     let tensor = file.tensor("model.embed_tokens.weight").expect("there");
     assert_eq!(tensor.shape, [32, 20]);

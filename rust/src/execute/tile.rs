@@ -14,7 +14,7 @@ use crate::kernel::{self, Factors, InstructionSet};
 use crate::plan::{Inputs, PlannedTensor, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
-use crate::tensor::safetensors::TensorInfo;
+use crate::tensor::safetensors::Tensor;
 
 /// A type in which tiles are accumulated.
 pub(crate) trait Real: bytemuck::Pod + Default {
@@ -103,8 +103,7 @@ enum Value {
 /// Rows of an adapter's own tensor, from `first` on.
 #[derive(Debug)]
 struct Own {
-    adapter: usize,
-    tensor: TensorInfo,
+    tensor: Tensor,
     first: usize,
 }
 
@@ -112,15 +111,13 @@ impl Own {
     fn read<T: Real>(
         &self,
         set: InstructionSet,
-        inputs: &Inputs,
         rows: &Range<usize>,
         columns: usize,
         target: &mut [T],
     ) -> Result<()> {
         let row = columns * self.tensor.dtype.size();
         let bytes = (self.first + rows.start) * row..(self.first + rows.end) * row;
-        let file = inputs.adapters[self.adapter].file();
-        let bytes = file.read_range(&self.tensor, bytes.start as u64..bytes.end as u64)?;
+        let bytes = self.tensor.read_range(bytes.start as u64..bytes.end as u64)?;
         let target = bytemuck::cast_slice_mut(target);
         kernel::convert(set, &self.tensor.dtype, &bytes, &T::DTYPE, target);
         Ok(())
@@ -169,7 +166,7 @@ impl Packing<'_> {
         let removed = removed
             .zip(update.residual)
             .map(|((_, pair), residual)| (cut(pair.clone()), -residual.scale(update.scale)));
-        let own = Pair::of(&self.inputs.adapters[update.adapter], update)?;
+        let own = update.pair(&self.inputs.adapters[update.adapter])?;
         let own = (own.stored_rows(update.orientation(), rows.clone()), update.scale);
         Ok(removed.into_iter().chain([own]).collect())
     }
@@ -273,11 +270,11 @@ impl Packing<'_> {
 
     /// The rows of an adapter's tensor that lie on a segment.
     fn own(&self, update: &Update, tensor: &str, segment: &Range<usize>) -> Own {
-        let tensor = self.inputs.adapters[update.adapter].file().tensor(tensor);
-        let tensor = tensor.expect("planned from this tensor").clone();
+        let tensor = self.inputs.adapters[update.adapter].tensor(tensor);
+        let tensor = tensor.expect("planned from this tensor");
         let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         let first = first + Self::rows_within(update, segment).start;
-        Own { adapter: update.adapter, tensor, first }
+        Own { tensor, first }
     }
 
     /// ‖V‖ of every column, in f64, row after row. V is made from what the segment's stages so far
@@ -324,11 +321,10 @@ impl Packing<'_> {
         let mut result = vec![T::default(); values.len()];
         let rows = first_row..first_row + values.len() / self.columns;
         match on {
-            Some(own) => own.read(self.set, self.inputs, &rows, self.columns, &mut result)?,
+            Some(own) => own.read(self.set, &rows, self.columns, &mut result)?,
             None => {
                 let (mut start, mut scratch) = (values.to_vec(), result.clone());
-                let (set, inputs) = (self.set, self.inputs);
-                segment.apply(set, inputs, &rows, &mut start, &mut scratch, &mut result)?;
+                segment.apply(self.set, &rows, &mut start, &mut scratch, &mut result)?;
             }
         }
         tile.copy_from_slice(bytemuck::cast_slice(&result));
@@ -340,7 +336,7 @@ impl Packing<'_> {
 pub(super) fn magnitude(adapter: &Adapter, update: &Update) -> Result<Vec<f64>> {
     let module = &adapter.modules()[&update.module];
     let magnitude = module.magnitude.as_ref().expect("planned from its magnitude");
-    let magnitude = adapter.read_f64(magnitude)?;
+    let magnitude = magnitude.read_f64()?;
     Ok(match &update.part.outputs {
         Some(outputs) => magnitude[outputs.start as usize..outputs.end as usize].to_vec(),
         None => magnitude,
@@ -422,7 +418,6 @@ impl Segment {
     pub fn apply<T: Real>(
         &self,
         set: InstructionSet,
-        inputs: &Inputs,
         rows: &Range<usize>,
         start: &mut [T],
         scratch: &mut [T],
@@ -435,7 +430,7 @@ impl Segment {
             if position > 0 {
                 start.copy_from_slice(result);
             }
-            stage.apply(set, inputs, &rows, self.columns, start, scratch, result)?;
+            stage.apply(set, &rows, self.columns, start, scratch, result)?;
         }
         Ok(())
     }
@@ -447,7 +442,6 @@ impl Stage {
     fn apply<T: Real>(
         &self,
         set: InstructionSet,
-        inputs: &Inputs,
         rows: &Range<usize>,
         columns: usize,
         start: &[T],
@@ -469,7 +463,7 @@ impl Stage {
             match &place.value {
                 Value::Rescaled { factors, gains, on } => {
                     match on {
-                        Some(own) => own.read(set, inputs, rows, columns, scratch)?,
+                        Some(own) => own.read(set, rows, columns, scratch)?,
                         None => scratch.copy_from_slice(start),
                     }
                     let bytes = bytemuck::cast_slice_mut(scratch);
@@ -477,7 +471,7 @@ impl Stage {
                     add_rescaled(gains, place.weight, rows, columns, scratch, result);
                 }
                 Value::Replaced(own) => {
-                    own.read(set, inputs, rows, columns, scratch)?;
+                    own.read(set, rows, columns, scratch)?;
                     let weight = T::from_f64(place.weight);
                     let pairs = result.iter_mut().zip(&*scratch);
                     pairs.for_each(|(to, from)| *to = to.plus(from.times(weight)));

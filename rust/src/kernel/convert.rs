@@ -2,7 +2,9 @@
 //! conversion of whole slices, with one rounding to nearest even.
 
 use super::simd::{Largest, Simd};
+use crate::error::Result;
 use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::Tensor;
 
 /// A stored element type.
 ///
@@ -255,4 +257,27 @@ pub fn convert(from: &Dtype, source: &[u8], to: &Dtype, target: &mut [u8]) -> bo
         Dtype::Other(name) => panic!("a tensor was to become {name}"),
     }
     finite
+}
+impl Tensor {
+    /// Its values widened to f32, row-major.
+    ///
+    /// # Errors
+    /// As [`Tensor::read`].
+    ///
+    /// # Panics
+    /// If it is not of a floating-point type, which reading an adapter has ruled out for factors.
+    pub fn read_f32(&self) -> Result<Vec<f32>> {
+        let bytes = self.read()?;
+        let mut values = vec![0.0; self.elements() as usize];
+        widen(&self.dtype, &bytes, &mut values);
+        Ok(values)
+    }
+
+    /// Its values widened to f64, row-major. The same panic applies.
+    ///
+    /// # Errors
+    /// As [`Tensor::read`].
+    pub fn read_f64(&self) -> Result<Vec<f64>> {
+        Ok(widen_f64(&self.dtype, &self.read()?))
+    }
 }

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 pub use compare::{Comparison, ModuleComparison, PairComparison, compare};
 
-use crate::adapter::{Adapter, Module};
+use crate::adapter::{Adapter, Module, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::prefix;
 use crate::checkpoint::names::renames::{Names, Renames};
@@ -127,12 +127,11 @@ pub struct Analysis {
 /// The extents (m, n, r) of a module's ΔW = B·A, both factors flattened to matrices; `None` if
 /// the factors are not shaped as those of a LoRA.
 pub(crate) fn extents(module: &Module) -> Option<(usize, usize, usize)> {
-    let rank = module.rank;
-    let rows = module.b.shape[0];
+    let (a, b) = module.delta.plain()?;
+    let (rows, rank) = (b.shape[0], module.rank);
     // A grouped or depthwise kernel in B would not be a plain product.
-    let is_plain = module.is_plain() && module.b.elements() == rows * rank;
-    let columns = module.a.elements() / rank;
-    is_plain.then_some((rows as usize, columns as usize, rank as usize))
+    let is_plain = b.elements() == rows * rank;
+    is_plain.then_some((rows as usize, (a.elements() / rank) as usize, rank as usize))
 }
 
 /// A module's factors as they lie in the file, read.
@@ -146,19 +145,22 @@ struct Factors<'b> {
 
 impl<'b> Factors<'b> {
     /// Of a module that can be measured, in a buffer that grows as needed.
-    fn read(adapter: &Adapter, module: &Module, room: &'b mut Vec<u8>) -> Result<Option<Self>> {
-        let Some(extents) = extents(module) else { return Ok(None) };
-        let element = |tensor: &TensorInfo| ElementType::from_dtype(&tensor.dtype);
-        let (Some(left), Some(right)) = (element(&module.b), element(&module.a)) else {
+    fn read(module: &Module, room: &'b mut Vec<u8>) -> Result<Option<Self>> {
+        let (Some(extents), Some((stored_a, stored_b))) = (extents(module), module.delta.plain())
+        else {
             return Ok(None);
         };
-        let (first, all) = (module.b.bytes() as usize, factor_bytes(module) as usize);
+        let element = |tensor: &TensorInfo| ElementType::from_dtype(&tensor.dtype);
+        let (Some(left), Some(right)) = (element(stored_b), element(stored_a)) else {
+            return Ok(None);
+        };
+        let (first, all) = (stored_b.bytes() as usize, factor_bytes(module) as usize);
         if room.len() < all {
             room.resize(all, 0);
         }
         let (b, a) = room[..all].split_at_mut(first);
-        adapter.file().read_into(&module.b, 0, b)?;
-        adapter.file().read_into(&module.a, 0, a)?;
+        stored_b.read_into(0, b)?;
+        stored_a.read_into(0, a)?;
         let (scaling, elements) = (module.scaling, [left, right]);
         Ok(Some(Self { extents, scaling, elements, b, a }))
     }
@@ -173,10 +175,14 @@ impl<'b> Factors<'b> {
 }
 
 pub(crate) fn unmeasured(module: &Module) -> String {
+    let tensors = module.delta.tensors();
+    let factors: Vec<_> = (tensors.iter().take(2).rev())
+        .map(|(_, tensor)| format!("{} of shape {:?}", tensor.name, tensor.shape))
+        .collect();
     format!(
-        "module {} is not measured: its factors {} of shape {:?} and {} of shape {:?} \
-         are no plain product of matrices",
-        module.path, module.b.name, module.b.shape, module.a.name, module.a.shape
+        "module {} is not measured: its factors {} are no plain product of matrices",
+        module.path,
+        factors.join(" and ")
     )
 }
 
@@ -212,7 +218,7 @@ pub fn analyze(
                 task.check()?;
                 let weight = weights.as_ref().map(|weights| &weights[*position]);
                 with_room(|room| {
-                    let Some(factors) = Factors::read(adapter, module, room)? else {
+                    let Some(factors) = Factors::read(module, room)? else {
                         return Ok(None);
                     };
                     measure(module, &factors.update()?, base.zip(weight), options, task).map(Some)
@@ -228,7 +234,7 @@ pub fn analyze(
         }
         Ok(Analysis {
             path: adapter.path().display().to_string(),
-            config: adapter.config().raw().clone(),
+            config: adapter.settings().clone(),
             total_bytes: adapter.file().size(),
             weights: all,
             tensors,
@@ -283,7 +289,7 @@ fn work(adapter: &Adapter, weights: Option<&[TensorInfo]>, options: &Options) ->
 }
 
 fn factor_bytes(module: &Module) -> u64 {
-    module.a.bytes() + module.b.bytes()
+    module.delta.plain().map_or(0, |(a, b)| a.bytes() + b.bytes())
 }
 
 /// What streaming over a ΔW counts as, in bytes: it is never read, but takes its time.
@@ -346,6 +352,7 @@ fn measure(
     } else {
         None
     };
+    let (a, b) = module.delta.plain().expect("its extents are those of two factors");
     Ok(ModuleAnalysis {
         path: module.path.clone(),
         kind: module.kind.name(),
@@ -353,8 +360,8 @@ fn measure(
         rank: module.rank,
         alpha: module.alpha,
         scaling: module.scaling,
-        a_name: module.a.name.clone(),
-        b_name: module.b.name.clone(),
+        a_name: a.name.clone(),
+        b_name: b.name.clone(),
         spectrum,
         base,
         entries,
@@ -363,8 +370,10 @@ fn measure(
 
 /// The base's weight of each module.
 fn find_weights(adapter: &Adapter, base: &Checkpoint, task: &Task) -> Result<Vec<TensorInfo>> {
+    let named = grammar::resolve(adapter, base);
+    let adapter = named.as_ref().unwrap_or(adapter);
     let mut parameters: Vec<_> =
-        adapter.modules().keys().map(|path| format!("{path}.weight")).collect();
+        adapter.modules().values().map(|module| format!("{}.weight", module.path)).collect();
     let mut names = Names::plain(base);
     let mut fit = prefix::find_mapping(&parameters, &names, task)?;
     if !fit.problems.is_empty()

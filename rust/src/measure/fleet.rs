@@ -16,7 +16,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,11 +25,11 @@ use serde_json::{Map, Value};
 
 pub use rows::{Column, Kind, columns};
 
-use crate::adapter::{Adapter, hexadecimal, sha256_of_bytes};
+use crate::adapter::format::AdapterSource;
 use crate::error::{Error, Result};
 use crate::measure::statistics::Summary;
 use crate::parallel::task::Task;
-use crate::storage::digest::sha256_of_both;
+use crate::storage::digest::{hexadecimal, sha256_of_both, sha256_of_bytes};
 use measure::{Open, Unit};
 
 /// How often a thread that waits for work looks whether the job was cancelled.
@@ -69,29 +69,6 @@ impl Level {
     /// Whether more is read than headers.
     pub fn reads_data(self) -> bool {
         self.moments || self.spectra
-    }
-}
-
-/// An adapter to look at.
-#[derive(Debug, Clone)]
-pub struct Source {
-    /// What to open.
-    pub path: PathBuf,
-    /// What to read in place of its own weights: a pickle's, converted.
-    pub weights: Option<PathBuf>,
-    /// The file whose content is the adapter's, if it is not the one that is read.
-    pub content: Option<PathBuf>,
-}
-
-impl Source {
-    /// The bytes that it will take to read, as far as that is known before.
-    fn expected_bytes(&self) -> u64 {
-        let weights = match &self.weights {
-            Some(weights) => weights.clone(),
-            None if self.path.is_dir() => self.path.join(crate::adapter::WEIGHTS),
-            None => self.path.clone(),
-        };
-        std::fs::metadata(weights).map_or(0, |metadata| metadata.len())
     }
 }
 
@@ -158,13 +135,13 @@ pub struct Scanned {
 /// # Errors
 /// [`Error::Cancelled`]; whatever is wrong with an adapter is delivered.
 pub fn scan(
-    sources: &[Source],
+    sources: &[AdapterSource],
     level: Level,
     pool: &rayon::ThreadPool,
     task: &Task,
     deliver: &(dyn Fn(usize, Result<Scanned>) + Sync),
 ) -> Result<()> {
-    task.expect(sources.iter().map(Source::expected_bytes).sum());
+    task.expect(sources.iter().map(AdapterSource::expected_bytes).sum());
     let scan = Scan {
         sources,
         level,
@@ -193,7 +170,7 @@ enum Work {
 }
 
 struct Scan<'a> {
-    sources: &'a [Source],
+    sources: &'a [AdapterSource],
     level: Level,
     task: &'a Task,
     deliver: &'a (dyn Fn(usize, Result<Scanned>) + Sync),
@@ -275,7 +252,7 @@ impl Scan<'_> {
     fn open(&self, position: usize, desk: &mut Desk) {
         let source = &self.sources[position];
         let opened = guarded(&source.path, || {
-            let adapter = Adapter::open(&source.path, source.weights.as_deref())?;
+            let adapter = source.open(self.task)?;
             Open::new(position, adapter, source, self.level)
         });
         let split = match opened {

@@ -36,17 +36,12 @@ fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) -> Vec<&'a str> {
         return vec![&update.module];
     }
     let Some(module) = adapter.modules().get(&update.module) else { return Vec::new() };
-    let optional = |tensor: &'a Option<_>| {
-        tensor.as_ref().map(|tensor: &crate::tensor::safetensors::TensorInfo| tensor.name.as_str())
-    };
     if update.kind == UpdateKind::Vector {
-        return optional(&module.bias).into_iter().collect();
+        return module.bias.iter().map(|tensor| tensor.name.as_str()).collect();
     }
-    let mut names = vec![module.a.name.as_str(), module.b.name.as_str()];
-    names.extend(optional(&module.magnitude));
-    names.extend(optional(&module.diagonal));
-    names.extend(update.on.as_deref());
-    names
+    let factors = module.delta.tensors().into_iter().map(|(_, tensor)| tensor);
+    let tensors = factors.chain(&module.magnitude);
+    tensors.map(|tensor| tensor.name.as_str()).chain(update.on.as_deref()).collect()
 }
 
 /// Every adapter's account: a tensor counts as used where some tensor of the output is made from it,

@@ -6,10 +6,10 @@ use std::ops::Range;
 
 use indexmap::IndexMap;
 
-use super::Expert;
 use super::planner::Planner;
 use super::targets::{self, Target};
 use crate::adapter::Adapter;
+use crate::adapter::Expert;
 use crate::checkpoint::names::prefix::{self, Mapping};
 use crate::checkpoint::names::renames::{Names, Piece, Renames, Stored};
 use crate::error::Result;
@@ -239,7 +239,11 @@ impl<'a> Planner<'a> {
         let unknown = saved.iter().filter(|path| known(path) && !naming.has(path)).count();
         let strangers = (adapter.modules().values())
             .filter(|module| {
-                let own = module.parameters.iter().map(String::as_str).chain(["weight"]);
+                let own = module
+                    .parameters
+                    .iter()
+                    .map(|parameter| parameter.name.as_str())
+                    .chain(["weight"]);
                 !own.map(|leaf| format!("{}.{leaf}", module.path)).any(|path| naming.has(&path))
             })
             .count();

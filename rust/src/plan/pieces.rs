@@ -6,7 +6,7 @@ use super::naming::{Naming, Placing, Slice};
 use super::planner::{Planner, refuse_quantized};
 use super::targets::{self, ExpertLayout, Target};
 use super::{Compat, Part, Strategy, Update, UpdateKind};
-use crate::adapter::{Form, LayerKind, Module, Saved};
+use crate::adapter::{LayerKind, Module, Saved};
 use crate::checkpoint::names::renames::Piece;
 use crate::tensor::orientation::Orientation;
 
@@ -37,7 +37,7 @@ impl Planner<'_> {
         let kind = if module.magnitude.is_some() { UpdateKind::Dora } else { UpdateKind::LowRank };
         self.refuse_subtracting(path, kind)?;
         let adapter = &self.inputs.adapters[position];
-        let repeats = adapter.config().features().layer_replication.is_some();
+        let repeats = adapter.semantics().layer_replication.is_some();
         if repeats && self.options.compat == Some(Compat::Peft) {
             return Err(format!(
                 "its module {path} is in a layer that PEFT repeats, and the base stores its weight \
@@ -54,7 +54,7 @@ impl Planner<'_> {
         let rank = module.product_rank(target.rank);
         let mut updates = self.place_product(position, (module, target), naming, &placing)?;
         for (_, part, _) in &mut updates {
-            if module.form != Form::Experts {
+            if !module.delta.holds_experts() {
                 part.expert = None;
             }
         }

@@ -9,7 +9,7 @@ use super::restoring::GIVE_THE_BASE;
 use super::targets::{self, ExpertLayout, Target};
 use super::ties::Tie;
 use super::{Compat, ConfigChanges, Inputs, Options, Origin, Part, Residual, Update, UpdateKind};
-use crate::adapter::{Adapter, Form, Initialization, LayerKind, Module};
+use crate::adapter::{Adapter, Initialization, LayerKind, Module};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::orientation;
 use crate::checkpoint::quantized::Catalog;
@@ -144,7 +144,7 @@ impl<'a> Planner<'a> {
         for trained_apart in [true, false] {
             for saved in adapter.saved() {
                 self.task.check()?;
-                if adapter.config().saves_module_of(&saved.path) == trained_apart
+                if saved.trained_apart == trained_apart
                     && let Err(problem) = self.replace(position, saved, &naming, weight)
                 {
                     self.problems.push(format!("{label}: {problem}"));
@@ -157,7 +157,7 @@ impl<'a> Planner<'a> {
                 self.problems.push(format!("{label}: {problem}"));
             }
         }
-        let flag = adapter.config().fan_in_fan_out();
+        let flag = adapter.semantics().stored_transposed;
         let mut turned_against_flag = 0;
         for (key, target) in &targets {
             self.task.check()?;
@@ -196,9 +196,7 @@ impl<'a> Planner<'a> {
                 Err(problem) => self.problems.push(format!("{label}: {problem}")),
             }
         }
-        if adapter.config().features().initialization
-            == (Initialization::Pissa { randomised: true })
-        {
+        if adapter.semantics().initialization == (Initialization::Largest { randomized: true }) {
             self.warnings.push(format!(
                 "{label}: began with singular components that a randomised method came near to \
                  (init_lora_weights), which nobody can repeat; the exact ones are taken out of the \
@@ -328,16 +326,16 @@ impl<'a> Planner<'a> {
         shape: Option<&[u64]>,
     ) -> Result<Option<Residual>, String> {
         let path = &module.path;
-        let residual = match adapter.config().features().initialization {
-            _ if module.diagonal.is_some() => Residual::Smallest,
-            Initialization::Pissa { .. } => Residual::Largest,
-            Initialization::Olora => Residual::Leading,
+        let residual = match adapter.semantics().initialization {
+            Initialization::Smallest => Residual::Smallest,
+            Initialization::Largest { .. } => Residual::Largest,
+            Initialization::Leading => Residual::Leading,
             Initialization::Plain | Initialization::Unknown => return Ok(None),
         };
         let is_linear = module.kind == LayerKind::Linear;
         let is_layer =
             is_linear && target.layout.is_none() && target.parameter.ends_with(".weight");
-        if !is_layer || !matches!(module.form, Form::Plain) || targets::repeats(module) != 1.0 {
+        if !is_layer || !module.delta.is_low_rank() || targets::repeats(module) != 1.0 {
             return Err(format!(
                 "its module {path} is no plain linear layer, and how its initialisation changed \
                  the base is not known (init_lora_weights, kasa_config); convert it in training"
@@ -373,28 +371,29 @@ impl<'a> Planner<'a> {
         module: &Module,
         shape: &[u64],
     ) -> Result<Orientation, String> {
-        let (a, b, path) = (&module.a.shape, &module.b.shape, &module.path);
-        let extents = (module.outputs(), module.inputs());
+        let path = &module.path;
+        let extents @ (outputs, inputs) = (module.outputs(), module.inputs());
+        let kernel = module.delta.input_shape();
         match module.kind {
             LayerKind::Linear => {
-                let flag = adapter.config().fan_in_fan_out();
+                let flag = adapter.semantics().stored_transposed;
                 orientation::decide(self.base, path, shape, extents, flag)
             }
             // Stored (tokens, width): the product's transpose.
-            LayerKind::Embedding if shape == [a[1], b[0]] => Ok(Orientation::InOut),
+            LayerKind::Embedding if shape == [inputs, outputs] => Ok(Orientation::InOut),
             LayerKind::Embedding => Err(format!(
-                "its module {path} updates an embedding of shape [{}, {}], \
-                 but the base's is {shape:?}",
-                a[1], b[0]
+                "its module {path} updates an embedding of shape [{inputs}, {outputs}], \
+                 but the base's is {shape:?}"
             )),
-            LayerKind::Convolution if shape.first() == b.first() && shape[1..] == a[1..] => {
+            LayerKind::Convolution
+                if shape.first() == Some(&outputs) && shape[1..] == kernel[..] =>
+            {
                 Ok(Orientation::OutIn)
             }
             LayerKind::Convolution => Err(format!(
-                "its module {path} updates a convolution of shape [{}, {}], but the base's is \
+                "its module {path} updates a convolution of shape [{outputs}, {}], but the base's is \
                  {shape:?} (a convolution in groups has no LoRA that can be merged)",
-                b[0],
-                a[1..].iter().map(u64::to_string).collect::<Vec<_>>().join(", ")
+                kernel.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")
             )),
         }
     }

@@ -35,7 +35,7 @@ pub struct Replication {
 /// # Errors
 /// In words, if the adapters do not agree on the layers, or the base does not have them.
 pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, String> {
-    let ranges = |adapter: usize| &inputs.adapters[adapter].config().features().layer_replication;
+    let ranges = |adapter: usize| &inputs.adapters[adapter].semantics().layer_replication;
     let first = ranges(0);
     if let Some(other) = (1..inputs.adapters.len()).find(|adapter| ranges(*adapter) != first) {
         return Err(format!(

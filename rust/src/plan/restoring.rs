@@ -46,7 +46,7 @@ impl Planner<'_> {
         let adapter = &self.inputs.adapters[position];
         let module = saved.path.strip_suffix(".weight").unwrap_or_default();
         let is_updated = adapter.modules().values().any(|updated| updated.path == module);
-        if is_updated && !adapter.config().saves_module_of(&saved.path) {
+        if is_updated && !saved.trained_apart {
             self.notes.push(format!(
                 "{}: carries {} of its own, to which its update was added; that is what comes back",
                 adapter.path().display(),
@@ -74,8 +74,7 @@ impl Planner<'_> {
             }
         };
         for (position, adapter) in self.inputs.adapters.iter().enumerate() {
-            let features = adapter.config().features();
-            if features.kasa || !matches!(features.initialization, Initialization::Plain) {
+            if adapter.semantics().initialization != Initialization::Plain {
                 complain(
                     position,
                     "its start took components out of the base's weights, which are in neither the \

@@ -10,7 +10,7 @@ use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
 use crate::adapter::Saved;
 use crate::error::Result;
 use crate::kernel::{self, InstructionSet};
-use crate::tensor::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
+use crate::tensor::safetensors::{TensorFile, TensorInfo, same_bytes};
 
 impl Planner<'_> {
     /// Puts a saved parameter in the place of the base's, or beside it.
@@ -21,8 +21,6 @@ impl Planner<'_> {
         naming: &Naming<'_>,
         weight: f64,
     ) -> Result<(), String> {
-        let inputs = self.inputs;
-        let adapter = &inputs.adapters[position];
         if self.options.subtract {
             return self.leave(position, saved);
         }
@@ -32,7 +30,7 @@ impl Planner<'_> {
         // A head that the backbone does not have keeps the name that the whole model gives it.
         let name = naming.apply(&saved.path)?.unwrap_or_else(|| saved.path.clone());
         let name = self.name_in_tie(&name).unwrap_or(name);
-        let trained_apart = adapter.config().saves_module_of(&saved.path);
+        let trained_apart = saved.trained_apart;
         let Some(tensor) = self.source(&name).cloned() else {
             if !trained_apart {
                 return Err(format!(
@@ -41,7 +39,7 @@ impl Planner<'_> {
                     saved.tensor.name
                 ));
             }
-            self.additions.entry(name).or_default().push((position, saved.tensor.clone()));
+            self.additions.entry(name).or_default().push((position, saved.tensor.info().clone()));
             return Ok(());
         };
         self.refuse_replacing(saved, &name)?;
@@ -54,7 +52,7 @@ impl Planner<'_> {
             ));
         }
         // Counters and masks: nothing that a weight could be put on.
-        if !both_float && self.is_unchanged(position, saved, &name) {
+        if !both_float && self.is_unchanged(saved, &name) {
             let reason = format!("is the base's own {name} again");
             self.waive(position, &saved.tensor.name, reason);
             return Ok(());
@@ -78,7 +76,7 @@ impl Planner<'_> {
         }
         if !same {
             self.resize_vocabulary(old[0], new[0])?;
-        } else if !trained_apart && self.is_unchanged(position, saved, &name) {
+        } else if !trained_apart && self.is_unchanged(saved, &name) {
             let reason = format!("is the base's own {name} again");
             self.waive(position, &saved.tensor.name, reason);
             return Ok(());
@@ -91,7 +89,7 @@ impl Planner<'_> {
 
     /// Whether a parameter that was saved beside an update is only the base's own again. Then it
     /// replaces nothing, least of all what an earlier adapter added; in PEFT's merge it does.
-    fn is_unchanged(&mut self, position: usize, saved: &Saved, name: &str) -> bool {
+    fn is_unchanged(&mut self, saved: &Saved, name: &str) -> bool {
         let Some(location) = self.base.tensors().get(name) else { return false };
         let base = self.base.at(*location);
         let (from, to) = (&base.dtype, &saved.tensor.dtype);
@@ -100,7 +98,7 @@ impl Planner<'_> {
             return false;
         }
         let base = (&self.base.shards()[location.shard].file, base);
-        let own = (self.inputs.adapters[position].file(), &saved.tensor);
+        let own = (saved.tensor.file().as_ref(), saved.tensor.info());
         let same = if from == to {
             same_bytes(base, own)
         } else if mergeable && from.size() < to.size() {
@@ -119,21 +117,20 @@ impl Planner<'_> {
         name: String,
         weight: f64,
     ) -> Result<(), String> {
-        let file = self.inputs.adapters[position].file();
+        let adapter = &self.inputs.adapters[position];
         let replaces_outright = weight == 1.0 && self.stands_alone();
         let change = self.tensors.entry(name.clone()).or_default();
         // A parameter that two modules share can be in the file under either name, and under both.
         let by_name = |update: &Update| {
             let own = update.adapter == position && update.kind == UpdateKind::Replace;
-            own.then(|| file.tensor(&update.module)).flatten()
+            own.then(|| adapter.tensor(&update.module)).flatten()
         };
         let already = match &change.origin {
-            Some((owner, tensor)) if *owner == position => Some(tensor),
+            Some((owner, tensor)) if *owner == position => adapter.tensor(&tensor.name),
             _ => change.updates.iter().find_map(by_name),
         };
         if let Some(other) = already {
-            let other = other.clone();
-            let same = same_bytes((file, &other), (file, &saved.tensor));
+            let same = other.has_same_bytes(&saved.tensor);
             if self.read(same) == Some(false) {
                 return Err(format!(
                     "its tensors {} and {} differ, but both are {name}, which the base ties",
@@ -147,7 +144,7 @@ impl Planner<'_> {
         if replaces_outright {
             // Whatever earlier adapters did to it is gone, as when one is merged after the other.
             let replacement = TensorChange {
-                origin: Some((position, saved.tensor.clone())),
+                origin: Some((position, saved.tensor.info().clone())),
                 updates: Vec::new(),
             };
             let lost = std::mem::replace(change, replacement);
@@ -261,8 +258,8 @@ impl Planner<'_> {
 
 /// Whether a tensor holds the values of another of a narrower type with as many elements.
 fn same_widened(
-    (narrow_file, narrow): (&SafetensorsFile, &TensorInfo),
-    (wide_file, wide): (&SafetensorsFile, &TensorInfo),
+    (narrow_file, narrow): (&TensorFile, &TensorInfo),
+    (wide_file, wide): (&TensorFile, &TensorInfo),
 ) -> Result<bool> {
     if narrow.elements() != wide.elements() {
         return Ok(false);

@@ -7,13 +7,12 @@ use indexmap::IndexMap;
 use serde::Serialize;
 
 use super::Part;
-use crate::adapter::{Adapter, Form, LayerKind, Module, Version};
+use crate::adapter::{Adapter, Expert, LayerKind, Module, Parameter, TransposedExperts};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::renames::Names;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::parallel::task::Task;
-use crate::plan::Expert;
 
 /// Which way a product lies on the weight of an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -85,14 +84,14 @@ pub(super) fn find(
         let parameters = parameters(names, &modules);
         if parameters.is_empty() {
             match modules.as_slice() {
-                [module] if module.form != Form::Experts => {
+                [module] if !module.delta.holds_experts() => {
                     targets.insert(module.key.clone(), plain(names, module));
                 }
                 _ => problems.push(unknown_parameter(&modules)),
             }
             continue;
         }
-        match assign(adapter, &modules, &parameters)? {
+        match assign(&modules, &parameters) {
             Ok(found) => targets.extend(found),
             Err(problem) => problems.push(format!("its module {path} {problem}")),
         }
@@ -126,31 +125,33 @@ fn find_alike(names: &Names<'_>, parameter: &str) -> Option<Vec<u64>> {
 
 /// The parameters among the modules' candidates that the base has, in the order in which PEFT
 /// wraps them, as far as it is known.
-fn parameters<'a>(names: &Names<'_>, modules: &[&'a Module]) -> Vec<(&'a str, Vec<u64>)> {
+fn parameters<'a>(names: &Names<'_>, modules: &[&'a Module]) -> Vec<(&'a Parameter, Vec<u64>)> {
     let Some(module) = modules.first() else { return Vec::new() };
     let mut found: Vec<_> = (module.parameters.iter())
-        .filter_map(|name| {
-            let shape = find_alike(names, &format!("{}.{name}", module.path))?;
-            matches!(shape.len(), 2 | 3).then_some((name.as_str(), shape))
+        .filter_map(|parameter| {
+            let shape = find_alike(names, &format!("{}.{}", module.path, parameter.name))?;
+            matches!(shape.len(), 2 | 3).then_some((parameter, shape))
         })
         .collect();
-    let position = |name: &str| REGISTRATION.iter().position(|known| *known == name);
-    if found.iter().all(|(name, _)| position(name).is_some()) {
-        found.sort_by_key(|(name, _)| position(name));
+    let position =
+        |parameter: &Parameter| REGISTRATION.iter().position(|known| *known == parameter.name);
+    if found.iter().all(|(parameter, _)| position(parameter).is_some()) {
+        found.sort_by_key(|(parameter, _)| position(parameter));
     }
     found
 }
 
 fn unknown_parameter(modules: &[&Module]) -> String {
     let module = modules[0];
-    let names: Vec<_> =
-        module.parameters.iter().map(|name| format!("{}.{name}", module.path)).collect();
+    let names: Vec<_> = (module.parameters.iter())
+        .map(|parameter| format!("{}.{}", module.path, parameter.name))
+        .collect();
     match names.as_slice() {
         [] => format!(
             "{} and {} are factors of one module, {}, and its config names no parameters of it \
              (target_parameters)",
-            module.a.name,
-            modules[modules.len() - 1].a.name,
+            module.delta.tensors()[0].1.name,
+            modules[modules.len() - 1].delta.tensors()[0].1.name,
             module.path
         ),
         _ => format!(
@@ -162,22 +163,17 @@ fn unknown_parameter(modules: &[&Module]) -> String {
 }
 
 /// How the factors of a module can lie on a parameter of that shape.
-fn layouts(
-    adapter: &Adapter,
-    module: &Module,
-    name: &str,
-    shape: &[u64],
-) -> Result<Vec<ExpertLayout>> {
-    let rank = adapter.config().rank_of(&format!("{}.{name}", module.path))?;
+fn layouts(module: &Module, parameter: &Parameter, shape: &[u64]) -> Vec<ExpertLayout> {
     let (count, height, width) = match *shape {
         [height, width] => (1, height, width),
         [count, height, width] if count <= limits::EXPERTS => (count, height, width),
-        _ => return Ok(Vec::new()),
+        _ => return Vec::new(),
     };
-    if module.a.shape[0] != rank * count || module.a.shape.len() != 2 {
-        return Ok(Vec::new());
+    let [inputs] = module.delta.input_shape()[..] else { return Vec::new() };
+    if module.delta.rank() != parameter.rank * count {
+        return Vec::new();
     }
-    let (outputs, inputs) = (module.b.shape[0], module.a.shape[1]);
+    let outputs = module.outputs();
     let mut layouts = Vec::new();
     if (height, width) == (outputs, inputs) {
         layouts.push(ExpertLayout::Straight);
@@ -187,72 +183,75 @@ fn layouts(
     {
         layouts.push(ExpertLayout::Transposed);
     }
-    Ok(layouts)
+    layouts
 }
 
 /// Gives each module its parameter: the only way in which the shapes fit, or else the one in the
 /// order of registration; or says in words why not.
 fn assign(
-    adapter: &Adapter,
     modules: &[&Module],
-    parameters: &[(&str, Vec<u64>)],
-) -> Result<Result<Vec<(String, Target)>, String>> {
+    parameters: &[(&Parameter, Vec<u64>)],
+) -> Result<Vec<(String, Target)>, String> {
     let mut fits = Vec::with_capacity(modules.len());
     for module in modules {
-        let of_parameter = |(name, shape): &(&str, Vec<u64>)| {
-            layouts(adapter, module, name, shape).map(|layouts| !layouts.is_empty())
+        let of_parameter = |(parameter, shape): &(&Parameter, Vec<u64>)| {
+            !layouts(module, parameter, shape).is_empty()
         };
-        fits.push(parameters.iter().map(of_parameter).collect::<Result<Vec<_>>>()?);
+        fits.push(parameters.iter().map(of_parameter).collect::<Vec<_>>());
     }
     let mut search = Search { fits: &fits, way: Vec::new(), ways: Vec::new(), steps: 0 };
     if !search.run() {
-        return Ok(Err(format!(
+        return Err(format!(
             "has {} pairs of factors, which fit {} parameters in too many ways; train each in an \
              adapter of its own",
             modules.len(),
             parameters.len()
-        )));
+        ));
     }
     let ways = search.ways;
     let in_order: Vec<_> = (0..modules.len()).collect();
-    let known = parameters.iter().all(|(name, _)| REGISTRATION.contains(name));
+    let known =
+        parameters.iter().all(|(parameter, _)| REGISTRATION.contains(&parameter.name.as_str()));
     let way = match ways.as_slice() {
         [way] => way,
         [] => {
-            return Ok(Err(format!(
+            return Err(format!(
                 "has factors of shapes {}, which fit none of the base's {}",
-                modules
-                    .iter()
-                    .map(|module| format!("{:?} and {:?}", module.a.shape, module.b.shape))
-                    .collect::<Vec<_>>()
-                    .join(", "),
+                modules.iter().map(|module| shapes_of(module)).collect::<Vec<_>>().join(", "),
                 parameters
                     .iter()
-                    .map(|(name, shape)| format!("{name} of shape {shape:?}"))
+                    .map(|(parameter, shape)| format!("{} of shape {shape:?}", parameter.name))
                     .collect::<Vec<_>>()
                     .join(" and ")
-            )));
+            ));
         }
         ways if known && ways.contains(&in_order) => &in_order,
         _ => {
-            return Ok(Err(format!(
+            return Err(format!(
                 "has factors that fit {} in more than one way, and nothing tells which is meant; \
                  merge with PEFT, or train each in an adapter of its own",
-                parameters.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" and ")
-            )));
+                (parameters.iter().map(|(parameter, _)| parameter.name.as_str()))
+                    .collect::<Vec<_>>()
+                    .join(" and ")
+            ));
         }
     };
-    let target = |(module, position): (&&Module, &usize)| -> Result<(String, Target)> {
-        let (name, shape) = &parameters[*position];
-        let parameter = format!("{}.{name}", module.path);
-        let config = adapter.config();
-        let rank = config.rank_of(&parameter)?;
-        let scale = config.scaling(config.alpha_of(&parameter)?, rank);
-        let layouts = layouts(adapter, module, name, shape)?;
+    let target = |(module, position): (&&Module, &usize)| {
+        let (chosen, shape) = &parameters[*position];
+        let parameter = format!("{}.{}", module.path, chosen.name);
+        let layouts = layouts(module, chosen, shape);
         let layout = if let [layout] = layouts[..] { Some(layout) } else { None };
-        Ok((module.key.clone(), Target { parameter, layout, rank, scale }))
+        let (rank, scale) = (chosen.rank, chosen.scaling);
+        (module.key.clone(), Target { parameter, layout, rank, scale })
     };
-    modules.iter().zip(way).map(target).collect::<Result<_>>().map(Ok)
+    Ok(modules.iter().zip(way).map(target).collect())
+}
+
+/// The shapes of a module's factors, for a message.
+fn shapes_of(module: &Module) -> String {
+    let shapes: Vec<_> =
+        (module.delta.tensors().iter()).map(|(_, tensor)| format!("{:?}", tensor.shape)).collect();
+    shapes.join(" and ")
 }
 
 /// The search for all ways of giving each module a parameter of its own.
@@ -300,7 +299,7 @@ fn settle_layouts(
     targets: &mut IndexMap<String, Target>,
 ) -> Vec<String> {
     let is_open = |key: &str, target: &Target| {
-        target.layout.is_none() && adapter.modules()[key].form == Form::Experts
+        target.layout.is_none() && adapter.modules()[key].delta.holds_experts()
     };
     if !targets.iter().any(|(key, target)| is_open(key, target)) {
         return Vec::new();
@@ -312,11 +311,11 @@ fn settle_layouts(
             decided.entry(leaf(key)).or_insert(layout);
         }
     }
-    let version = adapter.config().features().version;
+    let told = adapter.semantics().transposed_experts;
     let mut problems = Vec::new();
     for (key, target) in targets.iter_mut().filter(|(key, target)| is_open(key, target)) {
         let neighbor = decided.get(leaf(key)).copied();
-        target.layout = asked.or(neighbor).or_else(|| by_version(version?, base));
+        target.layout = asked.or(neighbor).or_else(|| by_model(told?, base));
         if target.layout.is_none() {
             problems.push(format!(
                 "its factors of {} fit its square experts both ways, and nothing tells which \
@@ -328,18 +327,17 @@ fn settle_layouts(
     problems
 }
 
-/// How PEFT laid experts: as (in, out) before 0.19, in 0.19.0 but for those that the model takes
-/// as (in, out), and for those alone since.
-fn by_version(version: Version, base: &Checkpoint) -> Option<ExpertLayout> {
+/// How experts lie by what the adapter tells and the model that was trained.
+fn by_model(told: TransposedExperts, base: &Checkpoint) -> Option<ExpertLayout> {
     let is_one_of = |models| base.config().is_some_and(|config| names_one_of(config, models));
-    if version.development || is_one_of(&STORED_EITHER_WAY[..]) {
+    if is_one_of(&STORED_EITHER_WAY[..]) {
         return None;
     }
     let takes_transposed = is_one_of(&TRANSPOSED_MODELS[..]);
-    let transposed = match version.release {
-        (0, ..=18, _) => true,
-        (0, 19, 0) => !takes_transposed,
-        _ => takes_transposed,
+    let transposed = match told {
+        TransposedExperts::Always => true,
+        TransposedExperts::UnlessStoredTransposed => !takes_transposed,
+        TransposedExperts::IfStoredTransposed => takes_transposed,
     };
     Some(if transposed { ExpertLayout::Transposed } else { ExpertLayout::Straight })
 }
@@ -356,7 +354,7 @@ fn names_one_of(config: &serde_json::Map<String, serde_json::Value>, models: &[&
 /// The parts of a product on a parameter of that shape: one an expert.
 pub(super) fn parts(module: &Module, shape: &[u64]) -> Vec<Part> {
     let [count, height, _] = *shape else { return vec![Part::default()] };
-    let is_stacked = module.form == Form::Experts;
+    let is_stacked = module.delta.holds_experts();
     (0..count)
         .map(|index| Part {
             expert: is_stacked.then_some(Expert { index, count }),

@@ -9,10 +9,12 @@
 //! trained did not (`compat = "peft"`).
 
 use super::planner::{Addition, Planner, TensorChange};
-use super::{Compat, ConfigChanges, Inputs, Origin, Update, UpdateKind, changes_nothing};
+use super::{Compat, ConfigChanges, Inputs, Origin, Update, UpdateKind};
+use crate::adapter::factors::Pair;
 use crate::adapter::{Adapter, LayerKind};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::kernel::convert::widen_f64;
 use crate::tensor::safetensors::{TensorInfo, same_bytes};
 
 /// The usual name of the output head.
@@ -156,7 +158,7 @@ impl Planner<'_> {
         let Some(other) = tie.other(name) else { return names };
         if !apart && !tie.parted {
             names.push(other.to_owned());
-        } else if !self.inputs.adapters[position].config().ensures_weight_tying() {
+        } else if !self.inputs.adapters[position].semantics().ties_weights {
             tie.parted = true;
         }
         names
@@ -286,7 +288,7 @@ fn is_same(inputs: &Inputs, left: &TensorChange, right: &TensorChange) -> Result
         (None, None) => true,
         (Some(left), Some(right)) => {
             let ((left, own), (right, other)) = (left, right);
-            let file = |adapter: &usize| inputs.adapters[*adapter].file();
+            let file = |adapter: &usize| inputs.adapters[*adapter].file().as_ref();
             same_bytes((file(left), own), (file(right), other))?
         }
         _ => false,
@@ -311,9 +313,7 @@ fn effective<'c>(inputs: &Inputs, change: &'c TensorChange) -> Result<Vec<&'c Up
     let mut effective = Vec::new();
     for update in &change.updates {
         let adapter = &inputs.adapters[update.adapter];
-        if update.kind != UpdateKind::LowRank
-            || !changes_nothing(adapter, &adapter.modules()[&update.module])?
-        {
+        if update.kind != UpdateKind::LowRank || !adapter.modules()[&update.module].is_zero()? {
             effective.push(update);
         }
     }
@@ -334,9 +334,8 @@ fn is_same_update(inputs: &Inputs, left: &Update, right: &Update) -> Result<bool
     }
     match left.kind {
         UpdateKind::Replace => {
-            let file = adapter.file();
-            match (file.tensor(&left.module), file.tensor(&right.module)) {
-                (Some(left), Some(right)) => same_bytes((file, left), (file, right)),
+            match (adapter.tensor(&left.module), adapter.tensor(&right.module)) {
+                (Some(left), Some(right)) => left.has_same_bytes(&right),
                 (left, right) => Ok(left.is_none() && right.is_none()),
             }
         }
@@ -347,25 +346,25 @@ fn is_same_update(inputs: &Inputs, left: &Update, right: &Update) -> Result<bool
             let turned =
                 (left.kind == LayerKind::Embedding) != (right.kind == LayerKind::Embedding);
             Ok(turned
-                && is_transpose(adapter, &left.a, &right.b)?
-                && is_transpose(adapter, &left.b, &right.a)?)
+                && is_transpose(&left.pair(None, None, None)?, &right.pair(None, None, None)?))
         }
         UpdateKind::Dora | UpdateKind::Vector => Ok(false),
     }
 }
 
-fn is_transpose(adapter: &Adapter, left: &TensorInfo, right: &TensorInfo) -> Result<bool> {
-    let ([rows, columns], [turned_rows, turned_columns]) =
-        (left.shape.as_slice(), right.shape.as_slice())
-    else {
-        return Ok(false);
-    };
-    if (rows, columns) != (turned_columns, turned_rows) {
-        return Ok(false);
+/// Whether one product is the transpose of another, factor by factor.
+fn is_transpose(left: &Pair, right: &Pair) -> bool {
+    if (left.rank, left.outputs, left.inputs) != (right.rank, right.inputs, right.outputs) {
+        return false;
     }
-    let (rows, columns) = (*rows as usize, *columns as usize);
-    let (left, right) = (adapter.read_f64(left)?, adapter.read_f64(right)?);
-    Ok((0..rows).all(|row| {
-        (0..columns).all(|column| left[row * columns + column] == right[column * rows + row])
-    }))
+    let values =
+        |pair: &Pair| (widen_f64(&pair.a_dtype, &pair.a), widen_f64(&pair.b_dtype, &pair.b));
+    let ((a, b), (other_a, other_b)) = (values(left), values(right));
+    let is_turned = |values: &[f64], turned: &[f64], rows: usize, columns: usize| {
+        (0..rows).all(|row| {
+            (0..columns).all(|column| values[row * columns + column] == turned[column * rows + row])
+        })
+    };
+    is_turned(&a, &other_b, left.rank, left.inputs)
+        && is_turned(&b, &other_a, left.outputs, left.rank)
 }

@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use serde::Serialize;
 
+use crate::adapter::factors::Pair;
+use crate::adapter::{Adapter, Expert};
+use crate::error::Result;
 use crate::tensor::orientation::Orientation;
 
 /// One low-rank update of one tensor.
@@ -64,16 +67,6 @@ impl Part {
     }
 }
 
-/// One of the experts whose factors a module holds together, as PEFT's `target_parameters` do:
-/// of A (count·r, in) the rows e·r to (e+1)·r, of B (out, r·count) the columns k·count + e.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Expert {
-    /// Which one.
-    pub index: u64,
-    /// Of how many.
-    pub count: u64,
-}
-
 /// What an initialisation took out of W₀; the rank is the update's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -122,6 +115,28 @@ impl Update {
     /// The factor on B·A.
     pub fn coefficient(&self) -> f64 {
         self.scale * self.weight
+    }
+
+    /// The factors that it multiplies, read and cut to its part. They do not hold its scale.
+    ///
+    /// # Errors
+    /// [`crate::Error::Adapter`] if the file changed meanwhile, [`crate::Error::Io`].
+    ///
+    /// # Panics
+    /// For a replacement, or if the adapter is not the one that the update was planned from.
+    pub fn pair(&self, adapter: &Adapter) -> Result<Pair> {
+        let module = &adapter.modules()[&self.module];
+        let Part { expert, outputs, inputs, .. } = &self.part;
+        match self.kind {
+            UpdateKind::LowRank | UpdateKind::Dora => {
+                module.pair(*expert, outputs.as_ref(), inputs.as_ref())
+            }
+            UpdateKind::Vector => {
+                let bias = module.bias.as_ref().expect("planned from its bias");
+                Pair::vector(bias, outputs.as_ref())
+            }
+            UpdateKind::Replace => unreachable!("a replacement is no product"),
+        }
     }
 
     /// Which way the product lies.

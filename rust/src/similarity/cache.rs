@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 use super::collection::Collection;
 use super::products::{Block, Options, Table};
-use crate::adapter::sha256_of_bytes;
 use crate::error::{Error, Result};
+use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local;
 
 /// Changes with what the files hold and with the arithmetic.

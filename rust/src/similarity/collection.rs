@@ -7,13 +7,14 @@ use indexmap::IndexMap;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::adapter::{Adapter, Form, Module, sha256_of_bytes};
+use crate::adapter::format::AdapterSource;
+use crate::adapter::{Adapter, Expert, Module};
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
-use crate::plan::Expert;
+use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local::{self, Stamp};
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::TensorInfo;
+use crate::tensor::safetensors::Tensor;
 
 /// A module that adapters update, told apart by its name and shape.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
@@ -56,8 +57,7 @@ pub(super) struct Piece {
 /// One adapter of a collection.
 #[derive(Debug, Clone)]
 pub struct Member {
-    pub(super) path: PathBuf,
-    pub(super) weights: Option<PathBuf>,
+    pub(super) source: AdapterSource,
     pub(super) file: PathBuf,
     pub(super) stamp: Stamp,
     pub(super) base: Option<String>,
@@ -70,7 +70,7 @@ pub struct Member {
 impl Member {
     /// The path that was given.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.source.path
     }
 
     /// The base that its config names.
@@ -113,7 +113,7 @@ impl Member {
 
     /// The adapter, opened again.
     pub(super) fn open(&self) -> Result<Adapter> {
-        let adapter = Adapter::open(&self.path, self.weights.as_deref())?;
+        let adapter = self.source.open(&Task::new())?;
         // Another file may have come to the same name.
         if adapter.file().stamp() == self.stamp { Ok(adapter) } else { Err(self.changed()) }
     }
@@ -150,7 +150,7 @@ impl Collection {
     /// # Errors
     /// [`Error::Cancelled`].
     pub fn open(
-        sources: &[(PathBuf, Option<PathBuf>)],
+        sources: &[AdapterSource],
         pool: &rayon::ThreadPool,
         task: &Task,
     ) -> Result<(Self, Vec<(usize, Error)>)> {
@@ -158,9 +158,9 @@ impl Collection {
         let opened: Vec<Result<Opened>> = pool.install(|| {
             sources
                 .par_iter()
-                .map(|(path, weights)| {
+                .map(|source| {
                     task.check()?;
-                    let opened = Opened::read(path, weights.as_deref());
+                    let opened = Opened::read(source, task);
                     task.advance(1);
                     opened
                 })
@@ -206,8 +206,8 @@ struct Opened {
 }
 
 impl Opened {
-    fn read(path: &Path, weights: Option<&Path>) -> Result<Self> {
-        let adapter = Adapter::open(path, weights)?;
+    fn read(source: &AdapterSource, task: &Task) -> Result<Self> {
+        let adapter = source.open(task)?;
         let file = adapter.file().path().to_path_buf();
         let stamp = adapter.file().stamp();
         let mut pieces = Vec::new();
@@ -216,31 +216,28 @@ impl Opened {
             let (rows, columns) = (module.outputs() as usize, module.inputs() as usize);
             // A parameter of experts is named by its wrappers, which its module's path leaves out.
             let path = if module.parameters.is_empty() { &module.path } else { key };
-            let is_of_experts = module.form == Form::Experts;
-            let rank = if is_of_experts { module.rank } else { module.a.shape[0] };
-            let count = module.a.shape[0] / rank;
-            for index in 0..count {
-                let expert = is_of_experts.then_some(Expert { index, count });
-                let name = if is_of_experts { format!("{path}[{index}]") } else { path.clone() };
+            let rank = module.product_rank(module.rank);
+            for expert in module.products() {
+                let name = match expert {
+                    Some(Expert { index, .. }) => format!("{path}[{index}]"),
+                    None => path.clone(),
+                };
                 modules.push(ModuleInfo { name, rows, columns });
                 pieces.push(Piece {
                     module: 0,
                     rank: rank as usize,
                     scale: module.scaling,
-                    source: source_of(&adapter, key, module, expert),
+                    source: source_of(key, module, expert),
                 });
             }
         }
-        let base = adapter.config().raw().get("base_model_name_or_path");
-        let base = base.and_then(|value| value.as_str()).map(str::trim);
-        let identity = identity_of(&adapter, weights, stamp)?;
+        let identity = identity_of(&adapter, source, stamp)?;
         adapter.check_unchanged()?;
         let member = Member {
-            path: path.to_path_buf(),
-            weights: weights.map(Path::to_path_buf),
+            source: source.clone(),
             file,
             stamp,
-            base: base.filter(|base| !base.is_empty()).map(str::to_owned),
+            base: adapter.semantics().base.clone(),
             pieces,
             left_out: left_out(&adapter),
             identity,
@@ -249,16 +246,15 @@ impl Opened {
     }
 }
 
-fn source_of(adapter: &Adapter, key: &str, module: &Module, expert: Option<Expert>) -> Source {
-    if module.is_plain() {
-        let stored = |tensor: &TensorInfo| Stored {
-            dtype: tensor.dtype.clone(),
-            offset: adapter.file().data_start() + tensor.range.start,
-            length: tensor.bytes() as usize,
-        };
-        Source::Plain { a: stored(&module.a), b: stored(&module.b) }
-    } else {
-        Source::Composed { key: key.to_owned(), expert }
+fn source_of(key: &str, module: &Module, expert: Option<Expert>) -> Source {
+    let stored = |tensor: &Tensor| Stored {
+        dtype: tensor.dtype.clone(),
+        offset: tensor.offset(),
+        length: tensor.bytes() as usize,
+    };
+    match module.delta.plain() {
+        Some((a, b)) => Source::Plain { a: stored(a), b: stored(b) },
+        None => Source::Composed { key: key.to_owned(), expert },
     }
 }
 
@@ -279,19 +275,19 @@ fn left_out(adapter: &Adapter) -> Vec<String> {
 }
 
 /// A digest of what the products depend on: the file's state and the scales.
-fn identity_of(adapter: &Adapter, weights: Option<&Path>, stamp: Stamp) -> Result<String> {
+fn identity_of(adapter: &Adapter, source: &AdapterSource, stamp: Stamp) -> Result<String> {
     use std::fmt::Write;
     let mut text = format!("{}\n", adapter.path().display());
-    if weights.is_none() {
+    if source.pickle.is_none() {
         // Without the device, whose number a file system can change when it is mounted again.
         let Stamp { length, modified, identity: (_, inode) } = stamp;
         let _ = writeln!(text, "{length} {modified} {inode}");
     } else {
-        // A converted file is new every time; its bytes are not.
+        // What was unpickled has no place of its own; its bytes tell it.
         let _ = writeln!(text, "{}", adapter.sha256()?);
     }
     for (key, module) in adapter.modules() {
-        let _ = writeln!(text, "{key} {:e} {:?}", module.scaling, module.form);
+        let _ = writeln!(text, "{key} {:e} {}", module.scaling, module.delta.form());
     }
     Ok(sha256_of_bytes(text.as_bytes()))
 }

@@ -3,13 +3,11 @@
 use std::fs::File;
 
 use super::collection::{Member, Piece, Source, Stored};
-use crate::adapter::factors::Pair;
 use crate::error::{Owner, Result};
 use crate::kernel::convert::widen_f64;
 use crate::kernel::vector::vectorized;
 use crate::kernel::{InstructionSet, convert};
 use crate::measure::spectrum::{Update, Values};
-use crate::plan::{Part, Update as Planned, UpdateKind};
 use crate::storage::local::read_at;
 use crate::tensor::dtype::Dtype;
 
@@ -245,23 +243,8 @@ impl<'a> Reader<'a> {
             unreachable!("a plain product is read as it stands");
         };
         let adapter = self.member.open()?;
-        if !adapter.modules().contains_key(key) {
-            return Err(self.member.changed());
-        }
-        let planned = Planned {
-            adapter: 0,
-            module: key.clone(),
-            kind: UpdateKind::LowRank,
-            rank: piece.rank as u64,
-            scale: piece.scale,
-            weight: 1.0,
-            transposed: false,
-            part: Part { expert: *expert, ..Part::default() },
-            on: None,
-            residual: None,
-            stage: 0,
-        };
-        let pair = Pair::of(&adapter, &planned)?;
+        let Some(module) = adapter.modules().get(key) else { return Err(self.member.changed()) };
+        let pair = module.pair(*expert, None, None)?;
         if pair.rank != piece.rank {
             return Err(self.member.changed());
         }

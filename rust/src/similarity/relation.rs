@@ -11,11 +11,10 @@ use super::load::Reader;
 use super::signature::numerical_rank;
 use crate::adapter::Adapter;
 use crate::error::Result;
-use crate::kernel::convert::widen_f64;
 use crate::measure::overlap::{difference_norm, inner_product};
 use crate::measure::spectrum::{Term, Update, Values, decompose_update, frobenius_norm, values_of};
 use crate::parallel::task::Task;
-use crate::tensor::safetensors::{TensorInfo, same_bytes};
+use crate::tensor::safetensors::Tensor;
 
 /// What stands between two updates X and Y. All norms are Frobenius norms of whole updates;
 /// modules that only one of them has are zero in the other.
@@ -223,7 +222,7 @@ fn other_difference(x: &Member, y: &Member) -> Result<Option<String>> {
 
 fn difference_of_others(x: &Adapter, y: &Adapter) -> Result<Option<String>> {
     let (ours, theirs) = (others(x), others(y));
-    let missing = |a: &BTreeMap<String, TensorInfo>, b: &BTreeMap<String, TensorInfo>| {
+    let missing = |a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>| {
         a.keys().find(|name| !b.contains_key(*name)).cloned()
     };
     if let Some(name) = missing(&ours, &theirs).or_else(|| missing(&theirs, &ours)) {
@@ -235,18 +234,17 @@ fn difference_of_others(x: &Adapter, y: &Adapter) -> Result<Option<String>> {
             return Ok(Some(format!("they have {name} of different shapes")));
         }
         if !tensor.dtype.is_mergeable() || !other.dtype.is_mergeable() {
-            if !same_bytes((x.file(), tensor), (y.file(), other))? {
+            if !tensor.has_same_bytes(other)? {
                 return Ok(Some(format!("they differ in {name}")));
             }
             continue;
         }
-        let unit = |tensor: &TensorInfo| match tensor.dtype.name() {
+        let unit = |tensor: &Tensor| match tensor.dtype.name() {
             "BF16" => 2f64.powi(-8),
             "F16" => 2f64.powi(-11),
             _ => 2f64.powi(-24),
         };
-        let left = widen_f64(&tensor.dtype, &x.file().read(tensor)?);
-        let right = widen_f64(&other.dtype, &y.file().read(other)?);
+        let (left, right) = (tensor.read_f64()?, other.read_f64()?);
         let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
         let difference = square(&mut left.iter().zip(&right).map(|(a, b)| a - b)).sqrt();
         let norm = square(&mut left.iter().copied()).sqrt();
@@ -258,7 +256,7 @@ fn difference_of_others(x: &Adapter, y: &Adapter) -> Result<Option<String>> {
 }
 
 /// Everything that an adapter does beside low-rank updates, by a name that no prefix changes.
-fn others(adapter: &Adapter) -> BTreeMap<String, TensorInfo> {
+fn others(adapter: &Adapter) -> BTreeMap<String, Tensor> {
     let mut others = BTreeMap::new();
     for module in adapter.modules().values() {
         if let Some(magnitude) = &module.magnitude {

@@ -9,11 +9,12 @@ use sha2::{Digest, Sha256};
 
 use super::collection::Collection;
 use super::load::{Factors, Reader};
-use crate::adapter::{Adapter, sha256_of_bytes};
+use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::measure::spectrum::values_of;
 use crate::parallel::task::Task;
-use crate::tensor::safetensors::TensorInfo;
+use crate::storage::digest::sha256_of_bytes;
+use crate::tensor::safetensors::Tensor;
 
 /// Singular values that are kept of each module.
 pub const LEADING: usize = 4;
@@ -195,10 +196,10 @@ impl Format {
 
 /// What the file says of each tensor but where it lies, in an order of its own.
 fn digest_of_tensors(adapter: &Adapter) -> Result<String> {
-    let digest = |part: String, tensor: &TensorInfo| -> Result<Vec<u8>> {
+    let digest = |part: String, tensor: &Tensor| -> Result<Vec<u8>> {
         let mut hasher = Sha256::new();
         hasher.update(format!("{part}\n{} {:?}\n", tensor.dtype, tensor.shape));
-        adapter.file().for_each_chunk(tensor, &mut |_, bytes| {
+        tensor.for_each_chunk(&mut |_, bytes| {
             hasher.update(bytes);
             ControlFlow::Continue(())
         })?;
@@ -207,22 +208,15 @@ fn digest_of_tensors(adapter: &Adapter) -> Result<String> {
     let mut digests = Vec::new();
     let mut known = std::collections::HashSet::new();
     for module in adapter.modules().values() {
-        let parts = [
-            ("A", Some(&module.a)),
-            ("B", Some(&module.b)),
-            ("magnitude", module.magnitude.as_ref()),
-            ("bias", module.bias.as_ref()),
-            ("diagonal", module.diagonal.as_ref()),
-        ];
-        for (name, tensor) in parts {
-            let Some(tensor) = tensor else { continue };
+        for (part, tensor) in module.tensors() {
             known.insert(tensor.name.as_str());
-            digests.push(digest(format!("{} {name}", module.path), tensor)?);
+            digests.push(digest(format!("{} {part}", module.path), tensor)?);
         }
     }
     for tensor in &adapter.file().header().tensors {
         if !known.contains(tensor.name.as_str()) {
-            digests.push(digest(tensor.name.clone(), tensor)?);
+            let tensor = Tensor::new(adapter.file().clone(), tensor.clone());
+            digests.push(digest(tensor.name.clone(), &tensor)?);
         }
     }
     digests.sort_unstable();
@@ -231,7 +225,7 @@ fn digest_of_tensors(adapter: &Adapter) -> Result<String> {
 
 fn digest_of_scales(adapter: &Adapter) -> String {
     let scale = |module: &crate::adapter::Module| {
-        format!("{} {:e} {:?}\n", module.path, module.scaling, module.form)
+        format!("{} {:e} {}\n", module.path, module.scaling, module.delta.form())
     };
     let mut scales: Vec<String> = adapter.modules().values().map(scale).collect();
     scales.sort_unstable();

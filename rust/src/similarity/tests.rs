@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use super::cache::Cache;
 use super::products::{Block, Table};
 use super::*;
+use crate::adapter::format::AdapterSource;
 use crate::error::Error;
 use crate::fixtures::{self, ramp};
 use crate::parallel::task::{Task, build_pool};
@@ -37,7 +38,7 @@ fn adapters(folder: &Path, count: u64, modules: &[(&str, u64, u64)]) -> Vec<Path
 const MODULES: [(&str, u64, u64); 4] = [("a", 12, 9), ("b", 8, 30), ("c", 5, 5), ("d", 40, 7)];
 
 fn collect(paths: &[PathBuf]) -> Collection {
-    let sources: Vec<_> = paths.iter().map(|path| (path.clone(), None)).collect();
+    let sources: Vec<_> = paths.iter().map(AdapterSource::at).collect();
     let pool = build_pool(Some(2)).expect("a pool");
     let (collection, failures) = Collection::open(&sources, &pool, &Task::new()).expect("opened");
     assert!(failures.is_empty());

@@ -1,10 +1,43 @@
-//! SHA-256 of two contents at once.
+//! SHA-256 of files and bytes, and of two contents at once.
 //!
 //! The processor's instructions for it wait for one another: within one content each needs what
 //! the one before has found, and half of the time passes in waiting. Two contents have nothing to
 //! do with each other, so that one fills the other's pauses, and both take the time of one.
 
+use std::io::Read;
+use std::path::Path;
+
 use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// The SHA-256 of a file, in hexadecimal.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read.
+pub fn sha256_of(path: &Path) -> Result<String> {
+    let failed = |error| Error::io(path, error);
+    let mut file = std::fs::File::open(path).map_err(failed)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        match file.read(&mut buffer).map_err(failed)? {
+            0 => break,
+            length => hasher.update(&buffer[..length]),
+        }
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The SHA-256 of some bytes, in hexadecimal.
+pub fn sha256_of_bytes(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+/// Bytes in hexadecimal.
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// The digests of two contents, in that order.
 pub(crate) fn sha256_of_both(first: &[u8], second: &[u8]) -> [[u8; 32]; 2] {
@@ -219,7 +252,7 @@ mod tests {
     fn the_digest_of_abc_is_the_published_one() {
         let published = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         for digest in sha256_of_both(b"abc", b"abc") {
-            assert_eq!(crate::adapter::hexadecimal(&digest), published);
+            assert_eq!(hexadecimal(&digest), published);
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use crate::error::{Error, Result};
@@ -162,6 +162,39 @@ pub fn find(path: &Path) -> Result<Option<Metadata>> {
             _ => Error::io(path, error),
         }
     })
+}
+
+/// What the system says of a path that is not there.
+pub fn absence_of(path: &Path) -> io::Error {
+    fs::metadata(path).err().unwrap_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// What is known of a path, links followed.
+///
+/// # Errors
+/// Those of the operating system.
+pub fn metadata(path: &Path) -> io::Result<Metadata> {
+    fs::metadata(path)
+}
+
+/// The paths of a directory's entries, in the system's order.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be listed.
+pub fn paths_in(directory: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |error| Error::io(directory, error);
+    let entries = fs::read_dir(directory).map_err(failed)?;
+    entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
+}
+
+/// All of a small plain file, and what it was when it was opened.
+///
+/// # Errors
+/// As [`open`], and [`Error::Io`].
+pub fn read_small(path: &Path) -> Result<(Vec<u8>, Stamp)> {
+    let (mut file, metadata) = open(path)?;
+    let text = read_whole(&mut file).map_err(|error| Error::io(path, error))?;
+    Ok((text, Stamp::of(&metadata)))
 }
 
 /// Fills `buffer` from that offset.

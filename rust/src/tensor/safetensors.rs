@@ -1,47 +1,67 @@
-//! One safetensors file: its checked header, and its data in positioned reads.
+//! One file of tensors: its checked header, and a source that holds its data.
 //!
 //! Nothing is mapped. Files belong to others, who may truncate them at any time (saving again does),
 //! and a map's missing page kills the process; a read that finds less than the header promised is an
-//! error like any other. What was written to in place is found by [`SafetensorsFile::check_unchanged`]
+//! error like any other. What was written to in place is found by [`TensorFile::check_unchanged`]
 //! once everything was read.
 
+mod data;
 mod header;
 
-use std::fs::{self, File, Metadata};
+use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+pub use data::Tensor;
 pub use header::{Header, TensorInfo};
 
-use crate::adapter::hexadecimal;
 use crate::error::{Error, Owner, Result};
-use crate::storage::local::{self, Stamp, read_at};
+use crate::storage::digest::{hexadecimal, sha256_of};
+use crate::storage::local::{self, CopyError, Stamp};
+use crate::storage::source::{self, LocalFile, Memory, Source};
+use crate::tensor::dtype::Dtype;
 use header::{PREFIX, Parsed, Positions};
 
 /// Bytes that are looked at together where a whole tensor or file goes by: small enough to stay in
 /// the second-level cache beside what they are held against.
 const CHUNK: usize = 256 << 10;
 
-/// An opened file: the checked header, and the descriptor from which its data is read.
+/// Tensors under one header, and the source from which their data is read: an opened safetensors
+/// file, or tensors in memory.
 #[derive(Debug)]
-pub struct SafetensorsFile {
+pub struct TensorFile {
     path: PathBuf,
     owner: Owner,
-    file: File,
+    source: Box<dyn Source>,
     stamp: Stamp,
-    /// Length prefix and header as they were read.
+    /// Length prefix and header, as they were read where there is a safetensors file.
     beginning: Vec<u8>,
+    /// Where the data begins in the source.
+    data_start: u64,
     header: Header,
     positions: Positions,
 }
 
-impl SafetensorsFile {
-    /// Opens and checks a file of a model.
+/// A tensor that is in memory already: its name, its type, its shape and its bytes.
+#[derive(Debug, Clone)]
+pub struct NamedTensor {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape, row-major.
+    pub shape: Vec<u64>,
+    /// Its values, row-major, little-endian; or none, where nobody will read them, and then they
+    /// read as zeros.
+    pub bytes: Option<Vec<u8>>,
+}
+
+impl TensorFile {
+    /// Opens and checks a safetensors file of a model.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be opened, [`Error::Checkpoint`] if it is not sound.
@@ -58,10 +78,9 @@ impl SafetensorsFile {
     }
 
     fn open_of(path: &Path, owner: Owner) -> Result<Self> {
-        let (file, metadata) = local::open(path).map_err(|error| error.of(owner))?;
-        let metadata = settled(&file, metadata).map_err(|error| owner.unread(path, error))?;
+        let source = LocalFile::open(path).map_err(|error| error.of(owner))?;
         let broken = |message: String| owner.broken(path, message);
-        let (stamp, size) = (Stamp::of(&metadata), metadata.len());
+        let (stamp, size) = (source.stamp(), source.stamp().length);
         if size < PREFIX {
             return Err(broken(format!(
                 "is truncated: {size} bytes are too few for a safetensors file; fetch it again"
@@ -69,12 +88,57 @@ impl SafetensorsFile {
         }
         let failed = |error| owner.unread(path, error);
         let mut beginning = vec![0; PREFIX as usize];
-        read_at(&file, &mut beginning, 0).map_err(failed)?;
+        source.read_at(&mut beginning, 0).map_err(failed)?;
         let length = header::length(&beginning, size).map_err(broken)?;
         beginning.resize((PREFIX + length) as usize, 0);
-        read_at(&file, &mut beginning[PREFIX as usize..], PREFIX).map_err(failed)?;
+        source.read_at(&mut beginning[PREFIX as usize..], PREFIX).map_err(failed)?;
         let Parsed { header, positions } = header::parse(&beginning, size).map_err(broken)?;
-        Ok(Self { path: path.to_path_buf(), owner, file, stamp, beginning, header, positions })
+        let (path, source, data_start) =
+            (path.to_path_buf(), Box::new(source), beginning.len() as u64);
+        Ok(Self { path, owner, source, stamp, beginning, data_start, header, positions })
+    }
+
+    /// Tensors that are in memory: what a pickle held, or what was computed. Errors about them name
+    /// `path`; where they were made from that file, its stamp tells whether it is still the same.
+    ///
+    /// # Errors
+    /// In the owner's class, if the tensors are not what their shapes and types say, or two of them
+    /// have one name.
+    pub fn in_memory(
+        path: &Path,
+        owner: Owner,
+        tensors: Vec<NamedTensor>,
+        made_from: Option<Stamp>,
+    ) -> Result<Self> {
+        let mut runs = Vec::with_capacity(tensors.len());
+        let mut header = Header::default();
+        let mut size = 0;
+        for NamedTensor { name, dtype, shape, bytes } in tensors {
+            let elements = shape.iter().try_fold(1u64, |all, extent| all.checked_mul(*extent));
+            let length = match &bytes {
+                Some(bytes) => Some(bytes.len() as u64),
+                None => elements.and_then(|all| all.checked_mul(dtype.bits()?)).map(|b| b / 8),
+            };
+            let end = length.and_then(|length| length.checked_add(size)).ok_or_else(|| {
+                owner
+                    .broken(path, format!("has {name} of shape {shape:?}, whose size is not known"))
+            })?;
+            runs.extend(bytes.filter(|bytes| !bytes.is_empty()).map(|bytes| (size, bytes)));
+            header.tensors.push(TensorInfo { name, dtype, shape, range: size..end });
+            size = end;
+        }
+        let memory = Memory::new(runs, size);
+        let source: Box<dyn Source> = match made_from {
+            Some(stamp) => Box::new(memory.made_from(path, stamp)),
+            None => Box::new(memory),
+        };
+        // Encoded and parsed: what was handed over is checked like a file's header.
+        let beginning = header.encode();
+        let all = beginning.len() as u64 + size;
+        let Parsed { header, positions } =
+            header::parse(&beginning, all).map_err(|message| owner.broken(path, message))?;
+        let (path, stamp) = (path.to_path_buf(), source.stamp());
+        Ok(Self { path, owner, source, stamp, beginning, data_start: 0, header, positions })
     }
 
     /// Where the file lies.
@@ -82,9 +146,9 @@ impl SafetensorsFile {
         &self.path
     }
 
-    /// The open file, for copies in the kernel.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// The open file, for copies in the kernel, where there is one.
+    pub fn as_file(&self) -> Option<&File> {
+        self.source.as_file()
     }
 
     /// What the file was when it was opened.
@@ -92,7 +156,7 @@ impl SafetensorsFile {
         self.stamp
     }
 
-    /// Bytes of the whole file.
+    /// Bytes of the whole source.
     pub fn size(&self) -> u64 {
         self.stamp.length
     }
@@ -102,9 +166,9 @@ impl SafetensorsFile {
         &self.header
     }
 
-    /// Bytes before the data: length prefix and header.
+    /// Bytes of the source before the data: length prefix and header, of a safetensors file.
     pub fn data_start(&self) -> u64 {
-        self.beginning.len() as u64
+        self.data_start
     }
 
     /// Length prefix and header as they stand in the file.
@@ -126,10 +190,15 @@ impl SafetensorsFile {
         self.read_range(tensor, 0..tensor.bytes())
     }
 
+    /// The tensor of that name as a value that reads itself.
+    pub fn value(self: &Arc<Self>, name: &str) -> Option<Tensor> {
+        self.tensor(name).map(|info| Tensor::new(self.clone(), info.clone()))
+    }
+
     /// Some of a tensor's bytes, counted from its first.
     ///
     /// # Errors
-    /// As [`SafetensorsFile::read`].
+    /// As [`TensorFile::read`].
     pub fn read_range(&self, tensor: &TensorInfo, bytes: Range<u64>) -> Result<Vec<u8>> {
         let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
         self.read_into(tensor, bytes.start, &mut buffer)?;
@@ -139,7 +208,7 @@ impl SafetensorsFile {
     /// Fills a buffer with a tensor's bytes from `offset` on.
     ///
     /// # Errors
-    /// As [`SafetensorsFile::read`].
+    /// As [`TensorFile::read`].
     pub fn read_into(&self, tensor: &TensorInfo, offset: u64, buffer: &mut [u8]) -> Result<()> {
         debug_assert!(offset + buffer.len() as u64 <= tensor.bytes(), "within the tensor");
         self.read_raw(self.data_start() + tensor.range.start + offset, buffer)
@@ -148,16 +217,40 @@ impl SafetensorsFile {
     /// Fills a buffer with the file's bytes from `offset` on.
     ///
     /// # Errors
-    /// As [`SafetensorsFile::read`].
+    /// As [`TensorFile::read`].
     pub fn read_raw(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        read_at(&self.file, buffer, offset).map_err(|error| self.unread(error))
+        self.source.read_at(buffer, offset).map_err(|error| self.unread(error))
+    }
+
+    /// Copies a range of the source to an offset of a file: inside the kernel where it can.
+    ///
+    /// # Errors
+    /// Those of the operating system, with the side at fault.
+    pub fn copy_to(
+        &self,
+        range: Range<u64>,
+        output: &File,
+        mut target: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), CopyError> {
+        if let Some(file) = self.source.as_file() {
+            return local::copy_range(file, range, output, target, buffer);
+        }
+        let step = buffer.len();
+        for start in range.clone().step_by(step) {
+            let part = &mut buffer[..step.min((range.end - start) as usize)];
+            self.source.read_at(part, start).map_err(CopyError::Read)?;
+            local::write_at(output, part, target).map_err(CopyError::Write)?;
+            target += part.len() as u64;
+        }
+        Ok(())
     }
 
     /// Hands a tensor's bytes on in order, run after run with where each begins, until nobody wants
     /// more. All runs but the last are of one length that is a multiple of any element's.
     ///
     /// # Errors
-    /// As [`SafetensorsFile::read`].
+    /// As [`TensorFile::read`].
     pub fn for_each_chunk(
         &self,
         tensor: &TensorInfo,
@@ -175,11 +268,15 @@ impl SafetensorsFile {
     }
 
     /// The SHA-256 of the open file, in hexadecimal: of what was opened, whatever its path leads to
-    /// by now.
+    /// by now. Of tensors that were made from a file, that file's.
     ///
     /// # Errors
-    /// As [`SafetensorsFile::read`].
+    /// As [`TensorFile::read`].
     pub fn sha256(&self) -> Result<String> {
+        if let Some(origin) = self.source.origin() {
+            let digest = sha256_of(origin)?;
+            return self.check_unchanged().map(|()| digest);
+        }
         let mut hasher = Sha256::new();
         let mut buffer = vec![0; CHUNK.min(self.size() as usize)];
         for start in (0..self.size()).step_by(CHUNK) {
@@ -196,11 +293,11 @@ impl SafetensorsFile {
     /// # Errors
     /// That the file changed, or [`Error::Io`].
     pub fn check_unchanged(&self) -> Result<()> {
-        let metadata = self.file.metadata().map_err(|error| Error::io(&self.path, error))?;
-        if Stamp::of(&metadata) != self.stamp {
-            return Err(self.changed());
+        match self.source.is_unchanged() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(self.changed()),
+            Err(error) => Err(Error::io(&self.path, error)),
         }
-        check_path(self.owner, &self.path, self.stamp)
     }
 
     /// The error for a file that is no longer what was opened.
@@ -214,33 +311,15 @@ impl SafetensorsFile {
     }
 }
 
-/// Longer than the steps in which file systems count time.
-const TICK: Duration = Duration::from_millis(20);
-/// How many steps to wait for a file that is being written.
-const PATIENCE: usize = 5;
-
-/// What is known of an open file once its time of change is so long ago that the next change will
-/// have another one. A file that somebody goes on writing is taken as it is, and found changed later.
-fn settled(file: &File, mut metadata: Metadata) -> io::Result<Metadata> {
-    for _ in 0..PATIENCE {
-        let age = metadata.modified().ok().and_then(|time| time.elapsed().ok());
-        // A clock that runs differently tells nothing.
-        let Some(rest) = age.and_then(|age| TICK.checked_sub(age)) else { break };
-        thread::sleep(rest);
-        metadata = file.metadata()?;
-    }
-    Ok(metadata)
-}
-
 /// Looks again at what a path leads to: an error if it is not what had that stamp.
 ///
 /// # Errors
 /// That the file changed, or [`Error::Io`].
 pub(crate) fn check_path(owner: Owner, path: &Path, stamp: Stamp) -> Result<()> {
-    match fs::metadata(path) {
-        Ok(metadata) if Stamp::of(&metadata) == stamp => Ok(()),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(path, error)),
-        _ => Err(owner.changed(path)),
+    match source::leads_to(path, stamp) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(owner.changed(path)),
+        Err(error) => Err(Error::io(path, error)),
     }
 }
 
@@ -249,8 +328,8 @@ pub(crate) fn check_path(owner: Owner, path: &Path, stamp: Stamp) -> Result<()> 
 /// # Errors
 /// That one of the files changed, or [`Error::Io`].
 pub fn same_bytes(
-    (left_file, left): (&SafetensorsFile, &TensorInfo),
-    (right_file, right): (&SafetensorsFile, &TensorInfo),
+    (left_file, left): (&TensorFile, &TensorInfo),
+    (right_file, right): (&TensorFile, &TensorInfo),
 ) -> Result<bool> {
     if left.bytes() != right.bytes() {
         return Ok(false);
@@ -270,9 +349,10 @@ pub fn same_bytes(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::fixtures::{ramp, write};
-    use crate::tensor::dtype::Dtype;
 
     fn tensors() -> Vec<(&'static str, Dtype, &'static [u64], Vec<f32>)> {
         let shape: &[u64] = &[300, 400];
@@ -288,7 +368,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("one.safetensors");
         write(&path, &tensors());
-        let file = SafetensorsFile::open(&path).expect("sound");
+        let file = TensorFile::open(&path).expect("sound");
         let content = fs::read(&path).expect("read");
         assert_eq!(file.header_bytes(), &content[..file.data_start() as usize]);
         assert_eq!(file.size(), content.len() as u64);
@@ -308,7 +388,7 @@ mod tests {
         assert!(runs > 1 && whole == content[start..start + 480_000]);
         assert!(same_bytes((&file, of("x")), (&file, of("y"))).expect("read"));
         assert!(!same_bytes((&file, of("x")), (&file, of("z"))).expect("read"));
-        assert_eq!(file.sha256().expect("read"), crate::adapter::sha256_of_bytes(&content));
+        assert_eq!(file.sha256().expect("read"), crate::storage::digest::sha256_of_bytes(&content));
         file.check_unchanged().expect("nobody wrote to it");
     }
 
@@ -321,7 +401,7 @@ mod tests {
             write(&path, &tensors());
             // Times of changes are counted in ticks.
             std::thread::sleep(std::time::Duration::from_millis(20));
-            SafetensorsFile::open_adapter(&path).expect("sound")
+            TensorFile::open_adapter(&path).expect("sound")
         };
         let of = |result: Result<()>| {
             let error = result.expect_err("it changed");

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use crate::adapter::factors::Pair;
 use crate::error::Result;
 use crate::execute::compute::Computer;
 use crate::kernel::PRODUCT_ERROR;
@@ -177,23 +176,23 @@ impl<'a> ExactRow<'a> {
         };
         let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         if update.kind == UpdateKind::Replace {
-            let tensor = adapter.file().tensor(&update.module).expect("planned from this tensor");
+            let tensor = adapter.tensor(&update.module).expect("planned from this tensor");
             let row = self.columns * tensor.dtype.size();
             let bytes = (first * row) as u64..((first + term.band.len()) * row) as u64;
-            term.a = widen_f64(&tensor.dtype, &adapter.file().read_range(tensor, bytes)?);
+            term.a = widen_f64(&tensor.dtype, &tensor.read_range(bytes)?);
             return Ok(term);
         }
-        let pair = Pair::of(adapter, update)?;
+        let pair = update.pair(adapter)?;
         term.a = widen_f64(&pair.a_dtype, &pair.a);
         term.b = widen_f64(&pair.b_dtype, &pair.b);
         if let (UpdateKind::Dora, Some(magnitude)) =
             (update.kind, &adapter.modules()[&update.module].magnitude)
         {
-            term.magnitude = adapter.read_f64(magnitude)?.split_off(first);
+            term.magnitude = magnitude.read_f64()?.split_off(first);
         }
         if let Some(tensor) = &update.on {
-            let tensor = adapter.file().tensor(tensor).expect("planned from this tensor");
-            term.on = Some(adapter.read_f64(tensor)?.split_off(first * self.columns));
+            let tensor = adapter.tensor(tensor).expect("planned from this tensor");
+            term.on = Some(tensor.read_f64()?.split_off(first * self.columns));
         }
         Ok(term)
     }

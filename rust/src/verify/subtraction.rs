@@ -12,7 +12,6 @@ use std::path::Path;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::adapter::factors::Pair;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::execute::compute::Computer;
@@ -150,7 +149,7 @@ fn norms(inputs: &Inputs, tensor: &PlannedTensor) -> Result<(Vec<Norms>, usize)>
     let mut steps = 0;
     let mut all = Vec::new();
     for update in tensor.updates() {
-        let pair = Pair::of(&inputs.adapters[update.adapter], update)?;
+        let pair = update.pair(&inputs.adapters[update.adapter])?;
         steps += pair.rank + 4;
         let squares = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>();
         let scale = update.coefficient().abs();

@@ -41,7 +41,7 @@ fn problems(inputs: &Inputs, plan: &Plan, merged: &Path) -> Vec<String> {
 
 /// Flips a bit of one byte of a tensor's data.
 fn flip(path: &Path, tensor: &str, byte: usize, bit: u8) {
-    let file = crate::tensor::safetensors::SafetensorsFile::open(path).expect("sound");
+    let file = crate::tensor::safetensors::TensorFile::open(path).expect("sound");
     let start = file.data_start() + file.tensor(tensor).expect("there").range.start;
     drop(file);
     let mut bytes = fs::read(path).expect("read");

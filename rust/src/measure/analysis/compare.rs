@@ -168,7 +168,7 @@ fn compare_module(
     for (position, ((adapter, module), room)) in pairs {
         let Some(module) = module else { continue };
         task.check()?;
-        match Factors::read(adapter, module, room)? {
+        match Factors::read(module, room)? {
             Some(read) => factors.push((position, read)),
             None => notes.push(format!("{}: {}", adapter.path().display(), unmeasured(module))),
         }

@@ -4,7 +4,7 @@ use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::measure::statistics::ElementType;
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::TensorInfo;
+use crate::tensor::safetensors::Tensor;
 
 /// The factors of one module, as they are stored.
 #[derive(Debug, Clone)]
@@ -25,15 +25,16 @@ pub struct StoredFactors {
 /// [`Error::Adapter`](crate::Error::Adapter) if the file changed meanwhile,
 /// [`Error::Io`](crate::Error::Io).
 pub fn stored_factors(adapter: &Adapter) -> Result<Vec<StoredFactors>> {
-    let read = |tensor: &TensorInfo| -> Result<(Dtype, Vec<u8>)> {
-        Ok((tensor.dtype.clone(), adapter.file().read(tensor)?))
+    let read = |tensor: &Tensor| -> Result<(Dtype, Vec<u8>)> {
+        Ok((tensor.dtype.clone(), tensor.read()?))
     };
     let mut found = Vec::new();
     for module in adapter.modules().values() {
-        let pair = [&module.a, &module.b];
-        let measurable = pair.iter().all(|tensor| ElementType::from_dtype(&tensor.dtype).is_some());
+        let Some((a, b)) = module.delta.plain() else { continue };
+        let measurable =
+            [a, b].iter().all(|tensor| ElementType::from_dtype(&tensor.dtype).is_some());
         if let Some(extents) = super::extents(module).filter(|_| measurable) {
-            let (a, b) = (read(&module.a)?, read(&module.b)?);
+            let (a, b) = (read(a)?, read(b)?);
             found.push(StoredFactors { extents, scaling: module.scaling, b, a });
         }
     }

@@ -11,7 +11,7 @@ fn options() -> Options {
 }
 
 fn open(path: &Path) -> Adapter {
-    Adapter::open(path, None).expect("a sound adapter")
+    Adapter::open(path).expect("a sound adapter")
 }
 
 fn run(adapter: &Adapter, base: Option<&Checkpoint>, threads: usize) -> Result<Analysis> {
@@ -56,8 +56,11 @@ fn norms_are_of_the_dense_product_and_relative_to_the_base() {
     let base = Checkpoint::open(&path).expect("a base");
     let analysis = run(&adapter, Some(&base), 2).expect("analysed");
     let module = &adapter.modules()["layers.0.q"];
-    let (a, b) =
-        (adapter.read_f64(&module.a).expect("read"), adapter.read_f64(&module.b).expect("read"));
+    let (a, b) = module
+        .delta
+        .plain()
+        .map(|(a, b)| (a.read_f64().expect("read"), b.read_f64().expect("read")))
+        .expect("plain");
     let entry = |i: usize, j: usize| 2.0 * (b[2 * i] * a[j] + b[2 * i + 1] * a[16 + j]);
     let entries: Vec<f64> = (0..24 * 16).map(|index| entry(index / 16, index % 16)).collect();
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();

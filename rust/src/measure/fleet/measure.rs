@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::read::{digest, read, room};
 use super::rows::Row;
-use super::{Level, Modules, NonFinite, Scanned, Source};
-use crate::adapter::{Adapter, sha256_of};
+use super::{Level, Modules, NonFinite, Scanned};
+use crate::adapter::Adapter;
+use crate::adapter::format::AdapterSource;
 use crate::error::{Error, Result};
 use crate::measure::analysis;
 use crate::measure::spectrum::{Spectrum, Update, Values};
@@ -15,6 +16,7 @@ use crate::measure::statistics::{
     ElementType, Moments, SEGMENT, Summary, Tensor, segment_moments, summary_of,
 };
 use crate::parallel::task::Task;
+use crate::storage::digest::sha256_of;
 use crate::tensor::safetensors::TensorInfo;
 
 /// Files up to this size are read whole, by one thread; larger ones a module at a time, by all.
@@ -70,7 +72,12 @@ pub struct Open {
 
 impl Open {
     /// Plans the work on an adapter.
-    pub fn new(position: usize, adapter: Adapter, source: &Source, level: Level) -> Result<Self> {
+    pub fn new(
+        position: usize,
+        adapter: Adapter,
+        source: &AdapterSource,
+        level: Level,
+    ) -> Result<Self> {
         let tensors = &adapter.file().header().tensors;
         let positions: HashMap<&str, usize> = tensors
             .iter()
@@ -86,14 +93,15 @@ impl Open {
         let mut is_factor = vec![false; tensors.len()];
         let mut modules = Vec::new();
         for (index, module) in adapter.modules().values().enumerate() {
-            let pair = [&module.a, &module.b];
-            let is_measurable =
-                pair.iter().all(|tensor| ElementType::from_dtype(&tensor.dtype).is_some());
-            let Some(extents) = analysis::extents(module).filter(|_| is_measurable) else {
+            let measurable =
+                analysis::extents(module).zip(module.delta.plain()).filter(|(_, (a, b))| {
+                    [a, b].iter().all(|tensor| ElementType::from_dtype(&tensor.dtype).is_some())
+                });
+            let Some((extents, (a, b))) = measurable else {
                 notes.push(analysis::unmeasured(module));
                 continue;
             };
-            let tensors = pair.map(|tensor| positions[tensor.name.as_str()]);
+            let tensors = [a, b].map(|tensor| positions[tensor.name.as_str()]);
             tensors.iter().for_each(|tensor| is_factor[*tensor] = true);
             modules.push(Factors { module: index, extents, tensors });
         }
@@ -115,7 +123,7 @@ impl Open {
         drop(positions);
         Ok(Self {
             position,
-            content: source.content.clone(),
+            content: source.pickle.as_ref().map(|pickle| pickle.path.clone()),
             level,
             modules,
             left: AtomicUsize::new(units.len()),
@@ -306,14 +314,13 @@ impl Open {
             summaries.insert(index, summary);
             of_tensors.push(moments);
         }
-        let config = self.adapter.config();
         let mut dtypes: Vec<String> =
             tensors.iter().map(|tensor| tensor.dtype.name().to_owned()).collect();
         dtypes.sort();
         dtypes.dedup();
         Ok(Scanned {
-            config: config.raw().clone(),
-            rank_stabilized: config.is_rank_stabilized(),
+            config: self.adapter.settings().clone(),
+            rank_stabilized: self.adapter.semantics().rank_stabilized,
             total_bytes: self.length(),
             tensors: tensors.len(),
             parameters: tensors.iter().map(TensorInfo::elements).sum(),

@@ -2,8 +2,9 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::adapter::{Adapter, hexadecimal};
+use crate::adapter::Adapter;
 use crate::error::Result;
+use crate::storage::digest::hexadecimal;
 
 /// Bytes that a digest reads at a time.
 const CHUNK: usize = 1 << 20;

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use super::measure::Open;
 use super::*;
+use crate::adapter::Adapter;
 use crate::fixtures::{ramp, write, write_adapter};
 use crate::measure::analysis;
 use crate::parallel::task::build_pool;
@@ -12,8 +13,8 @@ use crate::tensor::dtype::Dtype;
 
 const FULL: Level = Level { moments: true, spectra: true };
 
-fn source(path: &Path) -> Source {
-    Source { path: path.to_path_buf(), weights: None, content: None }
+fn source(path: &Path) -> AdapterSource {
+    AdapterSource::at(path)
 }
 
 fn scanned(paths: &[PathBuf], level: Level, threads: usize) -> BTreeMap<usize, Result<Scanned>> {
@@ -90,7 +91,7 @@ fn figures_are_those_of_the_analysis_for_any_size_and_any_threads() {
         let found = scanned(&paths, FULL, threads);
         for (position, path) in paths.iter().enumerate() {
             let found = found[&position].as_ref().expect("sound");
-            let adapter = Adapter::open(path, None).expect("sound");
+            let adapter = Adapter::open(path).expect("sound");
             let expected =
                 analysis::analyze(&adapter, None, &options, &pool, &Task::new()).expect("sound");
             let weights = found.weights.as_ref().expect("asked for");
@@ -170,7 +171,7 @@ fn what_is_broken_does_not_keep_the_others_from_being_read() {
 }
 
 fn opened(path: &Path) -> Open {
-    let adapter = Adapter::open(path, None).expect("sound");
+    let adapter = Adapter::open(path).expect("sound");
     Open::new(0, adapter, &source(path), FULL).expect("sound")
 }
 
@@ -196,7 +197,7 @@ fn digests_are_those_of_the_files_however_many_wait_for_each_other() {
                     result.expect_err("no safetensors file");
                     continue;
                 }
-                let expected = Adapter::open(&paths[position], None).and_then(|a| a.sha256());
+                let expected = Adapter::open(&paths[position]).and_then(|a| a.sha256());
                 let found = result.expect("sound").sha256.expect("data was read");
                 assert_eq!(found, expected.expect("read"), "{position} of {count}");
             }

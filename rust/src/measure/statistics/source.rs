@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::element::{ElementType, Tensor};
 use crate::error::{Error, Result};
-use crate::tensor::safetensors::{SafetensorsFile, TensorInfo};
+use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
 thread_local! {
     static ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
@@ -75,14 +75,14 @@ impl Source for Tensor<'_> {
 /// A tensor of a file.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct InFile<'a> {
-    file: &'a SafetensorsFile,
+    file: &'a TensorFile,
     tensor: &'a TensorInfo,
     element: ElementType,
 }
 
 impl<'a> InFile<'a> {
     /// That tensor, if there are statistics of its type.
-    pub fn new(file: &'a SafetensorsFile, tensor: &'a TensorInfo) -> Option<Self> {
+    pub fn new(file: &'a TensorFile, tensor: &'a TensorInfo) -> Option<Self> {
         let element = ElementType::from_dtype(&tensor.dtype)?;
         Some(Self { file, tensor, element })
     }

@@ -1,8 +1,8 @@
 //! `adapter_config.json` as PEFT writes it: what it says of ranks and scales, and what in it
 //! changes the merged result.
 
-pub mod features;
-mod meaning;
+mod features;
+mod fields;
 mod patterns;
 
 use std::path::{Path, PathBuf};
@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
+use crate::adapter::semantics::Semantics;
 use crate::checkpoint::names::endings::Endings;
 use crate::error::{Error, Result};
 use crate::limits;
 
-use features::{Features, Initialization};
+use features::{Features, Version};
 use patterns::{Budget, Fault, MAXIMUM_PATTERNS, Patterns};
 
 /// The config's file name.
@@ -119,11 +120,6 @@ impl PeftConfig {
         &self.path
     }
 
-    /// Every field as it stands in the file.
-    pub fn raw(&self) -> &Map<String, Value> {
-        &self.raw
-    }
-
     /// `r`, the rank of modules that no pattern names.
     pub fn rank(&self) -> u64 {
         self.rank
@@ -186,10 +182,24 @@ impl PeftConfig {
         alpha / if self.rank_stabilized { rank.sqrt() } else { rank }
     }
 
-    /// Whether the modules that share the input embeddings were trained as one
-    /// (`ensure_weight_tying`).
-    pub fn ensures_weight_tying(&self) -> bool {
-        self.raw.get("ensure_weight_tying").and_then(Value::as_bool) == Some(true)
+    /// What the factors mean.
+    pub fn semantics(&self) -> Semantics {
+        let base = self.raw.get("base_model_name_or_path").and_then(Value::as_str).map(str::trim);
+        Semantics {
+            initialization: self.features.initialization,
+            layer_replication: self.features.layer_replication.clone(),
+            ties_weights: self.raw.get("ensure_weight_tying").and_then(Value::as_bool)
+                == Some(true),
+            stored_transposed: self.fan_in_fan_out,
+            transposed_experts: self.features.version.and_then(Version::transposed_experts),
+            rank_stabilized: self.rank_stabilized,
+            base: base.filter(|base| !base.is_empty()).map(str::to_owned),
+        }
+    }
+
+    /// Every field as it stood in the file.
+    pub fn into_raw(self) -> Map<String, Value> {
+        self.raw
     }
 
     /// Whether a parameter belongs to a module that `modules_to_save` names. PEFT matches the names

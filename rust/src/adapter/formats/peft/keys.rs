@@ -2,11 +2,15 @@
 
 use indexmap::IndexMap;
 
-use super::{Form, LayerKind, Module, PeftConfig, Role, Saved, TrainedRows};
+use std::sync::Arc;
+
+use super::config::PeftConfig;
+use crate::adapter::deltas::{BlockDiagonal, Experts, Grouped, LowRank, SharedReads};
+use crate::adapter::{Delta, LayerKind, Module, Parameter, Role, Saved, TrainedRows};
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::parallel::task::Task;
-use crate::tensor::safetensors::{SafetensorsFile, TensorInfo, same_bytes};
+use crate::tensor::safetensors::{Tensor, TensorFile, TensorInfo};
 
 /// PEFT's wrapper around the user's model; not part of any module's name.
 const PREFIX: &str = "base_model.model.";
@@ -105,29 +109,30 @@ fn unwrapped(path: &str) -> String {
 #[derive(Default)]
 struct Parts {
     embedding: bool,
-    a: Option<TensorInfo>,
-    b: Option<TensorInfo>,
-    magnitude: Option<TensorInfo>,
-    bias: Option<TensorInfo>,
-    diagonal: Option<TensorInfo>,
+    a: Option<Tensor>,
+    b: Option<Tensor>,
+    magnitude: Option<Tensor>,
+    bias: Option<Tensor>,
+    diagonal: Option<Tensor>,
 }
 
 /// Puts every tensor in its place, pairs the factors up and checks each pair against the config.
-pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig, task: &Task) -> Result<Sorted> {
+pub(super) fn sort(file: &Arc<TensorFile>, config: &PeftConfig, task: &Task) -> Result<Sorted> {
     let mut all = IndexMap::<String, Parts>::new();
-    let mut saved = IndexMap::<String, TensorInfo>::new();
+    let mut saved = IndexMap::<String, Tensor>::new();
     let mut rows = Vec::new();
     let mut others = Vec::new();
     let broken = |message: String| Error::adapter(file.path(), message);
-    for tensor in &file.header().tensors {
+    for info in &file.header().tensors {
         task.check()?;
+        let tensor = &Tensor::new(file.clone(), info.clone());
         let (module, part) = match classify(&tensor.name) {
             Key::Module(module, part) => (module, part),
             Key::Saved(path) => {
                 match saved.get(&path) {
                     None => drop(saved.insert(path, tensor.clone())),
                     // PEFT writes the biases of saved modules twice under bias = "all".
-                    Some(other) if is_repeated(file, other, tensor)? => {
+                    Some(other) if is_repeated(other, tensor)? => {
                         others.push((tensor.name.clone(), Role::Repeated));
                     }
                     Some(other) => {
@@ -171,23 +176,23 @@ pub(super) fn sort(file: &SafetensorsFile, config: &PeftConfig, task: &Task) -> 
         }
     }
     let mut modules = IndexMap::with_capacity(all.len());
+    let shared = Arc::new(SharedReads::default());
     for (key, parts) in all {
         task.check()?;
-        let module = assemble(&key, parts, config, file)?;
+        let module = assemble(&key, parts, config, file, &shared)?;
         modules.insert(key, module);
     }
     if file.header().tensors.is_empty() {
         return Err(broken("holds no tensors".into()));
     }
-    let saved = saved.into_iter().map(|(path, tensor)| Saved { path, tensor }).collect();
-    Ok(Sorted { modules, saved, rows, others })
+    let saved = saved.into_iter().map(|(path, tensor)| {
+        let trained_apart = config.saves_module_of(&path);
+        Saved { path, tensor, trained_apart }
+    });
+    Ok(Sorted { modules, saved: saved.collect(), rows, others })
 }
 
-fn trained_rows(
-    path: String,
-    tensor: &TensorInfo,
-    config: &PeftConfig,
-) -> Result<TrainedRows, String> {
+fn trained_rows(path: String, tensor: &Tensor, config: &PeftConfig) -> Result<TrainedRows, String> {
     let name = &tensor.name;
     let rows = config.features().tokens.as_ref().and_then(|tokens| tokens.rows_of(&path));
     let Some(rows) = rows else {
@@ -211,16 +216,17 @@ fn trained_rows(
     Ok(TrainedRows { path, rows: rows.to_vec(), tensor: tensor.clone() })
 }
 
-fn is_repeated(file: &SafetensorsFile, first: &TensorInfo, second: &TensorInfo) -> Result<bool> {
+fn is_repeated(first: &Tensor, second: &Tensor) -> Result<bool> {
     let alike = first.dtype == second.dtype && first.shape == second.shape;
-    Ok(alike && same_bytes((file, first), (file, second))?)
+    Ok(alike && first.has_same_bytes(second)?)
 }
 
 fn assemble(
     key: &str,
     parts: Parts,
     config: &PeftConfig,
-    file: &SafetensorsFile,
+    file: &TensorFile,
+    shared: &Arc<SharedReads>,
 ) -> Result<Module> {
     let broken = |message: String| Error::adapter(file.path(), message);
     let Parts { embedding, a, b, magnitude, bias, diagonal } = parts;
@@ -234,12 +240,8 @@ fn assemble(
     };
     let path = unwrapped(key);
     let features = config.features();
-    let parameters: Vec<String> = match embedding {
-        false => {
-            let names = features.target_parameters.of_module(&path);
-            let names = names.map_err(|message| Error::adapter(config.path(), message))?;
-            names.into_iter().map(str::to_owned).collect()
-        }
+    let parameters = match embedding {
+        false => parameters_of(&path, config)?,
         true => Vec::new(),
     };
     let parts = features.enabled_parts.as_ref().filter(|_| a.shape.len() == 2 && !embedding);
@@ -301,21 +303,29 @@ fn assemble(
     };
     let alpha = config.alpha_of(&named)?;
     let scaling = config.scaling(alpha, expected);
-    let module = Module {
-        key: key.to_owned(),
-        path,
-        parameters,
-        kind,
-        form,
-        a,
-        b,
-        magnitude,
-        bias,
-        diagonal,
-        rank: expected,
-        alpha,
-        scaling,
+    if let (Some(diagonal), true) = (&diagonal, form != Form::Plain) {
+        return Err(broken(format!(
+            "has {} between factors that are no plain pair of matrices",
+            diagonal.name
+        )));
+    }
+    if let Some(diagonal) = diagonal.as_ref().filter(|one| one.elements() != expected) {
+        return Err(broken(format!(
+            "{} has shape {:?} but its module has rank {expected}",
+            diagonal.name, diagonal.shape
+        )));
+    }
+    let delta: Arc<dyn Delta> = match form {
+        Form::Plain => Arc::new(LowRank { a, b, diagonal }),
+        Form::Experts => Arc::new(Experts { a, b, shared: shared.clone() }),
+        Form::BlocksOfA(blocks) => Arc::new(BlockDiagonal { a, b, blocks, is_b: false }),
+        Form::BlocksOfB(blocks) => Arc::new(BlockDiagonal { a, b, blocks, is_b: true }),
+        Form::Parts(enabled) => Arc::new(Grouped { a, b, enabled }),
     };
+    let key = key.to_owned();
+    let rank = expected;
+    let module =
+        Module { key, path, parameters, kind, delta, magnitude, bias, rank, alpha, scaling };
     for vector in [&module.magnitude, &module.bias].into_iter().flatten() {
         if vector.elements() != module.outputs() {
             return Err(broken(format!(
@@ -326,13 +336,7 @@ fn assemble(
             )));
         }
     }
-    match &module.diagonal {
-        Some(diagonal) if diagonal.elements() != module.rank => Err(broken(format!(
-            "{} has shape {:?} but its module has rank {}",
-            diagonal.name, diagonal.shape, module.rank
-        ))),
-        _ => Ok(module),
-    }
+    Ok(module)
 }
 
 /// The path under which the config's patterns know a module, and the rank they give it. Patterns
@@ -340,17 +344,43 @@ fn assemble(
 /// is the first whose rank fits.
 fn expected_rank(
     path: &str,
-    parameters: &[String],
+    parameters: &[Parameter],
     rows: u64,
     config: &PeftConfig,
 ) -> Result<(String, u64)> {
-    for name in parameters.iter().map(|parameter| format!("{path}.{parameter}")) {
-        let rank = config.rank_of(&name)?;
-        if rows.is_multiple_of(rank) {
-            return Ok((name, rank));
-        }
+    match parameters.iter().find(|parameter| rows.is_multiple_of(parameter.rank)) {
+        Some(parameter) => Ok((format!("{path}.{}", parameter.name), parameter.rank)),
+        None => Ok((path.to_owned(), config.rank_of(path)?)),
     }
-    Ok((path.to_owned(), config.rank_of(path)?))
+}
+
+/// The parameters that a module's factors may belong to, with the rank and the scale that the
+/// config gives each.
+fn parameters_of(path: &str, config: &PeftConfig) -> Result<Vec<Parameter>> {
+    let names = config.features().target_parameters.of_module(path);
+    let names = names.map_err(|message| Error::adapter(config.path(), message))?;
+    let parameter = |name: &str| {
+        let known_as = format!("{path}.{name}");
+        let rank = config.rank_of(&known_as)?;
+        let scaling = config.scaling(config.alpha_of(&known_as)?, rank);
+        Ok(Parameter { name: name.to_owned(), rank, scaling })
+    };
+    names.into_iter().map(parameter).collect()
+}
+
+/// How the two factors of a module are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Form {
+    /// They are A and B.
+    Plain,
+    /// They hold those of all experts of one parameter (`target_parameters`).
+    Experts,
+    /// A is block-diagonal; its blocks lie below one another (r, in/n).
+    BlocksOfA(u64),
+    /// B is block-diagonal; its blocks lie below one another (out, r/n).
+    BlocksOfB(u64),
+    /// The outputs are equal parts, of which these have factors.
+    Parts(Vec<bool>),
 }
 
 fn block_form(path: &str, config: &PeftConfig) -> Result<Form, String> {

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
 
 use super::Reader;
+use crate::adapter::semantics::{Initialization, TransposedExperts};
 use crate::checkpoint::names::endings::Endings;
 use crate::error::Result;
 use crate::limits;
@@ -49,23 +50,6 @@ impl BlockDiagonal {
     }
 }
 
-/// What the initialisation took out of the base's weight and put into the factors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Initialization {
-    /// Nothing: the factors began with a product of zero.
-    Plain,
-    /// PiSSA: the r largest singular components (Meng et al. 2024, arXiv:2404.02948).
-    Pissa {
-        /// Whether by a randomised method (`pissa_niter_N`), so that nobody can repeat it exactly.
-        randomised: bool,
-    },
-    /// OLoRA: s times the product of the first r columns and rows of a QR decomposition
-    /// (Büyükakyüz 2024, arXiv:2406.01775).
-    Olora,
-    /// Something that this list does not have, by its name in the config.
-    Unknown,
-}
-
 /// The version of PEFT that wrote a config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version {
@@ -76,6 +60,20 @@ pub struct Version {
 }
 
 impl Version {
+    /// How this version laid experts: as (in, out) before 0.19, in 0.19.0 but for those that the
+    /// model takes as (in, out), and for those alone since. A state between two releases does not
+    /// tell.
+    pub fn transposed_experts(self) -> Option<TransposedExperts> {
+        if self.development {
+            return None;
+        }
+        Some(match self.release {
+            (0, ..=18, _) => TransposedExperts::Always,
+            (0, 19, 0) => TransposedExperts::UnlessStoredTransposed,
+            _ => TransposedExperts::IfStoredTransposed,
+        })
+    }
+
     fn parse(text: &str) -> Option<Self> {
         let mut numbers = text.split(['.', '@', '+']);
         let mut next = || numbers.next().and_then(|number| number.parse().ok());
@@ -102,6 +100,8 @@ pub struct Features {
     pub layer_replication: Option<Vec<(u64, u64)>>,
     /// How the factors began.
     pub initialization: Initialization,
+    /// What `init_lora_weights` alone says of it.
+    pub init_lora_weights: Initialization,
     /// Who wrote it; configs say so since 0.18.
     pub version: Option<Version>,
 }
@@ -109,16 +109,21 @@ pub struct Features {
 impl Features {
     pub(super) fn read(reader: &Reader<'_>) -> Result<Self> {
         let text = |field: &str| reader.raw.get(field).and_then(Value::as_str);
+        let kasa = matches!(reader.raw.get("kasa_config"), Some(Value::Object(_)));
         Ok(Self {
             target_parameters: TargetParameters::of(
                 reader.strings(reader.raw, "target_parameters")?,
             ),
             tokens: reader.tokens()?,
             block_diagonal: reader.block_diagonal()?,
-            kasa: matches!(reader.raw.get("kasa_config"), Some(Value::Object(_))),
+            kasa,
             enabled_parts: reader.enabled_parts()?,
             layer_replication: reader.layer_replication()?,
-            initialization: initialization(reader.raw.get("init_lora_weights")),
+            initialization: match initialization(reader.raw.get("init_lora_weights")) {
+                _ if kasa => Initialization::Smallest,
+                other => other,
+            },
+            init_lora_weights: initialization(reader.raw.get("init_lora_weights")),
             version: text("peft_version").and_then(Version::parse),
         })
     }
@@ -184,9 +189,9 @@ fn initialization(value: Option<&Value>) -> Initialization {
     };
     match kind.to_lowercase().as_str() {
         "gaussian" | "eva" | "orthogonal" | "mica" => Initialization::Plain,
-        "pissa" => Initialization::Pissa { randomised: false },
-        "olora" => Initialization::Olora,
-        other if other.starts_with("pissa_niter_") => Initialization::Pissa { randomised: true },
+        "pissa" => Initialization::Largest { randomized: false },
+        "olora" => Initialization::Leading,
+        other if other.starts_with("pissa_niter_") => Initialization::Largest { randomized: true },
         _ => Initialization::Unknown,
     }
 }

@@ -2,11 +2,12 @@
 
 use serde_json::Value;
 
-use super::{Initialization, PeftConfig};
+use super::PeftConfig;
 use crate::adapter::coverage::{
     Account,
     Verdict::{self, NotNeeded, Refused, Used},
 };
+use crate::adapter::semantics::Initialization;
 
 /// Whether a value leaves a field unset.
 fn is_unset(value: &Value) -> bool {
@@ -77,27 +78,17 @@ fn meaning(field: &str) -> Option<(Verdict, &'static str)> {
 }
 
 impl PeftConfig {
-    /// What becomes of each field. Fields named in `allow` are let pass.
-    pub fn account(&self, allow: &[String]) -> Vec<Account> {
+    /// What becomes of each field. What cannot be merged is refused, in half a sentence that names
+    /// the field.
+    pub fn account(&self) -> Vec<Account> {
         let account = |(field, value): (&String, &Value)| {
-            Account::new(field.as_str(), self.account_of(field, value, allow))
+            Account::new(field.as_str(), self.account_of(field, value))
         };
         self.raw.iter().map(account).collect()
     }
 
-    /// What the config asks for that cannot be merged, each as half a sentence that names the
-    /// field. Fields named in `allow` are let pass.
-    pub fn obstacles(&self, allow: &[String]) -> Vec<String> {
-        let accounts = self.account(allow).into_iter();
-        accounts
-            .filter(|account| account.verdict == Refused)
-            .map(|account| account.reason)
-            .collect()
-    }
-
-    fn account_of(&self, field: &str, value: &Value, allow: &[String]) -> (Verdict, String) {
-        let known = meaning(field);
-        let (verdict, reason) = match (field, known) {
+    fn account_of(&self, field: &str, value: &Value) -> (Verdict, String) {
+        match (field, meaning(field)) {
             ("init_lora_weights", _) => self.account_of_initialization(value),
             ("alpha", _) => self.account_of_alpha(value),
             _ if is_unset(value) && field != "fan_in_fan_out" => (NotNeeded, "is not set".into()),
@@ -110,12 +101,6 @@ impl PeftConfig {
                      result; allow it by name if it does not"
                 ),
             ),
-        };
-        match verdict {
-            Refused if allow.iter().any(|allowed| allowed == field) => {
-                (NotNeeded, "allowed by name".into())
-            }
-            _ => (verdict, reason),
         }
     }
 
@@ -136,12 +121,14 @@ impl PeftConfig {
 
     fn account_of_initialization(&self, value: &Value) -> (Verdict, String) {
         let kind = value.as_str().unwrap_or_default().to_lowercase();
-        match self.features.initialization {
-            Initialization::Plain => (NotNeeded, "left the base as it is".into()),
-            Initialization::Pissa { .. } => {
+        match self.features.init_lora_weights {
+            Initialization::Plain | Initialization::Smallest => {
+                (NotNeeded, "left the base as it is".into())
+            }
+            Initialization::Largest { .. } => {
                 (Used, "took the largest singular components out of the base".into())
             }
-            Initialization::Olora => {
+            Initialization::Leading => {
                 (Used, "took the first components of a QR decomposition out of the base".into())
             }
             Initialization::Unknown if ["loftq", "lora_ga", "corda"].contains(&kind.as_str()) => (

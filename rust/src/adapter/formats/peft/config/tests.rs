@@ -1,5 +1,6 @@
 use super::features::Version;
 use super::*;
+use crate::adapter::coverage;
 
 fn config(text: &str) -> Result<PeftConfig> {
     let raw = serde_json::from_str(text).expect("JSON");
@@ -67,9 +68,9 @@ fn broken_settings_are_named() {
 fn what_would_change_the_result_is_an_obstacle() {
     let obstacles = |rest: &str, allow: &[&str]| {
         let allow: Vec<_> = allow.iter().map(|field| (*field).to_owned()).collect();
-        config(&format!(r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, {rest}}}"#))
-            .expect("sound")
-            .obstacles(&allow)
+        let text = format!(r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, {rest}}}"#);
+        let accounts = config(&text).expect("sound").account();
+        coverage::refused(&coverage::allowed(&accounts, &allow))
     };
     let harmless = r#""bias": "none", "init_lora_weights": true, "eva_config": null,
         "loftq_config": {}, "use_dora": false, "target_modules": ["q"], "alpha": 16"#;

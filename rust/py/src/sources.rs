@@ -1,0 +1,123 @@
+//! Adapters and bases as Python names them: paths, or tensors that Python holds.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use serde_json::{Map, Value};
+
+use lorafast::Error;
+use lorafast::adapter::format::{AdapterSource, Pickle};
+use lorafast::checkpoint::Checkpoint;
+use lorafast::parallel::task::Task;
+use lorafast::tensor::dtype::Dtype;
+use lorafast::tensor::safetensors::{NamedTensor, TensorFile, TensorInfo};
+
+/// A path; or a path, the file that holds the weights, and a function without arguments that
+/// returns them as a list of (name, dtype, shape, bytes). It is called from any thread, as often as
+/// the adapter is opened.
+pub struct Source(pub AdapterSource);
+
+impl<'py> FromPyObject<'_, 'py> for Source {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(path) = object.extract::<PathBuf>() {
+            return Ok(Self(AdapterSource::at(path)));
+        }
+        if let Ok((path, weights)) = object.extract::<(PathBuf, Option<PathBuf>)>() {
+            return Ok(Self::with_weights(path, weights));
+        }
+        if let Ok((path, weights, _)) =
+            object.extract::<(PathBuf, Option<PathBuf>, Option<PathBuf>)>()
+        {
+            return Ok(Self::with_weights(path, weights));
+        }
+        let (path, file, load): (PathBuf, PathBuf, Py<PyAny>) = object.extract()?;
+        let load = Arc::new(move || Python::attach(|py| unpickled(load.bind(py))).map_err(foreign));
+        Ok(Self(AdapterSource { path, pickle: Some(Pickle { path: file, load }) }))
+    }
+}
+
+impl Source {
+    /// An adapter whose weights were written to another file.
+    pub fn with_weights(path: PathBuf, weights: Option<PathBuf>) -> Self {
+        let pickle = weights.map(|file| {
+            let from = file.clone();
+            let load = move || {
+                let file = TensorFile::open_adapter(&from)?;
+                let tensor = |info: &TensorInfo| {
+                    let bytes = Some(file.read(info)?);
+                    let (name, dtype) = (info.name.clone(), info.dtype.clone());
+                    Ok(NamedTensor { name, dtype, shape: info.shape.clone(), bytes })
+                };
+                file.header().tensors.iter().map(tensor).collect()
+            };
+            Pickle { path: file, load: Arc::new(load) }
+        });
+        Self(AdapterSource { path, pickle })
+    }
+}
+
+/// A path; or the name, the config (JSON) and the tensors of a model in memory, those as a list of
+/// (name, dtype, shape, bytes or None).
+pub enum Base {
+    /// A checkpoint's.
+    Path(PathBuf),
+    /// A loaded module's.
+    Memory { name: String, config: Map<String, Value>, tensors: Vec<NamedTensor> },
+}
+
+impl<'py> FromPyObject<'_, 'py> for Base {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(path) = object.extract::<PathBuf>() {
+            return Ok(Self::Path(path));
+        }
+        let (name, config, tensors): (String, String, Bound<'py, PyAny>) = object.extract()?;
+        let config = serde_json::from_str(&config).map_err(|error| {
+            PyValueError::new_err(format!("the config is no JSON object: {error}"))
+        })?;
+        Ok(Self::Memory { name, config, tensors: named_tensors(&tensors)? })
+    }
+}
+
+impl Base {
+    /// The checkpoint, opened.
+    pub fn open(&self, task: &Task) -> lorafast::Result<Checkpoint> {
+        match self {
+            Self::Path(path) => Checkpoint::open_with(path, task),
+            Self::Memory { name, config, tensors } => {
+                Checkpoint::in_memory(name, config.clone(), tensors.clone())
+            }
+        }
+    }
+}
+
+/// An exception on its way through the core.
+fn foreign(error: PyErr) -> Error {
+    Error::Foreign(Box::new(error))
+}
+
+fn unpickled(load: &Bound<'_, PyAny>) -> PyResult<Vec<NamedTensor>> {
+    named_tensors(&load.call0()?)
+}
+
+/// Tensors as a list of (name, dtype, shape, bytes or None).
+fn named_tensors(list: &Bound<'_, PyAny>) -> PyResult<Vec<NamedTensor>> {
+    let tensor = |item: PyResult<Bound<'_, PyAny>>| {
+        let (name, dtype, shape, data): (String, String, Vec<u64>, Option<PyBuffer<u8>>) =
+            item?.extract()?;
+        let bytes = data.map(|data| data.to_vec(list.py())).transpose()?;
+        Ok(NamedTensor { name, dtype: Dtype::from_name(&dtype), shape, bytes })
+    };
+    list.try_iter()?.map(tensor).collect()
+}
+
+/// The sources in the core's own type.
+pub fn to_core(sources: Vec<Source>) -> Vec<AdapterSource> {
+    sources.into_iter().map(|source| source.0).collect()
+}

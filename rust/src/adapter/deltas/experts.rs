@@ -1,0 +1,106 @@
+//! The products of all experts of one parameter, whose factors are stored together.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::adapter::delta::{Delta, Expert, is_all_zero};
+use crate::adapter::factors::Pair;
+use crate::error::Result;
+use crate::tensor::safetensors::Tensor;
+
+/// Whole tensors of which each of many products takes a part, the last ones that were asked for.
+#[derive(Debug, Default)]
+pub struct SharedReads(Mutex<VecDeque<(String, Arc<Vec<u8>>)>>);
+
+/// How many of those are kept: the B of each of an expert's matrices, and one of the next layer's.
+const KEPT: usize = 4;
+
+impl SharedReads {
+    /// All bytes of a tensor of which others will ask for as well. Whoever does meanwhile waits.
+    fn read(&self, tensor: &Tensor) -> Result<Arc<Vec<u8>>> {
+        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, bytes)) = shared.iter().find(|(name, _)| *name == tensor.name) {
+            return Ok(bytes.clone());
+        }
+        let bytes = Arc::new(tensor.read()?);
+        if shared.len() == KEPT {
+            shared.pop_front();
+        }
+        shared.push_back((tensor.name.clone(), bytes.clone()));
+        Ok(bytes)
+    }
+}
+
+/// A (E·r, in), one expert after the other; B (out, r·E) with the expert as the fastest index of
+/// the columns (PEFT's `target_parameters`).
+#[derive(Debug, Clone)]
+pub struct Experts {
+    /// The first factors.
+    pub a: Tensor,
+    /// The second factors.
+    pub b: Tensor,
+    /// The adapter's, for each expert reads all of B.
+    pub shared: Arc<SharedReads>,
+}
+
+impl Delta for Experts {
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        vec![("the first factor", &self.a), ("the second factor", &self.b)]
+    }
+
+    fn outputs(&self) -> u64 {
+        self.b.shape[0]
+    }
+
+    fn input_shape(&self) -> Vec<u64> {
+        self.a.shape[1..].to_vec()
+    }
+
+    fn rank(&self) -> u64 {
+        self.a.shape[0]
+    }
+
+    fn form(&self) -> String {
+        "Experts".to_owned()
+    }
+
+    /// Of A the expert's rows, of B its columns, which lie apart. So B is read whole, and kept for
+    /// the next expert. Without an expert, the factors as they are stored.
+    fn pair(&self, expert: Option<Expert>, outputs: Option<&Range<u64>>) -> Result<Pair> {
+        let Some(Expert { index, count }) = expert else {
+            return Pair::stored(&self.a, &self.b, outputs);
+        };
+        let (all_ranks, inputs) = (self.rank(), self.a.shape[1..].iter().product::<u64>());
+        let rank = all_ranks / count;
+        let all = 0..self.outputs();
+        let rows = outputs.unwrap_or(&all);
+        let whole = self.shared.read(&self.b)?;
+        let size = self.b.dtype.size();
+        let row = all_ranks as usize * size;
+        let mut b = Vec::with_capacity((rows.end - rows.start) as usize * rank as usize * size);
+        for row in whole[rows.start as usize * row..rows.end as usize * row].chunks_exact(row) {
+            for k in 0..rank {
+                let start = (k * count + index) as usize * size;
+                b.extend_from_slice(&row[start..start + size]);
+            }
+        }
+        Ok(Pair {
+            a: self.a.read_rows(inputs, &(index * rank..(index + 1) * rank))?,
+            a_dtype: self.a.dtype.clone(),
+            b,
+            b_dtype: self.b.dtype.clone(),
+            rank: rank as usize,
+            outputs: (rows.end - rows.start) as usize,
+            inputs: inputs as usize,
+        })
+    }
+
+    fn holds_experts(&self) -> bool {
+        true
+    }
+
+    fn is_zero(&self) -> Result<bool> {
+        is_all_zero(&self.b)
+    }
+}

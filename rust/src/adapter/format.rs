@@ -1,0 +1,152 @@
+//! Formats: how an adapter is recognized, read and written.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Adapter, formats};
+use crate::error::{Error, Owner, Result};
+use crate::parallel::task::Task;
+use crate::storage::local;
+use crate::tensor::safetensors::NamedTensor;
+
+/// A format of adapters. Each is one file (or folder) of `formats/`, and one entry of [`FORMATS`].
+pub trait Format: Sync {
+    /// Its name in reports.
+    fn name(&self) -> &'static str;
+
+    /// Whether what lies there is an adapter of this format, by names and headers alone.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something cannot be looked at.
+    fn detect(&self, place: &Place<'_>) -> Result<bool>;
+
+    /// The file of its weights, where that is a safetensors file.
+    fn weights(&self, place: &Place<'_>) -> PathBuf;
+
+    /// The adapter that lies there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something is not there, [`Error::Adapter`] if it is not sound,
+    /// [`Error::Unsupported`] if it is of a kind that cannot be read, [`Error::Cancelled`].
+    fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter>;
+}
+
+/// Every format, in the order in which they are tried.
+pub const FORMATS: &[&dyn Format] = &[&formats::peft::Peft, &formats::kohya::Kohya];
+
+/// Unpickles the weights of an adapter, as often as it is opened.
+pub type Load = Arc<dyn Fn() -> Result<Vec<NamedTensor>> + Send + Sync>;
+
+/// A weights file that somebody else has to read.
+#[derive(Clone)]
+pub struct Pickle {
+    /// The file.
+    pub path: PathBuf,
+    /// What reads it.
+    pub load: Load,
+}
+
+impl fmt::Debug for Pickle {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Pickle").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// Where an adapter is opened from.
+#[derive(Debug, Clone)]
+pub struct AdapterSource {
+    /// Its directory, or a weights file.
+    pub path: PathBuf,
+    /// What holds its weights, where that is no safetensors file.
+    pub pickle: Option<Pickle>,
+}
+
+impl AdapterSource {
+    /// Of an adapter whose weights are a safetensors file.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), pickle: None }
+    }
+
+    /// Opens the adapter, in whatever format it is.
+    ///
+    /// # Errors
+    /// Those of [`Format::read`].
+    pub fn open(&self, task: &Task) -> Result<Adapter> {
+        task.check()?;
+        let place = Place::find(self)?;
+        format_of(&place)?.read(&place, task)
+    }
+
+    /// The bytes of its weights, as far as that is known before it is opened.
+    pub fn expected_bytes(&self) -> u64 {
+        let weights = match &self.pickle {
+            Some(pickle) => Ok(pickle.path.clone()),
+            None => Place::find(self).and_then(|place| Ok(format_of(&place)?.weights(&place))),
+        };
+        let metadata = weights.ok().and_then(|weights| local::metadata(&weights).ok());
+        metadata.map_or(0, |metadata| metadata.len())
+    }
+}
+
+impl Adapter {
+    /// Opens the adapter that lies at a path, in whatever format it is.
+    ///
+    /// # Errors
+    /// Those of [`Format::read`].
+    pub fn open(path: &Path) -> Result<Self> {
+        AdapterSource::at(path).open(&Task::new())
+    }
+}
+
+/// The format of what lies there; where it is none, the first one, which says what is missing.
+fn format_of(place: &Place<'_>) -> Result<&'static dyn Format> {
+    for format in FORMATS {
+        if format.detect(place)? {
+            return Ok(*format);
+        }
+    }
+    Ok(FORMATS[0])
+}
+
+/// What lies where an adapter was asked for.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// What was asked for.
+    pub source: &'a AdapterSource,
+    /// Whether it is a directory.
+    pub is_directory: bool,
+    /// The directory, or that of the file.
+    pub directory: &'a Path,
+}
+
+impl<'a> Place<'a> {
+    fn find(source: &'a AdapterSource) -> Result<Self> {
+        let path = source.path.as_path();
+        let failed = |error: Error| error.of(Owner::Adapter);
+        let is_directory = match local::find(path).map_err(failed)? {
+            Some(metadata) => metadata.is_dir(),
+            None => return Err(Error::io(path, local::absence_of(path))),
+        };
+        let directory = match path.parent() {
+            _ if is_directory => path,
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        Ok(Self { source, is_directory, directory })
+    }
+
+    /// The path that was asked for.
+    pub fn path(&self) -> &'a Path {
+        &self.source.path
+    }
+
+    /// Whether the directory has an entry of that name.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Adapter`] for a link that leads nowhere.
+    pub fn has(&self, name: &str) -> Result<bool> {
+        let found = local::find(&self.directory.join(name));
+        Ok(found.map_err(|error| error.of(Owner::Adapter))?.is_some())
+    }
+}

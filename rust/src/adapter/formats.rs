@@ -1,0 +1,4 @@
+//! The formats of adapters, one file or folder each.
+
+pub mod kohya;
+pub mod peft;

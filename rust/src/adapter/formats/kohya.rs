@@ -1,0 +1,226 @@
+//! kohya's plain LoRA: one safetensors file whose keys name flattened modules
+//! (`lora_unet_down_blocks_0_….lora_down.weight`), with each module's alpha beside its factors.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use indexmap::IndexMap;
+use serde_json::{Map, Value};
+
+use crate::adapter::deltas::LowRank;
+use crate::adapter::format::{Format, Place};
+use crate::adapter::{Adapter, Contents, Grammar, LayerKind, Module, Role, Semantics};
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::parallel::task::Task;
+use crate::storage::local;
+use crate::tensor::safetensors::{Tensor, TensorFile};
+
+const DOWN: &str = ".lora_down.weight";
+const UP: &str = ".lora_up.weight";
+const ALPHA: &str = ".alpha";
+
+/// kohya's format.
+#[derive(Debug)]
+pub struct Kohya;
+
+impl Format for Kohya {
+    fn name(&self) -> &'static str {
+        "kohya"
+    }
+
+    fn detect(&self, place: &Place<'_>) -> Result<bool> {
+        if place.source.pickle.is_some() {
+            return Ok(false);
+        }
+        let weights = self.weights(place);
+        let is_file = local::metadata(&weights).is_ok_and(|metadata| metadata.is_file());
+        if !is_file || weights.extension().is_none_or(|ending| ending != "safetensors") {
+            return Ok(false);
+        }
+        // What cannot be read is no file of this format; whoever reads it says what it is.
+        let Ok(file) = TensorFile::open_adapter(&weights) else { return Ok(false) };
+        Ok(file.header().tensors.iter().any(|tensor| tensor.name.ends_with(DOWN)))
+    }
+
+    fn weights(&self, place: &Place<'_>) -> PathBuf {
+        let path = place.path().to_path_buf();
+        if !place.is_directory {
+            return path;
+        }
+        let is_weights =
+            |path: &PathBuf| path.extension().is_some_and(|ending| ending == "safetensors");
+        let found = local::paths_in(&path).unwrap_or_default();
+        match found.into_iter().filter(is_weights).collect::<Vec<_>>().as_slice() {
+            [only] => only.clone(),
+            _ => path,
+        }
+    }
+
+    fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
+        let weights = self.weights(place);
+        let file = Arc::new(TensorFile::open_adapter(&weights)?);
+        let broken = |message: String| Error::adapter(&weights, message);
+        let mut parts = IndexMap::<&str, Parts>::new();
+        for tensor in &file.header().tensors {
+            task.check()?;
+            let Some((module, part)) = split(&tensor.name) else {
+                return Err(Error::unsupported(
+                    &weights,
+                    format!(
+                        "holds {}, which is no part of a plain LoRA of kohya's (lora_down, \
+                         lora_up, alpha)",
+                        tensor.name
+                    ),
+                ));
+            };
+            let tensor = Tensor::new(file.clone(), tensor.clone());
+            let parts = parts.entry(module).or_default();
+            match part {
+                DOWN => parts.down = Some(tensor),
+                UP => parts.up = Some(tensor),
+                _ => parts.alpha = Some(tensor),
+            }
+        }
+        let mut modules = IndexMap::with_capacity(parts.len());
+        let mut others = Vec::new();
+        for (key, parts) in parts {
+            task.check()?;
+            others.extend(parts.alpha.iter().map(|alpha| (alpha.name.clone(), Role::Scale)));
+            let module = parts.module(key).map_err(broken)??;
+            modules.insert(key.to_owned(), module);
+        }
+        let metadata = &file.header().metadata;
+        let settings: Map<String, Value> =
+            metadata.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
+        let named = |key: &str| metadata.get(key).filter(|value| *value != "None").cloned();
+        let base = named("ss_sd_model_name").or_else(|| named("ss_base_model_version"));
+        let summary = summary(&modules, base.as_deref());
+        let semantics = Semantics { base, ..Semantics::default() };
+        Ok(Adapter::new(Contents {
+            path: place.path().to_path_buf(),
+            format: self.name(),
+            file,
+            modules,
+            saved: Vec::new(),
+            rows: Vec::new(),
+            others,
+            semantics,
+            grammar: Grammar::Flattened,
+            fields: Vec::new(),
+            settings,
+            summary,
+            read_from: Vec::new(),
+        }))
+    }
+}
+
+/// A key's module, and the ending that tells the part.
+fn split(key: &str) -> Option<(&str, &'static str)> {
+    let endings = [DOWN, UP, ALPHA];
+    let found = endings.into_iter().find_map(|end| Some((key.strip_suffix(end)?, end)));
+    found.filter(|(module, _)| !module.is_empty())
+}
+
+/// The tensors of one module, as they are found.
+#[derive(Default)]
+struct Parts {
+    down: Option<Tensor>,
+    up: Option<Tensor>,
+    alpha: Option<Tensor>,
+}
+
+impl Parts {
+    /// The module that they make, or in words why they make none.
+    fn module(self, key: &str) -> Result<Result<Module>, String> {
+        let (a, b) = match (self.down, self.up) {
+            (Some(a), Some(b)) => (a, b),
+            (Some(a), None) => return Err(format!("has {} but not its lora_up", a.name)),
+            (None, Some(b)) => return Err(format!("has {} but not its lora_down", b.name)),
+            (None, None) => return Err(format!("has {key}{ALPHA} but not its factors")),
+        };
+        for tensor in [&a, &b].into_iter().chain(&self.alpha) {
+            if !tensor.dtype.is_mergeable() {
+                return Err(format!(
+                    "tensor {} has the type {}; a factor is of a floating-point type",
+                    tensor.name, tensor.dtype
+                ));
+            }
+        }
+        let is_pair = a.shape.len() >= 2
+            && a.shape.len() == b.shape.len()
+            && a.shape[0] == b.shape[1]
+            && b.shape[2..].iter().all(|extent| *extent == 1);
+        if !is_pair {
+            return Err(format!(
+                "{} of shape {:?} and {} of shape {:?} are no pair of factors",
+                a.name, a.shape, b.name, b.shape
+            ));
+        }
+        let rank = a.shape[0];
+        if rank == 0 || rank > limits::RANK {
+            return Err(format!(
+                "{} has rank {rank}; a rank is from 1 to {}",
+                a.name,
+                limits::RANK
+            ));
+        }
+        // Without an alpha the scale is 1.
+        let alpha = match &self.alpha {
+            None => rank as f64,
+            Some(alpha) if alpha.elements() != 1 => {
+                return Err(format!(
+                    "{} has shape {:?}; it is one number",
+                    alpha.name, alpha.shape
+                ));
+            }
+            Some(alpha) => match alpha.read_f64() {
+                Ok(values) if values[0] == 0.0 => {
+                    return Err(format!(
+                        "{} is 0, which some programs read as the rank and others as no update; \
+                         write the alpha that was meant",
+                        alpha.name
+                    ));
+                }
+                Ok(values) if values[0].is_finite() => values[0],
+                Ok(values) => {
+                    return Err(format!("{} is {}; it is a finite number", alpha.name, values[0]));
+                }
+                Err(error) => return Ok(Err(error)),
+            },
+        };
+        let kind = if a.shape.len() == 2 { LayerKind::Linear } else { LayerKind::Convolution };
+        Ok(Ok(Module {
+            key: key.to_owned(),
+            path: key.to_owned(),
+            parameters: Vec::new(),
+            kind,
+            delta: Arc::new(LowRank { a, b, diagonal: None }),
+            magnitude: None,
+            bias: None,
+            rank,
+            alpha,
+            scaling: alpha / rank as f64,
+        }))
+    }
+}
+
+/// What describes the adapter to a person: the rank and the alpha where all modules have the same.
+fn summary(
+    modules: &IndexMap<String, Module>,
+    base: Option<&str>,
+) -> IndexMap<&'static str, Value> {
+    let first = modules.values().next();
+    let common = |of: fn(&Module) -> Value| {
+        let value = first.map_or(Value::Null, of);
+        if modules.values().all(|module| of(module) == value) { value } else { Value::Null }
+    };
+    IndexMap::from([
+        ("type", Value::from("LORA")),
+        ("base", base.map_or(Value::Null, Value::from)),
+        ("r", common(|module| module.rank.into())),
+        ("alpha", common(|module| module.alpha.into())),
+        ("rslora", Value::Bool(false)),
+        ("peft_version", Value::Null),
+    ])
+}

@@ -1,0 +1,90 @@
+//! Flattened names of modules, brought to the base's: `a_b_c` is whichever of its modules has these
+//! letters once its dots are underscores.
+
+use std::collections::HashMap;
+
+use indexmap::IndexMap;
+
+use super::{Adapter, Grammar, Module};
+use crate::checkpoint::Checkpoint;
+
+/// What may stand before a flattened name: the component that was trained.
+const PREFIXES: [&str; 11] = [
+    "lora_unet__",
+    "lora_unet_",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "lora_prior_unet_",
+    "lora_prior_te_",
+    "lora_transformer_",
+    "lycoris_",
+    "lora_",
+];
+/// How many leading parts of the base's names an adapter may leave out.
+const DEPTH: usize = 3;
+
+/// An adapter whose modules have the base's names; `None` where they are dotted as they are. What
+/// the base does not have keeps its name, and then fits nothing.
+pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Option<Adapter> {
+    if adapter.grammar() == Grammar::Dotted {
+        return None;
+    }
+    let schemes = schemes(base);
+    let bare: Vec<_> = adapter.modules().keys().map(|key| (key, candidates(key))).collect();
+    let explained = |scheme: &Scheme<'_>| {
+        let is_known = |names: &Vec<&str>| names.iter().any(|name| scheme.contains_key(*name));
+        bare.iter().filter(|(_, names)| is_known(names)).count()
+    };
+    // The first of those that explain most, which leaves out least.
+    let mut best: Option<(usize, &Scheme<'_>)> = None;
+    for scheme in schemes.values() {
+        let count = explained(scheme);
+        if best.is_none_or(|(most, _)| count > most) {
+            best = Some((count, scheme));
+        }
+    }
+    let path_of = |names: &[&str]| {
+        let (_, scheme) = best?;
+        names.iter().find_map(|name| scheme.get(*name).copied().flatten())
+    };
+    let mut modules = IndexMap::with_capacity(bare.len());
+    for ((key, module), (_, names)) in adapter.modules().iter().zip(&bare) {
+        let path = path_of(names).unwrap_or(key).to_owned();
+        modules.insert(key.clone(), Module { path, ..module.clone() });
+    }
+    Some(adapter.with_modules(modules, Grammar::Dotted))
+}
+
+/// The base's modules by their flattened names; `None` where two of them flatten alike.
+type Scheme<'a> = HashMap<String, Option<&'a str>>;
+
+/// By the leading parts that are left out, the fewest first.
+fn schemes(base: &Checkpoint) -> IndexMap<&str, Scheme<'_>> {
+    let mut schemes = IndexMap::<&str, Scheme<'_>>::new();
+    let paths = || base.tensors().keys().filter_map(|name| name.strip_suffix(".weight"));
+    for depth in 0..=DEPTH {
+        for path in paths() {
+            let start = match depth {
+                0 => 0,
+                _ => match path.match_indices('.').nth(depth - 1) {
+                    Some((dot, _)) => dot + 1,
+                    None => continue,
+                },
+            };
+            let names = schemes.entry(&path[..start]).or_default();
+            names
+                .entry(path[start..].replace('.', "_"))
+                .and_modify(|other| *other = None)
+                .or_insert(Some(path));
+        }
+    }
+    schemes
+}
+
+/// A flattened name, as it stands and without what stands before it.
+fn candidates(key: &str) -> Vec<&str> {
+    let bare = PREFIXES.iter().filter_map(|prefix| key.strip_prefix(prefix));
+    std::iter::once(key).chain(bare).collect()
+}

@@ -1,0 +1,52 @@
+//! What an adapter's factors mean beyond their numbers: how they began, which layers are repeated,
+//! what was trained as one.
+
+/// What the initialization took out of the base's weight and put into the factors.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Initialization {
+    /// Nothing: the factors began with a product of zero.
+    #[default]
+    Plain,
+    /// The r largest singular components (PiSSA; Meng et al. 2024, arXiv:2404.02948).
+    Largest {
+        /// Whether by a randomized method, so that nobody can repeat it exactly.
+        randomized: bool,
+    },
+    /// The r smallest singular components (KaSA; Wang et al. 2024, arXiv:2412.06071).
+    Smallest,
+    /// s times the product of the first r columns and rows of a QR decomposition (OLoRA;
+    /// Büyükakyüz 2024, arXiv:2406.01775).
+    Leading,
+    /// Something that is not known, and that the caller allowed by name.
+    Unknown,
+}
+
+/// How experts' factors lie where their shapes do not tell, by the model that was trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransposedExperts {
+    /// As (in, out) in every model.
+    Always,
+    /// As (in, out) but in the models that take their experts so.
+    UnlessStoredTransposed,
+    /// As (in, out) in the models that take their experts so, and in no other.
+    IfStoredTransposed,
+}
+
+/// What an adapter's factors mean. The default is that of a format that says nothing of it.
+#[derive(Debug, Clone, Default)]
+pub struct Semantics {
+    /// How the factors began.
+    pub initialization: Initialization,
+    /// The layers of the base that make up the model, as ranges without their ends.
+    pub layer_replication: Option<Vec<(u64, u64)>>,
+    /// Whether the modules that share the input embeddings were trained as one.
+    pub ties_weights: bool,
+    /// A hint, and no more, that weights are stored (in, out).
+    pub stored_transposed: bool,
+    /// How experts' factors lie, where the adapter tells.
+    pub transposed_experts: Option<TransposedExperts>,
+    /// Whether s is α/√r instead of α/r (Kalajdzievski 2023, arXiv:2312.03732).
+    pub rank_stabilized: bool,
+    /// The base that was trained, by the name that the adapter gives it.
+    pub base: Option<String>,
+}
