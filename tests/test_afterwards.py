@@ -180,7 +180,7 @@ def test_one_field_to_allow_is_one_field(base: Path, tmp_path: Path) -> None:
     lorafast.subtract(tmp_path / "out", odd, tmp_path / "back", allow="sparkle")
 
 
-# --- what the seed's options touch ---------------------------------------------------------
+# --- what NeuroTrain's options touch -------------------------------------------------------
 
 
 def test_files_that_the_merge_did_not_write_stay(base: Path, adapter: Path, tmp_path: Path) -> None:

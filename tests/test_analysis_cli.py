@@ -99,7 +99,7 @@ def test_a_report_may_be_printed(style: str, form: str, start: str, capsys: Capt
     assert capsys.readouterr().out.lower().startswith(start.lower())
 
 
-def test_an_output_directory_is_laid_out_as_the_seeds(style: str, tmp_path: Path) -> None:
+def test_an_output_directory_is_laid_out_as_neurotrains(style: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert main(["analyze", style, "--output", str(output), "--bins", "20", "--quiet"]) == 0
     assert names_in(output) == ["analysis", "visualizations"]

@@ -14,7 +14,7 @@ import pytest
 import scipy.linalg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lorafast._analysis.api import names_of
+from lorafast._analysis.names import names_of
 from lorafast._report.serialize import from_plain
 from support.analysis import Factors, random_factors, write_factors
 from support.handmade import make_adapter

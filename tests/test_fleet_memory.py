@@ -14,14 +14,13 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._analysis.api import names_of
+from lorafast._analysis.names import names_of
 from lorafast._fleet import cache as fleet_cache
 from lorafast._fleet import names as fleet_names
 from lorafast._fleet import table as fleet_table
 from lorafast._fleet.arena import CHUNK, Room, fresh
 from lorafast._fleet.discovery import discover, natural
-from lorafast._fleet.fleet import TABLES
-from lorafast._fleet.table import LOOKED_BACK, Lists, PathList, Texts, Words, WordsBuilder
+from lorafast._fleet.table import LOOKED_BACK, TABLES, Lists, PathList, Texts, Words, WordsBuilder
 from support.files import tensor, write_safetensors
 from support.handmade import adapter_config, adapter_tensors, make_adapter
 from support.reference import PREFIX

@@ -82,7 +82,7 @@ def test_the_matrix_is_computed_unless_it_is_given(
         asked.append((adapters, options))
         return similarity(fleet)
 
-    monkeypatch.setattr(lorafast, "similarity", compute, raising=False)
+    monkeypatch.setattr("lorafast._similarity.api.similarity", compute)
     assert "<h3>Which adapters are alike</h3>" in fleet.to_html()
     # Fleets of several bases are compared within each.
     assert asked == [(fleet, {"group_by_base": True})]
@@ -90,7 +90,7 @@ def test_the_matrix_is_computed_unless_it_is_given(
     def refuse(adapters: object, **options: object) -> None:
         raise lorafast.LorafastError("no two are of one shape")
 
-    monkeypatch.setattr(lorafast, "similarity", refuse, raising=False)
+    monkeypatch.setattr("lorafast._similarity.api.similarity", refuse)
     page = without_scripts(fleet.to_html())
     assert "were not compared with each other: no two are of one shape" in page
     monkeypatch.setattr(fleet_page, "COMPARED_UNASKED", 11)

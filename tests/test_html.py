@@ -14,8 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from lorafast._analysis.records import AdapterAnalysis, Comparison, Finding
-from lorafast._report.html import page as html_page
+from lorafast._analysis.records import Finding
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.html.elements import Html, element, natural, number
 from support import records
 
@@ -69,7 +69,7 @@ def subject_of(name: str) -> AdapterAnalysis | Comparison:
 
 @cache
 def page_of(name: str) -> str:
-    return html_page.page(subject_of(name))
+    return subject_of(name).to_html()
 
 
 class Reader(HTMLParser):
@@ -160,7 +160,7 @@ def test_findings_stand_first_and_say_module_figure_and_reason() -> None:
 def test_many_findings_of_a_kind_are_folded_away_but_all_there() -> None:
     many = [Finding("note", "dead_module", f"m.{i}", 0.0, "Dead.") for i in range(100)]
     many.append(Finding("severe", "non_finite", None, 1.0, "NaN."))
-    text = html_page.page(records.analysis(findings=many))
+    text = records.analysis(findings=many).to_html()
     assert text.count("<code>m.") == 100
     assert "<summary>99 more of this kind</summary>" in text
     assert text.index("NaN.") < text.index("Dead."), "the severe first"
@@ -216,7 +216,7 @@ def test_without_matplotlib_the_page_says_why_there_are_no_plots(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("analysis", "comparison of two"):
-        text = html_page.page(subject_of(name))
+        text = subject_of(name).to_html()
         Reader(text)
         assert "<img" not in text
         assert "pip install matplotlib" in text
@@ -224,7 +224,7 @@ def test_without_matplotlib_the_page_says_why_there_are_no_plots(
 
 
 def test_the_same_analysis_gives_the_same_page() -> None:
-    assert html_page.page(subject_of("analysis")) == page_of("analysis")
+    assert subject_of("analysis").to_html() == page_of("analysis")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_the_table_is_sorted_and_filtered_in_a_browser(tmp_path: Path) -> None:
     analysis = records.analysis(records.places(12, records.LLAMA), fill={broken: math.nan}, size=8)
     path = tmp_path / "page.html"
     end = "</script></body>"
-    text = html_page.page(analysis)
+    text = analysis.to_html()
     assert text.count(end) == 1
     path.write_text(text.replace(end, PROBE + end), encoding="utf-8")
     run = subprocess.run(

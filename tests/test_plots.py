@@ -16,9 +16,10 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from lorafast._analysis.records import AdapterAnalysis, Comparison, Histogram
-from lorafast._report.plots import draw as plots
+from lorafast._analysis.records import Histogram
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.plots import style
+from lorafast._report.plots.draw import ANALYSIS_KINDS, COMPARISON_KINDS
 from lorafast._report.plots.png import DOTS_PER_INCH, png, save
 from support import records
 
@@ -89,13 +90,13 @@ def subject_of(name: str) -> Any:
     return (ANALYSES.get(name) or COMPARISONS[name])()
 
 
-EVERY = [(name, kind) for name in ANALYSES for kind in plots.ANALYSIS_KINDS]
-EVERY += [(name, kind) for name in COMPARISONS for kind in plots.COMPARISON_KINDS]
+EVERY = [(name, kind) for name in ANALYSES for kind in ANALYSIS_KINDS]
+EVERY += [(name, kind) for name in COMPARISONS for kind in COMPARISON_KINDS]
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_every_plot_is_drawn_without_a_warning_and_fits(name: str, kind: str) -> None:
-    figure = plots.figure(subject_of(name), kind)
+    figure = subject_of(name).plot(kind)
     width, height = figure.get_size_inches() * DOTS_PER_INCH
     assert 700 <= width <= 2600
     assert 350 <= height <= 3300
@@ -116,22 +117,22 @@ def test_every_plot_is_drawn_without_a_warning_and_fits(name: str, kind: str) ->
 
 
 def test_a_saved_plot_is_a_png_of_its_size(tmp_path: Path) -> None:
-    figure = plots.figure(subject_of("small"), "weights")
+    figure = subject_of("small").plot("weights")
     data = save(figure, tmp_path / "plot.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert struct.unpack(">II", data[16:24]) == (1200, 720)
 
 
 def test_the_same_figure_gives_the_same_bytes() -> None:
-    first, second = (png(plots.figure(subject_of("small"), "overview")) for _ in range(2))
+    first, second = (png(subject_of("small").plot("overview")) for _ in range(2))
     assert first == second
 
 
 def test_an_unknown_kind_is_answered_with_the_kinds_there_are() -> None:
     with pytest.raises(ValueError, match=r"'pie' of an analysis.*overview, weights, log_weights"):
-        plots.figure(subject_of("small"), "pie")
+        subject_of("small").plot("pie")
     with pytest.raises(ValueError, match=r"'weights' of a comparison.*adapters, distributions"):
-        plots.figure(subject_of("three"), "weights")
+        subject_of("three").plot("weights")
 
 
 def test_without_matplotlib_the_error_says_how_to_install_it(
@@ -139,7 +140,7 @@ def test_without_matplotlib_the_error_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(lorafast.MissingDependencyError, match="pip install matplotlib"):
-        plots.figure(subject_of("small"), "overview")
+        subject_of("small").plot("overview")
 
 
 def test_pyplot_and_global_settings_are_left_alone() -> None:
@@ -152,9 +153,10 @@ from support import records
 import matplotlib
 raw = lambda: dict(dict.items(matplotlib.rcParams))  # to ask for the backend would import pyplot
 before = raw()
-for subject in (records.analysis(), records.comparison([records.analysis()] * 2)):
-    for kind in draw.kinds(subject):
-        png(draw.figure(subject, kind))
+for kind in draw.ANALYSIS_KINDS:
+    png(records.analysis().plot(kind))
+for kind in draw.COMPARISON_KINDS:
+    png(records.comparison([records.analysis()] * 2).plot(kind))
 assert "matplotlib.pyplot" not in sys.modules
 assert raw() == before
 """
@@ -164,7 +166,7 @@ assert raw() == before
 
 
 def test_a_notebook_can_show_a_figure_and_a_figure_can_be_pickled() -> None:
-    figure = plots.figure(subject_of("small"), "weights")
+    figure = subject_of("small").plot("weights")
     assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]  # a PlotFigure
     again = pickle.loads(pickle.dumps(figure))
     buffer = io.BytesIO()
@@ -174,7 +176,7 @@ def test_a_notebook_can_show_a_figure_and_a_figure_can_be_pickled() -> None:
 
 def test_the_histogram_is_drawn_as_it_was_computed() -> None:
     analysis = subject_of("small")
-    figure = plots.figure(analysis, "weights")
+    figure = analysis.plot("weights")
     (patch,) = figure.axes[0].patches
     values, edges, _ = patch.get_data()  # type: ignore[attr-defined]  # a StepPatch
     assert values.tolist() == analysis.weights.histogram.counts
@@ -183,7 +185,7 @@ def test_the_histogram_is_drawn_as_it_was_computed() -> None:
 
 def test_mean_and_std_of_both_factors_are_drawn_for_every_layer() -> None:
     analysis = subject_of("224 modules")
-    figure = plots.figure(analysis, "layers")
+    figure = analysis.plot("layers")
     for axes, name in zip(figure.axes, ("mean", "std"), strict=True):
         for line, factor in zip(axes.get_lines()[:2], ("a_name", "b_name"), strict=True):
             expected = [
@@ -203,18 +205,18 @@ def test_the_heatmap_puts_every_norm_at_its_block_and_place() -> None:
         column = columns.index("none" if module.block is None else str(module.block))
         assert values[rows.index(module.layer), column] == module.frobenius_norm
     assert present.sum() == len(modules)
-    (image,) = plots.figure(analysis, "heatmap").axes[0].get_images()
+    (image,) = analysis.plot("heatmap").axes[0].get_images()
     np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), values)
 
 
 def test_a_norm_that_is_not_finite_is_marked_and_no_colour() -> None:
-    axes = plots.figure(subject_of("224 modules"), "heatmap").axes[0]
+    axes = subject_of("224 modules").plot("heatmap").axes[0]
     crosses = [text.get_position() for text in axes.texts if text.get_text() == "×"]
     assert crosses == [(9, records.LLAMA.index("mlp.up_proj"))]
 
 
 def test_a_spectrum_of_one_value_has_one_tick() -> None:
-    figure = plots.figure(subject_of("one module"), "spectrum")
+    figure = subject_of("one module").plot("spectrum")
     figure.canvas.draw()
     for axes in figure.axes:
         low, high = axes.get_xlim()
@@ -223,7 +225,7 @@ def test_a_spectrum_of_one_value_has_one_tick() -> None:
 
 def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
     analysis = subject_of("small")
-    left, right = plots.figure(analysis, "spectrum").axes
+    left, right = analysis.plot("spectrum").axes
     for line, module in zip(left.get_lines(), analysis.modules.values(), strict=True):
         sigma = np.asarray(module.singular_values)
         np.testing.assert_allclose(line.get_ydata(), sigma / sigma[0])
@@ -236,7 +238,7 @@ def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
 
 @pytest.mark.parametrize("name", ["one module", "nan", "zero", "224 modules"])
 def test_no_point_of_a_factor_lies_outside_of_its_panel(name: str) -> None:
-    for axes in plots.figure(subject_of(name), "layers").axes:
+    for axes in subject_of(name).plot("layers").axes:
         low, high = axes.get_ylim()
         for line in axes.get_lines()[:2]:
             y = np.asarray(line.get_ydata(), dtype=float)
@@ -245,7 +247,7 @@ def test_no_point_of_a_factor_lies_outside_of_its_panel(name: str) -> None:
 
 def test_distributions_are_densities_of_the_histograms() -> None:
     comparison = subject_of("three")
-    axes = plots.figure(comparison, "distributions").axes[0]
+    axes = comparison.plot("distributions").axes[0]
     assert len(axes.patches) == 3
     for patch, analysis in zip(axes.patches, comparison.analyses, strict=True):
         values, edges, _ = patch.get_data()  # type: ignore[attr-defined]  # a StepPatch
@@ -256,10 +258,10 @@ def test_distributions_are_densities_of_the_histograms() -> None:
 
 def test_the_cosine_plot_shows_the_matrix() -> None:
     comparison = subject_of("three")
-    axes = plots.figure(comparison, "cosine").axes[0]
+    axes = comparison.plot("cosine").axes[0]
     np.testing.assert_array_equal(axes.get_images()[0].get_array(), comparison.cosine)
     assert len(axes.texts) == 9
-    assert not plots.figure(subject_of("sixty"), "cosine").axes[0].texts
+    assert not subject_of("sixty").plot("cosine").axes[0].texts
 
 
 def test_long_names_keep_both_ends_and_stay_distinct() -> None:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from lorafast import torch as torch
     from lorafast._analysis.api import analyze, compare
     from lorafast._analysis.records import (
-        AdapterAnalysis,
-        Comparison,
         EntryStatistics,
         Finding,
         Histogram,
@@ -40,14 +38,18 @@ if TYPE_CHECKING:
         PairComparison,
         TensorStatistics,
     )
+    from lorafast._analysis.results import AdapterAnalysis, Comparison
     from lorafast._fleet.discovery import ScanError
-    from lorafast._fleet.fleet import Fleet, FleetFinding
+    from lorafast._fleet.findings import FleetFinding
+    from lorafast._fleet.fleet import Fleet
     from lorafast._fleet.scan import scan
-    from lorafast._merge.api import MergePlan, MergeReport, merge, plan
+    from lorafast._merge.api import merge, plan, verify
     from lorafast._merge.inspect import inspect
+    from lorafast._merge.plan import MergePlan
     from lorafast._merge.recover import recover
+    from lorafast._merge.report import MergeReport
     from lorafast._merge.subtract import SubtractReport, subtract
-    from lorafast._merge.verify import Verification, verify
+    from lorafast._merge.verify import Verification
     from lorafast._similarity.api import similarity
     from lorafast._similarity.duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
     from lorafast._similarity.lineage import Lineage, lineage
@@ -121,9 +123,8 @@ __all__ = [
 # a command or a script waits only for what it uses.
 _HOMES = {
     "_analysis.api": ("analyze", "compare"),
+    "_analysis.results": ("AdapterAnalysis", "Comparison"),
     "_analysis.records": (
-        "AdapterAnalysis",
-        "Comparison",
         "EntryStatistics",
         "Finding",
         "Histogram",
@@ -133,13 +134,16 @@ _HOMES = {
         "TensorStatistics",
     ),
     "_fleet.discovery": ("ScanError",),
-    "_fleet.fleet": ("Fleet", "FleetFinding"),
+    "_fleet.findings": ("FleetFinding",),
+    "_fleet.fleet": ("Fleet",),
     "_fleet.scan": ("scan",),
-    "_merge.api": ("MergePlan", "MergeReport", "merge", "plan"),
+    "_merge.api": ("merge", "plan", "verify"),
     "_merge.inspect": ("inspect",),
+    "_merge.plan": ("MergePlan",),
     "_merge.recover": ("recover",),
+    "_merge.report": ("MergeReport",),
     "_merge.subtract": ("SubtractReport", "subtract"),
-    "_merge.verify": ("Verification", "verify"),
+    "_merge.verify": ("Verification",),
     "_similarity.api": ("similarity",),
     "_similarity.duplicates": ("DuplicateGroup", "Duplicates", "Evidence", "duplicates"),
     "_similarity.lineage": ("Lineage", "lineage"),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast._analysis import api as analysis_api
+from lorafast._analysis.names import names_of, numbered
 from lorafast._errors import LorafastError, MissingDependencyError
 from lorafast._io.paths import expand, resolved
 from lorafast._io.sources import ADAPTER_PATTERNS, BASE_PATTERNS, locate
@@ -32,17 +33,18 @@ from lorafast._report.directory import (
     COMPARISON_PLOTS,
     PLOT_DIRECTORY,
     file_stems,
-    seed_comparison,
-    seed_dictionary,
+    neurotrain_comparison,
+    neurotrain_dictionary,
     write_analysis,
     write_comparison,
     write_json,
     write_plots,
     write_text,
 )
+from lorafast._types import Source
 
 if TYPE_CHECKING:
-    from lorafast._merge.api import Strategy
+    from lorafast._types import Strategy
 
 __all__ = [
     "LoRAAnalyzer",
@@ -52,7 +54,6 @@ __all__ = [
     "merge_lora_adapters",
 ]
 
-Source = str | os.PathLike[str]
 
 DEFAULT_OUTPUT = "runs/lora_analysis"
 #: Layers that `generate_report` has a section for; the JSON has all of them.
@@ -99,7 +100,7 @@ class LoRAAnalyzer:
         # Files of this analyzer's adapters: two of one base name get different ones.
         self._names: dict[str, str] = {}
 
-    def merge_adapters(  # noqa: PLR0917 (the seed's signature)
+    def merge_adapters(  # noqa: PLR0917 (NeuroTrain's signature)
         self,
         base_model: Source,
         adapters: Source | Sequence[Source],
@@ -200,7 +201,7 @@ class LoRAAnalyzer:
         write_analysis(self.analysis_dir, stem, analysis, given)
         if save_plots:
             self._plot(analysis, ADAPTER_PLOTS, stem)
-        return seed_dictionary(analysis, given)
+        return neurotrain_dictionary(analysis, given)
 
     def compare_adapters(
         self, adapters: Sequence[Source], save_plots: bool = True
@@ -224,14 +225,14 @@ class LoRAAnalyzer:
             LorafastError, OSError: as `lorafast.compare`.
         """
         sources = _as_list(adapters)
-        names = analysis_api.names_of(sources)
+        names = names_of(sources)
         located = [self._locate(source, ADAPTER_PATTERNS) for source in sources]
         comparison = analysis_api.compare(located, names=names)
         paths = [os.fspath(source) for source in sources]
         stems = file_stems(names)
         for stem, analysis, path in zip(stems, comparison.analyses, paths, strict=True):
             write_analysis(self.analysis_dir, stem, analysis, path)
-        result = seed_comparison(comparison, paths)
+        result = neurotrain_comparison(comparison, paths)
         write_comparison(self.analysis_dir, comparison, result)
         if save_plots:
             self._plot(comparison, COMPARISON_PLOTS, "")
@@ -246,7 +247,7 @@ class LoRAAnalyzer:
         Returns:
             The Markdown.
         """
-        text = _seed_report(analysis_results)
+        text = _neurotrain_report(analysis_results)
         write_text(self.analysis_dir / "analysis_report.md", text)
         return text
 
@@ -258,7 +259,7 @@ class LoRAAnalyzer:
         key = _identity(adapter)
         if key not in self._names:
             # Those that were named first keep their names, since files are named after them.
-            (short,) = analysis_api.names_of([key])
+            (short,) = names_of([key])
             taken = list(self._names.values())
             earlier = self._owner(short)
             if short.casefold() in (name.casefold() for name in taken) or earlier not in {
@@ -266,8 +267,8 @@ class LoRAAnalyzer:
                 key,
             }:
                 others = [*self._names, *([earlier] if earlier else [])]
-                short = analysis_api.names_of([*others, key])[-1]
-            candidate, number = analysis_api.numbered([*taken, short])[-1], 2
+                short = names_of([*others, key])[-1]
+            candidate, number = numbered([*taken, short])[-1], 2
             while self._owner(candidate) not in {None, key}:
                 candidate, number = f"{short}_{number}", number + 1
             self._names[key] = candidate
@@ -359,18 +360,18 @@ def _as_list(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
 
 
-def _seed_report(results: Mapping[str, Any]) -> str:
-    """The report in the seed's form."""
+def _neurotrain_report(results: Mapping[str, Any]) -> str:
+    """The report in NeuroTrain's form."""
     lines = ["# LoRA Analysis Report", ""]
     lines += [f"**Analysis Date**: {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}", ""]
     adapters: Mapping[str, Any] = results.get("comparison_data") or {"": results}
     share = max(1, MOST_SECTIONS // len(adapters))
     for name, analysis in adapters.items():
-        lines += _seed_pages(name, analysis, share)
+        lines += _neurotrain_pages(name, analysis, share)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _seed_pages(name: str, results: Mapping[str, Any], most: int) -> list[str]:
+def _neurotrain_pages(name: str, results: Mapping[str, Any], most: int) -> list[str]:
     from lorafast._report.cells import cell, code, table
     from lorafast._report.markdown import number
 

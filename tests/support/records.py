@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 from lorafast._analysis.records import (
-    AdapterAnalysis,
-    Comparison,
     Finding,
     Histogram,
     ModuleAnalysis,
     ModuleComparison,
     TensorStatistics,
 )
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 
 #: The seven projections of a block of a Llama.
 LLAMA = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast import _core
 from lorafast._analysis.findings import findings_of_adapter, findings_of_comparison
+from lorafast._analysis.names import layers_of, names_of
 from lorafast._analysis.records import (
-    AdapterAnalysis,
-    Comparison,
     EntryStatistics,
     Histogram,
     ModuleAnalysis,
@@ -23,24 +21,19 @@ from lorafast._analysis.records import (
     PairComparison,
     TensorStatistics,
 )
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._io.changes import unchanged
 from lorafast._io.limits import check_threads
-from lorafast._io.paths import expand, resolved
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
-    PICKLED_WEIGHTS,
-    WEIGHTS,
     has_only_pickle,
     locate,
     rewrite_pickle,
 )
 
 if TYPE_CHECKING:
-    from lorafast._analysis.records import Matrix
-
-Source = str | os.PathLike[str]
-Progress = bool | Callable[[int, int], object]
+    from lorafast._types import Matrix, Progress, Source
 
 #: The percentiles of every tensor.
 PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
@@ -57,8 +50,6 @@ FIGURES = (
     *("energy_effective_rank", "participation_ratio", "k90", "k95", "k99", "numerical_rank"),
     "entry_mean",
 )
-#: A block's index in a module's path: its first whole number.
-BLOCK = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)", re.DOTALL)
 
 
 def analyze(
@@ -219,60 +210,9 @@ def opened(adapters: Sequence[Source]) -> Iterator[list[tuple[Path, Path | None]
         yield paths
 
 
-def names_of(adapters: Sequence[Source]) -> list[str]:
-    """A distinct name for each adapter: its directory's, and parents' where those are the same.
-
-    Compared without regard to case, since files are named after them.
-    """
-    parts = [_parts(adapter) for adapter in adapters]
-    depths = [1] * len(parts)
-    while True:
-        names = [
-            "_".join(own[-depth:]) or "adapter" for own, depth in zip(parts, depths, strict=True)
-        ]
-        groups: dict[str, list[int]] = {}
-        for position, name in enumerate(names):
-            groups.setdefault(name.casefold(), []).append(position)
-        grew = False
-        for group in groups.values():
-            # One adapter given twice has no parents that tell it apart from itself.
-            alike = len({parts[position] for position in group}) < 2
-            for position in [] if alike else group:
-                if depths[position] < len(parts[position]):
-                    depths[position] += 1
-                    grew = True
-        if not grew:
-            return numbered(names)
-
-
-def numbered(names: Sequence[str]) -> list[str]:
-    """The names, with numbers behind those that come again (one adapter given twice)."""
-    taken: set[str] = set()
-    result = []
-    for name in names:
-        candidate, number = name, 2
-        while candidate.casefold() in taken:
-            candidate, number = f"{name}_{number}", number + 1
-        taken.add(candidate.casefold())
-        result.append(candidate)
-    return result
-
-
-def _parts(adapter: Source) -> tuple[str, ...]:
-    path = Path(expand(adapter))
-    if not os.path.lexists(path):
-        # A hub id.
-        return tuple(part for part in os.fspath(adapter).split("/") if part)
-    path = resolved(path)
-    if path.is_file():
-        usual = path.name in (WEIGHTS, PICKLED_WEIGHTS)
-        path = path.parent if usual else path.with_suffix("")
-    return tuple(part for part in path.parts if part != path.anchor)
-
-
 def _adapter_analysis(found: Mapping[str, Any], name: str) -> AdapterAnalysis:
     tensors = {item["name"]: _statistics(item) for item in found["tensors"]}
-    layers = _layers([item["path"] for item in found["modules"]])
+    layers = layers_of([item["path"] for item in found["modules"]])
     modules = {
         item["path"]: _module(item, *place)
         for item, place in zip(found["modules"], layers, strict=True)
@@ -323,24 +263,6 @@ def _module(item: Mapping[str, Any], block: int | None, layer: str) -> ModuleAna
         else EntryStatistics(**{**entries, "histogram": Histogram(**entries["histogram"])}),
         **{key: item[key] for key in FIGURES},
     )
-
-
-def _layers(paths: Sequence[str]) -> list[tuple[int | None, str]]:
-    """Block and layer of each path.
-
-    What stands before the block's index is left out where it is the same for all blocks, and
-    kept where blocks of several kinds (an encoder's and a decoder's) would be taken for one.
-    """
-    matches = [BLOCK.fullmatch(path) for path in paths]
-    stems = {match[1] for match in matches if match}
-    places: list[tuple[int | None, str]] = []
-    for path, match in zip(paths, matches, strict=True):
-        if match is None:
-            places.append((None, path))
-            continue
-        stem, block, rest = match.groups()
-        places.append((int(block), f"{stem}.{rest}" if len(stems) > 1 and stem else rest))
-    return places
 
 
 def _summary(

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from lorafast._analysis.records import Finding, ModuleAnalysis, Severity, TensorStatistics
+from lorafast._analysis.records import Finding, ModuleAnalysis, TensorStatistics
+from lorafast._types import Severity
 
 #: Scales s that trainers choose: alpha from r/4 to 16·r.
 ORDINARY_SCALING = (0.25, 16.0)

@@ -1,4 +1,4 @@
-"""What an analysis and a comparison hold: frozen values with typed fields.
+"""What is measured of tensors, modules and pairs of them: frozen values with typed fields.
 
 Every figure of a module is one of its update ΔW = s·B·A, the scale included, and does not depend
 on the factors that the update is written in. The formulas are those of the core's `spectrum` and
@@ -7,24 +7,12 @@ on the factors that the update is written in. The formulas are those of the core
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy
-    import pandas
-    import polars
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-
-    Matrix = NDArray[numpy.float64]
-
-Severity = Literal["severe", "warning", "note"]
-
-#: Of `to_dict` and `to_json`; raised when a field changes its meaning or goes away.
-SCHEMA_VERSION = 1
+    from lorafast._types import Matrix, Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,112 +188,6 @@ class ModuleAnalysis:
     entries: EntryStatistics | None = None
 
 
-class _Page:
-    """What an analysis and a comparison can be turned into."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field as plain objects, with `schema_version` and `kind`; NaN stays NaN."""
-        from lorafast._report.serialize import to_plain
-
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-    def to_json(self) -> str:
-        """`to_dict` as strict JSON: NaN and infinities, which JSON does not have, become null."""
-        from lorafast._report.serialize import without_non_finite
-
-        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
-
-    def to_markdown(self) -> str:
-        """A report for a person: findings first, under 200 lines whatever the adapter."""
-        from lorafast._report.markdown import page
-
-        return page(self)
-
-    def to_html(self) -> str:
-        """The report with its plots as one HTML document that loads nothing from elsewhere."""
-        from lorafast._report.html import page as html_page
-
-        subject: Any = self
-        return html_page.page(subject)
-
-    def plot(self, kind: str) -> Figure:
-        """Draws one plot.
-
-        Args:
-            kind: what to draw; an unknown kind is answered with the list of those there are.
-
-        Returns:
-            A matplotlib Figure that belongs to no window.
-
-        Raises:
-            ValueError: there is no such plot.
-            MissingDependencyError: matplotlib is not installed.
-        """
-        from lorafast._report.plots import draw as plots
-
-        subject: Any = self
-        return plots.figure(subject, kind)
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """A table with a row for each module.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
-        from lorafast._report.frames import pandas_frame
-
-        return pandas_frame(self)
-
-    def to_polars(self) -> polars.DataFrame:
-        """A table with a row for each module.
-
-        Raises:
-            MissingDependencyError: polars is not installed.
-        """
-        from lorafast._report.frames import polars_frame
-
-        return polars_frame(self)
-
-    def _repr_html_(self) -> str:
-        from lorafast._report.serialize import short_html
-
-        return short_html(self)
-
-
-@dataclass(frozen=True, repr=False)
-class AdapterAnalysis(_Page):
-    """What one adapter holds. Made by `lorafast.analyze`.
-
-    Attributes:
-        name: the adapter's name: its directory's.
-        path: where it was read from.
-        config: `adapter_config.json` as it stands.
-        summary: the figures of the whole adapter: `modules`, `tensors`, `total_parameters`,
-            `total_bytes`, `ranks`, `alphas`, `scalings`, `frobenius_norm` (√Σ‖ΔW‖²),
-            `max_spectral_norm`, `median_spectral_norm`, `mean_effective_rank`, `dtypes`,
-            `features` (what there is beside plain low-rank products), `base`.
-        findings: what an expert would point at, the most severe first.
-        weights: all stored weights taken together.
-        tensors: statistics of each tensor by its name, in the order of the file.
-        modules: each module's update by its path, in the order of the file.
-    """
-
-    name: str
-    path: str
-    config: dict[str, Any]
-    summary: dict[str, Any]
-    findings: list[Finding]
-    weights: TensorStatistics
-    tensors: dict[str, TensorStatistics]
-    modules: dict[str, ModuleAnalysis]
-
-    def __repr__(self) -> str:
-        from lorafast._report.serialize import short_text
-
-        return short_text(self)
-
-
 @dataclass(frozen=True)
 class PairComparison:
     """Two adapters' updates of one module.
@@ -375,33 +257,6 @@ class ModuleComparison:
     subspace: Matrix
     subspace_expected: Matrix
     pairs: list[PairComparison]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Comparison(_Page):
-    """What N adapters have in common. Made by `lorafast.compare`.
-
-    Attributes:
-        names: a distinct name for each adapter, in the order given.
-        analyses: the analysis of each.
-        cosine: N×N, of the whole updates: Σ⟨X, Y⟩ over the modules that both have, over the norms
-            of the whole adapters; modules that only one has are zero in the other.
-        modules: each module of any adapter by its path.
-        only_in: for each adapter's name, modules that it has and not all the others have.
-        findings: what to know of the comparison itself.
-    """
-
-    names: list[str]
-    analyses: list[AdapterAnalysis]
-    cosine: Matrix
-    modules: dict[str, ModuleComparison]
-    only_in: dict[str, list[str]]
-    findings: list[Finding] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        from lorafast._report.serialize import short_text
-
-        return short_text(self)
 
 
 def finding_counts(findings: list[Finding]) -> Mapping[Severity, int]:

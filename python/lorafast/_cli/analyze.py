@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     several = len(arguments.adapters) > 1
     if arguments.format == "html" and arguments.output is None and several:
         arguments.parser.error("--format html of several adapters needs --output")
-    from lorafast._analysis.api import analyze_named, names_of
+    from lorafast._analysis.api import analyze_named
+    from lorafast._analysis.names import names_of
 
     failures = Failures()
     analyses: list[AdapterAnalysis] = []
@@ -152,8 +153,8 @@ def _print(
 
 
 def _all_as_json(analyses: list[AdapterAnalysis], failures: Failures) -> dict[str, Any]:
-    from lorafast._analysis.records import SCHEMA_VERSION
-    from lorafast._report.serialize import without_non_finite
+    from lorafast._analysis.results import SCHEMA_VERSION
+    from lorafast._io.plain import without_non_finite
 
     return {
         "schema_version": SCHEMA_VERSION,

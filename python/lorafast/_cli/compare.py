@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
             arguments.parser.error("--names needs a name for each adapter")
         if len(set(arguments.names)) != len(arguments.names):
             arguments.parser.error("--names must differ from each other")
-    from lorafast._analysis.api import analyze_named, compare_analysed, names_of
+    from lorafast._analysis.api import analyze_named, compare_analysed
+    from lorafast._analysis.names import names_of
     from lorafast._io.changes import unchanged
     from lorafast._io.sources import ADAPTER_PATTERNS, locate
 
@@ -108,7 +109,7 @@ def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Term
 def _print(comparison: Comparison, arguments: argparse.Namespace, terminal: Terminal) -> None:
     prints_report = arguments.output is None and arguments.format is not None
     if arguments.json or (prints_report and arguments.format == "json"):
-        from lorafast._report.serialize import without_non_finite
+        from lorafast._io.plain import without_non_finite
 
         terminal.json(without_non_finite(comparison.to_dict()))
     elif prints_report:

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     )
     warn_of_errors(found.errors, terminal)
     if arguments.json:
-        from lorafast._report.serialize import without_non_finite
+        from lorafast._io.plain import without_non_finite
 
         terminal.json(without_non_finite(found.to_dict()))
         return 0

@@ -46,3 +46,8 @@ def shape_text(shape: list[int]) -> str:
 def plural(count: int, noun: str) -> str:
     """Return `1 tensor`, `2 tensors`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def dtype_text(dtype: str) -> str:
+    """Return the output's dtype in words."""
+    return "as in the base" if dtype == "auto" else dtype

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Take the target apart, or order the checkpoints."""
     import lorafast
-    from lorafast._report.serialize import without_non_finite
+    from lorafast._io.plain import without_non_finite
 
     options = {"threads": arguments.threads, "progress": not arguments.quiet}
     result: Lineage | Trajectory

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
 from lorafast._cli.device import merge_device_name
-from lorafast._cli.format import bytes_text, count_text, number_text, plural, seconds_text
+from lorafast._cli.format import (
+    bytes_text,
+    count_text,
+    dtype_text,
+    number_text,
+    plural,
+    seconds_text,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -259,11 +266,6 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
         terminal.line(f"note: {plural(len(names), 'tensor')} merged on the CPU: {reason}")
     for note in report.notes:
         terminal.line(f"note: {note}")
-
-
-def dtype_text(dtype: str) -> str:
-    """Return the output's dtype in words."""
-    return "as in the base" if dtype == "auto" else dtype
 
 
 def adapters_text(adapters: Sequence[str], weights: Sequence[float] | None) -> str:

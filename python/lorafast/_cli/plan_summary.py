@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorafast._cli.format import bytes_text, count_text, number_text, plural
-from lorafast._cli.merge import dtype_text
+from lorafast._cli.format import bytes_text, count_text, dtype_text, number_text, plural
 from lorafast._cli.patterns import collapse
 from lorafast._cli.terminal import Column
 from lorafast._merge.coverage import left_over, names_text, summary_text

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from lorafast._cli.terminal import Terminal
     from lorafast._fleet.discovery import ScanError
-    from lorafast._fleet.fleet import Fleet, FleetFinding
+    from lorafast._fleet.findings import FleetFinding
+    from lorafast._fleet.fleet import Fleet
 
 METRICS = ("full", "headers", "moments", "spectra")
 PAGE = "fleet.html"
@@ -119,7 +120,7 @@ def as_json(fleet: Fleet) -> dict[str, Any]:
     from dataclasses import asdict
 
     from lorafast._fleet.entry import SCHEMA_VERSION
-    from lorafast._report.serialize import without_non_finite
+    from lorafast._io.plain import without_non_finite
 
     columns = {name: fleet.adapters[name].tolist() for name in fleet.adapters}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

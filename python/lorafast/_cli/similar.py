@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
         _write(similarity, Path(expand(arguments.output)))
     if arguments.json:
-        from lorafast._report.serialize import without_non_finite
+        from lorafast._io.plain import without_non_finite
 
         terminal.json(without_non_finite(_plain(similarity, arguments.nearest)))
         return 0

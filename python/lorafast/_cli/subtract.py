@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
-from lorafast._cli.format import bytes_text, plural, seconds_text
-from lorafast._cli.merge import DTYPES, adapters_text, add_strategy_arguments, dtype_text
+from lorafast._cli.format import bytes_text, dtype_text, plural, seconds_text
+from lorafast._cli.merge import DTYPES, adapters_text, add_strategy_arguments
 
 if TYPE_CHECKING:
     import argparse

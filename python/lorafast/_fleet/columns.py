@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafast._analysis.api import _layers as layers_of
+from lorafast._analysis.names import layers_of
 from lorafast._fleet.arena import Room, fresh
 from lorafast._fleet.entry import FIGURES, TEXTS, Entry, number_type
 from lorafast._fleet.finding_columns import FindingColumns, FindingList

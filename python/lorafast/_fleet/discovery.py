@@ -15,8 +15,7 @@ from lorafast._fleet.table import PathList, WordsBuilder
 from lorafast._io.paths import expand, find
 from lorafast._io.sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorafast._io.strangers import read_header, reason_of
-
-Source = str | os.PathLike[str]
+from lorafast._types import Source
 
 #: Any of these makes the directory that it lies in an adapter, even if the others are missing.
 MARKS = frozenset({CONFIG, WEIGHTS, PICKLED_WEIGHTS})
@@ -34,6 +33,7 @@ LEFTOVERS = re.compile(
 ADAPTER_NAMES = re.compile(
     r"lora|hada_w|lokr_w|ia3|oft_|vera_lambda|:(up|down)\b|\.alpha\b|dora_scale", re.IGNORECASE
 )
+
 #: What a path's part is compared by, one after another.
 PIECES = re.compile(r"\d+|\D+")
 

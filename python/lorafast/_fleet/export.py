@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import OutputError, missing
 from lorafast._fleet.entry import SCHEMA_VERSION
-from lorafast._fleet.fleet import TABLES
 from lorafast._fleet.table import NOTHING, Lists, Table, Texts
 from lorafast._io import atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import BinaryIO
 
     import pandas
     import polars
     import pyarrow
 
-    from lorafast._fleet.fleet import Fleet
+    from lorafast._fleet.discovery import ScanError
+    from lorafast._types import TableName
 
 #: Columns of whole numbers in which -1 stands for nothing.
 NULLABLE = ("block",)
@@ -109,18 +109,20 @@ def polars_frame(table: Table) -> polars.DataFrame:
     return polars.DataFrame(series)
 
 
-def write_parquet(fleet: Fleet, directory: Path) -> list[Path]:
+def write_parquet(
+    tables: Mapping[TableName, Table], errors: Iterable[ScanError], directory: Path
+) -> list[Path]:
     """Writes the tables and the errors, each file whole or not at all."""
-    tables = {name: fleet.to_arrow(name) for name in TABLES}
+    arrow = {name: arrow_table(table) for name, table in tables.items()}
     import pyarrow.parquet
 
     def save(table: pyarrow.Table) -> Callable[[BinaryIO], object]:
         return lambda file: pyarrow.parquet.write_table(table, file, compression="zstd")
 
-    errors = [{"path": os.fspath(error.path), "reason": error.reason} for error in fleet.errors]
-    text = json.dumps({"schema_version": SCHEMA_VERSION, "errors": errors}, indent=2)
+    told = [{"path": os.fspath(error.path), "reason": error.reason} for error in errors]
+    text = json.dumps({"schema_version": SCHEMA_VERSION, "errors": told}, indent=2)
     files: list[tuple[str, Callable[[BinaryIO], object]]] = [
-        *((f"{name}.parquet", save(table)) for name, table in tables.items()),
+        *((f"{name}.parquet", save(table)) for name, table in arrow.items()),
         ("errors.json", lambda file: file.write(text.encode())),
     ]
     return [write_whole(directory / name, write) for name, write in files]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lorafast._analysis.findings import SEVERITIES
 from lorafast._analysis.records import Finding
 from lorafast._fleet.discovery import ScanError
-from lorafast._fleet.fleet import FleetFinding
+from lorafast._fleet.findings import FleetFinding
 from lorafast._fleet.table import (
     NOTHING,
     Column,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,21 @@ KINDS = findings.KINDS | {
     "norm_outlier": "the norm is far from that of the other adapters of its base",
     "several_bases": "adapters of several bases",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class FleetFinding:
+    """Something to look at in one adapter of a fleet.
+
+    Attributes:
+        adapter: the adapter's name; `None` for the whole fleet.
+        finding: what it is; of several modules' the one with the greatest figure.
+        count: how many modules of the adapter it is about.
+    """
+
+    adapter: str | None
+    finding: Finding
+    count: int
 
 
 def of_fleet(adapters: Table) -> Iterator[tuple[int | None, Finding]]:
@@ -112,3 +128,7 @@ def _ints(codes: NDArray[Any]) -> Iterator[int]:
     """Integers of an array, not all of them at a time."""
     for first in range(0, len(codes), 4096):
         yield from codes[first : first + 4096].tolist()
+
+
+# What users see, and what a pickle names.
+FleetFinding.__module__ = "lorafast"

@@ -5,35 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from lorafast._results import view
 
 if TYPE_CHECKING:
     import pandas
     import polars
     import pyarrow
 
-    from lorafast._analysis.records import Finding
     from lorafast._fleet.finding_columns import ErrorList, FindingList
     from lorafast._fleet.table import Table
-
-TableName = Literal["adapters", "modules", "findings"]
-
-TABLES: tuple[TableName, ...] = ("adapters", "modules", "findings")
-
-
-@dataclass(frozen=True, slots=True)
-class FleetFinding:
-    """Something to look at in one adapter of a fleet.
-
-    Attributes:
-        adapter: the adapter's name; `None` for the whole fleet.
-        finding: what it is; of several modules' the one with the greatest figure.
-        count: how many modules of the adapter it is about.
-    """
-
-    adapter: str | None
-    finding: Finding
-    count: int
+    from lorafast._types import TableName
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,6 +91,8 @@ class Fleet:
         Raises:
             ValueError: there is no such table.
         """
+        from lorafast._fleet.table import TABLES
+
         if name not in TABLES:
             raise ValueError(f"table must be 'adapters', 'modules' or 'findings', not {name!r}")
         if name == "findings":
@@ -164,9 +149,11 @@ class Fleet:
             MissingDependencyError: pyarrow is not installed.
         """
         from lorafast._fleet.export import write_parquet
+        from lorafast._fleet.table import TABLES
         from lorafast._io.paths import expand
 
-        return write_parquet(self, Path(expand(directory)))
+        tables = {name: self.table(name) for name in TABLES}
+        return write_parquet(tables, self.errors, Path(expand(directory)))
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         """The adapters' table for any library that speaks Arrow's C stream interface."""
@@ -183,10 +170,9 @@ class Fleet:
         Raises:
             MissingDependencyError: plotly is not installed.
         """
-        from lorafast._report.html.fleet import page
-
-        return page(self, similarity)
+        text: str = view("html", self)(self, similarity)
+        return text
 
 
 # What users see, and what a pickle names.
-Fleet.__module__ = FleetFinding.__module__ = "lorafast"
+Fleet.__module__ = "lorafast"

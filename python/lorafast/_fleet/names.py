@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafast._analysis.api import numbered
+from lorafast._analysis.names import numbered
 from lorafast._fleet.table import Words
 from lorafast._io.sources import PICKLED_WEIGHTS, WEIGHTS
 
@@ -21,7 +21,7 @@ SEPARATOR = "\0"
 
 
 def names_of(paths: Words) -> Words:
-    """What `lorafast._analysis.api.names_of` says of paths that are there, in less memory.
+    """What `lorafast._analysis.names.names_of` says of paths that are there, in less memory.
 
     Names are compared by their hashes; only those that are not alone with theirs are looked at.
     """

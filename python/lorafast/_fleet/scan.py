@@ -8,14 +8,14 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lorafast import _core
 from lorafast._fleet import cache as cache_files
 from lorafast._fleet.columns import Columns
-from lorafast._fleet.discovery import ScanError, Source, discover
+from lorafast._fleet.discovery import ScanError, discover
 from lorafast._fleet.entry import entry_of, row_type
 from lorafast._fleet.finding_columns import ErrorColumns
 from lorafast._fleet.fleet import Fleet
@@ -26,8 +26,7 @@ from lorafast._io.limits import check_threads
 from lorafast._io.sources import PICKLED_WEIGHTS, has_only_pickle, rewrite_pickle
 from lorafast._io.strangers import gate, reason_of
 from lorafast._torch.device import analysis_device
-
-Metrics = Literal["full", "headers", "moments", "spectra"]
+from lorafast._types import Metrics, Source
 
 METRICS: tuple[Metrics, ...] = ("full", "headers", "moments", "spectra")
 
@@ -268,7 +267,11 @@ class _Scanning:
                 result.append((place, found))
         sound = [(place, found) for place, found in batch if not isinstance(found, Exception)]
         failed = with_spectra(
-            [(found, items[place][:2]) for place, found in sound], self._metrics, self.device
+            [(found, items[place][:2]) for place, found in sound],
+            self._metrics,
+            row_type("moments"),
+            self._type,
+            self.device,
         )
         for at, (place, found) in enumerate(sound):
             result.append((place, failed.get(at, found)))

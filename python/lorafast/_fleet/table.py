@@ -13,6 +13,8 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafast._types import TableName
+
 T = TypeVar("T")
 
 #: A text, or an integer, that is not there.
@@ -21,6 +23,8 @@ NOTHING = -1
 LOOKED_BACK = 4096
 #: Bytes up to which four-byte offsets reach.
 SHORT = 1 << 31
+#: The tables of a fleet.
+TABLES: tuple[TableName, ...] = ("adapters", "modules", "findings")
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,8 @@ def check_merge_device(name: str) -> str:
         DeviceError: it asks for AMX, and there is none.
     """
     if check_merge_name(name) == AMX:
-        from lorafast import DeviceError, build_info
+        from lorafast._core import build_info
+        from lorafast._errors import DeviceError
 
         if not build_info()["amx"]:
             raise DeviceError(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from lorafast import _core
 from lorafast._io.sources import BASE_PATTERNS, has_only_pickle, is_adapter, locate, rewrite_pickle
-
-Source = str | os.PathLike[str]
+from lorafast._types import Source
 
 
 def inspect(path: Source) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the seed's options do to a merged model: leave its tokenizer out, write it as pickles."""
+"""What NeuroTrain's options do to a merged model: leave its tokenizer out, write it as pickles."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from lorafast._errors import missing
 from lorafast._io import atomic
 from lorafast._io.paths import is_file
+from lorafast._merge.report import write_afterwards
 
 if TYPE_CHECKING:
-    from lorafast._merge.api import MergeReport
+    from lorafast._merge.report import MergeReport
 
 INDEX = "model.safetensors.index.json"
 #: What lists the model's files; the core writes it.
@@ -71,8 +72,6 @@ def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
     for name in removed:
         (model / name).unlink(missing_ok=True)
     _amend_manifest(model, removed=removed, added=[])
-    from lorafast._merge.api import write_afterwards
-
     kept = [name for name in report.side_files if name not in removed]
     shorter = replace(report, side_files=kept)
     write_afterwards(shorter, str(model))
@@ -121,8 +120,6 @@ def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
     if index is not None:
         added.append(PICKLE_INDEX)
     _amend_manifest(model, removed=[*shards, INDEX], added=added)
-    from lorafast._merge.api import write_afterwards
-
     changed = replace(report, weight_files=sorted(names.values()))
     write_afterwards(changed, str(model))
     return changed

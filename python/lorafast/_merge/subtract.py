@@ -16,13 +16,14 @@ from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand, is_directory, resolved
 from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, locate
-from lorafast._merge.api import AFTERWARDS, DTYPES, MergePlan, _plan, unmeasured, write_afterwards
+from lorafast._merge.plan import DTYPES, MergePlan, make_plan
+from lorafast._merge.report import AFTERWARDS, unmeasured, write_afterwards
 from lorafast._merge.verify import verify_plan
-from lorafast._report.cells import LONGEST_REASON, cell
-from lorafast._report.merge import adapter_lines, note_lines, path, warning_lines
+from lorafast._results import view
 
 if TYPE_CHECKING:
-    from lorafast._merge.api import Compat, ExpertLayout, MergeReport, Progress, Source, Strategy
+    from lorafast._merge.report import MergeReport
+    from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
 
 REPORT_JSON = "subtract_report.json"
 REPORT_MARKDOWN = "subtract_report.md"
@@ -115,24 +116,8 @@ class SubtractReport:
 
     def to_markdown(self) -> str:
         """A page for a person."""
-        lines = ["# LoRA adapters taken out", ""]
-        lines += warning_lines(self.warnings)
-        facts = {
-            "Merged model": path(self.merged),
-            "Base at hand": "no" if self.original is None else path(self.original),
-            "Output": path(self.output_path),
-            "The output is": cell(self.exactness(), LONGEST_REASON),
-            "Strategy": cell(self.strategy),
-            "dtype": cell(self.dtype),
-            "Tensors changed": f"{self.tensors_changed}",
-            "Time": f"{self.seconds:.2f} s ({self.threads} threads)",
-            "lorafast": self.versions["lorafast"],
-        }
-        lines += ["| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in facts.items()]
-        lines += adapter_lines(self.adapters, self.weights, self.adapter_sha256)
-        lines += note_lines(self.notes)
-        return "\n".join(lines) + "\n"
+        text: str = view("markdown", self)(self)
+        return text
 
     def write(self, directory: Source) -> None:
         """Writes `subtract_report.json` and `subtract_report.md` into a directory.
@@ -210,7 +195,7 @@ def subtract(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     proof = None
-    prepared = _plan(
+    prepared = make_plan(
         merged if original is None else original,
         adapters,
         strategy=strategy,
@@ -225,7 +210,7 @@ def subtract(
     if original is not None:
         _check_place(merged, output)
         proof = verify_plan(
-            prepared, merged, device="cpu", full=False, threads=threads, progress=progress
+            prepared.core, merged, device="cpu", full=False, threads=threads, progress=progress
         )
         if not proof.ok:
             raise VerificationError(

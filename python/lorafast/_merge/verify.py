@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, locate
 
 if TYPE_CHECKING:
-    from lorafast._merge.api import Compat, ExpertLayout, MergePlan, Progress, Source, Strategy
+    from lorafast import _core
+    from lorafast._types import Progress, Source
 
 
 @dataclass(frozen=True)
@@ -68,77 +68,8 @@ class Verification:
         )
 
 
-def verify(
-    base: Source,
-    adapters: Source | Sequence[Source],
-    merged: Source,
-    *,
-    strategy: Strategy = "sequential",
-    weights: Sequence[float] | None = None,
-    full: bool = False,
-    threads: int | None = None,
-    progress: Progress = False,
-    allow: str | Sequence[str] = (),
-    compat: Compat | None = None,
-    expert_layout: ExpertLayout = "auto",
-    device: str = "cpu",
-) -> Verification:
-    """Checks a merged checkpoint, whoever made it, against what base and adapters make.
-
-    Tensors that no adapter touches must be the base's, byte for byte. Every merged weight is
-    computed again, and must lie within half a unit in the last place of its dtype around the
-    exact value, widened by the bound on a float32 sum (n·2⁻²⁴·Σ|terms|; Higham, "Accuracy and
-    Stability of Numerical Algorithms", §3.1), so that any order of summation passes. Index,
-    config and tied weights must agree with the tensors. How the checkpoint is cut into shards does
-    not matter, nor does a prefix before all names, nor whether a tied head is written out. A merged
-    checkpoint in another dtype than the base's is held against its own dtype.
-
-    Args:
-        base: as for `lorafast.merge`.
-        adapters: as for `lorafast.merge`.
-        merged: the merged checkpoint: a directory or a `.safetensors` file.
-        strategy: how the adapters were combined.
-        weights: the adapters' weights, for "weighted".
-        full: compute every row of the merged tensors in float64 as well, not a seeded sample.
-        threads: worker threads; one per core if missing.
-        progress: as for `lorafast.merge`.
-        allow: as for `lorafast.merge`.
-        compat: as for `lorafast.merge`; "peft" for what PEFT itself merged, which also lets pass
-            that PEFT rounds 16-bit weights more than once for some layers and several adapters.
-        expert_layout: as for `lorafast.merge`.
-        device: where the merge was made. "cpu:amx" lets pass, for 16-bit weights, what AMX's
-            products are off (2⁻¹⁵ of their size); all others are held against the same bound.
-
-    Returns:
-        What was found; `.ok` says whether anything is wrong.
-
-    Raises:
-        FileNotFoundError: something is not there.
-        LorafastError: base or adapters are broken or do not fit together, as for
-            `lorafast.merge`. What is wrong with `merged` is a problem in the result instead.
-    """
-    from lorafast._io.device_names import check_merge_name
-    from lorafast._io.limits import check_threads
-    from lorafast._merge.api import plan
-
-    check_threads(threads)
-    check_merge_name(device)
-    prepared = plan(
-        base,
-        adapters,
-        strategy=strategy,
-        weights=weights,
-        allow=allow,
-        expert_layout=expert_layout,
-        compat=compat,
-    )
-    return verify_plan(
-        prepared, merged, device=device, full=full, threads=threads, progress=progress
-    )
-
-
 def verify_plan(
-    prepared: MergePlan,
+    plan: _core.Plan,
     merged: Source,
     *,
     device: str,
@@ -151,7 +82,11 @@ def verify_plan(
 
     path = locate(merged, BASE_PATTERNS)
     with callback(progress, label="verifying") as report:
-        outcome = prepared.core.verify(
+        outcome = plan.verify(
             path, threads=threads, full=full, split=device == AMX, progress=report
         )
     return Verification(**outcome)
+
+
+# What users see, and what a pickle names.
+Verification.__module__ = "lorafast"

@@ -1,4 +1,4 @@
-"""The files of an output directory, laid out as in the seed's tools.
+"""The files of an output directory, laid out as in NeuroTrain's tools.
 
 ```
 analysis/{name}_analysis.json               everything measured of an adapter
@@ -17,15 +17,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafast._analysis.api import numbered
+from lorafast._analysis.names import numbered
 from lorafast._errors import LorafastError
 from lorafast._io import atomic
 from lorafast._io.paths import find
+from lorafast._io.plain import without_non_finite
 from lorafast._io.strangers import read_json, reason_of
-from lorafast._report.serialize import from_plain, without_non_finite
+from lorafast._report.serialize import from_plain
 
 if TYPE_CHECKING:
-    from lorafast._analysis.records import AdapterAnalysis, Comparison, TensorStatistics
+    from lorafast._analysis.records import TensorStatistics
+    from lorafast._analysis.results import AdapterAnalysis, Comparison
 
 ANALYSIS_DIRECTORY = "analysis"
 PLOT_DIRECTORY = "visualizations"
@@ -44,7 +46,7 @@ COMPARISON_PLOTS = {
     "weight_distribution_comparison.png": "distributions",
     "adapter_cosine.png": "cosine",
 }
-#: The percentiles that the seed's dictionaries have.
+#: The percentiles that NeuroTrain's dictionaries have.
 SEED_PERCENTILES = {"25th": 25.0, "50th": 50.0, "75th": 75.0, "95th": 95.0, "99th": 99.0}
 
 
@@ -55,12 +57,12 @@ def file_stems(names: Sequence[str]) -> list[str]:
     return numbered([name.encode()[:180].decode(errors="ignore") for name in plain])
 
 
-def seed_dictionary(analysis: AdapterAnalysis, path: str | None = None) -> dict[str, Any]:
-    """What the seed's `analyze_lora_weights` returns."""
+def neurotrain_dictionary(analysis: AdapterAnalysis, path: str | None = None) -> dict[str, Any]:
+    """What NeuroTrain's `analyze_lora_weights` returns."""
     weights = analysis.weights
     layers: dict[str, dict[str, Any]] = {}
     for name, tensor in analysis.tensors.items():
-        layers.setdefault(name.split(".lora_", 1)[0], {})[name] = _seed_tensor(tensor)
+        layers.setdefault(name.split(".lora_", 1)[0], {})[name] = _neurotrain_tensor(tensor)
     return {
         "adapter_path": analysis.path if path is None else path,
         "config": analysis.config,
@@ -78,7 +80,7 @@ def seed_dictionary(analysis: AdapterAnalysis, path: str | None = None) -> dict[
     }
 
 
-def _seed_tensor(tensor: TensorStatistics) -> dict[str, Any]:
+def _neurotrain_tensor(tensor: TensorStatistics) -> dict[str, Any]:
     figures: dict[str, Any] = {key: getattr(tensor, key) for key in ("mean", "std", "min", "max")}
     return {**figures, "shape": list(tensor.shape or ())}
 
@@ -98,26 +100,28 @@ def write_json(path: Path, value: Any) -> Path:
 def write_analysis(
     directory: Path, stem: str, analysis: AdapterAnalysis, path: str | None = None
 ) -> Path:
-    """Writes `{stem}_analysis.json`: the seed's dictionary and everything else in one."""
-    content = {**analysis.to_dict(), **seed_dictionary(analysis, path)}
+    """Writes `{stem}_analysis.json`: NeuroTrain's dictionary and everything else in one."""
+    content = {**analysis.to_dict(), **neurotrain_dictionary(analysis, path)}
     return write_json(directory / f"{stem}{ANALYSIS_SUFFIX}", content)
 
 
 def write_comparison(
-    directory: Path, comparison: Comparison, seed: Mapping[str, Any] | None = None
+    directory: Path, comparison: Comparison, neurotrain: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes `adapter_comparison.json`: the seed's dictionary and everything else in one."""
-    content = {**comparison.to_dict(), **(seed or seed_comparison(comparison))}
+    """Writes `adapter_comparison.json`: NeuroTrain's dictionary and everything else in one."""
+    content = {**comparison.to_dict(), **(neurotrain or neurotrain_comparison(comparison))}
     return write_json(directory / COMPARISON_JSON, content)
 
 
-def seed_comparison(comparison: Comparison, paths: Sequence[str] | None = None) -> dict[str, Any]:
-    """What the seed's `compare_adapters` returns."""
+def neurotrain_comparison(
+    comparison: Comparison, paths: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What NeuroTrain's `compare_adapters` returns."""
     given = [analysis.path for analysis in comparison.analyses] if paths is None else list(paths)
     return {
         "adapters": given,
         "comparison_data": {
-            analysis.name: seed_dictionary(analysis, path)
+            analysis.name: neurotrain_dictionary(analysis, path)
             for analysis, path in zip(comparison.analyses, given, strict=True)
         },
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from lorafast._analysis.records import AdapterAnalysis, Comparison, ModuleAnalysis
+from lorafast._analysis.records import ModuleAnalysis
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._errors import missing
 
 if TYPE_CHECKING:
@@ -16,12 +17,32 @@ if TYPE_CHECKING:
 NESTED = ("shape", "singular_values", "entries")
 
 
-def rows(page: Any) -> list[dict[str, Any]]:
-    """The rows of the table, all with the same columns."""
-    if isinstance(page, Comparison):
-        return [_comparison_row(page, path) for path in page.modules]
-    analysis: AdapterAnalysis = page
+def analysis_pandas(analysis: AdapterAnalysis) -> pandas.DataFrame:
+    """The table of an analysis in pandas."""
+    return _pandas(_analysis_rows(analysis))
+
+
+def comparison_pandas(comparison: Comparison) -> pandas.DataFrame:
+    """The table of a comparison in pandas."""
+    return _pandas(_comparison_rows(comparison))
+
+
+def analysis_polars(analysis: AdapterAnalysis) -> polars.DataFrame:
+    """The table of an analysis in polars."""
+    return _polars(_analysis_rows(analysis))
+
+
+def comparison_polars(comparison: Comparison) -> polars.DataFrame:
+    """The table of a comparison in polars."""
+    return _polars(_comparison_rows(comparison))
+
+
+def _analysis_rows(analysis: AdapterAnalysis) -> list[dict[str, Any]]:
     return [_module_row(module) for module in analysis.modules.values()]
+
+
+def _comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    return [_comparison_row(comparison, path) for path in comparison.modules]
 
 
 def _module_row(module: ModuleAnalysis) -> dict[str, Any]:
@@ -53,20 +74,18 @@ def _comparison_row(comparison: Comparison, path: str) -> dict[str, Any]:
     return row
 
 
-def pandas_frame(page: Any) -> pandas.DataFrame:
-    """The table in pandas."""
+def _pandas(rows: list[dict[str, Any]]) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
         raise missing("pandas", "pandas", "make a DataFrame") from error
-    return pandas.DataFrame(rows(page))
+    return pandas.DataFrame(rows)
 
 
-def polars_frame(page: Any) -> polars.DataFrame:
-    """The table in polars."""
+def _polars(rows: list[dict[str, Any]]) -> polars.DataFrame:
     try:
         import polars
     except ImportError as error:
         raise missing("polars", "polars", "make a DataFrame") from error
     # The whole column decides its type: the first module may lack what a later one has.
-    return polars.DataFrame(rows(page), infer_schema_length=None)
+    return polars.DataFrame(rows, infer_schema_length=None)

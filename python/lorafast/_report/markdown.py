@@ -11,13 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lorafast._analysis.findings import KINDS
-from lorafast._analysis.records import (
-    AdapterAnalysis,
-    Comparison,
-    Finding,
-    ModuleAnalysis,
-    ModuleComparison,
-)
+from lorafast._analysis.records import Finding, ModuleAnalysis, ModuleComparison
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.cells import LONGEST_REASON, cell, code, table
 
 #: Rows of the tables, so that the page stays under 200 lines.
@@ -28,10 +23,14 @@ MOST_MODULES = 12
 MOST_ADAPTERS = 16
 
 
-def page(subject: Any) -> str:
-    """The page."""
-    lines = _comparison(subject) if isinstance(subject, Comparison) else _analysis(subject)
-    return "\n".join(lines) + "\n"
+def analysis_page(analysis: AdapterAnalysis) -> str:
+    """The page of an analysis."""
+    return "\n".join(_analysis(analysis)) + "\n"
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page of a comparison."""
+    return "\n".join(_comparison(comparison)) + "\n"
 
 
 def number(value: float | None) -> str:

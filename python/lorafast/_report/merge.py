@@ -1,4 +1,4 @@
-"""The page of a merge: result, inputs, scales, warnings."""
+"""The pages of a merge and of a subtraction: result, inputs, scales, warnings."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from lorafast._merge.coverage import left_over, summary_text
 from lorafast._report.cells import LONGEST_REASON, cell, code
 
 if TYPE_CHECKING:
-    from lorafast._merge.api import MergeReport
+    from lorafast._merge.report import MergeReport
+    from lorafast._merge.subtract import SubtractReport
 
 #: A path is shown whole for as long as it can be opened by hand.
 LONGEST_PATH = 1000
 
 
-def page(report: MergeReport) -> str:
+def merge_page(report: MergeReport) -> str:
     """The page, in which nothing that came from strangers' files is markup."""
     lines = ["# LoRA merge", ""]
-    lines += warning_lines(report.warnings)
+    lines += _warning_lines(report.warnings)
     rate = report.bytes_written / report.merge_time / 1e9 if report.merge_time > 0 else 0.0
     facts = {
-        "Base": path(report.base),
-        "Output": path(report.output_path),
+        "Base": _path(report.base),
+        "Output": _path(report.output_path),
         "Strategy": cell(report.strategy),
         "dtype": cell(report.dtype),
         "Device": f"{cell(report.device)} ({report.threads} threads, {report.instruction_set})",
@@ -35,7 +36,7 @@ def page(report: MergeReport) -> str:
     }
     lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += adapter_lines(report.adapters, report.weights, report.adapter_sha256)
+    lines += _adapter_lines(report.adapters, report.weights, report.adapter_sha256)
     lines += ["", "## Scales", "", "| Adapter | Rank | Scale | Weight | Modules |"]
     lines += ["|---|---|---|---|---|"]
     for group in report.groups:
@@ -56,24 +57,46 @@ def page(report: MergeReport) -> str:
             f"- {cell(reason, LONGEST_REASON)}: {_codes(names)}"
             for reason, names in report.fallbacks.items()
         ]
-    lines += note_lines(report.notes)
+    lines += _note_lines(report.notes)
     if report.left_out:
         lines += ["", "## Not carried over", ""]
         lines.append(_codes(report.left_out))
     return "\n".join(lines) + "\n"
 
 
-def path(text: str) -> str:
+def subtract_page(report: SubtractReport) -> str:
+    """The page of a subtraction."""
+    lines = ["# LoRA adapters taken out", ""]
+    lines += _warning_lines(report.warnings)
+    facts = {
+        "Merged model": _path(report.merged),
+        "Base at hand": "no" if report.original is None else _path(report.original),
+        "Output": _path(report.output_path),
+        "The output is": cell(report.exactness(), LONGEST_REASON),
+        "Strategy": cell(report.strategy),
+        "dtype": cell(report.dtype),
+        "Tensors changed": f"{report.tensors_changed}",
+        "Time": f"{report.seconds:.2f} s ({report.threads} threads)",
+        "lorafast": report.versions["lorafast"],
+    }
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += _adapter_lines(report.adapters, report.weights, report.adapter_sha256)
+    lines += _note_lines(report.notes)
+    return "\n".join(lines) + "\n"
+
+
+def _path(text: str) -> str:
     """A path as code."""
     return code(text, LONGEST_PATH)
 
 
-def warning_lines(warnings: Iterable[str]) -> list[str]:
+def _warning_lines(warnings: Iterable[str]) -> list[str]:
     """The warnings that a page opens with."""
     return [f"> **Warning:** {cell(warning, LONGEST_REASON)}\n" for warning in warnings]
 
 
-def adapter_lines(
+def _adapter_lines(
     adapters: list[str], weights: list[float] | None, digests: dict[str, str]
 ) -> list[str]:
     """The table of the adapters."""
@@ -81,11 +104,11 @@ def adapter_lines(
     for position, adapter in enumerate(adapters):
         weight = 1.0 if weights is None else weights[position]
         digest = code(digests[adapter])
-        lines.append(f"| {position} | {path(adapter)} | {weight:g} | {digest} |")
+        lines.append(f"| {position} | {_path(adapter)} | {weight:g} | {digest} |")
     return lines
 
 
-def note_lines(notes: Iterable[str]) -> list[str]:
+def _note_lines(notes: Iterable[str]) -> list[str]:
     """The notes, if there are any."""
     lines = [f"- {cell(note, LONGEST_REASON)}" for note in notes]
     return ["", "## Notes", "", *lines] if lines else []

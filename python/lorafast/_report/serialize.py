@@ -1,17 +1,13 @@
-"""Analyses and comparisons as plain objects, back again, and in a line."""
+"""Analyses and comparisons from the plain objects that were made of them."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafast._analysis.records import (
-    SCHEMA_VERSION,
-    AdapterAnalysis,
-    Comparison,
     EntryStatistics,
     Finding,
     Histogram,
@@ -19,46 +15,15 @@ from lorafast._analysis.records import (
     ModuleComparison,
     PairComparison,
     TensorStatistics,
-    finding_counts,
 )
+from lorafast._analysis.results import SCHEMA_VERSION, AdapterAnalysis, Comparison
 from lorafast._errors import LorafastError
 
 if TYPE_CHECKING:
-    from lorafast._analysis.records import Matrix
+    from lorafast._types import Matrix
 
-KINDS = {AdapterAnalysis: "adapter_analysis", Comparison: "comparison"}
 
 Record = TypeVar("Record")
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses as dicts, arrays and tuples as lists, keys as text, and the kind of a page."""
-    if is_dataclass(value) and not isinstance(value, type):
-        plain = {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
-        kind = KINDS.get(type(value))
-        return plain if kind is None else {"schema_version": SCHEMA_VERSION, "kind": kind, **plain}
-    if isinstance(value, Mapping):
-        return {_key(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return value
-
-
-def _key(key: Any) -> str:
-    return f"{key:g}" if isinstance(key, float) else str(key)
-
-
-def without_non_finite(value: Any) -> Any:
-    """Plain objects with `None` in place of NaN and infinities."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: without_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_non_finite(item) for item in value]
-    return value
 
 
 def from_plain(plain: Mapping[str, Any]) -> AdapterAnalysis | Comparison:
@@ -74,9 +39,9 @@ def from_plain(plain: Mapping[str, Any]) -> AdapterAnalysis | Comparison:
         )
     kind = plain.get("kind")
     try:
-        if kind == KINDS[AdapterAnalysis]:
+        if kind == AdapterAnalysis._kind:
             return _analysis(plain)
-        if kind == KINDS[Comparison]:
+        if kind == Comparison._kind:
             return _comparison(plain)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LorafastError(f"the {kind} is damaged: {error!r}") from error
@@ -178,58 +143,3 @@ def matrix(rows: Sequence[Sequence[float | None]]) -> Matrix:
     import numpy as np
 
     return np.array([[_number(value) for value in row] for row in rows], dtype=np.float64)
-
-
-def findings_text(findings: Sequence[Finding]) -> str:
-    """`2 severe, 1 warning`, or `no findings`."""
-    counts = finding_counts(list(findings))
-    words = {"severe": "severe", "warning": "warning", "note": "note"}
-    parts = [
-        f"{count} {words[severity]}{'s' * (count > 1 and severity != 'severe')}"
-        for severity, count in counts.items()
-        if count
-    ]
-    return ", ".join(parts) or "no findings"
-
-
-def short_text(page: AdapterAnalysis | Comparison) -> str:
-    """The `__repr__`: what it is, how large, and whether there is anything to look at."""
-    if isinstance(page, AdapterAnalysis):
-        summary = page.summary
-        ranks = ", ".join(map(str, summary["ranks"])) or "none"
-        return (
-            f"<AdapterAnalysis {page.name!r}: {summary['modules']} modules of rank {ranks}, "
-            f"{summary['total_parameters']:,} parameters, ‖ΔW‖ = {summary['frobenius_norm']:.4g}; "
-            f"{findings_text(page.findings)}>"
-        )
-    names = ", ".join(map(repr, page.names[:4])) + ", …" * (len(page.names) > 4)
-    return (
-        f"<Comparison of {len(page.names)} adapters ({names}): {len(page.modules)} modules, "
-        f"mean cosine {mean_cosine(page):.4g}; {findings_text(page.findings)}>"
-    )
-
-
-def mean_cosine(comparison: Comparison) -> float:
-    """The mean over the pairs whose cosine is known; NaN if there is none."""
-    count = len(comparison.names)
-    values = [
-        float(comparison.cosine[i, j])
-        for i in range(count)
-        for j in range(i + 1, count)
-        if math.isfinite(comparison.cosine[i, j])
-    ]
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def short_html(page: Any) -> str:
-    """The `_repr_html_` of a notebook: the line, and the findings as a list."""
-    items = "".join(
-        f"<li><b>{finding.severity}</b> {html.escape(finding.module or '')} "
-        f"{html.escape(finding.reason)}</li>"
-        for finding in page.findings[:10]
-    )
-    more = len(page.findings) - 10
-    if more > 0:
-        items += f"<li>… and {more} more</li>"
-    text = html.escape(short_text(page).strip("<>"))
-    return f"<div><p>{text}</p>" + (f"<ul>{items}</ul>" if items else "") + "</div>"

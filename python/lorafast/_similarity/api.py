@@ -9,19 +9,21 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lorafast._errors import LorafastError
-from lorafast._similarity.similarity import Metric, Similarity
+from lorafast._similarity.similarity import Similarity
+from lorafast._types import Metric
 
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-    from lorafast._analysis.records import Matrix
     from lorafast._similarity.collection import Adapters, Collected
+    from lorafast._types import Matrix
 
-Precision = Literal["auto", "float64", "float32"]
+from lorafast._types import Precision
+
 Progress = bool | Callable[[int, int], object]
 
 METRICS: tuple[Metric, ...] = ("cosine", "inner_product")

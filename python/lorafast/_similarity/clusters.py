@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from lorafast._errors import missing
-from lorafast._similarity.similarity import Method
+from lorafast._types import Method
 
 if TYPE_CHECKING:
-    from lorafast._analysis.records import Matrix
-    from lorafast._similarity.similarity import Similarity
+    import numpy
+    from numpy.typing import NDArray
+
+    from lorafast._types import Matrix, Metric
 
 
 def hierarchy() -> Any:
@@ -26,14 +28,14 @@ def hierarchy() -> Any:
     return hierarchy
 
 
-def cosines(similarity: Similarity) -> Matrix:
-    """The matrix of cosines, whatever the metric."""
+def cosines(metric: Metric, matrix: Matrix, norms: NDArray[numpy.float64]) -> Matrix:
+    """The matrix of cosines, whatever the metric of a similarity's matrix."""
     import numpy as np
 
-    if similarity.metric == "cosine":
-        return similarity.matrix
+    if metric == "cosine":
+        return matrix
     with np.errstate(divide="ignore", invalid="ignore"):
-        return similarity.matrix / np.outer(similarity.norms, similarity.norms)
+        return matrix / np.outer(norms, norms)
 
 
 def _check(method: str) -> None:
@@ -54,25 +56,36 @@ def tree(matrix: Matrix, positions: Sequence[int], method: str) -> Matrix:
     return result
 
 
-def linkage(similarity: Similarity, method: str) -> Matrix:
-    """See `Similarity.linkage`."""
+def linkage(matrix: Matrix, method: str) -> Matrix:
+    """`Similarity.linkage` of a matrix of cosines."""
     import numpy as np
 
-    if len(similarity) < 2:
+    if len(matrix) < 2:
         raise ValueError("a linkage needs two adapters or more")
-    matrix = cosines(similarity)
     if not np.isfinite(matrix).all():
         raise ValueError(
             "some pairs have no cosine (zero or non-finite adapters, or several bases); "
             "clusters() copes with them, split() separates the bases"
         )
-    return tree(matrix, range(len(similarity)), method)
+    return tree(matrix, range(len(matrix)), method)
 
 
 def clusters(
-    similarity: Similarity, threshold: float, count: int | None, method: str
-) -> list[list[str]]:
-    """See `Similarity.clusters`."""
+    matrix: Matrix,
+    groups: Sequence[Sequence[int]],
+    threshold: float,
+    count: int | None,
+    method: str,
+) -> list[list[int]]:
+    """`Similarity.clusters` of a matrix of cosines, as positions.
+
+    Args:
+        matrix: of cosines.
+        groups: the positions of each base's adapters.
+        threshold: as there.
+        count: as there.
+        method: as there.
+    """
     import numpy as np
 
     _check(method)
@@ -80,9 +93,8 @@ def clusters(
         raise ValueError(f"threshold must be a cosine from -1 to 1, not {threshold}")
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    matrix = cosines(similarity)
     found: list[list[int]] = []
-    for members in similarity.groups.values():
+    for members in groups:
         known = [at for at in members if np.isfinite(matrix[at, at])]
         found += [[at] for at in members if not np.isfinite(matrix[at, at])]
         if len(known) < 2:
@@ -98,4 +110,4 @@ def clusters(
             by_label.setdefault(int(label), []).append(at)
         found += by_label.values()
     found.sort(key=lambda cluster: (-len(cluster), cluster[0]))
-    return [[similarity.names[at] for at in cluster] for cluster in found]
+    return found

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lorafast import _core
-from lorafast._analysis.api import names_of
+from lorafast._analysis.names import names_of
 from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError, discover
 from lorafast._io import scratch
 from lorafast._io.limits import check_threads
 from lorafast._io.sources import has_only_pickle, rewrite_pickle
 from lorafast._io.strangers import gate, reason_of
-
-Source = str | os.PathLike[str]
-Progress = bool | Callable[[int, int], object]
+from lorafast._types import Progress, Source
 
 
 @runtime_checkable

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from lorafast._fleet.discovery import ScanError
-from lorafast._similarity.collection import Adapters, Collected, Progress, collected, pace
+from lorafast._similarity.collection import Adapters, Collected, collected, pace
+from lorafast._types import Progress
 
 if TYPE_CHECKING:
     import numpy
@@ -149,7 +150,7 @@ class Duplicates(Sequence[DuplicateGroup]):
 
     def to_json(self) -> str:
         """`to_dict` as strict JSON."""
-        from lorafast._report.serialize import without_non_finite
+        from lorafast._io.plain import without_non_finite
 
         return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError
-from lorafast._similarity.collection import Adapters, Progress, Source, found_by, opened, pace
+from lorafast._similarity.collection import Adapters, found_by, opened, pace
+from lorafast._types import Progress, Source
 
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
     from lorafast import _core
-    from lorafast._analysis.records import Matrix
+    from lorafast._types import Matrix
 
 SCHEMA_VERSION = 1
 #: A candidate with less of its own than this, beside those before it, may be one of them again.
@@ -109,7 +110,7 @@ class Lineage:
 
     def to_json(self) -> str:
         """`to_dict` as strict JSON."""
-        from lorafast._report.serialize import without_non_finite
+        from lorafast._io.plain import without_non_finite
 
         return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
 

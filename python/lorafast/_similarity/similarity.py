@@ -6,23 +6,21 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import LorafastError
 from lorafast._fleet.discovery import ScanError
 from lorafast._io import atomic
 from lorafast._io.paths import expand, open_plain
 from lorafast._io.strangers import parse_json
+from lorafast._results import view
 
 if TYPE_CHECKING:
     import numpy
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from lorafast._analysis.records import Matrix
-
-Metric = Literal["cosine", "inner_product"]
-Method = Literal["average", "complete", "single", "weighted"]
+    from lorafast._types import Matrix, Method, Metric
 
 SCHEMA_VERSION = 1
 #: What a file makes its readers raise that is none of `Similarity.save`.
@@ -153,9 +151,9 @@ class Similarity:
                 non-finite adapters, several bases: see `split`).
             MissingDependencyError: SciPy is not installed.
         """
-        from lorafast._similarity.clusters import linkage
+        from lorafast._similarity.clusters import cosines, linkage
 
-        return linkage(self, method)
+        return linkage(cosines(self.metric, self.matrix, self.norms), method)
 
     def clusters(
         self, *, threshold: float = 0.5, count: int | None = None, method: Method = "average"
@@ -177,9 +175,11 @@ class Similarity:
             ValueError: an argument is outside its domain.
             MissingDependencyError: SciPy is not installed.
         """
-        from lorafast._similarity.clusters import clusters
+        from lorafast._similarity.clusters import clusters, cosines
 
-        return clusters(self, threshold, count, method)
+        matrix = cosines(self.metric, self.matrix, self.norms)
+        found = clusters(matrix, list(self.groups.values()), threshold, count, method)
+        return [[self.names[at] for at in cluster] for cluster in found]
 
     def plot(self, *, method: Method = "average") -> Figure:
         """The matrix as a heatmap with like beside like, and the dendrogram that orders it.
@@ -193,9 +193,8 @@ class Similarity:
         Raises:
             MissingDependencyError: matplotlib or SciPy is not installed.
         """
-        from lorafast._report.plots.similarity import clustered
-
-        return clustered(self, method)
+        figure: Figure = view("plot", self)(self, method)
+        return figure
 
     def split(self) -> dict[str, Similarity]:
         """One similarity for each base."""
@@ -268,7 +267,7 @@ class Similarity:
 
     def to_json(self) -> str:
         """`to_dict` as strict JSON: NaN, which JSON does not have, becomes null."""
-        from lorafast._report.serialize import without_non_finite
+        from lorafast._io.plain import without_non_finite
 
         return json.dumps(without_non_finite(self.to_dict()), allow_nan=False)
 
@@ -337,3 +336,7 @@ class Similarity:
                 )
         except (zipfile.BadZipFile, zlib.error, *NO_SIMILARITY) as error:
             raise LorafastError(f"{path}: is no similarity that was saved ({error})") from error
+
+
+# What users see, and what a pickle names.
+Similarity.__module__ = "lorafast"

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import LorafastError
 from lorafast._fleet.discovery import ScanError, natural
-from lorafast._similarity.collection import Adapters, Progress, collected, pace
+from lorafast._similarity.collection import Adapters, collected, pace
 from lorafast._similarity.lineage import _gram
+from lorafast._types import Progress
 
 if TYPE_CHECKING:
-    from lorafast._analysis.records import Matrix
+    from lorafast._types import Matrix
 
 By = Literal["update", "name", "given"]
 ORDERS: tuple[By, ...] = ("update", "name", "given")
@@ -89,7 +90,7 @@ class Trajectory:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain objects, with `schema_version` and `kind`."""
-        from lorafast._report.serialize import to_plain
+        from lorafast._io.plain import to_plain
 
         return {
             "schema_version": SCHEMA_VERSION,
@@ -105,7 +106,7 @@ class Trajectory:
 
     def to_json(self) -> str:
         """`to_dict` as strict JSON."""
-        from lorafast._report.serialize import without_non_finite
+        from lorafast._io.plain import without_non_finite
 
         return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
 

@@ -17,7 +17,7 @@ from lorafast._torch.program import Program
 if TYPE_CHECKING:
     import torch
 
-    from lorafast._merge.api import Source, Strategy
+    from lorafast._types import Source, Strategy
 
 
 @dataclass

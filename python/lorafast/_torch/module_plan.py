@@ -26,7 +26,7 @@ from lorafast._io.strangers import read_header
 if TYPE_CHECKING:
     import torch
 
-    from lorafast._merge.api import Source, Strategy
+    from lorafast._types import Source, Strategy
 
 #: The safetensors names of torch's dtypes; others pass as bytes that nothing is merged into.
 NAMES = {
@@ -196,7 +196,7 @@ def plan_module(
         PlanError: adapters and module do not fit together, or a tensor cannot be merged into.
         LorafastError: as `lorafast.plan`.
     """
-    from lorafast._merge.api import _plan
+    from lorafast._merge.plan import make_plan
 
     _refuse_wrappers(module)
     found = {parameter.name: parameter for parameter in parameters_of(module)}
@@ -207,7 +207,7 @@ def plan_module(
         paths = [locate(adapter, ADAPTER_PATTERNS) for adapter in given]
         _describe(described, module, found, _saved_endings(paths), originals)
         try:
-            plan = _plan(
+            plan = make_plan(
                 described,
                 paths,
                 strategy=strategy,

@@ -31,6 +31,8 @@ Floats = NDArray[np.float64]
 def with_spectra(
     found: Sequence[tuple[dict[str, Any], tuple[Path, Path | None]]],
     metrics: str,
+    have: np.dtype[Any],
+    want: np.dtype[Any],
     device: torch.device,
 ) -> dict[int, Exception]:
     """Adds spectra to what a scan of moments found, and makes it what a scan of `metrics` finds.
@@ -39,14 +41,13 @@ def with_spectra(
         found: what the core says of each adapter, and its path with the weights to read in place
             of its own.
         metrics: "full" or "spectra".
+        have: the type of the rows that a scan of moments makes.
+        want: the type of the rows that one of `metrics` makes.
         device: where to decompose.
 
     Returns:
         Why some of them could not be read again, by position.
     """
-    from lorafast._fleet.entry import row_type
-
-    have, want = row_type("moments"), row_type(metrics)
     shared = [name for name in want.names or () if name in (have.names or ())]
     waiting: list[tuple[int, int, Any]] = []
     tables: list[NDArray[Any]] = []

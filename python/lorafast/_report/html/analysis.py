@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 
-from lorafast._analysis.records import AdapterAnalysis, ModuleAnalysis, TensorStatistics
+from lorafast._analysis.records import ModuleAnalysis, TensorStatistics
+from lorafast._analysis.results import AdapterAnalysis
 from lorafast._report.html.elements import (
     Column,
     Html,
@@ -20,6 +21,7 @@ from lorafast._report.html.elements import (
     table,
     words,
 )
+from lorafast._report.plots.draw import ANALYSIS_KINDS
 
 PLOTS = ("overview", "heatmap", "spectrum")
 #: Points of a spectrum in a table's row.
@@ -119,7 +121,7 @@ def page(analysis: AdapterAnalysis) -> str:
         element("p", element("code", str(analysis.path)), class_="quiet"),
         findings([(None, finding) for finding in analysis.findings]),
         section("Summary", summary(analysis)),
-        plots(analysis, PLOTS),
+        plots(analysis, PLOTS, ANALYSIS_KINDS),
         section("Modules", modules_table(list(analysis.modules.values()))),
         section(
             "Stored tensors",

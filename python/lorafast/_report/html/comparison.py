@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafast._analysis.records import AdapterAnalysis, Comparison, ModuleComparison
+from lorafast._analysis.records import ModuleComparison
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.html.elements import (
     Column,
     Html,
@@ -23,6 +24,7 @@ from lorafast._report.html.elements import (
     section,
     table,
 )
+from lorafast._report.plots.draw import COMPARISON_KINDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,12 +70,13 @@ def page(comparison: Comparison) -> str:
     pairs = list(zip(comparison.names, comparison.analyses, strict=True))
     modules = sorted(comparison.modules.values(), key=lambda module: natural(module.path))
     found = [(None, finding) for finding in comparison.findings]
+    pictures = PLOTS if len(pairs) <= MATRIX_AT_MOST else ("cosine", *PLOTS)
     return document(
         f"Comparison of {len(pairs)} adapters",
         findings([*found, *((name, one) for name, a in pairs for one in a.findings)]),
         section("Adapters", table(pairs, ADAPTER_COLUMNS, "adapters")),
         section("Cosine of the updates", _matrix(comparison)),
-        plots(comparison, PLOTS if len(pairs) <= MATRIX_AT_MOST else ("cosine", *PLOTS)),
+        plots(comparison, pictures, COMPARISON_KINDS),
         section("Modules", table(modules, _columns(comparison), "modules")),
         _only_in(comparison),
     )

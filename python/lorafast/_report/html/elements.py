@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Generic, TypeVar
 
-from lorafast._analysis.records import AdapterAnalysis, Comparison, Finding
+from lorafast._analysis.records import Finding
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._core import __version__
 from lorafast._errors import MissingDependencyError
-from lorafast._report.plots import draw
 from lorafast._report.plots.png import png
 
 Row = TypeVar("Row")
@@ -243,13 +243,14 @@ def _figure_of(finding: Finding) -> str:
     return "" if finding.figure is None else f" · {number(finding.figure)}"
 
 
-def plots(subject: AdapterAnalysis | Comparison, kinds: Sequence[str]) -> Html:
-    """Pictures of some kinds, or why there are none."""
-    described = draw.kinds(subject)
+def plots(
+    subject: AdapterAnalysis | Comparison, kinds: Sequence[str], described: Mapping[str, str]
+) -> Html:
+    """Pictures of some kinds, each with what it shows, or why there are none."""
     pictures = []
     for kind in kinds:
         try:
-            drawn = png(draw.figure(subject, kind))
+            drawn = png(subject.plot(kind))
         except MissingDependencyError as error:
             return section("Plots", element("p", f"There are no plots here: {error}."))
         source = "data:image/png;base64," + base64.b64encode(drawn).decode("ascii")

@@ -29,7 +29,8 @@ from lorafast._report.html.elements import (
 
 if TYPE_CHECKING:
     from lorafast._fleet.discovery import ScanError
-    from lorafast._fleet.fleet import Fleet, FleetFinding
+    from lorafast._fleet.findings import FleetFinding
+    from lorafast._fleet.fleet import Fleet
 
 #: Entries of a list that are not folded away.
 SHOWN = 12
@@ -112,14 +113,11 @@ def _alike(fleet: Fleet, similarity: Any) -> fleet_charts.Chart | str | None:
                 f"More than {COMPARED_UNASKED:,} adapters are compared only when it is asked for: "
                 "to_html(similarity=lorafast.similarity(fleet))."
             )
-        import lorafast
+        from lorafast._similarity import api
 
-        compute = getattr(lorafast, "similarity", None)
-        if compute is None:
-            return None
         try:
             # Those of another base have nothing to be compared by, and leave their cells empty.
-            similarity = compute(fleet, group_by_base=True)
+            similarity = api.similarity(fleet, group_by_base=True)
         except (LorafastError, ValueError, OSError) as error:
             return f"The adapters were not compared with each other: {error}"
     if similarity is None:

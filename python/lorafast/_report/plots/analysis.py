@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafast._analysis.records import AdapterAnalysis, ModuleAnalysis, TensorStatistics
+from lorafast._analysis.records import ModuleAnalysis, TensorStatistics
+from lorafast._analysis.results import AdapterAnalysis
 from lorafast._report.plots.figure import new_figure
 from lorafast._report.plots.style import (
     ABSENT,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafast._analysis.records import AdapterAnalysis, Comparison, Histogram, ModuleComparison
+from lorafast._analysis.records import Histogram, ModuleComparison
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.plots.figure import new_figure
 from lorafast._report.plots.style import (
     ABSENT,

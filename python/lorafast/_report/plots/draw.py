@@ -7,13 +7,15 @@ asked for, through its object-oriented interface: no window, no backend, no glob
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lorafast._analysis.records import AdapterAnalysis, Comparison
 from lorafast._errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lorafast._analysis.results import AdapterAnalysis, Comparison
 
 #: The plots of one adapter, and what each shows.
 ANALYSIS_KINDS = {
@@ -33,28 +35,36 @@ COMPARISON_KINDS = {
 }
 
 
-def kinds(subject: AdapterAnalysis | Comparison) -> dict[str, str]:
-    """The kinds of plot there are of an analysis or a comparison, each with what it shows."""
-    return dict(COMPARISON_KINDS if isinstance(subject, Comparison) else ANALYSIS_KINDS)
-
-
-def figure(subject: AdapterAnalysis | Comparison, kind: str) -> Figure:
-    """Draws one plot.
+def analysis_figure(analysis: AdapterAnalysis, kind: str) -> Figure:
+    """Draws one plot of an analysis.
 
     Args:
-        subject: an analysis or a comparison.
-        kind: one of `kinds(subject)`.
+        analysis: what to draw.
+        kind: one of `ANALYSIS_KINDS`.
 
     Returns:
         A matplotlib Figure that belongs to no window; a notebook shows it.
 
     Raises:
-        ValueError: there is no such plot of the subject.
+        ValueError: there is no such plot.
         MissingDependencyError: matplotlib is not installed.
     """
-    known = kinds(subject)
+    _check(kind, ANALYSIS_KINDS, "an analysis")
+    from lorafast._report.plots.analysis import DRAW
+
+    return DRAW[kind](analysis)
+
+
+def comparison_figure(comparison: Comparison, kind: str) -> Figure:
+    """As `analysis_figure`, of a comparison and one of `COMPARISON_KINDS`."""
+    _check(kind, COMPARISON_KINDS, "a comparison")
+    from lorafast._report.plots.comparison import DRAW
+
+    return DRAW[kind](comparison)
+
+
+def _check(kind: str, known: Mapping[str, str], noun: str) -> None:
     if kind not in known:
-        noun = "a comparison" if isinstance(subject, Comparison) else "an analysis"
         raise ValueError(f"no plot {kind!r} of {noun}; there are: {', '.join(known)}")
     try:
         import matplotlib  # noqa: F401  # asked for here so that its absence has one message
@@ -62,8 +72,3 @@ def figure(subject: AdapterAnalysis | Comparison, kind: str) -> Figure:
         raise MissingDependencyError(
             "matplotlib is needed to draw plots; install it with: pip install matplotlib"
         ) from error
-    from lorafast._report.plots import analysis, comparison
-
-    if isinstance(subject, Comparison):
-        return comparison.DRAW[kind](subject)
-    return analysis.DRAW[kind](subject)

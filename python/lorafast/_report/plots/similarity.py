@@ -32,7 +32,7 @@ LABEL_HEIGHT = 0.16
 
 def clustered(similarity: Similarity, method: str) -> Figure:
     """Draws the cosines with like beside like, and the dendrogram of each base beside them."""
-    matrix = cosines(similarity)
+    matrix = cosines(similarity.metric, similarity.matrix, similarity.norms)
     order, trees = _order(similarity, matrix, method)
     count = len(order)
     side = min(18.0, max(4.0, 0.45 * count if count <= WRITTEN else LABEL_HEIGHT * count))

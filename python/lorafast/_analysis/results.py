@@ -1,0 +1,153 @@
+"""An analysis and a comparison: what was measured, and what it can be turned into."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorafast._results import view
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    from matplotlib.figure import Figure
+
+    from lorafast._analysis.records import (
+        Finding,
+        ModuleAnalysis,
+        ModuleComparison,
+        TensorStatistics,
+    )
+    from lorafast._types import Matrix
+
+#: Of `to_dict` and `to_json`; raised when a field changes its meaning or goes away.
+SCHEMA_VERSION = 1
+
+
+class _Result:
+    """What an analysis and a comparison can be turned into."""
+
+    _kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain objects, with `schema_version` and `kind`; NaN stays NaN."""
+        from lorafast._io.plain import fields_of
+
+        return {"schema_version": SCHEMA_VERSION, "kind": self._kind, **fields_of(self)}
+
+    def to_json(self) -> str:
+        """`to_dict` as strict JSON: NaN and infinities, which JSON does not have, become null."""
+        from lorafast._io.plain import without_non_finite
+
+        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """A report for a person: findings first, under 200 lines whatever the adapter."""
+        text: str = view("markdown", self)(self)
+        return text
+
+    def to_html(self) -> str:
+        """The report with its plots as one HTML document that loads nothing from elsewhere."""
+        text: str = view("html", self)(self)
+        return text
+
+    def plot(self, kind: str) -> Figure:
+        """Draws one plot.
+
+        Args:
+            kind: what to draw; an unknown kind is answered with the list of those there are.
+
+        Returns:
+            A matplotlib Figure that belongs to no window.
+
+        Raises:
+            ValueError: there is no such plot.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        figure: Figure = view("plot", self)(self, kind)
+        return figure
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table with a row for each module.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        frame: pandas.DataFrame = view("pandas", self)(self)
+        return frame
+
+    def to_polars(self) -> polars.DataFrame:
+        """A table with a row for each module.
+
+        Raises:
+            MissingDependencyError: polars is not installed.
+        """
+        frame: polars.DataFrame = view("polars", self)(self)
+        return frame
+
+    def __repr__(self) -> str:
+        text: str = view("text", self)(self)
+        return text
+
+    def _repr_html_(self) -> str:
+        text: str = view("notebook", self)(self)
+        return text
+
+
+@dataclass(frozen=True, repr=False)
+class AdapterAnalysis(_Result):
+    """What one adapter holds. Made by `lorafast.analyze`.
+
+    Attributes:
+        name: the adapter's name: its directory's.
+        path: where it was read from.
+        config: `adapter_config.json` as it stands.
+        summary: the figures of the whole adapter: `modules`, `tensors`, `total_parameters`,
+            `total_bytes`, `ranks`, `alphas`, `scalings`, `frobenius_norm` (√Σ‖ΔW‖²),
+            `max_spectral_norm`, `median_spectral_norm`, `mean_effective_rank`, `dtypes`,
+            `features` (what there is beside plain low-rank products), `base`.
+        findings: what an expert would point at, the most severe first.
+        weights: all stored weights taken together.
+        tensors: statistics of each tensor by its name, in the order of the file.
+        modules: each module's update by its path, in the order of the file.
+    """
+
+    _kind: ClassVar[str] = "adapter_analysis"
+
+    name: str
+    path: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    findings: list[Finding]
+    weights: TensorStatistics
+    tensors: dict[str, TensorStatistics]
+    modules: dict[str, ModuleAnalysis]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(_Result):
+    """What N adapters have in common. Made by `lorafast.compare`.
+
+    Attributes:
+        names: a distinct name for each adapter, in the order given.
+        analyses: the analysis of each.
+        cosine: N×N, of the whole updates: Σ⟨X, Y⟩ over the modules that both have, over the norms
+            of the whole adapters; modules that only one has are zero in the other.
+        modules: each module of any adapter by its path.
+        only_in: for each adapter's name, modules that it has and not all the others have.
+        findings: what to know of the comparison itself.
+    """
+
+    _kind: ClassVar[str] = "comparison"
+
+    names: list[str]
+    analyses: list[AdapterAnalysis]
+    cosine: Matrix
+    modules: dict[str, ModuleComparison]
+    only_in: dict[str, list[str]]
+    findings: list[Finding] = field(default_factory=list)
+
+
+# What users see, and what a pickle names.
+AdapterAnalysis.__module__ = Comparison.__module__ = "lorafast"

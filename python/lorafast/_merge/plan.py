@@ -1,0 +1,285 @@
+"""The plan of a merge, and its execution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafast import _core
+from lorafast._errors import PlanError, VerificationError
+from lorafast._io.limits import check_threads
+from lorafast._io.paths import expand
+from lorafast._io.sources import (
+    ADAPTER_PATTERNS,
+    BASE_PATTERNS,
+    has_only_pickle,
+    locate,
+    rewrite_pickle,
+)
+
+if TYPE_CHECKING:
+    from lorafast._io.scratch import Scratch
+    from lorafast._merge.report import MergeReport
+    from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
+
+#: What `dtype` may be, and the name of each in a safetensors header.
+DTYPES: dict[str, str | None] = {
+    "auto": None,
+    "float16": "F16",
+    "fp16": "F16",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float32": "F32",
+    "fp32": "F32",
+}
+
+
+class MergePlan:
+    """What a merge will do, decided before anything is written.
+
+    Made by `lorafast.plan`; `execute` carries it out. The files it was made from must stay as
+    they are until then.
+
+    Attributes:
+        base: path of the base.
+        adapters: paths of the adapters, in order.
+        tensors_merged: tensors that adapters change.
+        tensors_copied: tensors that are carried over byte for byte.
+        tensors_cast: tensors that are only converted to the output's dtype.
+        total_parameters: elements of all tensors.
+        bytes_to_write: bytes of the output's shards.
+        warnings: what to know before using the result, such as an adapter that was never trained.
+        notes: how adapters were made to fit where it was not plain.
+    """
+
+    def __init__(self, core: _core.Plan, pickles: Scratch | None) -> None:
+        self.core = core
+        #: Models that are read beside the base, and must not be written over either.
+        self.protected: list[Path] = []
+        if pickles is not None:
+            import weakref
+
+            # Rewritten pickles are needed for as long as the plan is.
+            weakref.finalize(self, pickles.remove)
+        self._description: dict[str, Any] = core.describe()
+        self.base: str = self._description["base"]
+        self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
+        self.tensors_merged: int = self._description["tensors_merged"]
+        self.tensors_copied: int = self._description["tensors_copied"]
+        self.tensors_cast: int = self._description["tensors_cast"]
+        self.total_parameters: int = self._description["total_parameters"]
+        self.bytes_to_write: int = self._description["bytes_to_write"]
+        self.warnings: list[str] = self._description["warnings"]
+        self.notes: list[str] = self._description["notes"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as plain objects: every tensor with its action and its updates."""
+        import json
+
+        copied: dict[str, Any] = json.loads(json.dumps(self._description))
+        return copied
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        import json
+
+        return json.dumps(self._description, indent=2)
+
+    def __repr__(self) -> str:
+        adapters = len(self.adapters)
+        return (
+            f"<MergePlan: {adapters} adapter{'s' * (adapters != 1)} into {self.base}; "
+            f"{self.tensors_merged} tensors change, {self.tensors_copied} are copied, "
+            f"{self.tensors_cast} cast; {self.bytes_to_write / 1e9:.2f} GB to write>"
+        )
+
+    def execute(
+        self,
+        output: Source,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        overwrite: bool = False,
+        progress: Progress = False,
+        device_memory: int | str | None = None,
+        verify: bool = False,
+        report: bool = True,
+        sync: bool = True,
+    ) -> MergeReport:
+        """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
+        from lorafast._io.device_names import AMX, check_merge_device, parse_memory
+        from lorafast._io.progress import callback
+        from lorafast._merge.report import MergeReport, write_afterwards
+
+        check_threads(threads)
+        output = expand(output)
+        memory = parse_memory(device_memory, check_merge_device(device))
+        options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "sync": sync}
+        with callback(progress) as tell:
+            if device in ("cpu", AMX):
+                instruction_set = "amx" if device == AMX else None
+                summary = self.core.execute(
+                    output,
+                    **options,
+                    instruction_set=instruction_set,
+                    protected=self.protected,
+                    progress=tell,
+                )
+                notes, fallbacks = [], {}
+            else:
+                from lorafast._torch.choice import carry_out
+
+                done = carry_out(
+                    self.core, output, device=device, memory=memory, **options, progress=tell
+                )
+                summary, device = done.summary, done.device
+                notes, fallbacks = done.notes, done.fallbacks
+        description = self._description
+        result = MergeReport(
+            base=self.base,
+            adapters=list(self.adapters),
+            strategy=description["strategy"],
+            weights=description["weights"],
+            output_path=output,
+            dtype=description["dtype"],
+            device=device,
+            total_parameters=self.total_parameters,
+            model_size_mb=summary["bytes_written"] / 2**20,
+            tensors_merged=self.tensors_merged,
+            tensors_copied=self.tensors_copied,
+            tensors_cast=self.tensors_cast,
+            bytes_written=summary["bytes_written"],
+            merge_time=summary["seconds"],
+            threads=summary["threads"],
+            instruction_set=summary["instruction_set"],
+            versions={"lorafast": _core.__version__},
+            adapter_sha256=dict(zip(self.adapters, summary["adapter_sha256"], strict=False)),
+            base_header_sha256=summary["base_header_sha256"],
+            groups=_groups(description),
+            warnings=[*self.warnings, *summary["warnings"]],
+            notes=[*self.notes, *notes],
+            fallbacks=fallbacks,
+            side_files=summary["side_files"],
+            left_out=summary["left_out"],
+            accounts=[adapter["account"] for adapter in description["adapters"]],
+            weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),
+        )
+        problem = None
+        if verify:
+            result, problem = self._verified(result, device, threads, progress)
+        if report:
+            write_afterwards(result, output)
+        if problem is not None:
+            raise VerificationError(
+                f"{output}: what was written is not what was computed: "
+                f"{problem}; check the disk and the memory of this machine"
+            )
+        return result
+
+    def _verified(
+        self, result: MergeReport, device: str, threads: int | None, progress: Progress
+    ) -> tuple[MergeReport, str | None]:
+        """The report of a finished merge with its verification, and the first problem, if any."""
+        from dataclasses import replace
+
+        from lorafast._merge.report import AFTERWARDS, unverified
+        from lorafast._merge.verify import verify_plan
+
+        try:
+            checked = verify_plan(
+                self.core,
+                result.output_path,
+                device=device,
+                full=False,
+                threads=threads,
+                progress=progress,
+            )
+        except VerificationError:
+            raise
+        except AFTERWARDS as error:
+            # The model is written; whether it is right is not known.
+            result.warnings.append(unverified(result.output_path, error))
+            return result, None
+        result.warnings.extend(checked.warnings)
+        result = replace(result, verification=checked.to_dict())
+        return result, None if checked.ok else checked.problems[0]
+
+
+def make_plan(
+    base: Source,
+    adapters: Source | Sequence[Source],
+    *,
+    strategy: Strategy,
+    weights: Sequence[float] | None,
+    dtype: str,
+    allow: str | Sequence[str],
+    compat: Compat | None,
+    subtract: bool,
+    expert_layout: ExpertLayout = "auto",
+) -> MergePlan:
+    """`lorafast.plan`; with `subtract`, adapters are taken out of `base`, a merged model."""
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if isinstance(adapters, str | os.PathLike):
+        adapters = [adapters]
+    base_path = locate(base, BASE_PATTERNS)
+    paths = [locate(adapter, ADAPTER_PATTERNS) for adapter in adapters]
+    pickles: Scratch | None = None
+    if any(has_only_pickle(path) for path in paths):
+        from lorafast._io.scratch import Scratch
+
+        pickles = Scratch()
+    try:
+        sources: list[tuple[Path, Path | None]] = []
+        for position, path in enumerate(paths):
+            rewritten = None
+            if pickles is not None and has_only_pickle(path):
+                rewritten = rewrite_pickle(path, pickles.path / str(position))
+            sources.append((path, rewritten))
+        make = partial(
+            _core.plan_merge,
+            base_path,
+            sources,
+            strategy=strategy,
+            weights=None if weights is None else [float(weight) for weight in weights],
+            dtype=DTYPES[dtype],
+            allow=[allow] if isinstance(allow, str) else list(allow),
+            compat=compat,
+            subtract=subtract,
+            expert_layout=None if expert_layout == "auto" else expert_layout,
+        )
+        try:
+            core = make()
+        except PlanError:
+            from lorafast._io.transformers_renames import renaming_rules
+
+            # The core knows the common models; transformers, which is slow to ask, knows its own.
+            rules = None if _core.names_fit(base_path, sources) else renaming_rules(base_path)
+            if rules is None:
+                raise
+            core = make(renames=rules)
+    except BaseException:
+        if pickles is not None:
+            pickles.remove()
+        raise
+    return MergePlan(core, pickles)
+
+
+def _groups(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Counts the updates by adapter, rank, scale and weight."""
+    counts: dict[tuple[int, int, float, float], int] = {}
+    for tensor in description["tensors"]:
+        for update in tensor["updates"]:
+            key = (update["adapter"], update["rank"], update["scale"], update["weight"])
+            counts[key] = counts.get(key, 0) + 1
+    names = ("adapter", "rank", "scale", "weight")
+    return [
+        {**dict(zip(names, key, strict=True)), "modules": counts[key]} for key in sorted(counts)
+    ]
+
+
+# What users see, and what a pickle names.
+MergePlan.__module__ = "lorafast"

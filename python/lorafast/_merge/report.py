@@ -1,0 +1,156 @@
+"""The report of a merge, and what a finished output without one is told of."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorafast._errors import LorafastError
+from lorafast._io.paths import expand
+from lorafast._results import view
+
+if TYPE_CHECKING:
+    from lorafast._types import Source
+
+REPORT_JSON = "merge_report.json"
+REPORT_MARKDOWN = "merge_report.md"
+#: What reading a finished output back, or writing a report beside it, can meet.
+AFTERWARDS = (LorafastError, OSError, ValueError, MemoryError)
+
+
+class HasReport(Protocol):
+    """What is written beside a finished output, and the warnings that a person is told."""
+
+    @property
+    def warnings(self) -> list[str]: ...
+
+    def write(self, directory: Source) -> None: ...
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, and from what.
+
+    Attributes:
+        base: path of the base.
+        adapters: paths of the adapters, in the order in which they were added.
+        strategy: sequential, weighted or average.
+        weights: the weight of each adapter, or `None` under sequential.
+        output_path: the directory that was written.
+        dtype: auto, or the dtype of the output's floating-point tensors.
+        device: what made the products: cpu, a CUDA device, or torch:cpu.
+        total_parameters: elements of all tensors of the output.
+        model_size_mb: size of the output's shards in MiB (2²⁰ bytes).
+        tensors_merged: tensors that adapters changed.
+        tensors_copied: tensors carried over byte for byte.
+        tensors_cast: tensors only converted to another dtype.
+        bytes_written: bytes of the output's shards.
+        merge_time: seconds from the first check to the finished directory.
+        threads: worker threads.
+        instruction_set: the instructions of the kernels; the result does not depend on it, but for
+            "amx".
+        versions: of lorafast.
+        adapter_sha256: of each adapter's weights file, by the adapter's path.
+        base_header_sha256: of the header of each of the base's shards, in order.
+        groups: for each adapter and scale, how many modules were merged with it.
+        warnings: what to know before using the result.
+        notes: how adapters were made to fit where it was not plain.
+        side_files: files carried over beside the weights.
+        left_out: what lies in the base's directory and was not carried over, folders with a
+            slash: other weights, hidden files, folders with models of their own, links that lead
+            out of the model, and what no model needs.
+        accounts: for each adapter `fields` and `tensors`: the `name` of every config field and of
+            every tensor, its `verdict` (used, not_needed) and the `reason`.
+        verification: what `lorafast.verify` found afterwards, where it was asked for.
+        fallbacks: on a device, for each reason the tensors that the CPU merged.
+        weight_files: the files of weights that were written.
+    """
+
+    base: str
+    adapters: list[str]
+    strategy: str
+    weights: list[float] | None
+    output_path: str
+    dtype: str
+    device: str
+    total_parameters: int
+    model_size_mb: float
+    tensors_merged: int
+    tensors_copied: int
+    tensors_cast: int
+    bytes_written: int
+    merge_time: float
+    threads: int
+    instruction_set: str
+    versions: dict[str, str]
+    adapter_sha256: dict[str, str]
+    base_header_sha256: list[str]
+    groups: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    side_files: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    accounts: list[dict[str, Any]] = field(default_factory=list)
+    verification: dict[str, Any] | None = None
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)
+    weight_files: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain objects."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """A page for a person: result, inputs, scales, warnings."""
+        text: str = view("markdown", self)(self)
+        return text
+
+    def write(self, directory: Source) -> None:
+        """Writes `merge_report.json` and `merge_report.md` into a directory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        from lorafast._io.atomic import write
+
+        folder = Path(expand(directory))
+        write(folder / REPORT_JSON, self.to_json() + "\n")
+        write(folder / REPORT_MARKDOWN, self.to_markdown())
+
+
+def write_afterwards(report: HasReport, output: str) -> None:
+    """Writes the reports of an output that is finished; what fails is a warning of the report."""
+    try:
+        report.write(output)
+    except AFTERWARDS as error:
+        report.warnings.append(
+            f"{output}: is finished, but its reports could not be written: {_in_words(error)}"
+        )
+
+
+def unverified(output: str, error: BaseException) -> str:
+    """The warning that a finished output could not be looked at again."""
+    return f"{output}: is finished, but could not be verified: {_in_words(error)}"
+
+
+def unmeasured(output: str, error: BaseException) -> str:
+    """The warning that what a finished output is worth could not be measured."""
+    return f"{output}: is finished, but its distance could not be measured: {_in_words(error)}"
+
+
+def _in_words(error: BaseException) -> str:
+    from lorafast._io.strangers import reason_of
+
+    place = getattr(error, "filename", None)
+    return reason_of(error) + (f": {os.fsdecode(place)}" if place is not None else "")
+
+
+# What users see, and what a pickle names.
+MergeReport.__module__ = "lorafast"

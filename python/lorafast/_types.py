@@ -1,0 +1,40 @@
+"""Type aliases of arguments and values that several layers share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+    #: A square or rectangular array of float64.
+    Matrix = NDArray[numpy.float64]
+
+#: A path, or where one is taken a hub id.
+Source = str | os.PathLike[str]
+#: `True` for a bar on a terminal, or what is called with (done, total).
+Progress = bool | Callable[[int, int], object]
+
+#: How several adapters are combined.
+Strategy = Literal["sequential", "weighted", "average"]
+#: Whose results a merge gives where those differ from what was trained.
+Compat = Literal["peft"]
+#: How factors of experts that are stored as one tensor lie on it.
+ExpertLayout = Literal["auto", "straight", "transposed"]
+
+#: How much a scan finds.
+Metrics = Literal["full", "headers", "moments", "spectra"]
+#: The tables of a fleet.
+TableName = Literal["adapters", "modules", "findings"]
+#: How much a finding matters.
+Severity = Literal["severe", "warning", "note"]
+
+#: What a similarity's matrix holds.
+Metric = Literal["cosine", "inner_product"]
+#: What products are summed in.
+Precision = Literal["auto", "float64", "float32"]
+#: How the distance of two clusters follows from their members', as SciPy's.
+Method = Literal["average", "complete", "single", "weighted"]
