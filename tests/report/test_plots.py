@@ -161,7 +161,7 @@ assert "matplotlib.pyplot" not in sys.modules
 assert raw() == before
 """
     subprocess.run(
-        [sys.executable, "-c", program], check=True, cwd=Path(__file__).parent, timeout=120
+        [sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1], timeout=120
     )
 
 

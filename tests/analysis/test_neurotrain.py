@@ -15,7 +15,7 @@ from lorafast import analyzers
 from support.files import read_safetensors, tensor
 from support.handmade import MODULES, adapter_tensors, make_adapter, make_base
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 MERGE_KEYS = [
     "base_model",
     "adapters",

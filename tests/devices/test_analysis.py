@@ -15,8 +15,8 @@ from lorafast._cli.main import main
 from lorafast._io import device_names
 from lorafast._torch import gram, spectra
 from support.analysis import graded_factors, random_factors, write_factors
+from support.similarity import dense_matrix, fleet, to_cosines
 from support.simulated_cuda import opened
-from test_similarity import dense_matrix, fleet, to_cosines
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 DEVICES = ["torch:cpu", "simulated", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])]

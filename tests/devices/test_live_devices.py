@@ -14,9 +14,9 @@ import torch
 from lorafast._torch import in_place, module_plan, program
 from support.files import tensor
 from support.handmade import PREFIX, adapter_tensors, make_adapter
+from support.live_models import MODULES, Model, make, same, state
 from support.mutants import ordering_statements, without
 from support.simulated_cuda import opened, simulated_cuda
-from test_torch_live import MODULES, Model, make, same, state
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 DEVICES = ["cpu", "simulated", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])]
