@@ -1,4 +1,4 @@
-"""The report of a merge, and what a finished output without one is told of."""
+"""The report of a merge, and the warnings of what failed when the output was finished."""
 
 from __future__ import annotations
 
