@@ -13,16 +13,29 @@ SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/installed ## install, and merge two adapters into a small model made on the spot
 	$(BIN)/lorafast demo
 
+# One process a core; then what measures seconds or memory, with nothing beside it. `--tests` does not
+# build what no test needs; there are no documentation tests.
 .PHONY: test
-test: $(VENV)/installed-test ## install what the tests need, and run them (Rust and Python)
-	cargo test --locked
-	$(BIN)/python -m pytest --numprocesses auto
+test: $(VENV)/installed-test ## install what the tests need, and run them (Rust and Python) in ten minutes at most
+	if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked --tests; else cargo test --locked --tests; fi
+	$(BIN)/python -m pytest --numprocesses auto -m "not exhaustive and not alone"
+	$(BIN)/python -m pytest -m "not exhaustive and alone"
+
+.PHONY: test-exhaustive
+test-exhaustive: $(VENV)/installed-test ## run what `make test` leaves out: more combinations of what it tries
+	$(BIN)/python -m pytest --numprocesses auto -m "exhaustive and not alone"
+	$(BIN)/python -m pytest -m "exhaustive and alone"
+
+.PHONY: test-all
+test-all: test test-exhaustive ## run every test
+
+.NOTPARALLEL: test-all
 
 .PHONY: lint
 lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Python)

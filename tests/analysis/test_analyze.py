@@ -372,6 +372,7 @@ def test_known_answers(real_data: Path) -> None:
 
 
 @pytest.mark.real_data
+@pytest.mark.exhaustive
 def test_every_adapter_that_opens_agrees_with_numpy_and_scipy(real_data: Path) -> None:
     done = 0
     for folder in adapter_folders(real_data):

@@ -36,7 +36,7 @@ devices = pytest.mark.parametrize("device", DEVICES, indirect=True)
 
 @devices
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("bound", [None, 1 << 20])
+@pytest.mark.parametrize("bound", [None, pytest.param(1 << 20, marks=pytest.mark.exhaustive)])
 def test_products_are_those_of_dense_updates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: Any, bound: Any
 ) -> None:

@@ -55,8 +55,15 @@ def make_many(root: Path, count: int) -> None:
         )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
-    ("case", "most"), [("headers", 100), ("full", 100), ("cache", 200), ("broken", 600)]
+    ("case", "most"),
+    [
+        pytest.param("headers", 100, marks=pytest.mark.exhaustive),
+        pytest.param("full", 100, marks=pytest.mark.exhaustive),
+        ("cache", 200),
+        pytest.param("broken", 600, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_nothing_grows_with_the_fleet_but_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, most: float

@@ -250,6 +250,7 @@ PLAN = """
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 @pytest.mark.parametrize("call", ["plan", "compare"])
 def test_reading_strangers_files_can_be_interrupted(tmp_path: Path, call: str) -> None:

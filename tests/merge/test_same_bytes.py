@@ -34,7 +34,9 @@ def dora(tensors: dict[str, object], seed: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("form", ["linear", "several", "dora"])
-@pytest.mark.parametrize("rank", [1, 33, 64])
+@pytest.mark.parametrize(
+    "rank", [33, *(pytest.param(rank, marks=pytest.mark.exhaustive) for rank in (1, 64))]
+)
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
 def test_the_same_bytes_from_every_instruction_set_and_number_of_threads(
     tmp_path: Path, dtype: str, rank: int, form: str

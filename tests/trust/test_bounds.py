@@ -150,6 +150,7 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
+@pytest.mark.alone
 def test_what_asks_for_too_much_ends_soon_and_hears_ctrl_c(
     tmp_path: Path, figures: Callable[[str], Figures]
 ) -> None:
@@ -185,6 +186,7 @@ def test_what_asks_for_too_much_ends_soon_and_hears_ctrl_c(
     told.settle()
 
 
+@pytest.mark.alone
 def test_a_long_header_takes_no_more_memory_than_some_times_its_size(tmp_path: Path) -> None:
     path = tmp_path / "long.safetensors"
     entries = ",".join(

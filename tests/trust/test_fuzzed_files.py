@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lorafast
+import pytest
 from support.handmade import make_adapter, make_base
 from support.trust.figures import Figures, count, generator
 
@@ -135,6 +136,7 @@ def put(path: Path, content: bytes) -> None:
     os.utime(path, (1_600_000_000, 1_600_000_000))
 
 
+@pytest.mark.alone
 def test_a_changed_file_is_read_or_refused(
     tmp_path: Path, figures: Callable[[str], Figures]
 ) -> None:

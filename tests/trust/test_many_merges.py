@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lorafast
+import pytest
 from support.compare import assert_merged_like_float64, assert_rest_untouched
 from support.files import read_checkpoint, snapshot
 from support.handmade import adapter_tensors, make_adapter, make_base
@@ -30,6 +31,7 @@ def resident() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.alone
 def test_many_merges_are_all_right_and_leave_no_trace(
     tmp_path: Path, figures: Callable[[str], Figures]
 ) -> None:
