@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Callable, Sequence, Set
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeAlias, final
+
+from typing_extensions import Buffer
 
 __all__ = [
     "Collection",
     "Execution",
     "Plan",
     "__version__",
+    "adapter_format",
     "analyze_adapter",
     "build_info",
     "compare_adapters",
@@ -24,6 +27,18 @@ __all__ = [
 ]
 
 __version__: str
+
+#: Name, dtype (a safetensors name), shape, and the bytes or, where nobody will read them, `None`.
+_NamedTensor: TypeAlias = tuple[str, str, Sequence[int], Buffer | None]
+#: A path; or a path, the file of its weights, and what reads that, from any thread and as often as
+#: the adapter is opened.
+_AdapterSource: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | tuple[str | os.PathLike[str], str | os.PathLike[str], Callable[[], Sequence[_NamedTensor]]]
+)
+#: A path; or the name, the config (JSON) and the tensors of a model in memory.
+_Base: TypeAlias = str | os.PathLike[str] | tuple[str, str, Sequence[_NamedTensor]]
 
 @final
 class Plan:
@@ -88,8 +103,8 @@ class Execution:
     def abort(self) -> None: ...
 
 def plan_merge(
-    base: str | os.PathLike[str],
-    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+    base: _Base,
+    adapters: Sequence[_AdapterSource],
     *,
     strategy: str,
     weights: Sequence[float] | None,
@@ -101,16 +116,14 @@ def plan_merge(
     renames: str | None = None,
 ) -> Plan: ...
 def names_fit(
-    base: str | os.PathLike[str],
-    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+    base: _Base,
+    adapters: Sequence[_AdapterSource],
 ) -> bool: ...
 def list_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]: ...
-def list_adapter(
-    path: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
-) -> dict[str, Any]: ...
+def list_adapter(adapter: _AdapterSource) -> dict[str, Any]: ...
+def adapter_format(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
-    path: str | os.PathLike[str],
-    weights: str | os.PathLike[str] | None = None,
+    adapter: _AdapterSource,
     *,
     base: str | os.PathLike[str] | None,
     percentiles: Sequence[float],
@@ -120,23 +133,21 @@ def analyze_adapter(
     progress: Callable[[int, int], object] | None,
 ) -> dict[str, Any]: ...
 def compare_adapters(
-    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+    adapters: Sequence[_AdapterSource],
     *,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> dict[str, Any]: ...
 def build_info() -> dict[str, Any]: ...
 def scan_adapters(
-    sources: Sequence[
-        tuple[str | os.PathLike[str], str | os.PathLike[str] | None, str | os.PathLike[str] | None]
-    ],
+    sources: Sequence[_AdapterSource],
     *,
     metrics: str,
     threads: int | None,
     receive: Callable[[list[tuple[int, dict[str, Any] | Exception]], int, int], object],
 ) -> None: ...
 def stored_factors(
-    adapter: tuple[str | os.PathLike[str], str | os.PathLike[str] | None],
+    adapter: _AdapterSource,
 ) -> list[tuple[tuple[int, int, int], float, tuple[str, bytes], tuple[str, bytes]]]: ...
 def scan_columns(metrics: str) -> list[tuple[str, bool]]: ...
 
@@ -191,7 +202,7 @@ class Collection:
     ) -> list[dict[str, Any]]: ...
 
 def open_collection(
-    adapters: Sequence[tuple[str | os.PathLike[str], str | os.PathLike[str] | None]],
+    adapters: Sequence[_AdapterSource],
     *,
     threads: int | None,
     progress: Callable[[int, int], object] | None,

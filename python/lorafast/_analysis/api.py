@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +25,8 @@ from lorafast._io.limits import check_threads
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
-    has_only_pickle,
+    core_source,
     locate,
-    rewrite_pickle,
 )
 
 if TYPE_CHECKING:
@@ -112,10 +109,10 @@ def analyze_named(
 
     _check(histogram_bins, threads)
     base_path = None if base is None else locate(base, BASE_PATTERNS)
-    with opened([adapter]) as [(path, weights)], callback(progress, label="analysing") as report:
+    source = core_source(locate(adapter, ADAPTER_PATTERNS))
+    with callback(progress, label="analysing") as report:
         found = _core.analyze_adapter(
-            path,
-            weights,
+            source,
             base=base_path,
             percentiles=PERCENTILES,
             bins=histogram_bins,
@@ -180,8 +177,9 @@ def compare_analysed(
     from lorafast._io.progress import callback
 
     names = [analysis.name for analysis in analyses]
-    with opened(adapters) as paths, callback(progress, label="comparing") as report:
-        found = _core.compare_adapters(paths, threads=threads, progress=report)
+    sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
+    with callback(progress, label="comparing") as report:
+        found = _core.compare_adapters(sources, threads=threads, progress=report)
     return _comparison(found, names, analyses)
 
 
@@ -189,25 +187,6 @@ def _check(histogram_bins: int, threads: int | None) -> None:
     if not 1 <= histogram_bins <= MOST_BINS:
         raise ValueError(f"histogram_bins must be from 1 to {MOST_BINS}, not {histogram_bins}")
     check_threads(threads)
-
-
-@contextmanager
-def opened(adapters: Sequence[Source]) -> Iterator[list[tuple[Path, Path | None]]]:
-    """The local paths of adapters, each with the file that stands in for pickled weights."""
-    with ExitStack() as stack:
-        directory: Path | None = None
-        paths: list[tuple[Path, Path | None]] = []
-        for position, adapter in enumerate(adapters):
-            path = locate(adapter, ADAPTER_PATTERNS)
-            rewritten = None
-            if has_only_pickle(path):
-                if directory is None:
-                    from lorafast._io import scratch
-
-                    directory = stack.enter_context(scratch.directory())
-                rewritten = rewrite_pickle(path, directory / f"{position}")
-            paths.append((path, rewritten))
-        yield paths
 
 
 def _adapter_analysis(found: Mapping[str, Any], name: str) -> AdapterAnalysis:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,13 @@ from lorafast._fleet.finding_columns import ErrorColumns
 from lorafast._fleet.fleet import Fleet
 from lorafast._fleet.progress import Follow, follower
 from lorafast._fleet.table import NOTHING, OnDemand, Words, WordsBuilder
-from lorafast._io import scratch
 from lorafast._io.limits import check_threads
-from lorafast._io.sources import PICKLED_WEIGHTS, has_only_pickle, rewrite_pickle
-from lorafast._io.strangers import gate, reason_of
+from lorafast._io.sources import CoreSource, core_source, has_only_pickle
+from lorafast._io.strangers import reason_of
 from lorafast._torch.device import analysis_device
 from lorafast._types import Metrics, Source
 
 METRICS: tuple[Metrics, ...] = ("full", "headers", "moments", "spectra")
-
-Item = tuple[Path, Path | None, Path | None]
-
-#: Converted pickles that lie on the disk at one time, in bytes of the pickles.
-CONVERTED = 1 << 30
 
 
 def scan(
@@ -127,7 +121,7 @@ def scan_followed(
     )
 
 
-class _Items(OnDemand[Item]):
+class _Items(OnDemand[CoreSource]):
     """What the core is to read, made when it asks."""
 
     def __init__(self, adapters: Sequence[Path], positions: Sequence[int]) -> None:
@@ -137,8 +131,8 @@ class _Items(OnDemand[Item]):
     def __len__(self) -> int:
         return len(self._positions)
 
-    def _at(self, row: int) -> Item:
-        return self._adapters[self._positions[row]], None, None
+    def _at(self, row: int) -> CoreSource:
+        return core_source(self._adapters[self._positions[row]])
 
 
 class _Scanning:
@@ -184,57 +178,19 @@ class _Scanning:
         """Reads everything that is not known."""
         left = self.columns.missing()
         self._follow.begin(len(left))
-        pickled: list[int] = []
         failed: list[int] = []
         for position in map(int, left):
             try:
-                if has_only_pickle(self._adapters[position]):
-                    pickled.append(position)
+                has_only_pickle(self._adapters[position])
             except OSError as error:
                 self._fail(position, error)
                 self._follow.finished(1)
                 failed.append(position)
-        others = array("q", np.setdiff1d(left, pickled + failed, assume_unique=True).tobytes())
+        others = array("q", np.setdiff1d(left, failed, assume_unique=True).tobytes())
         if others:
             self._scan(others, _Items(self._adapters, others))
-        for batch in self._batches(pickled):
-            self._scan_pickled(batch)
 
-    def _batches(self, pickled: Sequence[int]) -> Iterator[list[int]]:
-        """Few enough pickles at a time to have room for them in another format."""
-        batch: list[int] = []
-        size = 0
-        for position in pickled:
-            pickle = self._adapters[position] / PICKLED_WEIGHTS
-            # One that cannot be looked at is told of when it is opened.
-            own = pickle.stat().st_size if os.path.exists(pickle) else 0  # noqa: PTH110 (as said)
-            if batch and size + own > CONVERTED:
-                yield batch
-                batch, size = [], 0
-            batch.append(position)
-            size += own
-        if batch:
-            yield batch
-
-    def _scan_pickled(self, batch: Sequence[int]) -> None:
-        with scratch.directory() as directory:
-            positions = []
-            items: list[Item] = []
-            for position in batch:
-                adapter = self._adapters[position]
-
-                def fail(error: Exception, position: int = position) -> None:
-                    self._fail(position, error)
-                    self._follow.finished(1)
-
-                with gate(fail):
-                    weights = rewrite_pickle(adapter, directory / f"{position}")
-                    positions.append(position)
-                    items.append((adapter, weights, adapter / PICKLED_WEIGHTS))
-            if items:
-                self._scan(positions, items)
-
-    def _scan(self, positions: Sequence[int], items: Sequence[Item]) -> None:
+    def _scan(self, positions: Sequence[int], items: Sequence[CoreSource]) -> None:
         def receive(
             batch: list[tuple[int, dict[str, object] | Exception]], done: int, total: int
         ) -> None:
@@ -257,7 +213,7 @@ class _Scanning:
         self._follow.end_of_part()
 
     def _with_spectra(
-        self, batch: list[tuple[int, dict[str, object] | Exception]], items: Sequence[Item]
+        self, batch: list[tuple[int, dict[str, object] | Exception]], items: Sequence[CoreSource]
     ) -> list[tuple[int, dict[str, object] | Exception]]:
         from lorafast._torch.spectra import with_spectra
 
@@ -267,7 +223,7 @@ class _Scanning:
                 result.append((place, found))
         sound = [(place, found) for place, found in batch if not isinstance(found, Exception)]
         failed = with_spectra(
-            [(found, items[place][:2]) for place, found in sound],
+            [(found, items[place]) for place, found in sound],
             self._metrics,
             row_type("moments"),
             self._type,

@@ -1,13 +1,17 @@
-"""From what a user names to paths that the core can open: hub ids, and pickled adapters."""
+"""From what a user names to what the core can open: paths, hub ids, and pickled adapters."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from lorafast import _core
 from lorafast._errors import AdapterError, CheckpointError, LorafastError, missing
 from lorafast._io.paths import expand, find, is_directory, open_plain
+from lorafast._io.torch_tensors import dtype_name, memory_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -15,6 +19,13 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 #: What is fetched for a base: safetensors weights, and everything small beside them.
 BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 ADAPTER_PATTERNS = [CONFIG, WEIGHTS, PICKLED_WEIGHTS]
+#: Name, dtype (a safetensors name), shape, and the bytes, or `None` where they are of no interest.
+NamedTensor = tuple[str, str, list[int], memoryview | None]
+#: A loaded module as the core plans against it: what messages call it, its config (JSON), and its
+#: tensors.
+ModuleBase = tuple[str, str, list[NamedTensor]]
+#: An adapter as the core opens it: a path; or that, the file of its weights, and what reads it.
+CoreSource = Path | tuple[Path, Path, Callable[[], list[NamedTensor]]]
 #: `name` or `owner/name`, as the hub allows it.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -82,25 +93,36 @@ def has_only_pickle(adapter: Path) -> bool:
     return find(adapter / PICKLED_WEIGHTS) is not None and find(adapter / WEIGHTS) is None
 
 
-def rewrite_pickle(adapter: Path, target: Path) -> Path:
-    """Writes the pickled weights of an adapter as safetensors.
+def core_source(adapter: Path) -> CoreSource:
+    """An adapter as the core opens it: its path, or with it what reads its pickled weights.
 
     Args:
-        adapter: the adapter's directory.
-        target: the file to write; the ending is added.
+        adapter: the adapter's directory, or its weights file.
 
-    Returns:
-        The file that was written.
+    Raises:
+        OSError: what is there leads nowhere or may not be looked at.
+    """
+    if not has_only_pickle(adapter):
+        return adapter
+    pickle = adapter / PICKLED_WEIGHTS
+    return adapter, pickle, partial(read_pickle, pickle)
+
+
+def path_of(source: CoreSource) -> Path:
+    """The path of an adapter as the core opens it."""
+    return source[0] if isinstance(source, tuple) else source
+
+
+def read_pickle(pickle: Path) -> list[NamedTensor]:
+    """The tensors of a pickle, each with its name, its dtype (a safetensors name) and its shape.
 
     Raises:
         MissingDependencyError: torch is not installed.
         AdapterError: the pickle holds something other than tensors, or is no plain file.
         OSError: it cannot be read.
     """
-    pickle = adapter / PICKLED_WEIGHTS
     try:
         import torch
-        from safetensors.torch import save_file
     except ImportError as error:
         raise missing("torch", "torch", f"read {pickle}") from error
     # A pipe would keep torch waiting for a writer.
@@ -113,10 +135,15 @@ def rewrite_pickle(adapter: Path, target: Path) -> Path:
             raise AdapterError(f"{pickle}: cannot be read as plain tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise AdapterError(f"{pickle}: holds something other than a mapping of tensors")
-    target = target.with_suffix(".safetensors")
-    # Contiguous copies of their own: pickles may share storage, safetensors may not.
-    save_file({str(name): tensor.clone().contiguous() for name, tensor in state.items()}, target)
-    return target
+    tensors: list[NamedTensor] = []
+    for name, tensor in state.items():
+        dtype = dtype_name(tensor.dtype)
+        if dtype is None:
+            raise AdapterError(
+                f"{pickle}: holds {name} of the type {tensor.dtype}, which is unknown"
+            )
+        tensors.append((str(name), dtype, list(tensor.shape), memory_of(tensor)))
+    return tensors
 
 
 def is_adapter(path: Path) -> bool:
@@ -124,10 +151,8 @@ def is_adapter(path: Path) -> bool:
 
     Raises:
         CheckpointError: it is neither a directory nor a safetensors file.
-        OSError: its config leads nowhere or may not be looked at.
+        OSError: something there leads nowhere or may not be looked at.
     """
-    if is_directory(path):
-        return find(path / CONFIG) is not None
-    if path.suffix != ".safetensors":
+    if not is_directory(path) and path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: is neither a directory nor a .safetensors file")
-    return path.name == WEIGHTS or find(path.parent / CONFIG) is not None
+    return path.name == WEIGHTS or _core.adapter_format(path) is not None

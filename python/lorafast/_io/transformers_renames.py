@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lorafast._io import scratch
 from lorafast._io.config_bounds import is_modest, with_few_positions
 from lorafast._io.paths import is_directory, is_file
 
@@ -22,35 +21,45 @@ PLAIN = {"WeightRenaming", "WeightConverter", "PrefixChange"}
 HARMLESS: dict[str, Any] = {"num_shards_attribute": None, "check_dims": True}
 
 
-def renaming_rules(base: Path) -> str | None:
-    """The rules for a base, for `_core.plan_merge`.
+def config_of(base: Path) -> dict[str, Any] | None:
+    """The config beside a base, or `None` without one that can be read.
 
     Args:
         base: a model's directory, or a file in it.
+
+    Raises:
+        OSError: the config leads nowhere or may not be looked at.
+    """
+    path = (base if is_directory(base) else base.parent) / "config.json"
+    if not is_file(path):
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def renaming_rules(config: dict[str, Any]) -> str | None:
+    """The rules for a model, for `_core.plan_merge`.
+
+    Args:
+        config: its `config.json`.
 
     Returns:
         A JSON list of rules, each with `sources` and `targets` (regular expressions and
         replacements of names), `operations` (name, dimension, plain), `prefixes` and `special`;
         `None` where transformers or the model's class in it is missing, or has no rules, and where
         the config describes a model with more modules than any has: transformers builds it.
-
-    Raises:
-        OSError: the config leads nowhere or may not be looked at.
     """
-    path = (base if is_directory(base) else base.parent) / "config.json"
-    if not is_file(path) or find_spec("transformers") is None or find_spec("torch") is None:
+    if find_spec("transformers") is None or find_spec("torch") is None:
         return None
     try:
-        config = json.loads(path.read_bytes())
         if not is_modest(config):
             return None
-        with warnings.catch_warnings(), scratch.directory() as short:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            few = with_few_positions(config)
-            if few is not config:
-                path = short / path.name
-                path.write_text(json.dumps(few), encoding="utf-8")
-            transforms = _transforms(path)
+            transforms = _transforms(with_few_positions(config))
     except Exception:
         # The answer only helps: without it the names stay what they are, and the error that is on
         # its way says so.
@@ -59,13 +68,14 @@ def renaming_rules(base: Path) -> str | None:
     return json.dumps(rules) if rules else None
 
 
-def _transforms(path: Path) -> list[Any]:
+def _transforms(described: dict[str, Any]) -> list[Any]:
     """What transformers would do to the names of this model, in order."""
     import torch
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    config = transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    # As `AutoConfig.from_pretrained` does with what it has read.
+    config = transformers.CONFIG_MAPPING[described["model_type"]].from_dict(described)
     names = getattr(config, "architectures", None) or []
     kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     kind = kinds[0] if kinds else transformers.AutoModel

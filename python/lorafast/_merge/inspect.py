@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorafast import _core
-from lorafast._io.sources import BASE_PATTERNS, has_only_pickle, is_adapter, locate, rewrite_pickle
+from lorafast._io.sources import BASE_PATTERNS, core_source, is_adapter, locate
 from lorafast._types import Source
 
 
@@ -32,10 +32,4 @@ def inspect(path: Source) -> dict[str, Any]:
     local = locate(path, BASE_PATTERNS)
     if not is_adapter(local):
         return _core.list_checkpoint(local)
-    if not has_only_pickle(local):
-        return _core.list_adapter(local)
-    from lorafast._io import scratch
-
-    with scratch.directory() as directory:
-        rewritten = rewrite_pickle(local, directory / "adapter")
-        return _core.list_adapter(local, rewritten)
+    return _core.list_adapter(core_source(local))

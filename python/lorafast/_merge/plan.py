@@ -15,13 +15,12 @@ from lorafast._io.paths import expand
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
-    has_only_pickle,
+    core_source,
     locate,
-    rewrite_pickle,
 )
 
 if TYPE_CHECKING:
-    from lorafast._io.scratch import Scratch
+    from lorafast._io.sources import ModuleBase
     from lorafast._merge.report import MergeReport
     from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
 
@@ -55,15 +54,10 @@ class MergePlan:
         notes: how adapters were made to fit where it was not plain.
     """
 
-    def __init__(self, core: _core.Plan, pickles: Scratch | None) -> None:
+    def __init__(self, core: _core.Plan) -> None:
         self.core = core
         #: Models that are read beside the base, and must not be written over either.
         self.protected: list[Path] = []
-        if pickles is not None:
-            import weakref
-
-            # Rewritten pickles are needed for as long as the plan is.
-            weakref.finalize(self, pickles.remove)
         self._description: dict[str, Any] = core.describe()
         self.base: str = self._description["base"]
         self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
@@ -209,7 +203,7 @@ class MergePlan:
 
 
 def make_plan(
-    base: Source,
+    base: Source | ModuleBase,
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy,
@@ -225,47 +219,40 @@ def make_plan(
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
-    base_path = locate(base, BASE_PATTERNS)
-    paths = [locate(adapter, ADAPTER_PATTERNS) for adapter in adapters]
-    pickles: Scratch | None = None
-    if any(has_only_pickle(path) for path in paths):
-        from lorafast._io.scratch import Scratch
-
-        pickles = Scratch()
+    located = base if isinstance(base, tuple) else locate(base, BASE_PATTERNS)
+    sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
+    make = partial(
+        _core.plan_merge,
+        located,
+        sources,
+        strategy=strategy,
+        weights=None if weights is None else [float(weight) for weight in weights],
+        dtype=DTYPES[dtype],
+        allow=[allow] if isinstance(allow, str) else list(allow),
+        compat=compat,
+        subtract=subtract,
+        expert_layout=None if expert_layout == "auto" else expert_layout,
+    )
     try:
-        sources: list[tuple[Path, Path | None]] = []
-        for position, path in enumerate(paths):
-            rewritten = None
-            if pickles is not None and has_only_pickle(path):
-                rewritten = rewrite_pickle(path, pickles.path / str(position))
-            sources.append((path, rewritten))
-        make = partial(
-            _core.plan_merge,
-            base_path,
-            sources,
-            strategy=strategy,
-            weights=None if weights is None else [float(weight) for weight in weights],
-            dtype=DTYPES[dtype],
-            allow=[allow] if isinstance(allow, str) else list(allow),
-            compat=compat,
-            subtract=subtract,
-            expert_layout=None if expert_layout == "auto" else expert_layout,
-        )
-        try:
-            core = make()
-        except PlanError:
-            from lorafast._io.transformers_renames import renaming_rules
+        core = make()
+    except PlanError:
+        # The core knows the common models; transformers, which is slow to ask, knows its own.
+        rules = None if _core.names_fit(located, sources) else _renaming_rules(located)
+        if rules is None:
+            raise
+        core = make(renames=rules)
+    return MergePlan(core)
 
-            # The core knows the common models; transformers, which is slow to ask, knows its own.
-            rules = None if _core.names_fit(base_path, sources) else renaming_rules(base_path)
-            if rules is None:
-                raise
-            core = make(renames=rules)
-    except BaseException:
-        if pickles is not None:
-            pickles.remove()
-        raise
-    return MergePlan(core, pickles)
+
+def _renaming_rules(base: Path | ModuleBase) -> str | None:
+    from lorafast._io.transformers_renames import config_of, renaming_rules
+
+    if isinstance(base, tuple):
+        import json
+
+        return renaming_rules(json.loads(base[1]))
+    config = config_of(base)
+    return None if config is None else renaming_rules(config)
 
 
 def _groups(description: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -218,7 +218,7 @@ def subtract(
                 f"{proof.problems[0]}; give the strategy, the weights and all the adapters that it "
                 "was merged with, or leave the original out to subtract all the same"
             )
-        plan = MergePlan(prepared.core.of_base_alone(dtype=DTYPES[dtype]), None)
+        plan = MergePlan(prepared.core.of_base_alone(dtype=DTYPES[dtype]))
         plan.protected = [locate(merged, BASE_PATTERNS)]
     done = plan.execute(
         output,

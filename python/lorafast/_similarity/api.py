@@ -113,54 +113,54 @@ def similarity(
     bound = parse_memory(device_memory, device)
     place = analysis_device(device, cache)
     begin = time.perf_counter()
-    with collected(adapters, threads, progress) as found:
-        seconds = {"opening": time.perf_counter() - begin}
-        groups = dict(found.core.groups(ignore_base))
-        if len(groups) > 1 and not group_by_base:
-            raise LorafastError(_several_bases(groups, found.names, ignore_base))
-        positions = list(groups.values())
-        if precision == "auto":
-            work = found.core.work(positions)
-            precision = "float64" if work <= DOUBLE_WORK else "float32"
-        pairs = sum(len(group) * (len(group) + 1) // 2 for group in positions)
-        with pace(progress, "comparing", pairs, "pairs") as report:
-            if place is not None:
-                from lorafast._torch.gram import products
+    found = collected(adapters, threads, progress)
+    seconds = {"opening": time.perf_counter() - begin}
+    groups = dict(found.core.groups(ignore_base))
+    if len(groups) > 1 and not group_by_base:
+        raise LorafastError(_several_bases(groups, found.names, ignore_base))
+    positions = list(groups.values())
+    if precision == "auto":
+        work = found.core.work(positions)
+        precision = "float64" if work <= DOUBLE_WORK else "float32"
+    pairs = sum(len(group) * (len(group) + 1) // 2 for group in positions)
+    with pace(progress, "comparing", pairs, "pairs") as report:
+        if place is not None:
+            from lorafast._torch.gram import products
 
-                begin = time.perf_counter()
-                matrix, tables = products(
-                    found.core,
-                    positions,
-                    device=place,
-                    precision=precision,
-                    per_module=per_module,
-                    memory=bound,
-                    threads=threads,
-                    progress=report,
+            begin = time.perf_counter()
+            matrix, tables = products(
+                found.core,
+                positions,
+                device=place,
+                precision=precision,
+                per_module=per_module,
+                memory=bound,
+                threads=threads,
+                progress=report,
+            )
+            seconds["multiplying"] = time.perf_counter() - begin
+        else:
+            whole, modules, _, (reading, multiplying), unsaved = found.core.products(
+                positions,
+                precision=precision,
+                per_module=per_module,
+                memory=memory,
+                cache=None if cache is None else Path(expand(cache)),
+                threads=threads,
+                progress=report,
+            )
+            seconds |= {"reading": reading, "multiplying": multiplying}
+            if unsaved is not None:
+                warnings.warn(
+                    f"the cache could not be written, and this run is not kept: {unsaved}",
+                    stacklevel=2,
                 )
-                seconds["multiplying"] = time.perf_counter() - begin
-            else:
-                whole, modules, _, (reading, multiplying), unsaved = found.core.products(
-                    positions,
-                    precision=precision,
-                    per_module=per_module,
-                    memory=memory,
-                    cache=None if cache is None else Path(expand(cache)),
-                    threads=threads,
-                    progress=report,
-                )
-                seconds |= {"reading": reading, "multiplying": multiplying}
-                if unsaved is not None:
-                    warnings.warn(
-                        f"the cache could not be written, and this run is not kept: {unsaved}",
-                        stacklevel=2,
-                    )
-                count = len(found.names)
-                matrix = _square(whole, count)
-                tables = [_square(table, count) for table in modules]
-        own = tables if per_module else None
-        similar = _similarity(found, groups, matrix, own, metric=metric, precision=precision)
-        return replace(similar, seconds=seconds)
+            count = len(found.names)
+            matrix = _square(whole, count)
+            tables = [_square(table, count) for table in modules]
+    own = tables if per_module else None
+    similar = _similarity(found, groups, matrix, own, metric=metric, precision=precision)
+    return replace(similar, seconds=seconds)
 
 
 def _several_bases(groups: Mapping[str, Sequence[int]], names: Sequence[str], ignored: bool) -> str:

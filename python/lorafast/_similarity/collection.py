@@ -13,9 +13,8 @@ from lorafast import _core
 from lorafast._analysis.names import names_of
 from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError, discover
-from lorafast._io import scratch
 from lorafast._io.limits import check_threads
-from lorafast._io.sources import has_only_pickle, rewrite_pickle
+from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import gate, reason_of
 from lorafast._types import Progress, Source
 
@@ -54,8 +53,7 @@ class Collected:
     errors: list[ScanError]
 
 
-@contextmanager
-def collected(adapters: Adapters, threads: int | None, progress: Progress) -> Iterator[Collected]:
+def collected(adapters: Adapters, threads: int | None, progress: Progress) -> Collected:
     """Opens each adapter for a moment; those that cannot be read are errors, not the end.
 
     Raises:
@@ -64,8 +62,7 @@ def collected(adapters: Adapters, threads: int | None, progress: Progress) -> It
         AdapterError: there is no adapter, or none that can be read.
     """
     found, errors, names = found_by(adapters)
-    with opened(found, errors, names, threads, progress=progress) as result:
-        yield result
+    return opened(found, errors, names, threads, progress=progress)
 
 
 def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str] | None]:
@@ -84,7 +81,6 @@ def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str]
     return list(discovery.adapters), list(discovery.errors), None
 
 
-@contextmanager
 def opened(
     found: Sequence[Path],
     errors: list[ScanError],
@@ -92,7 +88,7 @@ def opened(
     threads: int | None,
     *,
     progress: Progress,
-) -> Iterator[Collected]:
+) -> Collected:
     """Opens adapters whose paths are known; adds to `errors` what cannot be read.
 
     Raises:
@@ -100,29 +96,26 @@ def opened(
         AdapterError: there is no adapter that can be read.
     """
     check_threads(threads)
-    with scratch.directory() as directory:
-        sources, positions = _readable(found, directory, errors)
-        # A callable is told of the work that follows.
-        with pace(progress is True, "opening", len(sources), "adapters") as report:
-            core, failures = _core.open_collection(sources, threads=threads, progress=report)
-        failed = {position for position, _ in failures}
-        errors += [
-            ScanError(sources[position][0], _reason(error, sources[position][0]))
-            for position, error in failures
-        ]
-        kept = [place for at, place in enumerate(positions) if at not in failed]
-        if not kept:
-            raise AdapterError(_nothing(errors))
-        paths = [found[place] for place in kept]
-        chosen = names_of(paths) if names is None else [names[place] for place in kept]
-        yield Collected(core, paths, chosen, core.members(), errors)
+    sources, positions = _readable(found, errors)
+    # A callable is told of the work that follows.
+    with pace(progress is True, "opening", len(sources), "adapters") as report:
+        core, failures = _core.open_collection(sources, threads=threads, progress=report)
+    failed = {position for position, _ in failures}
+    errors += [
+        ScanError(path, _reason(error, path))
+        for path, error in ((found[positions[at]], error) for at, error in failures)
+    ]
+    kept = [place for at, place in enumerate(positions) if at not in failed]
+    if not kept:
+        raise AdapterError(_nothing(errors))
+    paths = [found[place] for place in kept]
+    chosen = names_of(paths) if names is None else [names[place] for place in kept]
+    return Collected(core, paths, chosen, core.members(), errors)
 
 
-def _readable(
-    found: Sequence[Path], directory: Path, errors: list[ScanError]
-) -> tuple[list[tuple[Path, Path | None]], list[int]]:
-    """Each adapter with the file that stands in for pickled weights, and its place."""
-    sources: list[tuple[Path, Path | None]] = []
+def _readable(found: Sequence[Path], errors: list[ScanError]) -> tuple[list[CoreSource], list[int]]:
+    """Each adapter as the core opens it, and its place."""
+    sources: list[CoreSource] = []
     positions = []
     for place, path in enumerate(found):
 
@@ -130,10 +123,7 @@ def _readable(
             errors.append(ScanError(path, _reason(error, path)))
 
         with gate(fail):
-            rewritten = None
-            if has_only_pickle(path):
-                rewritten = rewrite_pickle(path, directory / f"{place}")
-            sources.append((path, rewritten))
+            sources.append(core_source(path))
             positions.append(place)
     return sources, positions
 

@@ -196,8 +196,8 @@ def duplicates(
         FileNotFoundError: no path is there.
         AdapterError: no adapter can be read, or one was changed meanwhile.
     """
-    with collected(adapters, threads, progress) as found:
-        return _Search(found, threads).run(progress)
+    found = collected(adapters, threads, progress)
+    return _Search(found, threads).run(progress)
 
 
 @dataclass

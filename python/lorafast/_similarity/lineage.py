@@ -168,49 +168,46 @@ def lineage(
         raise ValueError("there is no candidate beside the target itself")
     chosen = None if names is None else ["", *(names[at] for at in kept)]
     paths = [targets[0], *(others[at] for at in kept)]
-    with opened(paths, errors, chosen, threads, progress=progress) as found:
-        if found.paths[0] != targets[0]:
-            reason = next(error.reason for error in errors if error.path == targets[0])
-            raise AdapterError(f"{targets[0]}: {reason}")
-        if chosen is not None:
-            # A fleet has no name for an adapter that is none of it.
-            found.names[0] = targets[0].name
-        usable = [0, *_of_one_shape(found.core, errors, found.paths)]
-        if len(usable) < 2:
-            raise AdapterError(
-                "no candidate can be compared with the target; "
-                f"{errors[0].path}: {errors[0].reason}"
-            )
-        gram = _gram(found.core, usable, len(found.paths), threads, progress)
-        square = gram[0, 0]
-        if not math.isfinite(square) or square == 0:
-            what = "is zero (never trained)" if square == 0 else "holds NaN or infinity"
-            raise AdapterError(f"{targets[0]}: its update {what}; there is nothing to take apart")
-        solution = _Solution(found.core, usable, gram, threads)
-        labels = {found.paths[at]: found.names[at] for at in usable[1:]}
-        dependent = solution.dependent([found.names[at] for at in usable])
-        norms = solution.norms
-        places = {found.paths[at]: place for place, at in enumerate(usable) if place}
-        with_cosine = {
-            path: float(gram[0, place] / (norms[0] * norms[place])) if norms[place] else math.nan
-            for path, place in places.items()
-        }
-        return Lineage(
-            target=targets[0],
-            name=found.names[0],
-            names=labels,
-            coefficients={path: float(solution.weights[place]) for path, place in places.items()},
-            residual=solution.residual(),
-            cosines=with_cosine,
-            contributions={
-                path: float(solution.weights[place] * norms[place] / norms[0])
-                for path, place in places.items()
-            },
-            dependent={
-                path: dependent[place] for path, place in places.items() if place in dependent
-            },
-            errors=errors,
+    found = opened(paths, errors, chosen, threads, progress=progress)
+    if found.paths[0] != targets[0]:
+        reason = next(error.reason for error in errors if error.path == targets[0])
+        raise AdapterError(f"{targets[0]}: {reason}")
+    if chosen is not None:
+        # A fleet has no name for an adapter that is none of it.
+        found.names[0] = targets[0].name
+    usable = [0, *_of_one_shape(found.core, errors, found.paths)]
+    if len(usable) < 2:
+        raise AdapterError(
+            f"no candidate can be compared with the target; {errors[0].path}: {errors[0].reason}"
         )
+    gram = _gram(found.core, usable, len(found.paths), threads, progress)
+    square = gram[0, 0]
+    if not math.isfinite(square) or square == 0:
+        what = "is zero (never trained)" if square == 0 else "holds NaN or infinity"
+        raise AdapterError(f"{targets[0]}: its update {what}; there is nothing to take apart")
+    solution = _Solution(found.core, usable, gram, threads)
+    labels = {found.paths[at]: found.names[at] for at in usable[1:]}
+    dependent = solution.dependent([found.names[at] for at in usable])
+    norms = solution.norms
+    places = {found.paths[at]: place for place, at in enumerate(usable) if place}
+    with_cosine = {
+        path: float(gram[0, place] / (norms[0] * norms[place])) if norms[place] else math.nan
+        for path, place in places.items()
+    }
+    return Lineage(
+        target=targets[0],
+        name=found.names[0],
+        names=labels,
+        coefficients={path: float(solution.weights[place]) for path, place in places.items()},
+        residual=solution.residual(),
+        cosines=with_cosine,
+        contributions={
+            path: float(solution.weights[place] * norms[place] / norms[0])
+            for path, place in places.items()
+        },
+        dependent={path: dependent[place] for path, place in places.items() if place in dependent},
+        errors=errors,
+    )
 
 
 def _of_one_shape(

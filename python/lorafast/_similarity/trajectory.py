@@ -147,54 +147,54 @@ def trajectory(
 
     if by not in ORDERS:
         raise ValueError(f"by must be one of {', '.join(ORDERS)}, not {by!r}")
-    with collected(adapters, threads, progress) as found:
-        groups = found.core.groups(True)
-        if len(groups) > 1:
-            firsts = ", ".join(found.names[members[0]] for _, members in groups)
-            raise LorafastError(
-                f"the checkpoints are of {len(groups)} models, by the shapes of their updates "
-                f"(among them {firsts}); give those of one run"
-            )
-        count = len(found.paths)
-        gram = _gram(found.core, list(range(count)), count, threads, progress)
-        for at in range(count):
-            if not math.isfinite(gram[at, at]):
-                raise LorafastError(f"{found.paths[at]}: holds NaN or infinity")
-        named = sorted(range(count), key=lambda at: natural(found.paths[at]))
-        order = {"update": _shortest(gram, named), "name": named, "given": list(range(count))}[by]
-        with pace(progress, "following", len(found.core.modules()), "modules") as report:
-            drifts = found.core.drift(order, threads=threads, progress=report)
-        squares = gram.diagonal()
-        norms = np.sqrt(squares)
+    found = collected(adapters, threads, progress)
+    groups = found.core.groups(True)
+    if len(groups) > 1:
+        firsts = ", ".join(found.names[members[0]] for _, members in groups)
+        raise LorafastError(
+            f"the checkpoints are of {len(groups)} models, by the shapes of their updates "
+            f"(among them {firsts}); give those of one run"
+        )
+    count = len(found.paths)
+    gram = _gram(found.core, list(range(count)), count, threads, progress)
+    for at in range(count):
+        if not math.isfinite(gram[at, at]):
+            raise LorafastError(f"{found.paths[at]}: holds NaN or infinity")
+    named = sorted(range(count), key=lambda at: natural(found.paths[at]))
+    order = {"update": _shortest(gram, named), "name": named, "given": list(range(count))}[by]
+    with pace(progress, "following", len(found.core.modules()), "modules") as report:
+        drifts = found.core.drift(order, threads=threads, progress=report)
+    squares = gram.diagonal()
+    norms = np.sqrt(squares)
 
-        def cosine(x: int, y: int) -> float:
-            if not norms[x] or not norms[y]:
-                return math.nan
-            return float(np.clip(gram[x, y] / (norms[x] * norms[y]), -1, 1)) if x != y else 1.0
+    def cosine(x: int, y: int) -> float:
+        if not norms[x] or not norms[y]:
+            return math.nan
+        return float(np.clip(gram[x, y] / (norms[x] * norms[y]), -1, 1)) if x != y else 1.0
 
-        steps = []
-        length = float(norms[order[0]])
-        for place, (at, drift) in enumerate(zip(order, drifts, strict=True)):
-            before = order[place - 1] if place else None
-            change = drift["change"]
-            length += change or 0.0
-            previous = drift["previous"]
-            steps.append(
-                Checkpoint(
-                    path=found.paths[at],
-                    name=found.names[at],
-                    norm=float(norms[at]),
-                    effective_rank=drift["effective_rank"],
-                    change=None
-                    if change is None
-                    else (change / float(norms[at]) if norms[at] else math.nan),
-                    cosine_previous=None if before is None else cosine(at, before),
-                    cosine_last=cosine(at, order[-1]),
-                    subspace_previous=None if previous is None else (previous[0], previous[1]),
-                    subspace_last=(drift["last"][0], drift["last"][1]),
-                )
+    steps = []
+    length = float(norms[order[0]])
+    for place, (at, drift) in enumerate(zip(order, drifts, strict=True)):
+        before = order[place - 1] if place else None
+        change = drift["change"]
+        length += change or 0.0
+        previous = drift["previous"]
+        steps.append(
+            Checkpoint(
+                path=found.paths[at],
+                name=found.names[at],
+                norm=float(norms[at]),
+                effective_rank=drift["effective_rank"],
+                change=None
+                if change is None
+                else (change / float(norms[at]) if norms[at] else math.nan),
+                cosine_previous=None if before is None else cosine(at, before),
+                cosine_last=cosine(at, order[-1]),
+                subspace_previous=None if previous is None else (previous[0], previous[1]),
+                subspace_last=(drift["last"][0], drift["last"][1]),
             )
-        return Trajectory(steps, by, order == named, length, found.errors)
+        )
+    return Trajectory(steps, by, order == named, length, found.errors)
 
 
 def _shortest(gram: Matrix, named: list[int]) -> list[int]:

@@ -1,7 +1,6 @@
 """A loaded module as something that a merge can be planned against.
 
-The planner reads headers. A module's parameters are described to it as a file of their names,
-dtypes and shapes, whose data is a hole, but for what an adapter saved whole, which the planner
+The planner needs names, dtypes and shapes, and of what an adapter saved whole the values, which it
 compares. So names, scales, orientations, and every check and message are those of a file merge.
 """
 
@@ -9,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,29 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast import _core
 from lorafast._errors import AdapterError, PlanError
-from lorafast._io import scratch
 from lorafast._io.paths import find, is_directory
 from lorafast._io.sources import ADAPTER_PATTERNS, WEIGHTS, locate
 from lorafast._io.strangers import read_header
+from lorafast._io.torch_tensors import dtype_name, memory_of
 
 if TYPE_CHECKING:
     import torch
 
+    from lorafast._io.sources import ModuleBase, NamedTensor
     from lorafast._types import Source, Strategy
 
-#: The safetensors names of torch's dtypes; others pass as bytes that nothing is merged into.
-NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 MERGEABLE = {"float64", "float32", "float16", "bfloat16"}
 #: Stands for the name of every tensor of at most so many bytes.
 ANY, SMALL = "*", 4 << 20
@@ -107,7 +93,6 @@ class ModulePlan:
             to part.
         adapters: paths.
         parted: those of the changes whose parameters share their tensor with others that keep it.
-        source: what has to live as long as the core's plan.
         notes: how adapters were made to fit.
         warnings: what to know before using the result.
     """
@@ -115,7 +100,6 @@ class ModulePlan:
     core: _core.Plan
     changes: list[Change]
     adapters: list[str]
-    source: Any = None
     parted: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -200,31 +184,28 @@ def plan_module(
 
     _refuse_wrappers(module)
     found = {parameter.name: parameter for parameter in parameters_of(module)}
-    with scratch.directory() as folder:
-        described = folder / "module"
-        described.mkdir()
-        given = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-        paths = [locate(adapter, ADAPTER_PATTERNS) for adapter in given]
-        _describe(described, module, found, _saved_endings(paths), originals)
-        try:
-            plan = make_plan(
-                described,
-                paths,
-                strategy=strategy,
-                weights=weights,
-                dtype="auto",
-                allow=(),
-                compat=None,
-                subtract=False,
-            )
-        except PlanError as error:
-            raise PlanError(
-                str(error).replace("of the base", "of the module"),
-                [problem.replace("of the base", "of the module") for problem in error.problems],
-            ) from None
-        notes, warnings = plan.notes, plan.warnings
-        result = ModulePlan(plan.core, [], plan.adapters, plan, notes=notes, warnings=warnings)
-        _sort(result, found)
+    given = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    paths = [locate(adapter, ADAPTER_PATTERNS) for adapter in given]
+    base = _described(module, found, _saved_endings(paths), originals)
+    try:
+        plan = make_plan(
+            base,
+            paths,
+            strategy=strategy,
+            weights=weights,
+            dtype="auto",
+            allow=(),
+            compat=None,
+            subtract=False,
+        )
+    except PlanError as error:
+        raise PlanError(
+            str(error).replace("of the base", "of the module"),
+            [problem.replace("of the base", "of the module") for problem in error.problems],
+        ) from None
+    notes, warnings = plan.notes, plan.warnings
+    result = ModulePlan(plan.core, [], plan.adapters, notes=notes, warnings=warnings)
+    _sort(result, found)
     return result
 
 
@@ -257,15 +238,13 @@ def _saved_endings(adapters: Sequence[Path]) -> set[str]:
     return endings
 
 
-def _describe(
-    folder: Path,
+def _described(
     module: torch.nn.Module,
     found: Mapping[str, Parameter],
     endings: set[str],
     originals: Mapping[int, torch.Tensor],
-) -> None:
-    """Writes the header of a checkpoint of the module, and the data that the planner compares."""
-    import torch
+) -> ModuleBase:
+    """The module as the core plans against it, with the values that the planner compares."""
 
     def may_be_compared(parameter: Parameter) -> bool:
         ending = ".".join(parameter.name.split(".")[-2:])
@@ -274,41 +253,19 @@ def _describe(
 
     # Under every name: the planner asks whether two are the same.
     compared = {id(each.tensor) for each in found.values() if may_be_compared(each)}
-    entries: dict[str, Any] = {}
-    contents: list[tuple[int, torch.Tensor]] = []
-    position = 0
-    # The widest first, so that each begins at a multiple of its element's size.
-    order = sorted(found.values(), key=lambda each: -each.tensor.element_size())
-    for parameter in order:
+    tensors: list[NamedTensor] = []
+    # The widest first, as a file of them would have them.
+    for parameter in sorted(found.values(), key=lambda each: -each.tensor.element_size()):
         dtype = str(parameter.tensor.dtype).removeprefix("torch.")
-        name, size = NAMES.get(dtype), parameter.tensor.element_size()
+        name = dtype_name(parameter.tensor.dtype)
         if name is None or (parameter.obstacle is not None and dtype not in MERGEABLE):
             # Said to be a number, so that the plan gets as far as to need it.
-            name, size = "F32", 4
-        count = 1
-        for extent in parameter.shape:
-            count *= extent
-        end = position + count * size
-        entries[parameter.name] = {
-            "dtype": name,
-            "shape": list(parameter.shape),
-            "data_offsets": [position, end],
-        }
+            name = "F32"
+        values = None
         if parameter.obstacle is None and id(parameter.tensor) in compared:
-            original = originals.get(id(parameter.tensor), parameter.tensor)
-            contents.append((position, original))
-        position = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        file.truncate(start + position)
-        for offset, tensor in contents:
-            file.seek(start + offset)
-            plain = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(plain.view(torch.uint8).numpy().tobytes())
-    (folder / "config.json").write_text(json.dumps(_config(module), default=str))
+            values = memory_of(originals.get(id(parameter.tensor), parameter.tensor))
+        tensors.append((parameter.name, name, list(parameter.shape), values))
+    return "the module", json.dumps(_config(module), default=str), tensors
 
 
 def _config(module: torch.nn.Module) -> dict[str, Any]:

@@ -7,7 +7,6 @@ small matrix s·R_B·R_Aᵀ; the figures made of them are the core's (`spectrum.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from lorafast import _core
 from lorafast._errors import AdapterError, LorafastError
+from lorafast._io.sources import CoreSource, path_of
 from lorafast._torch.device import exact_products, torch_dtype
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 
 
 def with_spectra(
-    found: Sequence[tuple[dict[str, Any], tuple[Path, Path | None]]],
+    found: Sequence[tuple[dict[str, Any], CoreSource]],
     metrics: str,
     have: np.dtype[Any],
     want: np.dtype[Any],
@@ -38,8 +38,7 @@ def with_spectra(
     """Adds spectra to what a scan of moments found, and makes it what a scan of `metrics` finds.
 
     Args:
-        found: what the core says of each adapter, and its path with the weights to read in place
-            of its own.
+        found: what the core says of each adapter, and what it was opened from.
         metrics: "full" or "spectra".
         have: the type of the rows that a scan of moments makes.
         want: the type of the rows that one of `metrics` makes.
@@ -74,7 +73,7 @@ def with_spectra(
             factors = _core.stored_factors(source)
             if len(factors) != len(rows):
                 text = "changed while it was read; run again when it is complete"
-                raise AdapterError(f"{source[0]}: {text}")
+                raise AdapterError(f"{path_of(source)}: {text}")
         except (LorafastError, OSError) as error:
             failed[position] = error
             continue

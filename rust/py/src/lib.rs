@@ -246,13 +246,7 @@ mod _core {
 
     /// Lists an adapter from its header and config, as plain objects.
     #[pyfunction]
-    #[pyo3(signature = (path, weights=None))]
-    fn list_adapter(
-        py: Python<'_>,
-        path: PathBuf,
-        weights: Option<PathBuf>,
-    ) -> PyResult<Py<PyAny>> {
-        let adapter = Source::with_weights(path, weights);
+    fn list_adapter(py: Python<'_>, adapter: Source) -> PyResult<Py<PyAny>> {
         let list = |task: &Task| {
             let adapter = adapter.0.open(task)?;
             let listing = describe::adapter(&adapter);
@@ -261,15 +255,20 @@ mod _core {
         to_object(py, &job::run(py, None, list)?)
     }
 
+    /// The name of the format of what lies at a path, if it is an adapter's.
+    #[pyfunction]
+    fn adapter_format(py: Python<'_>, path: PathBuf) -> PyResult<Option<&'static str>> {
+        job::run(py, None, |_| AdapterSource::at(&path).format())
+    }
+
     /// Measures an adapter; a base gives the norms of the weights that it changes. Returns plain
     /// objects.
     #[pyfunction]
-    #[pyo3(signature = (path, weights=None, *, base, percentiles, bins, entries, threads, progress))]
+    #[pyo3(signature = (adapter, *, base, percentiles, bins, entries, threads, progress))]
     #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
     fn analyze_adapter(
         py: Python<'_>,
-        path: PathBuf,
-        weights: Option<PathBuf>,
+        adapter: Source,
         base: Option<PathBuf>,
         percentiles: Vec<f64>,
         bins: usize,
@@ -277,7 +276,6 @@ mod _core {
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
-        let adapter = Source::with_weights(path, weights);
         let options = analysis::Options { percentiles, bins, entries };
         let analysis = job::run(py, progress, |task| {
             let pool = build_pool(threads)?;

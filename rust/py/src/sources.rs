@@ -13,7 +13,7 @@ use lorafast::adapter::format::{AdapterSource, Pickle};
 use lorafast::checkpoint::Checkpoint;
 use lorafast::parallel::task::Task;
 use lorafast::tensor::dtype::Dtype;
-use lorafast::tensor::safetensors::{NamedTensor, TensorFile, TensorInfo};
+use lorafast::tensor::safetensors::NamedTensor;
 
 /// A path; or a path, the file that holds the weights, and a function without arguments that
 /// returns them as a list of (name, dtype, shape, bytes). It is called from any thread, as often as
@@ -27,37 +27,9 @@ impl<'py> FromPyObject<'_, 'py> for Source {
         if let Ok(path) = object.extract::<PathBuf>() {
             return Ok(Self(AdapterSource::at(path)));
         }
-        if let Ok((path, weights)) = object.extract::<(PathBuf, Option<PathBuf>)>() {
-            return Ok(Self::with_weights(path, weights));
-        }
-        if let Ok((path, weights, _)) =
-            object.extract::<(PathBuf, Option<PathBuf>, Option<PathBuf>)>()
-        {
-            return Ok(Self::with_weights(path, weights));
-        }
         let (path, file, load): (PathBuf, PathBuf, Py<PyAny>) = object.extract()?;
         let load = Arc::new(move || Python::attach(|py| unpickled(load.bind(py))).map_err(foreign));
         Ok(Self(AdapterSource { path, pickle: Some(Pickle { path: file, load }) }))
-    }
-}
-
-impl Source {
-    /// An adapter whose weights were written to another file.
-    pub fn with_weights(path: PathBuf, weights: Option<PathBuf>) -> Self {
-        let pickle = weights.map(|file| {
-            let from = file.clone();
-            let load = move || {
-                let file = TensorFile::open_adapter(&from)?;
-                let tensor = |info: &TensorInfo| {
-                    let bytes = Some(file.read(info)?);
-                    let (name, dtype) = (info.name.clone(), info.dtype.clone());
-                    Ok(NamedTensor { name, dtype, shape: info.shape.clone(), bytes })
-                };
-                file.header().tensors.iter().map(tensor).collect()
-            };
-            Pickle { path: file, load: Arc::new(load) }
-        });
-        Self(AdapterSource { path, pickle })
     }
 }
 

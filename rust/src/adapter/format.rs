@@ -78,6 +78,20 @@ impl AdapterSource {
         format_of(&place)?.read(&place, task)
     }
 
+    /// The name of its format; `None` where no format knows what lies there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something is not there or cannot be looked at.
+    pub fn format(&self) -> Result<Option<&'static str>> {
+        let place = Place::find(self)?;
+        for format in FORMATS {
+            if format.detect(&place)? {
+                return Ok(Some(format.name()));
+            }
+        }
+        Ok(None)
+    }
+
     /// The bytes of its weights, as far as that is known before it is opened.
     pub fn expected_bytes(&self) -> u64 {
         let weights = match &self.pickle {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use indexmap::IndexMap;
 use rayon::prelude::*;
@@ -14,7 +15,7 @@ use crate::parallel::task::Task;
 use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local::{self, Stamp};
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::Tensor;
+use crate::tensor::safetensors::{Tensor, TensorFile};
 
 /// A module that adapters update, told apart by its name and shape.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
@@ -52,6 +53,14 @@ pub(super) struct Piece {
     pub rank: usize,
     pub scale: f64,
     pub source: Source,
+}
+
+/// What a member's factors are read from, at the positions that it remembers.
+pub(super) enum Weights {
+    /// Its file: the header was checked when the collection was opened.
+    File(File),
+    /// What was unpickled.
+    Memory(Arc<TensorFile>),
 }
 
 /// One adapter of a collection.
@@ -118,14 +127,22 @@ impl Member {
         if adapter.file().stamp() == self.stamp { Ok(adapter) } else { Err(self.changed()) }
     }
 
-    /// The weights file, opened again.
-    pub(super) fn open_file(&self) -> Result<File> {
+    /// What holds its weights, opened again.
+    pub(super) fn open_weights(&self) -> Result<Weights> {
+        if self.source.pickle.is_some() {
+            return Ok(Weights::Memory(self.open()?.file().clone()));
+        }
         let (file, metadata) = local::open(&self.file).map_err(|error| error.of(Owner::Adapter))?;
-        if Stamp::of(&metadata) == self.stamp { Ok(file) } else { Err(self.changed()) }
+        if Stamp::of(&metadata) == self.stamp {
+            Ok(Weights::File(file))
+        } else {
+            Err(self.changed())
+        }
     }
 
-    /// Looks again at the opened weights file: an error if it is not what it was at first.
-    pub(super) fn check_unchanged(&self, file: &File) -> Result<()> {
+    /// Looks again at the opened weights: an error if they are not what they were at first.
+    pub(super) fn check_unchanged(&self, weights: &Weights) -> Result<()> {
+        let Weights::File(file) = weights else { return Ok(()) };
         let metadata = file.metadata().map_err(|error| Error::io(&self.file, error))?;
         if Stamp::of(&metadata) == self.stamp { Ok(()) } else { Err(self.changed()) }
     }

@@ -1,8 +1,6 @@
 //! Factors read from their files, in the number type and the order that products want.
 
-use std::fs::File;
-
-use super::collection::{Member, Piece, Source, Stored};
+use super::collection::{Member, Piece, Source, Stored, Weights};
 use crate::error::{Owner, Result};
 use crate::kernel::convert::widen_f64;
 use crate::kernel::vector::vectorized;
@@ -207,12 +205,12 @@ impl Factors<f64> {
 /// A member's factors, read one after another from one opening of its file.
 pub(super) struct Reader<'a> {
     member: &'a Member,
-    file: File,
+    weights: Weights,
 }
 
 impl<'a> Reader<'a> {
     pub fn new(member: &'a Member) -> Result<Self> {
-        Ok(Self { member, file: member.open_file()? })
+        Ok(Self { member, weights: member.open_weights()? })
     }
 
     pub fn factors<T: Real>(&self, piece: &Piece) -> Result<Factors<T>> {
@@ -221,7 +219,7 @@ impl<'a> Reader<'a> {
             Source::Composed { .. } => self.composed(piece)?,
         };
         // At once, for what comes of them may be kept for the next run.
-        self.member.check_unchanged(&self.file)?;
+        self.member.check_unchanged(&self.weights)?;
         let (b, left) = b.into_numbers();
         let (a, right) = a.into_numbers();
         Ok(Factors { b, a, scale: piece.scale * left * right })
@@ -234,8 +232,11 @@ impl<'a> Reader<'a> {
     }
 
     fn read(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
-        let failed = |error| Owner::Adapter.unread(&self.member.file, error);
-        read_at(&self.file, bytes, offset).map_err(failed)
+        match &self.weights {
+            Weights::File(file) => read_at(file, bytes, offset)
+                .map_err(|error| Owner::Adapter.unread(&self.member.file, error)),
+            Weights::Memory(file) => file.read_raw(offset, bytes),
+        }
     }
 
     fn composed(&self, piece: &Piece) -> Result<(Wide, Wide)> {
