@@ -34,7 +34,6 @@ class Feature:
         formula: in the table's notation.
         entries: that show it.
         roundings: how often PEFT rounds each weight to a 16-bit type; lorafast rounds once.
-        summed: several adapters are base + sum of (merged alone - base), not one after another.
         peft_fails: PEFT's merge raises; the float64 reference alone is compared against.
         few: not every pair of dtypes is tried.
         decomposed: PEFT decomposes the weight in float32, which is off by some units of the
@@ -45,7 +44,6 @@ class Feature:
     formula: str
     entries: tuple[Entry, ...]
     roundings: int = 1
-    summed: bool = False
     peft_fails: bool = False
     few: bool = False
     decomposed: bool = False
@@ -478,7 +476,7 @@ FEATURES = (
     ),
     Feature(
         "Several DoRA adapters",
-        "W + Σ (Wᵢ − W), Wᵢ what adapter i alone makes of W",
+        "one after the other: Wᵢ = m·V/‖V‖, V = Wᵢ₋₁ + s·BA",
         (
             Entry("two", (lora("lin0", use_dora=True), lora("lin0", "lin1", use_dora=True, r=3))),
             Entry("with a plain one", (lora("lin0"), lora("lin0", use_dora=True, r=3))),
@@ -491,7 +489,7 @@ FEATURES = (
                 ),
             ),
         ),
-        summed=True,
+        roundings=3,
     ),
 )
 

@@ -36,7 +36,6 @@ order of every access.
 - **same**: float32 to 10⁻⁶ relative to the size of the terms; 16-bit to 1 ulp.
 - **nearer**: PEFT rounds 16-bit weights more than once, lorafast once. The two lie no further apart
   than those roundings explain, and lorafast's is the nearer one to the float64 result.
-- **each alone**: what is added up is what PEFT makes of each adapter alone, to the same bounds.
 - **exact**: PEFT's own merge raises an error; the float64 result alone is compared with.
 
 W is the base's weight, (out, in); A (r, in) and B (out, r) are the factors, s is α/r, b a bias, m
@@ -67,8 +66,6 @@ merged as well and give the same numbers.
 def verdict(feature: Feature) -> str:
     if feature.peft_fails:
         return "exact"
-    if feature.summed:
-        return "each alone"
     return "same" if feature.roundings == 1 else "nearer"
 
 

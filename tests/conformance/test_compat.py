@@ -50,6 +50,40 @@ def test_several_dora_adapters(toys: Toys, tmp_path: Path, name: str) -> None:
     assert changed >= len(ALL)
     checked = lorafast.verify(base, adapters, tmp_path / "out", full=True, compat="peft")
     assert checked.ok, checked.problems
-    # By default each adapter is what it was alone, and the two are told apart.
+    # The same by default; weighted, each is made from the base alone.
+    assert lorafast.verify(base, adapters, tmp_path / "out", full=True).ok
     differs = name != "DoRA, then plain"
-    assert lorafast.verify(base, adapters, tmp_path / "out").ok is not differs
+    checked = lorafast.verify(base, adapters, tmp_path / "out", strategy="weighted")
+    assert checked.ok is not differs
+
+
+SEQUENCES = SEVERAL | {
+    "rows, a product, rows": (
+        lora("lin0", trainable_token_indices={"emb": [1, 2, 5]}),
+        lora("lin0", "emb", r=3),
+        lora("lin1", trainable_token_indices={"emb": [2, 7]}),
+    ),
+    "rows, then DoRA elsewhere": (
+        lora("lin1", trainable_token_indices={"emb": [1, 2, 5]}),
+        lora("lin0", "lin1", use_dora=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_in_sequence_is_one_after_the_other(toys: Toys, tmp_path: Path, name: str) -> None:
+    """In float32 each rounding between is as small as those of the sums."""
+    base = toys.base("layers")
+    adapters = [
+        toys.adapter(f"compat-{name}-{number}".replace(" ", "_"), base, dict(settings), seed=number)
+        for number, settings in enumerate(SEQUENCES[name])
+    ]
+    lorafast.merge(base, adapters, tmp_path / "at once")
+    before = base
+    for number, adapter in enumerate(adapters):
+        lorafast.merge(before, adapter, tmp_path / f"step {number}")
+        before = tmp_path / f"step {number}"
+    ours = read_checkpoint(tmp_path / "at once")
+    for key, expected in read_checkpoint(before).items():
+        error = np.abs(ours[key].float64() - expected.float64()).max()
+        assert error <= 1e-6 * max(1.0, np.abs(expected.float64()).max()), key

@@ -15,8 +15,8 @@ from support.compare import (
     assert_merged_like_float64,
     assert_rest_untouched,
 )
-from support.files import Tensor, narrow, read_checkpoint
-from support.models import Models, state
+from support.files import Tensor, read_checkpoint
+from support.models import Models
 from support.reference import Merged, merge_float64
 from toys import MODULES, Toys, assert_same_outputs, is_transposed, merge_with_peft, written
 
@@ -64,22 +64,6 @@ def make_adapters(toys: Toys, feature: Feature, entry: Entry, dtype: str) -> lis
     ]
 
 
-def expected_state(
-    base: Path, adapters: list[Path], folder: Path, *, summed: bool
-) -> dict[str, Tensor]:
-    """What PEFT makes of the files; `summed`, from what it makes of each adapter alone."""
-    if not summed:
-        return written(merge_with_peft(base, adapters), folder)
-    start = read_checkpoint(base)
-    alone = [state(merge_with_peft(base, [adapter])) for adapter in adapters]
-    result = {}
-    for name, value in start.items():
-        first = value.float64()
-        total = first + sum(merged[name].float64() - first for merged in alone)
-        result[name] = Tensor(value.dtype, value.shape, narrow(total, value.dtype))
-    return result
-
-
 @pytest.mark.parametrize(("feature", "entry", "dtypes"), CASES)
 def test_entry(
     toys: Toys, tmp_path: Path, feature: Feature, entry: Entry, dtypes: tuple[str, str]
@@ -106,17 +90,16 @@ def test_entry(
 
     if entry.base not in MODULES and base_dtype == adapter_dtype == "F32":
         assert_same_outputs(tmp_path / "out", merge_with_peft(base, adapters))
-    theirs = expected_state(base, adapters, tmp_path / "theirs", summed=feature.summed)
+    theirs = written(merge_with_peft(base, adapters), tmp_path / "theirs")
     assert_same_names(ours, theirs)
     if feature.decomposed:
         terms = {
             name: with_decomposition_error(term, ours[name].dtype) for name, term in terms.items()
         }
-    if feature.roundings == 1 and not (feature.summed and base_dtype != "F32"):
+    if feature.roundings == 1:
         assert_merged_like(ours, theirs, terms, identical=IDENTICAL)
     else:
-        roundings = len(adapters) if feature.summed else feature.roundings
-        assert_several_roundings(ours, theirs, terms, roundings)
+        assert_several_roundings(ours, theirs, terms, feature.roundings)
     for name in theirs.keys() & before.keys() - terms.keys():
         assert theirs[name] == before[name], f"{name}: PEFT changed what no reference knows of"
 

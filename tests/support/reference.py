@@ -320,6 +320,9 @@ def merge_float64(
     for adapter, weight in zip(
         adapters, coefficients(strategy, weights, len(adapters)), strict=True
     ):
+        if strategy == "sequential":
+            # Into what those before it left.
+            starts = dict(merged)
         for name, value in read_saved(adapter).items():
             assert strategy == "sequential"
             starts[name] = merged[name] = Merged(value, np.abs(value))

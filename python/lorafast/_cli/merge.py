@@ -83,7 +83,7 @@ def add_strategy_arguments(parser: argparse.ArgumentParser) -> argparse._Argumen
         "--compat",
         choices=COMPAT,
         help="peft: the result of PEFT's own merge where that is not what was trained (tied "
-        "embeddings, replicated layers, several DoRA adapters)",
+        "embeddings, replicated layers)",
     )
     how.add_argument(
         "--expert-layout",

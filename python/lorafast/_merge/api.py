@@ -79,7 +79,7 @@ def merge(
             the result.
         compat: "peft" gives what PEFT's `merge_and_unload` gives where that is not what was
             trained: an update of one of two tied layers changes both, replicated layers gather
-            every replica's updates, and several DoRA adapters are merged one into the other. The
+            every replica's updates. The
             default is what the adapters were trained to be.
         expert_layout: how factors of experts that are stored as one tensor lie on it, where
             neither shapes nor PEFT's version tell: "straight" (as B·A) or "transposed".

@@ -11,7 +11,7 @@ use crate::tensor::dtype::Dtype;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
-    /// Each adapter at its full scale, in order.
+    /// Each adapter at its full scale into the result of those before it, rounded once at the end.
     #[default]
     Sequential,
     /// base + Σ wᵢ·(mergedᵢ − base), the weights as given.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::naming::{Naming, Placing, Slice};
 use super::planner::{Planner, refuse_quantized};
 use super::targets::{self, ExpertLayout, Target};
-use super::{Compat, Part, Strategy, Update, UpdateKind};
+use super::{Compat, Part, Update, UpdateKind};
 use crate::adapter::{LayerKind, Module, Saved};
 use crate::checkpoint::names::renames::Piece;
 use crate::tensor::orientation::Orientation;
@@ -165,18 +165,6 @@ impl Planner<'_> {
                 ));
             }
             let change = self.tensors.entry(name.clone()).or_default();
-            let taken = |update: &Update| match &update.part.rows {
-                Some(band) => band.start < to.end && to.start < band.end,
-                None => true,
-            };
-            let earlier = change.updates.iter().any(|one| one.adapter != position && taken(one));
-            if self.options.strategy == Strategy::Sequential && earlier {
-                return Err(format!(
-                    "its tensor {} replaces a part of {name} that an earlier adapter changed; merge \
-                     them one after the other, or use the strategy weighted",
-                    saved.tensor.name
-                ));
-            }
             change.updates.push(Update {
                 adapter: position,
                 module: saved.tensor.name.clone(),

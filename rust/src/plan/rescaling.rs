@@ -1,17 +1,20 @@
-//! What DoRA's norms are taken over, where something else changes the same tensor.
+//! What updates that do more than add are made from, where something else changes the same tensor.
 
 use super::planner::{Addition, Planner, TensorChange};
 use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
 use crate::tensor::safetensors::TensorInfo;
 
 impl Planner<'_> {
-    /// Says of every rescaled tensor what each of its updates is made from.
+    /// Says of every tensor what each of its updates is made from.
     pub(super) fn settle_rescaling(&mut self, additions: &mut [Addition]) {
-        let staged = self.options.compat == Some(Compat::Peft)
-            && self.options.strategy == Strategy::Sequential;
+        let sequential = self.options.strategy == Strategy::Sequential;
+        let staged = self.options.compat == Some(Compat::Peft) && sequential;
         let mut problems = Vec::new();
         let mut settle = |name: &str, change: &mut TensorChange, base: Option<&TensorInfo>| {
             if !change.updates.iter().any(|update| update.kind == UpdateKind::Dora) {
+                if sequential && change.updates.iter().any(|update| update.kind.takes_the_place()) {
+                    one_after_another(&mut change.updates);
+                }
                 return;
             }
             let in_part = |update: &Update| update.part.rows.is_some();
@@ -23,6 +26,8 @@ impl Planner<'_> {
                 ));
             } else if staged {
                 in_stages(&mut change.updates);
+            } else if sequential {
+                one_after_another(&mut change.updates);
             } else if let Err(problem) = from_their_own(change, base) {
                 problems.push(format!("{name} {problem}"));
             }
@@ -54,6 +59,25 @@ fn in_stages(updates: &mut [Update]) {
         stage += usize::from(!both_add);
         updates[position].stage = stage;
     }
+}
+
+/// Each adapter into what those before it left, and in itself as if it were alone. Neighbors that
+/// only add are one stage: their order makes no difference, and the rounding is one.
+fn one_after_another(updates: &mut Vec<Update>) {
+    updates.sort_by_key(|update| update.adapter);
+    let mut all = Vec::with_capacity(updates.len());
+    let (mut stage, mut added) = (0, true);
+    for own in updates.chunk_by(|left, right| left.adapter == right.adapter) {
+        let mut own = own.to_vec();
+        on_their_own(&mut own);
+        let adds = own.iter().all(|update| !update.kind.takes_the_place());
+        let is_new = !(adds && added);
+        stage += usize::from(is_new && !all.is_empty());
+        added = adds;
+        own.iter_mut().for_each(|update| update.stage = stage);
+        all.append(&mut own);
+    }
+    *updates = all;
 }
 
 /// Each from W₀, or from the tensor that its own adapter puts in W₀'s place.
@@ -88,25 +112,28 @@ fn from_their_own(change: &mut TensorChange, base: Option<&TensorInfo>) -> Resul
         change.origin = None;
         change.updates.insert(0, replacement);
     }
-    let replaced: Vec<_> = (change.updates.iter())
-        .filter(|update| update.kind == UpdateKind::Replace)
-        .cloned()
-        .collect();
+    on_their_own(&mut change.updates);
+    Ok(())
+}
+
+/// What is rescaled beside its adapter's own tensor for the same rows is made from that, and takes
+/// W₀'s place in its stead.
+fn on_their_own(updates: &mut Vec<Update>) {
+    let rescaling = |update: &Update| update.kind == UpdateKind::Dora;
+    let replaced: Vec<_> =
+        updates.iter().filter(|update| update.kind == UpdateKind::Replace).cloned().collect();
     for replacement in replaced {
         let beside = |update: &Update| {
             update.adapter == replacement.adapter && update.part.rows == replacement.part.rows
         };
         let mut found = false;
-        for update in &mut change.updates {
+        for update in updates.iter_mut() {
             if beside(update) && rescaling(update) {
                 update.on = Some(replacement.module.clone());
                 found = true;
             }
         }
         // The rescaled sum takes W₀'s place, not the replacement beside it.
-        change
-            .updates
-            .retain(|update| !found || !beside(update) || update.kind != UpdateKind::Replace);
+        updates.retain(|update| !found || !beside(update) || update.kind != UpdateKind::Replace);
     }
-    Ok(())
 }

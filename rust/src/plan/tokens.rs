@@ -3,7 +3,7 @@
 use super::naming::Naming;
 use super::planner::{Planner, refuse_quantized};
 use super::restoring::GIVE_THE_BASE;
-use super::{Part, Strategy, Update, UpdateKind};
+use super::{Part, Update, UpdateKind};
 use crate::adapter::TrainedRows;
 
 impl Planner<'_> {
@@ -59,36 +59,13 @@ impl Planner<'_> {
             ));
         }
         for name in self.rows_replaced_by(position, &name) {
-            self.put_rows(position, rows, name, weight)?;
+            self.put_rows(position, rows, name, weight);
         }
         Ok(())
     }
 
-    fn put_rows(
-        &mut self,
-        position: usize,
-        rows: &TrainedRows,
-        name: String,
-        weight: f64,
-    ) -> Result<(), String> {
+    fn put_rows(&mut self, position: usize, rows: &TrainedRows, name: String, weight: f64) {
         let change = self.tensors.entry(name.clone()).or_default();
-        let mut others = change.updates.iter().filter(|update| update.adapter != position);
-        let mut sorted = rows.rows.clone();
-        sorted.sort_unstable();
-        let taken = |update: &Update| match &update.part.rows {
-            Some(band) => {
-                let first = sorted.partition_point(|row| *row < band.start);
-                sorted.get(first).is_some_and(|row| band.contains(row))
-            }
-            None => true,
-        };
-        if self.options.strategy == Strategy::Sequential && others.any(taken) {
-            return Err(format!(
-                "its tensor {} replaces rows of {name} that an earlier adapter changed; merge them \
-                 one after the other, or use the strategy weighted",
-                rows.tensor.name
-            ));
-        }
         change.updates.extend(runs(&rows.rows).into_iter().map(|(first, start, count)| Update {
             adapter: position,
             module: rows.tensor.name.clone(),
@@ -107,7 +84,6 @@ impl Planner<'_> {
             residual: None,
             stage: 0,
         }));
-        Ok(())
     }
 }
 

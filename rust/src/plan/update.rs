@@ -36,7 +36,7 @@ pub struct Update {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub residual: Option<Residual>,
     /// Updates are made from what those of all lower stages leave. There is one stage but where
-    /// PEFT's order is followed.
+    /// adapters are merged in sequence and one of them does more than add.
     #[serde(skip_serializing_if = "is_zero")]
     pub stage: usize,
 }
@@ -89,8 +89,8 @@ impl Residual {
     }
 }
 
-/// What an update does to W₀, the base's weight. With several updates of one tensor the result is
-/// W₀ + Σ wᵢ·(Wᵢ − W₀), each Wᵢ made from W₀ alone.
+/// What an update does to W₀, the base's weight or what the stages before left of it. With several
+/// updates of one stage the result is W₀ + Σ wᵢ·(Wᵢ − W₀), each Wᵢ made from W₀ alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateKind {
