@@ -13,17 +13,21 @@ __all__ = [
     "__version__",
     "adapter_format",
     "analyze_adapter",
+    "assemble_shards",
     "build_info",
     "compare_adapters",
     "list_adapter",
     "list_checkpoint",
     "names_fit",
     "open_collection",
+    "plan_digest",
+    "plan_groups",
     "plan_merge",
     "recover_output",
     "scan_adapters",
     "scan_columns",
     "stored_factors",
+    "write_shards",
 ]
 
 __version__: str
@@ -115,6 +119,27 @@ def plan_merge(
     expert_layout: str | None = None,
     renames: str | None = None,
 ) -> Plan: ...
+def plan_digest(plan: Plan) -> str: ...
+def plan_groups(plan: Plan) -> list[list[int]]: ...
+def write_shards(
+    plan: Plan,
+    shards: Sequence[int],
+    directory: str | os.PathLike[str],
+    *,
+    threads: int | None,
+    sync: bool,
+    progress: Callable[[int, int], object] | None,
+) -> list[dict[str, Any]]: ...
+def assemble_shards(
+    plan: Plan,
+    directory: str | os.PathLike[str],
+    written: Sequence[tuple[str, int, str]],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    sync: bool,
+    progress: Callable[[int, int], object] | None,
+) -> dict[str, Any]: ...
 def names_fit(
     base: _Base,
     adapters: Sequence[_AdapterSource],

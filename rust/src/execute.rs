@@ -6,6 +6,7 @@
 
 pub(crate) mod compute;
 pub mod operands;
+pub mod parts;
 pub(crate) mod queue;
 pub(crate) mod requantize;
 pub(crate) mod residual;
@@ -121,6 +122,31 @@ impl<'a> Job<'a> {
         task: &'a Task,
         part: &Part,
     ) -> Self {
+        // Those of a part's adapters are the whole's.
+        let digested = if matches!(part, Part::Only(_)) { 0..0 } else { 0..inputs.adapters.len() };
+        Self::with_digests(inputs, plan, output, (set, task), part, digested)
+    }
+
+    /// A job that does not read the adapters' whole content.
+    fn without_digests(
+        inputs: &'a Inputs,
+        plan: &'a Plan,
+        output: Output<'a>,
+        set: InstructionSet,
+        task: &'a Task,
+        part: &Part,
+    ) -> Self {
+        Self::with_digests(inputs, plan, output, (set, task), part, 0..0)
+    }
+
+    fn with_digests(
+        inputs: &'a Inputs,
+        plan: &'a Plan,
+        output: Output<'a>,
+        (set, task): (InstructionSet, &'a Task),
+        part: &Part,
+        digested: Range<usize>,
+    ) -> Self {
         let mut tiles = Vec::new();
         let mut queues: Vec<_> = (plan.shards.iter().enumerate())
             .map(|(position, shard)| queue::queue_of(inputs, position, shard, &mut tiles))
@@ -130,16 +156,14 @@ impl<'a> Job<'a> {
         let computer = Computer { inputs, set, task };
         let mut remaining: Vec<_> = queues.iter().map(Vec::len).collect();
         let mut requantizing = requantize::all(plan);
-        let mut digested = 0..inputs.adapters.len();
         if let Part::Only(places) = part {
             requantizing.retain(|place, _| places.contains(place));
-            digested = 0..0;
         }
         for (shard, _) in requantizing.values().flat_map(|tensor| &tensor.scales) {
             remaining[*shard] += 1;
         }
         let remaining = remaining.into_iter().map(AtomicUsize::new).collect();
-        // The digests have a lane of their own in front: long units, which must not come last.
+        // The digests have a queue of their own in front: long units, which must not come last.
         let digests = digested.map(|adapter| Work::Digest { adapter }).collect();
         let lanes = Lanes::new(std::iter::once(digests).chain(queues).collect());
         let digests = inputs.adapters.iter().map(|_| Mutex::new(None)).collect();

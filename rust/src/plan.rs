@@ -13,6 +13,7 @@ mod replication;
 mod rescaling;
 mod restoring;
 mod saved;
+mod split;
 mod targets;
 mod ties;
 mod tokens;

@@ -4,3 +4,4 @@ pub(crate) mod digest;
 pub mod local;
 pub mod source;
 pub mod staging;
+pub mod store;

@@ -6,6 +6,7 @@ mod device;
 mod errors;
 mod fleet;
 mod job;
+mod parts;
 mod sources;
 
 use std::path::PathBuf;
@@ -181,6 +182,8 @@ mod _core {
     use super::device::{Execution, stored_factors};
     #[pymodule_export]
     use super::fleet::{scan_adapters, scan_columns};
+    #[pymodule_export]
+    use super::parts::{assemble_shards, plan_digest, plan_groups, write_shards};
 
     #[pymodule_export]
     use super::alike::{Collection, open_collection};

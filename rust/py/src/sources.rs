@@ -29,7 +29,7 @@ impl<'py> FromPyObject<'_, 'py> for Source {
         }
         let (path, file, load): (PathBuf, PathBuf, Py<PyAny>) = object.extract()?;
         let load = Arc::new(move || Python::attach(|py| unpickled(load.bind(py))).map_err(foreign));
-        Ok(Self(AdapterSource { path, pickle: Some(Pickle { path: file, load }) }))
+        Ok(Self(AdapterSource::pickled(path, Pickle { path: file, load })))
     }
 }
 

@@ -8,6 +8,7 @@ use super::{Adapter, formats};
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::local;
+use crate::storage::store::{self, LocalDirectory, Store};
 use crate::tensor::safetensors::NamedTensor;
 
 /// A format of adapters. Each is one file (or folder) of `formats/`, and one entry of [`FORMATS`].
@@ -21,8 +22,8 @@ pub trait Format: Sync {
     /// [`Error::Io`] if something cannot be looked at.
     fn detect(&self, place: &Place<'_>) -> Result<bool>;
 
-    /// The file of its weights, where that is a safetensors file.
-    fn weights(&self, place: &Place<'_>) -> PathBuf;
+    /// The name of the file of its weights, where that is a safetensors file.
+    fn weights(&self, place: &Place<'_>) -> String;
 
     /// The adapter that lies there.
     ///
@@ -30,6 +31,14 @@ pub trait Format: Sync {
     /// [`Error::Io`] if something is not there, [`Error::Adapter`] if it is not sound,
     /// [`Error::Unsupported`] if it is of a kind that cannot be read, [`Error::Cancelled`].
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter>;
+
+    /// Writes an adapter, from whatever format it was read, so that reading it gives the same
+    /// updates: into a directory, or to a file, as the format has it. What is there is replaced.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with what the format cannot say, [`Error::Io`]; nothing half-written
+    /// is left under a name of the format's.
+    fn write(&self, adapter: &Adapter, target: &Path) -> Result<()>;
 }
 
 /// Every format, in the order in which they are tried.
@@ -56,8 +65,10 @@ impl fmt::Debug for Pickle {
 /// Where an adapter is opened from.
 #[derive(Debug, Clone)]
 pub struct AdapterSource {
-    /// Its directory, or a weights file.
+    /// Its directory, or a weights file: what messages call it.
     pub path: PathBuf,
+    /// What holds its files, where that is no directory of the file system.
+    pub store: Option<Arc<dyn Store>>,
     /// What holds its weights, where that is no safetensors file.
     pub pickle: Option<Pickle>,
 }
@@ -65,7 +76,17 @@ pub struct AdapterSource {
 impl AdapterSource {
     /// Of an adapter whose weights are a safetensors file.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), pickle: None }
+        Self { path: path.into(), store: None, pickle: None }
+    }
+
+    /// Of an adapter whose files are a store's.
+    pub fn in_store(store: Arc<dyn Store>) -> Self {
+        Self { path: store.path(""), store: Some(store), pickle: None }
+    }
+
+    /// Of an adapter whose weights somebody else has to read.
+    pub fn pickled(path: impl Into<PathBuf>, pickle: Pickle) -> Self {
+        Self { pickle: Some(pickle), ..Self::at(path) }
     }
 
     /// Opens the adapter, in whatever format it is.
@@ -96,7 +117,8 @@ impl AdapterSource {
     pub fn expected_bytes(&self) -> u64 {
         let weights = match &self.pickle {
             Some(pickle) => Ok(pickle.path.clone()),
-            None => Place::find(self).and_then(|place| Ok(format_of(&place)?.weights(&place))),
+            None => Place::find(self)
+                .and_then(|place| Ok(place.store.path(&format_of(&place)?.weights(&place)))),
         };
         let metadata = weights.ok().and_then(|weights| local::metadata(&weights).ok());
         metadata.map_or(0, |metadata| metadata.len())
@@ -128,29 +150,33 @@ fn format_of(place: &Place<'_>) -> Result<&'static dyn Format> {
 pub struct Place<'a> {
     /// What was asked for.
     pub source: &'a AdapterSource,
-    /// Whether it is a directory.
-    pub is_directory: bool,
-    /// The directory, or that of the file.
-    pub directory: &'a Path,
+    /// The files of its directory.
+    pub store: Arc<dyn Store>,
+    /// The name of its weights, where these were asked for and no directory.
+    pub file: Option<String>,
 }
 
 impl<'a> Place<'a> {
     fn find(source: &'a AdapterSource) -> Result<Self> {
+        if let Some(store) = &source.store {
+            return Ok(Self { source, store: store.clone(), file: None });
+        }
         let path = source.path.as_path();
         let failed = |error: Error| error.of(Owner::Adapter);
-        let is_directory = match local::find(path).map_err(failed)? {
-            Some(metadata) => metadata.is_dir(),
-            None => return Err(Error::io(path, local::absence_of(path))),
-        };
-        let directory = match path.parent() {
-            _ if is_directory => path,
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        Ok(Self { source, is_directory, directory })
+        match local::find(path).map_err(failed)? {
+            Some(metadata) if metadata.is_dir() => {
+                let store = Arc::new(LocalDirectory(path.to_path_buf()));
+                Ok(Self { source, store, file: None })
+            }
+            Some(_) => {
+                let (store, name) = store::of_file(path);
+                Ok(Self { source, store: Arc::new(store), file: Some(name) })
+            }
+            None => Err(Error::io(path, local::absence_of(path))),
+        }
     }
 
-    /// The path that was asked for.
+    /// What messages call the adapter.
     pub fn path(&self) -> &'a Path {
         &self.source.path
     }
@@ -160,7 +186,6 @@ impl<'a> Place<'a> {
     /// # Errors
     /// [`Error::Io`], or [`Error::Adapter`] for a link that leads nowhere.
     pub fn has(&self, name: &str) -> Result<bool> {
-        let found = local::find(&self.directory.join(name));
-        Ok(found.map_err(|error| error.of(Owner::Adapter))?.is_some())
+        self.store.has(name).map_err(|error| error.of(Owner::Adapter))
     }
 }

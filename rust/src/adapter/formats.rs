@@ -2,3 +2,6 @@
 
 pub mod kohya;
 pub mod peft;
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,11 @@
 //! Updates that lie on bands of a stack of matrices, against sums written out.
 
 use std::fs;
+use std::sync::Arc;
 
 use super::*;
 use crate::adapter::Expert;
+use crate::adapter::deltas::Experts;
 use crate::fixtures::{open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan::{Action, Part, Update, UpdateKind};
@@ -40,6 +42,8 @@ fn check(stack: [u64; 3], terms: &[Term]) {
     let adapter = write_adapter(&root.join("adapter"), &[("m", shape[0], shape[1])], "");
     let inputs = open(&root.join("base"), &[adapter]);
     let mut plan = Plan::new(&inputs, plain()).expect("fits");
+    let plain = inputs.adapters[0].clone();
+    let inputs = with_experts(inputs);
     let update = |term: &Term| Update {
         adapter: 0,
         module: "m".into(),
@@ -68,8 +72,7 @@ fn check(stack: [u64; 3], terms: &[Term]) {
     let options = Options { threads: Some(2), ..Options::default() };
     execute(&inputs, &plan, &output, &options, &Task::new()).expect("merged");
 
-    let adapter = &inputs.adapters[0];
-    let module = &adapter.modules()["m"];
+    let module = &plain.modules()["m"];
     let (a, b) = module
         .delta
         .plain()
@@ -104,6 +107,19 @@ fn check(stack: [u64; 3], terms: &[Term]) {
     let options = verify::Options { full: true, ..verify::Options::default() };
     let proof = verify::verify(&inputs, &plan, &output, &options, &Task::new()).expect("read");
     assert_eq!(proof.problems, Vec::<String>::new());
+}
+
+/// The same with the module's factors taken as those of its experts.
+fn with_experts(inputs: Inputs) -> Inputs {
+    let plain = &inputs.adapters[0];
+    let mut modules = plain.modules().clone();
+    for module in modules.values_mut() {
+        let (a, b) = module.delta.plain().expect("plain");
+        let (a, b, shared) = (a.clone(), b.clone(), Arc::default());
+        module.delta = Arc::new(Experts { a, b, shared });
+    }
+    let adapters = vec![Arc::new(plain.with_modules(modules, plain.grammar()))];
+    Inputs { adapters, ..inputs }
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Inputs, Plan, PlannedTensor};
-use crate::storage::local;
+use crate::storage::local::{self, Stamp};
 use crate::storage::staging::{self, Input, Staging};
 
 /// A tensor of a plan: its shard's position and its own.
@@ -83,6 +83,22 @@ impl Session {
         options: &Options,
         task: &Task,
     ) -> Result<Self> {
+        Self::begin_with(inputs, plan, output, options, task, &[])
+    }
+
+    /// The same with shards that are written already: each one's file, and what was found there.
+    /// Such a session is only to be finished.
+    ///
+    /// # Errors
+    /// As [`Session::begin`].
+    pub(super) fn begin_with(
+        inputs: &Inputs,
+        plan: &Plan,
+        output: &Path,
+        options: &Options,
+        task: &Task,
+        written: &[(PathBuf, Stamp)],
+    ) -> Result<Self> {
         let start = Instant::now();
         let pool = task::build_pool(options.threads)?;
         let mut side_files = side_files::list(&inputs.base)?;
@@ -122,8 +138,12 @@ impl Session {
             let (_, metadata) = local::open(&inputs.base.root().join(&name))?;
             last.push((name, content, metadata));
         }
-        let files = plan
-            .shards
+        for (shard, (path, stamp)) in plan.shards.iter().zip(written) {
+            task.check()?;
+            staging.copy(&shard.name, path, *stamp)?;
+            task.advance(stamp.length);
+        }
+        let files = plan.shards[written.len()..]
             .iter()
             .map(|shard| {
                 let source = &inputs.base.shards()[shard.source].file;
@@ -171,6 +191,11 @@ impl Session {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
         }
         Ok(())
+    }
+
+    /// Notes the adapters' digests, where no run finds them.
+    pub(super) fn keep_digests(&self, digests: Vec<String>) {
+        *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = digests;
     }
 
     /// Reads whole rows of a merged tensor's W₀, as they are stored (of a quantised one in f32).

@@ -2,7 +2,7 @@
 //! kernel.
 
 use std::fs::{self, File, Metadata};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
@@ -162,6 +162,63 @@ pub fn find(path: &Path) -> Result<Option<Metadata>> {
             _ => Error::io(path, error),
         }
     })
+}
+
+/// Makes a directory and those above it, as far as they are not there.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn create_directories(directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory).map_err(|error| Error::io(directory, error))
+}
+
+/// Makes an empty file for reading and writing. What has its name is removed first, so that nothing
+/// is written through a link.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn create(path: &Path) -> Result<File> {
+    let failed = |error| Error::io(path, error);
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    File::options().read(true).write(true).create_new(true).open(path).map_err(failed)
+}
+
+/// Writes a small file, whole or not at all.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_small(path: &Path, content: &[u8]) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    let partial = path.with_file_name(name);
+    let failed = |error| Error::io(&partial, error);
+    let mut file = create(&partial)?;
+    let written = file
+        .write_all(content)
+        .and_then(|()| file.sync_all())
+        .map_err(failed)
+        .and_then(|()| rename(&partial, path));
+    if written.is_err() {
+        remove(&partial);
+    }
+    written
+}
+
+/// Removes a file that is of no use any more, if that can be done.
+pub fn remove(path: &Path) {
+    // Whoever made it is about to say what went wrong.
+    let _ = fs::remove_file(path);
+}
+
+/// Gives a file another name, in the place of what has that name.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|error| Error::io(to, error))
 }
 
 /// What the system says of a path that is not there.

@@ -7,6 +7,7 @@
 
 mod data;
 mod header;
+pub mod write;
 
 use std::fs::File;
 use std::io;
@@ -23,6 +24,7 @@ use crate::error::{Error, Owner, Result};
 use crate::storage::digest::{hexadecimal, sha256_of};
 use crate::storage::local::{self, CopyError, Stamp};
 use crate::storage::source::{self, LocalFile, Memory, Source};
+use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;
 use header::{PREFIX, Parsed, Positions};
 
@@ -79,6 +81,19 @@ impl TensorFile {
 
     fn open_of(path: &Path, owner: Owner) -> Result<Self> {
         let source = LocalFile::open(path).map_err(|error| error.of(owner))?;
+        Self::from_source(path, owner, Box::new(source))
+    }
+
+    /// Opens and checks a safetensors file of a store.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened, the owner's class if it is not sound.
+    pub fn open_in(store: &dyn Store, name: &str, owner: Owner) -> Result<Self> {
+        let source = store.open(name).map_err(|error| error.of(owner))?;
+        Self::from_source(&store.path(name), owner, source)
+    }
+
+    fn from_source(path: &Path, owner: Owner, source: Box<dyn Source>) -> Result<Self> {
         let broken = |message: String| owner.broken(path, message);
         let (stamp, size) = (source.stamp(), source.stamp().length);
         if size < PREFIX {
@@ -93,8 +108,7 @@ impl TensorFile {
         beginning.resize((PREFIX + length) as usize, 0);
         source.read_at(&mut beginning[PREFIX as usize..], PREFIX).map_err(failed)?;
         let Parsed { header, positions } = header::parse(&beginning, size).map_err(broken)?;
-        let (path, source, data_start) =
-            (path.to_path_buf(), Box::new(source), beginning.len() as u64);
+        let (path, data_start) = (path.to_path_buf(), beginning.len() as u64);
         Ok(Self { path, owner, source, stamp, beginning, data_start, header, positions })
     }
 

@@ -1,7 +1,7 @@
 //! kohya's plain LoRA: one safetensors file whose keys name flattened modules
 //! (`lora_unet_down_blocks_0_….lora_down.weight`), with each module's alpha beside its factors.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use indexmap::IndexMap;
@@ -9,13 +9,17 @@ use serde_json::{Map, Value};
 
 use crate::adapter::deltas::LowRank;
 use crate::adapter::format::{Format, Place};
-use crate::adapter::{Adapter, Contents, Grammar, LayerKind, Module, Role, Semantics};
-use crate::error::{Error, Result};
+use crate::adapter::{
+    Adapter, Contents, Grammar, Initialization, LayerKind, Module, Role, Semantics,
+};
+use crate::error::{Error, Owner, Result};
 use crate::limits;
 use crate::parallel::task::Task;
-use crate::storage::local;
-use crate::tensor::safetensors::{Tensor, TensorFile};
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::{NamedTensor, Tensor, TensorFile, write};
 
+/// What stands before the names of modules that this writes.
+const PREFIX: &str = "lora_unet_";
 const DOWN: &str = ".lora_down.weight";
 const UP: &str = ".lora_up.weight";
 const ALPHA: &str = ".alpha";
@@ -34,32 +38,70 @@ impl Format for Kohya {
             return Ok(false);
         }
         let weights = self.weights(place);
-        let is_file = local::metadata(&weights).is_ok_and(|metadata| metadata.is_file());
-        if !is_file || weights.extension().is_none_or(|ending| ending != "safetensors") {
+        if !weights.ends_with(".safetensors") || !place.store.is_file(&weights) {
             return Ok(false);
         }
         // What cannot be read is no file of this format; whoever reads it says what it is.
-        let Ok(file) = TensorFile::open_adapter(&weights) else { return Ok(false) };
+        let Ok(file) = TensorFile::open_in(&*place.store, &weights, Owner::Adapter) else {
+            return Ok(false);
+        };
         Ok(file.header().tensors.iter().any(|tensor| tensor.name.ends_with(DOWN)))
     }
 
-    fn weights(&self, place: &Place<'_>) -> PathBuf {
-        let path = place.path().to_path_buf();
-        if !place.is_directory {
-            return path;
+    /// The file that was asked for, or the one that the directory has.
+    fn weights(&self, place: &Place<'_>) -> String {
+        if let Some(file) = &place.file {
+            return file.clone();
         }
-        let is_weights =
-            |path: &PathBuf| path.extension().is_some_and(|ending| ending == "safetensors");
-        let found = local::paths_in(&path).unwrap_or_default();
-        match found.into_iter().filter(is_weights).collect::<Vec<_>>().as_slice() {
-            [only] => only.clone(),
-            _ => path,
+        let found = place.store.list().unwrap_or_default();
+        let mut weights = found.into_iter().filter(|name| name.ends_with(".safetensors"));
+        match (weights.next(), weights.next()) {
+            (Some(only), None) => only,
+            _ => String::new(),
         }
     }
 
+    fn write(&self, adapter: &Adapter, target: &Path) -> Result<()> {
+        let refused = |what: String| {
+            Error::unsupported(
+                adapter.path(),
+                format!("{what}, which kohya's plain LoRA cannot say of it"),
+            )
+        };
+        let semantics = adapter.semantics();
+        if semantics.initialization != Initialization::Plain
+            || semantics.layer_replication.is_some()
+        {
+            return Err(refused("changed the base before it was trained".into()));
+        }
+        if !adapter.saved().is_empty() || !adapter.trained_rows().is_empty() {
+            return Err(refused("brings parameters whole".into()));
+        }
+        let mut tensors = Vec::new();
+        for module in adapter.modules().values() {
+            let plain = module.delta.plain().filter(|_| {
+                module.kind != LayerKind::Embedding
+                    && module.magnitude.is_none()
+                    && module.bias.is_none()
+            });
+            let Some((down, up)) = plain else {
+                return Err(refused(format!("does more to {} than add a product", module.path)));
+            };
+            let key = match adapter.grammar() {
+                Grammar::Flattened => module.key.clone(),
+                Grammar::Dotted => format!("{PREFIX}{}", module.path.replace('.', "_")),
+            };
+            tensors.push((format!("{key}{DOWN}"), down.clone()));
+            tensors.push((format!("{key}{UP}"), up.clone()));
+            tensors.push((format!("{key}{ALPHA}"), alpha_of(module)?));
+        }
+        write::write(target, IndexMap::new(), tensors)
+    }
+
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
-        let weights = self.weights(place);
-        let file = Arc::new(TensorFile::open_adapter(&weights)?);
+        let name = self.weights(place);
+        let weights = place.store.path(&name);
+        let file = Arc::new(TensorFile::open_in(&*place.store, &name, Owner::Adapter)?);
         let broken = |message: String| Error::adapter(&weights, message);
         let mut parts = IndexMap::<&str, Parts>::new();
         for tensor in &file.header().tensors {
@@ -113,6 +155,21 @@ impl Format for Kohya {
             read_from: Vec::new(),
         }))
     }
+}
+
+/// The alpha that gives a module's scale, α/r, in the narrowest type that holds it.
+fn alpha_of(module: &Module) -> Result<Tensor> {
+    let alpha = module.scaling * module.rank as f64;
+    let narrow = alpha as f32;
+    let (dtype, bytes) = if f64::from(narrow) == alpha {
+        (Dtype::F32, narrow.to_le_bytes().to_vec())
+    } else {
+        (Dtype::F64, alpha.to_le_bytes().to_vec())
+    };
+    let name = "alpha".to_owned();
+    let tensor = NamedTensor { name: name.clone(), dtype, shape: Vec::new(), bytes: Some(bytes) };
+    let file = TensorFile::in_memory(Path::new(&name), Owner::Adapter, vec![tensor], None)?;
+    Ok(Arc::new(file).value(&name).expect("the one that it holds"))
 }
 
 /// A key's module, and the ending that tells the part.

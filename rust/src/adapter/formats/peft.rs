@@ -2,8 +2,9 @@
 
 pub mod config;
 mod keys;
+mod write;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use config::PeftConfig;
@@ -13,6 +14,7 @@ use crate::adapter::{Adapter, Contents, Grammar, coverage};
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::local::{self, Stamp};
+use crate::storage::store::Store;
 use crate::tensor::safetensors::TensorFile;
 
 /// The file of the weights.
@@ -33,18 +35,22 @@ impl Format for Peft {
         place.has(config::FILE_NAME)
     }
 
-    fn weights(&self, place: &Place<'_>) -> PathBuf {
-        if place.is_directory { place.directory.join(WEIGHTS) } else { place.path().to_path_buf() }
+    fn weights(&self, place: &Place<'_>) -> String {
+        place.file.clone().unwrap_or_else(|| WEIGHTS.to_owned())
+    }
+
+    fn write(&self, adapter: &Adapter, target: &Path) -> Result<()> {
+        write::write_adapter(adapter, target)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
         let path = place.path();
-        let config_path = place.directory.join(config::FILE_NAME);
+        let config_path = place.store.path(config::FILE_NAME);
         if !place.has(config::FILE_NAME)? {
-            return Err(Error::adapter(path, no_config(place.directory)));
+            return Err(Error::adapter(path, no_config(&*place.store)));
         }
-        let (text, stamp) =
-            local::read_small(&config_path).map_err(|error| error.of(Owner::Adapter))?;
+        let read = place.store.read_small(config::FILE_NAME);
+        let (text, stamp) = read.map_err(|error| error.of(Owner::Adapter))?;
         let config = PeftConfig::parse(&config_path, &text)?;
         let file = Arc::new(open_weights(place)?);
         let fields = config.account();
@@ -70,7 +76,10 @@ impl Format for Peft {
             fields,
             summary: config::summary(&config),
             settings: config.into_raw(),
-            read_from: vec![(config_path, stamp)],
+            read_from: match place.source.store {
+                None => vec![(config_path, stamp)],
+                Some(_) => Vec::new(),
+            },
         }))
     }
 }
@@ -83,7 +92,7 @@ fn open_weights(place: &Place<'_>) -> Result<TensorFile> {
         return TensorFile::in_memory(&pickle.path, Owner::Adapter, (pickle.load)()?, Some(stamp));
     }
     let weights = Peft.weights(place);
-    if local::find(&weights).map_err(|error| error.of(Owner::Adapter))?.is_none() {
+    if !place.has(&weights)? {
         let message = if place.has(PICKLED_WEIGHTS)? {
             format!("holds its weights as {PICKLED_WEIGHTS}, which needs torch to be read")
         } else {
@@ -91,21 +100,18 @@ fn open_weights(place: &Place<'_>) -> Result<TensorFile> {
         };
         return Err(Error::adapter(path, message));
     }
-    TensorFile::open_adapter(&weights)
+    TensorFile::open_in(&*place.store, &weights, Owner::Adapter)
 }
 
-fn no_config(directory: &Path) -> String {
-    let is_file = |path: &Path| local::metadata(path).is_ok_and(|metadata| metadata.is_file());
-    let nested = local::paths_in(directory)
-        .ok()
-        .and_then(|paths| paths.into_iter().find(|path| is_file(&path.join(config::FILE_NAME))));
+fn no_config(store: &dyn Store) -> String {
     let file = config::FILE_NAME;
+    let nested = store
+        .list()
+        .ok()
+        .and_then(|names| names.into_iter().find(|name| store.is_file(&format!("{name}/{file}"))));
     match nested {
-        Some(path) => format!(
-            "holds no {file}, but its folder {} does; give that folder",
-            path.file_name().unwrap_or_default().display()
-        ),
-        None if is_file(&directory.join("config.json")) => {
+        Some(name) => format!("holds no {file}, but its folder {name} does; give that folder"),
+        None if store.is_file("config.json") => {
             format!("holds no {file}; it looks like a whole model, not an adapter")
         }
         None => format!("holds no {file}; it is no PEFT adapter"),

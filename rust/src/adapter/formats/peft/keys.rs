@@ -59,6 +59,17 @@ const ENDINGS: [(&str, Part); 15] = [
 const ROW_ENDINGS: [&str; 2] =
     [".token_adapter.trainable_tokens_delta", ".token_adapter.trainable_tokens_delta.default"];
 
+/// The keys of a module's A, B, magnitude and bias, as PEFT saves them.
+pub(super) fn names_of(path: &str, embedding: bool) -> [String; 4] {
+    let endings = match embedding {
+        true => {
+            [".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector", ".lora_B.bias"]
+        }
+        false => [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_B.bias"],
+    };
+    endings.map(|ending| format!("{PREFIX}{path}{ending}"))
+}
+
 /// What a key of the file names.
 enum Key {
     Module(String, Part),

@@ -1,0 +1,123 @@
+//! An adapter written as PEFT's: its own file and config where it was read from these, else a
+//! config made from its modules.
+
+use std::path::Path;
+
+use indexmap::IndexMap;
+use serde_json::{Map, Value, json};
+
+use super::{WEIGHTS, config, keys};
+use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
+use crate::error::{Error, Result};
+use crate::storage::local;
+use crate::tensor::safetensors::{Tensor, write};
+
+pub(super) fn write_adapter(adapter: &Adapter, directory: &Path) -> Result<()> {
+    let (config, tensors) = if adapter.format() == "peft" {
+        let all = adapter.file().header().tensors.iter();
+        let tensors =
+            all.map(|info| (info.name.clone(), Tensor::new(adapter.file().clone(), info.clone())));
+        (adapter.settings().clone(), tensors.collect())
+    } else {
+        (config_of(adapter)?, tensors_of(adapter)?)
+    };
+    local::create_directories(directory)?;
+    let metadata = IndexMap::from([("format".to_owned(), "pt".to_owned())]);
+    write::write(&directory.join(WEIGHTS), metadata, tensors)?;
+    let text = serde_json::to_vec_pretty(&config).expect("plain data");
+    local::write_small(&directory.join(config::FILE_NAME), &text)
+}
+
+fn refused(adapter: &Adapter, what: &str) -> Error {
+    Error::unsupported(adapter.path(), format!("{what}, which PEFT's format cannot say of it"))
+}
+
+/// The tensors of every module, saved parameter and trained row under PEFT's keys.
+fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
+    if adapter.grammar() != Grammar::Dotted {
+        return Err(Error::unsupported(
+            adapter.path(),
+            "has flattened names, of which only the base tells where the dots were; give the base",
+        ));
+    }
+    let semantics = adapter.semantics();
+    if semantics.initialization != Initialization::Plain || semantics.layer_replication.is_some() {
+        return Err(refused(adapter, "changed the base before it was trained"));
+    }
+    if !adapter.trained_rows().is_empty() || !adapter.saved().is_empty() {
+        return Err(refused(adapter, "brings parameters whole"));
+    }
+    let mut tensors = Vec::new();
+    for module in adapter.modules().values() {
+        let Some((a, b)) = module.delta.plain() else {
+            let what = format!("adds to {} what is no product of two stored matrices", module.path);
+            return Err(refused(adapter, &what));
+        };
+        let embedding = module.kind == LayerKind::Embedding;
+        let [name_a, name_b, magnitude, bias] = keys::names_of(&module.path, embedding);
+        tensors.push((name_a, a.clone()));
+        tensors.push((name_b, b.clone()));
+        tensors.extend(module.magnitude.iter().map(|tensor| (magnitude.clone(), tensor.clone())));
+        tensors.extend(module.bias.iter().map(|tensor| (bias.clone(), tensor.clone())));
+    }
+    Ok(tensors)
+}
+
+/// The value that most modules have, the first of those.
+fn usual<T: PartialEq + Copy>(values: &[T]) -> Option<T> {
+    let count = |value: &T| values.iter().filter(|other| *other == value).count();
+    let most = values.iter().map(count).max()?;
+    values.iter().find(|value| count(value) == most).copied()
+}
+
+fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
+    let modules: Vec<&Module> = adapter.modules().values().collect();
+    let all = |has: fn(&Module) -> bool, what: &str| {
+        let count = modules.iter().filter(|module| has(module)).count();
+        if count != 0 && count != modules.len() {
+            return Err(refused(adapter, &format!("has {what} in some of its modules")));
+        }
+        Ok(count > 0)
+    };
+    let dora = all(|module| module.magnitude.is_some(), "magnitudes")?;
+    let bias = all(|module| module.bias.is_some(), "biases")?;
+    // α/r, whatever the scale was made of.
+    let alphas: Vec<f64> =
+        modules.iter().map(|module| module.scaling * module.rank as f64).collect();
+    let ranks: Vec<u64> = modules.iter().map(|module| module.rank).collect();
+    let rank = usual(&ranks).unwrap_or(1);
+    let alpha = usual(&alphas).unwrap_or(rank as f64);
+    let mut rank_pattern = Map::new();
+    let mut alpha_pattern = Map::new();
+    for (module, own) in modules.iter().zip(&alphas) {
+        // The keys are expressions; a whole path matches itself alone.
+        let key = format!("^{}$", module.path.replace('.', r"\."));
+        if module.rank != rank {
+            rank_pattern.insert(key.clone(), module.rank.into());
+        }
+        if *own != alpha {
+            alpha_pattern.insert(key, json!(own));
+        }
+    }
+    let targets: Vec<&str> = modules.iter().map(|module| module.path.as_str()).collect();
+    let config = json!({
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.semantics().base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": targets,
+        "use_dora": dora,
+        "lora_bias": bias,
+        "use_rslora": false,
+        "bias": "none",
+        "fan_in_fan_out": adapter.semantics().stored_transposed,
+        "init_lora_weights": true,
+        "inference_mode": true,
+    });
+    match config {
+        Value::Object(fields) => Ok(fields),
+        _ => unreachable!("an object was written down"),
+    }
+}

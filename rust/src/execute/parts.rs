@@ -1,0 +1,125 @@
+//! Shards that are written apart from each other, and the model that is assembled from them.
+
+use std::fs::File;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::session::{Part, Session};
+use super::{Job, Options, Output, Summary, queue};
+use crate::error::{Error, Owner, Result};
+use crate::kernel::InstructionSet;
+use crate::parallel::task::{self, Task};
+use crate::plan::{Inputs, Plan};
+use crate::storage::digest::sha256_of;
+use crate::storage::local::{self, Stamp};
+
+/// A shard that was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WrittenShard {
+    /// Its file name.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: u64,
+    /// The SHA-256 of its content, in hexadecimal.
+    pub sha256: String,
+}
+
+/// Writes some of a plan's shards into a directory, which is made if it is not there. Each has its
+/// name once it is whole; what was there under that name is replaced.
+///
+/// # Errors
+/// [`Error::Argument`] for shards that are no groups of the plan, [`Error::Numeric`],
+/// [`Error::Io`], [`Error::Cancelled`].
+pub fn write_shards(
+    inputs: &Inputs,
+    plan: &Plan,
+    shards: &[usize],
+    directory: &Path,
+    options: &Options,
+    task: &Task,
+) -> Result<Vec<WrittenShard>> {
+    let plan = plan.restricted_to(shards)?;
+    let pool = task::build_pool(options.threads)?;
+    local::create_directories(directory)?;
+    local::allow_open(plan.shards.len() + inputs.base.shards().len());
+    task.expect(plan.bytes());
+    let partial = |name: &str| directory.join(format!("{name}.partial"));
+    let open = |shard: &crate::plan::PlannedShard| -> Result<File> {
+        let path = partial(&shard.name);
+        let failed = |error| Error::io(&path, error);
+        let file = local::create(&path)?;
+        file.set_len(shard.bytes()).map_err(failed)?;
+        if !queue::copies_header(inputs, shard) {
+            local::write_at(&file, &shard.header, 0).map_err(failed)?;
+            task.advance(shard.header.len() as u64);
+        }
+        Ok(file)
+    };
+    let files = plan.shards.iter().map(open).collect::<Result<Vec<_>>>()?;
+    let output = Output { directory, files: &files, sync: !options.unsynced };
+    let set = options.instruction_set.unwrap_or_else(InstructionSet::detect);
+    let job = Job::without_digests(inputs, &plan, output, set, task, &Part::All);
+    job.run(&pool)?;
+    inputs.check_unchanged()?;
+    let mut written = Vec::new();
+    for shard in &plan.shards {
+        task.check()?;
+        let (from, to) = (partial(&shard.name), directory.join(&shard.name));
+        let sha256 = sha256_of(&from)?;
+        local::rename(&from, &to)?;
+        written.push(WrittenShard { name: shard.name.clone(), bytes: shard.bytes(), sha256 });
+    }
+    Ok(written)
+}
+
+/// Makes a model of shards that were written apart: each has to be there, of the size that the plan
+/// gives it and of the digest that its writer told.
+///
+/// # Errors
+/// [`Error::Output`] if a shard is not there or not what was written, and those of
+/// [`super::execute`]; the output is then as it was.
+pub fn assemble(
+    inputs: &Inputs,
+    plan: &Plan,
+    (directory, written): (&Path, &[WrittenShard]),
+    output: &Path,
+    options: &Options,
+    task: &Task,
+) -> Result<Summary> {
+    let mut found = Vec::with_capacity(plan.shards.len());
+    for shard in &plan.shards {
+        task.check()?;
+        let path = directory.join(&shard.name);
+        let told = written.iter().find(|one| one.name == shard.name);
+        let (_, metadata) = local::open(&path)?;
+        let stamp = Stamp::of(&metadata);
+        let is_told = match told {
+            Some(told) => {
+                (told.bytes, stamp.length) == (shard.bytes(), shard.bytes())
+                    && told.sha256 == sha256_of(&path)?
+            }
+            None => false,
+        };
+        if !is_told {
+            return Err(Error::output(
+                &path,
+                "is not the shard that its part of the plan wrote; write that part again",
+            ));
+        }
+        found.push((path, stamp));
+    }
+    let digests = inputs.adapters.iter().map(|adapter| adapter.sha256());
+    let digests = digests.collect::<Result<Vec<_>>>()?;
+    let session = Session::begin_with(inputs, plan, output, options, task, &found)?;
+    session.keep_digests(digests);
+    for (path, stamp) in &found {
+        if Stamp::of(&local::open(path)?.1) != *stamp {
+            return Err(Owner::Checkpoint.changed(path));
+        }
+    }
+    session.finish(inputs, plan, task)
+}
+
+#[cfg(test)]
+mod tests;

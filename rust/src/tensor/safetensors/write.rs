@@ -1,0 +1,67 @@
+//! Safetensors files written from tensors, wherever those lie.
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use indexmap::IndexMap;
+
+use super::{Header, Tensor, TensorInfo};
+use crate::error::{Error, Result};
+use crate::storage::local;
+
+/// Writes a safetensors file with these tensors under these names: whole, or not at all. The widest
+/// elements come first, so that each tensor begins at a multiple of its element's size.
+///
+/// # Errors
+/// [`Error::Argument`] for two tensors of one name, [`Error::Io`], or that what is read changed.
+pub fn write(
+    path: &Path,
+    metadata: IndexMap<String, String>,
+    mut tensors: Vec<(String, Tensor)>,
+) -> Result<()> {
+    let mut names = HashSet::new();
+    if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(name.as_str())) {
+        return Err(Error::Argument(format!("two tensors would be called {name}")));
+    }
+    tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype.bits().unwrap_or(64)));
+    let mut header = Header { metadata, tensors: Vec::with_capacity(tensors.len()) };
+    let mut end = 0;
+    for (name, tensor) in &tensors {
+        let range = end..end + tensor.bytes();
+        end = range.end;
+        let name = name.clone();
+        header.tensors.push(TensorInfo { name, range, ..tensor.info().clone() });
+    }
+    let beginning = header.encode();
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    let partial = path.with_file_name(name);
+    let failed = |error| Error::io(&partial, error);
+    let written = || -> Result<()> {
+        let file = local::create(&partial)?;
+        local::write_at(&file, &beginning, 0).map_err(failed)?;
+        for ((_, tensor), info) in tensors.iter().zip(&header.tensors) {
+            let start = beginning.len() as u64 + info.range.start;
+            let mut failure = None;
+            tensor.for_each_chunk(&mut |offset, bytes| match local::write_at(
+                &file,
+                bytes,
+                start + offset,
+            ) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    failure = Some(failed(error));
+                    ControlFlow::Break(())
+                }
+            })?;
+            failure.map_or(Ok(()), Err)?;
+        }
+        file.sync_all().map_err(failed)?;
+        local::rename(&partial, path)
+    }();
+    if written.is_err() {
+        local::remove(&partial);
+    }
+    written
+}
