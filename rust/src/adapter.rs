@@ -75,6 +75,8 @@ pub struct Module {
     pub kind: LayerKind,
     /// What it adds.
     pub delta: Arc<dyn Delta>,
+    /// The tensor that tells the scale, where one does.
+    pub scale: Option<Tensor>,
     /// DoRA's magnitude, (out), also as (1, out, 1…) for convolutions.
     pub magnitude: Option<Tensor>,
     /// The bias of the second factor, (out), which adds to the layer's own.
@@ -129,9 +131,16 @@ impl Module {
         })
     }
 
+    /// The tensors that its product is made from, with the part that each plays, in words.
+    pub fn product_tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        let mut tensors = self.delta.tensors();
+        tensors.extend(self.scale.iter().map(|tensor| ("the scale", tensor)));
+        tensors
+    }
+
     /// Every tensor that it is made from, with the part that each plays, in words.
     pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        let mut tensors = self.delta.tensors();
+        let mut tensors = self.product_tensors();
         let magnitude = self.magnitude.iter().map(|tensor| ("DoRA's magnitude", tensor));
         let bias = self.bias.iter().map(|tensor| ("the bias of the second factor", tensor));
         tensors.extend(magnitude.chain(bias));
@@ -178,8 +187,6 @@ pub enum Role {
     TrainingOnly,
     /// A parameter that the file holds under another name as well.
     Repeated,
-    /// Told the scale of a module.
-    Scale,
 }
 
 impl Role {
@@ -188,15 +195,6 @@ impl Role {
         match self {
             Self::TrainingOnly => "used in training only",
             Self::Repeated => "a parameter that the file holds twice",
-            Self::Scale => "gives its module's scale",
-        }
-    }
-
-    /// What becomes of such a tensor.
-    fn verdict(self) -> Verdict {
-        match self {
-            Self::TrainingOnly | Self::Repeated => Verdict::NotNeeded,
-            Self::Scale => Verdict::Used,
         }
     }
 }
@@ -350,7 +348,7 @@ impl Adapter {
             known.insert(&rows.tensor.name, (Verdict::Used, reason));
         }
         for (name, role) in self.others() {
-            known.insert(name, (role.verdict(), role.describe().to_owned()));
+            known.insert(name, (Verdict::NotNeeded, role.describe().to_owned()));
         }
         let tensors = self.file().header().tensors.iter().map(|tensor| {
             let account = known.swap_remove(tensor.name.as_str());

@@ -95,6 +95,8 @@ def test_it_is_listed_and_analyzed_like_any_adapter(tmp_path: Path) -> None:
     assert set(verdicts.values()) == {"used"}
     plan = lorafast.plan(base, file).to_dict()
     assert plan["adapters"][0]["format"] == "kohya"
+    uses = {each["verdict"] for each in plan["adapters"][0]["account"]["tensors"]}
+    assert uses == {"used"}
     analysis = lorafast.analyze(file, base=base)
     peft = lorafast.analyze(make_adapter(tmp_path / "peft", tensors, lora_alpha=6), base=base)
     for own, other in zip(analysis.modules.values(), peft.modules.values(), strict=True):

@@ -39,7 +39,7 @@ fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) -> Vec<&'a str> {
     if update.kind == UpdateKind::Vector {
         return module.bias.iter().map(|tensor| tensor.name.as_str()).collect();
     }
-    let factors = module.delta.tensors().into_iter().map(|(_, tensor)| tensor);
+    let factors = module.product_tensors().into_iter().map(|(_, tensor)| tensor);
     let tensors = factors.chain(&module.magnitude);
     tensors.map(|tensor| tensor.name.as_str()).chain(update.on.as_deref()).collect()
 }

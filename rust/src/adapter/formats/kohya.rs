@@ -9,9 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::adapter::deltas::LowRank;
 use crate::adapter::format::{Format, Place};
-use crate::adapter::{
-    Adapter, Contents, Grammar, Initialization, LayerKind, Module, Role, Semantics,
-};
+use crate::adapter::{Adapter, Contents, Grammar, Initialization, LayerKind, Module, Semantics};
 use crate::error::{Error, Owner, Result};
 use crate::limits;
 use crate::parallel::task::Task;
@@ -125,10 +123,8 @@ impl Format for Kohya {
             }
         }
         let mut modules = IndexMap::with_capacity(parts.len());
-        let mut others = Vec::new();
         for (key, parts) in parts {
             task.check()?;
-            others.extend(parts.alpha.iter().map(|alpha| (alpha.name.clone(), Role::Scale)));
             let module = parts.module(key).map_err(broken)??;
             modules.insert(key.to_owned(), module);
         }
@@ -146,7 +142,7 @@ impl Format for Kohya {
             modules,
             saved: Vec::new(),
             rows: Vec::new(),
-            others,
+            others: Vec::new(),
             semantics,
             grammar: Grammar::Flattened,
             fields: Vec::new(),
@@ -253,6 +249,7 @@ impl Parts {
             parameters: Vec::new(),
             kind,
             delta: Arc::new(LowRank { a, b, diagonal: None }),
+            scale: self.alpha,
             magnitude: None,
             bias: None,
             rank,

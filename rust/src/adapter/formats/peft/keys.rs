@@ -335,8 +335,19 @@ fn assemble(
     };
     let key = key.to_owned();
     let rank = expected;
-    let module =
-        Module { key, path, parameters, kind, delta, magnitude, bias, rank, alpha, scaling };
+    let module = Module {
+        key,
+        path,
+        parameters,
+        kind,
+        delta,
+        scale: None,
+        magnitude,
+        bias,
+        rank,
+        alpha,
+        scaling,
+    };
     for vector in [&module.magnitude, &module.bias].into_iter().flatten() {
         if vector.elements() != module.outputs() {
             return Err(broken(format!(
