@@ -16,9 +16,10 @@ ROOT = Path(str(lorafast.__file__)).parent
 #: names. A module imports what lies below it, or beside it in its own layer; the longest beginning
 #: tells where a module lies. A result finds its views, which lie above it, in a table (`_results`).
 PYTHON = [
-    ("_core", "_errors"),
-    ("_types", "_results"),
+    ("_core", "_errors", "_deprecation"),
+    ("_types",),
     ("_io",),
+    ("_results",),
     # What computes with torch and knows a merge's plan only as the core's.
     ("_torch",),
     ("_merge",),

@@ -30,7 +30,7 @@ Metrics = Literal["full", "headers", "moments", "spectra"]
 #: The tables of a fleet.
 TableName = Literal["adapters", "modules", "findings"]
 #: How much a finding matters.
-Severity = Literal["severe", "warning", "note"]
+Severity = Literal["critical", "warning", "note"]
 
 #: What a similarity's matrix holds.
 Metric = Literal["cosine", "inner_product"]

@@ -28,9 +28,7 @@ from lorafast._io.paths import expand, resolved
 from lorafast._io.sources import ADAPTER_PATTERNS, BASE_PATTERNS, locate
 from lorafast._io.strangers import read_json
 from lorafast._report.directory import (
-    ADAPTER_PLOTS,
     ANALYSIS_DIRECTORY,
-    COMPARISON_PLOTS,
     PLOT_DIRECTORY,
     file_stems,
     neurotrain_comparison,
@@ -44,6 +42,7 @@ from lorafast._report.directory import (
 from lorafast._types import Source
 
 if TYPE_CHECKING:
+    from lorafast._analysis.results import AdapterAnalysis, Comparison
     from lorafast._types import Strategy
 
 __all__ = [
@@ -57,7 +56,7 @@ __all__ = [
 
 DEFAULT_OUTPUT = "runs/lora_analysis"
 #: Layers that `generate_report` has a section for; the JSON has all of them.
-MOST_SECTIONS = 18
+MAX_SECTIONS = 18
 
 
 class LoRAAnalyzer:
@@ -200,7 +199,7 @@ class LoRAAnalyzer:
         given = os.fspath(adapter_path)
         write_analysis(self.analysis_dir, stem, analysis, given)
         if save_plots:
-            self._plot(analysis, ADAPTER_PLOTS, stem)
+            self._plot(analysis, stem)
         return neurotrain_dictionary(analysis, given)
 
     def compare_adapters(
@@ -235,7 +234,7 @@ class LoRAAnalyzer:
         result = neurotrain_comparison(comparison, paths)
         write_comparison(self.analysis_dir, comparison, result)
         if save_plots:
-            self._plot(comparison, COMPARISON_PLOTS, "")
+            self._plot(comparison, "")
         return result
 
     def generate_report(self, analysis_results: Mapping[str, Any]) -> str:
@@ -284,9 +283,9 @@ class LoRAAnalyzer:
             # Not there, or nothing that an analyzer wrote.
             return None
 
-    def _plot(self, subject: Any, files: Mapping[str, str], stem: str) -> None:
+    def _plot(self, subject: AdapterAnalysis | Comparison, stem: str) -> None:
         try:
-            write_plots(self.visualization_dir, subject, files, stem)
+            write_plots(self.visualization_dir, subject, stem)
         except MissingDependencyError as error:
             warnings.warn(f"no pictures were drawn: {error}", stacklevel=3)
 
@@ -365,7 +364,7 @@ def _neurotrain_report(results: Mapping[str, Any]) -> str:
     lines = ["# LoRA Analysis Report", ""]
     lines += [f"**Analysis Date**: {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}", ""]
     adapters: Mapping[str, Any] = results.get("comparison_data") or {"": results}
-    share = max(1, MOST_SECTIONS // len(adapters))
+    share = max(1, MAX_SECTIONS // len(adapters))
     for name, analysis in adapters.items():
         lines += _neurotrain_pages(name, analysis, share)
     return "\n".join(lines).rstrip() + "\n"
@@ -373,7 +372,7 @@ def _neurotrain_report(results: Mapping[str, Any]) -> str:
 
 def _neurotrain_pages(name: str, results: Mapping[str, Any], most: int) -> list[str]:
     from lorafast._report.cells import cell, code, table
-    from lorafast._report.markdown import number
+    from lorafast._report.text import format_number
 
     statistics, config = results["weight_statistics"], results["config"]
     of = f" of {cell(name)}" if name else ""
@@ -381,11 +380,11 @@ def _neurotrain_pages(name: str, results: Mapping[str, Any], most: int) -> list[
     facts = {
         "Adapter": code(results["adapter_path"]),
         "Base": code(config.get("base_model_name_or_path")),
-        "Rank": number(config.get("r")),
-        "Alpha": number(config.get("lora_alpha")),
+        "Rank": format_number(config.get("r")),
+        "Alpha": format_number(config.get("lora_alpha")),
         "Total parameters": f"{statistics['total_parameters']:,}",
-        **{key: number(statistics[key]) for key in ("mean", "std", "min", "max")},
-        **{f"{key} percentile": number(v) for key, v in statistics["percentiles"].items()},
+        **{key: format_number(statistics[key]) for key in ("mean", "std", "min", "max")},
+        **{f"{key} percentile": format_number(v) for key, v in statistics["percentiles"].items()},
     }
     lines += table(["", ""], ([key.capitalize(), value] for key, value in facts.items()))
     layers = results["layer_analysis"]
@@ -397,7 +396,7 @@ def _neurotrain_pages(name: str, results: Mapping[str, Any], most: int) -> list[
                 # Within its section, the layer's own name goes without saying.
                 code(tensor.removeprefix(layer).lstrip(".") or tensor),
                 " × ".join(map(str, figures["shape"])),
-                *(number(figures[key]) for key in ("mean", "std", "min", "max")),
+                *(format_number(figures[key]) for key in ("mean", "std", "min", "max")),
             ]
             for tensor, figures in list(tensors.items())[:4]
         )

@@ -108,9 +108,12 @@ def test_nan_and_infinity_are_counted_and_left_out(tmp_path: Path) -> None:
     assert record.k99 == 0
     assert math.isfinite(analysis.modules["layers.1.q"].frobenius_norm)
     assert math.isfinite(analysis.weights.mean)
-    kinds = [(f.severity, f.kind, f.module, f.figure) for f in analysis.findings[:2]]
+    kinds = [(f.severity, f.kind, f.module, f.value) for f in analysis.findings[:2]]
     assert sorted(kinds) == sorted(
-        [("severe", "non_finite", record.b_name, 2.0), ("severe", "non_finite", record.a_name, 1.0)]
+        [
+            ("critical", "non_finite", record.b_name, 2.0),
+            ("critical", "non_finite", record.a_name, 1.0),
+        ]
     )
     parsed = json.loads(analysis.to_json(), parse_constant=pytest.fail)
     assert parsed["modules"]["layers.0.q"]["frobenius_norm"] is None
@@ -295,7 +298,7 @@ def test_everything_survives_json(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter")
     analysis = lorafast.analyze(adapter, base=make_base(tmp_path / "base"), entries=True)
     plain = json.loads(analysis.to_json())
-    assert plain["schema_version"] == 1
+    assert plain["schema_version"] == 2
     assert plain["kind"] == "adapter_analysis"
     assert from_plain(plain) == analysis
     assert from_plain(analysis.to_dict()) == analysis

@@ -143,7 +143,7 @@ def test_an_untrained_adapter_has_no_direction(tmp_path: Path) -> None:
     assert math.isnan(comparison.cosine[1, 1])
     assert "untrained" in {f.kind for f in comparison.analyses[1].findings}
     assert "never" not in comparison.to_json()
-    assert "**severe**" in comparison.to_markdown()
+    assert "**critical**" in comparison.to_markdown()
 
 
 def test_names_tell_adapters_apart(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def only(found: list[lorafast.Finding], kind: str) -> lorafast.Finding:
 def test_never_trained(tmp_path: Path) -> None:
     factors = {path: (np.zeros_like(b), a) for path, (b, a) in ordinary().items()}
     finding = only(findings(tmp_path, factors), "untrained")
-    assert (finding.severity, finding.module, finding.figure) == ("severe", None, 0.0)
+    assert (finding.severity, finding.module, finding.value) == ("critical", None, 0.0)
 
 
 def test_one_module_never_trained(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_one_module_never_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("alpha", "kind", "severity"),
     [
-        (0.0, "zero_scale", "severe"),
+        (0.0, "zero_scale", "critical"),
         (-8.0, "unusual_scale", "warning"),
         (8 * 17.0, "unusual_scale", "warning"),
         (8 * 0.2, "unusual_scale", "warning"),
@@ -62,7 +62,7 @@ def test_one_module_never_trained(tmp_path: Path) -> None:
 )
 def test_alpha_out_of_the_ordinary(tmp_path: Path, alpha: float, kind: str, severity: str) -> None:
     finding = only(findings(tmp_path, ordinary(), alpha=alpha), kind)
-    assert (finding.severity, finding.module, finding.figure) == (severity, None, alpha / 8)
+    assert (finding.severity, finding.module, finding.value) == (severity, None, alpha / 8)
     assert f"{alpha:g}" in finding.reason
 
 
@@ -75,7 +75,7 @@ def test_a_rank_out_of_the_ordinary(tmp_path: Path) -> None:
     rank = LARGEST_ORDINARY_RANK + 1
     factors = random_factors({"layers.0.q": (20, 16, rank)})
     kinds = {f.kind: f for f in findings(tmp_path, factors)}
-    assert kinds["unusual_rank"].figure == rank
+    assert kinds["unusual_rank"].value == rank
     reasons = [f.reason for f in findings(tmp_path / "2", factors) if f.kind == "unusual_rank"]
     assert len(reasons) == 2
     assert "[20, 16]" in reasons[1]
@@ -88,7 +88,7 @@ def test_a_dead_module(tmp_path: Path) -> None:
     factors[path] = (b * 1e-4, a)
     finding = only(findings(tmp_path, factors), "dead_module")
     assert finding.module == path
-    assert finding.figure == pytest.approx(1e-4, rel=1e-6)
+    assert finding.value == pytest.approx(1e-4, rel=1e-6)
 
 
 def test_a_spectral_outlier(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_a_spectral_outlier(tmp_path: Path) -> None:
     found = findings(tmp_path, factors)
     assert [f.kind for f in found] == ["spectral_outlier", "dominant_module"]
     assert {f.module for f in found} == {path}
-    assert found[0].figure == pytest.approx(11, rel=1e-6)
-    assert found[1].figure == pytest.approx(121 / 126, rel=1e-6)
+    assert found[0].value == pytest.approx(11, rel=1e-6)
+    assert found[1].value == pytest.approx(121 / 126, rel=1e-6)
 
 
 def test_unused_and_exhausted_rank(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_unused_and_exhausted_rank(tmp_path: Path) -> None:
     factors["model.layers.0.q"] = graded_factors(40, 30, few)
     factors["model.layers.1.q"] = graded_factors(40, 30, np.full(8, 0.6))
     found = findings(tmp_path, factors)
-    assert [(f.kind, f.module, f.figure) for f in found] == [
+    assert [(f.kind, f.module, f.value) for f in found] == [
         ("unused_rank", "model.layers.0.q", 2.0),
         ("exhausted_rank", "model.layers.1.q", 8.0),
     ]
@@ -137,7 +137,7 @@ def test_no_modules(tmp_path: Path) -> None:
     )
     analysis = lorafast.analyze(path)
     assert analysis.findings[0].kind == "no_modules"
-    assert analysis.findings[0].severity == "severe"
+    assert analysis.findings[0].severity == "critical"
     assert analysis.modules == {}
     assert "## Findings" in analysis.to_markdown()
 
@@ -149,11 +149,11 @@ def test_the_most_severe_stand_first(tmp_path: Path) -> None:
     b, a = factors["model.layers.2.q"]
     factors["model.layers.2.q"] = (b * 1e-5, a)
     found = findings(tmp_path, factors)
-    assert [f.severity for f in found] == ["severe", "warning", "note"]
+    assert [f.severity for f in found] == ["critical", "warning", "note"]
     text = lorafast.analyze(tmp_path / "adapter").to_markdown()
-    assert text.index("**severe**") < text.index("**warning**") < text.index("**note**")
+    assert text.index("**critical**") < text.index("**warning**") < text.index("**note**")
 
 
 def test_every_kind_is_described() -> None:
-    assert set(SEVERITIES) == {"severe", "warning", "note"}
+    assert set(SEVERITIES) == {"critical", "warning", "note"}
     assert all(text for text in KINDS.values())

@@ -49,10 +49,10 @@ def test_findings_stand_first(untrained: str, capsys: Capture) -> None:
     assert main(["analyze", untrained]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("untrained: 1 module")
-    assert lines[1].startswith("  severe: Every update is zero")
+    assert lines[1].startswith("  critical: Every update is zero")
 
 
-def test_check_exits_with_3_where_a_finding_is_severe(
+def test_check_exits_with_3_where_a_finding_is_critical(
     style: str, untrained: str, broken: str
 ) -> None:
     assert main(["analyze", style, "--check", "--quiet"]) == 0
@@ -86,7 +86,7 @@ def test_a_broken_adapter_is_named_and_the_others_done(
 def test_json_is_all_of_stdout(style: str, broken: str, capsys: Capture) -> None:
     assert main(["analyze", style, broken, "--json", "--quiet"]) == 1
     parsed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert parsed["schema_version"] == 1
+    assert parsed["schema_version"] == 2
     (analysis,) = parsed["analyses"]
     assert analysis == json.loads(lorafast.analyze(style).to_json())
     (error,) = parsed["errors"]

@@ -236,10 +236,10 @@ def test_findings_are_a_sequence_of_values(tmp_path: Path) -> None:
     kinds = {item.finding.kind for item in found}
     assert {"non_finite", "unusual_scale", "zero_update", "feature", "several_bases"} <= kinds
     severities = [item.finding.severity for item in found]
-    assert severities == sorted(severities, key=["severe", "warning", "note"].index)
+    assert severities == sorted(severities, key=["critical", "warning", "note"].index)
     for item in found:
         (own,) = {"feature": [None], "several_bases": [2.0]}.get(item.finding.kind, [...])
-        assert own is ... or item.finding.figure == own
+        assert own is ... or item.finding.value == own
         assert (item.adapter is None) == (item.finding.kind == "several_bases")
     # Of one adapter they are those of an analysis, the greatest of several modules'.
     names = dict(zip(fleet.names, fleet.paths, strict=True))
@@ -273,7 +273,7 @@ def test_findings_are_a_table(tmp_path: Path) -> None:
             "severity": item.finding.severity,
             "kind": item.finding.kind,
             "module": item.finding.module,
-            "figure": np.nan if item.finding.figure is None else item.finding.figure,
+            "figure": np.nan if item.finding.value is None else item.finding.value,
             "count": item.count,
             "reason": item.finding.reason,
         }
@@ -296,7 +296,7 @@ def test_findings_are_a_table(tmp_path: Path) -> None:
     assert repr(read.to_pylist()) == repr(expected)
     # The adapters' table counts them.
     for name, severe in zip(fleet.names, fleet.adapters["severe"].tolist(), strict=True):
-        own = [row for row in expected if row["adapter"] == name and row["severity"] == "severe"]
+        own = [row for row in expected if row["adapter"] == name and row["severity"] == "critical"]
         assert severe == sum(row["count"] for row in own)
 
 

@@ -46,7 +46,7 @@ def assert_same_figures(fleet: lorafast.Fleet) -> None:
         assert adapters["findings"][position] == list(dict.fromkeys(kinds))
         counts = [
             sum(finding.severity == severity for finding in analysis.findings)
-            for severity in ("severe", "warning", "note")
+            for severity in ("critical", "warning", "note")
         ]
         assert [adapters[c][position] for c in ("severe", "warnings", "notes")] == counts
         for module in analysis.modules.values():
@@ -86,9 +86,9 @@ def test_figures_are_those_of_analyze(tmp_path: Path) -> None:
     )
     assert fleet.adapters["scaling_rule"][:2].tolist() == ["alpha/r", "alpha/sqrt(r)"]
     assert [len(values) for values in fleet.modules["singular_values"][:8]] == [4] * 4 + [8] * 4
-    severe = [item for item in fleet.findings if item.finding.severity == "severe"]
-    assert {item.adapter for item in severe} == {"a2"}
-    assert fleet.findings[: len(severe)] == severe
+    critical = [item for item in fleet.findings if item.finding.severity == "critical"]
+    assert {item.adapter for item in critical} == {"a2"}
+    assert fleet.findings[: len(critical)] == critical
 
 
 def test_rows_have_as_many_singular_values_as_their_updates(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_the_command_compares_what_it_has_analyzed(
     from lorafast._cli.main import main
 
     first, second = make_adapter(tmp_path / "a"), make_adapter(tmp_path / "b")
-    original = analysis_api.compare_analysed
+    original = analysis_api.compare_analyzed
 
     def change(*arguments: Any, **options: Any) -> Any:
         file = first / "adapter_model.safetensors"
@@ -266,6 +266,6 @@ def test_the_command_compares_what_it_has_analyzed(
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(analysis_api, "compare_analysed", change)
+    monkeypatch.setattr(analysis_api, "compare_analyzed", change)
     assert main(["compare", str(first), str(second), "--quiet"]) == 1
     assert CHANGED in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_the_matrix_is_computed_unless_it_is_given(
         return similarity(fleet)
 
     monkeypatch.setattr("lorafast._similarity.api.similarity", compute)
-    assert "<h3>Which adapters are alike</h3>" in fleet.to_html()
+    assert "<h3>Similarity of each pair</h3>" in fleet.to_html()
     # Fleets of several bases are compared within each.
     assert asked == [(fleet, {"group_by_base": True})]
 
@@ -202,7 +202,7 @@ def test_those_of_one_base_stand_together(monkeypatch: pytest.MonkeyPatch, has_s
 
 
 def test_a_large_matrix_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_charts, "MOST_CELLS", 4)
+    monkeypatch.setattr(fleet_charts, "MAX_CELLS", 4)
     random = np.random.default_rng(0)
     matrix = random.uniform(-1, 1, (11, 11))
     matrix = (matrix + matrix.T) / 2

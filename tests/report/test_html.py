@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 from lorafast._analysis.records import Finding
 from lorafast._analysis.results import AdapterAnalysis, Comparison
-from lorafast._report.html.elements import Html, element, natural, number
+from lorafast._report.html.elements import Html, element, natural
+from lorafast._report.text import format_value
 from support import records
 
 VOID = {"meta", "img", "input", "polyline"}
 ATTACK = '</td></script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;\' "'
 
 FINDINGS = [
-    Finding("severe", "non_finite", "model.layers.1.mlp.up_proj", 3.0, "B holds NaN."),
+    Finding("critical", "non_finite", "model.layers.1.mlp.up_proj", 3.0, "B holds NaN."),
     Finding("warning", "dead_module", None, None, "Nothing was trained."),
 ]
 
@@ -32,7 +33,7 @@ def hostile() -> AdapterAnalysis:
     return records.analysis(
         {f"{ATTACK}{i}": (None, f"{ATTACK}{i}") for i in range(2)},
         name=ATTACK,
-        findings=[Finding("severe", ATTACK, ATTACK, math.inf, ATTACK)],
+        findings=[Finding("critical", ATTACK, ATTACK, math.inf, ATTACK)],
         config={"task_type": ATTACK, ATTACK: [ATTACK]},
     )
 
@@ -150,8 +151,8 @@ def test_strings_are_escaped_and_html_is_not() -> None:
 def test_findings_stand_first_and_say_module_figure_and_reason() -> None:
     text = page_of("analysis")
     assert text.index("B holds NaN.") < text.index("<h2>Summary</h2>") < text.index("<h2>Modules")
-    first = text[text.index('<li class="severe">') : text.index("</li>")]
-    for part in ("severe", "model.layers.1.mlp.up_proj", "B holds NaN.", "non finite", "3"):
+    first = text[text.index('<li class="critical">') : text.index("</li>")]
+    for part in ("critical", "model.layers.1.mlp.up_proj", "B holds NaN.", "non finite", "3"):
         assert part in first
     assert "Nothing out of the ordinary" in page_of("zero")
     assert "<b>run-1</b>" in page_of("comparison of two")
@@ -159,11 +160,11 @@ def test_findings_stand_first_and_say_module_figure_and_reason() -> None:
 
 def test_many_findings_of_a_kind_are_folded_away_but_all_there() -> None:
     many = [Finding("note", "dead_module", f"m.{i}", 0.0, "Dead.") for i in range(100)]
-    many.append(Finding("severe", "non_finite", None, 1.0, "NaN."))
+    many.append(Finding("critical", "non_finite", None, 1.0, "NaN."))
     text = records.analysis(findings=many).to_html()
     assert text.count("<code>m.") == 100
     assert "<summary>99 more of this kind</summary>" in text
-    assert text.index("NaN.") < text.index("Dead."), "the severe first"
+    assert text.index("NaN.") < text.index("Dead."), "the critical first"
 
 
 def test_the_modules_table_holds_the_figures_in_the_order_of_the_blocks() -> None:
@@ -239,7 +240,7 @@ def test_the_same_analysis_gives_the_same_page() -> None:
     ],
 )
 def test_numbers_are_written_for_reading(value: float | None, text: str) -> None:
-    assert number(value) == text
+    assert format_value(value) == text
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)

@@ -8,7 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from lorafast._analysis.records import Histogram
 from lorafast._analysis.results import AdapterAnalysis, Comparison
-from lorafast._report.plots import style
-from lorafast._report.plots.draw import ANALYSIS_KINDS, COMPARISON_KINDS
+from lorafast._report import plots
+from lorafast._report.directory import write_plots
+from lorafast._report.plots import draw, style
+from lorafast._report.plots.draw import plots_of
 from lorafast._report.plots.png import DOTS_PER_INCH, png, save
 from support import records
 
@@ -90,8 +92,8 @@ def subject_of(name: str) -> Any:
     return (ANALYSES.get(name) or COMPARISONS[name])()
 
 
-EVERY = [(name, kind) for name in ANALYSES for kind in ANALYSIS_KINDS]
-EVERY += [(name, kind) for name in COMPARISONS for kind in COMPARISON_KINDS]
+EVERY = [(name, kind) for name in ANALYSES for kind in plots_of("AdapterAnalysis")]
+EVERY += [(name, kind) for name in COMPARISONS for kind in plots_of("Comparison")]
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
@@ -131,7 +133,7 @@ def test_the_same_figure_gives_the_same_bytes() -> None:
 def test_an_unknown_kind_is_answered_with_the_kinds_there_are() -> None:
     with pytest.raises(ValueError, match=r"'pie' of an analysis.*overview, weights, log_weights"):
         subject_of("small").plot("pie")
-    with pytest.raises(ValueError, match=r"'weights' of a comparison.*adapters, distributions"):
+    with pytest.raises(ValueError, match=r"'weights' of a comparison.*distributions, adapters"):
         subject_of("three").plot("weights")
 
 
@@ -153,9 +155,9 @@ from support import records
 import matplotlib
 raw = lambda: dict(dict.items(matplotlib.rcParams))  # to ask for the backend would import pyplot
 before = raw()
-for kind in draw.ANALYSIS_KINDS:
+for kind in draw.plots_of("AdapterAnalysis"):
     png(records.analysis().plot(kind))
-for kind in draw.COMPARISON_KINDS:
+for kind in draw.plots_of("Comparison"):
     png(records.comparison([records.analysis()] * 2).plot(kind))
 assert "matplotlib.pyplot" not in sys.modules
 assert raw() == before
@@ -265,7 +267,7 @@ def test_the_cosine_plot_shows_the_matrix() -> None:
 
 
 def test_long_names_keep_both_ends_and_stay_distinct() -> None:
-    labels = style.fit_all([f"base.{'x' * 80}.q_proj", f"base.{'x' * 81}.q_proj"], 30)
+    labels = style.truncate_all([f"base.{'x' * 80}.q_proj", f"base.{'x' * 81}.q_proj"], 30)
     assert labels[0].startswith("base.")
     assert labels[0].endswith("q_proj (1)")
     assert labels[1].endswith("q_proj (2)")
@@ -276,4 +278,62 @@ def test_long_names_keep_both_ends_and_stay_distinct() -> None:
     [([], []), ([0.0, 1.0], [0]), ([0.0, math.nan], [1]), ([1.0, 1.0], [3]), ([0.0, 1.0], [1, 2])],
 )
 def test_a_histogram_of_nothing_is_not_drawn(edges: list[float], counts: list[int]) -> None:
-    assert not style.usable(Histogram(edges, counts))
+    assert not style.is_drawable(Histogram(edges, counts))
+
+
+#: A plot as somebody would add one: a module of the package, and nothing else.
+OWN = """
+from __future__ import annotations
+
+from lorafast._analysis.results import AdapterAnalysis
+from lorafast._report.plots.draw import plot
+from lorafast._report.plots.style import new_figure
+
+
+@plot("ranks", caption="ranks of the modules", page=True, file="{name}_ranks.png")
+def ranks(analysis: AdapterAnalysis):
+    figure = new_figure(5, 4, "Ranks")
+    figure.subplots().bar(range(len(analysis.modules)), [m.rank for m in analysis.modules.values()])
+    return figure
+"""
+
+
+@pytest.fixture
+def own_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "own_ranks.py").write_text(OWN)
+    monkeypatch.setattr(plots, "__path__", [*plots.__path__, str(tmp_path)])
+    before = {name: dict(known) for name, known in draw._PLOTS.items()}
+    draw._load.cache_clear()
+    yield
+    draw._PLOTS.clear()
+    draw._PLOTS.update(before)
+    sys.modules.pop("lorafast._report.plots.own_ranks", None)
+    draw._load.cache_clear()
+
+
+@pytest.mark.usefixtures("own_plot")
+def test_a_plot_is_added_by_one_file(tmp_path: Path) -> None:
+    analysis = subject_of("small")
+    (axes,) = analysis.plot("ranks").axes
+    assert [bar.get_height() for bar in axes.patches] == [4, 4, 4, 4]
+    assert "<figcaption>Ranks of the modules</figcaption>" in analysis.to_html()
+    assert tmp_path / "own_ranks.png" in write_plots(tmp_path, analysis, "own")
+    with pytest.raises(ValueError, match=r"no plot 'ranks' of a comparison"):
+        subject_of("three").plot("ranks")
+
+
+def test_a_plot_says_by_its_parameter_what_it_is_of() -> None:
+    def of_a_number(number: float) -> None: ...
+
+    with pytest.raises(TypeError, match=r"'odd' is of 'float'; plots are of: AdapterAnalysis"):
+        draw.plot("odd", caption="nothing")(of_a_number)  # type: ignore[type-var]
+
+
+def test_the_list_of_plots_is_known_without_matplotlib() -> None:
+    program = """
+import sys
+from lorafast._report.plots.draw import plots_of
+assert list(plots_of("AdapterAnalysis"))[0] == "overview"
+assert not any(name.split(".")[0] == "matplotlib" for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

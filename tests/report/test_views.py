@@ -7,7 +7,7 @@ from importlib import import_module
 
 import lorafast
 import pytest
-from lorafast._results import VIEWS, view
+from lorafast._results import VIEWS, Result, view
 from support import records
 
 
@@ -18,7 +18,7 @@ def test_each_view_is_a_function_of_a_result(key: tuple[str, str]) -> None:
     first, *_ = inspect.signature(function).parameters.values()
     _, result = key
     assert result in str(first.annotation).split(" | ")
-    assert isinstance(getattr(lorafast, result), type)
+    assert result == "Result" or issubclass(getattr(lorafast, result), Result)
 
 
 def test_a_derived_result_has_its_parents_views() -> None:

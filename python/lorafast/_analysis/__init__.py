@@ -1,1 +1,1 @@
-"""What adapters hold: the analysis of one, the comparison of several, and findings."""
+"""Analyses of one adapter, comparisons of several, and findings."""

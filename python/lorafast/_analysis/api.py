@@ -1,4 +1,4 @@
-"""Analysing adapters and comparing them: `lorafast.analyze` and `lorafast.compare`."""
+"""Analysis and comparison of adapters: `lorafast.analyze` and `lorafast.compare`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: The percentiles of every tensor.
 PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
 #: More bins than anyone can draw; each tensor has two histograms.
-MOST_BINS = 65_536
+MAX_BINS = 65_536
 #: Fields that statistics and modules have under the core's own names.
 STATISTICS = (
     *("count", "non_finite", "mean", "std", "min", "max", "l1_norm", "l2_norm", "max_norm"),
@@ -62,7 +62,7 @@ def analyze(
 
     Figures of modules are those of ΔW = s·B·A, which is never formed; they are the same whatever
     the number of threads and whatever factors the update is written in. An adapter that cannot be
-    merged (DoRA, saved modules, convolutions) can still be analysed.
+    merged (DoRA, saved modules, convolutions) can still be analyzed.
 
     Args:
         adapter: a directory as PEFT saves it, a weights file in one, or a hub id.
@@ -110,7 +110,7 @@ def analyze_named(
     _check(histogram_bins, threads)
     base_path = None if base is None else locate(base, BASE_PATTERNS)
     source = core_source(locate(adapter, ADAPTER_PATTERNS))
-    with callback(progress, label="analysing") as report:
+    with callback(progress, label="analyzing") as report:
         found = _core.analyze_adapter(
             source,
             base=base_path,
@@ -163,10 +163,10 @@ def compare(
             analyze_named(source, name, threads=threads, progress=progress)
             for source, name in zip(sources, chosen, strict=True)
         ]
-        return compare_analysed(sources, analyses, threads=threads, progress=progress)
+        return compare_analyzed(sources, analyses, threads=threads, progress=progress)
 
 
-def compare_analysed(
+def compare_analyzed(
     adapters: Sequence[Source],
     analyses: Sequence[AdapterAnalysis],
     *,
@@ -184,8 +184,8 @@ def compare_analysed(
 
 
 def _check(histogram_bins: int, threads: int | None) -> None:
-    if not 1 <= histogram_bins <= MOST_BINS:
-        raise ValueError(f"histogram_bins must be from 1 to {MOST_BINS}, not {histogram_bins}")
+    if not 1 <= histogram_bins <= MAX_BINS:
+        raise ValueError(f"histogram_bins must be from 1 to {MAX_BINS}, not {histogram_bins}")
     check_threads(threads)
 
 

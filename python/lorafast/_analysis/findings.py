@@ -1,4 +1,4 @@
-"""What an expert would point at in an adapter, and the thresholds from which on.
+"""Findings: the rules for what an expert would point at in an adapter, and their thresholds.
 
 Every finding follows from figures of ΔW = s·B·A or from the config; none is an opinion about what
 the adapter was trained for.
@@ -7,11 +7,14 @@ the adapter was trained for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar, get_args
 
 from lorafast._analysis.records import Finding, ModuleAnalysis, TensorStatistics
 from lorafast._types import Severity
+
+Item = TypeVar("Item")
 
 #: Scales s that trainers choose: alpha from r/4 to 16·r.
 ORDINARY_SCALING = (0.25, 16.0)
@@ -26,17 +29,18 @@ UNUSED_RANK_SHARE = 0.25
 #: The rank counts as exhausted where k₉₀ is at least this share of it: no direction is idle.
 EXHAUSTED_RANK_SHARE = 0.85
 #: Below this rank neither of the two says anything.
-LEAST_RANK_TO_JUDGE = 4
+MIN_RANK_TO_JUDGE = 4
 #: One module with more than this share of Σ‖ΔW‖².
 DOMINANT_SHARE = 0.5
 #: Fewer modules than this have no meaningful median and no meaningful shares.
-LEAST_MODULES_TO_JUDGE = 4
+MIN_MODULES_TO_JUDGE = 4
 #: ‖ΔW‖/‖W₀‖ above this: the update is as large as what it changes.
 OVERWHELMING_RELATIVE_NORM = 1.0
 #: Updates of a greater cosine than this are one update but for rounding and scale.
 DUPLICATE_COSINE = 0.999
 
-SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
+#: From the one that weighs most to the one that weighs least.
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 #: The kinds of finding, each with what it means in a few words.
 KINDS: dict[str, str] = {
@@ -76,7 +80,7 @@ def findings_of_adapter(
     found += [Finding("note", "unmeasured", None, None, f"{_capital(text)}.") for text in notes]
     if not modules:
         reason = "The adapter holds no pair of low-rank factors."
-        found.append(Finding("severe", "no_modules", None, 0.0, reason))
+        found.append(Finding("critical", "no_modules", None, 0.0, reason))
     return in_order(found)
 
 
@@ -86,11 +90,56 @@ def in_order(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), places[f.kind]))
 
 
+def finding_counts(findings: Iterable[Finding]) -> Mapping[Severity, int]:
+    """How many findings there are of each severity, the critical first."""
+    counts = dict.fromkeys(SEVERITIES, 0)
+    for finding in findings:
+        counts[finding.severity] += 1
+    return counts
+
+
+def group_findings(
+    items: Iterable[Item],
+    of: Callable[[Item], Finding],
+    apart: Callable[[Item], Hashable] = lambda _: None,
+) -> list[list[Item]]:
+    """Findings of one severity and kind together, the most severe first, otherwise as they come.
+
+    Args:
+        items: findings, or what holds one each.
+        of: the finding of an item.
+        apart: what keeps items of one severity and kind in groups of their own.
+    """
+    groups: dict[tuple[Hashable, ...], list[Item]] = {}
+    for item in sorted(items, key=lambda item: SEVERITIES.index(of(item).severity)):
+        finding = of(item)
+        groups.setdefault((apart(item), finding.severity, finding.kind), []).append(item)
+    return list(groups.values())
+
+
+def with_counts(
+    findings: Iterable[Finding], apart: Callable[[Finding], Hashable]
+) -> list[tuple[Finding, int]]:
+    """Findings of one kind as one: that of the greatest value, and how many there are."""
+    groups = group_findings(findings, lambda finding: finding, apart)
+    return [(max(group, key=_magnitude), len(group)) for group in groups]
+
+
+def one_of_each_kind(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
+    """`with_counts` for a person; findings about no module differ in what they say, and stay."""
+    return with_counts(findings, lambda f: f.reason if f.module is None else None)
+
+
+def _magnitude(finding: Finding) -> float:
+    value = finding.value
+    return -math.inf if value is None or math.isnan(value) else abs(value)
+
+
 def _of_tensors(tensors: dict[str, TensorStatistics]) -> Iterable[Finding]:
     for name, statistics in tensors.items():
         if statistics.non_finite:
             yield Finding(
-                "severe",
+                "critical",
                 "non_finite",
                 name,
                 float(statistics.non_finite),
@@ -110,7 +159,7 @@ def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
         low, high = ORDINARY_SCALING
         if scaling == 0:
             reason = f"{what}: the update is zero whatever was trained."
-            yield Finding("severe", "zero_scale", where, scaling, reason)
+            yield Finding("critical", "zero_scale", where, scaling, reason)
         elif scaling < 0:
             reason = f"{what}: it subtracts what was trained."
             yield Finding("warning", "unusual_scale", where, scaling, reason)
@@ -137,7 +186,7 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
                 "Every update is zero, as before the first step of training (B is all zero); "
                 "merging it changes nothing."
             )
-            yield Finding("severe", "untrained", None, 0.0, reason)
+            yield Finding("critical", "untrained", None, 0.0, reason)
         return
     for path, module in finite.items():
         if module.frobenius_norm == 0 and module.scaling != 0:
@@ -147,7 +196,7 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
         if module.relative_norm is not None and module.relative_norm > OVERWHELMING_RELATIVE_NORM:
             reason = f"‖ΔW‖ is {module.relative_norm:.3g} times ‖W₀‖."
             yield Finding("warning", "overwhelming_update", path, module.relative_norm, reason)
-    if len(alive) < LEAST_MODULES_TO_JUDGE:
+    if len(alive) < MIN_MODULES_TO_JUDGE:
         return
     typical = median(module.frobenius_norm for module in alive.values())
     typical_spectral = median(module.spectral_norm for module in alive.values())
@@ -176,7 +225,7 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
 def _of_ranks(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
     for path, module in modules.items():
         possible = len(module.singular_values)
-        if possible < LEAST_RANK_TO_JUDGE or not module.frobenius_norm > 0:
+        if possible < MIN_RANK_TO_JUDGE or not module.frobenius_norm > 0:
             continue
         if module.k99 <= UNUSED_RANK_SHARE * possible:
             reason = (

@@ -35,8 +35,8 @@ def names_of(adapters: Sequence[Source]) -> list[str]:
         grew = False
         for group in groups.values():
             # One adapter given twice has no parents that tell it apart from itself.
-            alike = len({parts[position] for position in group}) < 2
-            for position in [] if alike else group:
+            is_same = len({parts[position] for position in group}) < 2
+            for position in [] if is_same else group:
                 if depths[position] < len(parts[position]):
                     depths[position] += 1
                     grew = True

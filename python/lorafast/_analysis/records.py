@@ -1,4 +1,4 @@
-"""What is measured of tensors, modules and pairs of them: frozen values with typed fields.
+"""Measurements of tensors, modules and pairs of them: frozen values with typed fields.
 
 Every figure of a module is one of its update ΔW = s·B·A, the scale included, and does not depend
 on the factors that the update is written in. The formulas are those of the core's `spectrum` and
@@ -7,12 +7,36 @@ on the factors that the update is written in. The formulas are those of the core
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafast._deprecation import warn_renamed
+
 if TYPE_CHECKING:
     from lorafast._types import Matrix, Severity
+
+
+class _Critical(str):
+    """The severity "critical", which for one more release also equals its old name, "severe"."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str) and str.__eq__(other, "severe"):
+            warn_renamed('the severity "severe"', '"critical"')
+            return True
+        return str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        if isinstance(other, str) and str.__eq__(other, "severe"):
+            warn_renamed('the severity "severe"', '"critical"')
+            return False
+        return str.__ne__(self, other)
+
+    __hash__ = str.__hash__
+
+
+_CRITICAL = _Critical("critical")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +44,33 @@ class Finding:
     """Something that an expert would point at.
 
     Attributes:
-        severity: severe (do not use the adapter before it is understood), warning, or note.
+        severity: critical (do not use the adapter before it is understood), warning, or note.
         kind: what it is, one of the kinds in `lorafast._analysis.findings`.
         module: the module it is about; `None` for the whole adapter.
-        figure: the number that gave rise to it.
+        value: the number that gave rise to it.
         reason: one sentence.
     """
 
     severity: Severity
     kind: str
     module: str | None
-    figure: float | None
+    value: float | None
     reason: str
+
+    def __post_init__(self) -> None:
+        given: object = self.severity
+        if isinstance(given, str) and str.__eq__(given, "severe"):
+            # Called by `__init__`, which is called by whoever makes the finding.
+            warn_renamed('the severity "severe"', '"critical"', stacklevel=4)
+            object.__setattr__(self, "severity", _CRITICAL)
+        elif given == _CRITICAL:
+            object.__setattr__(self, "severity", _CRITICAL)
+
+    @property
+    def figure(self) -> float | None:
+        """The old name of `value`."""
+        warn_renamed("Finding.figure", "Finding.value")
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -259,16 +298,8 @@ class ModuleComparison:
     pairs: list[PairComparison]
 
 
-def finding_counts(findings: list[Finding]) -> Mapping[Severity, int]:
-    """How many findings there are of each severity, the severe first."""
-    counts: dict[Severity, int] = {"severe": 0, "warning": 0, "note": 0}
-    for finding in findings:
-        counts[finding.severity] += 1
-    return counts
-
-
 # What users see, and what a pickle names, whichever function made it.
 for _value in list(vars().values()):
-    if isinstance(_value, type) and _value.__module__ == __name__:
+    if isinstance(_value, type) and _value.__module__ == __name__ and _value is not _Critical:
         _value.__module__ = "lorafast"
 del _value

@@ -1,12 +1,11 @@
-"""An analysis and a comparison: what was measured, and what it can be turned into."""
+"""Results of analyses and comparisons: what was measured, and what it can be turned into."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from lorafast._results import view
+from lorafast._results import Result, view
 
 if TYPE_CHECKING:
     import pandas
@@ -21,26 +20,9 @@ if TYPE_CHECKING:
     )
     from lorafast._types import Matrix
 
-#: Of `to_dict` and `to_json`; raised when a field changes its meaning or goes away.
-SCHEMA_VERSION = 1
 
-
-class _Result:
-    """What an analysis and a comparison can be turned into."""
-
-    _kind: ClassVar[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field as plain objects, with `schema_version` and `kind`; NaN stays NaN."""
-        from lorafast._io.plain import fields_of
-
-        return {"schema_version": SCHEMA_VERSION, "kind": self._kind, **fields_of(self)}
-
-    def to_json(self) -> str:
-        """`to_dict` as strict JSON: NaN and infinities, which JSON does not have, become null."""
-        from lorafast._io.plain import without_non_finite
-
-        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
+class _Measured(Result):
+    """What an analysis and a comparison can be turned into beside what every result can."""
 
     def to_markdown(self) -> str:
         """A report for a person: findings first, under 200 lines whatever the adapter."""
@@ -90,13 +72,9 @@ class _Result:
         text: str = view("text", self)(self)
         return text
 
-    def _repr_html_(self) -> str:
-        text: str = view("notebook", self)(self)
-        return text
-
 
 @dataclass(frozen=True, repr=False)
-class AdapterAnalysis(_Result):
+class AdapterAnalysis(_Measured):
     """What one adapter holds. Made by `lorafast.analyze`.
 
     Attributes:
@@ -113,7 +91,7 @@ class AdapterAnalysis(_Result):
         modules: each module's update by its path, in the order of the file.
     """
 
-    _kind: ClassVar[str] = "adapter_analysis"
+    _kind = "adapter_analysis"
 
     name: str
     path: str
@@ -126,7 +104,7 @@ class AdapterAnalysis(_Result):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison(_Result):
+class Comparison(_Measured):
     """What N adapters have in common. Made by `lorafast.compare`.
 
     Attributes:
@@ -139,7 +117,7 @@ class Comparison(_Result):
         findings: what to know of the comparison itself.
     """
 
-    _kind: ClassVar[str] = "comparison"
+    _kind = "comparison"
 
     names: list[str]
     analyses: list[AdapterAnalysis]

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from lorafast import AdapterAnalysis
     from lorafast._cli.terminal import Terminal
 
-EXIT_SEVERE = 3
+EXIT_CRITICAL = 3
 FORMATS = ("md", "json", "html")
-MOST_FINDINGS = 12
-MOST_MODULES = 10
+MAX_FINDINGS = 12
+MAX_MODULES = 10
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     outcome = add_report_arguments(parser)
     outcome.add_argument("--json", action="store_true", help="print everything as JSON")
     outcome.add_argument(
-        "--check", action="store_true", help="exit with 3 where there is a severe finding"
+        "--check", action="store_true", help="exit with 3 where there is a critical finding"
     )
     outcome.add_argument(
         "--quiet", action="store_true", help="print errors only, and --json's JSON"
@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if arguments.output is not None:
         _write(analyses, arguments, terminal)
     _print(analyses, arguments, terminal, failures)
-    severe = any(finding.severity == "severe" for a in analyses for finding in a.findings)
-    return exit_code(failures, EXIT_SEVERE if arguments.check and severe else 0)
+    critical = any(finding.severity == "critical" for a in analyses for finding in a.findings)
+    return exit_code(failures, EXIT_CRITICAL if arguments.check and critical else 0)
 
 
 def _write(
@@ -107,7 +107,6 @@ def _write(
     from lorafast._errors import MissingDependencyError
     from lorafast._io.paths import expand
     from lorafast._report.directory import (
-        ADAPTER_PLOTS,
         ANALYSIS_DIRECTORY,
         PLOT_DIRECTORY,
         file_stems,
@@ -123,7 +122,7 @@ def _write(
         if arguments.plots:
             try:
                 directory = output / PLOT_DIRECTORY
-                write_plots(directory, analysis, ADAPTER_PLOTS, stem)
+                write_plots(directory, analysis, stem)
             except MissingDependencyError as error:
                 terminal.warn(f"no plots were drawn: {error}")
     if analyses:
@@ -153,12 +152,11 @@ def _print(
 
 
 def _all_as_json(analyses: list[AdapterAnalysis], failures: Failures) -> dict[str, Any]:
-    from lorafast._analysis.results import SCHEMA_VERSION
-    from lorafast._io.plain import without_non_finite
+    from lorafast._results import SCHEMA_VERSION
 
     return {
         "schema_version": SCHEMA_VERSION,
-        "analyses": [without_non_finite(analysis.to_dict()) for analysis in analyses],
+        "analyses": [analysis.to_dict() for analysis in analyses],
         "errors": failures.errors,
     }
 
@@ -197,7 +195,7 @@ def show_analysis(analysis: AdapterAnalysis, terminal: Terminal) -> None:
         columns.append(Column("‖ΔW‖/‖W‖", number=True))
     columns += [Column(name, number=True) for name in ("σ₁", "stable", "effective", "k₉₉")]
     rows = []
-    for module in modules[:MOST_MODULES]:
+    for module in modules[:MAX_MODULES]:
         row = [module.path, str(module.rank), f"{module.frobenius_norm:.4g}"]
         if relative:
             row.append("" if module.relative_norm is None else f"{module.relative_norm:.4g}")
@@ -209,21 +207,21 @@ def show_analysis(analysis: AdapterAnalysis, terminal: Terminal) -> None:
         ]
         rows.append(row)
     terminal.table(columns, rows)
-    if len(modules) > MOST_MODULES:
-        terminal.line(f"  and {len(modules) - MOST_MODULES} more")
+    if len(modules) > MAX_MODULES:
+        terminal.line(f"  and {len(modules) - MAX_MODULES} more")
 
 
 def show_findings(findings: Any, terminal: Terminal) -> None:
-    """Print findings, a line for each kind with the one of the greatest figure."""
-    from lorafast._report.markdown import grouped_findings
+    """Print findings, a line for each kind with the one of the greatest value."""
+    from lorafast._analysis.findings import one_of_each_kind
 
-    groups = grouped_findings(findings)
-    for worst, count in groups[:MOST_FINDINGS]:
+    groups = one_of_each_kind(findings)
+    for worst, count in groups[:MAX_FINDINGS]:
         where = "" if worst.module is None else f"{worst.module}: "
         more = f" ({count} of these)" if count > 1 else ""
         terminal.line(f"  {worst.severity}: {where}{worst.reason}{more}")
-    if len(groups) > MOST_FINDINGS:
-        terminal.line(f"  and {len(groups) - MOST_FINDINGS} more")
+    if len(groups) > MAX_FINDINGS:
+        terminal.line(f"  and {len(groups) - MAX_FINDINGS} more")
 
 
 COMMAND = Command(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorafast import AdapterAnalysis, Comparison
     from lorafast._cli.terminal import Terminal
 
-MOST_COSINES = 12
+MAX_COSINES = 12
 EXIT_ERROR = 1
 
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
             arguments.parser.error("--names needs a name for each adapter")
         if len(set(arguments.names)) != len(arguments.names):
             arguments.parser.error("--names must differ from each other")
-    from lorafast._analysis.api import analyze_named, compare_analysed
+    from lorafast._analysis.api import analyze_named, compare_analyzed
     from lorafast._analysis.names import names_of
     from lorafast._io.changes import unchanged
     from lorafast._io.sources import ADAPTER_PATTERNS, locate
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
                 held.enter_context(own.pop_all())
         if len(analyses) < 2:
             return EXIT_ERROR
-        comparison = compare_analysed(sources, analyses, **options)
+        comparison = compare_analyzed(sources, analyses, **options)
     if arguments.output is not None:
         _write(comparison, arguments, terminal)
     _print(comparison, arguments, terminal)
@@ -83,7 +83,6 @@ def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Term
     from lorafast._io.paths import expand
     from lorafast._report.directory import (
         ANALYSIS_DIRECTORY,
-        COMPARISON_PLOTS,
         PLOT_DIRECTORY,
         file_stems,
         write_analysis,
@@ -101,7 +100,7 @@ def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Term
     if arguments.plots:
         try:
             pictures = output / PLOT_DIRECTORY
-            write_plots(pictures, comparison, COMPARISON_PLOTS, "")
+            write_plots(pictures, comparison)
         except MissingDependencyError as error:
             terminal.warn(f"no plots were drawn: {error}")
 
@@ -109,9 +108,7 @@ def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Term
 def _print(comparison: Comparison, arguments: argparse.Namespace, terminal: Terminal) -> None:
     prints_report = arguments.output is None and arguments.format is not None
     if arguments.json or (prints_report and arguments.format == "json"):
-        from lorafast._io.plain import without_non_finite
-
-        terminal.json(without_non_finite(comparison.to_dict()))
+        terminal.json(comparison.to_dict())
     elif prints_report:
         is_html = arguments.format == "html"
         terminal.document(comparison.to_html() if is_html else comparison.to_markdown())
@@ -150,7 +147,7 @@ def show_comparison(comparison: Comparison, terminal: Terminal) -> None:
     terminal.table(columns, rows)
     terminal.line()
     terminal.heading("Cosine of the whole updates")
-    count = min(len(comparison.names), MOST_COSINES)
+    count = min(len(comparison.names), MAX_COSINES)
     columns = [Column("#", number=True)]
     columns += [Column(str(position + 1), number=True) for position in range(count)]
     terminal.table(

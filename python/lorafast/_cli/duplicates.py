@@ -1,4 +1,4 @@
-"""`lorafast duplicates`: which adapters are one update in other clothes."""
+"""`lorafast duplicates`: equivalent adapters, one update in different parameterizations."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     )
     warn_of_errors(found.errors, terminal)
     if arguments.json:
-        from lorafast._io.plain import without_non_finite
-
-        terminal.json(without_non_finite(found.to_dict()))
+        terminal.json(found.to_dict())
         return 0
     terminal.heading(f"Duplicates among {plural(len(found.names), 'adapter')}")
     for note in found.notes:
@@ -65,7 +63,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 COMMAND = Command(
     name="duplicates",
-    summary="find adapters that are one update in other clothes",
+    summary="find equivalent adapters: one update in different parameterizations",
     description="Find adapters that are the same update: copies, other headers, other factors,\n"
     "scale moved into the factors, other dtypes, scaled copies and truncations.",
     examples=("lorafast duplicates adapters/", "lorafast duplicates team-*/ --json"),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # A wrong base gives a problem for each module; the first ones tell it.
-MOST_PROBLEMS = 3
+MAX_PROBLEMS = 3
 
 
 def print_error(error: Exception) -> None:
@@ -29,8 +29,8 @@ def sentence(error: Exception) -> str:
         message = str(error) or type(error).__name__
     problems: list[str] = getattr(error, "problems", [])
     if len(problems) > 1:
-        shown = "; ".join(problems[:MOST_PROBLEMS])
-        rest = len(problems) - MOST_PROBLEMS
+        shown = "; ".join(problems[:MAX_PROBLEMS])
+        rest = len(problems) - MAX_PROBLEMS
         message = f"{len(problems)} problems: {shown}" + (f"; and {rest} more" if rest > 0 else "")
     return shortened(message)
 

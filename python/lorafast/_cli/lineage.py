@@ -9,12 +9,13 @@ from lorafast._cli.command import Command
 from lorafast._cli.format import plural
 from lorafast._cli.similar import add_fleet_arguments, warn_of_errors
 from lorafast._cli.terminal import Column
+from lorafast._report.text import ABSENT, format_cosine, format_number
 
 if TYPE_CHECKING:
     from lorafast import Lineage, Trajectory
     from lorafast._cli.terminal import Terminal
 
-MOST_CANDIDATES = 30
+MAX_CANDIDATES = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Take the target apart, or order the checkpoints."""
     import lorafast
-    from lorafast._io.plain import without_non_finite
 
     options = {"threads": arguments.threads, "progress": not arguments.quiet}
     result: Lineage | Trajectory
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         result = lorafast.lineage(arguments.target, arguments.candidates, **options)
     warn_of_errors(result.errors, terminal)
     if arguments.json:
-        terminal.json(without_non_finite(result.to_dict()))
+        terminal.json(result.to_dict())
     elif isinstance(result, lorafast.Trajectory):
         _show_trajectory(result, terminal)
     else:
@@ -84,10 +84,10 @@ def _show_lineage(lineage: Lineage, terminal: Terminal) -> None:
                 f"{lineage.cosines[path]:.4f}",
                 f"left out: {lineage.dependent[path]}" if path in lineage.dependent else "",
             )
-            for path in paths[:MOST_CANDIDATES]
+            for path in paths[:MAX_CANDIDATES]
         ],
     )
-    rest = len(paths) - MOST_CANDIDATES
+    rest = len(paths) - MAX_CANDIDATES
     if rest > 0:
         terminal.line(f"  and {plural(rest, 'candidate')} more; --json has all of them")
 
@@ -97,11 +97,8 @@ def _show_trajectory(trajectory: Trajectory, terminal: Terminal) -> None:
     if trajectory.by == "update" and not trajectory.agrees:
         terminal.line("  note: the numbers in the names give another order")
 
-    def number(value: float | None, digits: str) -> str:
-        return "–" if value is None else f"{value:{digits}}"
-
     def pair(values: tuple[float, float] | None) -> str:
-        return "–" if values is None else f"{values[0]:.3f} {values[1]:.3f}"
+        return ABSENT if values is None else f"{values[0]:.3f} {values[1]:.3f}"
 
     terminal.table(
         [
@@ -119,9 +116,9 @@ def _show_trajectory(trajectory: Trajectory, terminal: Terminal) -> None:
                 step.name,
                 f"{step.norm:.4g}",
                 f"{step.effective_rank:.3g}",
-                number(step.change, ".3g"),
-                number(step.cosine_previous, ".4f"),
-                f"{step.cosine_last:.4f}",
+                format_number(step.change, 3),
+                format_cosine(step.cosine_previous),
+                format_cosine(step.cosine_last),
                 pair(step.subspace_previous),
                 pair(step.subspace_last),
             )

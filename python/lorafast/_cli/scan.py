@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
 from lorafast._cli.device import add_device_argument
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 METRICS = ("full", "headers", "moments", "spectra")
 PAGE = "fleet.html"
-MOST_FINDINGS = 12
-MOST_ERRORS = 8
-MOST_GROUPS = 20
+MAX_FINDINGS = 12
+MAX_ERRORS = 8
+MAX_GROUPS = 20
 NAMED = 3
 
 
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     seconds = time.perf_counter() - started
     written = _write(fleet, arguments)
     if arguments.json:
-        terminal.json(as_json(fleet))
+        terminal.json(fleet.to_dict())
     else:
         _show(fleet, seconds, terminal)
         if written:
@@ -113,31 +113,6 @@ def _write(fleet: Fleet, arguments: argparse.Namespace) -> list[Path]:
         page = fleet.to_html().encode(errors="backslashreplace")
         written.append(write_whole(target, lambda file: file.write(page)))
     return written
-
-
-def as_json(fleet: Fleet) -> dict[str, Any]:
-    """The adapters' table, findings and errors as plain objects; the modules are in the Parquet."""
-    from dataclasses import asdict
-
-    from lorafast._fleet.entry import SCHEMA_VERSION
-    from lorafast._io.plain import without_non_finite
-
-    columns = {name: fleet.adapters[name].tolist() for name in fleet.adapters}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    plain: dict[str, Any] = without_non_finite(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "fleet",
-            "metrics": fleet.metrics,
-            "adapters": rows,
-            "findings": [
-                {"adapter": item.adapter, **asdict(item.finding), "count": item.count}
-                for item in fleet.findings
-            ],
-            "errors": [{"path": str(error.path), "reason": error.reason} for error in fleet.errors],
-        }
-    )
-    return plain
 
 
 def _show(fleet: Fleet, seconds: float, terminal: Terminal) -> None:
@@ -162,20 +137,20 @@ def _show(fleet: Fleet, seconds: float, terminal: Terminal) -> None:
 
 def _show_findings(findings: Sequence[FleetFinding], terminal: Terminal) -> None:
     """A line for each kind of finding, with the adapters it is about."""
+    from lorafast._analysis.findings import group_findings
     from lorafast._fleet.findings import KINDS
 
-    groups: dict[tuple[str, str], list[FleetFinding]] = {}
-    for item in findings:
-        groups.setdefault((item.finding.severity, item.finding.kind), []).append(item)
-    for (severity, kind), items in list(groups.items())[:MOST_FINDINGS]:
+    groups = group_findings(findings, lambda item: item.finding)
+    for items in groups[:MAX_FINDINGS]:
+        severity, kind = items[0].finding.severity, items[0].finding.kind
         names = list(dict.fromkeys(item.adapter for item in items if item.adapter is not None))
         if not names:
             terminal.line(f"  {severity}: {items[0].finding.reason}")
             continue
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         terminal.line(f"  {severity}: {KINDS[kind]}: {', '.join(names[:NAMED])}{more}")
-    if len(groups) > MOST_FINDINGS:
-        terminal.line(f"  and {len(groups) - MOST_FINDINGS} more")
+    if len(groups) > MAX_FINDINGS:
+        terminal.line(f"  and {len(groups) - MAX_FINDINGS} more")
 
 
 def _show_errors(errors: Sequence[ScanError], terminal: Terminal) -> None:
@@ -185,10 +160,10 @@ def _show_errors(errors: Sequence[ScanError], terminal: Terminal) -> None:
     terminal.warn(f"{plural(len(errors), 'adapter')} could not be read")
     terminal.line()
     terminal.heading("Could not be read")
-    for error in errors[:MOST_ERRORS]:
+    for error in errors[:MAX_ERRORS]:
         terminal.line(f"  {error.path}: {error.reason}")
-    if len(errors) > MOST_ERRORS:
-        terminal.line(f"  and {len(errors) - MOST_ERRORS} more")
+    if len(errors) > MAX_ERRORS:
+        terminal.line(f"  and {len(errors) - MAX_ERRORS} more")
     terminal.line()
 
 
@@ -213,7 +188,7 @@ def _show_groups(fleet: Fleet, terminal: Terminal) -> None:
     ranks = adapters["mean_effective_rank"] if has_spectra else None
     rows = []
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    for (base, rank), members in ordered[:MOST_GROUPS]:
+    for (base, rank), members in ordered[:MAX_GROUPS]:
         row = [base or "not named", str(rank) if rank >= 0 else "–", f"{len(members):,}"]
         if norms is not None and ranks is not None:
             own = norms[members][np.isfinite(norms[members])]
@@ -228,8 +203,8 @@ def _show_groups(fleet: Fleet, terminal: Terminal) -> None:
     terminal.line()
     terminal.heading("Adapters by base and rank")
     terminal.table(columns, rows)
-    if len(groups) > MOST_GROUPS:
-        terminal.line(f"  and {len(groups) - MOST_GROUPS} more")
+    if len(groups) > MAX_GROUPS:
+        terminal.line(f"  and {len(groups) - MAX_GROUPS} more")
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""`lorafast similar`: which of many adapters are alike."""
+"""`lorafast similar`: how similar many adapters are."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from lorafast._cli.terminal import Terminal
     from lorafast._fleet.discovery import ScanError
 
-MOST_PAIRS = 20
-MOST_CLUSTERS = 12
-MOST_ERRORS = 3
+MAX_PAIRS = 20
+MAX_ERRORS = 3
 PICTURES = (".png", ".svg", ".pdf")
 ENDINGS = (".npz", ".json", ".csv", *PICTURES)
 
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapters", nargs="+", metavar="DIR", help="directories to search, adapters, or globs"
     )
     parser.add_argument(
-        "--nearest", type=int, metavar="K", help="show the K most alike of each adapter"
+        "--nearest", type=int, metavar="K", help="show the K most similar of each adapter"
     )
     parser.add_argument(
         "--output",
@@ -100,9 +99,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
         _write(similarity, Path(expand(arguments.output)))
     if arguments.json:
-        from lorafast._io.plain import without_non_finite
-
-        terminal.json(without_non_finite(_plain(similarity, arguments.nearest)))
+        terminal.json(_plain(similarity, arguments.nearest))
         return 0
     _show(similarity, arguments.nearest, terminal)
     if arguments.output is not None:
@@ -113,10 +110,10 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 def warn_of_errors(errors: list[ScanError], terminal: Terminal) -> None:
     """Say what was left out and why."""
-    for error in errors[:MOST_ERRORS]:
+    for error in errors[:MAX_ERRORS]:
         terminal.warn(f"left out {error.path}: {error.reason}")
-    if len(errors) > MOST_ERRORS:
-        terminal.warn(f"left out {len(errors) - MOST_ERRORS} more")
+    if len(errors) > MAX_ERRORS:
+        terminal.warn(f"left out {len(errors) - MAX_ERRORS} more")
 
 
 def _plain(similarity: Similarity, nearest: int | None) -> dict[str, object]:
@@ -182,11 +179,11 @@ def _show(similarity: Similarity, nearest: int | None, terminal: Terminal) -> No
                 rows.append((name if place == 0 else "", f"{cosine:.4f}", other))
         terminal.table(columns, rows)
         return
-    shown = similarity.pairs(MOST_PAIRS)
+    shown = similarity.pairs(MAX_PAIRS)
     if not shown:
         terminal.line("There is no pair of adapters to compare.")
         return
-    terminal.heading("Most alike")
+    terminal.heading("Most similar")
     terminal.table(
         [Column("cosine", number=True), Column("adapter"), Column("adapter")],
         [(f"{cosine:.4f}", first, second) for first, second, cosine in shown],
@@ -207,7 +204,7 @@ def _mean(similarity: Similarity) -> str:
 
 COMMAND = Command(
     name="similar",
-    summary="show which of many adapters are alike: all cosines of their updates",
+    summary="show how similar many adapters are: all cosines of their updates",
     description="Compare the updates of all adapters with each other, exactly, whatever their\n"
     "ranks, scales and factors: cosines, nearest neighbours, a clustered picture.",
     examples=(

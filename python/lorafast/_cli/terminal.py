@@ -1,4 +1,4 @@
-"""Where a command's output goes, and what it looks like there.
+"""Streams of a command: what it prints, and what that looks like.
 
 On a terminal tables are drawn by rich. Elsewhere they are plain aligned text, whole and unfolded
 whatever the width, which `grep` and a log can use and for which rich need not be imported.
@@ -76,10 +76,12 @@ class Terminal:
             print(printable(text))
 
     def json(self, value: Any) -> None:
-        """Print a value as JSON: the whole of stdout, --quiet or not."""
+        """Print a value as strict JSON: the whole of stdout, --quiet or not."""
         import json
 
-        json.dump(value, sys.stdout, indent=2)
+        from lorafast._io.plain import without_non_finite
+
+        json.dump(without_non_finite(value), sys.stdout, indent=2)
         print()
 
     def document(self, text: str) -> None:

@@ -396,7 +396,7 @@ def _check(entry: Entry, kind: np.dtype[Any]) -> None:
         and all(
             finding.severity in SEVERITIES
             and finding.kind in KINDS
-            and isinstance(finding.figure, float | int | None)
+            and isinstance(finding.value, float | int | None)
             and 0 <= count < 1 << 62
             for finding, count in entry.findings
         )

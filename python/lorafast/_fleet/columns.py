@@ -95,7 +95,11 @@ class Columns:
         rows[here] = np.arange(len(here), dtype=np.int32)
         findings = self._findings
         findings.arrange(rows)
-        for column, severity in (("severe", "severe"), ("warnings", "warning"), ("notes", "note")):
+        for column, severity in (
+            ("severe", "critical"),
+            ("warnings", "warning"),
+            ("notes", "note"),
+        ):
             adapters[column] = findings.counts(severity, len(here))
         adapters["findings"] = findings.kinds(len(here))
         table = Table(adapters)

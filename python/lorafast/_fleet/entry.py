@@ -1,4 +1,4 @@
-"""From what the core finds in an adapter to its own figures and findings."""
+"""Entries of a fleet: what the core finds in an adapter, as its own figures and findings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafast import _core
-from lorafast._analysis.findings import findings_of_adapter
+from lorafast._analysis.findings import findings_of_adapter, with_counts
 from lorafast._analysis.records import Finding
 from lorafast._fleet.table import NOTHING
 
@@ -90,29 +90,16 @@ def entry_of(found: Mapping[str, Any], kind: np.dtype[Any]) -> Entry:
     numbers = _cells(kind).pack(*(figures[key] for key in number_type(kind).names or ()))
     return Entry(
         texts=tuple(figures[key] for key in TEXTS),
-        findings=_grouped(_findings_of(found, rows)),
+        findings=tuple(with_counts(_findings_of(found, rows), _told_apart)),
         paths=tuple(found["module_paths"]),
         kinds=tuple(found["module_kinds"]),
         cells=numbers + found["rows"] + found["singular_values"],
     )
 
 
-def _grouped(findings: Sequence[Finding]) -> tuple[tuple[Finding, int], ...]:
-    """Findings of one kind as one: that of the greatest figure, and how many there are.
-
-    There is one of a kind and severity, whatever the number of modules; only what an adapter has
-    beside its modules is told word for word.
-    """
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in findings:
-        own = finding.reason if finding.kind == "feature" else ""
-        groups.setdefault((finding.severity, finding.kind, own), []).append(finding)
-    return tuple((max(group, key=_magnitude), len(group)) for group in groups.values())
-
-
-def _magnitude(finding: Finding) -> float:
-    figure = finding.figure
-    return -math.inf if figure is None or math.isnan(figure) else abs(figure)
+def _told_apart(finding: Finding) -> str | None:
+    """One finding of a kind and severity, but each of what an adapter has beside its modules."""
+    return finding.reason if finding.kind == "feature" else None
 
 
 def _figures(found: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class FindingColumns:
         self._severities.append(SEVERITIES.index(finding.severity))
         self._kinds.append(self._kind_names.code(finding.kind))
         self._modules.append(self._module_names.code(finding.module))
-        if finding.figure is None:
+        if finding.value is None:
             self._without_figure.add(finding.kind)
-        self._figures.append(math.nan if finding.figure is None else finding.figure)
+        self._figures.append(math.nan if finding.value is None else finding.value)
         self._counts.append(count)
         self._reasons.append(self._sentences.code(finding.reason))
 

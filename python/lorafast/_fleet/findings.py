@@ -1,4 +1,4 @@
-"""What only a fleet as a whole can show: what stands out among its adapters."""
+"""Findings of a fleet as a whole: what stands out among its adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorafast._fleet.table import NOTHING, Table, Texts
 #: ‖ΔW‖ this many times above or below the median of the adapters of its base.
 NORM_OUTLIER = 10.0
 #: Fewer adapters than this have no meaningful median.
-LEAST_ADAPTERS_TO_JUDGE = 5
+MIN_ADAPTERS_TO_JUDGE = 5
 #: Names that a sentence lists.
 NAMED = 3
 
@@ -34,7 +34,7 @@ class FleetFinding:
 
     Attributes:
         adapter: the adapter's name; `None` for the whole fleet.
-        finding: what it is; of several modules' the one with the greatest figure.
+        finding: what it is; of several modules' the one with the greatest value.
         count: how many modules of the adapter it is about.
     """
 
@@ -67,7 +67,7 @@ def _norms(adapters: Table) -> Iterator[tuple[int, Finding]]:
     # Bases in the order in which they come.
     for first in np.sort(firsts).tolist():
         here = np.flatnonzero((bases == bases[first]) & is_sound)
-        if len(here) < LEAST_ADAPTERS_TO_JUDGE:
+        if len(here) < MIN_ADAPTERS_TO_JUDGE:
             continue
         typical = float(np.median(norms[here]))
         ratios = norms[here] / typical

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafast._results import view
+from lorafast._results import Result, view
 
 if TYPE_CHECKING:
     import pandas
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Fleet:
+class Fleet(Result):
     """Many adapters, each with what it holds. Made by `lorafast.scan`.
 
     Adapters and modules stand in the order in which the adapters were found. Which columns there
@@ -44,7 +44,7 @@ class Fleet:
             With spectra: `frobenius_norm`, `spectral_norm`, `stable_rank`, `effective_rank`,
             `energy_effective_rank`, `participation_ratio`, `k90`, `k95`, `k99`,
             `numerical_rank`, `condition`, `entry_mean`, and `singular_values`, a list.
-        findings: what to look at, the severe first: a sequence of `FleetFinding`, each made when
+        findings: what to look at, the critical first: a sequence of `FleetFinding`, each made when
             it is asked for. `table("findings")` has a row for each: `adapter` (its name; `None` of
             the whole fleet), `severity`, `kind`, `module` (its path; `None` of the whole adapter),
             `figure` (NaN where there is none), `count`, `reason`.
@@ -61,6 +61,8 @@ class Fleet:
     errors: ErrorList
     bytes_read: int
     remembered: int
+
+    _kind = "fleet"
 
     def __len__(self) -> int:
         return self.adapters.rows
@@ -158,6 +160,23 @@ class Fleet:
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         """The adapters' table for any library that speaks Arrow's C stream interface."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def _plain(self) -> dict[str, Any]:
+        """The adapters' table, findings and errors; the modules are for Parquet."""
+        from lorafast._io.plain import to_plain
+
+        columns = {name: self.adapters[name].tolist() for name in self.adapters}
+        return {
+            "metrics": self.metrics,
+            "adapters": [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ],
+            "findings": [
+                {"adapter": item.adapter, **to_plain(item.finding), "count": item.count}
+                for item in self.findings
+            ],
+            "errors": to_plain(list(self.errors)),
+        }
 
     def to_html(self, *, similarity: Any = "auto") -> str:
         """One HTML document that loads nothing from elsewhere: for a person to look at.

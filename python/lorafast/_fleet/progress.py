@@ -1,10 +1,12 @@
-"""How far a scan is: adapters and bytes, their rates, and the time that is left."""
+"""Progress of a scan: adapters and bytes, their rates, and the time that is left."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from lorafast._io.progress import Report, callback
 
 
 class Follow:
@@ -23,86 +25,52 @@ class Follow:
         """What is read next is counted from zero again."""
 
 
-class Report(Follow):
-    """Passes the bytes on to a callable of (done, total)."""
+class _Counted(Follow):
+    """Passes the bytes of all parts on, and counts the adapters for what stands beside a bar."""
 
-    def __init__(self, report: Callable[[int, int], object]) -> None:
-        self._report = report
-        self._before = 0
-        self._total = 0
+    def __init__(self) -> None:
+        self.report: Report = lambda done, total: None
+        self._start = time.monotonic()
+        self._all = self._finished = self._before = self._part = 0
+
+    def begin(self, adapters: int) -> None:
+        self._all = adapters
+        self._start = time.monotonic()
+
+    def finished(self, adapters: int) -> None:
+        self._finished += adapters
 
     def read(self, done: int, total: int) -> None:
-        """Reports the bytes of all parts so far."""
-        self._total = total
+        self._part = total
         if self._before + total > 0:
-            self._report(self._before + done, self._before + total)
+            self.report(self._before + done, self._before + total)
 
     def end_of_part(self) -> None:
-        """Counts on from here."""
-        self._before += self._total
+        self._before += self._part
+
+    def note(self, done: int, total: int | None) -> str:
+        """Adapters and rates."""
+        if total is None:
+            return "looking for adapters"
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        return (
+            f"{self._finished:,} of {self._all:,} adapters · "
+            f"{self._finished / seconds:,.0f} adapters/s · {done / seconds / 1e9:.2f} GB/s"
+        )
 
 
 @contextmanager
-def follower(progress: bool | Callable[[int, int], object]) -> Iterator[Follow]:
+def follower(progress: bool | Report) -> Iterator[Follow]:
     """What hears of a scan's progress.
 
     Args:
         progress: a callable is given (done, total) bytes; `True` draws a bar on standard error if
             that is a terminal; anything else is silence.
     """
-    if callable(progress):
-        yield Report(progress)
-    elif not progress or not sys.stderr.isatty():
-        yield Follow()
-    else:
-        with _bar() as bar:
-            yield bar
-
-
-@contextmanager
-def _bar() -> Iterator[Follow]:
-    import time
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("scanning"),
-        BarColumn(),
-        TextColumn("{task.fields[adapters]} · {task.fields[rates]}"),
-        TimeRemainingColumn(),
-    )
-
-    class Bar(Follow):
-        """Redraws the bar as bytes come in; adapters stand beside it."""
-
-        def __init__(self, bar: Progress) -> None:
-            self._bar = bar
-            self._task = bar.add_task("", total=None, adapters="looking for adapters", rates="")
-            self._start = time.monotonic()
-            self._all = self._done = self._before = self._part = 0
-
-        def begin(self, adapters: int) -> None:
-            self._all = adapters
-            self._start = time.monotonic()
-
-        def finished(self, adapters: int) -> None:
-            self._done += adapters
-
-        def read(self, done: int, total: int) -> None:
-            self._part = total
-            seconds = max(time.monotonic() - self._start, 1e-3)
-            read = self._before + done
-            self._bar.update(
-                self._task,
-                completed=read,
-                total=self._before + total,
-                adapters=f"{self._done:,} of {self._all:,} adapters",
-                rates=f"{self._done / seconds:,.0f} adapters/s · {read / seconds / 1e9:.2f} GB/s",
-            )
-
-        def end_of_part(self) -> None:
-            self._before += self._part
-
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield Bar(bar)
+    follow = _Counted()
+    with callback(progress, label="scanning", note=follow.note) as report:
+        if report is None:
+            yield Follow()
+        else:
+            follow.report = report
+            yield follow

@@ -8,15 +8,15 @@ from typing import Any
 
 #: The most modules of one kind (layers, experts, heads) in a config that transformers is asked to
 #: build a model of. The largest known models have 512 experts in a layer and 200 layers.
-MOST_MODULES = 2048
+MAX_MODULES = 2048
 #: The most experts of all layers together.
-MOST_EXPERTS = 1 << 17
+MAX_EXPERTS = 1 << 17
 #: The largest other number of a config: sizes, tokens, positions.
 LARGEST_NUMBER = 1 << 31
 #: The most numbers and names in a config.
-MOST_VALUES = 1 << 20
+MAX_VALUES = 1 << 20
 #: Positions beyond this change nothing about a model's modules; some models make tables of them.
-MOST_POSITIONS = 4096
+MAX_POSITIONS = 4096
 
 #: Numbers under these names count modules.
 _COUNTS = re.compile(
@@ -33,7 +33,7 @@ _BESIDE = {"quantization_config", "compression_config"}
 _POSITIONS = re.compile(r"position_embeddings$|^n_positions$|^n_ctx$|^max_(seq|source|target)")
 #: Numbers under these names are written out as a table by the config itself.
 _LABELS = re.compile(r"^num_labels$")
-MOST_LABELS = 1 << 17
+MAX_LABELS = 1 << 17
 
 
 def is_modest(config: Any) -> bool:
@@ -49,23 +49,23 @@ def is_modest(config: Any) -> bool:
     layers, experts, values = 1, 0, 0
     for name, value in _values(config):
         values += 1
-        if values > MOST_VALUES:
+        if values > MAX_VALUES:
             return False
         # Nothing is counted in floating point.
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         if abs(value) > LARGEST_NUMBER:
             return False
-        if _LABELS.search(name) and value > MOST_LABELS:
+        if _LABELS.search(name) and value > MAX_LABELS:
             return False
         if _COUNTS.search(name) and not _SIZES.search(name):
-            if value > MOST_MODULES:
+            if value > MAX_MODULES:
                 return False
             if "expert" in name:
                 experts = max(experts, int(value))
             elif "head" not in name:
                 layers = max(layers, int(value))
-    return layers * experts <= MOST_EXPERTS
+    return layers * experts <= MAX_EXPERTS
 
 
 def with_few_positions(config: Any) -> Any:
@@ -85,8 +85,8 @@ def with_few_positions(config: Any) -> Any:
 
 def _few(name: str, value: Any) -> Any:
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    if is_number and value > MOST_POSITIONS and _POSITIONS.search(name):
-        return MOST_POSITIONS
+    if is_number and value > MAX_POSITIONS and _POSITIONS.search(name):
+        return MAX_POSITIONS
     return value
 
 

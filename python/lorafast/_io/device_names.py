@@ -9,7 +9,7 @@ FORMS = "cpu, cuda, cuda:N, auto, torch:cpu"
 #: The core with AMX, which is for merges alone.
 AMX = "cpu:amx"
 #: Less than this holds no tile worth sending.
-LEAST_MEMORY = 1 << 20
+MIN_MEMORY = 1 << 20
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -72,6 +72,6 @@ def parse_memory(memory: int | str | None, device: str) -> int | None:
         if found is None:
             raise ValueError(f"device_memory is {memory!r}; give bytes, or as '2GiB' or '500MB'")
         memory = int(float(found[1]) * UNITS[(found[2] or "").upper()])
-    if memory < LEAST_MEMORY:
+    if memory < MIN_MEMORY:
         raise ValueError(f"device_memory is {memory} bytes; it is at least 1 MiB")
     return memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: The most worker threads, as in the core.
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 def check_threads(threads: int | None) -> None:
@@ -15,7 +15,7 @@ def check_threads(threads: int | None) -> None:
     Raises:
         ValueError: there are none, or more than there can be.
     """
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise ValueError(
-            f"threads is {threads}; it is 1 to {MOST_THREADS}, or None for one per core"
+            f"threads is {threads}; it is 1 to {MAX_THREADS}, or None for one per core"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses as dicts, arrays and tuples as lists, keys as text.
+    """Dataclasses as dicts, arrays and tuples as lists, paths and keys as text.
 
     What has a `to_dict` of its own is what that says.
     """
@@ -21,9 +22,9 @@ def to_plain(value: Any) -> Any:
         return {_key(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def fields_of(value: Any) -> dict[str, Any]:

@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[int, int], object]
+#: What stands beside a bar for (done, total); the total is not known (`None`) at first.
+Note = Callable[[int, int | None], str]
 
 
 @contextmanager
-def callback(progress: bool | Report, *, label: str = "merging") -> Iterator[Report | None]:
-    """What the core is to call with (done, total), in bytes.
+def callback(
+    progress: bool | Report, *, label: str = "merging", note: Note | None = None
+) -> Iterator[Report | None]:
+    """What the core is to call with (done, total).
 
     Args:
         progress: a callable is passed on; `True` draws a bar on standard error if that is a
             terminal; anything else is silence.
         label: the word before the bar.
+        note: what stands beside it; bytes and their rate if `None`.
     """
     if callable(progress):
         yield progress
@@ -34,13 +39,46 @@ def callback(progress: bool | Report, *, label: str = "merging") -> Iterator[Rep
         TransferSpeedColumn,
     )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    beside = (
+        (DownloadColumn(), TransferSpeedColumn())
+        if note is None
+        else (TextColumn("{task.fields[note]}"),)
     )
+    columns = (TextColumn("{task.description}"), BarColumn(), *beside, TimeRemainingColumn())
+    text = note or (lambda done, total: "")
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(label, total=None, note=text(0, None))
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, note=text(done, total)
+        )
+
+
+@contextmanager
+def pace(
+    progress: bool | Report, label: str, count: int, unit: str, *, is_bytes: bool = False
+) -> Iterator[Report | None]:
+    """`callback` for work that a person counts in another unit than the core.
+
+    Args:
+        progress: as for `callback`.
+        label: the word before the bar.
+        count: how many there are of what a person counts in.
+        unit: what that is, in the plural.
+        is_bytes: whether the core counts in bytes.
+    """
+    import time
+
+    start = time.monotonic()
+
+    def note(done: int, total: int | None) -> str:
+        if total is None:
+            return ""
+        share = done / total if total else 1.0
+        speed = share * count / max(time.monotonic() - start, 1e-3)
+        text = f"{share * count:,.0f} of {count:,} {unit} · {speed:,.0f} {unit}/s"
+        if is_bytes:
+            text += f" · {speed * total / count / 1e9:.2f} GB/s"
+        return text
+
+    with callback(progress, label=label, note=note) as report:
+        yield report

@@ -18,6 +18,7 @@ from lorafast._io.sources import (
     core_source,
     locate,
 )
+from lorafast._results import Result
 
 if TYPE_CHECKING:
     from lorafast._io.sources import ModuleBase
@@ -36,7 +37,7 @@ DTYPES: dict[str, str | None] = {
 }
 
 
-class MergePlan:
+class MergePlan(Result):
     """What a merge will do, decided before anything is written.
 
     Made by `lorafast.plan`; `execute` carries it out. The files it was made from must stay as

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafast._errors import LorafastError
 from lorafast._io.paths import expand
-from lorafast._results import view
+from lorafast._results import Result, view
 
 if TYPE_CHECKING:
     from lorafast._types import Source
@@ -30,7 +30,7 @@ class HasReport(Protocol):
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Result):
     """What a merge did, and from what.
 
     Attributes:

@@ -19,7 +19,7 @@ from lorafast._io.sources import BASE_PATTERNS, locate
 from lorafast._merge.plan import DTYPES, MergePlan, make_plan
 from lorafast._merge.report import AFTERWARDS, unmeasured, write_afterwards
 from lorafast._merge.verify import verify_plan
-from lorafast._results import view
+from lorafast._results import Result, view
 
 if TYPE_CHECKING:
     from lorafast._merge.report import MergeReport
@@ -32,7 +32,7 @@ LOST = 0.5
 
 
 @dataclass(frozen=True)
-class SubtractReport:
+class SubtractReport(Result):
     """What a subtraction gave back, and how near that is to the base.
 
     Attributes:

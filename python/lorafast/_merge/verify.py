@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, locate
+from lorafast._results import Result
 
 if TYPE_CHECKING:
     from lorafast import _core
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Result):
     """What a verification found.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Texts of strangers in Markdown and in CSV: they break no table and start no formula."""
+"""Cells of Markdown and CSV: names from strangers' files break no table and start no formula."""
 
 from __future__ import annotations
 
@@ -36,11 +36,20 @@ def code(text: object, longest: int = LONGEST_CELL) -> str:
     return "`" + clean.replace("`", "'").replace("|", "\\|") + "`"
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table; every column but the first is set to the right."""
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = True
+) -> list[str]:
+    """A table of cells that `cell` or `code` made.
+
+    Args:
+        headers: a word for each column.
+        rows: their cells.
+        right: whether every column but the first is set to the right.
+    """
+    other = "---:" if right else "---"
     return [
         f"| {' | '.join(headers)} |",
-        "|" + "|".join(["---", *["---:"] * (len(headers) - 1)]) + "|",
+        "|" + "|".join(["---", *[other] * (len(headers) - 1)]) + "|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
 

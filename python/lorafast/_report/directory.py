@@ -1,4 +1,4 @@
-"""The files of an output directory, laid out as in NeuroTrain's tools.
+"""Files of an output directory, laid out as in NeuroTrain's tools.
 
 ```
 analysis/{name}_analysis.json               everything measured of an adapter
@@ -34,20 +34,8 @@ PLOT_DIRECTORY = "visualizations"
 COMPARISON_JSON = "adapter_comparison.json"
 ANALYSIS_SUFFIX = "_analysis.json"
 
-#: Files of an adapter's pictures, and the kind of plot in each.
-ADAPTER_PLOTS = {
-    "{name}_weight_analysis.png": "overview",
-    "{name}_weight_heatmap.png": "heatmap",
-    "{name}_spectrum.png": "spectrum",
-}
-#: Files of a comparison's pictures.
-COMPARISON_PLOTS = {
-    "adapter_comparison.png": "adapters",
-    "weight_distribution_comparison.png": "distributions",
-    "adapter_cosine.png": "cosine",
-}
 #: The percentiles that NeuroTrain's dictionaries have.
-SEED_PERCENTILES = {"25th": 25.0, "50th": 50.0, "75th": 75.0, "95th": 95.0, "99th": 99.0}
+NEUROTRAIN_PERCENTILES = {"25th": 25.0, "50th": 50.0, "75th": 75.0, "95th": 95.0, "99th": 99.0}
 
 
 def file_stems(names: Sequence[str]) -> list[str]:
@@ -73,7 +61,7 @@ def neurotrain_dictionary(analysis: AdapterAnalysis, path: str | None = None) ->
             "min": weights.min,
             "max": weights.max,
             "percentiles": {
-                name: weights.percentiles[value] for name, value in SEED_PERCENTILES.items()
+                name: weights.percentiles[value] for name, value in NEUROTRAIN_PERCENTILES.items()
             },
         },
         "layer_analysis": layers,
@@ -127,18 +115,27 @@ def neurotrain_comparison(
     }
 
 
-def write_plots(directory: Path, subject: Any, files: Mapping[str, str], stem: str) -> list[Path]:
-    """Draws the pictures of an analysis or a comparison.
+def write_plots(
+    directory: Path, subject: AdapterAnalysis | Comparison, stem: str = ""
+) -> list[Path]:
+    """Draws the pictures of an analysis or a comparison that have files.
+
+    Args:
+        directory: where to; made if it is not there.
+        subject: what to draw.
+        stem: what the files of an analysis begin with.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
     from lorafast._report.plots import png
+    from lorafast._report.plots.draw import plots_of
 
     directory.mkdir(parents=True, exist_ok=True)
     return [
-        Path(png.save(subject.plot(kind), directory / name.format(name=stem)))
-        for name, kind in files.items()
+        Path(png.save(subject.plot(plot.kind), directory / plot.file.format(name=stem)))
+        for plot in plots_of(subject).values()
+        if plot.file is not None
     ]
 
 

@@ -1,4 +1,4 @@
-"""The Markdown page of an analysis or a comparison: findings first, under 200 lines.
+"""Markdown pages of an analysis and of a comparison: findings first, under 200 lines.
 
 Where an adapter has more to show than fits, the page shows the greatest and says how many it left
 out; the JSON has everything.
@@ -10,17 +10,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lorafast._analysis.findings import KINDS
+from lorafast._analysis.findings import KINDS, one_of_each_kind
 from lorafast._analysis.records import Finding, ModuleAnalysis, ModuleComparison
 from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.cells import LONGEST_REASON, cell, code, table
+from lorafast._report.text import ABSENT, format_number, format_range
 
 #: Rows of the tables, so that the page stays under 200 lines.
-MOST_FINDINGS = 20
-MOST_LAYERS = 30
-MOST_BLOCKS = 48
-MOST_MODULES = 12
-MOST_ADAPTERS = 16
+MAX_FINDINGS = 20
+MAX_LAYERS = 30
+MAX_BLOCKS = 48
+MAX_MODULES = 12
+MAX_ADAPTERS = 16
 
 
 def analysis_page(analysis: AdapterAnalysis) -> str:
@@ -33,47 +34,21 @@ def comparison_page(comparison: Comparison) -> str:
     return "\n".join(_comparison(comparison)) + "\n"
 
 
-def number(value: float | None) -> str:
-    """A figure with four significant digits; – where there is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:.4g}"
-
-
 def findings_section(findings: Sequence[Finding]) -> list[str]:
-    """The findings, those of one kind in one line with the one of the greatest figure."""
+    """The findings, those of one kind in one line with the one of the greatest value."""
     if not findings:
         return ["## Findings", "", "Nothing out of the ordinary."]
-    groups = grouped_findings(findings)
+    groups = one_of_each_kind(findings)
     lines = ["## Findings", ""]
-    for worst, count in groups[:MOST_FINDINGS]:
+    for worst, count in groups[:MAX_FINDINGS]:
         where = f"{code(worst.module)}: " if worst.module is not None else ""
         text = f"- **{worst.severity}** · {KINDS[worst.kind]}: {where}"
         text += cell(worst.reason, LONGEST_REASON)
         lines.append(text + (f" *({count} of these)*" if count > 1 else ""))
-    rest = len(groups) - MOST_FINDINGS
+    rest = len(groups) - MAX_FINDINGS
     if rest > 0:
         lines.append(f"- and {rest} more")
     return lines
-
-
-def grouped_findings(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
-    """Findings of one kind as one: that of the greatest figure, and how many there are.
-
-    Those about no module differ in what they say, and stay by themselves.
-    """
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in findings:
-        own = finding.reason if finding.module is None else ""
-        groups.setdefault((finding.severity, finding.kind, own), []).append(finding)
-    return [(max(group, key=_magnitude), len(group)) for group in groups.values()]
-
-
-def _magnitude(finding: Finding) -> float:
-    figure = finding.figure
-    return -math.inf if figure is None or math.isnan(figure) else abs(figure)
 
 
 def mean(values: Iterable[float]) -> float:
@@ -87,27 +62,20 @@ def greatest(values: Iterable[float]) -> float:
     return max((value for value in values if math.isfinite(value)), default=math.nan)
 
 
-def _one_or_range(values: Iterable[float]) -> str:
-    ordered = sorted(set(values))
-    if len(ordered) <= 1:
-        return number(ordered[0]) if ordered else "–"
-    return f"{number(ordered[0])} – {number(ordered[-1])}"
-
-
 def _analysis(analysis: AdapterAnalysis) -> list[str]:
     summary, weights = analysis.summary, analysis.weights
     facts = {
         "Adapter": code(analysis.path),
-        "Base": code(summary["base"]) if summary["base"] else "–",
+        "Base": code(summary["base"]) if summary["base"] else ABSENT,
         "Modules": f"{summary['modules']:,}",
         "Parameters": f"{summary['total_parameters']:,} ({', '.join(summary['dtypes'])})",
-        "Rank": _one_or_range(summary["ranks"]),
-        "α": _one_or_range(summary["alphas"]),
-        "Scale s": _one_or_range(summary["scalings"]),
-        "‖ΔW‖ (all modules)": number(summary["frobenius_norm"]),
-        "σ₁, median and greatest": f"{number(summary['median_spectral_norm'])}, "
-        f"{number(summary['max_spectral_norm'])}",
-        "Effective rank, mean": number(summary["mean_effective_rank"]),
+        "Rank": format_range(summary["ranks"]),
+        "α": format_range(summary["alphas"]),
+        "Scale s": format_range(summary["scalings"]),
+        "‖ΔW‖ (all modules)": format_number(summary["frobenius_norm"]),
+        "σ₁, median and greatest": f"{format_number(summary['median_spectral_norm'])}, "
+        f"{format_number(summary['max_spectral_norm'])}",
+        "Effective rank, mean": format_number(summary["mean_effective_rank"]),
     }
     lines = [f"# LoRA analysis: {cell(analysis.name)}", ""]
     lines += [*findings_section(analysis.findings), "", "## Summary", ""]
@@ -122,14 +90,14 @@ def _analysis(analysis: AdapterAnalysis) -> list[str]:
         "zeros": weights.zero_share,
         "not finite": float(weights.non_finite),
     }
-    lines += table(list(columns), [[number(value) for value in columns.values()]])
+    lines += table(list(columns), [[format_number(value) for value in columns.values()]])
     modules = list(analysis.modules.values())
     if modules:
-        lines += ["", "## Layers", "", *_groups(modules, "layer", lambda m: m.layer, MOST_LAYERS)]
+        lines += ["", "## Layers", "", *_groups(modules, "layer", lambda m: m.layer, MAX_LAYERS)]
         blocks = [module for module in modules if module.block is not None]
         if blocks:
             lines += ["", "## Blocks", ""]
-            lines += _groups(blocks, "block", lambda m: m.block, MOST_BLOCKS)
+            lines += _groups(blocks, "block", lambda m: m.block, MAX_BLOCKS)
         lines += ["", "## Largest updates", "", *_largest(modules)]
         lines += [
             "",
@@ -160,16 +128,16 @@ def _groups(
         row = [
             code(value),
             str(len(group)),
-            _one_or_range(module.rank for module in group),
-            number(mean(module.frobenius_norm for module in group)),
-            number(greatest(module.spectral_norm for module in group)),
-            number(mean(module.stable_rank for module in group)),
-            number(mean(module.effective_rank for module in group)),
-            number(mean(module.k99 for module in group)),
+            format_range(module.rank for module in group),
+            format_number(mean(module.frobenius_norm for module in group)),
+            format_number(greatest(module.spectral_norm for module in group)),
+            format_number(mean(module.stable_rank for module in group)),
+            format_number(mean(module.effective_rank for module in group)),
+            format_number(mean(module.k99 for module in group)),
         ]
         if relative:
             known = (module.relative_norm for module in group)
-            row.append(number(mean(value for value in known if value is not None)))
+            row.append(format_number(mean(value for value in known if value is not None)))
         rows.append(row)
     lines = table(headers, rows)
     if len(order) > most:
@@ -186,47 +154,47 @@ def _largest(modules: Sequence[ModuleAnalysis]) -> list[str]:
             code(module.path),
             f"{module.shape[0]} × {module.shape[1]}",
             str(module.rank),
-            number(module.frobenius_norm),
-            number(module.spectral_norm),
-            number(module.stable_rank),
-            number(module.effective_rank),
+            format_number(module.frobenius_norm),
+            format_number(module.spectral_norm),
+            format_number(module.stable_rank),
+            format_number(module.effective_rank),
             str(module.k99),
         ]
-        for module in finite[:MOST_MODULES]
+        for module in finite[:MAX_MODULES]
     )
     return table(headers, rows)
 
 
 def _comparison(comparison: Comparison) -> list[str]:
     names = comparison.names
-    shown = names[:MOST_ADAPTERS]
+    shown = names[:MAX_ADAPTERS]
     lines = [f"# LoRA comparison of {len(names)} adapters", ""]
     findings = list(comparison.findings)
     lines += findings_section(findings)
-    severe = [
+    critical = [
         f"{cell(analysis.name)}: {cell(finding.reason, LONGEST_REASON)}"
         for analysis in comparison.analyses
         for finding in analysis.findings
-        if finding.severity == "severe"
+        if finding.severity == "critical"
     ]
-    lines += [f"- **severe** · {text}" for text in severe[:MOST_FINDINGS]]
+    lines += [f"- **critical** · {text}" for text in critical[:MAX_FINDINGS]]
     lines += ["", "## Adapters", ""]
     headers = ["adapter", "modules", "parameters", "rank", "scale", "‖ΔW‖", "mean", "std"]
     headers += ["effective rank", "findings"]
     rows = []
-    for analysis in comparison.analyses[:MOST_ADAPTERS]:
+    for analysis in comparison.analyses[:MAX_ADAPTERS]:
         summary = analysis.summary
         rows.append(
             [
                 cell(analysis.name),
                 f"{summary['modules']:,}",
                 f"{summary['total_parameters']:,}",
-                _one_or_range(summary["ranks"]),
-                _one_or_range(summary["scalings"]),
-                number(summary["frobenius_norm"]),
-                number(analysis.weights.mean),
-                number(analysis.weights.std),
-                number(summary["mean_effective_rank"]),
+                format_range(summary["ranks"]),
+                format_range(summary["scalings"]),
+                format_number(summary["frobenius_norm"]),
+                format_number(analysis.weights.mean),
+                format_number(analysis.weights.std),
+                format_number(summary["mean_effective_rank"]),
                 str(len(analysis.findings)),
             ]
         )
@@ -235,7 +203,7 @@ def _comparison(comparison: Comparison) -> list[str]:
     cosines = (
         [
             f"{i + 1}. {cell(name)}",
-            *(number(float(value)) for value in comparison.cosine[i, : len(shown)]),
+            *(format_number(float(value)) for value in comparison.cosine[i, : len(shown)]),
         ]
         for i, name in enumerate(shown)
     )
@@ -245,7 +213,7 @@ def _comparison(comparison: Comparison) -> list[str]:
     shared = {path: module for path, module in comparison.modules.items() if module.pairs}
     if shared:
         lines += ["", "## Modules of the most aligned updates", "", *_modules(shared)]
-    for name, paths in list(comparison.only_in.items())[:MOST_ADAPTERS]:
+    for name, paths in list(comparison.only_in.items())[:MAX_ADAPTERS]:
         if paths:
             some = ", ".join(code(path) for path in paths[:4])
             rest = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
@@ -265,18 +233,18 @@ def _modules(modules: Mapping[str, ModuleComparison]) -> list[str]:
 
     ordered = sorted(modules.values(), key=lambda module: -strength(module))
     rows = []
-    for module in ordered[:MOST_MODULES]:
+    for module in ordered[:MAX_MODULES]:
         pair = max(module.pairs, key=lambda p: abs(p.cosine) if math.isfinite(p.cosine) else -1.0)
         i, j = pair.first, pair.second
         rows.append(
             [
                 code(module.path),
                 f"{i + 1}, {j + 1}",
-                f"{number(module.norms[i])}, {number(module.norms[j])}",
-                number(pair.cosine),
-                number(float(module.subspace[i, j])),
-                number(float(module.subspace_expected[i, j])),
-                number(pair.sign_agreement),
+                f"{format_number(module.norms[i])}, {format_number(module.norms[j])}",
+                format_number(pair.cosine),
+                format_number(float(module.subspace[i, j])),
+                format_number(float(module.subspace_expected[i, j])),
+                format_number(pair.sign_agreement),
             ]
         )
     headers = ["module", "adapters", "‖ΔW‖", "cosine", "φ", "φ random", "sign agreement"]

@@ -1,4 +1,4 @@
-"""The pages of a merge and of a subtraction: result, inputs, scales, warnings."""
+"""Pages of a merge and of a subtraction: result, inputs, scales, warnings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lorafast._merge.coverage import left_over, summary_text
-from lorafast._report.cells import LONGEST_REASON, cell, code
+from lorafast._report.cells import LONGEST_REASON, cell, code, table
+from lorafast._report.text import format_number
 
 if TYPE_CHECKING:
     from lorafast._merge.report import MergeReport
@@ -34,16 +35,18 @@ def merge_page(report: MergeReport) -> str:
         "Time": f"{report.merge_time:.2f} s ({rate:.2f} GB/s)",
         "lorafast": report.versions["lorafast"],
     }
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += table(["", ""], facts.items(), right=False)
     lines += _adapter_lines(report.adapters, report.weights, report.adapter_sha256)
-    lines += ["", "## Scales", "", "| Adapter | Rank | Scale | Weight | Modules |"]
-    lines += ["|---|---|---|---|---|"]
-    for group in report.groups:
-        lines.append(
-            f"| {group['adapter']} | {group['rank']} | {group['scale']:g} "
-            f"| {group['weight']:g} | {group['modules']} |"
-        )
+    headers = ["Adapter", "Rank", "Scale", "Weight", "Modules"]
+    scales = (
+        [
+            *(str(group[key]) for key in ("adapter", "rank")),
+            *(format_number(group[key], 6) for key in ("scale", "weight")),
+            str(group["modules"]),
+        ]
+        for group in report.groups
+    )
+    lines += ["", "## Scales", "", *table(headers, scales, right=False)]
     lines += ["", "## What became of every tensor and config field", ""]
     for position, account in enumerate(report.accounts):
         lines.append(f"- adapter {position}: {summary_text(account)}")
@@ -79,8 +82,7 @@ def subtract_page(report: SubtractReport) -> str:
         "Time": f"{report.seconds:.2f} s ({report.threads} threads)",
         "lorafast": report.versions["lorafast"],
     }
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += table(["", ""], facts.items(), right=False)
     lines += _adapter_lines(report.adapters, report.weights, report.adapter_sha256)
     lines += _note_lines(report.notes)
     return "\n".join(lines) + "\n"
@@ -100,12 +102,17 @@ def _adapter_lines(
     adapters: list[str], weights: list[float] | None, digests: dict[str, str]
 ) -> list[str]:
     """The table of the adapters."""
-    lines = ["", "## Adapters", "", "| # | Adapter | Weight | SHA-256 |", "|---|---|---|---|"]
-    for position, adapter in enumerate(adapters):
-        weight = 1.0 if weights is None else weights[position]
-        digest = code(digests[adapter])
-        lines.append(f"| {position} | {_path(adapter)} | {weight:g} | {digest} |")
-    return lines
+    rows = (
+        [
+            str(position),
+            _path(adapter),
+            format_number(1.0 if weights is None else weights[position], 6),
+            code(digests[adapter]),
+        ]
+        for position, adapter in enumerate(adapters)
+    )
+    headers = ["#", "Adapter", "Weight", "SHA-256"]
+    return ["", "## Adapters", "", *table(headers, rows, right=False)]
 
 
 def _note_lines(notes: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Analyses and comparisons from the plain objects that were made of them."""
+"""Readers of analyses and comparisons from the plain objects that were made of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from lorafast._analysis.records import (
     PairComparison,
     TensorStatistics,
 )
-from lorafast._analysis.results import SCHEMA_VERSION, AdapterAnalysis, Comparison
+from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._errors import LorafastError
+from lorafast._results import READ_VERSIONS
 
 if TYPE_CHECKING:
     from lorafast._types import Matrix
@@ -33,10 +34,9 @@ def from_plain(plain: Mapping[str, Any]) -> AdapterAnalysis | Comparison:
         LorafastError: it is something else, or of a later version.
     """
     version = plain.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise LorafastError(
-            f"the schema version is {version!r}; this lorafast reads {SCHEMA_VERSION}"
-        )
+    if version not in READ_VERSIONS:
+        known = " and ".join(map(str, READ_VERSIONS))
+        raise LorafastError(f"the schema version is {version!r}; this lorafast reads {known}")
     kind = plain.get("kind")
     try:
         if kind == AdapterAnalysis._kind:
@@ -62,7 +62,17 @@ def _analysis(plain: Mapping[str, Any]) -> AdapterAnalysis:
 
 
 def _findings(plain: Mapping[str, Any]) -> list[Finding]:
-    return [Finding(**finding) for finding in plain["findings"]]
+    return [_finding(finding) for finding in plain["findings"]]
+
+
+def _finding(plain: Mapping[str, Any]) -> Finding:
+    """A finding under the names of any version that is read."""
+    fields = dict(plain)
+    if "figure" in fields:
+        fields["value"] = fields.pop("figure")
+    if fields["severity"] == "severe":
+        fields["severity"] = "critical"
+    return Finding(**fields)
 
 
 def _build(record: type[Record], plain: Mapping[str, Any], **others: Any) -> Record:

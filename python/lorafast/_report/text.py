@@ -1,73 +1,74 @@
-"""Analyses and comparisons in a line, and in a notebook."""
+"""Numbers and values as people read them: the one place where figures become text."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from lorafast._analysis.records import finding_counts
-
+# Not `typing`'s, whose import takes longer than this module's: a merge writes its report by it.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from lorafast._analysis.records import Finding
-    from lorafast._analysis.results import AdapterAnalysis, Comparison
+    from collections.abc import Iterable
+    from typing import Any
+
+#: Stands where there is no number.
+ABSENT = "–"
 
 
-def findings_text(findings: Sequence[Finding]) -> str:
-    """`2 severe, 1 warning`, or `no findings`."""
-    counts = finding_counts(list(findings))
-    words = {"severe": "severe", "warning": "warning", "note": "note"}
-    parts = [
-        f"{count} {words[severity]}{'s' * (count > 1 and severity != 'severe')}"
-        for severity, count in counts.items()
-        if count
-    ]
-    return ", ".join(parts) or "no findings"
+def format_number(value: float | None, digits: int = 4, *, nan: str = ABSENT) -> str:
+    """A number in significant digits.
+
+    Args:
+        value: the number; a dash stands for `None`.
+        digits: how many significant digits.
+        nan: what stands for NaN.
+    """
+    if value is None:
+        return ABSENT
+    if math.isnan(value):
+        return nan
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.{digits}g}"
 
 
-def analysis_text(analysis: AdapterAnalysis) -> str:
-    """The `__repr__`: what it is, how large, and whether there is anything to look at."""
-    summary = analysis.summary
-    ranks = ", ".join(map(str, summary["ranks"])) or "none"
-    return (
-        f"<AdapterAnalysis {analysis.name!r}: {summary['modules']} modules of rank {ranks}, "
-        f"{summary['total_parameters']:,} parameters, ‖ΔW‖ = {summary['frobenius_norm']:.4g}; "
-        f"{findings_text(analysis.findings)}>"
-    )
+def format_cosine(value: float | None) -> str:
+    """A cosine in four decimals."""
+    return ABSENT if value is None else f"{value:.4f}"
 
 
-def comparison_text(comparison: Comparison) -> str:
-    """The `__repr__` of a comparison."""
-    count, names = len(comparison.names), ", ".join(map(repr, comparison.names[:4]))
-    return (
-        f"<Comparison of {count} adapters ({names}{', …' * (count > 4)}): "
-        f"{len(comparison.modules)} modules, mean cosine {mean_cosine(comparison):.4g}; "
-        f"{findings_text(comparison.findings)}>"
-    )
+def format_range(values: Iterable[float]) -> str:
+    """One number, or the least and the greatest of several."""
+    ordered = sorted(set(values))
+    if not ordered:
+        return ABSENT
+    ends = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
+    return " – ".join(map(format_number, ends))
 
 
-def mean_cosine(comparison: Comparison) -> float:
-    """The mean over the pairs whose cosine is known; NaN if there is none."""
-    count = len(comparison.names)
-    values = [
-        float(comparison.cosine[i, j])
-        for i in range(count)
-        for j in range(i + 1, count)
-        if math.isfinite(comparison.cosine[i, j])
-    ]
-    return math.fsum(values) / len(values) if values else math.nan
+def format_percent(share: float) -> str:
+    """A share as a percentage that neither rounds to nothing nor to all."""
+    value = 100 * share
+    return f"{value:.3g} %" if value < 99.9 or value == 100 else f"{value:.6g} %"
 
 
-def notebook(result: AdapterAnalysis | Comparison) -> str:
-    """The `_repr_html_` of a notebook: the line, and the findings as a list."""
-    items = "".join(
-        f"<li><b>{finding.severity}</b> {html.escape(finding.module or '')} "
-        f"{html.escape(finding.reason)}</li>"
-        for finding in result.findings[:10]
-    )
-    more = len(result.findings) - 10
-    if more > 0:
-        items += f"<li>… and {more} more</li>"
-    text = html.escape(repr(result).strip("<>"))
-    return f"<div><p>{text}</p>" + (f"<ul>{items}</ul>" if items else "") + "</div>"
+def format_residual(share: float) -> str:
+    """A share that should be next to nothing, as a percentage with two digits that count."""
+    if share < 1e-6:
+        return f"{share:.0e}" if share else "0 %"
+    return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.3g} %"
+
+
+def format_value(value: Any) -> str:
+    """A value as a reader would write it: whole numbers in full, others in significant digits."""
+    if isinstance(value, dict):
+        items = [f"{key} (×{format_value(count)})" for key, count in value.items()]
+        return ", ".join(items) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(format_value, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value is None or isinstance(value, float):
+        return format_number(value, nan="NaN")
+    return str(value)

@@ -1,1 +1,1 @@
-"""How alike the adapters of a fleet are: matrices, clusters, duplicates, lineages, trajectories."""
+"""Similarity of adapters: matrices, clusters, duplicates, lineages, trajectories."""

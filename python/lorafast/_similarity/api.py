@@ -1,4 +1,4 @@
-"""Which adapters are alike: `lorafast.similarity`."""
+"""Similarity of many adapters with each other: `lorafast.similarity`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._errors import LorafastError
 from lorafast._similarity.similarity import Similarity
-from lorafast._types import Metric
+from lorafast._types import Metric, Precision, Progress
 
 if TYPE_CHECKING:
     import numpy
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
     from lorafast._similarity.collection import Adapters, Collected
     from lorafast._types import Matrix
-
-from lorafast._types import Precision
-
-Progress = bool | Callable[[int, int], object]
 
 METRICS: tuple[Metric, ...] = ("cosine", "inner_product")
 PRECISIONS: tuple[Precision, ...] = ("auto", "float64", "float32")
@@ -101,7 +97,8 @@ def similarity(
     """
     from lorafast._io.device_names import parse_memory
     from lorafast._io.paths import expand
-    from lorafast._similarity.collection import collected, pace
+    from lorafast._io.progress import pace
+    from lorafast._similarity.collection import collected
     from lorafast._torch.device import analysis_device
 
     if metric not in METRICS:

@@ -1,10 +1,9 @@
-"""From paths or a fleet to the core's collection of adapters, with what could not be read."""
+"""Collections of adapters in the core, of paths or a fleet, with what could not be read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +13,7 @@ from lorafast._analysis.names import names_of
 from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError, discover
 from lorafast._io.limits import check_threads
+from lorafast._io.progress import pace
 from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import gate, reason_of
 from lorafast._types import Progress, Source
@@ -148,50 +148,3 @@ def errors_text(errors: Sequence[ScanError]) -> str:
     return (
         f"{len(errors)} {noun} could not be read and left out; {errors[0].path}: {errors[0].reason}"
     )
-
-
-@contextmanager
-def pace(
-    progress: Progress, label: str, count: int, unit: str, *, is_bytes: bool = False
-) -> Iterator[Callable[[int, int], object] | None]:
-    """What the core is to call with (done, total) of its own units.
-
-    Args:
-        progress: a callable is passed on; `True` draws a bar on standard error if that is a
-            terminal; anything else is silence.
-        label: the word before the bar.
-        count: how many there are of what a person counts in.
-        unit: what that is, in the plural.
-        is_bytes: whether the core counts in bytes.
-    """
-    import sys
-    import time
-
-    if callable(progress):
-        yield progress
-        return
-    if not progress or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    start = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None, rate="")
-
-        def update(done: int, total: int) -> None:
-            share = done / total if total else 1.0
-            speed = share * count / max(time.monotonic() - start, 1e-3)
-            rate = f"{share * count:,.0f} of {count:,} {unit} · {speed:,.0f} {unit}/s"
-            if is_bytes:
-                rate += f" · {speed * total / count / 1e9:.2f} GB/s"
-            bar.update(task, completed=done, total=total, rate=rate)
-
-        yield update

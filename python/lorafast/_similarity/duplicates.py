@@ -1,16 +1,17 @@
-"""Which adapters are the same update in other clothes: `lorafast.duplicates`."""
+"""Equivalent adapters, one update in different parameterizations: `lorafast.duplicates`."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from lorafast._fleet.discovery import ScanError
-from lorafast._similarity.collection import Adapters, Collected, collected, pace
+from lorafast._io.plain import to_plain
+from lorafast._io.progress import pace
+from lorafast._results import Result
+from lorafast._similarity.collection import Adapters, Collected, collected
 from lorafast._types import Progress
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ TIERS: dict[Tier, str] = {
     "scaled": "the same ΔW times a number",
     "truncated": "the leading singular values of the same ΔW",
 }
-SCHEMA_VERSION = 1
 #: Below this share of the norm, two updates are the same whatever they are stored in.
 FLOOR = 1e-12
 #: A truncation has been through a decomposition, which turns rounding into somewhat more.
@@ -78,7 +78,7 @@ class DuplicateGroup:
 
 
 @dataclass(frozen=True, repr=False)
-class Duplicates(Sequence[DuplicateGroup]):
+class Duplicates(Result, Sequence[DuplicateGroup]):
     """The groups that were found: a sequence, the closest tiers first.
 
     Attributes:
@@ -94,6 +94,8 @@ class Duplicates(Sequence[DuplicateGroup]):
     paths: list[Path]
     errors: list[ScanError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    _kind = "duplicates"
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -119,40 +121,22 @@ class Duplicates(Sequence[DuplicateGroup]):
         """How many adapters would be left out if only the first of each group were kept."""
         return len({path for group in self.groups for path in group.members[1:]})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain objects, with `schema_version` and `kind`."""
+    def _plain(self) -> dict[str, Any]:
         return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "duplicates",
             "adapters": len(self.names),
             "groups": [
                 {
                     "tier": group.tier,
                     "meaning": TIERS[group.tier],
-                    "members": [os.fspath(path) for path in group.members],
+                    "members": to_plain(group.members),
                     "names": group.names,
-                    "evidence": [
-                        {
-                            "path": os.fspath(evidence.path),
-                            "text": evidence.text,
-                            "figures": evidence.figures,
-                        }
-                        for evidence in group.evidence
-                    ],
+                    "evidence": to_plain(group.evidence),
                 }
                 for group in self.groups
             ],
-            "errors": [
-                {"path": os.fspath(error.path), "reason": error.reason} for error in self.errors
-            ],
+            "errors": to_plain(self.errors),
             "notes": self.notes,
         }
-
-    def to_json(self) -> str:
-        """`to_dict` as strict JSON."""
-        from lorafast._io.plain import without_non_finite
-
-        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
 
 
 def duplicates(
@@ -322,8 +306,8 @@ class _Search:
             rows, columns = np.nonzero(close)
             keep = rows + start < columns
             rows, columns = rows[keep] + start, columns[keep]
-            alike = _alike(values, tolerance, ranks, rows, columns)
-            for row, column in zip(rows[alike], columns[alike], strict=True):
+            similar = _may_be_equal(values, tolerance, ranks, rows, columns)
+            for row, column in zip(rows[similar], columns[similar], strict=True):
                 edges[usable[row]].add(usable[column])
                 edges[usable[column]].add(usable[row])
         return edges
@@ -442,7 +426,7 @@ def _rounding(figures: dict[str, float | str]) -> str:
     return f"{difference:.2g}, within rounding ({tolerance:.2g})"
 
 
-def _alike(
+def _may_be_equal(
     values: NDArray[numpy.float64],
     tolerance: NDArray[numpy.float64],
     ranks: NDArray[numpy.int64],
@@ -452,7 +436,7 @@ def _alike(
     """Of some pairs, whether all values that the one of lower rank has are those of the other."""
     import numpy as np
 
-    alike = np.zeros(len(rows), dtype=np.bool_)
+    result = np.zeros(len(rows), dtype=np.bool_)
     step = max(1, CHUNK * 10 // values.shape[1])
     for start in range(0, len(rows), step):
         chosen = slice(start, start + step)
@@ -468,8 +452,8 @@ def _alike(
         with np.errstate(divide="ignore", invalid="ignore"):
             distance = np.linalg.norm(x / lengths[0][:, None] - y / lengths[1][:, None], axis=1)
             allowed = tolerance[longer] / lengths[0] + tolerance[shorter] / lengths[1]
-        alike[chosen] = distance <= 2 * TRUNCATION_SLACK * allowed + INVARIANT_FLOOR
-    return alike
+        result[chosen] = distance <= 2 * TRUNCATION_SLACK * allowed + INVARIANT_FLOOR
+    return result
 
 
 def _components(nodes: set[int], edges: dict[int, set[int]]) -> list[set[int]]:

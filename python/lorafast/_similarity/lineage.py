@@ -1,8 +1,7 @@
-"""What an adapter was made of: `lorafast.lineage`."""
+"""Lineages: an adapter as a combination of others: `lorafast.lineage`."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -12,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError
-from lorafast._similarity.collection import Adapters, found_by, opened, pace
+from lorafast._io.plain import to_plain
+from lorafast._io.progress import pace
+from lorafast._results import Result, view
+from lorafast._similarity.collection import Adapters, found_by, opened
 from lorafast._types import Progress, Source
 
 if TYPE_CHECKING:
@@ -22,14 +24,10 @@ if TYPE_CHECKING:
     from lorafast import _core
     from lorafast._types import Matrix
 
-SCHEMA_VERSION = 1
 #: A candidate with less of its own than this, beside those before it, may be one of them again.
 SUSPICIOUS = 1e-2
 #: Below this there is nothing of its own that float64 could tell.
 NOTHING = 1e-7
-#: Terms of less than this share of the target's norm are left out of the words.
-WORTH_A_WORD = 0.01
-MOST_TERMS = 8
 #: Relative residuals below this are computed again from the stacked factors, where no digit of
 #: the difference is lost …
 SMALL = 1e-3
@@ -39,7 +37,7 @@ MEMORY = 1 << 30
 
 
 @dataclass(frozen=True, repr=False)
-class Lineage:
+class Lineage(Result):
     """An adapter's update as a combination of others'. Made by `lorafast.lineage`.
 
     Attributes:
@@ -67,27 +65,18 @@ class Lineage:
     dependent: dict[Path, str] = field(default_factory=dict)
     errors: list[ScanError] = field(default_factory=list)
 
+    _kind = "lineage"
+
     def __str__(self) -> str:
         """The combination in words: `0.70·A + 0.30·B, residual 0.2 %`."""
-        paths = [path for path, share in self.contributions.items() if abs(share) >= WORTH_A_WORD]
-        paths.sort(key=lambda path: -abs(self.contributions[path]))
-        text = ""
-        for path in paths[:MOST_TERMS]:
-            weight = self.coefficients[path]
-            sign = ("−" if weight < 0 else "") if not text else (" − " if weight < 0 else " + ")
-            text += f"{sign}{abs(weight):.2f}·{self.names[path]}"
-        if len(paths) > MOST_TERMS:
-            text += f" and {len(paths) - MOST_TERMS} more"
-        return f"{text or 'none of the candidates'}, residual {percent_text(self.residual)}"
+        text: str = view("text", self)(self)
+        return text
 
     def __repr__(self) -> str:
         return f"<Lineage of {self.name}: {self}>"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain objects, with `schema_version` and `kind`."""
+    def _plain(self) -> dict[str, Any]:
         return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "lineage",
             "target": os.fspath(self.target),
             "name": self.name,
             "text": str(self),
@@ -103,23 +92,8 @@ class Lineage:
                 }
                 for path, weight in self.coefficients.items()
             ],
-            "errors": [
-                {"path": os.fspath(error.path), "reason": error.reason} for error in self.errors
-            ],
+            "errors": to_plain(self.errors),
         }
-
-    def to_json(self) -> str:
-        """`to_dict` as strict JSON."""
-        from lorafast._io.plain import without_non_finite
-
-        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
-
-
-def percent_text(share: float) -> str:
-    """A share as a percentage with two digits that count."""
-    if share < 1e-6:
-        return f"{share:.0e}" if share else "0 %"
-    return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.3g} %"
 
 
 def lineage(
@@ -324,7 +298,7 @@ class _Solution:
         return [chosen[place] for place in np.flatnonzero(np.abs(shares) > 0.01)]
 
     def _rounding(self, at: int, chosen: list[int], known: dict[int, float]) -> float:
-        """What rounding may have done to a candidate and to the most alike of those before it."""
+        """What rounding may have done to a candidate and to the most similar of those before it."""
         import numpy as np
 
         cosines = np.abs(self.gram[at, chosen]) / self.norms[chosen]

@@ -1,4 +1,4 @@
-"""The matrix of how alike many adapters are, and what is asked of it."""
+"""Similarities of many adapters: the matrix, and what is asked of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lorafast._errors import LorafastError
 from lorafast._fleet.discovery import ScanError
 from lorafast._io import atomic
 from lorafast._io.paths import expand, open_plain
+from lorafast._io.plain import to_plain
 from lorafast._io.strangers import parse_json
-from lorafast._results import view
+from lorafast._results import READ_VERSIONS, Result, view
 
 if TYPE_CHECKING:
     import numpy
@@ -22,14 +23,13 @@ if TYPE_CHECKING:
 
     from lorafast._types import Matrix, Method, Metric
 
-SCHEMA_VERSION = 1
 #: What a file makes its readers raise that is none of `Similarity.save`.
 NO_SIMILARITY = (KeyError, TypeError, ValueError, AttributeError, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Similarity:
-    """How alike many adapters' updates are. Made by `lorafast.similarity`.
+class Similarity(Result):
+    """How similar many adapters' updates are. Made by `lorafast.similarity`.
 
     The product of two adapters is ⟨X, Y⟩ = Σ ⟨ΔW, ΔW′⟩ over the modules that both have; what one
     has and the other has not is zero there, and counts in the norm of the one that has it.
@@ -66,6 +66,10 @@ class Similarity:
     errors: list[ScanError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    _kind = "similarity"
+    # A matrix of thousands of rows is no reading.
+    _indent = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -112,7 +116,7 @@ class Similarity:
         raise KeyError(f"no adapter {os.fspath(adapter)!r} is among the {len(self)}")
 
     def nearest(self, adapter: str | os.PathLike[str], k: int = 5) -> list[tuple[str, float]]:
-        """The adapters most like one, the most alike first.
+        """The adapters most similar to one, the most similar first.
 
         Args:
             adapter: its name or its path.
@@ -158,7 +162,7 @@ class Similarity:
     def clusters(
         self, *, threshold: float = 0.5, count: int | None = None, method: Method = "average"
     ) -> list[list[str]]:
-        """Groups of adapters that are alike, by hierarchical clustering of 1 − cosine.
+        """Groups of similar adapters, by hierarchical clustering of 1 − cosine.
 
         Adapters of different bases are never in one cluster, nor is one without a cosine (zero or
         not finite) with any other.
@@ -182,7 +186,7 @@ class Similarity:
         return [[self.names[at] for at in cluster] for cluster in found]
 
     def plot(self, *, method: Method = "average") -> Figure:
-        """The matrix as a heatmap with like beside like, and the dendrogram that orders it.
+        """The matrix as a heatmap, similar adapters side by side, with the tree that orders it.
 
         Args:
             method: how the distance of two clusters follows from their members', as SciPy's.
@@ -222,7 +226,7 @@ class Similarity:
         return parts
 
     def pairs(self, count: int = 20) -> list[tuple[str, str, float]]:
-        """The most alike pairs, the most alike first.
+        """The most similar pairs, the most similar first.
 
         Args:
             count: how many; fewer where there are fewer with a figure.
@@ -240,18 +244,13 @@ class Similarity:
             best = sorted(best)[:count]
         return [(self.names[x], self.names[y], -value) for value, x, y in best]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain objects, with `schema_version` and `kind`; NaN stays NaN.
-
-        But `seconds`, so that the same figures make the same file.
-        """
+    def _plain(self) -> dict[str, Any]:
+        """The fields but `seconds`, so that the same figures make the same file."""
         return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "similarity",
             "metric": self.metric,
             "precision": self.precision,
             "names": self.names,
-            "paths": [os.fspath(path) for path in self.paths],
+            "paths": to_plain(self.paths),
             "matrix": self.matrix.tolist(),
             "norms": self.norms.tolist(),
             "groups": self.groups,
@@ -259,17 +258,9 @@ class Similarity:
             "presence": self.presence.tolist(),
             "per_module": self.per_module
             and {name: matrix.tolist() for name, matrix in self.per_module.items()},
-            "errors": [
-                {"path": os.fspath(error.path), "reason": error.reason} for error in self.errors
-            ],
+            "errors": to_plain(self.errors),
             "notes": self.notes,
         }
-
-    def to_json(self) -> str:
-        """`to_dict` as strict JSON: NaN, which JSON does not have, becomes null."""
-        from lorafast._io.plain import without_non_finite
-
-        return json.dumps(without_non_finite(self.to_dict()), allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything into one compressed `.npz` file, which `load` reads.
@@ -311,9 +302,9 @@ class Similarity:
             ):
                 plain = parse_json(str(file["about"]), path, LorafastError)
                 version = plain.get("schema_version")
-                if plain.get("kind") != "similarity" or version != SCHEMA_VERSION:
+                if plain.get("kind") != cls._kind or version not in READ_VERSIONS:
                     raise LorafastError(
-                        f"{path}: is no similarity of schema version {SCHEMA_VERSION}"
+                        f"{path}: is no similarity of schema version {READ_VERSIONS[-1]}"
                     )
                 modules = plain["per_module"]
                 return cls(

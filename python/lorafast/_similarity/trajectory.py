@@ -1,10 +1,8 @@
-"""Checkpoints of one run put in order: `lorafast.trajectory`."""
+"""Trajectories: the checkpoints of one run in their order: `lorafast.trajectory`."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import LorafastError
 from lorafast._fleet.discovery import ScanError, natural
-from lorafast._similarity.collection import Adapters, collected, pace
+from lorafast._io.plain import to_plain
+from lorafast._io.progress import pace
+from lorafast._results import Result
+from lorafast._similarity.collection import Adapters, collected
 from lorafast._similarity.lineage import _gram
 from lorafast._types import Progress
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 By = Literal["update", "name", "given"]
 ORDERS: tuple[By, ...] = ("update", "name", "given")
-SCHEMA_VERSION = 1
 #: Checkpoints that the search begins with, the nearest to zero first.
 STARTS = 8
 #: Checkpoints that are moved together in the search for a shorter way.
@@ -58,7 +58,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, repr=False)
-class Trajectory:
+class Trajectory(Result):
     """Checkpoints in their order. Made by `lorafast.trajectory`.
 
     Attributes:
@@ -75,6 +75,8 @@ class Trajectory:
     length: float
     errors: list[ScanError] = field(default_factory=list)
 
+    _kind = "trajectory"
+
     @property
     def order(self) -> list[Path]:
         """The checkpoints' paths in order."""
@@ -88,27 +90,14 @@ class Trajectory:
     def __repr__(self) -> str:
         return f"<Trajectory of {len(self.steps)} checkpoints: {' → '.join(self.names)}>"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain objects, with `schema_version` and `kind`."""
-        from lorafast._io.plain import to_plain
-
+    def _plain(self) -> dict[str, Any]:
         return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "trajectory",
             "by": self.by,
             "agrees": self.agrees,
             "length": self.length,
-            "steps": [{**to_plain(step), "path": os.fspath(step.path)} for step in self.steps],
-            "errors": [
-                {"path": os.fspath(error.path), "reason": error.reason} for error in self.errors
-            ],
+            "steps": to_plain(self.steps),
+            "errors": to_plain(self.errors),
         }
-
-    def to_json(self) -> str:
-        """`to_dict` as strict JSON."""
-        from lorafast._io.plain import without_non_finite
-
-        return json.dumps(without_non_finite(self.to_dict()), indent=2, allow_nan=False)
 
 
 def trajectory(

@@ -1,6 +1,6 @@
 """Inner products of many adapters' updates on a device.
 
-By module K = blocksum((𝐁ᵀ𝐁)∘(𝐀𝐀ᵀ)) over stacked factors, as in the core (`alike/products.rs`):
+By module K = blocksum((𝐁ᵀ𝐁)∘(𝐀𝐀ᵀ)) over stacked factors, as in the core (`similarity/products.rs`):
 products of factors in float64 or float32, TF32 off, and everything after them, and all norms, in
 float64. The N×N result is made in tiles of members, so that memory is bounded.
 """

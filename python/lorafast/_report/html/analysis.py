@@ -1,4 +1,4 @@
-"""The report of one adapter."""
+"""Page of one adapter."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from lorafast._report.html.elements import (
     plots,
     section,
     table,
-    words,
 )
-from lorafast._report.plots.draw import ANALYSIS_KINDS
+from lorafast._report.text import format_value
 
-PLOTS = ("overview", "heatmap", "spectrum")
 #: Points of a spectrum in a table's row.
 SPARK_POINTS = 32
 #: Keys of the summary that say more in other words.
@@ -121,7 +119,7 @@ def page(analysis: AdapterAnalysis) -> str:
         element("p", element("code", str(analysis.path)), class_="quiet"),
         findings([(None, finding) for finding in analysis.findings]),
         section("Summary", summary(analysis)),
-        plots(analysis, PLOTS, ANALYSIS_KINDS),
+        plots(analysis),
         section("Modules", modules_table(list(analysis.modules.values()))),
         section(
             "Stored tensors",
@@ -142,18 +140,21 @@ def summary(analysis: AdapterAnalysis) -> Html:
     """The figures of the whole adapter, and of all its stored weights."""
     weights = analysis.weights
     items = [
-        (SUMMARY_WORDS.get(key, key.replace("_", " ")), words(value))
+        (SUMMARY_WORDS.get(key, key.replace("_", " ")), format_value(value))
         for key, value in analysis.summary.items()
     ]
     items += [
-        ("mean of the weights", words(weights.mean)),
-        ("standard deviation", words(weights.std)),
-        ("least and greatest weight", f"{words(weights.min)} to {words(weights.max)}"),
-        ("zeros", f"{words(100 * weights.zero_share)} %"),
-        ("not finite", words(weights.non_finite)),
+        ("mean of the weights", format_value(weights.mean)),
+        ("standard deviation", format_value(weights.std)),
+        (
+            "least and greatest weight",
+            f"{format_value(weights.min)} to {format_value(weights.max)}",
+        ),
+        ("zeros", f"{format_value(100 * weights.zero_share)} %"),
+        ("not finite", format_value(weights.non_finite)),
     ]
     items += [
-        (f"percentile {words(percent)}", words(value))
+        (f"percentile {format_value(percent)}", format_value(value))
         for percent, value in weights.percentiles.items()
     ]
     return definitions(items)

@@ -1,23 +1,25 @@
 "use strict";
 {
-  const given = document.getElementById("charts").textContent;
+  const element = document.getElementById("charts");
+  const given = element.textContent;
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  // The darkest of the colours would hardly be seen on a dark ground.
-  const read = () => JSON.parse(dark.matches ? given.replaceAll("#0072B2", "#7ba4ff")
-    .replaceAll("rgba(0,114,178,0.18)", "rgba(123,164,255,0.25)") : given);
+  // Some colors would hardly be seen on a dark ground.
+  const onDark = Object.entries(JSON.parse(element.dataset.onDark));
+  const read = () => JSON.parse(dark.matches
+    ? onDark.reduce((text, [light, color]) => text.replaceAll(light, color), given) : given);
   let charts = read();
   // Below this width names would leave no room for the cells of the matrix.
   const NAMES = 640;
   const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
+  const color = (name) => style.getPropertyValue(name).trim();
   const theme = () => ({
-    axis: { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") },
+    axis: { gridcolor: color("--line"), zerolinecolor: color("--line"), linecolor: color("--line") },
     layout: {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', size: 12, color: colour("--text") },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: colour("--text") },
-      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
+      font: { family: 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', size: 12, color: color("--text") },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--quiet"), activecolor: color("--text") },
+      hoverlabel: { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--text") } },
     },
   });
   const config = { displaylogo: false, responsive: true, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]] };

@@ -1,4 +1,4 @@
-"""The report of several adapters."""
+"""Page of a comparison of several adapters."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ from lorafast._report.html.elements import (
     folded,
     join,
     natural,
-    number,
     plots,
     section,
     table,
 )
-from lorafast._report.plots.draw import COMPARISON_KINDS
+from lorafast._report.plots.comparison import MAX_TABLE
+from lorafast._report.text import format_value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Values = NDArray[np.float64]
 
-PLOTS = ("modules", "distributions", "adapters")
 #: Up to so many adapters have columns of their own in the table of modules.
 OWN_COLUMNS = 6
-#: Up to so many adapters the matrix of cosines is a table; for more it is a picture.
-MATRIX_AT_MOST = 60
 
 COSINE = "⟨X, Y⟩/(‖X‖·‖Y‖), exact, of two adapters' updates of the module."
 SIGN = "Share of entries that both change in the same direction, of those that both change."
@@ -70,20 +67,19 @@ def page(comparison: Comparison) -> str:
     pairs = list(zip(comparison.names, comparison.analyses, strict=True))
     modules = sorted(comparison.modules.values(), key=lambda module: natural(module.path))
     found = [(None, finding) for finding in comparison.findings]
-    pictures = PLOTS if len(pairs) <= MATRIX_AT_MOST else ("cosine", *PLOTS)
     return document(
         f"Comparison of {len(pairs)} adapters",
         findings([*found, *((name, one) for name, a in pairs for one in a.findings)]),
         section("Adapters", table(pairs, ADAPTER_COLUMNS, "adapters")),
         section("Cosine of the updates", _matrix(comparison)),
-        plots(comparison, pictures, COMPARISON_KINDS),
+        plots(comparison),
         section("Modules", table(modules, _columns(comparison), "modules")),
         _only_in(comparison),
     )
 
 
 def _matrix(comparison: Comparison) -> Html:
-    """The cosines as a table of colours, each with both names on hover."""
+    """The cosines as a table of colors, each with both names on hover."""
     explained = element(
         "p",
         "⟨X, Y⟩/(‖X‖·‖Y‖) of the whole updates: 1 the same direction, 0 nothing in common, "
@@ -91,7 +87,7 @@ def _matrix(comparison: Comparison) -> Html:
         class_="quiet",
     )
     names = comparison.names
-    if len(names) > MATRIX_AT_MOST:
+    if len(names) > MAX_TABLE:
         return join([explained, element("p", "The matrix is among the plots.")])
     short = len(names) > 8
     head = element(
@@ -118,19 +114,19 @@ def _matrix(comparison: Comparison) -> Html:
 
 
 def _cosine_cell(value: float, pair: str) -> Html:
-    """A cell whose colour grows with the magnitude: violet above zero, orange below."""
+    """A cell whose color grows with the magnitude: violet above zero, orange below."""
     if not math.isfinite(value):
         return element("td", "–", title=f"{pair}: undefined, a zero or non-finite update")
     strength = min(1.0, abs(value))
-    colour = "94,60,153" if value >= 0 else "230,97,1"
-    # On a full colour the page's own ink would be too faint in one of its two themes.
+    color = "94,60,153" if value >= 0 else "230,97,1"
+    # On a full color the page's own ink would be too faint in one of its two themes.
     ink = None if strength < 0.8 else "dark" if value >= 0 else "light"
     return element(
         "td",
         # Rounded first, and zero added, so that no zero has a minus.
         f"{round(value, 3) + 0.0:.3f}",
         title=f"{pair}: cosine {value:.9g}",
-        style=f"background:rgba({colour},{strength:.2f})",
+        style=f"background:rgba({color},{strength:.2f})",
         class_=ink,
     )
 
@@ -209,7 +205,7 @@ def _only_in(comparison: Comparison) -> Html:
     """The modules that some adapters have and others lack, adapter by adapter."""
     lists = [
         folded(
-            f"{name}: {number(len(paths))} not in every adapter",
+            f"{name}: {format_value(len(paths))} not in every adapter",
             element("ul", *(element("li", element("code", path)) for path in paths)),
         )
         for name, paths in comparison.only_in.items()

@@ -1,4 +1,4 @@
-"""HTML as nested calls that escape by themselves, and the parts that both reports are made of."""
+"""Elements of every page: HTML as nested calls that escape by themselves, tables, findings."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import base64
 import html
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+from lorafast._analysis.findings import group_findings
 from lorafast._analysis.records import Finding
 from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._core import __version__
 from lorafast._errors import MissingDependencyError
+from lorafast._report.plots.draw import draw, plots_of
 from lorafast._report.plots.png import png
+from lorafast._report.text import format_value
 
 Row = TypeVar("Row")
 
 VOID = frozenset({"meta", "img", "input", "polyline"})
-SEVERITIES = ("severe", "warning", "note")
 #: Kinds of findings beyond these are folded away.
-FINDINGS_SHOWN = 40
+MAX_FINDINGS = 40
 #: Nothing from outside may be loaded, whatever a name in a file holds.
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -65,17 +67,6 @@ def join(parts: Iterable[str], separator: str = "") -> Html:
     )
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A figure for reading: whole numbers in full, others in significant digits."""
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    return f"{value:.{digits}g}"
-
-
 @dataclass(frozen=True)
 class Column(Generic[Row]):
     """A column of a table.
@@ -100,7 +91,7 @@ def _cell(value: float | str | None) -> Html:
         return element("td", value, class_="text")
     # What has no order, as NaN, has no value to sort by and stays at the end.
     key = "" if value is None or math.isnan(value) else repr(float(value))
-    return element("td", number(value), data_value=key)
+    return element("td", format_value(value), data_value=key)
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Html:
@@ -179,105 +170,93 @@ def natural(text: str) -> tuple[tuple[int, int, str], ...]:
     )
 
 
-def words(value: Any) -> str:
-    """A value of the summary as a reader would write it."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return number(value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} (×{words(count)})" for key, count in value.items()) or "none"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(words, value)) or "none"
-    return str(value)
-
-
-def findings(items: Sequence[tuple[str | None, Finding]]) -> Html:
-    """The findings, each with the adapter it is about where there are several."""
-    if not items:
+def findings_section(entries: Sequence[Html]) -> Html:
+    """The findings of a page, each as `finding_entry` makes it; what is too much is folded away."""
+    if not entries:
         return section("Findings", element("p", "Nothing out of the ordinary was found."))
-    groups: dict[tuple[str | None, str, str], list[Finding]] = {}
-    for adapter, finding in sorted(items, key=lambda item: SEVERITIES.index(item[1].severity)):
-        groups.setdefault((adapter, finding.severity, finding.kind), []).append(finding)
-    entries = [_finding_group(adapter, group) for (adapter, _, _), group in groups.items()]
-    shown = element("ul", *entries[:FINDINGS_SHOWN], class_="findings")
-    rest = entries[FINDINGS_SHOWN:]
+    shown = element("ul", *entries[:MAX_FINDINGS], class_="findings")
+    rest = entries[MAX_FINDINGS:]
     if rest:
         hidden = element("ul", *rest, class_="findings")
         shown = join([shown, folded(f"{len(rest):,} more kinds of findings", hidden)])
     return section("Findings", shown)
 
 
-def _finding_group(adapter: str | None, group: Sequence[Finding]) -> Html:
+def finding_entry(severity: str, *content: str) -> Html:
+    """Findings of one kind, under their severity."""
+    return element("li", element("span", severity, class_="badge"), " ", *content, class_=severity)
+
+
+def finding_line(finding: Finding, *after: str) -> Html:
+    """The module and the reason of a finding."""
+    module = () if finding.module is None else (element("code", finding.module), " ")
+    return join([*module, finding.reason, *after])
+
+
+def findings(items: Sequence[tuple[str | None, Finding]]) -> Html:
+    """The findings, each with the adapter it is about where there are several."""
+    groups = group_findings(items, lambda item: item[1], lambda item: item[0])
+    return findings_section([_finding_group(group) for group in groups])
+
+
+def _finding_group(group: Sequence[tuple[str | None, Finding]]) -> Html:
     """Findings of one kind in one adapter: the first of many, the others folded away."""
-    first, rest = group[0], group[1:]
-    return element(
-        "li",
-        element("span", first.severity, class_="badge"),
-        " ",
-        *((element("b", adapter), ": ") if adapter is not None else ()),
-        _finding(first),
-        *([folded(f"{len(rest):,} more of this kind", _plain_list(rest))] if rest else []),
-        class_=first.severity,
-    )
-
-
-def _plain_list(group: Sequence[Finding]) -> Html:
-    return element("ul", *(element("li", _finding(finding)) for finding in group))
+    adapter, first = group[0]
+    rest = [element("li", _finding(finding)) for _, finding in group[1:]]
+    more = [folded(f"{len(rest):,} more of this kind", element("ul", *rest))] if rest else []
+    name = () if adapter is None else (element("b", adapter), ": ")
+    return finding_entry(first.severity, *name, _finding(first), *more)
 
 
 def _finding(finding: Finding) -> Html:
-    return join(
-        [
-            *((element("code", finding.module), " ") if finding.module is not None else ()),
-            finding.reason,
-            " ",
-            element("small", f"{finding.kind.replace('_', ' ')}{_figure_of(finding)}"),
-        ]
-    )
+    value = "" if finding.value is None else f" · {format_value(finding.value)}"
+    kind = finding.kind.replace("_", " ")
+    return finding_line(finding, " ", element("small", f"{kind}{value}"))
 
 
-def _figure_of(finding: Finding) -> str:
-    return "" if finding.figure is None else f" · {number(finding.figure)}"
-
-
-def plots(
-    subject: AdapterAnalysis | Comparison, kinds: Sequence[str], described: Mapping[str, str]
-) -> Html:
-    """Pictures of some kinds, each with what it shows, or why there are none."""
+def plots(subject: AdapterAnalysis | Comparison) -> Html:
+    """The plots of a result's page, each with what it shows, or why there are none."""
     pictures = []
-    for kind in kinds:
+    for plot in plots_of(subject).values():
+        if not plot.page(subject):
+            continue
         try:
-            drawn = png(subject.plot(kind))
+            drawn = png(draw(subject, plot.kind))
         except MissingDependencyError as error:
             return section("Plots", element("p", f"There are no plots here: {error}."))
         source = "data:image/png;base64," + base64.b64encode(drawn).decode("ascii")
-        caption = described[kind][0].upper() + described[kind][1:]
+        caption = plot.caption[0].upper() + plot.caption[1:]
         image = element("img", src=source, alt=caption)
         pictures.append(element("figure", image, element("figcaption", caption)))
     return section("Plots", *pictures)
 
 
-def document(title: str, *content: str) -> str:
-    """The whole page."""
-    here = resources.files("lorafast._report.html")
-    style = Html((here / "style.css").read_text(encoding="utf-8"))
-    script = Html((here / "script.js").read_text(encoding="utf-8"))
+def asset(name: str) -> Html:
+    """A style or a script that lies beside this module."""
+    return Html((resources.files("lorafast._report.html") / name).read_text(encoding="utf-8"))
+
+
+def document(title: str, *content: str, class_: str | None = None) -> str:
+    """The whole page.
+
+    Args:
+        title: its title, which also heads it.
+        content: its sections.
+        class_: what the style sheet tells it from other pages by.
+    """
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("title", title),
-        element("style", style),
+        element("style", asset("style.css")),
     )
     footer = element("footer", element("p", f"lorafast {__version__}"))
     body = element(
         "body",
-        element("main", element("h1", title), *content),
+        element("main", element("h1", title), *content, class_=class_),
         footer,
-        element("script", script),
+        element("script", asset("script.js")),
     )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"

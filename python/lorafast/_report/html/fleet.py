@@ -1,4 +1,4 @@
-"""One page about a fleet: what to look at first, then distributions, then every adapter."""
+"""Page of a fleet: what to look at first, then distributions, then every adapter."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorafast._analysis.findings import group_findings
 from lorafast._errors import LorafastError, missing
 from lorafast._fleet.findings import KINDS, listed
+from lorafast._report import palette
 from lorafast._report.html import fleet_charts
 from lorafast._report.html.elements import (
-    SEVERITIES,
     Column,
     Html,
+    asset,
     definitions,
     document,
     element,
+    finding_entry,
+    finding_line,
+    findings_section,
     folded,
     join,
     section,
     table,
 )
+from lorafast._report.lines import findings_text
 
 if TYPE_CHECKING:
     from lorafast._fleet.discovery import ScanError
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 #: Entries of a list that are not folded away.
 SHOWN = 12
 #: Entries of a folded list; the tables and the JSON have them all.
-MOST_LISTED = 200
+MAX_LISTED = 200
 #: More adapters than this are not compared with each other unless it is asked for.
 COMPARED_UNASKED = 1000
 
@@ -50,28 +56,31 @@ def page(fleet: Fleet, similarity: Any) -> str:
     """
     library = _plotly()
     charts = fleet_charts.charts(fleet)
-    alike = _alike(fleet, similarity)
-    if isinstance(alike, fleet_charts.Chart):
-        charts.append(alike)
-    here = resources.files("lorafast._report.html")
-    style = Html((here / "charts.css").read_text(encoding="utf-8"))
-    script = Html((here / "charts.js").read_text(encoding="utf-8"))
+    matrix = _matrix(fleet, similarity)
+    if isinstance(matrix, fleet_charts.Chart):
+        charts.append(matrix)
     drawn = [(chart, _place(index, chart)) for index, chart in enumerate(charts)]
     pictures = [place for chart, place in drawn if not chart.wide]
     wide = [place for chart, place in drawn if chart.wide]
-    note = [element("p", alike, class_="quiet")] if isinstance(alike, str) else []
+    note = [element("p", matrix, class_="quiet")] if isinstance(matrix, str) else []
     return document(
         f"A fleet of {len(fleet):,} adapters",
-        element("style", style),
         _summary(fleet),
         _findings(fleet),
         _errors(fleet.errors),
         section("Distributions", element("div", *pictures, class_="charts")) if pictures else "",
         section("Similarity", *wide, *note) if wide or note else "",
         section("Adapters", table(_rows(fleet), _columns(fleet), "adapters")),
-        element("script", _data(charts), type="application/json", id="charts"),
+        element(
+            "script",
+            _data(charts),
+            type="application/json",
+            id="charts",
+            data_on_dark=json.dumps(palette.ON_DARK),
+        ),
         element("script", library),
-        element("script", script),
+        element("script", asset("charts.js")),
+        class_="fleet",
     )
 
 
@@ -103,7 +112,7 @@ def _place(index: int, chart: fleet_charts.Chart) -> Html:
     return element("div", *parts, class_="chart wide" if chart.wide else "chart")
 
 
-def _alike(fleet: Fleet, similarity: Any) -> fleet_charts.Chart | str | None:
+def _matrix(fleet: Fleet, similarity: Any) -> fleet_charts.Chart | str | None:
     """The matrix, or a sentence about why there is none."""
     if isinstance(similarity, str):
         if len(fleet) < 2:
@@ -130,12 +139,7 @@ def _summary(fleet: Fleet) -> Html:
     bases = Counter("none named" if base is None else base for base in adapters["base"].tolist())
     common = ", ".join(f"{base} ({count:,})" for base, count in bases.most_common(3))
     more = f" and {len(bases) - 3} more" if len(bases) > 3 else ""
-    counts = Counter[str](item.finding.severity for item in fleet.findings)
-    counted = [
-        f"{counts[severity]:,} {word if counts[severity] != 1 else word.removesuffix('s')}"
-        for severity, word in zip(SEVERITIES, ("severe", "warnings", "notes"), strict=True)
-        if counts[severity]
-    ]
+    counted = findings_text((item.finding for item in fleet.findings), none="none")
     facts = [
         ("adapters", f"{len(fleet):,}"),
         ("could not be read", f"{len(fleet.errors):,}"),
@@ -143,29 +147,20 @@ def _summary(fleet: Fleet) -> Html:
         ("parameters", f"{int(adapters['parameters'].sum()):,}"),
         ("weights files", f"{adapters['bytes'].sum() / 1e6:,.1f} MB"),
         ("bases", f"{common}{more}"),
-        ("findings", ", ".join(counted) or "none"),
+        ("findings", counted),
         ("looked at", {"headers": "headers alone"}.get(fleet.metrics, fleet.metrics)),
     ]
     return section("Summary", definitions(facts))
 
 
 def _findings(fleet: Fleet) -> Html:
-    groups: dict[tuple[str, str], list[FleetFinding]] = {}
-    for item in fleet.findings:
-        groups.setdefault((item.finding.severity, item.finding.kind), []).append(item)
-    if not groups:
-        return section("Findings", element("p", "Nothing out of the ordinary was found."))
-    entries = [
-        _finding_group(severity, kind, items)
-        for (severity, kind), items in sorted(
-            groups.items(), key=lambda group: SEVERITIES.index(group[0][0])
-        )
-    ]
-    return section("Findings", element("ul", *entries, class_="findings"))
+    groups = group_findings(fleet.findings, lambda item: item.finding)
+    return findings_section([_finding_group(group) for group in groups])
 
 
-def _finding_group(severity: str, kind: str, items: Sequence[FleetFinding]) -> Html:
+def _finding_group(items: Sequence[FleetFinding]) -> Html:
     """Findings of one kind in any number of adapters."""
+    kind = items[0].finding.kind
     adapters = list(dict.fromkeys(item.adapter for item in items if item.adapter is not None))
     meaning = KINDS.get(kind, kind.replace("_", " "))
     # A formula is not written with another letter.
@@ -177,26 +172,18 @@ def _finding_group(severity: str, kind: str, items: Sequence[FleetFinding]) -> H
     if len(items) == 1:
         body.append(join([". " if items[0].adapter is None else ": ", _finding(items[0])]))
     else:
-        entries = [element("li", _finding(item)) for item in items[:MOST_LISTED]]
-        if len(items) > MOST_LISTED:
-            entries.append(element("li", f"and {len(items) - MOST_LISTED:,} more"))
+        entries = [element("li", _finding(item)) for item in items[:MAX_LISTED]]
+        if len(items) > MAX_LISTED:
+            entries.append(element("li", f"and {len(items) - MAX_LISTED:,} more"))
         body.append(folded(f"all {len(items):,}", element("ul", *entries)))
-    return element(
-        "li", element("span", severity, class_="badge"), " ", *head, *body, class_=severity
-    )
+    return finding_entry(items[0].finding.severity, *head, *body)
 
 
 def _finding(item: FleetFinding) -> Html:
-    finding = item.finding
-    parts: list[str] = []
-    if item.adapter is not None:
-        parts += [element("b", item.adapter), ": "]
-    if finding.module is not None:
-        parts += [element("code", finding.module), " "]
-    parts.append(finding.reason)
-    if item.count > 1:
-        parts.append(element("small", f" ({item.count:,} of these in this adapter)"))
-    return join(parts)
+    name = () if item.adapter is None else (element("b", item.adapter), ": ")
+    many = f" ({item.count:,} of these in this adapter)"
+    more = (element("small", many),) if item.count > 1 else ()
+    return join([*name, finding_line(item.finding, *more)])
 
 
 def _errors(errors: Sequence[ScanError]) -> str:
@@ -204,7 +191,7 @@ def _errors(errors: Sequence[ScanError]) -> str:
         return ""
     entries = [(os.fspath(error.path), error.reason) for error in errors]
     shown = [definitions(entries[:SHOWN])]
-    rest = entries[SHOWN : SHOWN + MOST_LISTED]
+    rest = entries[SHOWN : SHOWN + MAX_LISTED]
     if rest:
         left = len(entries) - SHOWN - len(rest)
         more = [element("p", f"and {left:,} more, all in fleet.errors")] if left else []

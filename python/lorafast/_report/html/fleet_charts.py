@@ -1,4 +1,4 @@
-"""The figures of a fleet as plotly's charts: traces and layouts as plain objects.
+"""Charts of a fleet for plotly: traces and layouts as plain objects.
 
 Distributions are counted here, so that a page of ten thousand adapters is not larger than one of
 ten.
@@ -17,24 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafast._fleet.table import Lists, Table, Texts
+from lorafast._report import palette
+from lorafast._report.text import ABSENT
 
 if TYPE_CHECKING:
     from lorafast._fleet.fleet import Fleet
 
-#: Okabe and Ito's colours, told apart with any colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+#: Without the black, which would not be seen on a dark ground.
+COLORS = palette.COLORS[:-1]
 BINS = 40
 #: Points of a scatter plot; more are one blot and make the page slow.
-MOST_POINTS = 5000
-#: Bases with a colour of their own; the others share one.
-MOST_BASES = len(COLOURS) - 1
+MAX_POINTS = 5000
+#: Bases with a color of their own; the others share one.
+MAX_BASES = len(COLORS) - 1
 #: Rows or columns of a chart by layer or block that stay readable.
-MOST_LAYERS = 24
-MOST_BLOCKS = 128
+MAX_LAYERS = 24
+MAX_BLOCKS = 128
 #: Cells along a side of the matrix; beyond, neighbours in its order are averaged.
-MOST_CELLS = 500
+MAX_CELLS = 500
 #: Names along the matrix that can be read.
-MOST_NAMES = 60
+MAX_NAMES = 60
 OTHERS = "other bases"
 
 
@@ -61,7 +63,7 @@ class Chart:
 
 def text(value: str | None) -> str:
     """A name as plotly shows it as it is: its texts are a little HTML."""
-    return "–" if value is None else html.escape(value, quote=False)
+    return ABSENT if value is None else html.escape(value, quote=False)
 
 
 def charts(fleet: Fleet) -> list[Chart]:
@@ -103,7 +105,7 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
         "x": _numbers(bars),
         "y": counts.tolist(),
         "width": _numbers(10 ** edges[1:] - 10 ** edges[:-1]),
-        "marker": {"color": COLOURS[0]},
+        "marker": {"color": COLORS[0]},
         "hovertext": hover,
         "hoverinfo": "text",
     }
@@ -143,16 +145,16 @@ def _scatter(adapters: Table) -> Chart | None:
     if not len(drawn):
         return None
     caption = "Each point is an adapter."
-    if len(drawn) > MOST_POINTS:
-        drawn = np.sort(np.random.default_rng(0).choice(drawn, MOST_POINTS, replace=False))
-        caption = f"Each point is an adapter; {MOST_POINTS:,} of them, drawn at random."
+    if len(drawn) > MAX_POINTS:
+        drawn = np.sort(np.random.default_rng(0).choice(drawn, MAX_POINTS, replace=False))
+        caption = f"Each point is an adapter; {MAX_POINTS:,} of them, drawn at random."
     bases = [text(base) for base in adapters["base"].tolist()]
     names = adapters["name"].tolist()
     frequent = [base for base, _ in Counter(bases[p] for p in drawn.tolist()).most_common()]
-    own = frequent if len(frequent) <= len(COLOURS) else frequent[:MOST_BASES]
+    own = frequent if len(frequent) <= len(COLORS) else frequent[:MAX_BASES]
     groups = [*own, OTHERS] if len(own) < len(frequent) else own
     traces = []
-    for colour, group in zip(COLOURS, groups, strict=False):
+    for color, group in zip(COLORS, groups, strict=False):
         here = [p for p in drawn.tolist() if (bases[p] if bases[p] in own else OTHERS) == group]
         traces.append(
             {
@@ -164,7 +166,7 @@ def _scatter(adapters: Table) -> Chart | None:
                 "text": [text(names[p]) for p in here],
                 "hovertemplate": "<b>%{text}</b><br>‖ΔW‖ %{x:.4g}<br>"
                 "mean effective rank %{y:.3g}<extra></extra>",
-                "marker": {"color": colour, "size": 7, "opacity": 0.75},
+                "marker": {"color": color, "size": 7, "opacity": 0.75},
             }
         )
     low, high = np.log10([norms[drawn].min(), norms[drawn].max()]).tolist()
@@ -199,7 +201,7 @@ def _spectra(modules: Table) -> Chart | None:
         for key, value in zip(bands, (low, middle, high), strict=True):
             bands[key].append(float(value))
     x = places.tolist()
-    colour = COLOURS[0]
+    color = COLORS[0]
     edge = {"type": "scatter", "mode": "lines", "x": x, "line": {"width": 0}, "showlegend": False}
     hover = "k = %{x}<br>%{y:.4g}"
     traces = [
@@ -209,7 +211,7 @@ def _spectra(modules: Table) -> Chart | None:
             "name": "10 %",
             "y": bands["10 %"],
             "fill": "tonexty",
-            "fillcolor": "rgba(0,114,178,0.18)",
+            "fillcolor": palette.BAND,
             "hovertemplate": hover,
         },
         {
@@ -218,7 +220,7 @@ def _spectra(modules: Table) -> Chart | None:
             "name": "median",
             "x": x,
             "y": bands["median"],
-            "line": {"color": colour},
+            "line": {"color": color},
             "marker": {"size": 5},
             "hovertemplate": hover,
         },
@@ -253,7 +255,7 @@ def _use_of_rank(modules: Table) -> Chart | None:
         modules["rank"], np.minimum(modules["out_features"], modules["in_features"])
     )
     rows = []
-    for layer, here in _groups(column, MOST_LAYERS):
+    for layer, here in _groups(column, MAX_LAYERS):
         values = share[here]
         values = values[np.isfinite(values)]
         if len(values):
@@ -269,7 +271,7 @@ def _use_of_rank(modules: Table) -> Chart | None:
             key: _numbers(quantiles[:, place])
             for place, key in enumerate(("lowerfence", "q1", "median", "q3", "upperfence"))
         },
-        "marker": {"color": COLOURS[2]},
+        "marker": {"color": COLORS[2]},
         "line": {"width": 1.3},
         "hoverinfo": "x",
         "xhoverformat": ".3f",
@@ -289,11 +291,11 @@ def _places(modules: Table) -> Chart | None:
     column = modules.stored()["layer"]
     assert isinstance(column, Texts)
     blocks, norms = modules["block"], modules["frobenius_norm"]
-    inside = (blocks >= 0) & (blocks < MOST_BLOCKS) & np.isfinite(norms)
+    inside = (blocks >= 0) & (blocks < MAX_BLOCKS) & np.isfinite(norms)
     if not inside.any():
         return None
     width = int(blocks[inside].max()) + 1
-    groups = [(layer, here[inside[here]]) for layer, here in _groups(column, MOST_LAYERS)]
+    groups = [(layer, here[inside[here]]) for layer, here in _groups(column, MAX_LAYERS)]
     groups = [(layer, here) for layer, here in groups if len(here)]
     grid = np.full((len(groups), width), math.nan)
     for row, (_, here) in enumerate(groups):
@@ -332,13 +334,13 @@ def _counts(adapters: Table, column: str, title: str, caption: str) -> Chart | N
     if not len(values):
         return None
     found, counts = np.unique(values, return_counts=True)
-    if len(found) > MOST_LAYERS:
+    if len(found) > MAX_LAYERS:
         return _log_histogram(values, title, caption, column)
     trace = {
         "type": "bar",
         "x": [f"{value:g}" for value in found.tolist()],
         "y": counts.tolist(),
-        "marker": {"color": COLOURS[3] if column == "rank" else COLOURS[5]},
+        "marker": {"color": COLORS[3] if column == "rank" else COLORS[5]},
         "hovertemplate": f"{column} %{{x}}<br>%{{y:,}} adapters<extra></extra>",
     }
     # One bar or two are no wider than one of four.
@@ -365,8 +367,8 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     has_gaps = not np.isfinite(cosine).all()
     if has_gaps:
         caption += " Grey cells have no cosine: adapters of different bases, or no finite update."
-    if count > MOST_CELLS:
-        edges = np.linspace(0, count, MOST_CELLS + 1).round().astype(int)
+    if count > MAX_CELLS:
+        edges = np.linspace(0, count, MAX_CELLS + 1).round().astype(int)
         ordered = _averaged(ordered, edges)
         caption += (
             f" {count:,} adapters are too many to be shown one by one: each cell is the mean of "
@@ -376,7 +378,7 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
             labels[start] if end - start == 1 else f"{labels[start]} … {labels[end - 1]}"
             for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
         ]
-    has_names = len(labels) <= MOST_NAMES
+    has_names = len(labels) <= MAX_NAMES
     positions = list(range(len(labels)))
     ticks = {
         "showticklabels": has_names,
@@ -415,7 +417,7 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     if has_gaps:
         layout["plot_bgcolor"] = GAP
     return Chart(
-        "Which adapters are alike",
+        "Similarity of each pair",
         caption,
         [trace],
         layout,
@@ -440,7 +442,7 @@ def _averaged(values: NDArray[Any], edges: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(sums / counts)
 
 
-#: Behind the cells that have no cosine, unlike any colour of one.
+#: Behind the cells that have no cosine, unlike any color of one.
 GAP = "#c4c8ce"
 #: Farther than any two that have a cosine, so that those of one base stand together.
 NO_COSINE = 4.0
@@ -470,7 +472,7 @@ def similar_order(cosine: NDArray[Any]) -> NDArray[np.int64]:
     np.fill_diagonal(distance, 0.0)
     condensed = squareform(distance, checks=False)
     tree = linkage(condensed, "average")
-    if count <= MOST_CELLS:
+    if count <= MAX_CELLS:
         tree = optimal_leaf_ordering(tree, condensed)
     return np.asarray(leaves_list(tree), dtype=np.int64)
 

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafast._analysis.records import ModuleAnalysis, TensorStatistics
 from lorafast._analysis.results import AdapterAnalysis
-from lorafast._report.plots.figure import new_figure
+from lorafast._report.palette import COLORS
+from lorafast._report.plots.draw import plot
 from lorafast._report.plots.style import (
     ABSENT,
-    COLOURS,
     GUIDE,
     LABEL_SIZE,
     TICK_SIZE,
+    draw_empty,
     draw_grid,
-    dress,
     filled_histogram,
     finite,
-    fit,
-    fit_all,
     grid_of,
     grid_size,
+    is_drawable,
     legend_above,
     line_style,
-    nothing,
-    percent,
-    short,
+    new_figure,
+    style_axes,
     thin_ticks,
-    usable,
+    truncate,
+    truncate_all,
 )
+from lorafast._report.text import format_number, format_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,32 +44,15 @@ if TYPE_CHECKING:
 FEW = 8
 
 
-def weights(analysis: AdapterAnalysis) -> Figure:
-    """The distribution of all stored weights, with mean and percentiles."""
-    figure = new_figure(10, 6, f"{fit(analysis.name)}: stored weights")
-    _weights(figure.subplots(), analysis.weights)
-    return figure
-
-
-def log_weights(analysis: AdapterAnalysis) -> Figure:
-    """The distribution of the stored weights' magnitudes."""
-    figure = new_figure(10, 6, f"{fit(analysis.name)}: magnitudes of the stored weights")
-    _log_weights(figure.subplots(), analysis.weights)
-    return figure
-
-
-def layers(analysis: AdapterAnalysis) -> Figure:
-    """Mean and standard deviation of the stored factors of each layer."""
-    figure = new_figure(13, 9, f"{fit(analysis.name)}: stored factors by layer")
-    upper, lower = figure.subplots(2, 1)
-    _by_layer(upper, analysis, "mean")
-    _by_layer(lower, analysis, "std")
-    return figure
-
-
+@plot(
+    "overview",
+    caption="weights, log-scale weights, mean and standard deviation by layer",
+    page=True,
+    file="{name}_weight_analysis.png",
+)
 def overview(analysis: AdapterAnalysis) -> Figure:
     """Weights, their magnitudes, and mean and standard deviation by layer."""
-    figure = new_figure(14, 10, f"{fit(analysis.name)}: stored weights")
+    figure = new_figure(14, 10, f"{truncate(analysis.name)}: stored weights")
     panels = figure.subplots(2, 2)
     _weights(panels[0, 0], analysis.weights)
     _log_weights(panels[0, 1], analysis.weights)
@@ -78,6 +61,33 @@ def overview(analysis: AdapterAnalysis) -> Figure:
     return figure
 
 
+@plot("weights", caption="distribution of the stored weights")
+def weights(analysis: AdapterAnalysis) -> Figure:
+    """The distribution of all stored weights, with mean and percentiles."""
+    figure = new_figure(10, 6, f"{truncate(analysis.name)}: stored weights")
+    _weights(figure.subplots(), analysis.weights)
+    return figure
+
+
+@plot("log_weights", caption="distribution of the stored weights' magnitudes")
+def log_weights(analysis: AdapterAnalysis) -> Figure:
+    """The distribution of the stored weights' magnitudes."""
+    figure = new_figure(10, 6, f"{truncate(analysis.name)}: magnitudes of the stored weights")
+    _log_weights(figure.subplots(), analysis.weights)
+    return figure
+
+
+@plot("layers", caption="mean and standard deviation of the stored factors by layer")
+def layers(analysis: AdapterAnalysis) -> Figure:
+    """Mean and standard deviation of the stored factors of each layer."""
+    figure = new_figure(13, 9, f"{truncate(analysis.name)}: stored factors by layer")
+    upper, lower = figure.subplots(2, 1)
+    _by_layer(upper, analysis, "mean")
+    _by_layer(lower, analysis, "std")
+    return figure
+
+
+@plot("heatmap", caption="‖ΔW‖ by block and module", page=True, file="{name}_weight_heatmap.png")
 def heatmap(analysis: AdapterAnalysis) -> Figure:
     """‖ΔW‖ of each module, blocks from left to right."""
     from matplotlib import colormaps
@@ -85,13 +95,13 @@ def heatmap(analysis: AdapterAnalysis) -> Figure:
     modules = list(analysis.modules.values())
     grid = grid_of(modules, [module.frobenius_norm for module in modules])
     rows, columns, values, _ = grid
-    title = f"{fit(analysis.name)}: size of the update of each module"
+    title = f"{truncate(analysis.name)}: size of the update of each module"
     figure = new_figure(*grid_size(rows, columns), title)
     axes = figure.subplots()
     if not modules:
-        nothing(axes, "the adapter updates no module")
+        draw_empty(axes, "the adapter updates no module")
         return figure
-    draw_grid(figure, axes, grid, colours=colormaps["cividis"], scale=_norm_scale(values),
+    draw_grid(figure, axes, grid, colors=colormaps["cividis"], scale=_norm_scale(values),
               label="‖ΔW‖ (Frobenius)")  # fmt: skip
     return figure
 
@@ -104,19 +114,25 @@ def _norm_scale(values: NDArray[np.float64]) -> Normalize:
     if not positive.size:
         return Normalize(0.0, 1.0)
     if positive.max() > 1000 * positive.min():
-        # Zero norms have no logarithm: they are drawn as the least colour.
+        # Zero norms have no logarithm: they are drawn as the least color.
         return LogNorm(positive.min(), positive.max(), clip=True)
     return Normalize(0.0, float(positive.max()))
 
 
+@plot(
+    "spectrum",
+    caption="singular values of the updates, and their cumulative energy",
+    page=True,
+    file="{name}_spectrum.png",
+)
 def spectrum(analysis: AdapterAnalysis) -> Figure:
     """Singular values relative to the greatest, and the share of ‖ΔW‖² in the first k of them."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(13, 5.8, f"{fit(analysis.name)}: singular values of the updates")
+    figure = new_figure(13, 5.8, f"{truncate(analysis.name)}: singular values of the updates")
     left, right = figure.subplots(1, 2)
-    dress(left, "Scree", "i", "σᵢ / σ₁")
-    dress(right, "Cumulative energy", "k", "share of ‖ΔW‖² in the first k")
+    style_axes(left, "Scree", "i", "σᵢ / σ₁")
+    style_axes(right, "Cumulative energy", "k", "share of ‖ΔW‖² in the first k")
     spectra = {
         path: np.asarray(module.singular_values, dtype=float)
         for path, module in analysis.modules.items()
@@ -127,8 +143,8 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
         if values.size and np.isfinite(values).all() and values[0] > 0
     }
     if not spectra:
-        nothing(left, "no update with a spectrum:\nall are zero or not finite")
-        nothing(right, "")
+        draw_empty(left, "no update with a spectrum:\nall are zero or not finite")
+        draw_empty(right, "")
         return figure
     groups = _spectrum_groups([analysis.modules[path] for path in spectra])
     longest = max(values.size for values in spectra.values())
@@ -165,10 +181,10 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
         axes.set_xlim(1 - margin, longest + margin)
     sizes = [len(groups[label]) for label in labels]
     if max(sizes) > 1:
-        shown = [f"{label}  ({n})" for label, n in zip(fit_all(labels), sizes, strict=True)]
+        shown = [f"{label}  ({n})" for label, n in zip(truncate_all(labels), sizes, strict=True)]
         heading = "median of each (number of modules); grey: 10–90 % of all modules"
     else:
-        shown, heading = fit_all(labels), None
+        shown, heading = truncate_all(labels), None
     legend = figure.legend(handles, ["" for _ in shown], loc="outside lower center", fontsize=8,
                            ncols=min(4, len(shown)), frameon=False, title=heading,
                            title_fontsize=8)  # fmt: skip
@@ -216,14 +232,14 @@ def _median_band(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
 
 
 def _weights(axes: Axes, statistics: TensorStatistics) -> None:
-    dress(axes, "Distribution", "weight", "count")
-    if not usable(statistics.histogram):
-        nothing(axes, "no finite weights")
+    style_axes(axes, "Distribution", "weight", "count")
+    if not is_drawable(statistics.histogram):
+        draw_empty(axes, "no finite weights")
         return
     axes.set_ylabel(filled_histogram(axes, statistics.histogram), fontsize=LABEL_SIZE)
     low, high = (statistics.percentiles.get(p, math.nan) for p in (5.0, 95.0))
     axes.set_xlabel(f"weight\n{_figures(statistics)}", fontsize=LABEL_SIZE)
-    style: dict[str, Any] = {"color": COLOURS[3], "linewidth": 1.2}
+    style: dict[str, Any] = {"color": COLORS[3], "linewidth": 1.2}
     handles = []
     if math.isfinite(statistics.mean):
         handles.append(axes.axvline(statistics.mean, label="mean", **style))
@@ -238,9 +254,9 @@ def _figures(statistics: TensorStatistics) -> str:
     """The figures that a reader of the histogram asks for, as one line."""
     parts = [
         f"n = {statistics.count:,}",
-        f"mean = {short(statistics.mean)}",
-        f"std = {short(statistics.std)}",
-        f"from {short(statistics.min)} to {short(statistics.max)}",
+        f"mean = {format_number(statistics.mean, 3)}",
+        f"std = {format_number(statistics.std, 3)}",
+        f"from {format_number(statistics.min, 3)} to {format_number(statistics.max, 3)}",
     ]
     if statistics.non_finite:
         parts.append(f"{statistics.non_finite:,} not finite")
@@ -248,15 +264,15 @@ def _figures(statistics: TensorStatistics) -> str:
 
 
 def _log_weights(axes: Axes, statistics: TensorStatistics) -> None:
-    dress(axes, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)", "count")
-    if not usable(statistics.log_histogram):
-        nothing(axes, "no finite weights")
+    style_axes(axes, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)", "count")
+    if not is_drawable(statistics.log_histogram):
+        draw_empty(axes, "no finite weights")
         return
     axes.set_ylabel(filled_histogram(axes, statistics.log_histogram), fontsize=LABEL_SIZE)
     if statistics.zero_share > 0:
+        zeros = format_percent(statistics.zero_share)
         axes.set_xlabel(
-            f"log₁₀(|w| + 1e-8)\nat −8: exact zeros, {percent(statistics.zero_share)} of all",
-            fontsize=LABEL_SIZE,
+            f"log₁₀(|w| + 1e-8)\nat −8: exact zeros, {zeros} of all", fontsize=LABEL_SIZE
         )
 
 
@@ -267,23 +283,23 @@ def _by_layer(axes: Axes, analysis: AdapterAnalysis, figure: str) -> None:
         analysis.modules.values(),
         key=lambda module: -1 if module.block is None else module.block,
     )
-    dress(axes, title, "", figure)
+    style_axes(axes, title, "", figure)
     if not modules:
-        nothing(axes, "the adapter updates no module")
+        draw_empty(axes, "the adapter updates no module")
         return
-    factors = (("A", "a_name", COLOURS[0], "o"), ("B", "b_name", COLOURS[1], "^"))
+    factors = (("A", "a_name", COLORS[0], "o"), ("B", "b_name", COLORS[1], "^"))
     x = np.arange(len(modules))
     size = 5.0 if len(modules) <= 40 else 3.0 if len(modules) <= 250 else 2.0
     width = 1.0 if len(modules) <= 250 else 0.0
     drawn = False
-    for label, name, colour, marker in factors:
+    for label, name, color, marker in factors:
         tensors = [analysis.tensors.get(getattr(module, name)) for module in modules]
         y = [math.nan if t is None else finite(getattr(t, figure)) for t in tensors]
         drawn = drawn or not all(math.isnan(value) for value in y)
         axes.plot(x, y, marker=marker, markersize=size, linewidth=width, alpha=0.9,
-                  color=colour, label=label, markeredgewidth=0)  # fmt: skip
+                  color=color, label=label, markeredgewidth=0)  # fmt: skip
     if not drawn:
-        nothing(axes, "no finite statistics")
+        draw_empty(axes, "no finite statistics")
         return
     axes.set_xlim(-0.5 - 0.01 * len(modules), len(modules) - 0.5 + 0.01 * len(modules))
     if figure == "mean":
@@ -301,9 +317,9 @@ def _layer_ticks(axes: Axes, modules: Sequence[ModuleAnalysis]) -> None:
     if len(modules) <= 16:
         names = [m.layer if m.block is None else f"{m.block}.{m.layer}" for m in modules]
         if all(len(name) <= 3 for name in names):
-            thin_ticks(axes, "x", fit_all(names), 16)
+            thin_ticks(axes, "x", truncate_all(names), 16)
         else:
-            thin_ticks(axes, "x", fit_all(names, 26), 16, rotation=35)
+            thin_ticks(axes, "x", truncate_all(names, 26), 16, rotation=35)
         return
     starts: dict[str, int] = {}
     for position, module in enumerate(modules):
@@ -317,13 +333,3 @@ def _layer_ticks(axes: Axes, modules: Sequence[ModuleAnalysis]) -> None:
     numbered = [(label, at) for label, at in starts.items() if label != "none"]
     kept = [(label, at) for label, at in numbered if int(label) % step == 0] or numbered[:1]
     axes.set_xticks([at for _, at in kept], [label for label, _ in kept])
-
-
-DRAW: dict[str, Callable[[AdapterAnalysis], Figure]] = {
-    "overview": overview,
-    "weights": weights,
-    "log_weights": log_weights,
-    "layers": layers,
-    "heatmap": heatmap,
-    "spectrum": spectrum,
-}

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafast._analysis.records import Histogram, ModuleComparison
 from lorafast._analysis.results import AdapterAnalysis, Comparison
-from lorafast._report.plots.figure import new_figure
+from lorafast._report.palette import COLORS
+from lorafast._report.plots.draw import plot
 from lorafast._report.plots.style import (
     ABSENT,
-    COLOURS,
     GUIDE,
     LABEL_SIZE,
     TICK_SIZE,
     annotate,
+    draw_empty,
     draw_grid,
-    dress,
     finite,
-    fit_all,
     grid_of,
     grid_size,
+    is_drawable,
     legend_above,
     line_style,
-    nothing,
+    new_figure,
+    style_axes,
     thin_ticks,
-    usable,
+    truncate_all,
 )
 
 if TYPE_CHECKING:
@@ -37,144 +38,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Up to so many adapters have a line each in one panel; more are drawn as rows.
-LINES_AT_MOST = 12
+MAX_LINES = 12
+#: Up to so many adapters the page has a table of all cosines.
+MAX_TABLE = 60
 
 
-def adapters(comparison: Comparison) -> Figure:
-    """Number of parameters, mean, standard deviation and range of each adapter's weights."""
-    from matplotlib.ticker import EngFormatter
-
-    names = fit_all(comparison.names, 24)
-    statistics = [analysis.weights for analysis in comparison.analyses]
-    figure = new_figure(14, 10, "Adapters side by side: stored weights")
-    panels = figure.subplots(2, 2)
-    x = np.arange(len(names))
-    dress(panels[0, 0], "Parameters", "", "parameters")
-    panels[0, 0].bar(x, [s.count for s in statistics], width=0.7, color=COLOURS[0])
-    panels[0, 0].yaxis.set_major_formatter(EngFormatter(sep=" "))
-    dress(panels[0, 1], "Mean", "", "mean")
-    panels[0, 1].bar(x, [finite(s.mean) for s in statistics], width=0.7, color=COLOURS[0])
-    panels[0, 1].axhline(0.0, color=GUIDE, linewidth=0.8)
-    dress(panels[1, 0], "Standard deviation", "", "std")
-    panels[1, 0].bar(x, [finite(s.std) for s in statistics], width=0.7, color=COLOURS[0])
-    dress(panels[1, 1], "Range", "", "weight")
-    _ranges(panels[1, 1], comparison.analyses)
-    for axes in panels.flat:
-        _name_ticks(axes, names)
-        if axes is not panels[0, 0]:
-            axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
-            axes.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
-    return figure
+def _has_many_adapters(comparison: Comparison) -> bool:
+    """Whether the page has no table of all cosines."""
+    return len(comparison.names) > MAX_TABLE
 
 
-def _ranges(axes: Axes, analyses: Sequence[AdapterAnalysis]) -> None:
-    """A bar from the least to the greatest weight, a thicker one between two percentiles."""
-    for i, analysis in enumerate(analyses):
-        low, high = finite(analysis.weights.min), finite(analysis.weights.max)
-        axes.bar([i], [high - low], bottom=[low], width=0.12, color=COLOURS[4])
-        inner = [analysis.weights.percentiles.get(p, math.nan) for p in (5.0, 95.0)]
-        axes.bar([i], [inner[1] - inner[0]], bottom=[inner[0]], width=0.5, color=COLOURS[0])
-    # The lower end of a bar is no natural end of the axis here.
-    axes.use_sticky_edges = False
-    axes.axhline(0.0, color=GUIDE, linewidth=0.8)
-    from matplotlib.patches import Patch
-
-    whole = Patch(color=COLOURS[4], label="least to greatest")
-    legend_above(axes, [whole, Patch(color=COLOURS[0], label="5th to 95th percentile")])
-
-
-def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """An adapter's name below each position, upright where there are many."""
-    crowded = len(names) * max(map(len, names), default=0) > 60
-    thin_ticks(axes, "x", names, 40, rotation=0 if not crowded else 35 if len(names) <= 16 else 90)
-    if crowded and len(names) > 16:
-        for text in axes.get_xticklabels():
-            text.set(va="center")
-    axes.set_xlim(-0.6, len(names) - 0.4)
-
-
-def distributions(comparison: Comparison) -> Figure:
-    """The distributions of the stored weights over each other, from their histograms."""
-    figure = new_figure(13, 6.5, "Distributions of the stored weights")
-    left, right = figure.subplots(1, 2)
-    weights = [analysis.weights.histogram for analysis in comparison.analyses]
-    logs = [analysis.weights.log_histogram for analysis in comparison.analyses]
-    names = fit_all(comparison.names)
-    if len(names) > LINES_AT_MOST:
-        figure.suptitle(
-            "Distributions of the stored weights: density, of each adapter's own greatest (yellow)",
-            fontsize=13,
-        )
-        _rows(left, weights, names, "Distribution", "weight")
-        _rows(right, logs, None, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)")
-        return figure
-    dress(left, "Distribution", "weight", "density")
-    dress(right, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)", "density")
-    for axes, histograms in ((left, weights), (right, logs)):
-        _overlay(axes, histograms)
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(names))]
-    legend = figure.legend(handles, ["" for _ in names], loc="outside lower center", fontsize=9,
-                           ncols=min(4, len(names)), frameon=False)  # fmt: skip
-    for text, name, histogram in zip(legend.get_texts(), names, weights, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name if usable(histogram) else f"{name} (no finite weights)")
-    return figure
-
-
-def _density(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Edges, and counts over all counts and the width of the bin."""
-    edges = np.asarray(histogram.edges, dtype=float)
-    counts = np.asarray(histogram.counts, dtype=float)
-    return edges, counts / (counts.sum() * np.diff(edges))
-
-
-def _overlay(axes: Axes, histograms: Sequence[Histogram]) -> None:
-    drawn = [(i, *_density(h)) for i, h in enumerate(histograms) if usable(h)]
-    if not drawn:
-        nothing(axes, "no finite weights")
-        return
-    peaks = [density.max() for _, _, density in drawn]
-    # A wide distribution would be a flat line below a narrow one.
-    if max(peaks) > 20 * min(peaks):
-        axes.set_yscale("log")
-        axes.set_ylabel("density (logarithmic)", fontsize=LABEL_SIZE)
-    for i, edges, density in drawn:
-        axes.stairs(density, edges, baseline=None, linewidth=1.6, **line_style(i))
-    if axes.get_yscale() == "linear":
-        axes.set_ylim(bottom=0.0)
-
-
-def _rows(
-    axes: Axes, histograms: Sequence[Histogram], names: Sequence[str] | None, title: str, x: str
-) -> None:
-    """A row for each adapter, its density relative to its greatest as a colour."""
-    dress(axes, title, x, "")
-    axes.grid(False)
-    drawn = [h for h in histograms if usable(h)]
-    if not drawn:
-        nothing(axes, "no finite weights")
-        return
-    low = min(h.edges[0] for h in drawn)
-    high = max(h.edges[-1] for h in drawn)
-    grid = np.linspace(low, high, 241)
-    image = np.full((len(histograms), grid.size - 1), np.nan)
-    for i, histogram in enumerate(histograms):
-        if usable(histogram):
-            edges, density = _density(histogram)
-            below = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
-            share = np.diff(np.interp(grid, edges, below))
-            image[i] = share / share.max()
-    axes.set_facecolor(ABSENT)
-    axes.imshow(np.ma.masked_invalid(image), aspect="auto", interpolation="nearest",
-                cmap="cividis", extent=(low, high, len(histograms) - 0.5, -0.5))  # fmt: skip
-    if names is None:
-        axes.set_yticks([])
-    else:
-        thin_ticks(axes, "y", names, 40)
-
-
+@plot(
+    "cosine",
+    caption="cosine of the updates of each two adapters",
+    page=_has_many_adapters,
+    file="adapter_cosine.png",
+)
 def cosine(comparison: Comparison) -> Figure:
     """The cosine of the whole updates of each two adapters."""
     from matplotlib import colormaps
@@ -185,13 +64,13 @@ def cosine(comparison: Comparison) -> Figure:
     figure = new_figure(side + 1.0, side, "Cosine of the adapters' updates")
     axes = figure.subplots()
     if not n:
-        nothing(axes, "there are no adapters")
+        draw_empty(axes, "there are no adapters")
         return figure
-    names = fit_all(comparison.names, 24)
+    names = truncate_all(comparison.names, 24)
     values = np.asarray(comparison.cosine, dtype=float)
-    colours, scale = colormaps["PuOr"], Normalize(-1.0, 1.0)
+    colors, scale = colormaps["PuOr"], Normalize(-1.0, 1.0)
     axes.set_facecolor(ABSENT)
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, norm=scale,
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=colors, norm=scale,
                         interpolation="nearest")  # fmt: skip
     axes.tick_params(labelsize=TICK_SIZE)
     thin_ticks(axes, "y", names, 50)
@@ -200,13 +79,14 @@ def cosine(comparison: Comparison) -> Figure:
         for text in axes.get_xticklabels():
             text.set(va="center")
     if n <= 16:
-        annotate(axes, values, colours, scale, size=9 if n <= 8 else 7, number=".2f")
+        annotate(axes, values, colors, scale, size=9 if n <= 8 else 7, number=".2f")
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
     bar.set_label("cosine; grey: undefined (a zero or non-finite update)", fontsize=9)
     bar.ax.tick_params(labelsize=TICK_SIZE)
     return figure
 
 
+@plot("modules", caption="cosine of the updates by block and module", page=True)
 def modules(comparison: Comparison) -> Figure:
     """The cosine of the updates of each module, the mean over pairs where there are several."""
     from matplotlib import colormaps
@@ -227,9 +107,9 @@ def modules(comparison: Comparison) -> Figure:
     figure = new_figure(*grid_size(rows, columns), f"{title}, by module")
     axes = figure.subplots()
     if not shared:
-        nothing(axes, "no module is in two of the adapters")
+        draw_empty(axes, "no module is in two of the adapters")
         return figure
-    draw_grid(figure, axes, grid, colours=colormaps["PuOr"], scale=Normalize(-1.0, 1.0),
+    draw_grid(figure, axes, grid, colors=colormaps["PuOr"], scale=Normalize(-1.0, 1.0),
               label="cosine", number=".2f")  # fmt: skip
     return figure
 
@@ -242,9 +122,148 @@ def _mean_pair(module: ModuleComparison) -> float:
     return float(pairs.mean()) if pairs.size else math.nan
 
 
-DRAW: dict[str, Callable[[Comparison], Figure]] = {
-    "adapters": adapters,
-    "distributions": distributions,
-    "cosine": cosine,
-    "modules": modules,
-}
+@plot(
+    "distributions",
+    caption="distributions of the adapters' stored weights",
+    page=True,
+    file="weight_distribution_comparison.png",
+)
+def distributions(comparison: Comparison) -> Figure:
+    """The distributions of the stored weights over each other, from their histograms."""
+    figure = new_figure(13, 6.5, "Distributions of the stored weights")
+    left, right = figure.subplots(1, 2)
+    weights = [analysis.weights.histogram for analysis in comparison.analyses]
+    logs = [analysis.weights.log_histogram for analysis in comparison.analyses]
+    names = truncate_all(comparison.names)
+    if len(names) > MAX_LINES:
+        figure.suptitle(
+            "Distributions of the stored weights: density, of each adapter's own greatest (yellow)",
+            fontsize=13,
+        )
+        _rows(left, weights, names, "Distribution", "weight")
+        _rows(right, logs, None, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)")
+        return figure
+    style_axes(left, "Distribution", "weight", "density")
+    style_axes(right, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)", "density")
+    for axes, histograms in ((left, weights), (right, logs)):
+        _overlay(axes, histograms)
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(names))]
+    legend = figure.legend(handles, ["" for _ in names], loc="outside lower center", fontsize=9,
+                           ncols=min(4, len(names)), frameon=False)  # fmt: skip
+    for text, name, histogram in zip(legend.get_texts(), names, weights, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name if is_drawable(histogram) else f"{name} (no finite weights)")
+    return figure
+
+
+def _density(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Edges, and counts over all counts and the width of the bin."""
+    edges = np.asarray(histogram.edges, dtype=float)
+    counts = np.asarray(histogram.counts, dtype=float)
+    return edges, counts / (counts.sum() * np.diff(edges))
+
+
+def _overlay(axes: Axes, histograms: Sequence[Histogram]) -> None:
+    drawn = [(i, *_density(h)) for i, h in enumerate(histograms) if is_drawable(h)]
+    if not drawn:
+        draw_empty(axes, "no finite weights")
+        return
+    peaks = [density.max() for _, _, density in drawn]
+    # A wide distribution would be a flat line below a narrow one.
+    if max(peaks) > 20 * min(peaks):
+        axes.set_yscale("log")
+        axes.set_ylabel("density (logarithmic)", fontsize=LABEL_SIZE)
+    for i, edges, density in drawn:
+        axes.stairs(density, edges, baseline=None, linewidth=1.6, **line_style(i))
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(bottom=0.0)
+
+
+def _rows(
+    axes: Axes, histograms: Sequence[Histogram], names: Sequence[str] | None, title: str, x: str
+) -> None:
+    """A row for each adapter, its density relative to its greatest as a color."""
+    style_axes(axes, title, x, "")
+    axes.grid(False)
+    drawn = [h for h in histograms if is_drawable(h)]
+    if not drawn:
+        draw_empty(axes, "no finite weights")
+        return
+    low = min(h.edges[0] for h in drawn)
+    high = max(h.edges[-1] for h in drawn)
+    grid = np.linspace(low, high, 241)
+    image = np.full((len(histograms), grid.size - 1), np.nan)
+    for i, histogram in enumerate(histograms):
+        if is_drawable(histogram):
+            edges, density = _density(histogram)
+            below = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
+            share = np.diff(np.interp(grid, edges, below))
+            image[i] = share / share.max()
+    axes.set_facecolor(ABSENT)
+    axes.imshow(np.ma.masked_invalid(image), aspect="auto", interpolation="nearest",
+                cmap="cividis", extent=(low, high, len(histograms) - 0.5, -0.5))  # fmt: skip
+    if names is None:
+        axes.set_yticks([])
+    else:
+        thin_ticks(axes, "y", names, 40)
+
+
+@plot(
+    "adapters",
+    caption="number of parameters, mean, standard deviation and range of each adapter",
+    page=True,
+    file="adapter_comparison.png",
+)
+def adapters(comparison: Comparison) -> Figure:
+    """Number of parameters, mean, standard deviation and range of each adapter's weights."""
+    from matplotlib.ticker import EngFormatter
+
+    names = truncate_all(comparison.names, 24)
+    statistics = [analysis.weights for analysis in comparison.analyses]
+    figure = new_figure(14, 10, "Adapters side by side: stored weights")
+    panels = figure.subplots(2, 2)
+    x = np.arange(len(names))
+    style_axes(panels[0, 0], "Parameters", "", "parameters")
+    panels[0, 0].bar(x, [s.count for s in statistics], width=0.7, color=COLORS[0])
+    panels[0, 0].yaxis.set_major_formatter(EngFormatter(sep=" "))
+    style_axes(panels[0, 1], "Mean", "", "mean")
+    panels[0, 1].bar(x, [finite(s.mean) for s in statistics], width=0.7, color=COLORS[0])
+    panels[0, 1].axhline(0.0, color=GUIDE, linewidth=0.8)
+    style_axes(panels[1, 0], "Standard deviation", "", "std")
+    panels[1, 0].bar(x, [finite(s.std) for s in statistics], width=0.7, color=COLORS[0])
+    style_axes(panels[1, 1], "Range", "", "weight")
+    _ranges(panels[1, 1], comparison.analyses)
+    for axes in panels.flat:
+        _name_ticks(axes, names)
+        if axes is not panels[0, 0]:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+            axes.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
+    return figure
+
+
+def _ranges(axes: Axes, analyses: Sequence[AdapterAnalysis]) -> None:
+    """A bar from the least to the greatest weight, a thicker one between two percentiles."""
+    for i, analysis in enumerate(analyses):
+        low, high = finite(analysis.weights.min), finite(analysis.weights.max)
+        axes.bar([i], [high - low], bottom=[low], width=0.12, color=COLORS[4])
+        inner = [analysis.weights.percentiles.get(p, math.nan) for p in (5.0, 95.0)]
+        axes.bar([i], [inner[1] - inner[0]], bottom=[inner[0]], width=0.5, color=COLORS[0])
+    # The lower end of a bar is no natural end of the axis here.
+    axes.use_sticky_edges = False
+    axes.axhline(0.0, color=GUIDE, linewidth=0.8)
+    from matplotlib.patches import Patch
+
+    whole = Patch(color=COLORS[4], label="least to greatest")
+    legend_above(axes, [whole, Patch(color=COLORS[0], label="5th to 95th percentile")])
+
+
+def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """An adapter's name below each position, upright where there are many."""
+    crowded = len(names) * max(map(len, names), default=0) > 60
+    thin_ticks(axes, "x", names, 40, rotation=0 if not crowded else 35 if len(names) <= 16 else 90)
+    if crowded and len(names) > 16:
+        for text in axes.get_xticklabels():
+            text.set(va="center")
+    axes.set_xlim(-0.6, len(names) - 0.4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -13,15 +15,11 @@ class PlotFigure(Figure):
     show this one without.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        FigureCanvasAgg(self)
+
     def _repr_png_(self) -> bytes:
         from lorafast._report.plots.png import png
 
         return png(self)
-
-
-def new_figure(width: float, height: float, title: str) -> PlotFigure:
-    """An empty figure with a title, of a size in inches."""
-    figure = PlotFigure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, parse_math=False)
-    return figure

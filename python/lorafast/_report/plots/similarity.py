@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafast._report.plots.figure import new_figure
 from lorafast._report.plots.style import (
     ABSENT,
     LABEL_SIZE,
     TICK_SIZE,
     annotate,
-    fit_all,
+    new_figure,
     thin_ticks,
+    truncate_all,
 )
 from lorafast._similarity.clusters import cosines, hierarchy, tree
 
@@ -31,7 +31,7 @@ LABEL_HEIGHT = 0.16
 
 
 def clustered(similarity: Similarity, method: str) -> Figure:
-    """Draws the cosines with like beside like, and the dendrogram of each base beside them."""
+    """Draws the cosines, similar adapters side by side, with the dendrogram of each base."""
     matrix = cosines(similarity.metric, similarity.matrix, similarity.norms)
     order, trees = _order(similarity, matrix, method)
     count = len(order)
@@ -39,7 +39,7 @@ def clustered(similarity: Similarity, method: str) -> Figure:
     title = f"Cosine of the updates of {count:,} adapters"
     if not np.isfinite(matrix).all():
         title += " (grey: of different bases, or none)"
-    names = fit_all([similarity.names[at] for at in order], NAME)
+    names = truncate_all([similarity.names[at] for at in order], NAME)
     labels = 0.075 * max(map(len, names), default=0)
     figure = new_figure(side + labels + 3.2, side + labels + 1.0, title)
     left, right = figure.subplots(
@@ -48,11 +48,11 @@ def clustered(similarity: Similarity, method: str) -> Figure:
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
-    colours, scale = colormaps["RdBu_r"], Normalize(-1.0, 1.0)
+    colors, scale = colormaps["RdBu_r"], Normalize(-1.0, 1.0)
     shown = matrix[np.ix_(order, order)]
     right.set_facecolor(ABSENT)
     image = right.imshow(
-        np.ma.masked_invalid(shown), cmap=colours, norm=scale, aspect="auto",
+        np.ma.masked_invalid(shown), cmap=colors, norm=scale, aspect="auto",
         interpolation="nearest" if count <= 400 else "auto",
     )  # fmt: skip
     right.yaxis.tick_right()
@@ -63,7 +63,7 @@ def clustered(similarity: Similarity, method: str) -> Figure:
     for text in right.get_xticklabels():
         text.set(va="center")
     if count <= WRITTEN:
-        annotate(right, shown, colours, scale, size=7, number=".2f")
+        annotate(right, shown, colors, scale, size=7, number=".2f")
     _dendrograms(left, trees, count)
     bar = figure.colorbar(image, ax=right, pad=0.02, fraction=0.04, shrink=0.6)
     bar.set_label("cosine", fontsize=LABEL_SIZE)
@@ -74,7 +74,7 @@ def clustered(similarity: Similarity, method: str) -> Figure:
 def _order(
     similarity: Similarity, matrix: Any, method: str
 ) -> tuple[list[int], list[tuple[int, Any]]]:
-    """The adapters base after base with like beside like, and each base's tree with its place."""
+    """The adapters base after base, similar ones side by side; each base's tree and its place."""
     order: list[int] = []
     trees: list[tuple[int, Any]] = []
     for members in similarity.groups.values():

@@ -1,4 +1,4 @@
-"""What the plots share: colours, labels that fit, ticks that stay readable, histograms, grids."""
+"""What the plots share: colors, labels that fit, ticks that stay readable, histograms, grids."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafast._analysis.records import Histogram, ModuleAnalysis
+from lorafast._report.palette import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-#: Okabe and Ito's colours, told apart with any colour vision, in an order in which neighbours
-#: differ in lightness; their yellow, too pale for a line on white, is left out.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000"]
-#: Beside the colour, so that more lines than colours stay distinct.
+#: Beside the color, so that more lines than colors stay distinct.
 LINES = ["-", "--", "-.", ":"]
 ABSENT = "#d9d9d9"
 GUIDE = "#767676"
@@ -33,6 +31,15 @@ LABEL_SIZE = 10
 ROW_LABEL = 70
 #: Of a heatmap's cell, in inches, while the columns are few.
 CELL_WIDTH = 0.42
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure with a title, of a size in inches."""
+    from lorafast._report.plots.figure import PlotFigure
+
+    figure = PlotFigure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    return figure
 
 
 @lru_cache(maxsize=8)
@@ -47,7 +54,7 @@ def _drawable(families: tuple[str, ...]) -> frozenset[int]:
     return frozenset(points)
 
 
-def fit(name: str, limit: int = 40) -> str:
+def truncate(name: str, limit: int = 40) -> str:
     """A name as one line of at most `limit` characters that the font can draw.
 
     The middle of a long name is left out: both ends of a path tell more.
@@ -64,9 +71,9 @@ def fit(name: str, limit: int = 40) -> str:
     return f"{text[: limit - 1 - tail]}…{text[-tail:]}"
 
 
-def fit_all(names: Sequence[str], limit: int = 40) -> list[str]:
-    """Names as `fit` makes them; those that would become the same are numbered."""
-    labels = [fit(name, limit) for name in names]
+def truncate_all(names: Sequence[str], limit: int = 40) -> list[str]:
+    """Names as `truncate` makes them; those that would become the same are numbered."""
+    labels = [truncate(name, limit) for name in names]
     return [
         f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label
         for i, label in enumerate(labels)
@@ -78,26 +85,15 @@ def finite(value: float | None) -> float:
     return float(value) if value is not None and math.isfinite(value) else math.nan
 
 
-def short(value: float | None) -> str:
-    """A figure in three significant digits."""
-    return "–" if value is None else f"{value:.3g}"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage that neither rounds to nothing nor to all."""
-    value = 100 * share
-    return f"{value:.3g} %" if value < 99.9 or value == 100 else f"{value:.6g} %"
-
-
 def line_style(i: int) -> dict[str, Any]:
-    """Colour and dashes of the i-th line."""
+    """Color and dashes of the i-th line."""
     return {
-        "color": COLOURS[i % len(COLOURS)],
-        "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+        "color": COLORS[i % len(COLORS)],
+        "linestyle": LINES[i // len(COLORS) % len(LINES)],
     }
 
 
-def dress(axes: Axes, title: str, x: str, y: str) -> None:
+def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Title, labels and the quiet frame of every panel."""
     axes.set_title(title, fontsize=11, loc="left", parse_math=False)
     axes.set_xlabel(x, fontsize=LABEL_SIZE)
@@ -117,7 +113,7 @@ def legend_above(axes: Axes, handles: Sequence[Artist], *, enlarge: float = 1.0)
         )  # fmt: skip
 
 
-def nothing(axes: Axes, reason: str) -> None:
+def draw_empty(axes: Axes, reason: str) -> None:
     """Says in an empty panel why it is empty."""
     axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", wrap=True)
     axes.set_xticks([])
@@ -143,7 +139,7 @@ def count_axis(axes: Axes, counts: NDArray[np.float64]) -> str:
     return "count (logarithmic)" if steep else "count"
 
 
-def usable(histogram: Histogram) -> bool:
+def is_drawable(histogram: Histogram) -> bool:
     """Whether a histogram has anything to draw: finite ascending edges and any count."""
     edges = np.asarray(histogram.edges, dtype=float)
     return bool(
@@ -162,7 +158,7 @@ def filled_histogram(axes: Axes, histogram: Histogram) -> str:
     baseline = 0.8 if axes.get_yscale() == "log" else 0.0
     # A filled area whose lower end is 0 cannot be drawn on a logarithmic axis.
     axes.stairs(np.maximum(counts, baseline), histogram.edges, baseline=baseline, fill=True,
-                facecolor=COLOURS[0], edgecolor=COLOURS[0], linewidth=0.6)  # fmt: skip
+                facecolor=COLORS[0], edgecolor=COLORS[0], linewidth=0.6)  # fmt: skip
     axes.set_ylim(bottom=baseline)
     return label
 
@@ -221,7 +217,7 @@ def grid_of(
 
 def grid_size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
     """Width and height in inches in which the cells and the labels of a grid fit."""
-    longest = max((len(fit(row, ROW_LABEL)) for row in rows), default=0)
+    longest = max((len(truncate(row, ROW_LABEL)) for row in rows), default=0)
     width = 2.2 + 0.075 * longest + max(2.5, min(14.0, CELL_WIDTH * len(columns)))
     height = 1.4 + min(24.0, (0.32 if len(rows) <= 12 else 0.18) * max(3, len(rows)))
     return max(7.0, width), max(3.0, height)
@@ -232,7 +228,7 @@ def draw_grid(
     axes: Axes,
     grid: tuple[list[str], list[str], NDArray[np.float64], NDArray[np.bool_]],
     *,
-    colours: Colormap,
+    colors: Colormap,
     scale: Normalize,
     label: str,
     number: str = ".2g",
@@ -241,9 +237,9 @@ def draw_grid(
     rows, columns, values, present = grid
     axes.set_facecolor(ABSENT)
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest",
-                        cmap=colours, norm=scale)  # fmt: skip
+                        cmap=colors, norm=scale)  # fmt: skip
     axes.tick_params(labelsize=TICK_SIZE)
-    thin_ticks(axes, "y", fit_all(rows, ROW_LABEL), 130)
+    thin_ticks(axes, "y", truncate_all(rows, ROW_LABEL), 130)
     thin_ticks(axes, "x", columns, 40)
     axes.set_xlabel("block", fontsize=LABEL_SIZE)
     if columns == ["none"]:
@@ -265,13 +261,13 @@ def draw_grid(
     # A character of this size is 0.075 inches wide.
     room = max(2.5, CELL_WIDTH * len(columns)) / len(columns)
     if len(columns) <= 14 and len(rows) <= 40 and 0.075 * longest <= room:
-        annotate(axes, values, colours, scale, size=8, number=number)
+        annotate(axes, values, colors, scale, size=8, number=number)
 
 
 def annotate(
     axes: Axes,
     values: NDArray[np.float64],
-    colours: Colormap,
+    colors: Colormap,
     scale: Normalize,
     *,
     size: float,
@@ -280,7 +276,7 @@ def annotate(
     """Writes each finite value into its cell, black or white, whichever is legible there."""
     for row, column in np.argwhere(np.isfinite(values)):
         value = float(values[row, column])
-        red, green, blue, _ = colours(float(scale(value)))
+        red, green, blue, _ = colors(float(scale(value)))
         light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
         axes.text(column, row, f"{value:{number}}", ha="center", va="center", fontsize=size,
                   color="black" if light else "white")  # fmt: skip
