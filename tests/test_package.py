@@ -57,6 +57,15 @@ ERRORS = [
 ]
 
 
+#: NeuroTrain's names, which can be imported and are offered to nobody.
+COMPATIBILITY = {
+    "LoRAAnalyzer",
+    "UnifiedAnalyzer",
+    "analyze_lora_weights",
+    "compare_lora_adapters",
+    "merge_lora_adapters",
+}
+
 #: Too slow for a command that only has to answer or to merge.
 SLOW = {"argparse", "asyncio", "dataclasses", "numpy", "sqlite3", "statistics", "typing", "urllib"}
 
@@ -140,7 +149,7 @@ def test_type_checkers_and_the_interpreter_find_the_same_names() -> None:
         (f"lorafast.{home}", name) for home, names in lorafast._HOMES.items() for name in names
     }
     assert {(home, name) for home, name in seen if home not in at_once} == lazily
-    assert {name for _, name in seen} == set(lorafast.__all__)
+    assert {name for _, name in seen} == set(lorafast.__all__) | COMPATIBILITY
 
 
 def test_a_name_that_is_not_there() -> None:
@@ -159,10 +168,17 @@ def test_all_is_exact() -> None:
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     # Names that are loaded on first use stand in __all__ alone.
-    assert offered <= set(lorafast.__all__)
+    assert offered <= set(lorafast.__all__) | COMPATIBILITY
     for name in lorafast.__all__:
         assert hasattr(lorafast, name), name
     assert set(lorafast.__all__) <= set(dir(lorafast))
+
+
+@pytest.mark.parametrize("name", sorted(COMPATIBILITY))
+def test_neurotrains_names_are_importable_and_offered_to_nobody(name: str) -> None:
+    assert name not in lorafast.__all__
+    assert getattr(lorafast, name) is getattr(lorafast.analyzers, name)
+    assert name in lorafast.analyzers.__all__
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))

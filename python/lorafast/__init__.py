@@ -3,8 +3,8 @@
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
 the model; `plan` says beforehand what it would do, `verify` afterwards whether it was done right,
 `subtract` undoes it, and `recover` brings to order what a killed one left; `inspect` lists what a
-file holds. `analyze` measures an adapter, `compare` several of them. `LoRAAnalyzer` and its
-relatives in `lorafast.analyzers` do the same under the names of NeuroTrain's tools.
+file holds. `analyze` measures an adapter, `compare` several of them. `lorafast.analyzers` does the
+same under the names of NeuroTrain's tools.
 """
 
 from lorafast._core import __version__, build_info
@@ -55,13 +55,11 @@ if TYPE_CHECKING:
     from lorafast._similarity.lineage import Lineage, lineage
     from lorafast._similarity.similarity import Similarity
     from lorafast._similarity.trajectory import Checkpoint, Trajectory, trajectory
-    from lorafast.analyzers import (
-        LoRAAnalyzer,
-        UnifiedAnalyzer,
-        analyze_lora_weights,
-        compare_lora_adapters,
-        merge_lora_adapters,
-    )
+    from lorafast.analyzers import LoRAAnalyzer as LoRAAnalyzer
+    from lorafast.analyzers import UnifiedAnalyzer as UnifiedAnalyzer
+    from lorafast.analyzers import analyze_lora_weights as analyze_lora_weights
+    from lorafast.analyzers import compare_lora_adapters as compare_lora_adapters
+    from lorafast.analyzers import merge_lora_adapters as merge_lora_adapters
 
 __all__ = [
     "AdapterAnalysis",
@@ -79,7 +77,6 @@ __all__ = [
     "FleetFinding",
     "Histogram",
     "Lineage",
-    "LoRAAnalyzer",
     "LorafastError",
     "MergePlan",
     "MergeReport",
@@ -95,21 +92,17 @@ __all__ = [
     "SubtractReport",
     "TensorStatistics",
     "Trajectory",
-    "UnifiedAnalyzer",
     "UnsupportedAdapterError",
     "Verification",
     "VerificationError",
     "__version__",
     "analyze",
-    "analyze_lora_weights",
     "build_info",
     "compare",
-    "compare_lora_adapters",
     "duplicates",
     "inspect",
     "lineage",
     "merge",
-    "merge_lora_adapters",
     "plan",
     "recover",
     "scan",
@@ -149,6 +142,7 @@ _HOMES = {
     "_similarity.lineage": ("Lineage", "lineage"),
     "_similarity.similarity": ("Similarity",),
     "_similarity.trajectory": ("Checkpoint", "Trajectory", "trajectory"),
+    # NeuroTrain's names, for scripts that change one import; they are no part of `__all__`.
     "analyzers": (
         "LoRAAnalyzer",
         "UnifiedAnalyzer",
