@@ -33,7 +33,8 @@ def code(text: object, longest: int = LONGEST_CELL) -> str:
     clean = _printable(str(text))
     if len(clean) > longest:
         clean = "…" + clean[1 - longest :]
-    return "`" + clean.replace("`", "'").replace("|", "\\|") + "`"
+    # A backslash in code cannot be escaped, and would take away the one before a bar.
+    return "`" + clean.replace("`", "'").replace("\\|", "\\ |").replace("|", "\\|") + "`"
 
 
 def table(

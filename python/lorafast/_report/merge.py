@@ -27,13 +27,14 @@ def merge_page(report: MergeReport) -> str:
         "Output": _path(report.output_path),
         "Strategy": cell(report.strategy),
         "dtype": cell(report.dtype),
-        "Device": f"{cell(report.device)} ({report.threads} threads, {report.instruction_set})",
+        "Device": f"{cell(report.device)} ({report.threads} threads, "
+        f"{cell(report.instruction_set)})",
         "Parameters": f"{report.total_parameters:,}",
         "Size": f"{report.model_size_mb:,.1f} MiB",
         "Tensors": f"{report.tensors_merged} merged, {report.tensors_copied} copied, "
         f"{report.tensors_cast} cast",
         "Time": f"{report.merge_time:.2f} s ({rate:.2f} GB/s)",
-        "lorafast": report.versions["lorafast"],
+        "lorafast": cell(report.versions["lorafast"]),
     }
     lines += table(["", ""], facts.items(), right=False)
     lines += _adapter_lines(report.adapters, report.weights, report.adapter_sha256)
@@ -80,7 +81,7 @@ def subtract_page(report: SubtractReport) -> str:
         "dtype": cell(report.dtype),
         "Tensors changed": f"{report.tensors_changed}",
         "Time": f"{report.seconds:.2f} s ({report.threads} threads)",
-        "lorafast": report.versions["lorafast"],
+        "lorafast": cell(report.versions["lorafast"]),
     }
     lines += table(["", ""], facts.items(), right=False)
     lines += _adapter_lines(report.adapters, report.weights, report.adapter_sha256)
