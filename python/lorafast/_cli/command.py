@@ -1,4 +1,4 @@
-"""What a subcommand is."""
+"""The description of a subcommand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a model's config may ask for, before transformers builds what it describes."""
+"""Bounds of what a model's config may ask for, before transformers builds what it describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many worker threads can be asked for."""
+"""Limits of what a caller can ask for: the number of worker threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a path leads to: an error is never taken for an absence, and no pipe is opened.
+"""Paths and what they lead to: an error is never taken for an absence, and no pipe is opened.
 
 As `file.rs` of the core does it, for what Python looks at by itself.
 """

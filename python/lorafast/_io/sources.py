@@ -1,4 +1,4 @@
-"""From what a user names to what the core can open: paths, hub ids, and pickled adapters."""
+"""Sources: from what a user names (paths, hub ids, pickles) to what the core can open."""
 
 from __future__ import annotations
 

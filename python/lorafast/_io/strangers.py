@@ -1,4 +1,4 @@
-"""What strangers' files make Python's own readers raise, as errors about those files."""
+"""Errors about strangers' files, of whatever these make Python's own readers raise."""
 
 from __future__ import annotations
 

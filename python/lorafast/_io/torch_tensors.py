@@ -27,6 +27,9 @@ NAMES = {
     "bool": "BOOL",
 }
 
+#: Bytes of an element of the types that products are made in, by their safetensors names.
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
 
 def dtype_name(dtype: torch.dtype) -> str | None:
     """The safetensors name of a dtype; `None` for one that it does not have."""

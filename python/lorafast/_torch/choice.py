@@ -123,14 +123,14 @@ def _may_have_gpu() -> bool:
 def compare(plan: _core.Plan, threads: int | None, link: float) -> tuple[str, str]:
     """The choice, given a link of so many bytes a second each way."""
     from lorafast._core import build_info
+    from lorafast._io.torch_tensors import FLOAT_BYTES
 
     changed = plan.changed_tensors()
     tensors = [each for each in changed if each["updates"] and not each["quantised"]]
-    sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
     sent = sum(
         tensor["rows"]
         * tensor["columns"]
-        * max(sizes[tensor["dtype"]], sizes[tensor["output_dtype"]])
+        * max(FLOAT_BYTES[tensor["dtype"]], FLOAT_BYTES[tensor["output_dtype"]])
         for tensor in tensors
     )
     work = sum(tensor["work"] for tensor in tensors)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import DeviceError, missing
 from lorafast._io.device_names import check_name
+from lorafast._io.torch_tensors import FLOAT_BYTES, NAMES
 
 if TYPE_CHECKING:
     import torch
 
 #: What torch calls the dtypes of safetensors that can be merged.
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {name: own for own, name in NAMES.items() if name in FLOAT_BYTES}
 
 
 def import_torch(purpose: str) -> Any:
