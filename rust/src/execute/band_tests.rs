@@ -8,7 +8,7 @@ use crate::adapter::Expert;
 use crate::adapter::deltas::Experts;
 use crate::fixtures::{open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
-use crate::plan::{Action, Part, Update, UpdateKind};
+use crate::plan::{Action, Slice, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::TensorFile;
 use crate::verify;
@@ -52,7 +52,7 @@ fn check(stack: [u64; 3], terms: &[Term]) {
         scale: 2.0,
         weight: term.weight,
         transposed: term.transposed,
-        part: Part {
+        slice: Slice {
             expert: term.expert.map(|e| Expert { index: e as u64, count: EXPERTS as u64 }),
             outputs: (!term.transposed).then(|| {
                 let first = term.first_output as u64;

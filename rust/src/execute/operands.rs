@@ -85,7 +85,7 @@ pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
         .map(|(place, tensor)| {
             let (rows, columns) = tensor.matrix();
             let work = tensor.updates().iter().map(|update| {
-                let band = update.part.rows.clone().unwrap_or(0..rows as u64);
+                let band = update.slice.rows.clone().unwrap_or(0..rows as u64);
                 (band.end - band.start) * columns as u64 * update.rank
             });
             ChangedTensor {
@@ -174,12 +174,12 @@ pub fn operands(
         if update.kind != UpdateKind::Replace {
             products.push(Product { pair: update.pair(adapter)?, coefficient: update.scale });
         }
-        let band = update.part.rows.as_ref();
+        let band = update.slice.rows.as_ref();
         let rows = band.map_or(0..rows, |band| band.start as usize..band.end as usize);
         let replacement = (update.kind == UpdateKind::Replace).then_some(&update.module);
         let own = replacement.or(update.on.as_ref()).map(|name| {
             let tensor = adapter.tensor(name).expect("planned from this tensor");
-            let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
+            let first = update.slice.outputs.as_ref().map_or(0, |rows| rows.start as usize);
             let row = columns * tensor.dtype.size();
             let bytes = (first * row) as u64..((first + rows.len()) * row) as u64;
             Ok((tensor.dtype.clone(), tensor.read_range(bytes)?))

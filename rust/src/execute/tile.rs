@@ -153,7 +153,7 @@ struct Packing<'a> {
 impl Packing<'_> {
     /// The rows of the update's band that lie in a segment.
     fn rows_within(update: &Update, segment: &Range<usize>) -> Range<usize> {
-        let first = update.part.rows.as_ref().map_or(0, |band| band.start as usize);
+        let first = update.slice.rows.as_ref().map_or(0, |band| band.start as usize);
         segment.start - first..segment.end - first
     }
 
@@ -272,7 +272,7 @@ impl Packing<'_> {
     fn own(&self, update: &Update, tensor: &str, segment: &Range<usize>) -> Own {
         let tensor = self.inputs.adapters[update.adapter].tensor(tensor);
         let tensor = tensor.expect("planned from this tensor");
-        let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
+        let first = update.slice.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         let first = first + Self::rows_within(update, segment).start;
         Own { tensor, first }
     }
@@ -337,7 +337,7 @@ pub(super) fn magnitude(adapter: &Adapter, update: &Update) -> Result<Vec<f64>> 
     let module = &adapter.modules()[&update.module];
     let magnitude = module.magnitude.as_ref().expect("planned from its magnitude");
     let magnitude = magnitude.read_f64()?;
-    Ok(match &update.part.outputs {
+    Ok(match &update.slice.outputs {
         Some(outputs) => magnitude[outputs.start as usize..outputs.end as usize].to_vec(),
         None => magnitude,
     })
@@ -364,7 +364,7 @@ impl Prepared {
             let updates: Vec<_> = tensor
                 .updates()
                 .iter()
-                .filter(|update| match &update.part.rows {
+                .filter(|update| match &update.slice.rows {
                     Some(band) => {
                         band.start as usize <= rows.start && rows.end <= band.end as usize
                     }

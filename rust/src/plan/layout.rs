@@ -1,9 +1,12 @@
-//! Where the output's tensors lie: the base's shards, byte for byte the same layout where nothing
+//! The layout of the output's tensors: the base's shards, byte for byte the same layout where nothing
 //! changes its size, and a new one where something does.
 
-use super::planner::{Addition, Decided, TensorChange};
-use super::quantized;
-use super::{Action, Inputs, Options, Origin, PlannedShard, PlannedTensor};
+use super::draft::{NewTensor, PlanDraft, TensorChange};
+use super::options::Options;
+use super::passes::quantized;
+use super::update::Update;
+use super::value::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
+use crate::checkpoint::quantized::Catalog;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Header, TensorInfo};
 
@@ -12,26 +15,30 @@ use crate::tensor::safetensors::{Header, TensorInfo};
 pub(super) fn plan_shards(
     inputs: &Inputs,
     options: &Options,
-    decided: Decided,
+    draft: PlanDraft,
+    weights: &Catalog,
 ) -> Vec<PlannedShard> {
-    let Decided { tensors: mut changes, additions, quantized, .. } = decided;
-    let fates = quantized::fates(&quantized, &changes, options);
+    let PlanDraft { mut changes, new_tensors, .. } = draft;
+    let quantized = quantized::outcome(weights, &changes, options);
     let last = inputs.base.shards().len().saturating_sub(1);
-    let home = |addition: &Addition| addition.home.unwrap_or(last);
+    let home = |new: &NewTensor| new.home.unwrap_or(last);
     (inputs.base.shards().iter().enumerate())
         .map(|(position, shard)| {
             let header = shard.file.header();
-            let own = inputs.base.tensors().iter().filter(|(_, place)| place.shard == position);
+            let own =
+                inputs.base.tensors().iter().filter(|(_, location)| location.shard == position);
             let mut tensors: Vec<_> = own
-                .filter(|(name, _)| !fates.is_left_out(name))
+                .filter(|(name, _)| !quantized.is_left_out(name))
                 .map(|(name, location)| {
                     let tensor = inputs.base.at(*location);
-                    let change = changes.swap_remove(name).unwrap_or_default();
+                    let change = changes.take(name).unwrap_or_default();
                     let planned = plan_tensor(position, name, tensor, change.clone(), options);
-                    fates.settle(planned, change.updates, options)
+                    quantized.resolve(planned, change.updates, options)
                 })
                 .collect();
-            tensors.extend(additions.iter().filter(|new| home(new) == position).map(add));
+            tensors.extend(
+                new_tensors.iter().filter(|new| home(new) == position).map(plan_new_tensor),
+            );
             let source = position;
             let name = shard.name.clone();
             let keeps_layout = |tensor: &PlannedTensor| {
@@ -61,7 +68,7 @@ fn plan_tensor(
         _ => tensor.dtype.clone(),
     };
     let (origin, source) = match change.origin {
-        Some((adapter, source)) => (Origin::Adapter(adapter), source),
+        Some(tensor) => (Origin::Adapter(tensor.adapter), tensor.info),
         None => (Origin::Base(shard), tensor.clone()),
     };
     let action = action(&source, &output_dtype, change.updates);
@@ -78,8 +85,8 @@ fn plan_tensor(
     }
 }
 
-fn add(addition: &Addition) -> PlannedTensor {
-    let Addition { name, origin, home: _, source, output_dtype, updates } = addition.clone();
+fn plan_new_tensor(new: &NewTensor) -> PlannedTensor {
+    let NewTensor { name, origin, home: _, source, output_dtype, updates } = new.clone();
     let action = action(&source, &output_dtype, updates);
     PlannedTensor {
         name,
@@ -93,7 +100,7 @@ fn add(addition: &Addition) -> PlannedTensor {
     }
 }
 
-fn action(source: &TensorInfo, output_dtype: &Dtype, updates: Vec<super::Update>) -> Action {
+fn action(source: &TensorInfo, output_dtype: &Dtype, updates: Vec<Update>) -> Action {
     if !updates.is_empty() && source.elements() > 0 {
         Action::Merge(updates)
     } else if *output_dtype != source.dtype {
@@ -103,7 +110,7 @@ fn action(source: &TensorInfo, output_dtype: &Dtype, updates: Vec<super::Update>
     }
 }
 
-/// Gives every tensor its place in a new file and returns that file's header. The widest elements
+/// Gives every tensor its range in a new file and returns that file's header. The widest elements
 /// come first, so that each tensor begins at a multiple of its element's size, which loaders rely
 /// on.
 fn lay_out(tensors: &mut [PlannedTensor], old: &Header) -> Vec<u8> {

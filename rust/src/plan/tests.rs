@@ -2,6 +2,7 @@ use std::path::Path;
 
 use super::*;
 use crate::fixtures::{open, plain, ramp, write, write_adapter};
+use crate::tensor::dtype::Dtype;
 
 /// A base of one file with weights of those names and shapes.
 fn base(root: &Path, weights: &[(&str, [u64; 2])], config: &str) {

@@ -1,4 +1,4 @@
-//! What one adapter does to one tensor.
+//! Updates: what one adapter does to one tensor.
 
 use std::ops::Range;
 
@@ -6,8 +6,34 @@ use serde::Serialize;
 
 use crate::adapter::factors::Pair;
 use crate::adapter::{Adapter, Expert};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::orientation::Orientation;
+
+/// Which way a product lies on the weight of an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertLayout {
+    /// As B·A: the factors take the weight as (out, in).
+    Straight,
+    /// As (B·A)ᵀ: they take it as (in, out).
+    Transposed,
+}
+
+impl ExpertLayout {
+    /// The layout of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "straight" => Ok(Self::Straight),
+            "transposed" => Ok(Self::Transposed),
+            _ => Err(Error::Argument(format!(
+                "unknown expert layout {name:?}; there are straight and transposed"
+            ))),
+        }
+    }
+}
 
 /// One low-rank update of one tensor.
 #[derive(Debug, Clone, Serialize)]
@@ -24,11 +50,12 @@ pub struct Update {
     pub scale: f64,
     /// The adapter's weight under the strategy.
     pub weight: f64,
-    /// Whether the base stores the weight (in, out), so that the product is turned.
+    /// Whether the base stores the weight (in, out), so that the product is transposed.
     pub transposed: bool,
-    /// Which part of the module's product it is, and where it lies.
-    #[serde(skip_serializing_if = "Part::is_whole")]
-    pub part: Part,
+    /// The slice of the module's product that it is, and where it lies.
+    #[serde(skip_serializing_if = "Slice::is_whole")]
+    #[serde(rename = "part")]
+    pub slice: Slice,
     /// The adapter's tensor that it is made from, where that replaces W₀.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on: Option<String>,
@@ -45,11 +72,11 @@ fn is_zero(stage: &usize) -> bool {
     *stage == 0
 }
 
-/// Which part of a module's product an update takes, and on which rows of the stored tensor it
-/// lies: experts that are stored as one tensor, modules that are stored fused or split. The default
-/// is the whole product on the whole tensor.
+/// A slice of a module's product, and the rows of the stored tensor on which it lies: experts that
+/// are stored as one tensor, modules that are stored fused or split. The default is the whole product
+/// on the whole tensor.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Part {
+pub struct Slice {
     /// The expert, where the module's factors hold those of all experts.
     pub expert: Option<Expert>,
     /// The outputs of the product that are used: rows of B, or rows of a replacement.
@@ -60,7 +87,7 @@ pub struct Part {
     pub rows: Option<Range<u64>>,
 }
 
-impl Part {
+impl Slice {
     /// Whether it is the whole product on the whole tensor.
     pub fn is_whole(&self) -> bool {
         *self == Self::default()
@@ -112,12 +139,30 @@ impl UpdateKind {
 }
 
 impl Update {
+    /// An update of a whole tensor from an adapter's module or, for a replacement, from its tensor
+    /// of that name; of rank 0 and scale 1, in the only stage.
+    pub fn new(adapter: usize, source: impl Into<String>, kind: UpdateKind, weight: f64) -> Self {
+        Self {
+            adapter,
+            module: source.into(),
+            kind,
+            rank: 0,
+            scale: 1.0,
+            weight,
+            transposed: false,
+            slice: Slice::default(),
+            on: None,
+            residual: None,
+            stage: 0,
+        }
+    }
+
     /// The factor on B·A.
     pub fn coefficient(&self) -> f64 {
         self.scale * self.weight
     }
 
-    /// The factors that it multiplies, read and cut to its part. They do not hold its scale.
+    /// The factors that it multiplies, read and cut to its slice. They do not hold its scale.
     ///
     /// # Errors
     /// [`crate::Error::Adapter`] if the file changed meanwhile, [`crate::Error::Io`].
@@ -126,7 +171,7 @@ impl Update {
     /// For a replacement, or if the adapter is not the one that the update was planned from.
     pub fn pair(&self, adapter: &Adapter) -> Result<Pair> {
         let module = &adapter.modules()[&self.module];
-        let Part { expert, outputs, inputs, .. } = &self.part;
+        let Slice { expert, outputs, inputs, .. } = &self.slice;
         match self.kind {
             UpdateKind::LowRank | UpdateKind::Dora => {
                 module.pair(*expert, outputs.as_ref(), inputs.as_ref())

@@ -163,7 +163,7 @@ impl<'a> ExactRow<'a> {
             scale: update.scale,
             rank: update.rank as usize,
             transposed: update.transposed,
-            band: match &update.part.rows {
+            band: match &update.slice.rows {
                 Some(band) => band.start as usize..band.end as usize,
                 None => 0..self.planned.matrix().0,
             },
@@ -174,7 +174,7 @@ impl<'a> ExactRow<'a> {
             on: None,
             removed: None,
         };
-        let first = update.part.outputs.as_ref().map_or(0, |rows| rows.start as usize);
+        let first = update.slice.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         if update.kind == UpdateKind::Replace {
             let tensor = adapter.tensor(&update.module).expect("planned from this tensor");
             let row = self.columns * tensor.dtype.size();

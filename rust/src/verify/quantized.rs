@@ -12,7 +12,7 @@ use crate::checkpoint::quantized::{Catalog, Quantized, Scales};
 use crate::error::Result;
 use crate::execute::queue;
 use crate::execute::requantize::{Finished, Requantizing};
-use crate::plan::{Origin, PlannedTensor, means};
+use crate::plan::{Origin, PlannedTensor, dequantized_plan};
 
 /// By how much a stored scale may be less than the right one, or more than a power of two above it:
 /// scales in 16 bits are rounded.
@@ -49,7 +49,7 @@ pub(super) fn as_written(
     match (planned.origin, widened(&planned.name)) {
         (Origin::Base(_), Some((meant, dtype))) => {
             let updates = planned.updates().to_vec();
-            Some(means(planned.clone(), &meant, Some(&dtype), updates))
+            Some(dequantized_plan(planned.clone(), &meant, Some(&dtype), updates))
         }
         _ => Some(planned.clone()),
     }

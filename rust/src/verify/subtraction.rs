@@ -162,7 +162,7 @@ fn norms(inputs: &Inputs, tensor: &PlannedTensor) -> Result<(Vec<Norms>, usize)>
         let of_inputs = of_inputs.into_iter().map(|sum| scale * sum.sqrt()).collect();
         let (rows, columns) =
             if update.transposed { (of_inputs, of_outputs) } else { (of_outputs, of_inputs) };
-        let start = update.part.rows.as_ref().map_or(0, |band| band.start as usize);
+        let start = update.slice.rows.as_ref().map_or(0, |band| band.start as usize);
         all.push(Norms { start, rows, columns });
     }
     Ok((all, steps))

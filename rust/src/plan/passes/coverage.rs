@@ -1,37 +1,14 @@
-//! What a plan makes of each config field and each tensor of its adapters.
+//! The pass that accounts for each config field and each tensor of the adapters.
 
 use std::collections::{HashMap, HashSet};
 
-use super::planner::Planner;
-use super::{Inputs, Origin, PlannedShard, Update, UpdateKind};
 use crate::adapter::{Accounts, Adapter, Verdict};
-
-/// A tensor that turned out not to be needed, and why.
-#[derive(Debug, Clone)]
-pub(super) struct Waived {
-    adapter: usize,
-    tensor: String,
-    reason: String,
-}
-
-impl Planner<'_> {
-    /// Notes that a tensor of an adapter is not needed.
-    pub(super) fn waive(&mut self, adapter: usize, tensor: &str, reason: impl Into<String>) {
-        let (tensor, reason) = (tensor.to_owned(), reason.into());
-        self.waived.push(Waived { adapter, tensor, reason });
-    }
-
-    /// Notes the same of all that an update is made from.
-    pub(super) fn waive_update(&mut self, update: &Update, reason: &str) {
-        let adapter = self.inputs.adapters[update.adapter].clone();
-        for tensor in tensors_of(&adapter, update) {
-            self.waive(update.adapter, tensor, reason);
-        }
-    }
-}
+use crate::plan::draft::IgnoredTensors;
+use crate::plan::update::{Update, UpdateKind};
+use crate::plan::value::{Inputs, Origin, PlannedShard};
 
 /// The names of an adapter's tensors that an update is made from.
-fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) -> Vec<&'a str> {
+pub(in crate::plan) fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) -> Vec<&'a str> {
     if update.kind == UpdateKind::Replace {
         return vec![&update.module];
     }
@@ -46,11 +23,11 @@ fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) -> Vec<&'a str> {
 
 /// Every adapter's account: a tensor counts as used where some tensor of the output is made from it,
 /// and not otherwise.
-pub(super) fn settle(
+pub(in crate::plan) fn resolve(
     inputs: &Inputs,
     allow: &[String],
     shards: &[PlannedShard],
-    waived: &[Waived],
+    ignored: &IgnoredTensors,
 ) -> Vec<Accounts> {
     let mut used = HashSet::<(usize, &str)>::new();
     for tensor in shards.iter().flat_map(|shard| &shard.tensors) {
@@ -63,8 +40,8 @@ pub(super) fn settle(
         }
     }
     let mut reasons = HashMap::<(usize, &str), &str>::new();
-    for waived in waived {
-        reasons.entry((waived.adapter, &waived.tensor)).or_insert(&waived.reason);
+    for ignored in ignored.iter() {
+        reasons.entry((ignored.adapter, &ignored.tensor)).or_insert(&ignored.reason);
     }
     let account = |(position, adapter): (usize, &std::sync::Arc<Adapter>)| {
         let mut accounts = adapter.account(allow);

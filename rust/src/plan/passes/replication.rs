@@ -1,5 +1,5 @@
-//! Layers that an adapter repeats (`layer_replication`): the base as the adapter saw it, in which
-//! a tensor can stand under the names of several layers.
+//! The pass over layers that an adapter repeats (`layer_replication`): the base as the adapter saw
+//! it, in which a tensor can stand under the names of several layers.
 //!
 //! PEFT builds such a model over shared weights, and its merge adds every layer's update to the one
 //! tensor that they share. What was trained is a model whose layers differ, so each of them is
@@ -9,32 +9,28 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use indexmap::{IndexMap, IndexSet};
-use serde::Serialize;
 
-use super::Inputs;
 use crate::checkpoint::quantized::Catalog;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::limits;
+use crate::plan::value::{Inputs, Replication};
 
 /// The names under which a model keeps the list of its layers, in PEFT's order of looking.
 const LISTS: [&str; 3] = ["layers", "encoder.layer", "h"];
 /// The parts of a model's names that may stand before the list.
 const WRAPPERS: [&str; 3] = ["model", "bert", "transformer"];
 
-/// The layers of a model, repeated or left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Replication {
-    /// How many layers the base has.
-    pub layers: u64,
-    /// For each layer of the result, which of the base's it begins as.
-    pub order: Vec<u64>,
+/// The inputs with the base as the adapters saw it, and what was repeated.
+pub(in crate::plan) struct ReplicatedInputs {
+    pub inputs: Inputs,
+    pub replication: Replication,
 }
 
 /// The inputs with the base as the adapters saw it, where they repeat its layers.
 ///
 /// # Errors
 /// In words, if the adapters do not agree on the layers, or the base does not have them.
-pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, String> {
+pub(in crate::plan) fn apply(inputs: &Inputs) -> Result<Option<ReplicatedInputs>, String> {
     let ranges = |adapter: usize| &inputs.adapters[adapter].semantics().layer_replication;
     let first = ranges(0);
     if let Some(other) = (1..inputs.adapters.len()).find(|adapter| ranges(*adapter) != first) {
@@ -74,7 +70,7 @@ pub(super) fn apply(inputs: &Inputs) -> Result<Option<(Inputs, Replication)>, St
     })?;
     let base = Arc::new(repeated);
     let inputs = Inputs { base, adapters: inputs.adapters.clone() };
-    Ok(Some((inputs, Replication { layers, order })))
+    Ok(Some(ReplicatedInputs { inputs, replication: Replication { layers, order } }))
 }
 
 /// What stands before a layer's number in a tensor's name, the number, and what stands after it.
@@ -145,7 +141,7 @@ fn repeat(base: &Checkpoint, prefix: &str, order: &[u64]) -> Option<Checkpoint> 
 }
 
 /// All names of the base under which the tensor of one of them stands.
-pub(super) fn sharing(base: &Checkpoint, name: &str) -> IndexSet<String> {
+pub(in crate::plan) fn sharing(base: &Checkpoint, name: &str) -> IndexSet<String> {
     let mut names = IndexSet::from([name.to_owned()]);
     if let Some(location) = base.tensors().get(name) {
         let others = base.tensors().iter().filter(|(_, other)| *other == location);

@@ -1,55 +1,28 @@
-//! Which parameter of the model each module of an adapter changes, and which way a product lies on
-//! experts that are stored as one tensor.
+//! The pass that finds the targets: the parameter of the model that each module of an adapter changes,
+//! and which way a product lies on experts that are stored as one tensor.
 
 use std::collections::HashMap;
 
 use indexmap::IndexMap;
-use serde::Serialize;
 
-use super::Part;
 use crate::adapter::{Adapter, Expert, LayerKind, Module, Parameter, TransposedExperts};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::renames::Names;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
-
-/// Which way a product lies on the weight of an expert.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ExpertLayout {
-    /// As B·A: the factors take the weight as (out, in).
-    Straight,
-    /// As (B·A)ᵀ: they take it as (in, out).
-    Transposed,
-}
-
-impl ExpertLayout {
-    /// The layout of that name.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if there is none.
-    pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "straight" => Ok(Self::Straight),
-            "transposed" => Ok(Self::Transposed),
-            _ => Err(Error::Argument(format!(
-                "unknown expert layout {name:?}; there are straight and transposed"
-            ))),
-        }
-    }
-}
+use crate::plan::update::{ExpertLayout, Slice, UpdateKind};
 
 /// Model types of transformers whose experts take their weights as (in, out).
 const TRANSPOSED_MODELS: [&str; 4] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter"];
-/// Those whose experts' weights transformers turns as it loads them, unless they are turned already.
+/// Those whose experts' weights transformers transposes as it loads them, unless they are already.
 const STORED_EITHER_WAY: [&str; 2] = ["qwen3_vl_moe", "qwen3_vl_moe_text"];
 /// The order in which experts' parameters are registered, which is the order of PEFT's wrappers.
 const REGISTRATION: [&str; 4] = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// The parameter that a module changes.
 #[derive(Debug, Clone)]
-pub(super) struct Target {
+pub(in crate::plan) struct Target {
     /// Its name in the model that was trained.
     pub parameter: String,
     /// How the product lies on it, where the factors were made for the parameter as it is stored;
@@ -61,16 +34,53 @@ pub(super) struct Target {
     pub scale: f64,
 }
 
+/// A module and the parameter that it changes.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::plan) struct TargetedModule<'a> {
+    pub module: &'a Module,
+    pub target: &'a Target,
+}
+
+impl TargetedModule<'_> {
+    /// What its product does to the parameter.
+    pub fn kind(&self) -> UpdateKind {
+        if self.module.magnitude.is_some() { UpdateKind::Dora } else { UpdateKind::LowRank }
+    }
+
+    /// The rank of its product.
+    pub fn rank(&self) -> u64 {
+        self.module.product_rank(self.target.rank)
+    }
+
+    /// The factor on its product.
+    pub fn scale(&self) -> f64 {
+        self.target.scale * self.repeats()
+    }
+
+    /// How often its product is added. PEFT adds that of the output projection of a
+    /// MultiheadAttention twice, in training as in merging.
+    pub fn repeats(&self) -> f64 {
+        if self.module.key.ends_with(".base_layer.out_proj") { 2.0 } else { 1.0 }
+    }
+}
+
+/// The targets of an adapter by its modules' keys, and in words what was not found.
+pub(in crate::plan) struct FoundTargets {
+    pub targets: IndexMap<String, Target>,
+    pub problems: Vec<String>,
+}
+
 /// Finds the parameter of every module, by the module's key; or says in words why not.
 ///
 /// # Errors
-/// [`Error::Cancelled`], and [`Error::Adapter`] for patterns of the config that take too many steps.
-pub(super) fn find(
+/// [`crate::Error::Cancelled`], and [`crate::Error::Adapter`] for patterns of the config that take too
+/// many steps.
+pub(in crate::plan) fn find(
     adapter: &Adapter,
     names: &Names<'_>,
     asked: Option<ExpertLayout>,
     task: &Task,
-) -> Result<(IndexMap<String, Target>, Vec<String>)> {
+) -> Result<FoundTargets> {
     let mut targets = IndexMap::new();
     let mut problems = Vec::new();
     let mut groups = IndexMap::<&str, Vec<&Module>>::new();
@@ -96,10 +106,10 @@ pub(super) fn find(
             Err(problem) => problems.push(format!("its module {path} {problem}")),
         }
     }
-    for problem in settle_layouts(adapter, names.base(), asked, &mut targets) {
+    for problem in resolve_layouts(adapter, names.base(), asked, &mut targets) {
         problems.push(problem);
     }
-    Ok((targets, problems))
+    Ok(FoundTargets { targets, problems })
 }
 
 /// A layer's own weight.
@@ -292,7 +302,7 @@ impl Search<'_> {
 
 /// Decides the layout of square experts: as their neighbours', which shapes have decided; as the
 /// version of PEFT lays them; as asked for.
-fn settle_layouts(
+fn resolve_layouts(
     adapter: &Adapter,
     base: &Checkpoint,
     asked: Option<ExpertLayout>,
@@ -351,21 +361,15 @@ fn names_one_of(config: &serde_json::Map<String, serde_json::Value>, models: &[&
             .any(|inner| names_one_of(inner, models))
 }
 
-/// The parts of a product on a parameter of that shape: one an expert.
-pub(super) fn parts(module: &Module, shape: &[u64]) -> Vec<Part> {
-    let [count, height, _] = *shape else { return vec![Part::default()] };
+/// The slices of a product on a parameter of that shape: one an expert.
+pub(in crate::plan) fn expert_slices(module: &Module, shape: &[u64]) -> Vec<Slice> {
+    let [count, height, _] = *shape else { return vec![Slice::default()] };
     let is_stacked = module.delta.holds_experts();
     (0..count)
-        .map(|index| Part {
+        .map(|index| Slice {
             expert: is_stacked.then_some(Expert { index, count }),
             rows: Some(index * height..(index + 1) * height),
-            ..Part::default()
+            ..Slice::default()
         })
         .collect()
-}
-
-/// How often a product is added. PEFT adds that of the output projection of a MultiheadAttention
-/// twice, in training as in merging.
-pub(super) fn repeats(module: &Module) -> f64 {
-    if module.key.ends_with(".base_layer.out_proj") { 2.0 } else { 1.0 }
 }

@@ -1,51 +1,55 @@
-//! What updates that do more than add are made from, where something else changes the same tensor.
+//! The pass over updates that do more than add: what they are made from, where something else
+//! changes the same tensor.
 
-use super::planner::{Addition, Planner, TensorChange};
-use super::{Compat, Origin, Part, Strategy, Update, UpdateKind};
+use crate::plan::context::Context;
+use crate::plan::draft::{AdapterTensor, Messages, NewTensor, TensorChange, TensorChanges};
+use crate::plan::options::Strategy;
+use crate::plan::update::{Update, UpdateKind};
+use crate::plan::value::Origin;
 use crate::tensor::safetensors::TensorInfo;
 
-impl Planner<'_> {
-    /// Says of every tensor what each of its updates is made from.
-    pub(super) fn settle_rescaling(&mut self, additions: &mut [Addition]) {
-        let sequential = self.options.strategy == Strategy::Sequential;
-        let staged = self.options.compat == Some(Compat::Peft) && sequential;
-        let mut problems = Vec::new();
-        let mut settle = |name: &str, change: &mut TensorChange, base: Option<&TensorInfo>| {
-            if !change.updates.iter().any(|update| update.kind == UpdateKind::Dora) {
-                if sequential && change.updates.iter().any(|update| update.kind.takes_the_place()) {
-                    one_after_another(&mut change.updates);
-                }
-                return;
-            }
-            let in_part = |update: &Update| update.part.rows.is_some();
-            let over_rows = |update: &Update| update.kind == UpdateKind::Dora && update.transposed;
-            if change.updates.iter().any(over_rows) && change.updates.iter().any(in_part) {
-                problems.push(format!(
-                    "{name} is rescaled by DoRA, whose norms run over all of its rows, while some \
-                     of them are changed on their own; merge them one after the other"
-                ));
-            } else if staged {
-                in_stages(&mut change.updates);
-            } else if sequential {
+/// Says of every tensor what each of its updates is made from.
+pub(in crate::plan) fn resolve(
+    context: &Context<'_>,
+    changes: &mut TensorChanges,
+    new_tensors: &mut [NewTensor],
+    messages: &mut Messages,
+) {
+    let sequential = context.options.strategy == Strategy::Sequential;
+    let staged = context.is_for_peft() && sequential;
+    let mut resolve = |name: &str, change: &mut TensorChange, base: Option<&TensorInfo>| {
+        if !change.updates.iter().any(|update| update.kind == UpdateKind::Dora) {
+            if sequential && change.updates.iter().any(|update| update.kind.takes_the_place()) {
                 one_after_another(&mut change.updates);
-            } else if let Err(problem) = from_their_own(change, base) {
-                problems.push(format!("{name} {problem}"));
             }
+            return;
+        }
+        let in_rows = |update: &Update| update.slice.rows.is_some();
+        let over_rows = |update: &Update| update.kind == UpdateKind::Dora && update.transposed;
+        if change.updates.iter().any(over_rows) && change.updates.iter().any(in_rows) {
+            messages.problem(format!(
+                "{name} is rescaled by DoRA, whose norms run over all of its rows, while some \
+                 of them are changed on their own; merge them one after the other"
+            ));
+        } else if staged {
+            in_stages(&mut change.updates);
+        } else if sequential {
+            one_after_another(&mut change.updates);
+        } else if let Err(problem) = from_their_own(change, base) {
+            messages.problem(format!("{name} {problem}"));
+        }
+    };
+    for (name, change) in changes.iter_mut() {
+        resolve(name, change, context.base.tensor(name));
+    }
+    for new in new_tensors {
+        let origin = match new.origin {
+            Origin::Base(_) => None,
+            Origin::Adapter(adapter) => Some(AdapterTensor { adapter, info: new.source.clone() }),
         };
-        for (name, change) in &mut self.tensors {
-            settle(name, change, self.base.tensor(name));
-        }
-        for addition in additions {
-            let origin = match addition.origin {
-                Origin::Base(_) => None,
-                Origin::Adapter(adapter) => Some((adapter, addition.source.clone())),
-            };
-            let mut change =
-                TensorChange { origin, updates: std::mem::take(&mut addition.updates) };
-            settle(&addition.name, &mut change, None);
-            addition.updates = change.updates;
-        }
-        self.problems.extend(problems);
+        let mut change = TensorChange { origin, updates: std::mem::take(&mut new.updates) };
+        resolve(&new.name, &mut change, None);
+        new.updates = change.updates;
     }
 }
 
@@ -83,32 +87,20 @@ fn one_after_another(updates: &mut Vec<Update>) {
 /// Each from W₀, or from the tensor that its own adapter puts in W₀'s place.
 fn from_their_own(change: &mut TensorChange, base: Option<&TensorInfo>) -> Result<(), String> {
     let rescaling = |update: &Update| update.kind == UpdateKind::Dora;
-    if let Some((owner, source)) = &change.origin {
-        let owner = *owner;
+    if let Some(origin) = &change.origin {
+        let owner = origin.adapter;
         if change.updates.iter().filter(|update| rescaling(update)).all(|u| u.adapter == owner) {
             return Ok(());
         }
         // Another adapter's norms are those of the base's own tensor.
-        if base.is_none_or(|base| base.shape != source.shape) {
+        if base.is_none_or(|base| base.shape != origin.info.shape) {
             return Err(
                 "is replaced by one adapter and rescaled by another's DoRA, which was trained on \
                  the base's own; merge them one after the other"
                     .into(),
             );
         }
-        let replacement = Update {
-            adapter: owner,
-            module: source.name.clone(),
-            kind: UpdateKind::Replace,
-            rank: 0,
-            scale: 1.0,
-            weight: 1.0,
-            transposed: false,
-            part: Part::default(),
-            on: None,
-            residual: None,
-            stage: 0,
-        };
+        let replacement = Update::new(owner, &origin.info.name, UpdateKind::Replace, 1.0);
         change.origin = None;
         change.updates.insert(0, replacement);
     }
@@ -124,7 +116,7 @@ fn on_their_own(updates: &mut Vec<Update>) {
         updates.iter().filter(|update| update.kind == UpdateKind::Replace).cloned().collect();
     for replacement in replaced {
         let beside = |update: &Update| {
-            update.adapter == replacement.adapter && update.part.rows == replacement.part.rows
+            update.adapter == replacement.adapter && update.slice.rows == replacement.slice.rows
         };
         let mut found = false;
         for update in updates.iter_mut() {

@@ -3,7 +3,7 @@ use std::path::Path;
 use crate::checkpoint::names::renames::Renames;
 use crate::error::Error;
 use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
-use crate::plan::{Part, Plan};
+use crate::plan::{Plan, Slice};
 use crate::tensor::dtype::Dtype;
 
 const JOINED: &str = r#"[{
@@ -25,14 +25,14 @@ fn parts(
     root: &Path,
     modules: &[(&str, u64, u64)],
     rules: Option<&str>,
-) -> Result<Vec<(String, Part)>, String> {
+) -> Result<Vec<(String, Slice)>, String> {
     let adapter = write_adapter(&root.join("adapter"), modules, "");
     let mut options = plain();
     options.renames = rules.map(|rules| Renames::from_json(rules).expect("sound"));
     match Plan::new(&open(&root.join("base"), &[adapter]), options) {
         Ok(plan) => Ok((plan.tensors())
             .flat_map(|(_, tensor)| {
-                tensor.updates().iter().map(|update| (tensor.name.clone(), update.part.clone()))
+                tensor.updates().iter().map(|update| (tensor.name.clone(), update.slice.clone()))
             })
             .collect()),
         Err(Error::Plan(problems)) => Err(problems.join("\n")),
@@ -40,12 +40,12 @@ fn parts(
     }
 }
 
-fn rows(start: u64, end: u64) -> Part {
-    Part { rows: Some(start..end), ..Part::default() }
+fn rows(start: u64, end: u64) -> Slice {
+    Slice { rows: Some(start..end), ..Slice::default() }
 }
 
-fn outputs(start: u64, end: u64) -> Part {
-    Part { outputs: Some(start..end), ..Part::default() }
+fn outputs(start: u64, end: u64) -> Slice {
+    Slice { outputs: Some(start..end), ..Slice::default() }
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn modules_of_several_sizes_are_bands_where_all_are_known() {
         (qkv(), rows(0, 5)),
         (qkv(), rows(5, 7)),
         (qkv(), rows(7, 10)),
-        ("l.0.o.weight".to_owned(), Part::default()),
+        ("l.0.o.weight".to_owned(), Slice::default()),
     ];
     assert_eq!(found, expected);
     let problem = parts(root, &all[..2], Some(JOINED)).expect_err("v is missing");
@@ -125,11 +125,11 @@ fn what_is_stored_twice_is_not_chosen_from() {
     // By its own name an expert has but one tensor.
     let own = format!("{old}.w1");
     let found = parts(root, &[(&own, 4, 6)], None).expect("fits");
-    assert_eq!(found, [(names[0].clone(), Part::default())]);
+    assert_eq!(found, [(names[0].clone(), Slice::default())]);
     let gates = ["model.h.0.block_sparse_moe.gate.weight", "model.h.0.mlp.gate.weight"];
     base(root, &[(gates[0], &[4, 6]), (gates[1], &[4, 6]), ("model.norm.weight", &[6])], MIXTRAL);
     let found = parts(root, &[("model.h.0.mlp.gate", 4, 6)], None).expect("fits");
-    assert_eq!(found, [(gates[1].to_owned(), Part::default())]);
+    assert_eq!(found, [(gates[1].to_owned(), Slice::default())]);
     // No name as it stands, and two that it may have been.
     let rules = r#"[{"sources": ["old", "older"], "targets": ["new"]}]"#;
     base(root, &[("l.old.weight", &[4, 6]), ("l.older.weight", &[4, 6])], "{}");
@@ -179,6 +179,6 @@ fn the_bias_of_a_product_goes_with_its_rows() {
     options.renames = Some(Renames::from_json(JOINED).expect("sound"));
     let plan = Plan::new(&open(&root.join("base"), &[adapter]), options).expect("fits");
     let bias = plan.tensors().find(|(_, tensor)| tensor.name == "l.0.qkv.bias").expect("there").1;
-    let bands: Vec<_> = bias.updates().iter().map(|update| update.part.clone()).collect();
+    let bands: Vec<_> = bias.updates().iter().map(|update| update.slice.clone()).collect();
     assert_eq!(bands, [rows(0, 5), rows(5, 7), rows(7, 10)]);
 }

@@ -1,0 +1,98 @@
+//! The inputs of the planner's passes, which none of them changes.
+
+use super::name_map::NameMap;
+use super::options::{Compat, Options, Strategy};
+use super::tie::Tie;
+use super::update::{Update, UpdateKind};
+use super::value::Inputs;
+use crate::adapter::Adapter;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::quantized::Catalog;
+use crate::error::Result;
+use crate::parallel::task::Task;
+use crate::tensor::safetensors::TensorInfo;
+
+/// What every pass may look at.
+pub(super) struct Context<'a> {
+    pub inputs: &'a Inputs,
+    pub base: &'a Checkpoint,
+    pub options: &'a Options,
+    pub task: &'a Task,
+    /// The base's quantised weights.
+    pub quantized: Catalog,
+    /// The head that shares the input embeddings, where an adapter changes either.
+    pub tie: Option<Tie>,
+}
+
+impl<'a> Context<'a> {
+    /// # Errors
+    /// That a file changed meanwhile, or [`crate::Error::Io`].
+    pub fn new(inputs: &'a Inputs, options: &'a Options, task: &'a Task) -> Result<Self> {
+        Ok(Self {
+            inputs,
+            base: &inputs.base,
+            options,
+            task,
+            quantized: Catalog::of(&inputs.base),
+            tie: Tie::of(inputs)?,
+        })
+    }
+
+    /// The tensor of that name that the base holds, or the one that stands in for the tied head.
+    pub fn source(&self, name: &str) -> Option<&TensorInfo> {
+        let tied = || self.tie.as_ref().filter(|tie| name == tie.head).map(|tie| &tie.tensor);
+        let meant = self.quantized.get(name).map(|quantized| &quantized.logical);
+        meant.or_else(|| self.base.tensor(name)).or_else(tied)
+    }
+
+    /// The name under which the tied pair is planned, of a head that the base does not hold.
+    pub fn name_in_tie(&self, name: &str) -> Option<String> {
+        self.tie.as_ref()?.name_of_missing_head(self.base, name)
+    }
+
+    /// Whether PEFT's result is wanted where it is not what was trained.
+    pub fn is_for_peft(&self) -> bool {
+        self.options.compat == Some(Compat::Peft)
+    }
+
+    /// Whether an adapter's parameter takes the place of the base's, rather than being weighed with
+    /// those of others.
+    pub fn replaces_outright(&self, weight: f64) -> bool {
+        let stands_alone =
+            self.inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential;
+        weight == 1.0 && stands_alone
+    }
+}
+
+/// One adapter on its way into the draft.
+pub(super) struct AdapterContext<'a> {
+    pub plan: &'a Context<'a>,
+    /// Its position among the inputs.
+    pub position: usize,
+    pub adapter: &'a Adapter,
+    pub names: &'a NameMap<'a>,
+    /// Its weight under the strategy.
+    pub weight: f64,
+}
+
+impl AdapterContext<'_> {
+    /// An update of a whole tensor from one of its modules or, for a replacement, its tensors.
+    pub fn update(&self, source: &str, kind: UpdateKind) -> Update {
+        Update::new(self.position, source, kind, self.weight)
+    }
+
+    /// What every message on it begins with.
+    pub fn label(&self) -> String {
+        self.adapter.path().display().to_string()
+    }
+
+    /// The base's name for a parameter, of a head that the base does not hold the name in the tied
+    /// pair; without one, the name that the whole model gives it.
+    ///
+    /// # Errors
+    /// In words, where the base stores the parameter in slices or as a part of another.
+    pub fn tensor_name(&self, parameter: &str) -> Result<String, String> {
+        let name = self.names.apply(parameter)?.unwrap_or_else(|| parameter.to_owned());
+        Ok(self.plan.name_in_tie(&name).unwrap_or(name))
+    }
+}

@@ -1,0 +1,179 @@
+//! The map from an adapter's parameter names to the base's tensors, and to the slices in which the
+//! base stores them.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::adapter::Adapter;
+use crate::adapter::Expert;
+use crate::checkpoint::names::prefix::Mapping;
+use crate::checkpoint::names::renames::{Names, Piece, Stored};
+
+/// The one way from an adapter's names to the base's.
+pub(super) struct NameMap<'a> {
+    names: Names<'a>,
+    mapping: Mapping,
+    /// By the last part of a parameter's name: the slices that the adapter's modules are.
+    slices: RefCell<HashMap<String, AdapterSlices>>,
+}
+
+/// By the canonical name of a parameter: the modules that are slices of it, in the adapter's order.
+type AdapterSlices = HashMap<String, Vec<AdapterSlice>>;
+
+/// A module that is a slice of a parameter.
+struct AdapterSlice {
+    slot: usize,
+    outputs: u64,
+}
+
+/// Where the base holds a parameter.
+pub(super) enum ParameterLocation {
+    /// In a tensor of its own.
+    Tensor(String),
+    /// In slices, each a tensor.
+    Slices(Vec<StoredSlice>),
+    /// With others in one tensor, in whole rows of it.
+    Rows { tensor: String, slice: Piece },
+}
+
+/// A tensor that holds one slice of a parameter.
+pub(super) struct StoredSlice {
+    pub tensor: String,
+    pub expert: Option<Expert>,
+    /// The rows of the parameter that it holds, counted within its expert.
+    pub rows: Range<u64>,
+}
+
+impl<'a> NameMap<'a> {
+    /// From the canonical names, by what the two sides' leading parts differ in.
+    pub fn new(names: Names<'a>, mapping: Mapping) -> Self {
+        Self { names, mapping, slices: RefCell::default() }
+    }
+
+    /// The base's name for a parameter; without one, the name that it would have.
+    pub fn apply(&self, parameter: &str) -> Result<Option<String>, String> {
+        if !self.names.are_renamed() {
+            return Ok(self.mapping.apply(parameter));
+        }
+        match self.locate(parameter)? {
+            Some(ParameterLocation::Tensor(name)) => Ok(Some(name)),
+            None => Ok(self.mapping.apply(parameter)),
+            Some(ParameterLocation::Slices(slices)) => Err(format!(
+                "its {parameter} is stored in {} pieces in the base ({} and others), into which \
+                 this cannot be cut; merge with PEFT",
+                slices.len(),
+                slices[0].tensor
+            )),
+            Some(ParameterLocation::Rows { tensor, .. }) => Err(format!(
+                "its {parameter} is stored as a part of {tensor} in the base, which this cannot be \
+                 made; merge with PEFT"
+            )),
+        }
+    }
+
+    /// In words, for the plan's notes.
+    pub fn describe(&self) -> Vec<String> {
+        let renamed = self.names.are_renamed().then(|| {
+            "its names are those that transformers gives the model in memory, or gave it in an \
+             earlier release; they were brought to the base's by the rules for its model type"
+                .to_owned()
+        });
+        renamed.into_iter().chain(self.mapping.describe()).collect()
+    }
+
+    /// Whether the base has anything under a parameter's name.
+    pub fn has(&self, parameter: &str) -> bool {
+        let canonical = self.names.canonical(parameter).name;
+        self.mapping.apply(&canonical).is_some_and(|name| self.names.has(&name))
+    }
+
+    /// Whether names are more than a leading part away from each other.
+    pub fn is_renamed(&self) -> bool {
+        self.names.are_renamed()
+    }
+
+    /// The outputs of those of an adapter's own modules that are the slices of a parameter, by slot.
+    pub fn own_heights(
+        &self,
+        adapter: &Adapter,
+        parameter: &str,
+        slots: usize,
+    ) -> Vec<Option<u64>> {
+        let kind = parameter.rsplit('.').next().unwrap_or_default();
+        let mut known = self.slices.borrow_mut();
+        let slices = known.entry(kind.to_owned()).or_insert_with(|| {
+            let mut slices = AdapterSlices::new();
+            for module in adapter.modules().values() {
+                let found = self.names.canonical(&format!("{}.{kind}", module.path));
+                if let Some(piece) = found.piece {
+                    let slice = AdapterSlice { slot: piece.slot, outputs: module.outputs() };
+                    slices.entry(found.name).or_default().push(slice);
+                }
+            }
+            slices
+        });
+        let mut heights = vec![None; slots];
+        let canonical = self.names.canonical(parameter).name;
+        for slice in slices.get(&canonical).into_iter().flatten() {
+            heights[slice.slot] = Some(slice.outputs);
+        }
+        heights
+    }
+
+    /// Where a parameter lies in a base whose names are not the adapter's.
+    pub fn locate(&self, parameter: &str) -> Result<Option<ParameterLocation>, String> {
+        let canonical = self.names.canonical(parameter);
+        let Some(name) = self.mapping.apply(&canonical.name) else { return Ok(None) };
+        let stored = self.names.stored(&name);
+        let obstacles = stored.iter().filter_map(|one| one.obstacle.as_ref());
+        if let Some(obstacle) = canonical.obstacle.iter().chain(obstacles).next() {
+            return Err(format!("its {parameter} cannot be followed to the base: {obstacle}"));
+        }
+        let is_same = |one: &&Stored| match (&one.piece, &canonical.piece) {
+            (None, None) => true,
+            (Some(one), Some(other)) => (one.expert, one.slot) == (other.expert, other.slot),
+            _ => false,
+        };
+        match (stored.iter().filter(is_same).collect::<Vec<_>>().as_slice(), stored) {
+            ([one], _) if stored.len() == 1 || canonical.piece.is_some() => {
+                Ok(Some(ParameterLocation::Tensor(one.name.clone())))
+            }
+            (_, []) => Ok(None),
+            ([], [one]) if one.piece.is_none() => {
+                let slice = canonical.piece.expect("else it is the same");
+                Ok(Some(ParameterLocation::Rows { tensor: one.name.clone(), slice }))
+            }
+            ([], pieces) if canonical.piece.is_none() => {
+                let heights = self.names.heights(&name).ok_or_else(|| {
+                    format!(
+                        "its {parameter} is stored in pieces in the base ({} and others), which do \
+                         not fit together",
+                        pieces[0].name
+                    )
+                })?;
+                Ok(Some(ParameterLocation::Slices(slices(pieces, &heights))))
+            }
+            _ => Err(format!(
+                "its {parameter} can be {} tensors of the base ({}), and nothing tells which",
+                stored.len(),
+                stored.iter().map(|one| one.name.as_str()).collect::<Vec<_>>().join(", ")
+            )),
+        }
+    }
+}
+
+/// Which rows of a parameter each of the tensors that hold slices of it holds.
+fn slices(pieces: &[Stored], heights: &[u64]) -> Vec<StoredSlice> {
+    let count = (pieces.len() / heights.len()) as u64;
+    let slice = |stored: &Stored| {
+        let piece = stored.piece.as_ref()?;
+        let start = heights[..piece.slot].iter().sum();
+        Some(StoredSlice {
+            tensor: stored.name.clone(),
+            expert: piece.expert.map(|index| Expert { index, count }),
+            rows: start..start + heights[piece.slot],
+        })
+    };
+    pieces.iter().filter_map(slice).collect()
+}

@@ -1,0 +1,93 @@
+//! The pass that maps an adapter's names to the base's.
+
+use indexmap::IndexMap;
+
+use super::targets::{self, FoundTargets, Target};
+use crate::adapter::Adapter;
+use crate::checkpoint::names::prefix;
+use crate::checkpoint::names::renames::{Names, Renames};
+use crate::error::Result;
+use crate::plan::context::Context;
+use crate::plan::name_map::NameMap;
+
+/// An adapter's targets under its names in the base, and what matches nothing.
+pub(in crate::plan) struct MappedTargets<'a> {
+    pub names: NameMap<'a>,
+    pub targets: IndexMap<String, Target>,
+    pub problems: Vec<String>,
+    /// Saved parameters that the base does not have, which is not wrong in itself.
+    unmatched_saved: usize,
+    /// Modules of which the base has nothing by their names.
+    unmatched_modules: usize,
+}
+
+impl MappedTargets<'_> {
+    /// How much does not fit; of two that are equal in that, the one that knows the names can say
+    /// more.
+    fn unmatched(&self) -> (usize, usize) {
+        (self.problems.len() + self.unmatched_saved, self.unmatched_modules)
+    }
+
+    pub fn fits(&self) -> bool {
+        self.problems.len() + self.unmatched_saved == 0
+    }
+}
+
+/// Finds how an adapter's names fit the base: as they stand, but for a leading part, or else by
+/// the rules for the base's model type.
+///
+/// # Errors
+/// [`crate::Error::Cancelled`], and [`crate::Error::Adapter`] for patterns of the config that
+/// take too many steps.
+pub(in crate::plan) fn map<'a>(
+    context: &Context<'a>,
+    adapter: &Adapter,
+) -> Result<MappedTargets<'a>> {
+    let plain = map_by(context, adapter, Names::plain(context.base))?;
+    if plain.fits() {
+        return Ok(plain);
+    }
+    let given = context.options.renames.clone();
+    let Some(renames) = given.or_else(|| Renames::built_in(context.base)) else {
+        return Ok(plain);
+    };
+    let renamed = map_by(context, adapter, Names::renamed(context.base, renames, context.task)?)?;
+    Ok(if renamed.unmatched() < plain.unmatched() { renamed } else { plain })
+}
+
+fn map_by<'a>(
+    context: &Context<'a>,
+    adapter: &Adapter,
+    names: Names<'a>,
+) -> Result<MappedTargets<'a>> {
+    let layout = context.options.expert_layout;
+    let FoundTargets { targets, mut problems } =
+        targets::find(adapter, &names, layout, context.task)?;
+    // A head that shares the embeddings' tensor has none of its own to be found by.
+    let known = |parameter: &String| context.name_in_tie(parameter).is_none();
+    let canonical = |parameter: String| names.canonical(&parameter).name;
+    let whole = adapter.saved().iter().map(|saved| saved.path.clone());
+    let rows = adapter.trained_rows().iter().map(|rows| format!("{}.weight", rows.path));
+    let saved: Vec<String> = whole.chain(rows).collect();
+    let mapping = if targets.is_empty() {
+        // Saved parameters need not be in the base; each is asked for below.
+        let parameters: Vec<_> = saved.iter().cloned().map(canonical).collect();
+        prefix::find_mapping(&parameters, &names, context.task)?.mapping
+    } else {
+        let parameters = targets.values().map(|target| target.parameter.clone());
+        let parameters: Vec<_> = parameters.filter(known).map(canonical).collect();
+        let fit = prefix::find_mapping(&parameters, &names, context.task)?;
+        problems.extend(fit.problems);
+        fit.mapping
+    };
+    let names = NameMap::new(names, mapping);
+    let unmatched_saved = saved.iter().filter(|path| known(path) && !names.has(path)).count();
+    let unmatched_modules = (adapter.modules().values())
+        .filter(|module| {
+            let own =
+                module.parameters.iter().map(|parameter| parameter.name.as_str()).chain(["weight"]);
+            !own.map(|leaf| format!("{}.{leaf}", module.path)).any(|path| names.has(&path))
+        })
+        .count();
+    Ok(MappedTargets { names, targets, problems, unmatched_saved, unmatched_modules })
+}

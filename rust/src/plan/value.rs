@@ -1,0 +1,245 @@
+//! The data model of plans: shards, their tensors, and what happens to each.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::options::Options;
+use super::update::Update;
+use crate::adapter::{Accounts, Adapter};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::quantized::Quantized;
+use crate::error::Result;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::TensorInfo;
+
+/// The opened base and adapters of a merge.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// The base.
+    pub base: Arc<Checkpoint>,
+    /// The adapters, in the order in which they are added.
+    pub adapters: Vec<Arc<Adapter>>,
+}
+
+impl Inputs {
+    /// Looks again at every file of base and adapters: an error if one is not what was opened.
+    /// What was read of it is then of no state that it ever had.
+    ///
+    /// # Errors
+    /// [`crate::Error::Checkpoint`] or [`crate::Error::Adapter`] if one changed, [`crate::Error::Io`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.base.check_unchanged()?;
+        self.adapters.iter().try_for_each(|adapter| adapter.check_unchanged())
+    }
+}
+
+/// What happens to one tensor.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Its bytes are carried over.
+    Copy,
+    /// It is converted to the output's type.
+    Cast,
+    /// Updates are added to it, all in one pass with one rounding.
+    Merge(Vec<Update>),
+    /// It holds the scales of a quantised weight that is merged, and is written with that.
+    Rescale,
+}
+
+impl Action {
+    /// The word for it in listings.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Cast => "cast",
+            Self::Merge(_) => "merge",
+            Self::Rescale => "rescale",
+        }
+    }
+}
+
+/// Where a tensor's W₀ comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// From the base's shard, by its position.
+    Base(usize),
+    /// From an adapter's file, by the adapter's position.
+    Adapter(usize),
+}
+
+/// One tensor of the output.
+#[derive(Debug, Clone)]
+pub struct PlannedTensor {
+    /// Its name in the output.
+    pub name: String,
+    /// Where it comes from.
+    pub origin: Origin,
+    /// The tensor there, its range counted from the beginning of that file's data.
+    pub source: TensorInfo,
+    /// Its type in the output.
+    pub output_dtype: Dtype,
+    /// Its range in the output's data.
+    pub target: Range<u64>,
+    /// What happens to it.
+    pub action: Action,
+    /// How it is stored, where `source` is what a quantised weight means.
+    pub quantized: Option<Arc<Quantized>>,
+    /// Whether it is quantised again, with the same scheme.
+    pub requantized: bool,
+}
+
+impl PlannedTensor {
+    /// The tensor as the source's file holds it.
+    pub fn stored(&self) -> &TensorInfo {
+        self.quantized.as_ref().map_or(&self.source, |quantized| &quantized.stored.tensor)
+    }
+
+    /// The tensor as the output's file holds it, but for its range.
+    pub fn written(&self) -> TensorInfo {
+        let tensor = if self.requantized { self.stored() } else { &self.source };
+        TensorInfo { dtype: self.output_dtype.clone(), ..tensor.clone() }
+    }
+
+    /// The type to which sums are rounded: the output's, or what is quantised then.
+    pub fn rounded_dtype(&self) -> &Dtype {
+        if self.requantized { &self.source.dtype } else { &self.output_dtype }
+    }
+
+    /// Whether it has the same type and size as in the source's file.
+    pub fn keeps_its_size(&self) -> bool {
+        self.output_dtype == self.stored().dtype && (self.quantized.is_none() || self.requantized)
+    }
+
+    /// Rows and columns of the matrix on which updates act: the first dimension and the rest, as
+    /// layers have it; or, where an update lies on a band of a stack of matrices, all leading
+    /// dimensions and the last.
+    pub fn matrix(&self) -> (usize, usize) {
+        let shape = &self.source.shape;
+        let stacked = self.updates().iter().any(|update| update.slice.rows.is_some());
+        let leading = if stacked { shape.len().saturating_sub(1).max(1) } else { 1 };
+        let extent = |dimensions: &[u64]| dimensions.iter().product::<u64>() as usize;
+        let split = leading.min(shape.len());
+        (extent(&shape[..split]), extent(&shape[split..]))
+    }
+
+    /// Its updates, if it is merged.
+    pub fn updates(&self) -> &[Update] {
+        match &self.action {
+            Action::Merge(updates) => updates,
+            Action::Copy | Action::Cast | Action::Rescale => &[],
+        }
+    }
+
+    /// The rows of its matrix in runs that the same updates change. Tiles do not cross their ends.
+    pub fn segments(&self) -> Vec<Range<usize>> {
+        let (rows, _) = self.matrix();
+        let mut cuts = vec![0, rows];
+        for band in self.updates().iter().filter_map(|update| update.slice.rows.as_ref()) {
+            cuts.extend([band.start as usize, band.end as usize]);
+        }
+        cuts.sort_unstable();
+        cuts.dedup();
+        cuts.windows(2).map(|pair| pair[0]..pair[1]).collect()
+    }
+}
+
+/// One shard of the output, with the same name as in the base.
+#[derive(Debug, Clone)]
+pub struct PlannedShard {
+    /// File name within the directory.
+    pub name: String,
+    /// Position of the base's shard.
+    pub source: usize,
+    /// Length prefix and header as they will be written.
+    pub header: Vec<u8>,
+    /// Its tensors, in the order of the output's data.
+    pub tensors: Vec<PlannedTensor>,
+}
+
+impl PlannedShard {
+    /// Bytes of the whole file.
+    pub fn bytes(&self) -> u64 {
+        let data = self.tensors.iter().map(|tensor| tensor.target.end).max().unwrap_or(0);
+        self.header.len() as u64 + data
+    }
+}
+
+/// The layers of a model, repeated or left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Replication {
+    /// How many layers the base has.
+    pub layers: u64,
+    /// For each layer of the result, which of the base's it begins as.
+    pub order: Vec<u64>,
+}
+
+/// What a merge changes in the base's config.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ConfigChanges {
+    /// The type of the weights, by torch's name, where they were converted.
+    pub dtype: Option<String>,
+    /// The number of tokens, where an adapter brought embeddings of another number.
+    pub vocabulary: Option<u64>,
+    /// The layers of the model, where an adapter repeats them.
+    pub layers: Option<Replication>,
+    /// Set to false where the merge makes the output head differ from the embeddings it was tied to.
+    pub tied: Option<bool>,
+    /// Whether the weights are no longer quantised.
+    #[serde(rename = "unquantised")]
+    pub unquantized: bool,
+}
+
+impl ConfigChanges {
+    /// Whether the config stays as it is.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A merge, decided.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// What was asked for.
+    pub options: Options,
+    /// The weight of each adapter under the strategy.
+    pub weights: Vec<f64>,
+    /// The shards of the output.
+    pub shards: Vec<PlannedShard>,
+    /// What has to change in the config.
+    pub config_changes: ConfigChanges,
+    /// What a careful person would want to know before using the result.
+    pub warnings: Vec<String>,
+    /// How the adapters were made to fit, where it was not plain.
+    pub notes: Vec<String>,
+    /// What becomes of every config field and every tensor of each adapter.
+    pub accounts: Vec<Accounts>,
+}
+
+impl Plan {
+    /// Every tensor of the output with the shard it lies in.
+    pub fn tensors(&self) -> impl Iterator<Item = (&PlannedShard, &PlannedTensor)> {
+        self.shards.iter().flat_map(|shard| shard.tensors.iter().map(move |tensor| (shard, tensor)))
+    }
+
+    /// Bytes of all shards.
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().map(PlannedShard::bytes).sum()
+    }
+
+    /// Bytes of all tensors, as an index counts them.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.tensors().map(|(_, tensor)| tensor.target.end - tensor.target.start).sum()
+    }
+
+    /// Elements of all tensors.
+    pub fn parameters(&self) -> u64 {
+        self.tensors().map(|(_, tensor)| tensor.source.elements()).sum()
+    }
+
+    /// How many tensors meet an action of that name.
+    pub fn count(&self, action: &str) -> usize {
+        self.tensors().filter(|(_, tensor)| tensor.action.name() == action).count()
+    }
+}
