@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::adapter::{Accounts, Adapter};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::checkpoint::side_files;
 use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Plan, Strategy, Update};
@@ -214,12 +214,12 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
     let mut listing = Listing::new("checkpoint", checkpoint.path(), files);
     listing.config = checkpoint.config().cloned();
     listing.warnings = checkpoint.warnings().to_vec();
-    let quantized = Catalog::of(checkpoint);
+    let quantized = QuantizedWeights::of(checkpoint);
     let schemes = quantized.schemes().into_iter();
     listing.quantized = schemes.map(|(scheme, count)| (scheme.to_owned(), count)).collect();
-    if let Some(foreign) = quantized.foreign() {
-        let words = format!("{} (nothing can be merged into them)", foreign.format);
-        listing.quantized.insert(words, foreign.count());
+    if let Some(unsupported) = quantized.unsupported() {
+        let words = format!("{} (nothing can be merged into them)", unsupported.format);
+        listing.quantized.insert(words, unsupported.count());
     }
     listing
 }

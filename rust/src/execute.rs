@@ -29,24 +29,37 @@ use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
 use crate::storage::local::{self, CopyError};
 
 use compute::{Buffers, Computer, Slot, lock};
-use queue::{Lanes, Work};
+use queue::{Work, WorkQueues};
 use requantize::Requantizing;
-use session::{Part, Session};
+use session::{Session, WorkFilter};
 
 /// What the caller decides about the execution.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// Worker threads; `None` is one per core.
     pub threads: Option<usize>,
     /// Whether a non-empty output may be replaced.
     pub overwrite: bool,
-    /// Whether to leave it to the system when the output reaches the disk, as copying does. What a
-    /// loss of power within the next minute leaves is then no whole model.
-    pub unsynced: bool,
+    /// Whether what is written has to have reached the disk in the end. If not, that is left to the
+    /// system, as copying does, and what a loss of power within the next minute leaves is no whole
+    /// model.
+    pub sync: bool,
     /// The kernels' instructions; `None` is the best there is.
     pub instruction_set: Option<InstructionSet>,
     /// Models that are read beside the base, and must not be written over either.
     pub protected: Vec<PathBuf>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            threads: None,
+            overwrite: false,
+            sync: true,
+            instruction_set: None,
+            protected: Vec::new(),
+        }
+    }
 }
 
 /// What was done.
@@ -85,7 +98,7 @@ pub fn execute(
     task: &Task,
 ) -> Result<Summary> {
     let session = Session::begin(inputs, plan, output, options, task)?;
-    session.run(inputs, plan, &Part::All, task)?;
+    session.run(inputs, plan, &WorkFilter::All, task)?;
     session.finish(inputs, plan, task)
 }
 
@@ -104,7 +117,7 @@ struct Job<'a> {
     output: Output<'a>,
     computer: Computer<'a>,
     task: &'a Task,
-    lanes: Lanes,
+    queues: WorkQueues,
     slots: Vec<Slot>,
     /// Units of work left for each shard, so that the last one syncs it.
     remaining: Vec<AtomicUsize>,
@@ -120,11 +133,12 @@ impl<'a> Job<'a> {
         output: Output<'a>,
         set: InstructionSet,
         task: &'a Task,
-        part: &Part,
+        filter: &WorkFilter,
     ) -> Self {
         // Those of a part's adapters are the whole's.
-        let digested = if matches!(part, Part::Only(_)) { 0..0 } else { 0..inputs.adapters.len() };
-        Self::with_digests(inputs, plan, output, (set, task), part, digested)
+        let digested =
+            if matches!(filter, WorkFilter::Only(_)) { 0..0 } else { 0..inputs.adapters.len() };
+        Self::with_digests(inputs, plan, output, (set, task), filter, digested)
     }
 
     /// A job that does not read the adapters' whole content.
@@ -134,9 +148,9 @@ impl<'a> Job<'a> {
         output: Output<'a>,
         set: InstructionSet,
         task: &'a Task,
-        part: &Part,
+        filter: &WorkFilter,
     ) -> Self {
-        Self::with_digests(inputs, plan, output, (set, task), part, 0..0)
+        Self::with_digests(inputs, plan, output, (set, task), filter, 0..0)
     }
 
     fn with_digests(
@@ -144,20 +158,20 @@ impl<'a> Job<'a> {
         plan: &'a Plan,
         output: Output<'a>,
         (set, task): (InstructionSet, &'a Task),
-        part: &Part,
+        filter: &WorkFilter,
         digested: Range<usize>,
     ) -> Self {
         let mut tiles = Vec::new();
         let mut queues: Vec<_> = (plan.shards.iter().enumerate())
             .map(|(position, shard)| queue::queue_of(inputs, position, shard, &mut tiles))
             .collect();
-        queues.iter_mut().for_each(|queue| queue.retain(|work| part.takes(work)));
+        queues.iter_mut().for_each(|queue| queue.retain(|work| filter.takes(work)));
         let slots = tiles.into_iter().map(Slot::new).collect();
         let computer = Computer { inputs, set, task };
         let mut remaining: Vec<_> = queues.iter().map(Vec::len).collect();
         let mut requantizing = requantize::all(plan);
-        if let Part::Only(places) = part {
-            requantizing.retain(|place, _| places.contains(place));
+        if let WorkFilter::Only(ids) = filter {
+            requantizing.retain(|id, _| ids.contains(id));
         }
         for (shard, _) in requantizing.values().flat_map(|tensor| &tensor.scales) {
             remaining[*shard] += 1;
@@ -165,7 +179,7 @@ impl<'a> Job<'a> {
         let remaining = remaining.into_iter().map(AtomicUsize::new).collect();
         // The digests have a queue of their own in front: long units, which must not come last.
         let digests = digested.map(|adapter| Work::Digest { adapter }).collect();
-        let lanes = Lanes::new(std::iter::once(digests).chain(queues).collect());
+        let queues = WorkQueues::new(std::iter::once(digests).chain(queues).collect());
         let digests = inputs.adapters.iter().map(|_| Mutex::new(None)).collect();
         Self {
             inputs,
@@ -173,7 +187,7 @@ impl<'a> Job<'a> {
             output,
             computer,
             task,
-            lanes,
+            queues,
             slots,
             remaining,
             digests,
@@ -192,8 +206,8 @@ impl<'a> Job<'a> {
         let failure = Mutex::new(None);
         pool.broadcast(|_| {
             let mut buffers = Buffers::default();
-            let mut lane = None;
-            while let Some(work) = self.lanes.take(&mut lane) {
+            let mut queue = None;
+            while let Some(work) = self.queues.take(&mut queue) {
                 if let Err(error) =
                     self.task.check().and_then(|()| self.carry_out(work, &mut buffers))
                 {
@@ -202,7 +216,7 @@ impl<'a> Job<'a> {
                     if matches!(*failure, None | Some(Error::Cancelled)) {
                         *failure = Some(error);
                     }
-                    self.lanes.stop();
+                    self.queues.stop();
                 }
             }
         });
@@ -223,8 +237,8 @@ impl<'a> Job<'a> {
                 self.copy(*shard, source, *target, buffers)?;
                 *shard
             }
-            Work::Place { shard, tensor } => {
-                self.place(*shard, *tensor, buffers)?;
+            Work::CopyFromAdapter { shard, tensor } => {
+                self.copy_from_adapter(*shard, *tensor, buffers)?;
                 *shard
             }
             Work::Cast { shard, tensor, elements } => {
@@ -301,7 +315,7 @@ impl<'a> Job<'a> {
         (tensor, shard.header.len() as u64 + tensor.target.start)
     }
 
-    fn place(&self, shard: usize, tensor: usize, buffers: &mut Buffers) -> Result<()> {
+    fn copy_from_adapter(&self, shard: usize, tensor: usize, buffers: &mut Buffers) -> Result<()> {
         let (tensor, target) = self.tensor(shard, tensor);
         debug_assert!(matches!(tensor.origin, Origin::Adapter(_)), "the kernel copies the base's");
         let bytes = tensor.source.bytes();
@@ -358,6 +372,6 @@ impl<'a> Job<'a> {
 }
 
 #[cfg(test)]
-mod band_tests;
+mod slice_tests;
 #[cfg(test)]
 mod tests;

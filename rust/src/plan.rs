@@ -1,5 +1,5 @@
-//! What a merge will do, decided before anything is written: for each tensor of the output exactly
-//! one action. A plan is a value: it refers to its inputs by position and name, and any executor
+//! The plan of a merge, made before anything is written: for each tensor of the output exactly one
+//! action. A plan is a value: it refers to its inputs by position and name, and any executor
 //! can carry it out.
 
 mod context;

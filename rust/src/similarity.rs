@@ -1,5 +1,5 @@
-//! Which of many adapters are alike: the inner products of all their updates, what is the same
-//! update in other clothes, and what is a mixture or an earlier state of what.
+//! Similarity of many adapters: the inner products of all their updates, equivalent adapters (one
+//! update in another parameterization), and mixtures or earlier states of others.
 //!
 //! Everything is of the low-rank updates ΔW = s·B·A. What an adapter does beside them (DoRA's
 //! magnitudes, biases, saved modules) is no part of a product; [`Collection`] says of each adapter

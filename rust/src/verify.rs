@@ -6,7 +6,7 @@
 //! widened by the bound on a chain of f32 additions: |error| ≤ γ·Σ|terms| with γ = n·2⁻²⁴ (Higham,
 //! «Accuracy and Stability of Numerical Algorithms», 2nd ed., §3.1). So any correct order of
 //! summation passes, and a doubled scale or a flipped bit does not. PEFT rounds some sums more than
-//! once; for a plan that is to be PEFT's (`compat`), those roundings are let pass as well.
+//! once; for a plan that is to be PEFT's (`compat`), those roundings are allowed as well.
 
 mod consistency;
 mod exact;
@@ -23,7 +23,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result, shorten_all};
 use crate::execute::compute::{Buffers, Computer, lock};
 use crate::execute::queue;
@@ -34,7 +34,7 @@ use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
 use crate::storage::digest::hexadecimal;
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
-use exact::{ExactRow, Leeway, half_ulp};
+use exact::{ExactRow, Tolerance, half_ulp};
 pub(crate) use exact::{HalfUlp, PEFT_ROUNDINGS};
 use matching::Job;
 
@@ -50,8 +50,18 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Compute every row in f64, not a sample.
     pub full: bool,
-    /// Products were made of split factors ([`InstructionSet::Amx`]), whose error passes.
-    pub split: bool,
+    /// How the products were made.
+    pub arithmetic: Arithmetic,
+}
+
+/// How the products of a merge were made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// Of the factors as they are.
+    #[default]
+    Plain,
+    /// Of factors split into numbers of 16 bits ([`InstructionSet::Amx`]), whose error is allowed.
+    SplitFactors,
 }
 
 /// What rounding to the output's type did to one adapter set's change of one tensor.
@@ -185,19 +195,25 @@ pub fn verify(
         Err(error) => return Err(error),
     };
     outcome.warnings.extend_from_slice(merged.warnings());
-    let catalog = Catalog::of(&inputs.base);
-    let (jobs, known) = matching::match_up(plan, &catalog, &merged, &mut outcome, task)?;
+    let quantized = QuantizedWeights::of(&inputs.base);
+    let (jobs, known) = matching::match_up(plan, &quantized, &merged, &mut outcome, task)?;
     consistency::check(inputs, plan, &merged, &known, &mut outcome)?;
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
-    let set =
-        InstructionSet::amx().filter(|_| options.split).unwrap_or_else(InstructionSet::detect);
+    let set = match options.arithmetic {
+        Arithmetic::Plain => None,
+        Arithmetic::SplitFactors => InstructionSet::amx(),
+    };
+    let set = set.unwrap_or_else(InstructionSet::detect);
     let checker = Checker {
         merged: &merged,
         computer: Computer { inputs, set, task },
         full: options.full,
-        leeway: Leeway { peft: plan.options.compat == Some(Compat::Peft), split: options.split },
-        quantized: Catalog::of(&merged),
+        tolerance: Tolerance {
+            peft: plan.options.compat == Some(Compat::Peft),
+            arithmetic: options.arithmetic,
+        },
+        quantized: QuantizedWeights::of(&merged),
     };
     let next = AtomicUsize::new(0);
     let results: Vec<_> = jobs.iter().map(|_| Mutex::new(None)).collect();
@@ -294,9 +310,9 @@ struct Checker<'a> {
     merged: &'a Checkpoint,
     computer: Computer<'a>,
     full: bool,
-    leeway: Leeway,
+    tolerance: Tolerance,
     /// The merged checkpoint's quantised weights.
-    quantized: Catalog,
+    quantized: QuantizedWeights,
 }
 
 /// What was found of one tensor.
@@ -394,7 +410,7 @@ impl Checker<'_> {
         let (rows, columns) = planned.matrix();
         let row_bytes = columns * planned.output_dtype.size();
         let prepared = self.computer.prepare(planned)?;
-        let mut exact = ExactRow::new(self.computer, planned, self.leeway)?;
+        let mut exact = ExactRow::new(self.computer, planned, self.tolerance)?;
         let mut change = Change::default();
         let sample = sample_rows(&planned.name, rows);
         for tile in queue::tiles(planned) {

@@ -12,7 +12,7 @@ use pyo3::types::{PyBytes, PyDict, PyList};
 
 use lorafast::execute::Options;
 use lorafast::execute::operands::{self, Operands};
-use lorafast::execute::session::{Part, Place, Session};
+use lorafast::execute::session::{Session, TensorId, WorkFilter};
 use lorafast::measure::analysis::stored;
 use lorafast::parallel::task::Task;
 use lorafast::plan::{self, Inputs, PlannedTensor};
@@ -87,7 +87,7 @@ impl Memory {
 }
 
 /// A planned tensor by its place.
-pub fn tensor_at(plan: &plan::Plan, (shard, tensor): Place) -> PyResult<&PlannedTensor> {
+pub fn tensor_at(plan: &plan::Plan, (shard, tensor): TensorId) -> PyResult<&PlannedTensor> {
     let found = plan.shards.get(shard).and_then(|shard| shard.tensors.get(tensor));
     found.ok_or_else(|| PyValueError::new_err(format!("no tensor {tensor} of shard {shard}")))
 }
@@ -97,7 +97,7 @@ pub fn updates(
     py: Python<'_>,
     inputs: &Inputs,
     plan: &plan::Plan,
-    place: Place,
+    place: TensorId,
     weight: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Py<PyList>> {
     let tensor = tensor_at(plan, place)?;
@@ -205,11 +205,11 @@ impl Execution {
     fn run(
         &self,
         py: Python<'_>,
-        places: HashSet<Place>,
+        places: HashSet<TensorId>,
         only: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let part = if only { Part::Only(places) } else { Part::Without(places) };
+        let filter = if only { WorkFilter::Only(places) } else { WorkFilter::Without(places) };
         let session = self.session.try_read();
         let session = session.ok();
         let Some(session) = session.as_ref().and_then(|session| session.as_ref()) else {
@@ -217,7 +217,7 @@ impl Execution {
         };
         job::run(py, progress, |task| {
             task.expect(session.total());
-            session.run(&self.inputs, &self.plan, &part, task)
+            session.run(&self.inputs, &self.plan, &filter, task)
         })
     }
 
@@ -225,7 +225,7 @@ impl Execution {
     fn read_rows(
         &self,
         py: Python<'_>,
-        place: Place,
+        place: TensorId,
         first_row: usize,
         buffer: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
@@ -246,7 +246,7 @@ impl Execution {
     fn write_rows(
         &self,
         py: Python<'_>,
-        place: Place,
+        place: TensorId,
         first_row: usize,
         buffer: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
@@ -265,7 +265,7 @@ impl Execution {
     }
 
     /// Raises the error for an element that was finite and is no more, by its index in the tensor.
-    fn raise_overflow(&self, py: Python<'_>, place: Place, index: usize) -> PyResult<()> {
+    fn raise_overflow(&self, py: Python<'_>, place: TensorId, index: usize) -> PyResult<()> {
         let tensor = tensor_at(&self.plan, place)?;
         let error = self.with(|session| Ok(session.overflow(&self.inputs, tensor, index)));
         Err(error.map_or_else(|failure| failure.raise(py), |error| to_python(py, error)))

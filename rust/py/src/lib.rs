@@ -75,8 +75,7 @@ impl Plan {
             .map(InstructionSet::from_name)
             .transpose()
             .map_err(|error| to_python(py, error))?;
-        let unsynced = !sync;
-        let options = execute::Options { threads, overwrite, unsynced, instruction_set, protected };
+        let options = execute::Options { threads, overwrite, sync, instruction_set, protected };
         let summary = job::run(py, progress, |task| {
             execute::execute(&self.inputs, &self.plan, &output, &options, task)
         })?;
@@ -122,8 +121,7 @@ impl Plan {
         overwrite: bool,
         sync: bool,
     ) -> PyResult<device::Execution> {
-        let options =
-            execute::Options { threads, overwrite, unsynced: !sync, ..Default::default() };
+        let options = execute::Options { threads, overwrite, sync, ..Default::default() };
         job::run(py, None, |task| {
             device::Execution::begin(&self.inputs, &self.plan, &output, &options, task)
         })
@@ -140,7 +138,11 @@ impl Plan {
         split: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
-        let options = verify::Options { threads, full, split };
+        let arithmetic = match split {
+            true => verify::Arithmetic::SplitFactors,
+            false => verify::Arithmetic::Plain,
+        };
+        let options = verify::Options { threads, full, arithmetic };
         let outcome = job::run(py, progress, |task| {
             verify::verify(&self.inputs, &self.plan, &merged, &options, task)
         })?;

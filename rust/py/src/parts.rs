@@ -34,7 +34,7 @@ pub fn write_shards(
     sync: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Py<PyAny>> {
-    let options = execute::Options { threads, unsynced: !sync, ..Default::default() };
+    let options = execute::Options { threads, sync, ..Default::default() };
     let written = job::run(py, progress, |task| {
         parts::write_shards(&plan.inputs, &plan.plan, &shards, &directory, &options, task)
     })?;
@@ -56,7 +56,7 @@ pub fn assemble_shards(
     sync: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Py<PyAny>> {
-    let options = execute::Options { overwrite, unsynced: !sync, ..Default::default() };
+    let options = execute::Options { overwrite, sync, ..Default::default() };
     let shard = |(name, bytes, sha256)| WrittenShard { name, bytes, sha256 };
     let written: Vec<_> = written.into_iter().map(shard).collect();
     let summary = job::run(py, progress, |task| {

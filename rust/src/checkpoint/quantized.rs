@@ -8,9 +8,9 @@
 mod bitsandbytes;
 mod blocks;
 mod codes;
-mod foreign;
 mod fp8;
 mod scales;
+mod unsupported;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,8 +23,8 @@ use crate::tensor::safetensors::TensorInfo;
 
 pub use blocks::Blocks;
 pub use codes::Codes;
-pub use foreign::Foreign;
 pub use scales::{Scales, Steps};
+pub use unsupported::UnsupportedFormat;
 
 /// A tensor and the shard that it stands in.
 #[derive(Debug, Clone)]
@@ -311,7 +311,7 @@ impl Quantized {
 
 /// The quantised weights of a checkpoint.
 #[derive(Debug, Clone, Default)]
-pub struct Catalog {
+pub struct QuantizedWeights {
     /// By the name of the tensor of codes, which is the weight's.
     entries: IndexMap<String, Arc<Quantized>>,
     /// Weights whose layout cannot be read, by name, with the reason.
@@ -319,17 +319,18 @@ pub struct Catalog {
     /// By the name of a companion: its weight.
     companions: IndexMap<String, String>,
     /// Weights in formats that are not read at all.
-    foreign: Option<Foreign>,
+    unsupported: Option<UnsupportedFormat>,
 }
 
-impl Catalog {
+impl QuantizedWeights {
     /// Finds every quantised weight by its companions and the config.
     pub fn of(checkpoint: &Checkpoint) -> Self {
-        let mut catalog = Self { foreign: Foreign::of(checkpoint), ..Self::default() };
+        let mut weights =
+            Self { unsupported: UnsupportedFormat::of(checkpoint), ..Self::default() };
         for (name, location) in checkpoint.tensors() {
             let stored = Stored { shard: location.shard, tensor: checkpoint.at(*location).clone() };
-            let foreign = catalog.foreign.as_ref();
-            if foreign.is_some_and(|foreign| foreign.holds_tensor(name)) {
+            let unsupported = weights.unsupported.as_ref();
+            if unsupported.is_some_and(|unsupported| unsupported.holds_tensor(name)) {
                 continue;
             }
             let found = match stored.tensor.dtype.name() {
@@ -341,21 +342,21 @@ impl Catalog {
             match found {
                 Some(Ok(quantized)) => {
                     for companion in &quantized.companions {
-                        catalog.companions.insert(companion.clone(), name.clone());
+                        weights.companions.insert(companion.clone(), name.clone());
                     }
-                    catalog.entries.insert(name.clone(), Arc::new(quantized));
+                    weights.entries.insert(name.clone(), Arc::new(quantized));
                 }
                 Some(Err(problem)) => {
-                    catalog.unreadable.insert(name.clone(), problem);
+                    weights.unreadable.insert(name.clone(), problem);
                 }
                 None => {}
             }
         }
         // A scale of 8 bits looks like a weight without one.
-        let companions = &catalog.companions;
-        catalog.entries.retain(|name, _| !companions.contains_key(name));
-        catalog.unreadable.retain(|name, _| !companions.contains_key(name));
-        catalog
+        let companions = &weights.companions;
+        weights.entries.retain(|name, _| !companions.contains_key(name));
+        weights.unreadable.retain(|name, _| !companions.contains_key(name));
+        weights
     }
 
     /// The weight of that name.
@@ -374,8 +375,8 @@ impl Catalog {
     }
 
     /// Formats that are not read.
-    pub fn foreign(&self) -> Option<&Foreign> {
-        self.foreign.as_ref()
+    pub fn unsupported(&self) -> Option<&UnsupportedFormat> {
+        self.unsupported.as_ref()
     }
 
     /// Why a weight cannot be read.

@@ -1,4 +1,4 @@
-//! What lies beside a model's weights and belongs to the model: config, tokenizer, generation
+//! Side files: what lies beside a model's weights and belongs to the model: config, tokenizer, generation
 //! config, chat template, code, license, cards.
 //!
 //! A base's directory may hold anything: checkpoints of its training, a user's own files, links to

@@ -2,9 +2,9 @@
 //!
 //! An executor makes of each tile, a run of rows of the tensor's matrix within one of its segments:
 //! stage after stage, from what the stages before left (S, at first W₀), and over the updates whose
-//! band the rows lie in,
+//! rows those are,
 //!
-//! (1 − Σ w) · S + Σ w · V, with the sums over the updates that take S's place,
+//! (1 − Σ w) · S + Σ w · V, with the sums over the updates that override S,
 //! \+ Σ w · c · (B · A), over all products of the others,
 //!
 //! where V is m/‖S + Σ c · (B · A)‖ ⊙ (S + Σ c · (B · A)) of DoRA, or the replacement; all in f32
@@ -15,6 +15,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use super::compute::Computer;
+use super::session::TensorId;
 use super::tile;
 use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
@@ -28,7 +29,8 @@ use crate::tensor::dtype::Dtype;
 #[derive(Debug, Serialize)]
 pub struct ChangedTensor<'a> {
     /// Its shard's position, and its own in it.
-    pub place: (usize, usize),
+    #[serde(rename = "place")]
+    pub id: TensorId,
     /// Its name.
     pub name: &'a str,
     /// Rows of its matrix.
@@ -39,7 +41,7 @@ pub struct ChangedTensor<'a> {
     pub dtype: &'a str,
     /// The type in which they are written.
     pub output_dtype: &'a str,
-    /// Runs of rows that the same updates change; no tile crosses their ends.
+    /// Ranges of rows that the same updates change; no tile crosses their ends.
     pub segments: Vec<(usize, usize)>,
     /// Multiplications of all its products.
     pub work: u64,
@@ -82,14 +84,14 @@ pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
     });
     tensors
         .filter(|(_, tensor)| !tensor.updates().is_empty() || is_replaced(tensor))
-        .map(|(place, tensor)| {
+        .map(|(id, tensor)| {
             let (rows, columns) = tensor.matrix();
             let work = tensor.updates().iter().map(|update| {
-                let band = update.slice.rows.clone().unwrap_or(0..rows as u64);
-                (band.end - band.start) * columns as u64 * update.rank
+                let row_range = update.slice.rows.clone().unwrap_or(0..rows as u64);
+                (row_range.end - row_range.start) * columns as u64 * update.rank
             });
             ChangedTensor {
-                place,
+                id,
                 name: &tensor.name,
                 rows,
                 columns,
@@ -131,13 +133,13 @@ pub struct Operands {
     pub stage: usize,
     /// The rows of the tensor's matrix that it lies on.
     pub rows: Range<usize>,
-    /// Whether the products lie turned: Aᵀ·Bᵀ.
+    /// Whether the products lie transposed: Aᵀ·Bᵀ.
     pub transposed: bool,
     /// What is added to what it is made from.
     pub products: Vec<Product>,
     /// DoRA's magnitudes of the outputs, in f64.
     pub magnitude: Option<Vec<f64>>,
-    /// The adapter's own values on those rows, where they take the place of what it is made from.
+    /// The adapter's own values on those rows, where they override what it is made from.
     pub own: Option<(Dtype, Vec<u8>)>,
 }
 
@@ -174,10 +176,11 @@ pub fn operands(
         if update.kind != UpdateKind::Replace {
             products.push(Product { pair: update.pair(adapter)?, coefficient: update.scale });
         }
-        let band = update.slice.rows.as_ref();
-        let rows = band.map_or(0..rows, |band| band.start as usize..band.end as usize);
+        let row_range = update.slice.rows.as_ref();
+        let rows =
+            row_range.map_or(0..rows, |row_range| row_range.start as usize..row_range.end as usize);
         let replacement = (update.kind == UpdateKind::Replace).then_some(&update.module);
-        let own = replacement.or(update.on.as_ref()).map(|name| {
+        let own = replacement.or(update.base_override.as_ref()).map(|name| {
             let tensor = adapter.tensor(name).expect("planned from this tensor");
             let first = update.slice.outputs.as_ref().map_or(0, |rows| rows.start as usize);
             let row = columns * tensor.dtype.size();

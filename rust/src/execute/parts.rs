@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::session::{Part, Session};
+use super::session::{Session, WorkFilter};
 use super::{Job, Options, Output, Summary, queue};
 use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
@@ -57,9 +57,9 @@ pub fn write_shards(
         Ok(file)
     };
     let files = plan.shards.iter().map(open).collect::<Result<Vec<_>>>()?;
-    let output = Output { directory, files: &files, sync: !options.unsynced };
+    let output = Output { directory, files: &files, sync: options.sync };
     let set = options.instruction_set.unwrap_or_else(InstructionSet::detect);
-    let job = Job::without_digests(inputs, &plan, output, set, task, &Part::All);
+    let job = Job::without_digests(inputs, &plan, output, set, task, &WorkFilter::All);
     job.run(&pool)?;
     inputs.check_unchanged()?;
     let mut written = Vec::new();

@@ -1,4 +1,4 @@
-//! A plan as units of work, in the order in which threads take them.
+//! Work queues, one for each shard: a plan as units of work, in the order in which threads take them.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,7 +22,7 @@ pub(super) enum Work {
     /// Bytes of the shard's file that are the same in the output, at another place perhaps.
     Copy { shard: usize, source: Range<u64>, target: u64 },
     /// A tensor of an adapter, as it is.
-    Place { shard: usize, tensor: usize },
+    CopyFromAdapter { shard: usize, tensor: usize },
     /// A run of elements to convert.
     Cast { shard: usize, tensor: usize, elements: Range<u64> },
     /// Whole rows to update.
@@ -82,7 +82,7 @@ pub(super) fn queue_of(
         match &tensor.action {
             Action::Copy if matches!(tensor.origin, Origin::Adapter(_)) => {
                 flush(&mut run, &mut queue);
-                queue.push(Work::Place { shard: position, tensor: index });
+                queue.push(Work::CopyFromAdapter { shard: position, tensor: index });
             }
             Action::Copy => {
                 let end = from + tensor.source.bytes();
@@ -175,57 +175,58 @@ pub(crate) fn tiles_covering(tensor: &PlannedTensor, rows: &Range<usize>) -> Vec
 /// Writes to one file exclude each other in the kernel, where a waiting thread spins. So a thread
 /// stays with its shard until nothing is left of it, and then goes where the fewest others are.
 #[derive(Debug)]
-pub(super) struct Lanes {
-    lanes: Vec<Lane>,
+pub(super) struct WorkQueues {
+    queues: Vec<WorkQueue>,
 }
 
 #[derive(Debug)]
-struct Lane {
+struct WorkQueue {
     work: Vec<Work>,
     next: AtomicUsize,
     threads: AtomicUsize,
 }
 
-impl Lane {
+impl WorkQueue {
     fn left(&self) -> usize {
         self.work.len().saturating_sub(self.next.load(Ordering::Relaxed))
     }
 }
 
-impl Lanes {
-    /// One lane for each list, taken in this order where nothing else decides.
+impl WorkQueues {
+    /// One queue for each list, taken in this order where nothing else decides.
     pub fn new(queues: Vec<Vec<Work>>) -> Self {
-        let lane = |work| Lane { work, next: AtomicUsize::new(0), threads: AtomicUsize::new(0) };
-        Self { lanes: queues.into_iter().map(lane).collect() }
+        let queue =
+            |work| WorkQueue { work, next: AtomicUsize::new(0), threads: AtomicUsize::new(0) };
+        Self { queues: queues.into_iter().map(queue).collect() }
     }
 
-    /// The next unit for a thread that was last with `lane`, which is set to where it is now.
-    pub fn take(&self, lane: &mut Option<usize>) -> Option<&Work> {
+    /// The next unit for a thread that was last with `queue`, which is set to where it is now.
+    pub fn take(&self, queue: &mut Option<usize>) -> Option<&Work> {
         loop {
-            let current = match *lane {
+            let current = match *queue {
                 Some(current) => current,
                 None => {
-                    let busy = |lane: &Lane| lane.threads.load(Ordering::Relaxed);
-                    let (position, chosen) = (self.lanes.iter().enumerate())
-                        .filter(|(_, lane)| lane.left() > 0)
-                        .min_by_key(|(_, lane)| busy(lane))?;
+                    let busy = |queue: &WorkQueue| queue.threads.load(Ordering::Relaxed);
+                    let (position, chosen) = (self.queues.iter().enumerate())
+                        .filter(|(_, queue)| queue.left() > 0)
+                        .min_by_key(|(_, queue)| busy(queue))?;
                     chosen.threads.fetch_add(1, Ordering::Relaxed);
-                    *lane.insert(position)
+                    *queue.insert(position)
                 }
             };
-            let current = &self.lanes[current];
+            let current = &self.queues[current];
             if let Some(work) = current.work.get(current.next.fetch_add(1, Ordering::Relaxed)) {
                 return Some(work);
             }
             current.threads.fetch_sub(1, Ordering::Relaxed);
-            *lane = None;
+            *queue = None;
         }
     }
 
     /// Lets nobody take anything any more.
     pub fn stop(&self) {
-        for lane in &self.lanes {
-            lane.next.store(lane.work.len(), Ordering::Relaxed);
+        for queue in &self.queues {
+            queue.next.store(queue.work.len(), Ordering::Relaxed);
         }
     }
 }
@@ -234,36 +235,36 @@ impl Lanes {
 mod tests {
     use super::*;
 
-    fn lanes(counts: &[usize]) -> Lanes {
-        let unit = |shard| Work::Place { shard, tensor: 0 };
-        Lanes::new(counts.iter().enumerate().map(|(shard, n)| vec![unit(shard); *n]).collect())
+    fn queues(counts: &[usize]) -> WorkQueues {
+        let unit = |shard| Work::CopyFromAdapter { shard, tensor: 0 };
+        WorkQueues::new(counts.iter().enumerate().map(|(shard, n)| vec![unit(shard); *n]).collect())
     }
 
     fn shard(work: Option<&Work>) -> Option<usize> {
         work.map(|work| match work {
-            Work::Place { shard, .. } => *shard,
+            Work::CopyFromAdapter { shard, .. } => *shard,
             _ => unreachable!("nothing else was queued"),
         })
     }
 
     #[test]
     fn threads_keep_to_different_shards_while_they_can() {
-        let lanes = lanes(&[2, 0, 4, 1]);
+        let queues = queues(&[2, 0, 4, 1]);
         let (mut one, mut other) = (None, None);
         let mut order = Vec::new();
-        while let Some(work) = shard(lanes.take(&mut one)) {
-            order.push((work, shard(lanes.take(&mut other))));
+        while let Some(work) = shard(queues.take(&mut one)) {
+            order.push((work, shard(queues.take(&mut other))));
         }
         assert_eq!(order, [(0, Some(2)), (0, Some(2)), (3, Some(2)), (2, None)]);
     }
 
     #[test]
     fn what_is_stopped_gives_no_more_work() {
-        let lanes = lanes(&[3, 3]);
-        let mut lane = None;
-        assert_eq!(shard(lanes.take(&mut lane)), Some(0));
-        lanes.stop();
-        assert_eq!(shard(lanes.take(&mut lane)), None);
-        assert_eq!(shard(lanes.take(&mut None)), None);
+        let queues = queues(&[3, 3]);
+        let mut queue = None;
+        assert_eq!(shard(queues.take(&mut queue)), Some(0));
+        queues.stop();
+        assert_eq!(shard(queues.take(&mut queue)), None);
+        assert_eq!(shard(queues.take(&mut None)), None);
     }
 }

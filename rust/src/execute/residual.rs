@@ -1,4 +1,5 @@
-//! What an initialisation took out of a weight before training began (PiSSA, OLoRA, KaSA).
+//! The residual: what an initialisation took out of a weight before training began (PiSSA, OLoRA,
+//! KaSA).
 //!
 //! The file of such an adapter holds the trained factors alone; the base that they were trained
 //! beside is the original one less a product P that the original determines. P is found again here,

@@ -1,4 +1,4 @@
-//! One execution from the checked output to the finished directory, in steps, so that an executor
+//! Sessions: one execution from the checked output to the finished directory, in steps, so that an executor
 //! with arithmetic of its own can make some of the merged tensors while the CPU makes the rest.
 
 use std::collections::HashSet;
@@ -21,31 +21,31 @@ use crate::plan::{Inputs, Plan, PlannedTensor};
 use crate::storage::local::{self, Stamp};
 use crate::storage::staging::{self, Input, Staging};
 
-/// A tensor of a plan: its shard's position and its own.
-pub type Place = (usize, usize);
+/// A tensor of a plan: its shard's position and its own in that.
+pub type TensorId = (usize, usize);
 
 /// Which of a plan's units of work are carried out.
 #[derive(Debug, Clone)]
-pub enum Part {
+pub enum WorkFilter {
     /// All of them.
     All,
     /// All but the merges of these tensors, which somebody else writes.
-    Without(HashSet<Place>),
+    Without(HashSet<TensorId>),
     /// The merges of these tensors alone.
-    Only(HashSet<Place>),
+    Only(HashSet<TensorId>),
 }
 
-impl Part {
+impl WorkFilter {
     pub(super) fn takes(&self, work: &Work) -> bool {
-        let place = match work {
+        let id = match work {
             Work::Merge { shard, tensor, .. } => Some((*shard, *tensor)),
             _ => None,
         };
-        match (self, place) {
+        match (self, id) {
             (Self::All, _) | (Self::Without(_), None) => true,
             (Self::Only(_), None) => false,
-            (Self::Without(places), Some(place)) => !places.contains(&place),
-            (Self::Only(places), Some(place)) => places.contains(&place),
+            (Self::Without(ids), Some(id)) => !ids.contains(&id),
+            (Self::Only(ids), Some(id)) => ids.contains(&id),
         }
     }
 }
@@ -113,7 +113,7 @@ impl Session {
         let mut staging = Staging::create(staging::Request {
             output,
             overwrite: options.overwrite,
-            sync: !options.unsynced,
+            sync: options.sync,
             bytes: total,
             names: names(inputs, plan, &side_files),
             inputs: read_inputs(inputs, &side_files, &options.protected)?,
@@ -168,7 +168,7 @@ impl Session {
             start,
             pool,
             set: options.instruction_set.unwrap_or_else(InstructionSet::detect),
-            sync: !options.unsynced,
+            sync: options.sync,
             digests: Mutex::new(Vec::new()),
             written: AtomicBool::new(false),
         })
@@ -183,11 +183,17 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::Numeric`], [`Error::Io`], [`Error::Cancelled`].
-    pub fn run(&self, inputs: &Inputs, plan: &Plan, part: &Part, task: &Task) -> Result<()> {
+    pub fn run(
+        &self,
+        inputs: &Inputs,
+        plan: &Plan,
+        filter: &WorkFilter,
+        task: &Task,
+    ) -> Result<()> {
         let output = Output { directory: &self.output, files: &self.files, sync: self.sync };
-        let job = Job::new(inputs, plan, output, self.set, task, part);
+        let job = Job::new(inputs, plan, output, self.set, task, filter);
         job.run(&self.pool)?;
-        if !matches!(part, Part::Only(_)) {
+        if !matches!(filter, WorkFilter::Only(_)) {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
         }
         Ok(())
@@ -228,7 +234,7 @@ impl Session {
     pub fn write_rows(
         &self,
         plan: &Plan,
-        (shard, tensor): Place,
+        (shard, tensor): TensorId,
         first_row: usize,
         bytes: &[u8],
     ) -> Result<()> {

@@ -314,14 +314,15 @@ fn dora_on_an_embedding_scales_its_columns() {
     // Stored (tokens, width): 30 tokens of width 20, the transpose of the product above.
     let sum = product(20, 30);
     let straight = ramp(600, 1);
-    let turned: Vec<f32> = (0..600).map(|index| straight[index % 20 * 30 + index / 20]).collect();
+    let transposed: Vec<f32> =
+        (0..600).map(|index| straight[index % 20 * 30 + index / 20]).collect();
     let magnitude: Vec<f32> = (0..20).map(|column| 2.0 - column as f32 / 16.0).collect();
     let factors = [
         ("x.lora_embedding_A", Dtype::F32, &[2, 30][..], ramp(60, 2)),
         ("x.lora_embedding_B", Dtype::F32, &[20, 2][..], ramp(40, 3)),
         ("x.lora_magnitude_vector", Dtype::F32, &[20][..], magnitude.clone()),
     ];
-    let base = [("x.weight", Dtype::F32, &[30, 20][..], turned)];
+    let base = [("x.weight", Dtype::F32, &[30, 20][..], transposed)];
     let (_kept, merged) = merge_tensors(&base, &factors, r#", "use_dora": true"#, plain());
     let expected: Vec<_> = (0..600)
         .map(|index| {
@@ -337,9 +338,10 @@ fn dora_on_an_embedding_scales_its_columns() {
 #[test]
 fn embeddings_convolutions_and_biases_are_products_too() {
     let straight = ramp(600, 1);
-    let turned: Vec<f32> = (0..600).map(|index| straight[index % 20 * 30 + index / 20]).collect();
+    let transposed: Vec<f32> =
+        (0..600).map(|index| straight[index % 20 * 30 + index / 20]).collect();
     let base = [
-        ("e.weight", Dtype::F32, &[30, 20][..], turned),
+        ("e.weight", Dtype::F32, &[30, 20][..], transposed),
         ("c.weight", Dtype::F32, &[20, 5, 3, 2][..], straight),
         ("c.bias", Dtype::F32, &[20][..], ramp(20, 4)),
     ];
@@ -354,8 +356,8 @@ fn embeddings_convolutions_and_biases_are_products_too() {
     let (_kept, merged) = merge_tensors(&base, &factors, biased, plain());
     let expected = product(20, 30);
     assert_close(&merged["c.weight"], &expected);
-    let turned: Vec<_> = (0..600).map(|index| expected[index % 20 * 30 + index / 20]).collect();
-    assert_close(&merged["e.weight"], &turned);
+    let transposed: Vec<_> = (0..600).map(|index| expected[index % 20 * 30 + index / 20]).collect();
+    assert_close(&merged["e.weight"], &transposed);
     let pairs = ramp(20, 4).into_iter().zip(ramp(20, 5));
     let bias: Vec<_> = pairs.map(|(base, bias)| f64::from(base) + 2.0 * f64::from(bias)).collect();
     assert_close(&merged["c.bias"], &bias);
@@ -430,11 +432,11 @@ fn parts_of_an_execution_make_the_whole() {
     execute(&inputs, &plan, &whole, &Options::default(), &task).expect("merged");
     let merged = operands::changed_tensors(&plan);
     let [tensor] = merged.as_slice() else { panic!("one tensor is merged") };
-    let place = tensor.place;
-    let planned = &plan.shards[place.0].tensors[place.1];
+    let id = tensor.id;
+    let planned = &plan.shards[id.0].tensors[id.1];
     let session =
         Session::begin(&inputs, &plan, &parts, &Options::default(), &task).expect("begun");
-    session.run(&inputs, &plan, &Part::Without([place].into()), &task).expect("run");
+    session.run(&inputs, &plan, &WorkFilter::Without([id].into()), &task).expect("run");
     let mut rows = vec![0; (ROWS * COLUMNS) as usize * 2];
     session.read_rows(&inputs, planned, &(0..ROWS as usize), &mut rows).expect("read");
     let [update] =
@@ -450,8 +452,8 @@ fn parts_of_an_execution_make_the_whole() {
     );
     assert!(crate::kernel::merge_rows(set, &factors, 0, &Dtype::Bf16, &mut rows));
     let half = rows.len() / 2;
-    session.write_rows(&plan, place, ROWS as usize / 2, &rows[half..]).expect("written");
-    session.write_rows(&plan, place, 0, &rows[..half]).expect("written");
+    session.write_rows(&plan, id, ROWS as usize / 2, &rows[half..]).expect("written");
+    session.write_rows(&plan, id, 0, &rows[..half]).expect("written");
     assert!(!parts.join("config.json").exists(), "not a model yet");
     let summary = session.finish(&inputs, &plan, &task).expect("finished");
     assert_eq!(summary.adapter_sha256.len(), 1);
@@ -463,8 +465,8 @@ fn parts_of_an_execution_make_the_whole() {
     let again = directory.path().join("again");
     let session =
         Session::begin(&inputs, &plan, &again, &Options::default(), &task).expect("begun");
-    session.run(&inputs, &plan, &Part::Without([place].into()), &task).expect("run");
-    session.run(&inputs, &plan, &Part::Only([place].into()), &task).expect("run");
+    session.run(&inputs, &plan, &WorkFilter::Without([id].into()), &task).expect("run");
+    session.run(&inputs, &plan, &WorkFilter::Only([id].into()), &task).expect("run");
     session.finish(&inputs, &plan, &task).expect("finished");
     let read = |root: &Path| fs::read(root.join("one.safetensors")).expect("there");
     assert!(read(&whole) == read(&again));

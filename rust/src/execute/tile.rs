@@ -1,8 +1,8 @@
 //! The arithmetic of one tensor's updates, tile by tile.
 //!
-//! Updates that only add are one packed product. Those that take W₀'s place (DoRA, replacements)
+//! Updates that only add are one packed product. Overrides of W₀ (DoRA, replacements)
 //! are made from W₀ each on its own and added by their difference: W₀ + Σ wᵢ·(Wᵢ − W₀). Where
-//! updates lie on bands of rows, each run of rows with the same updates is a segment of its own.
+//! updates lie on ranges of rows, each range with the same updates is a segment of its own.
 //! In stages, each stage's W₀ is what the one before it left.
 
 use std::ops::Range;
@@ -77,14 +77,14 @@ pub(crate) struct Segment {
 struct Stage {
     /// All products that are only added, one packing for each way in which they lie.
     sums: Vec<Factors>,
-    /// 1 − Σ wᵢ over the updates that take W₀'s place.
-    keep: f64,
-    places: Vec<Place>,
+    /// The factor on W₀: 1 − Σ wᵢ over the overrides.
+    base_coefficient: f64,
+    overrides: Vec<Override>,
 }
 
-/// An update that takes W₀'s place.
+/// An update that is more than W₀ with something added.
 #[derive(Debug)]
-struct Place {
+struct Override {
     weight: f64,
     value: Value,
 }
@@ -93,21 +93,21 @@ struct Place {
 enum Value {
     Rescaled {
         factors: Factors,
-        gains: Gains,
-        /// What it is made from, where that is not W₀.
-        on: Option<Own>,
+        scales: DoraScales,
+        /// The adapter's tensor that it is made from, where that is not W₀.
+        base_override: Option<AdapterRows>,
     },
-    Replaced(Own),
+    Replaced(AdapterRows),
 }
 
 /// Rows of an adapter's own tensor, from `first` on.
 #[derive(Debug)]
-struct Own {
+struct AdapterRows {
     tensor: Tensor,
     first: usize,
 }
 
-impl Own {
+impl AdapterRows {
     fn read<T: Real>(
         &self,
         set: InstructionSet,
@@ -124,9 +124,9 @@ impl Own {
     }
 }
 
-/// DoRA's m/‖V‖.
+/// DoRA's scales m/‖V‖.
 #[derive(Debug)]
-enum Gains {
+enum DoraScales {
     /// Magnitudes of the segment's rows; the norms are the tile's own.
     OfRows(Vec<f64>),
     /// Finished factors of the columns, whose norms needed the whole tensor.
@@ -151,9 +151,9 @@ struct Packing<'a> {
 }
 
 impl Packing<'_> {
-    /// The rows of the update's band that lie in a segment.
+    /// The rows of the update's range that lie in a segment.
     fn rows_within(update: &Update, segment: &Range<usize>) -> Range<usize> {
-        let first = update.slice.rows.as_ref().map_or(0, |band| band.start as usize);
+        let first = update.slice.rows.as_ref().map_or(0, |row_range| row_range.start as usize);
         segment.start - first..segment.end - first
     }
 
@@ -185,7 +185,7 @@ impl Packing<'_> {
 
     /// The type of the rows that sums are added to. What decides is what [`Segment::only_sum`] sees.
     fn dtype_of_sums(&self, updates: &[&Update]) -> &Dtype {
-        let adds = |update: &&Update| !update.kind.takes_the_place();
+        let adds = |update: &&Update| !update.kind.is_override();
         let alike = |pair: &[&Update]| {
             pair[0].stage == pair[1].stage && pair[0].orientation() == pair[1].orientation()
         };
@@ -217,37 +217,41 @@ impl Packing<'_> {
         scan: &mut Scan<'_>,
     ) -> Result<Stage> {
         let rows = &segment.rows;
-        let mut keep = 1.0;
-        let mut places = Vec::new();
+        let mut base_coefficient = 1.0;
+        let mut overrides = Vec::new();
         for update in updates {
             match update.kind {
                 UpdateKind::LowRank | UpdateKind::Vector => {}
                 UpdateKind::Dora => {
-                    keep -= update.weight;
+                    base_coefficient -= update.weight;
                     let pairs = self.pairs(update, rows)?;
                     let factors = self.pack(self.dtype, update.orientation(), rows, &pairs);
                     let magnitude = magnitude(&self.inputs.adapters[update.adapter], update)?;
-                    let on = update.on.as_ref().map(|tensor| self.own(update, tensor, rows));
-                    let gains = match update.orientation() {
+                    let base_override = update
+                        .base_override
+                        .as_ref()
+                        .map(|tensor| self.adapter_rows(update, tensor, rows));
+                    let scales = match update.orientation() {
                         Orientation::OutIn => {
                             let within = Self::rows_within(update, rows);
-                            Gains::OfRows(magnitude[within].to_vec())
+                            DoraScales::OfRows(magnitude[within].to_vec())
                         }
                         Orientation::InOut => {
-                            let norms = self.column_norms(segment, &factors, on.as_ref(), scan)?;
+                            let norms =
+                                self.column_norms(segment, &factors, base_override.as_ref(), scan)?;
                             let pairs = magnitude.iter().zip(norms);
-                            Gains::OfColumns(
+                            DoraScales::OfColumns(
                                 pairs.map(|(magnitude, norm)| magnitude / norm).collect(),
                             )
                         }
                     };
-                    let value = Value::Rescaled { factors, gains, on };
-                    places.push(Place { weight: update.weight, value });
+                    let value = Value::Rescaled { factors, scales, base_override };
+                    overrides.push(Override { weight: update.weight, value });
                 }
                 UpdateKind::Replace => {
-                    keep -= update.weight;
-                    let value = Value::Replaced(self.own(update, &update.module, rows));
-                    places.push(Place { weight: update.weight, value });
+                    base_coefficient -= update.weight;
+                    let value = Value::Replaced(self.adapter_rows(update, &update.module, rows));
+                    overrides.push(Override { weight: update.weight, value });
                 }
             }
         }
@@ -255,7 +259,7 @@ impl Packing<'_> {
         let mut sums = Vec::new();
         for orientation in [Orientation::OutIn, Orientation::InOut] {
             let mut pairs = Vec::new();
-            for update in updates.iter().filter(|update| !update.kind.takes_the_place()) {
+            for update in updates.iter().filter(|update| !update.kind.is_override()) {
                 if update.orientation() == orientation {
                     let weighted = |(pair, scale)| (pair, scale * update.weight);
                     pairs.extend(self.pairs(update, rows)?.into_iter().map(weighted));
@@ -265,16 +269,16 @@ impl Packing<'_> {
                 sums.push(self.pack(dtype, orientation, rows, &pairs));
             }
         }
-        Ok(Stage { sums, keep, places })
+        Ok(Stage { sums, base_coefficient, overrides })
     }
 
     /// The rows of an adapter's tensor that lie on a segment.
-    fn own(&self, update: &Update, tensor: &str, segment: &Range<usize>) -> Own {
+    fn adapter_rows(&self, update: &Update, tensor: &str, segment: &Range<usize>) -> AdapterRows {
         let tensor = self.inputs.adapters[update.adapter].tensor(tensor);
         let tensor = tensor.expect("planned from this tensor");
         let first = update.slice.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         let first = first + Self::rows_within(update, segment).start;
-        Own { tensor, first }
+        AdapterRows { tensor, first }
     }
 
     /// ‖V‖ of every column, in f64, row after row. V is made from what the segment's stages so far
@@ -283,15 +287,15 @@ impl Packing<'_> {
         &self,
         segment: &Segment,
         factors: &Factors,
-        on: Option<&Own>,
+        base_override: Option<&AdapterRows>,
         scan: &mut Scan<'_>,
     ) -> Result<Vec<f64>> {
         let mut sums = vec![0.0; self.columns];
         scan(&mut |first_row, tile| {
             if *self.dtype == Dtype::F64 {
-                self.begin::<f64>(segment, on, first_row, tile)?;
+                self.begin::<f64>(segment, base_override, first_row, tile)?;
             } else {
-                self.begin::<f32>(segment, on, first_row, tile)?;
+                self.begin::<f32>(segment, base_override, first_row, tile)?;
             }
             kernel::merge_rows(self.set, factors, first_row, self.dtype, tile);
             kernel::convert::for_each_f64(self.dtype, tile, |index, value| {
@@ -307,11 +311,11 @@ impl Packing<'_> {
     fn begin<T: Real>(
         &self,
         segment: &Segment,
-        on: Option<&Own>,
+        base_override: Option<&AdapterRows>,
         first_row: usize,
         tile: &mut [u8],
     ) -> Result<()> {
-        if on.is_none() && segment.stages.is_empty() {
+        if base_override.is_none() && segment.stages.is_empty() {
             return Ok(());
         }
         let values: &[T] = &tile
@@ -320,7 +324,7 @@ impl Packing<'_> {
             .collect::<Vec<T>>();
         let mut result = vec![T::default(); values.len()];
         let rows = first_row..first_row + values.len() / self.columns;
-        match on {
+        match base_override {
             Some(own) => own.read(self.set, &rows, self.columns, &mut result)?,
             None => {
                 let (mut start, mut scratch) = (values.to_vec(), result.clone());
@@ -365,8 +369,8 @@ impl Prepared {
                 .updates()
                 .iter()
                 .filter(|update| match &update.slice.rows {
-                    Some(band) => {
-                        band.start as usize <= rows.start && rows.end <= band.end as usize
+                    Some(row_range) => {
+                        row_range.start as usize <= rows.start && rows.end <= row_range.end as usize
                     }
                     None => true,
                 })
@@ -405,7 +409,7 @@ impl Segment {
     /// The packed product, if that is all there is, so that it can be added in place.
     pub fn only_sum(&self) -> Option<&Factors> {
         match self.stages.as_slice() {
-            [Stage { sums, places, .. }] if places.is_empty() => match sums.as_slice() {
+            [Stage { sums, overrides, .. }] if overrides.is_empty() => match sums.as_slice() {
                 [factors] => Some(factors),
                 _ => None,
             },
@@ -448,31 +452,31 @@ impl Stage {
         scratch: &mut [T],
         result: &mut [T],
     ) -> Result<()> {
-        if self.keep == 0.0 {
+        if self.base_coefficient == 0.0 {
             // Not by a product with zero, which would make NaN of a base's infinity.
             result.fill(T::default());
-        } else if self.keep != 1.0 {
-            let keep = T::from_f64(self.keep);
-            result.iter_mut().zip(start).for_each(|(to, from)| *to = from.times(keep));
+        } else if self.base_coefficient != 1.0 {
+            let base_coefficient = T::from_f64(self.base_coefficient);
+            result.iter_mut().zip(start).for_each(|(to, from)| *to = from.times(base_coefficient));
         }
         for factors in &self.sums {
             let bytes = bytemuck::cast_slice_mut(result);
             kernel::merge_rows(set, factors, rows.start, &T::DTYPE, bytes);
         }
-        for place in &self.places {
-            match &place.value {
-                Value::Rescaled { factors, gains, on } => {
-                    match on {
+        for each in &self.overrides {
+            match &each.value {
+                Value::Rescaled { factors, scales, base_override } => {
+                    match base_override {
                         Some(own) => own.read(set, rows, columns, scratch)?,
                         None => scratch.copy_from_slice(start),
                     }
                     let bytes = bytemuck::cast_slice_mut(scratch);
                     kernel::merge_rows(set, factors, rows.start, &T::DTYPE, bytes);
-                    add_rescaled(gains, place.weight, rows, columns, scratch, result);
+                    add_rescaled(scales, each.weight, rows, columns, scratch, result);
                 }
                 Value::Replaced(own) => {
                     own.read(set, rows, columns, scratch)?;
-                    let weight = T::from_f64(place.weight);
+                    let weight = T::from_f64(each.weight);
                     let pairs = result.iter_mut().zip(&*scratch);
                     pairs.for_each(|(to, from)| *to = to.plus(from.times(weight)));
                 }
@@ -484,7 +488,7 @@ impl Stage {
 
 /// result += weight · gain · V.
 fn add_rescaled<T: Real>(
-    gains: &Gains,
+    scales: &DoraScales,
     weight: f64,
     rows: &Range<usize>,
     columns: usize,
@@ -492,20 +496,20 @@ fn add_rescaled<T: Real>(
     result: &mut [T],
 ) {
     let lines = values.chunks_exact(columns).zip(result.chunks_exact_mut(columns));
-    match gains {
-        Gains::OfRows(magnitudes) => {
+    match scales {
+        DoraScales::OfRows(magnitudes) => {
             for ((values, result), magnitude) in lines.zip(&magnitudes[rows.clone()]) {
                 let norm = sum_of_squares(values).sqrt();
-                let gain = T::from_f64(weight * (magnitude / norm));
+                let scale = T::from_f64(weight * (magnitude / norm));
                 let pairs = result.iter_mut().zip(values);
-                pairs.for_each(|(to, from)| *to = to.plus(from.times(gain)));
+                pairs.for_each(|(to, from)| *to = to.plus(from.times(scale)));
             }
         }
-        Gains::OfColumns(gains) => {
-            let gains: Vec<_> = gains.iter().map(|gain| T::from_f64(weight * gain)).collect();
+        DoraScales::OfColumns(scales) => {
+            let scales: Vec<_> = scales.iter().map(|scale| T::from_f64(weight * scale)).collect();
             for (values, result) in lines {
-                for ((to, from), gain) in result.iter_mut().zip(values).zip(&gains) {
-                    *to = to.plus(from.times(*gain));
+                for ((to, from), scale) in result.iter_mut().zip(values).zip(&scales) {
+                    *to = to.plus(from.times(*scale));
                 }
             }
         }

@@ -18,7 +18,7 @@ pub use compare::{Comparison, ModuleComparison, PairComparison, compare};
 use crate::adapter::{Adapter, Module, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::prefix;
-use crate::checkpoint::names::renames::{Names, Renames};
+use crate::checkpoint::names::renames::{NameIndex, Renames};
 use crate::error::{Error, Result};
 use crate::measure::entries::{EntryStatistics, scan_entries};
 use crate::measure::spectrum::{Spectrum, Update, Values};
@@ -374,17 +374,17 @@ fn find_weights(adapter: &Adapter, base: &Checkpoint, task: &Task) -> Result<Vec
     let adapter = named.as_ref().unwrap_or(adapter);
     let mut parameters: Vec<_> =
         adapter.modules().values().map(|module| format!("{}.weight", module.path)).collect();
-    let mut names = Names::plain(base);
-    let mut fit = prefix::find_mapping(&parameters, &names, task)?;
+    let mut names = NameIndex::plain(base);
+    let mut fit = prefix::find_prefix_change(&parameters, &names, task)?;
     if !fit.problems.is_empty()
         && let Some(renames) = Renames::built_in(base)
     {
-        let renamed = Names::renamed(base, renames, task)?;
+        let renamed = NameIndex::renamed(base, renames, task)?;
         // A piece of a stored tensor has no norm of its own there.
         let canonical = parameters.iter().map(|parameter| renamed.canonical(parameter));
-        let whole = canonical.filter(|one| one.piece.is_none()).map(|one| one.name);
+        let whole = canonical.filter(|one| one.slice.is_none()).map(|one| one.name);
         let whole: Vec<_> = whole.collect();
-        let other = prefix::find_mapping(&whole, &renamed, task)?;
+        let other = prefix::find_prefix_change(&whole, &renamed, task)?;
         if whole.len() == parameters.len() && other.problems.is_empty() {
             (names, fit, parameters) = (renamed, other, whole);
         }
@@ -393,7 +393,7 @@ fn find_weights(adapter: &Adapter, base: &Checkpoint, task: &Task) -> Result<Vec
     let mut weights = Vec::new();
     if problems.is_empty() {
         for (module, parameter) in adapter.modules().values().zip(&parameters) {
-            let name = fit.mapping.apply(parameter).unwrap_or_default();
+            let name = fit.change.apply(parameter).unwrap_or_default();
             let name = names.whole(&name).unwrap_or(&name);
             match weight_of(module, name, base) {
                 Ok(weight) => weights.push(weight),

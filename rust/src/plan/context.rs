@@ -7,7 +7,7 @@ use super::update::{Update, UpdateKind};
 use super::value::Inputs;
 use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
 use crate::parallel::task::Task;
 use crate::tensor::safetensors::TensorInfo;
@@ -19,7 +19,7 @@ pub(super) struct Context<'a> {
     pub options: &'a Options,
     pub task: &'a Task,
     /// The base's quantised weights.
-    pub quantized: Catalog,
+    pub quantized: QuantizedWeights,
     /// The head that shares the input embeddings, where an adapter changes either.
     pub tie: Option<Tie>,
 }
@@ -33,7 +33,7 @@ impl<'a> Context<'a> {
             base: &inputs.base,
             options,
             task,
-            quantized: Catalog::of(&inputs.base),
+            quantized: QuantizedWeights::of(&inputs.base),
             tie: Tie::of(inputs)?,
         })
     }
@@ -55,8 +55,8 @@ impl<'a> Context<'a> {
         self.options.compat == Some(Compat::Peft)
     }
 
-    /// Whether an adapter's parameter takes the place of the base's, rather than being weighed with
-    /// those of others.
+    /// Whether an adapter's parameter of that weight replaces the base's, rather than being weighed
+    /// with those of others.
     pub fn replaces_outright(&self, weight: f64) -> bool {
         let stands_alone =
             self.inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential;

@@ -76,7 +76,7 @@ impl TensorChanges {
         self.by_name.entry(name.to_owned()).or_default()
     }
 
-    /// Puts a change in the place of whatever was decided for a tensor.
+    /// Replaces whatever was decided for a tensor.
     pub fn set(&mut self, name: String, change: TensorChange) {
         self.by_name.insert(name, change);
     }

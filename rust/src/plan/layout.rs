@@ -6,7 +6,7 @@ use super::options::Options;
 use super::passes::quantized;
 use super::update::Update;
 use super::value::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
-use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Header, TensorInfo};
 
@@ -16,7 +16,7 @@ pub(super) fn plan_shards(
     inputs: &Inputs,
     options: &Options,
     draft: PlanDraft,
-    weights: &Catalog,
+    weights: &QuantizedWeights,
 ) -> Vec<PlannedShard> {
     let PlanDraft { mut changes, new_tensors, .. } = draft;
     let quantized = quantized::outcome(weights, &changes, options);

@@ -7,13 +7,13 @@ use std::ops::Range;
 
 use crate::adapter::Adapter;
 use crate::adapter::Expert;
-use crate::checkpoint::names::prefix::Mapping;
-use crate::checkpoint::names::renames::{Names, Piece, Stored};
+use crate::checkpoint::names::prefix::PrefixChange;
+use crate::checkpoint::names::renames::{IndexedTensor, NameIndex, SliceIndex};
 
 /// The one way from an adapter's names to the base's.
 pub(super) struct NameMap<'a> {
-    names: Names<'a>,
-    mapping: Mapping,
+    names: NameIndex<'a>,
+    prefix: PrefixChange,
     /// By the last part of a parameter's name: the slices that the adapter's modules are.
     slices: RefCell<HashMap<String, AdapterSlices>>,
 }
@@ -34,7 +34,7 @@ pub(super) enum ParameterLocation {
     /// In slices, each a tensor.
     Slices(Vec<StoredSlice>),
     /// With others in one tensor, in whole rows of it.
-    Rows { tensor: String, slice: Piece },
+    Rows { tensor: String, slice: SliceIndex },
 }
 
 /// A tensor that holds one slice of a parameter.
@@ -47,18 +47,18 @@ pub(super) struct StoredSlice {
 
 impl<'a> NameMap<'a> {
     /// From the canonical names, by what the two sides' leading parts differ in.
-    pub fn new(names: Names<'a>, mapping: Mapping) -> Self {
-        Self { names, mapping, slices: RefCell::default() }
+    pub fn new(names: NameIndex<'a>, prefix: PrefixChange) -> Self {
+        Self { names, prefix, slices: RefCell::default() }
     }
 
     /// The base's name for a parameter; without one, the name that it would have.
     pub fn apply(&self, parameter: &str) -> Result<Option<String>, String> {
         if !self.names.are_renamed() {
-            return Ok(self.mapping.apply(parameter));
+            return Ok(self.prefix.apply(parameter));
         }
         match self.locate(parameter)? {
             Some(ParameterLocation::Tensor(name)) => Ok(Some(name)),
-            None => Ok(self.mapping.apply(parameter)),
+            None => Ok(self.prefix.apply(parameter)),
             Some(ParameterLocation::Slices(slices)) => Err(format!(
                 "its {parameter} is stored in {} pieces in the base ({} and others), into which \
                  this cannot be cut; merge with PEFT",
@@ -79,13 +79,13 @@ impl<'a> NameMap<'a> {
              earlier release; they were brought to the base's by the rules for its model type"
                 .to_owned()
         });
-        renamed.into_iter().chain(self.mapping.describe()).collect()
+        renamed.into_iter().chain(self.prefix.describe()).collect()
     }
 
     /// Whether the base has anything under a parameter's name.
     pub fn has(&self, parameter: &str) -> bool {
         let canonical = self.names.canonical(parameter).name;
-        self.mapping.apply(&canonical).is_some_and(|name| self.names.has(&name))
+        self.prefix.apply(&canonical).is_some_and(|name| self.names.has(&name))
     }
 
     /// Whether names are more than a leading part away from each other.
@@ -106,8 +106,8 @@ impl<'a> NameMap<'a> {
             let mut slices = AdapterSlices::new();
             for module in adapter.modules().values() {
                 let found = self.names.canonical(&format!("{}.{kind}", module.path));
-                if let Some(piece) = found.piece {
-                    let slice = AdapterSlice { slot: piece.slot, outputs: module.outputs() };
+                if let Some(slice) = found.slice {
+                    let slice = AdapterSlice { slot: slice.slot, outputs: module.outputs() };
                     slices.entry(found.name).or_default().push(slice);
                 }
             }
@@ -124,35 +124,35 @@ impl<'a> NameMap<'a> {
     /// Where a parameter lies in a base whose names are not the adapter's.
     pub fn locate(&self, parameter: &str) -> Result<Option<ParameterLocation>, String> {
         let canonical = self.names.canonical(parameter);
-        let Some(name) = self.mapping.apply(&canonical.name) else { return Ok(None) };
+        let Some(name) = self.prefix.apply(&canonical.name) else { return Ok(None) };
         let stored = self.names.stored(&name);
         let obstacles = stored.iter().filter_map(|one| one.obstacle.as_ref());
         if let Some(obstacle) = canonical.obstacle.iter().chain(obstacles).next() {
             return Err(format!("its {parameter} cannot be followed to the base: {obstacle}"));
         }
-        let is_same = |one: &&Stored| match (&one.piece, &canonical.piece) {
+        let is_same = |one: &&IndexedTensor| match (&one.slice, &canonical.slice) {
             (None, None) => true,
             (Some(one), Some(other)) => (one.expert, one.slot) == (other.expert, other.slot),
             _ => false,
         };
         match (stored.iter().filter(is_same).collect::<Vec<_>>().as_slice(), stored) {
-            ([one], _) if stored.len() == 1 || canonical.piece.is_some() => {
+            ([one], _) if stored.len() == 1 || canonical.slice.is_some() => {
                 Ok(Some(ParameterLocation::Tensor(one.name.clone())))
             }
             (_, []) => Ok(None),
-            ([], [one]) if one.piece.is_none() => {
-                let slice = canonical.piece.expect("else it is the same");
+            ([], [one]) if one.slice.is_none() => {
+                let slice = canonical.slice.expect("else it is the same");
                 Ok(Some(ParameterLocation::Rows { tensor: one.name.clone(), slice }))
             }
-            ([], pieces) if canonical.piece.is_none() => {
+            ([], parts) if canonical.slice.is_none() => {
                 let heights = self.names.heights(&name).ok_or_else(|| {
                     format!(
                         "its {parameter} is stored in pieces in the base ({} and others), which do \
                          not fit together",
-                        pieces[0].name
+                        parts[0].name
                     )
                 })?;
-                Ok(Some(ParameterLocation::Slices(slices(pieces, &heights))))
+                Ok(Some(ParameterLocation::Slices(slices(parts, &heights))))
             }
             _ => Err(format!(
                 "its {parameter} can be {} tensors of the base ({}), and nothing tells which",
@@ -164,16 +164,16 @@ impl<'a> NameMap<'a> {
 }
 
 /// Which rows of a parameter each of the tensors that hold slices of it holds.
-fn slices(pieces: &[Stored], heights: &[u64]) -> Vec<StoredSlice> {
-    let count = (pieces.len() / heights.len()) as u64;
-    let slice = |stored: &Stored| {
-        let piece = stored.piece.as_ref()?;
-        let start = heights[..piece.slot].iter().sum();
+fn slices(stored: &[IndexedTensor], heights: &[u64]) -> Vec<StoredSlice> {
+    let count = (stored.len() / heights.len()) as u64;
+    let slice = |stored: &IndexedTensor| {
+        let slice = stored.slice.as_ref()?;
+        let start = heights[..slice.slot].iter().sum();
         Some(StoredSlice {
             tensor: stored.name.clone(),
-            expert: piece.expert.map(|index| Expert { index, count }),
-            rows: start..start + heights[piece.slot],
+            expert: slice.expert.map(|index| Expert { index, count }),
+            rows: start..start + heights[slice.slot],
         })
     };
-    pieces.iter().filter_map(slice).collect()
+    stored.iter().filter_map(slice).collect()
 }

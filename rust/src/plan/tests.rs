@@ -21,7 +21,7 @@ fn plan(root: &Path, modules: &[(&str, u64, u64)], fields: &str) -> Result<Plan>
     Plan::new(&open(&root.join("base"), &[adapter]), plain())
 }
 
-/// Which tensors are merged, and whether turned.
+/// Which tensors are merged, and whether transposed.
 fn merged(plan: &Plan) -> Vec<(String, bool)> {
     plan.tensors()
         .filter_map(|(_, tensor)| match &tensor.action {
@@ -127,7 +127,7 @@ fn shape_decides_the_orientation_whatever_the_flag() {
 }
 
 #[test]
-fn a_bias_shows_that_a_weight_is_stored_turned() {
+fn a_bias_shows_that_a_weight_is_stored_transposed() {
     let directory = tempfile::tempdir().expect("a directory");
     let root = directory.path();
     let config = r#"{"model_type": "own"}"#;
@@ -146,16 +146,16 @@ fn architecture_decides_for_square_weights() {
     let root = directory.path();
     let square = [("h.0.c_proj.weight", [4, 4]), ("h.0.q.weight", [4, 4])];
     let modules = [("h.0.c_proj", 4, 4), ("h.0.q", 4, 4)];
-    let turned = |config: &str| {
+    let transposed = |config: &str| {
         base(root, &square, config);
         merged(&plan(root, &modules, "").expect("fits"))
             .into_iter()
-            .map(|(_, turned)| turned)
+            .map(|(_, transposed)| transposed)
             .collect::<Vec<_>>()
     };
-    assert_eq!(turned(r#"{"model_type": "gpt2"}"#), [true, false]);
-    assert_eq!(turned(r#"{"decoder": {"model_type": "gpt2"}}"#), [true, false]);
-    assert_eq!(turned(r#"{"model_type": "gpt_bigcode"}"#), [false, false]);
+    assert_eq!(transposed(r#"{"model_type": "gpt2"}"#), [true, false]);
+    assert_eq!(transposed(r#"{"decoder": {"model_type": "gpt2"}}"#), [true, false]);
+    assert_eq!(transposed(r#"{"model_type": "gpt_bigcode"}"#), [false, false]);
     std::fs::remove_file(root.join("base/config.json")).expect("removed");
     let complaints = problems(plan(root, &modules, ""));
     assert!(complaints[0].contains("put the base's config.json"), "{complaints:?}");

@@ -56,9 +56,9 @@ pub struct Update {
     #[serde(skip_serializing_if = "Slice::is_whole")]
     #[serde(rename = "part")]
     pub slice: Slice,
-    /// The adapter's tensor that it is made from, where that replaces W₀.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub on: Option<String>,
+    /// The adapter's tensor that it is made from, where that overrides W₀.
+    #[serde(rename = "on", skip_serializing_if = "Option::is_none")]
+    pub base_override: Option<String>,
     /// What the adapter's initialisation took out of W₀, which it was trained without.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub residual: Option<Residual>,
@@ -133,7 +133,7 @@ pub enum UpdateKind {
 
 impl UpdateKind {
     /// Whether Wᵢ is more than W₀ with something added.
-    pub fn takes_the_place(self) -> bool {
+    pub fn is_override(self) -> bool {
         matches!(self, Self::Dora | Self::Replace)
     }
 }
@@ -151,7 +151,7 @@ impl Update {
             weight,
             transposed: false,
             slice: Slice::default(),
-            on: None,
+            base_override: None,
             residual: None,
             stage: 0,
         }

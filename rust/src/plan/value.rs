@@ -113,7 +113,7 @@ impl PlannedTensor {
     }
 
     /// Rows and columns of the matrix on which updates act: the first dimension and the rest, as
-    /// layers have it; or, where an update lies on a band of a stack of matrices, all leading
+    /// layers have it; or, where an update lies on some rows of a stack of matrices, all leading
     /// dimensions and the last.
     pub fn matrix(&self) -> (usize, usize) {
         let shape = &self.source.shape;
@@ -136,8 +136,8 @@ impl PlannedTensor {
     pub fn segments(&self) -> Vec<Range<usize>> {
         let (rows, _) = self.matrix();
         let mut cuts = vec![0, rows];
-        for band in self.updates().iter().filter_map(|update| update.slice.rows.as_ref()) {
-            cuts.extend([band.start as usize, band.end as usize]);
+        for row_range in self.updates().iter().filter_map(|update| update.slice.rows.as_ref()) {
+            cuts.extend([row_range.start as usize, row_range.end as usize]);
         }
         cuts.sort_unstable();
         cuts.dedup();

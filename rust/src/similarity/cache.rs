@@ -1,4 +1,4 @@
-//! What is done of a matrix of products, on disk, so that it need not be done again.
+//! The cache of a matrix of products: finished blocks on disk, so that none is computed again.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -1,4 +1,4 @@
-//! Where the factors of many adapters lie.
+//! Collections of adapters, none of them open: where the factors of each lie.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! How an update moves from one checkpoint to the next.
+//! The drift of an update from one checkpoint to the next.
 
 use rayon::prelude::*;
 use serde::Serialize;

@@ -1,4 +1,4 @@
-//! Which adapters belong to one base.
+//! Groups of adapters that belong to one base.
 
 use std::collections::HashMap;
 

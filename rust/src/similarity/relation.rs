@@ -1,5 +1,5 @@
-//! How two adapters' whole updates lie to each other, without cancellation: what settles whether
-//! they are one update.
+//! The relation of two adapters' whole updates, without cancellation, which tells whether they are
+//! one update.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! What of one adapter does not change with its clothes, for finding those that are the same.
+//! Invariants of one adapter's update under re-parameterization, for finding equivalent adapters.
 
 use std::ops::ControlFlow;
 

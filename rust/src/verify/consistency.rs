@@ -1,4 +1,4 @@
-//! What a merged checkpoint says of itself: its index, its config, and weights that are tied.
+//! Consistency of what a merged checkpoint says of itself: its index, its config, and weights that are tied.
 
 use std::collections::HashSet;
 

@@ -10,19 +10,19 @@ use crate::plan::{PlannedTensor, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
 
-use super::Change;
+use super::{Arithmetic, Change};
 
 /// How often PEFT's merge rounds what one adapter adds at most, beyond the last time: its product,
 /// the scaled product, and a sum before the last one (in attention's projections).
 pub(crate) const PEFT_ROUNDINGS: usize = 3;
 
-/// What is let pass beside the roundings of a merge in f32.
+/// What is allowed beside the roundings of a merge in f32.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Leeway {
+pub(super) struct Tolerance {
     /// PEFT's further roundings.
     pub peft: bool,
-    /// What splitting the factors of products changes.
-    pub split: bool,
+    /// What the arithmetic of products changes.
+    pub arithmetic: Arithmetic,
 }
 
 /// Computes rows of one tensor exactly, as far as f64 is exact.
@@ -31,7 +31,7 @@ pub(super) struct ExactRow<'a> {
     planned: &'a PlannedTensor,
     columns: usize,
     terms: Vec<Term>,
-    /// Whether PEFT's further roundings are let pass.
+    /// Whether PEFT's further roundings are allowed.
     peft: bool,
     /// What splitting the factors of a product may change, as a share of its size; and how many
     /// products that makes of one.
@@ -50,14 +50,14 @@ struct Term {
     rank: usize,
     transposed: bool,
     /// The rows on which it lies.
-    band: Range<usize>,
+    row_range: Range<usize>,
     a: Vec<f64>,
     b: Vec<f64>,
-    /// DoRA's gain m/‖V‖ of each column, where the norms run over rows.
-    column_gains: Vec<f64>,
+    /// DoRA's scale m/‖V‖ of each column, where the norms run over rows.
+    column_scales: Vec<f64>,
     magnitude: Vec<f64>,
     /// The adapter's tensor that it is made from, where that is not W₀.
-    on: Option<Vec<f64>>,
+    base_override: Option<Vec<f64>>,
     /// The product that the initialisation took out of W₀.
     removed: Option<Removed>,
 }
@@ -72,7 +72,7 @@ struct Removed {
 impl Term {
     /// An element of s·B·A as it lies on the stored weight, and the sum of the sizes of its terms.
     fn product(&self, row: usize, column: usize, columns: usize) -> (f64, f64) {
-        let (row, rows) = (row - self.band.start, self.band.len());
+        let (row, rows) = (row - self.row_range.start, self.row_range.len());
         let product = |a: &[f64], b: &[f64], rank: usize, scale: f64| {
             let mut sum = 0.0;
             let mut size = 0.0;
@@ -104,8 +104,8 @@ impl Term {
 
     /// The row of the tensor that stands in for W₀, where one does.
     fn own_row(&self, row: usize, columns: usize) -> Option<&[f64]> {
-        let row = row - self.band.start;
-        self.on.as_ref().map(|tensor| &tensor[row * columns..(row + 1) * columns])
+        let row = row - self.row_range.start;
+        self.base_override.as_ref().map(|tensor| &tensor[row * columns..(row + 1) * columns])
     }
 }
 
@@ -115,10 +115,11 @@ impl<'a> ExactRow<'a> {
     pub fn new(
         computer: Computer<'a>,
         planned: &'a PlannedTensor,
-        Leeway { peft, split }: Leeway,
+        Tolerance { peft, arithmetic }: Tolerance,
     ) -> Result<Self> {
         let (_, columns) = planned.matrix();
-        let split = split && matches!(planned.source.dtype, Dtype::Bf16 | Dtype::F16);
+        let split = arithmetic == Arithmetic::SplitFactors
+            && matches!(planned.source.dtype, Dtype::Bf16 | Dtype::F16);
         let mut this = Self {
             computer,
             planned,
@@ -146,7 +147,7 @@ impl<'a> ExactRow<'a> {
                 });
             }
             if update.kind == UpdateKind::Dora && update.orientation() == Orientation::InOut {
-                term.column_gains = this.column_gains(&term)?;
+                term.column_scales = this.column_scales(&term)?;
             }
             this.terms.push(term);
         }
@@ -163,22 +164,22 @@ impl<'a> ExactRow<'a> {
             scale: update.scale,
             rank: update.rank as usize,
             transposed: update.transposed,
-            band: match &update.slice.rows {
-                Some(band) => band.start as usize..band.end as usize,
+            row_range: match &update.slice.rows {
+                Some(row_range) => row_range.start as usize..row_range.end as usize,
                 None => 0..self.planned.matrix().0,
             },
             a: Vec::new(),
             b: Vec::new(),
-            column_gains: Vec::new(),
+            column_scales: Vec::new(),
             magnitude: Vec::new(),
-            on: None,
+            base_override: None,
             removed: None,
         };
         let first = update.slice.outputs.as_ref().map_or(0, |rows| rows.start as usize);
         if update.kind == UpdateKind::Replace {
             let tensor = adapter.tensor(&update.module).expect("planned from this tensor");
             let row = self.columns * tensor.dtype.size();
-            let bytes = (first * row) as u64..((first + term.band.len()) * row) as u64;
+            let bytes = (first * row) as u64..((first + term.row_range.len()) * row) as u64;
             term.a = widen_f64(&tensor.dtype, &tensor.read_range(bytes)?);
             return Ok(term);
         }
@@ -190,9 +191,9 @@ impl<'a> ExactRow<'a> {
         {
             term.magnitude = magnitude.read_f64()?.split_off(first);
         }
-        if let Some(tensor) = &update.on {
+        if let Some(tensor) = &update.base_override {
             let tensor = adapter.tensor(tensor).expect("planned from this tensor");
-            term.on = Some(tensor.read_f64()?.split_off(first * self.columns));
+            term.base_override = Some(tensor.read_f64()?.split_off(first * self.columns));
         }
         Ok(term)
     }
@@ -206,10 +207,10 @@ impl<'a> ExactRow<'a> {
         Ok(widen_f64(dtype, &bytes))
     }
 
-    fn column_gains(&self, term: &Term) -> Result<Vec<f64>> {
+    fn column_scales(&self, term: &Term) -> Result<Vec<f64>> {
         let columns = self.columns;
         let mut squares = vec![0.0; columns];
-        for row in term.band.clone() {
+        for row in term.row_range.clone() {
             self.computer.task.check()?;
             let start = self.row(row, &self.base(row)?, term.stage, |_, _| {}).0;
             let start = term.own_row(row, columns).unwrap_or(&start);
@@ -296,7 +297,7 @@ impl<'a> ExactRow<'a> {
                 break;
             }
             let (start, start_sizes) = (exact.clone(), sizes.clone());
-            for term in stage.iter().filter(|term| term.band.contains(&row)) {
+            for term in stage.iter().filter(|term| term.row_range.contains(&row)) {
                 let before = exact.clone();
                 self.add(term, row, (&start, &start_sizes), (&mut exact, &mut sizes));
                 let changes = exact.iter().zip(&before).map(|(after, before)| after - before);
@@ -337,17 +338,17 @@ impl<'a> ExactRow<'a> {
                     .collect();
                 let norm = values.iter().map(|(value, _)| value * value).sum::<f64>().sqrt();
                 for (column, (value, size)) in values.into_iter().enumerate() {
-                    let gain = match term.column_gains.get(column) {
-                        Some(gain) => *gain,
-                        None => term.magnitude[row - term.band.start] / norm,
+                    let scale = match term.column_scales.get(column) {
+                        Some(scale) => *scale,
+                        None => term.magnitude[row - term.row_range.start] / norm,
                     };
-                    exact[column] += term.weight * (gain * value - start[column]);
-                    let size = gain.abs() * size + start_sizes[column];
+                    exact[column] += term.weight * (scale * value - start[column]);
+                    let size = scale.abs() * size + start_sizes[column];
                     sizes[column] += term.weight.abs() * size;
                 }
             }
             UpdateKind::Replace => {
-                let stored = (row - term.band.start) * columns;
+                let stored = (row - term.row_range.start) * columns;
                 for column in 0..columns {
                     let value = term.a[stored + column];
                     exact[column] += term.weight * (value - start[column]);

@@ -1,10 +1,10 @@
-//! Which tensor of a merged checkpoint is which of the plan's, whoever named and sharded it.
+//! The match of a merged checkpoint's tensors with the plan's, whoever named and sharded it.
 
 use std::collections::HashSet;
 
-use crate::checkpoint::names::prefix::{self, Mapping};
-use crate::checkpoint::names::renames::Names;
-use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::names::prefix::{self, PrefixChange};
+use crate::checkpoint::names::renames::NameIndex;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::error::Result;
 use crate::parallel::task::Task;
@@ -29,13 +29,13 @@ pub(super) struct Job {
 /// [`crate::Error::Cancelled`].
 pub(super) fn match_up(
     plan: &Plan,
-    catalog: &Catalog,
+    quantized: &QuantizedWeights,
     merged: &Checkpoint,
     outcome: &mut Verification,
     task: &Task,
 ) -> Result<(Vec<Job>, HashSet<String>)> {
-    let mapping = mapping(plan, merged, task)?;
-    if let Some(description) = mapping.describe() {
+    let prefix_change = prefix_change(plan, merged, task)?;
+    if let Some(description) = prefix_change.describe() {
         outcome.warnings.push(format!(
             "the tensors' names are not the base's: {}",
             description.replace("its names", "the base's").replace(
@@ -47,8 +47,8 @@ pub(super) fn match_up(
     let mut jobs = Vec::new();
     let mut known = HashSet::new();
     for (_, planned) in plan.tensors() {
-        let name = mapping.apply(&planned.name).unwrap_or_else(|| planned.name.clone());
-        let Some(planned) = quantized::as_written(planned, &name, catalog, merged) else {
+        let name = prefix_change.apply(&planned.name).unwrap_or_else(|| planned.name.clone());
+        let Some(planned) = quantized::as_written(planned, &name, quantized, merged) else {
             continue;
         };
         let found = merged.tensors().get(&name).copied();
@@ -72,13 +72,13 @@ pub(super) fn match_up(
 
 /// The change of names between the base and the merged checkpoint: none, as long as most are the
 /// same, so that a missing tensor is not taken for a renamed one.
-fn mapping(plan: &Plan, merged: &Checkpoint, task: &Task) -> Result<Mapping> {
+fn prefix_change(plan: &Plan, merged: &Checkpoint, task: &Task) -> Result<PrefixChange> {
     let names: Vec<_> = plan.tensors().map(|(_, tensor)| tensor.name.clone()).collect();
     let found = names.iter().filter(|name| merged.tensor(name).is_some()).count();
     if 2 * found >= names.len() {
-        return Ok(Mapping::Same);
+        return Ok(PrefixChange::Same);
     }
-    Ok(prefix::find_mapping(&names, &Names::plain(merged), task)?.mapping)
+    Ok(prefix::find_prefix_change(&names, &NameIndex::plain(merged), task)?.change)
 }
 
 /// Gives the plan of one tensor the type in which it is stored.

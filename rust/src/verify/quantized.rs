@@ -5,10 +5,10 @@
 //! gap between the codes around it in units of the stored scale. Another rounding of the scale
 //! passes, such as one to a power of two; a scale that fits the weights badly does not.
 
-use super::exact::{ExactRow, Leeway};
+use super::exact::{ExactRow, Tolerance};
 use super::{Change, Checked, Checker, Merged, Room, sample_rows};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::quantized::{Catalog, Quantized, Scales};
+use crate::checkpoint::quantized::{Quantized, QuantizedWeights, Scales};
 use crate::error::Result;
 use crate::execute::queue;
 use crate::execute::requantize::{Finished, Requantizing};
@@ -26,7 +26,7 @@ const STATE: &str = ".quant_state.bitsandbytes__";
 pub(super) fn as_written(
     planned: &PlannedTensor,
     name: &str,
-    quantized: &Catalog,
+    quantized: &QuantizedWeights,
     merged: &Checkpoint,
 ) -> Option<PlannedTensor> {
     let widened = |name: &str| {
@@ -142,7 +142,7 @@ impl Checker<'_> {
         }
         wanted.sort_unstable();
         wanted.dedup();
-        let mut exact = ExactRow::new(self.computer, planned, Leeway::default())?;
+        let mut exact = ExactRow::new(self.computer, planned, Tolerance::default())?;
         let mut change = Change::default();
         for row in wanted {
             self.computer.task.check()?;

@@ -1,4 +1,4 @@
-//! How far a base that was got back by subtraction can lie from the one that was merged into.
+//! The bound on how far a base that was got back by subtraction lies from the one merged into.
 //!
 //! A stored merged weight M is W + Δ rounded once, the result R is M − Δ rounded once, so that
 //! |R − W| ≤ ½ulp(M) + ½ulp(R) + γ·(Σ|terms| of either sum), with γ = n·2⁻²⁴ as in [`crate::verify`].
@@ -162,7 +162,7 @@ fn norms(inputs: &Inputs, tensor: &PlannedTensor) -> Result<(Vec<Norms>, usize)>
         let of_inputs = of_inputs.into_iter().map(|sum| scale * sum.sqrt()).collect();
         let (rows, columns) =
             if update.transposed { (of_inputs, of_outputs) } else { (of_outputs, of_inputs) };
-        let start = update.slice.rows.as_ref().map_or(0, |band| band.start as usize);
+        let start = update.slice.rows.as_ref().map_or(0, |row_range| row_range.start as usize);
         all.push(Norms { start, rows, columns });
     }
     Ok((all, steps))

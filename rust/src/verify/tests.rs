@@ -85,7 +85,8 @@ fn a_merge_with_amx_is_proved_where_it_is_said_to_be_one() {
             ..execute::Options::default()
         };
         execute::execute(&inputs, &plan, &output, &options, &Task::new()).expect("merged");
-        let options = Options { full: true, split: true, ..Options::default() };
+        let options =
+            Options { full: true, arithmetic: Arithmetic::SplitFactors, ..Options::default() };
         let outcome = verify(&inputs, &plan, &output, &options, &Task::new()).expect("read");
         assert_eq!(outcome.problems, Vec::<String>::new());
         bytes.push(fs::read(output.join("one.safetensors")).expect("read"));

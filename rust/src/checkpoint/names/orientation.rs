@@ -1,5 +1,5 @@
-//! Which way round a weight is stored: (out, in) as torch's linear layers, or (in, out) as the
-//! Conv1D of GPT-2 and its relatives.
+//! The orientation in which a weight is stored: (out, in) as torch's linear layers, or (in, out) as
+//! the Conv1D of GPT-2 and its relatives.
 //!
 //! The adapter's own flag is often wrong, so the shapes decide. Where the weight is square they
 //! cannot, and the architecture does.
@@ -27,11 +27,11 @@ pub fn decide(
     flag: bool,
 ) -> Result<Orientation, String> {
     let straight = shape == [outputs, inputs];
-    let turned = shape == [inputs, outputs];
-    match (straight, turned) {
+    let transposed = shape == [inputs, outputs];
+    match (straight, transposed) {
         (true, false) => Ok(Orientation::OutIn),
-        // Turned on a layer that nothing says is stored so, it is another layer's update.
-        (false, true) if may_be_turned(base, module, outputs, flag) => Ok(Orientation::InOut),
+        // Transposed on a layer that nothing says is stored so, it is another layer's update.
+        (false, true) if may_be_transposed(base, module, outputs, flag) => Ok(Orientation::InOut),
         (false, _) => Err(format!(
             "its module {module} updates a weight of shape [{outputs}, {inputs}], \
              but the base's is {shape:?}"
@@ -40,7 +40,7 @@ pub fn decide(
     }
 }
 
-fn may_be_turned(base: &Checkpoint, module: &str, outputs: u64, flag: bool) -> bool {
+fn may_be_transposed(base: &Checkpoint, module: &str, outputs: u64, flag: bool) -> bool {
     let layer = module.rsplit('.').next().unwrap_or(module);
     // A layer's bias is as long as its output. PEFT's flag is that of the last layer it adapted, so
     // that in a model of both kinds it is wrong for one of them.

@@ -1,4 +1,4 @@
-//! From the names of an adapter's modules to the names of the base's tensors.
+//! The change of prefix from the names of an adapter's modules to those of the base's tensors.
 //!
 //! An adapter is named after the model in memory, a checkpoint after what was saved. The two differ
 //! by a leading part where one of them is a bare backbone: `model.`, `transformer.`, `bert.`.
@@ -7,14 +7,14 @@ use std::collections::{HashMap, HashSet};
 
 use indexmap::IndexMap;
 
-use crate::checkpoint::names::renames::Names;
+use crate::checkpoint::names::renames::NameIndex;
 use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
 
 /// The one change of names that makes every module of an adapter fit.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Mapping {
+pub enum PrefixChange {
     /// The names are the same.
     Same,
     /// The adapter's names begin with this, the base's do not.
@@ -23,7 +23,7 @@ pub enum Mapping {
     Add(String),
 }
 
-impl Mapping {
+impl PrefixChange {
     /// The base's name for a parameter of the adapter, or `None` if it lies outside the prefix
     /// that is stripped.
     pub fn apply(&self, parameter: &str) -> Option<String> {
@@ -50,54 +50,58 @@ impl Mapping {
 
 /// How an adapter's names fit a base.
 #[derive(Debug, Clone)]
-pub struct Fit {
-    /// The mapping that fits most; all of them, where there are no problems.
-    pub mapping: Mapping,
-    /// In words: the parameters that fit nothing under it, or that there is more than one mapping.
+pub struct PrefixMatch {
+    /// The change that fits most; all of them, where there are no problems.
+    pub change: PrefixChange,
+    /// In words: the parameters that fit nothing under it, or that there is more than one change.
     pub problems: Vec<String>,
 }
 
-/// Finds the mapping under which every parameter has its tensor in the base. The parameters are
+/// Finds the change under which every parameter has its tensor in the base. The parameters are
 /// given by their canonical names.
 ///
 /// # Errors
 /// [`crate::Error::Cancelled`].
-pub fn find_mapping(parameters: &[String], base: &Names<'_>, task: &Task) -> Result<Fit> {
-    let fits = |mapping: &Mapping, parameter: &String| {
-        mapping.apply(parameter).is_some_and(|name| base.has(&name))
+pub fn find_prefix_change(
+    parameters: &[String],
+    base: &NameIndex<'_>,
+    task: &Task,
+) -> Result<PrefixMatch> {
+    let fits = |change: &PrefixChange, parameter: &String| {
+        change.apply(parameter).is_some_and(|name| base.has(&name))
     };
     let same = parameters.iter().filter(|parameter| base.has(parameter)).count();
     if same == parameters.len() {
-        return Ok(Fit { mapping: Mapping::Same, problems: Vec::new() });
+        return Ok(PrefixMatch { change: PrefixChange::Same, problems: Vec::new() });
     }
-    // Each parameter votes for all mappings under which it fits.
-    let mut votes = IndexMap::<Mapping, Votes>::new();
-    votes.insert(Mapping::Same, Votes { count: same, is_candidate: true });
+    // Each parameter votes for all changes under which it fits.
+    let mut votes = IndexMap::<PrefixChange, Votes>::new();
+    votes.insert(PrefixChange::Same, Votes { count: same, is_candidate: true });
     for parameter in parameters {
         task.check()?;
-        for (mapping, names_a_module) in mappings_of(parameter, base) {
-            let votes = votes.entry(mapping).or_default();
+        for (change, names_a_module) in changes_of(parameter, base) {
+            let votes = votes.entry(change).or_default();
             votes.count += 1;
             votes.is_candidate |= names_a_module;
         }
     }
-    let candidates: Vec<(&Mapping, usize)> = (votes.iter())
+    let candidates: Vec<(&PrefixChange, usize)> = (votes.iter())
         .filter(|(_, votes)| votes.is_candidate)
-        .map(|(mapping, votes)| (mapping, votes.count))
+        .map(|(change, votes)| (change, votes.count))
         .collect();
     // The first of the best: the names as they stand win a tie.
     let best = candidates.iter().rev().max_by_key(|(_, count)| *count);
-    let (mapping, count) =
-        best.map_or((Mapping::Same, same), |(best, count)| (Mapping::clone(best), *count));
+    let (change, count) = best
+        .map_or((PrefixChange::Same, same), |(best, count)| (PrefixChange::clone(best), *count));
     let mut hints = Hints { base, known: HashMap::new() };
     let mut problems = Vec::new();
-    for parameter in parameters.iter().filter(|parameter| !fits(&mapping, parameter)) {
+    for parameter in parameters.iter().filter(|parameter| !fits(&change, parameter)) {
         task.check()?;
         problems.push(hints.complain(parameter));
     }
     let equal: Vec<_> = (candidates.iter())
         .filter(|(_, other)| *other == count && count == parameters.len())
-        .filter_map(|(mapping, _)| mapping.describe())
+        .filter_map(|(change, _)| change.describe())
         .collect();
     if equal.len() > 1 {
         problems.push(format!(
@@ -106,10 +110,10 @@ pub fn find_mapping(parameters: &[String], base: &Names<'_>, task: &Task) -> Res
             equal.join(", or ")
         ));
     }
-    Ok(Fit { mapping, problems })
+    Ok(PrefixMatch { change, problems })
 }
 
-/// How many parameters fit under a mapping, and whether it leaves one of them naming a module and
+/// How many parameters fit under a change, and whether it leaves one of them naming a module and
 /// its parameter, without which it is none.
 #[derive(Debug, Default)]
 struct Votes {
@@ -124,14 +128,14 @@ fn is_plain(prefix: &str) -> bool {
         .any(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The mappings under which a parameter fits, each once, and whether what is left of its name under
+/// The changes under which a parameter fits, each once, and whether what is left of its name under
 /// it still names a module and its parameter.
-fn mappings_of(parameter: &str, base: &Names<'_>) -> Vec<(Mapping, bool)> {
-    let mut mappings = Vec::new();
+fn changes_of(parameter: &str, base: &NameIndex<'_>) -> Vec<(PrefixChange, bool)> {
+    let mut changes = Vec::new();
     for (position, _) in parameter.match_indices('.').take(limits::LEADING_PARTS) {
         let (prefix, rest) = parameter.split_at(position + 1);
         if is_plain(prefix) && base.has(rest) {
-            mappings.push((Mapping::Strip(prefix.to_owned()), rest.contains('.')));
+            changes.push((PrefixChange::Strip(prefix.to_owned()), rest.contains('.')));
         }
     }
     let tail = format!(".{parameter}");
@@ -139,15 +143,15 @@ fn mappings_of(parameter: &str, base: &Names<'_>) -> Vec<(Mapping, bool)> {
     for name in base.ending_in(&tail) {
         let prefix = &name[..name.len() - parameter.len()];
         if is_plain(prefix) && seen.insert(prefix) {
-            mappings.push((Mapping::Add(prefix.to_owned()), true));
+            changes.push((PrefixChange::Add(prefix.to_owned()), true));
         }
     }
-    mappings
+    changes
 }
 
 /// What the base has in place of what it does not have.
 struct Hints<'a, 'b> {
-    base: &'a Names<'b>,
+    base: &'a NameIndex<'b>,
     /// By the end of a name: the first tensor that has it.
     known: HashMap<String, Option<&'a str>>,
 }

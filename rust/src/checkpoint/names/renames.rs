@@ -1,14 +1,14 @@
-//! One name for a parameter that goes by several: the names on disk and in memory, and the pieces
-//! in which one of the two holds what is one tensor in the other.
+//! Canonical names of parameters that go by several: on disk and in memory, and in the slices in
+//! which one of the two holds what is one tensor in the other.
 //!
 //! transformers renames, stacks, joins and splits parameters as it loads a checkpoint, each model
 //! type by its own list of rules (its `conversion_mapping`). An adapter is named after the model
 //! that was in memory, with whichever release; a checkpoint after what was saved. Here every name is
 //! brought to a canonical one by the same rules. Two names that become the same are the same
-//! parameter, or the same piece of one.
+//! parameter, or the same slice of one.
 
 mod families;
-mod stored;
+mod index;
 
 use fancy_regex::{Regex, RegexBuilder, escape};
 use serde::Deserialize;
@@ -18,7 +18,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::limits;
 
-pub use stored::{Names, Stored};
+pub use index::{IndexedTensor, NameIndex};
 
 /// How often a rule may go back while it is held against one name.
 const BACKTRACKS: usize = 100_000;
@@ -66,9 +66,9 @@ fn yes() -> bool {
     true
 }
 
-/// Which part of the canonical tensor a tensor is.
+/// Which slice of the canonical tensor a tensor is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Piece {
+pub struct SliceIndex {
     /// The expert, where the tensors of all experts are stacked.
     pub expert: Option<u64>,
     /// Which of the parts that lie below one another, in the dimension of the outputs.
@@ -84,8 +84,8 @@ pub struct Piece {
 pub struct Canonical {
     /// The name.
     pub name: String,
-    /// Which piece of that tensor the parameter is; all of it, if none.
-    pub piece: Option<Piece>,
+    /// Which slice of that tensor the parameter is; all of it, if none.
+    pub slice: Option<SliceIndex>,
     /// What is done to the parameter that is no renaming and no cutting into rows.
     pub obstacle: Option<String>,
 }
@@ -112,8 +112,8 @@ struct Renaming {
 
 #[derive(Debug, Clone)]
 struct Conversion {
-    /// Of each name that is changed the piece that it becomes; none, if it is the whole.
-    sources: Vec<(Pattern, Option<Piece>)>,
+    /// Of each name that is changed the slice that it becomes; none, if it is the whole.
+    sources: Vec<(Pattern, Option<SliceIndex>)>,
     target: String,
     obstacle: Option<String>,
 }
@@ -182,7 +182,7 @@ impl Renames {
     pub fn canonical(&self, parameter: &str) -> Canonical {
         let mut name = parameter.to_owned();
         let mut obstacle = None;
-        let unknown = |name| Canonical { name, piece: None, obstacle: Some(TOO_LONG.to_owned()) };
+        let unknown = |name| Canonical { name, slice: None, obstacle: Some(TOO_LONG.to_owned()) };
         for renaming in &self.renamings {
             match renaming.source.replace(&name, &renaming.target) {
                 Ok(None) => {}
@@ -194,18 +194,18 @@ impl Renames {
             }
         }
         for conversion in &self.conversions {
-            for (source, piece) in &conversion.sources {
+            for (source, slice) in &conversion.sources {
                 let (renamed, expert) = match source.replace(&name, &conversion.target) {
                     Ok(None) => continue,
                     Ok(Some(found)) => found,
                     Err(Exceeded) => return unknown(name),
                 };
-                let piece = piece.clone().map(|piece| Piece { expert, ..piece });
+                let slice = slice.clone().map(|slice| SliceIndex { expert, ..slice });
                 let obstacle = obstacle.or_else(|| conversion.obstacle.clone());
-                return Canonical { name: renamed, piece, obstacle };
+                return Canonical { name: renamed, slice, obstacle };
             }
         }
-        Canonical { name, piece: None, obstacle }
+        Canonical { name, slice: None, obstacle }
     }
 }
 
@@ -276,11 +276,11 @@ fn conversion(rule: &Rule) -> Result<Conversion> {
     };
     let numbered = |source: &String| source.replacen("*.", r"(?<expert>\d+)\.", 1);
     let slots = |count, equal| {
-        (0..count).map(move |slot| Some(Piece { expert: None, slot, slots: count, equal }))
+        (0..count).map(move |slot| Some(SliceIndex { expert: None, slot, slots: count, equal }))
     };
-    let patterns = |sources: Vec<String>, pieces: Vec<Option<Piece>>| {
+    let patterns = |sources: Vec<String>, slices: Vec<Option<SliceIndex>>| {
         let patterns = sources.iter().map(|source| pattern(source, &rule.prefixes));
-        patterns.zip(pieces).map(|(pattern, piece)| Ok((pattern?, piece))).collect::<Result<_>>()
+        patterns.zip(slices).map(|(pattern, slice)| Ok((pattern?, slice))).collect::<Result<_>>()
     };
     let count = rule.sources.len();
     let joined = match operations.as_slice() {
@@ -293,8 +293,8 @@ fn conversion(rule: &Rule) -> Result<Conversion> {
         // Which of a model's parts are equal, their rule does not tell; those of experts are.
         let equal = operations[0].0 == "MergeModulelist";
         let sources = rule.sources.iter().map(numbered).collect();
-        let pieces = slots(count, equal).collect();
-        return Ok(Conversion { sources: patterns(sources, pieces)?, target, obstacle: None });
+        let slices = slots(count, equal).collect();
+        return Ok(Conversion { sources: patterns(sources, slices)?, target, obstacle: None });
     }
     let split = match operations.as_slice() {
         [("Chunk", Some(0))] => Some(true),
@@ -303,8 +303,8 @@ fn conversion(rule: &Rule) -> Result<Conversion> {
     };
     if let Some(equal) = split.filter(|_| plain && count == 1) {
         let sources = rule.targets.iter().map(|target| escape(&plain_text(target)).into_owned());
-        let pieces = slots(rule.targets.len(), equal).collect();
-        let sources = patterns(sources.collect(), pieces)?;
+        let slices = slots(rule.targets.len(), equal).collect();
+        let sources = patterns(sources.collect(), slices)?;
         return Ok(Conversion { sources, target: plain_text(first), obstacle: None });
     }
     if let [("Transpose", _)] = operations.as_slice()
@@ -322,8 +322,8 @@ fn conversion(rule: &Rule) -> Result<Conversion> {
     let sources: Vec<_> = rule.sources.iter().map(numbered).collect();
     let targets = rule.targets.iter().map(|target| escape(&plain_text(target)).into_owned());
     let sources: Vec<_> = sources.into_iter().chain(targets).collect();
-    let pieces = vec![None; sources.len()];
-    Ok(Conversion { sources: patterns(sources, pieces)?, target, obstacle: Some(obstacle) })
+    let slices = vec![None; sources.len()];
+    Ok(Conversion { sources: patterns(sources, slices)?, target, obstacle: Some(obstacle) })
 }
 
 /// The name that a pattern stands for, where it stands for one.

@@ -1,4 +1,4 @@
-//! Which elements of a weight share a scale.
+//! Blocks: the elements of a weight that share a scale.
 
 use std::ops::Range;
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::blocks::Blocks;
 use super::codes::Codes;
 use super::scales::{Scales, Steps};
-use super::{Quantized, Stored, foreign};
+use super::{Quantized, Stored, unsupported};
 use crate::checkpoint::Checkpoint;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::TensorInfo;
@@ -43,7 +43,7 @@ pub(super) fn read(checkpoint: &Checkpoint, stored: &Stored) -> Option<Result<Qu
     };
     let logical = TensorInfo { dtype: Dtype::F32, ..stored.tensor.clone() };
     let Some(scale) = scale else {
-        let config = foreign::quantization(checkpoint);
+        let config = unsupported::quantization(checkpoint);
         if let Some(method) = config.and_then(|config| config.get("quant_method")?.as_str())
             && module.is_some()
         {
@@ -96,7 +96,7 @@ pub(super) fn read(checkpoint: &Checkpoint, stored: &Stored) -> Option<Result<Qu
 
 fn steps(checkpoint: &Checkpoint, scale: &Stored) -> Result<Steps, String> {
     let says = |key: &str, value: &str| {
-        let config = foreign::quantization(checkpoint);
+        let config = unsupported::quantization(checkpoint);
         config.and_then(|config| config.get(key)?.as_str()).is_some_and(|text| text == value)
     };
     match &scale.tensor.dtype {
@@ -120,7 +120,7 @@ fn named_size(checkpoint: &Checkpoint) -> Option<(usize, usize)> {
         let groups = config.get("config_groups")?.as_object()?;
         groups.values().find_map(|group| pair(group.get("weights")?.get("block_structure")?))
     }
-    let config = foreign::quantization(checkpoint)?;
+    let config = unsupported::quantization(checkpoint)?;
     config.get("weight_block_size").and_then(pair).or_else(|| of_group(config))
 }
 

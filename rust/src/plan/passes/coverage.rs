@@ -18,7 +18,7 @@ pub(in crate::plan) fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) 
     }
     let factors = module.product_tensors().into_iter().map(|(_, tensor)| tensor);
     let tensors = factors.chain(&module.magnitude);
-    tensors.map(|tensor| tensor.name.as_str()).chain(update.on.as_deref()).collect()
+    tensors.map(|tensor| tensor.name.as_str()).chain(update.base_override.as_deref()).collect()
 }
 
 /// Every adapter's account: a tensor counts as used where some tensor of the output is made from it,

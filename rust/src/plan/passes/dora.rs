@@ -19,7 +19,7 @@ pub(in crate::plan) fn resolve(
     let staged = context.is_for_peft() && sequential;
     let mut resolve = |name: &str, change: &mut TensorChange, base: Option<&TensorInfo>| {
         if !change.updates.iter().any(|update| update.kind == UpdateKind::Dora) {
-            if sequential && change.updates.iter().any(|update| update.kind.takes_the_place()) {
+            if sequential && change.updates.iter().any(|update| update.kind.is_override()) {
                 one_after_another(&mut change.updates);
             }
             return;
@@ -59,7 +59,7 @@ fn in_stages(updates: &mut [Update]) {
     for position in 1..updates.len() {
         let both_add = [&updates[position - 1], &updates[position]]
             .iter()
-            .all(|update| !update.kind.takes_the_place());
+            .all(|update| !update.kind.is_override());
         stage += usize::from(!both_add);
         updates[position].stage = stage;
     }
@@ -74,7 +74,7 @@ fn one_after_another(updates: &mut Vec<Update>) {
     for own in updates.chunk_by(|left, right| left.adapter == right.adapter) {
         let mut own = own.to_vec();
         on_their_own(&mut own);
-        let adds = own.iter().all(|update| !update.kind.takes_the_place());
+        let adds = own.iter().all(|update| !update.kind.is_override());
         let is_new = !(adds && added);
         stage += usize::from(is_new && !all.is_empty());
         added = adds;
@@ -121,7 +121,7 @@ fn on_their_own(updates: &mut Vec<Update>) {
         let mut found = false;
         for update in updates.iter_mut() {
             if beside(update) && rescaling(update) {
-                update.on = Some(replacement.module.clone());
+                update.base_override = Some(replacement.module.clone());
                 found = true;
             }
         }

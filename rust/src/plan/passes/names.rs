@@ -5,7 +5,7 @@ use indexmap::IndexMap;
 use super::targets::{self, FoundTargets, Target};
 use crate::adapter::Adapter;
 use crate::checkpoint::names::prefix;
-use crate::checkpoint::names::renames::{Names, Renames};
+use crate::checkpoint::names::renames::{NameIndex, Renames};
 use crate::error::Result;
 use crate::plan::context::Context;
 use crate::plan::name_map::NameMap;
@@ -43,7 +43,7 @@ pub(in crate::plan) fn map<'a>(
     context: &Context<'a>,
     adapter: &Adapter,
 ) -> Result<MappedTargets<'a>> {
-    let plain = map_by(context, adapter, Names::plain(context.base))?;
+    let plain = map_by(context, adapter, NameIndex::plain(context.base))?;
     if plain.fits() {
         return Ok(plain);
     }
@@ -51,14 +51,15 @@ pub(in crate::plan) fn map<'a>(
     let Some(renames) = given.or_else(|| Renames::built_in(context.base)) else {
         return Ok(plain);
     };
-    let renamed = map_by(context, adapter, Names::renamed(context.base, renames, context.task)?)?;
+    let renamed =
+        map_by(context, adapter, NameIndex::renamed(context.base, renames, context.task)?)?;
     Ok(if renamed.unmatched() < plain.unmatched() { renamed } else { plain })
 }
 
 fn map_by<'a>(
     context: &Context<'a>,
     adapter: &Adapter,
-    names: Names<'a>,
+    names: NameIndex<'a>,
 ) -> Result<MappedTargets<'a>> {
     let layout = context.options.expert_layout;
     let FoundTargets { targets, mut problems } =
@@ -69,18 +70,18 @@ fn map_by<'a>(
     let whole = adapter.saved().iter().map(|saved| saved.path.clone());
     let rows = adapter.trained_rows().iter().map(|rows| format!("{}.weight", rows.path));
     let saved: Vec<String> = whole.chain(rows).collect();
-    let mapping = if targets.is_empty() {
+    let prefix = if targets.is_empty() {
         // Saved parameters need not be in the base; each is asked for below.
         let parameters: Vec<_> = saved.iter().cloned().map(canonical).collect();
-        prefix::find_mapping(&parameters, &names, context.task)?.mapping
+        prefix::find_prefix_change(&parameters, &names, context.task)?.change
     } else {
         let parameters = targets.values().map(|target| target.parameter.clone());
         let parameters: Vec<_> = parameters.filter(known).map(canonical).collect();
-        let fit = prefix::find_mapping(&parameters, &names, context.task)?;
-        problems.extend(fit.problems);
-        fit.mapping
+        let found = prefix::find_prefix_change(&parameters, &names, context.task)?;
+        problems.extend(found.problems);
+        found.change
     };
-    let names = NameMap::new(names, mapping);
+    let names = NameMap::new(names, prefix);
     let unmatched_saved = saved.iter().filter(|path| known(path) && !names.has(path)).count();
     let unmatched_modules = (adapter.modules().values())
         .filter(|module| {

@@ -9,7 +9,7 @@ use indexmap::IndexMap;
 
 use super::targets::Target;
 use crate::adapter::Saved;
-use crate::checkpoint::quantized::{Catalog, Quantized};
+use crate::checkpoint::quantized::{Quantized, QuantizedWeights};
 use crate::plan::context::Context;
 use crate::plan::draft::{Messages, TensorChanges};
 use crate::plan::options::Options;
@@ -22,17 +22,17 @@ pub(in crate::plan) fn refuse_unsupported<'t>(
     context: &Context<'_>,
     targets: impl Iterator<Item = &'t Target>,
 ) -> Option<String> {
-    let foreign = context.quantized.foreign()?;
+    let unsupported = context.quantized.unsupported()?;
     let mut touched = targets.filter_map(|target| {
         let name = &target.parameter;
-        foreign.module(name.strip_suffix(".weight").unwrap_or(name))
+        unsupported.module(name.strip_suffix(".weight").unwrap_or(name))
     });
     let module = touched.next()?;
     Some(format!(
         "its modules change layers that the base stores quantised with {} (the first: \
          {module}), and {}",
-        foreign.format,
-        foreign.advice()
+        unsupported.format,
+        unsupported.advice()
     ))
 }
 
@@ -112,23 +112,23 @@ pub(in crate::plan) fn check(
 }
 
 /// In words, why not all of a checkpoint can be written unquantised.
-pub(super) fn writing_problems(quantized: &Catalog, dtype: &str) -> Vec<String> {
-    let foreign = quantized.foreign().map(|foreign| {
+pub(super) fn writing_problems(quantized: &QuantizedWeights, dtype: &str) -> Vec<String> {
+    let unsupported = quantized.unsupported().map(|unsupported| {
         format!(
             "the base is quantised with {}, which cannot be written as {dtype}: {}",
-            foreign.format,
-            foreign.advice()
+            unsupported.format,
+            unsupported.advice()
         )
     });
     let unreadable = quantized.problems().first().map(|(name, problem)| {
         format!("{name} cannot be written as {dtype}: it {problem}; leave the dtype as it is")
     });
-    foreign.into_iter().chain(unreadable).collect()
+    unsupported.into_iter().chain(unreadable).collect()
 }
 
 /// What becomes of the tensors of quantised weights.
 pub(in crate::plan) struct QuantizedOutcome<'a> {
-    quantized: &'a Catalog,
+    quantized: &'a QuantizedWeights,
     /// Tensors that the output does not have.
     left_out: HashSet<&'a str>,
     /// Scales that are written anew.
@@ -137,7 +137,7 @@ pub(in crate::plan) struct QuantizedOutcome<'a> {
 
 /// Decides on all of them.
 pub(in crate::plan) fn outcome<'a>(
-    quantized: &'a Catalog,
+    quantized: &'a QuantizedWeights,
     changes: &TensorChanges,
     options: &Options,
 ) -> QuantizedOutcome<'a> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use indexmap::{IndexMap, IndexSet};
 
-use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::limits;
 use crate::plan::value::{Inputs, Replication};
@@ -42,7 +42,7 @@ pub(in crate::plan) fn apply(inputs: &Inputs) -> Result<Option<ReplicatedInputs>
         ));
     }
     let Some(ranges) = first else { return Ok(None) };
-    if !Catalog::of(&inputs.base).entries().is_empty() {
+    if !QuantizedWeights::of(&inputs.base).entries().is_empty() {
         return Err(format!(
             "{}: repeats layers (layer_replication), and the base is quantised; write the base out \
              unquantised first, and merge into that",

@@ -1,5 +1,5 @@
-//! The pass over parameters that an adapter brings whole: in the place of the base's, beside them,
-//! and with another number of tokens.
+//! The pass over parameters that an adapter brings whole: they replace the base's, or stand beside
+//! them, perhaps with another number of tokens.
 
 use std::ops::ControlFlow;
 
@@ -25,7 +25,7 @@ use crate::plan::value::Origin;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{TensorFile, TensorInfo, same_bytes};
 
-/// Puts a saved parameter in the place of the base's, or beside it.
+/// Replaces the base's parameter by a saved one, or adds that beside it.
 ///
 /// # Errors
 /// What does not fit, or why a file could not be read.
@@ -128,7 +128,7 @@ fn is_unchanged(context: &Context<'_>, saved: &Saved, name: &str) -> Result<bool
     }
 }
 
-/// Puts a saved parameter in the place of one tensor.
+/// Replaces one tensor by a saved parameter.
 fn put(
     adapter: &AdapterContext<'_>,
     saved: &Saved,

@@ -7,7 +7,7 @@ use super::modules::{refuse_integers, refuse_subtracting, residual};
 use super::quantized;
 use super::targets::TargetedModule;
 use crate::adapter::{LayerKind, Module, Saved};
-use crate::checkpoint::names::renames::Piece;
+use crate::checkpoint::names::renames::SliceIndex;
 use crate::plan::context::AdapterContext;
 use crate::plan::draft::TensorChanges;
 use crate::plan::name_map::{ParameterLocation, StoredSlice};
@@ -82,8 +82,8 @@ pub(in crate::plan) fn update(
     Ok(true)
 }
 
-/// Puts a saved parameter in the place of the slices in which the base stores it, or of its rows of
-/// a tensor; whether that is so.
+/// Replaces the slices in which the base stores a parameter, or its rows of a tensor, by a saved one;
+/// whether that is so.
 ///
 /// # Errors
 /// In words, what does not fit.
@@ -309,7 +309,7 @@ struct StoredMatrix {
 fn matrix_of(
     adapter: &AdapterContext<'_>,
     tensor: &str,
-    slice: &Piece,
+    slice: &SliceIndex,
     module: &Module,
 ) -> Result<StoredMatrix, String> {
     let shape = adapter.plan.source(tensor).map_or(&[][..], |tensor| &tensor.shape);
@@ -330,7 +330,7 @@ fn matrix_of(
 fn rows_of_slice(
     adapter: &AdapterContext<'_>,
     parameter: &str,
-    slice: &Piece,
+    slice: &SliceIndex,
     height: u64,
     outputs: u64,
 ) -> Result<Range<u64>, String> {

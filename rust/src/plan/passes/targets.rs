@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 
 use crate::adapter::{Adapter, Expert, LayerKind, Module, Parameter, TransposedExperts};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::names::renames::Names;
+use crate::checkpoint::names::renames::NameIndex;
 use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
@@ -77,7 +77,7 @@ pub(in crate::plan) struct FoundTargets {
 /// many steps.
 pub(in crate::plan) fn find(
     adapter: &Adapter,
-    names: &Names<'_>,
+    names: &NameIndex<'_>,
     asked: Option<ExpertLayout>,
     task: &Task,
 ) -> Result<FoundTargets> {
@@ -113,33 +113,33 @@ pub(in crate::plan) fn find(
 }
 
 /// A layer's own weight.
-fn plain(names: &Names<'_>, module: &Module) -> Target {
+fn plain(names: &NameIndex<'_>, module: &Module) -> Target {
     let path = &module.path;
     let weight = format!("{path}.weight");
     // torch's MultiheadAttention has no weight but this one.
     let attention = format!("{path}.in_proj_weight");
-    let has = |name: &str| find_alike(names, name).is_some();
+    let has = |name: &str| find_shape(names, name).is_some();
     let is_attention = module.kind == LayerKind::Linear && !names.has(&weight) && has(&attention);
     let parameter = if is_attention && !has(&weight) { attention } else { weight };
     Target { parameter, layout: None, rank: module.rank, scale: module.scaling }
 }
 
 /// The shape of the tensor of that name, or of one whose name differs by a leading part.
-fn find_alike(names: &Names<'_>, parameter: &str) -> Option<Vec<u64>> {
+fn find_shape(names: &NameIndex<'_>, parameter: &str) -> Option<Vec<u64>> {
     let name = names.canonical(parameter).name;
     if names.has(&name) {
         return names.shape(&name);
     }
-    names.alike(&name).and_then(|name| names.shape(name))
+    names.with_other_prefix(&name).and_then(|name| names.shape(name))
 }
 
 /// The parameters among the modules' candidates that the base has, in the order in which PEFT
 /// wraps them, as far as it is known.
-fn parameters<'a>(names: &Names<'_>, modules: &[&'a Module]) -> Vec<(&'a Parameter, Vec<u64>)> {
+fn parameters<'a>(names: &NameIndex<'_>, modules: &[&'a Module]) -> Vec<(&'a Parameter, Vec<u64>)> {
     let Some(module) = modules.first() else { return Vec::new() };
     let mut found: Vec<_> = (module.parameters.iter())
         .filter_map(|parameter| {
-            let shape = find_alike(names, &format!("{}.{}", module.path, parameter.name))?;
+            let shape = find_shape(names, &format!("{}.{}", module.path, parameter.name))?;
             matches!(shape.len(), 2 | 3).then_some((parameter, shape))
         })
         .collect();

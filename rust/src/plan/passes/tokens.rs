@@ -10,7 +10,7 @@ use crate::plan::context::AdapterContext;
 use crate::plan::draft::{PlanDraft, TensorChanges};
 use crate::plan::update::{Slice, Update, UpdateKind};
 
-/// Puts an adapter's rows in the place of the base's.
+/// Replaces rows of the base by an adapter's.
 ///
 /// # Errors
 /// In words, what does not fit.

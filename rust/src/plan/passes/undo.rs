@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use super::quantized::writing_problems;
 use crate::adapter::{Initialization, Saved};
-use crate::checkpoint::quantized::Catalog;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result};
 use crate::plan::context::{AdapterContext, Context};
 use crate::plan::draft::{IgnoredTensors, Messages, PlanDraft, TensorChanges};
@@ -30,7 +30,7 @@ impl Plan {
             dtype: dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
             ..ConfigChanges::default()
         };
-        let quantized = Catalog::of(&inputs.base);
+        let quantized = QuantizedWeights::of(&inputs.base);
         if let Some(dtype) = &config_changes.dtype {
             let problems = writing_problems(&quantized, dtype);
             if !problems.is_empty() {

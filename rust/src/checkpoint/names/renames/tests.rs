@@ -6,15 +6,15 @@ fn built_in(model_type: &str) -> Renames {
 
 fn whole(renames: &Renames, name: &str) -> String {
     let canonical = renames.canonical(name);
-    assert_eq!((canonical.piece, canonical.obstacle), (None, None), "{name}");
+    assert_eq!((canonical.slice, canonical.obstacle), (None, None), "{name}");
     canonical.name
 }
 
-fn piece(renames: &Renames, name: &str) -> (String, Option<u64>, usize, usize) {
+fn slice(renames: &Renames, name: &str) -> (String, Option<u64>, usize, usize) {
     let canonical = renames.canonical(name);
     assert_eq!(canonical.obstacle, None);
-    let piece = canonical.piece.expect("a piece");
-    (canonical.name, piece.expert, piece.slot, piece.slots)
+    let slice = canonical.slice.expect("a piece");
+    (canonical.name, slice.expert, slice.slot, slice.slots)
 }
 
 #[test]
@@ -22,10 +22,10 @@ fn experts_one_by_one_are_pieces_of_the_stacked_ones() {
     let mixtral = built_in("mixtral");
     let stacked = "model.layers.0.mlp.experts.gate_up_proj";
     let old = "model.layers.0.block_sparse_moe.experts.12";
-    assert_eq!(piece(&mixtral, &format!("{old}.w1.weight")), (stacked.into(), Some(12), 0, 2));
-    assert_eq!(piece(&mixtral, &format!("{old}.w3.weight")), (stacked.into(), Some(12), 1, 2));
+    assert_eq!(slice(&mixtral, &format!("{old}.w1.weight")), (stacked.into(), Some(12), 0, 2));
+    assert_eq!(slice(&mixtral, &format!("{old}.w3.weight")), (stacked.into(), Some(12), 1, 2));
     let down = "model.layers.0.mlp.experts.down_proj";
-    assert_eq!(piece(&mixtral, &format!("{old}.w2.weight")), (down.into(), Some(12), 0, 1));
+    assert_eq!(slice(&mixtral, &format!("{old}.w2.weight")), (down.into(), Some(12), 0, 1));
     assert_eq!(whole(&mixtral, stacked), stacked);
     assert_eq!(
         whole(&mixtral, "layers.1.block_sparse_moe.gate.weight"),
@@ -92,7 +92,7 @@ fn canonical_names_stay_what_they_are() {
             let once = renames.canonical(name);
             let twice = renames.canonical(&once.name);
             assert_eq!(once.obstacle, None, "{model_type}: {name}");
-            assert_eq!((twice.name, twice.piece), (once.name, None), "{model_type}: {name}");
+            assert_eq!((twice.name, twice.slice), (once.name, None), "{model_type}: {name}");
         }
     }
 }
@@ -103,7 +103,7 @@ fn what_is_split_in_memory_is_a_piece_of_what_is_stored() {
     let stored = "encoder.layer.0.mlp.weights_in.weight";
     assert_eq!(whole(&dino, stored), stored);
     let up = "encoder.layer.0.mlp.up_proj.weight";
-    assert_eq!(piece(&dino, up), (stored.to_owned(), None, 1, 2));
+    assert_eq!(slice(&dino, up), (stored.to_owned(), None, 1, 2));
 }
 
 fn from_json(rules: &str) -> Renames {

@@ -179,6 +179,6 @@ fn the_bias_of_a_product_goes_with_its_rows() {
     options.renames = Some(Renames::from_json(JOINED).expect("sound"));
     let plan = Plan::new(&open(&root.join("base"), &[adapter]), options).expect("fits");
     let bias = plan.tensors().find(|(_, tensor)| tensor.name == "l.0.qkv.bias").expect("there").1;
-    let bands: Vec<_> = bias.updates().iter().map(|update| update.slice.clone()).collect();
-    assert_eq!(bands, [rows(0, 5), rows(5, 7), rows(7, 10)]);
+    let row_ranges: Vec<_> = bias.updates().iter().map(|update| update.slice.clone()).collect();
+    assert_eq!(row_ranges, [rows(0, 5), rows(5, 7), rows(7, 10)]);
 }

@@ -61,14 +61,14 @@ pub(super) fn quantization(checkpoint: &Checkpoint) -> Option<&Map<String, Value
 
 /// What a base holds in a format that cannot be merged into.
 #[derive(Debug, Clone)]
-pub struct Foreign {
+pub struct UnsupportedFormat {
     /// The format's name.
     pub format: String,
     /// The modules in it.
     modules: IndexSet<String>,
 }
 
-impl Foreign {
+impl UnsupportedFormat {
     /// The format that a base's tensors or its config give away.
     pub fn of(checkpoint: &Checkpoint) -> Option<Self> {
         let method =

@@ -1,4 +1,4 @@
-//! Updates that lie on bands of a stack of matrices, against sums written out.
+//! Updates of slices of a stack of matrices, against sums written out.
 
 use std::fs;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ const EXPERTS: usize = 2;
 const OUTPUTS: usize = 50;
 const INPUTS: usize = 31;
 
-/// How an update enters the expected sum: its band, its expert, the first output, its weight.
+/// How an update enters the expected sum: its rows, its expert, the first output, its weight.
 struct Term {
     rows: Range<usize>,
     expert: Option<usize>,
@@ -61,7 +61,7 @@ fn check(stack: [u64; 3], terms: &[Term]) {
             inputs: None,
             rows: Some(term.rows.start as u64..term.rows.end as u64),
         },
-        on: None,
+        base_override: None,
         residual: None,
         stage: 0,
     };
@@ -148,8 +148,8 @@ fn experts_that_are_stored_turned_have_their_own_products() {
 
 #[test]
 fn bands_that_overlap_are_added_and_rows_outside_stay() {
-    let bands = [(5..45, 3, 0.5), (30..80, 0, 1.0), (44..47, 40, -2.0)];
-    let terms = bands.map(|(rows, first_output, weight)| Term {
+    let row_ranges = [(5..45, 3, 0.5), (30..80, 0, 1.0), (44..47, 40, -2.0)];
+    let terms = row_ranges.map(|(rows, first_output, weight)| Term {
         rows,
         expert: None,
         first_output,

@@ -1,11 +1,12 @@
-//! A base's tensors under the canonical names of the parameters that they are, or are pieces of.
+//! The index of a base's tensors by the canonical names of the parameters that they are, or are
+//! slices of.
 
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
 use indexmap::IndexMap;
 
-use super::{Canonical, Piece, Renames};
+use super::{Canonical, Renames, SliceIndex};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::endings::Backwards;
 use crate::error::Result;
@@ -14,18 +15,18 @@ use crate::parallel::task::Task;
 
 /// A stored tensor under its canonical name.
 #[derive(Debug, Clone)]
-pub struct Stored {
+pub struct IndexedTensor {
     /// Its own name.
     pub name: String,
-    /// Which piece of the canonical tensor it is.
-    pub piece: Option<Piece>,
+    /// Which slice of the canonical tensor it is.
+    pub slice: Option<SliceIndex>,
     /// Why no update can be followed to it.
     pub obstacle: Option<String>,
 }
 
 /// A base's tensors by the names that an adapter may give them.
 #[derive(Debug, Clone)]
-pub struct Names<'a> {
+pub struct NameIndex<'a> {
     base: &'a Checkpoint,
     renamed: Option<Renamed>,
     /// The canonical names by their ends; made when they are asked for.
@@ -35,10 +36,10 @@ pub struct Names<'a> {
 #[derive(Debug, Clone)]
 struct Renamed {
     renames: Renames,
-    tensors: IndexMap<String, Vec<Stored>>,
+    tensors: IndexMap<String, Vec<IndexedTensor>>,
 }
 
-impl<'a> Names<'a> {
+impl<'a> NameIndex<'a> {
     /// The names as they stand.
     pub fn plain(base: &'a Checkpoint) -> Self {
         Self { base, renamed: None, backwards: OnceLock::new() }
@@ -49,11 +50,11 @@ impl<'a> Names<'a> {
     /// # Errors
     /// [`crate::Error::Cancelled`].
     pub fn renamed(base: &'a Checkpoint, renames: Renames, task: &Task) -> Result<Self> {
-        let mut tensors = IndexMap::<String, Vec<Stored>>::new();
+        let mut tensors = IndexMap::<String, Vec<IndexedTensor>>::new();
         for name in base.tensors().keys() {
             task.check()?;
-            let Canonical { name: canonical, piece, obstacle } = renames.canonical(name);
-            let stored = Stored { name: name.clone(), piece, obstacle };
+            let Canonical { name: canonical, slice, obstacle } = renames.canonical(name);
+            let stored = IndexedTensor { name: name.clone(), slice, obstacle };
             tensors.entry(canonical).or_default().push(stored);
         }
         let renamed = Some(Renamed { renames, tensors });
@@ -74,7 +75,7 @@ impl<'a> Names<'a> {
     pub fn canonical(&self, parameter: &str) -> Canonical {
         match &self.renamed {
             Some(renamed) => renamed.renames.canonical(parameter),
-            None => Canonical { name: parameter.to_owned(), piece: None, obstacle: None },
+            None => Canonical { name: parameter.to_owned(), slice: None, obstacle: None },
         }
     }
 
@@ -115,7 +116,7 @@ impl<'a> Names<'a> {
     }
 
     /// The first canonical name that differs from this one by a leading part, of either.
-    pub fn alike(&self, canonical: &str) -> Option<&str> {
+    pub fn with_other_prefix(&self, canonical: &str) -> Option<&str> {
         let cuts = canonical.match_indices('.').take(limits::LEADING_PARTS);
         let shorter = cuts.filter_map(|(dot, _)| self.position(&canonical[dot + 1..])).min();
         let longer = self.positions_ending_in(&format!(".{canonical}")).first().copied();
@@ -123,7 +124,7 @@ impl<'a> Names<'a> {
         Some(self.key(first))
     }
 
-    /// Whether the base has a tensor of that canonical name, or pieces of it.
+    /// Whether the base has a tensor of that canonical name, or slices of it.
     pub fn has(&self, canonical: &str) -> bool {
         match &self.renamed {
             Some(renamed) => renamed.tensors.contains_key(canonical),
@@ -136,31 +137,31 @@ impl<'a> Names<'a> {
         match &self.renamed {
             None => self.base.tensor(canonical).map(|tensor| tensor.name.as_str()),
             Some(_) => match self.stored(canonical) {
-                [Stored { name, piece: None, obstacle: None }] => Some(name),
+                [IndexedTensor { name, slice: None, obstacle: None }] => Some(name),
                 _ => None,
             },
         }
     }
 
     /// The stored tensors that a canonical one consists of.
-    pub fn stored(&self, canonical: &str) -> &[Stored] {
+    pub fn stored(&self, canonical: &str) -> &[IndexedTensor] {
         let renamed = self.renamed.as_ref().and_then(|renamed| renamed.tensors.get(canonical));
         renamed.map_or(&[], Vec::as_slice)
     }
 
-    /// The shape of a canonical tensor, its pieces put together; `None` if they do not fit.
+    /// The shape of a canonical tensor, its slices put together; `None` if they do not fit.
     pub fn shape(&self, canonical: &str) -> Option<Vec<u64>> {
         if self.renamed.is_none() {
             return self.base.tensor(canonical).map(|tensor| tensor.shape.clone());
         }
         let stored = self.stored(canonical);
-        if let [Stored { name, piece: None, .. }] = stored {
+        if let [IndexedTensor { name, slice: None, .. }] = stored {
             return self.base.tensor(name).map(|tensor| tensor.shape.clone());
         }
         self.heights(canonical).and_then(|heights| {
             let first = self.base.tensor(&stored[0].name)?;
             let rows = heights.iter().sum();
-            let experts = stored[0].piece.as_ref()?.expert.map(|_| stored.len() / heights.len());
+            let experts = stored[0].slice.as_ref()?.expert.map(|_| stored.len() / heights.len());
             let mut shape: Vec<u64> = experts.map(|count| count as u64).into_iter().collect();
             shape.push(rows);
             shape.extend(&first.shape[1..]);
@@ -168,23 +169,23 @@ impl<'a> Names<'a> {
         })
     }
 
-    /// The rows of each slot of a tensor that is stored in pieces; `None` if a piece is missing, is
+    /// The rows of each slot of a tensor that is stored in slices; `None` if a slice is missing, is
     /// there twice, or is not as the others are.
     pub fn heights(&self, canonical: &str) -> Option<Vec<u64>> {
         let stored = self.stored(canonical);
-        let first = stored.first()?.piece.as_ref()?;
+        let first = stored.first()?.slice.as_ref()?;
         let mut heights = vec![None; first.slots];
         let mut seen = HashSet::new();
         let mut width = None;
         for one in stored {
-            let piece = one.piece.as_ref()?;
+            let slice = one.slice.as_ref()?;
             let shape = &self.base.tensor(&one.name)?.shape;
             let (rows, rest) = shape.split_first()?;
-            let alike = piece.slots == first.slots
-                && piece.expert.is_some() == first.expert.is_some()
+            let alike = slice.slots == first.slots
+                && slice.expert.is_some() == first.expert.is_some()
                 && *width.get_or_insert(rest) == rest
-                && *heights[piece.slot].get_or_insert(*rows) == *rows;
-            if !alike || !seen.insert((piece.expert, piece.slot)) {
+                && *heights[slice.slot].get_or_insert(*rows) == *rows;
+            if !alike || !seen.insert((slice.expert, slice.slot)) {
                 return None;
             }
         }
