@@ -57,19 +57,7 @@ lorafast.scan(paths[:1], metrics=metrics)
 begin, busy = time.perf_counter(), time.process_time()
 fleet = lorafast.scan(paths, metrics=metrics, threads=threads, cache=cache)
 seconds, busy = time.perf_counter() - begin, time.process_time() - busy
-from lorafast._fleet._table import Lists, Texts, Words
-def size(column):
-    if isinstance(column, Texts):
-        values = column.values
-        # A text is an object, and its place in the list, or its letters among the others'.
-        objects = () if isinstance(values, Words) else values
-        own = values.nbytes if isinstance(values, Words) else 0
-        return column.codes.nbytes + own + sum(sys.getsizeof(text) + 8 for text in objects)
-    if isinstance(column, Lists):
-        return size(column.values) + column.offsets.nbytes
-    return column.nbytes
-tables = [fleet.table(name) for name in ("adapters", "modules", "findings")]
-tables = sum(size(column) for table in tables for column in table.stored().values())
+tables = sum(fleet.table(name).nbytes for name in ("adapters", "modules", "findings"))
 print(json.dumps([len(fleet), fleet.modules.rows, fleet.bytes_read, tables, busy]))
 print(seconds)
 """

@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Callable, Sequence, Set
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, TypedDict, final
 
 from typing_extensions import Buffer
 
 __all__ = [
     "Collection",
+    "ColumnBuffer",
     "Execution",
+    "FleetTables",
     "Plan",
+    "ScannedAdapter",
+    "Table",
     "__version__",
     "adapter_format",
     "analyze_adapter",
@@ -18,6 +22,7 @@ __all__ = [
     "compare_adapters",
     "list_adapter",
     "list_checkpoint",
+    "module_metrics",
     "names_fit",
     "open_collection",
     "plan_digest",
@@ -25,7 +30,6 @@ __all__ = [
     "plan_merge",
     "recover_output",
     "scan_adapters",
-    "scan_columns",
     "stored_factors",
     "write_shards",
 ]
@@ -164,17 +168,71 @@ def compare_adapters(
     progress: Callable[[int, int], object] | None,
 ) -> dict[str, Any]: ...
 def build_info() -> dict[str, Any]: ...
+
+class _Metric(TypedDict):
+    name: str
+    symbol: str
+    unit: str
+    doc: str
+    integer: bool
+
+_Finding = tuple[str, str, str | None, float | None, str, int]
+
+@final
+class ColumnBuffer:
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Table:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def column(self, name: str) -> tuple[Any, ...]: ...
+    def row(self, row: int) -> dict[str, Any]: ...
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> Any: ...
+
+@final
+class ScannedAdapter:
+    @property
+    def modules(self) -> list[str]: ...
+    @property
+    def features(self) -> list[str]: ...
+    @property
+    def notes(self) -> list[str]: ...
+    @property
+    def non_finite(self) -> list[tuple[str, int, int]]: ...
+    def column(self, name: str) -> list[float] | None: ...
+    def with_spectra(
+        self, metrics: str, spectra: Sequence[tuple[Sequence[float], float]]
+    ) -> ScannedAdapter: ...
+    def encode(self) -> tuple[str, bytes]: ...
+    @staticmethod
+    def decode(metrics: str, details: str, numbers: bytes) -> ScannedAdapter: ...
+
+@final
+class FleetTables:
+    def __new__(cls, metrics: str, schema_version: int) -> FleetTables: ...
+    def positions(self) -> list[int]: ...
+    def add(self, position: int, adapter: ScannedAdapter, findings: Sequence[_Finding]) -> None: ...
+    def add_error(self, position: int | None, path: str, reason: str) -> None: ...
+    def finish(self, paths: Sequence[str], names: Sequence[str]) -> tuple[Table, Table]: ...
+    def findings(self, of_fleet: Sequence[tuple[int | None, _Finding]]) -> Table: ...
+    def errors(self) -> Table: ...
+
+def module_metrics() -> list[_Metric]: ...
 def scan_adapters(
     sources: Sequence[_AdapterSource],
     *,
     metrics: str,
     threads: int | None,
-    receive: Callable[[list[tuple[int, dict[str, Any] | Exception]], int, int], object],
+    receive: Callable[[list[tuple[int, ScannedAdapter | Exception]], int, int], object],
 ) -> None: ...
 def stored_factors(
     adapter: _AdapterSource,
 ) -> list[tuple[tuple[int, int, int], float, tuple[str, bytes], tuple[str, bytes]]]: ...
-def scan_columns(metrics: str) -> list[tuple[str, bool]]: ...
 
 @final
 class Collection:

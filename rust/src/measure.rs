@@ -3,6 +3,9 @@
 pub mod analysis;
 pub mod entries;
 pub mod fleet;
+pub mod metrics;
 pub mod overlap;
+pub mod places;
 pub mod spectrum;
 pub mod statistics;
+pub mod summary;

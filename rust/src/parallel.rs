@@ -1,4 +1,3 @@
-//! Jobs of many threads: progress, cancellation, and queues of a bounded length.
+//! Jobs of many threads: progress and cancellation.
 
-pub mod bounded;
 pub mod task;

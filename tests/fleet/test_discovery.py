@@ -12,8 +12,8 @@ from support.files import tensor, write_safetensors
 from support.handmade import make_adapter, make_base
 
 
-def names(root: Path, adapters: list[Path]) -> list[str]:
-    return [adapter.relative_to(root).as_posix() for adapter in adapters]
+def names(root: Path, adapters: list[str]) -> list[str]:
+    return [Path(adapter).relative_to(root).as_posix() for adapter in adapters]
 
 
 def test_directories_are_searched_and_sorted_as_a_reader_would(tmp_path: Path) -> None:

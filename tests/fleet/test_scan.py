@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,9 @@ def test_figures_are_those_of_analyze(tmp_path: Path) -> None:
     assert fleet.paths == paths
     assert fleet.errors == []
     assert_same_figures(fleet)
-    assert (
-        fleet.adapters["sha256"][0]
-        == hashlib.sha256((paths[0] / "adapter_model.safetensors").read_bytes()).hexdigest()
-    )
+    digests = fleet.adapters["blake3"].tolist()
+    assert len(set(digests)) == len(paths)
+    assert {len(digest) for digest in digests} == {64}
     assert fleet.adapters["scaling_rule"][:2].tolist() == ["alpha/r", "alpha/sqrt(r)"]
     assert [len(values) for values in fleet.modules["singular_values"][:8]] == [4] * 4 + [8] * 4
     critical = [item for item in fleet.findings if item.finding.severity == "critical"]
@@ -133,12 +132,12 @@ def test_levels_have_the_columns_of_the_full_one(tmp_path: Path, metrics: Any) -
     for name in ("adapters", "modules"):
         few, all_ = less.table(name), full.table(name)
         assert set(few) < set(all_)
-        for column in set(few) - {"findings", "severe", "warnings", "notes", "sha256"}:
+        for column in set(few) - {"findings", "severe", "warnings", "notes", "blake3"}:
             assert repr(few[column].tolist()) == repr(all_[column].tolist()), column
     assert ("a_mean" in less.modules) == (metrics == "moments")
     assert ("singular_values" in less.modules) == (metrics == "spectra")
-    hashes = less.adapters["sha256"].tolist()
-    assert hashes == ([None] * 6 if metrics == "headers" else full.adapters["sha256"].tolist())
+    hashes = less.adapters["blake3"].tolist()
+    assert hashes == ([None] * 6 if metrics == "headers" else full.adapters["blake3"].tolist())
     assert less.bytes_read > 0
 
 
@@ -164,8 +163,16 @@ def test_pickled_adapters_are_read_and_keep_their_own_hash(tmp_path: Path) -> No
     fleet = lorafast.scan(tmp_path)
     assert fleet.names == ["p0", "p1", "p2", "s"]
     assert_same_figures(fleet)
-    own = hashlib.sha256((tmp_path / "p0" / "adapter_model.bin").read_bytes()).hexdigest()
-    assert fleet.adapters["sha256"][0] == own
+    # Of the pickle's bytes, not of the tensors in it.
+    shutil.copytree(tmp_path / "p0", tmp_path / "copy")
+    tensors = torch.load(tmp_path / "p0" / "adapter_model.bin", weights_only=True)
+    shutil.copytree(tmp_path / "p0", tmp_path / "other")
+    other = tmp_path / "other" / "adapter_model.bin"
+    torch.save(tensors, other, _use_new_zipfile_serialization=False)
+    again = lorafast.scan(tmp_path)
+    hashes = dict(zip(again.names, again.adapters["blake3"].tolist(), strict=True))
+    assert hashes["p0"] == fleet.adapters["blake3"][0] == hashes["copy"]
+    assert len({hashes["p0"], hashes["other"], hashes["s"]}) == 3
 
 
 def test_progress_is_told_in_bytes(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_data_frames_hold_the_tables(tmp_path: Path) -> None:
                 assert repr(plain) == repr(expected)
             assert repr(arrow[column].to_pylist()) == repr(expected), column
             assert repr(polars_[column].to_list()) == repr(expected), column
-    assert arrow.schema.metadata[b"lorafast.schema_version"] == b"1"
+    assert arrow.schema.metadata[b"lorafast.schema_version"] == b"2"
     taken = polars.DataFrame(fleet)
     assert repr(taken["frobenius_norm"].to_list()) == repr(
         fleet.adapters["frobenius_norm"].tolist()
@@ -68,7 +68,7 @@ def test_parquet_files_hold_the_tables_and_the_errors(tmp_path: Path) -> None:
         file = tmp_path / "out" / "deep" / f"{name}.parquet"
         read = pyarrow.parquet.read_table(file)
         assert repr(read.to_pylist()) == repr(fleet.to_arrow(name).to_pylist())
-        assert read.schema.metadata[b"lorafast.schema_version"] == b"1"
+        assert read.schema.metadata[b"lorafast.schema_version"] == b"2"
         group = pyarrow.parquet.ParquetFile(file).metadata.row_group(0)
         assert {group.column(i).compression for i in range(group.num_columns)} == {"ZSTD"}
     errors = json.loads((tmp_path / "out" / "deep" / "errors.json").read_text())["errors"]

@@ -240,7 +240,7 @@ def test_unreadable_weights_among_others_are_an_error(fleet: Path) -> None:
     (fleet / "loose").mkdir()
     (fleet / "loose" / "gone.safetensors").symlink_to("nowhere")
     found = discover(fleet)
-    assert [path.name for path in found.adapters] == ["a", "b"]
+    assert [Path(path).name for path in found.adapters] == ["a", "b"]
     (error,) = found.errors
     assert error.path.name == "gone.safetensors"
     assert error.reason == "A link to nowhere, which is not there; fetch it again"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core
 from lorafast._analysis.findings import findings_of_adapter, findings_of_comparison
-from lorafast._analysis.names import layers_of, names_of
+from lorafast._analysis.names import names_of
 from lorafast._analysis.records import (
+    METRICS,
     EntryStatistics,
     Histogram,
     ModuleAnalysis,
@@ -36,16 +36,14 @@ if TYPE_CHECKING:
 PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
 #: More bins than anyone can draw; each tensor has two histograms.
 MAX_BINS = 65_536
-#: Fields that statistics and modules have under the core's own names.
+#: Fields that statistics have, and modules beside their metrics, under the core's own names.
 STATISTICS = (
     *("count", "non_finite", "mean", "std", "min", "max", "l1_norm", "l2_norm", "max_norm"),
     *("zeros", "zero_share", "skewness", "kurtosis"),
 )
-FIGURES = (
-    *("path", "kind", "rank", "alpha", "scaling", "a_name", "b_name", "frobenius_norm"),
-    *("spectral_norm", "singular_values", "stable_rank", "effective_rank"),
-    *("energy_effective_rank", "participation_ratio", "k90", "k95", "k99", "numerical_rank"),
-    "entry_mean",
+FIELDS = (
+    *("path", "kind", "block", "layer", "rank", "alpha", "scaling", "a_name", "b_name"),
+    "singular_values",
 )
 
 
@@ -191,17 +189,13 @@ def _check(histogram_bins: int, threads: int | None) -> None:
 
 def _adapter_analysis(found: Mapping[str, Any], name: str) -> AdapterAnalysis:
     tensors = {item["name"]: _statistics(item) for item in found["tensors"]}
-    layers = layers_of([item["path"] for item in found["modules"]])
-    modules = {
-        item["path"]: _module(item, *place)
-        for item, place in zip(found["modules"], layers, strict=True)
-    }
+    modules = {item["path"]: _module(item) for item in found["modules"]}
     weights = _statistics(found["weights"])
     return AdapterAnalysis(
         name=name,
         path=found["path"],
         config=found["config"],
-        summary=_summary(found, tensors, modules, weights),
+        summary=_summary(found, len(tensors), weights),
         findings=findings_of_adapter(modules, tensors, found["features"], found["notes"]),
         weights=weights,
         tensors=tensors,
@@ -221,7 +215,7 @@ def _statistics(item: Mapping[str, Any]) -> TensorStatistics:
     )
 
 
-def _module(item: Mapping[str, Any], block: int | None, layer: str) -> ModuleAnalysis:
+def _module(item: Mapping[str, Any]) -> ModuleAnalysis:
     base, entries = item["base"], item["entries"]
     rows, columns = item["shape"]
     norm = item["frobenius_norm"]
@@ -230,43 +224,27 @@ def _module(item: Mapping[str, Any], block: int | None, layer: str) -> ModuleAna
     else:
         relative = norm / base["norm"] if base["norm"] else math.inf if norm else math.nan
     return ModuleAnalysis(
-        block=block,
-        layer=layer,
         shape=(rows, columns),
-        condition=item["condition_number"],
         relative_norm=relative,
         base_norm=None if base is None else base["norm"],
         base_tensor=None if base is None else base["tensor"],
         entries=None
         if entries is None
         else EntryStatistics(**{**entries, "histogram": Histogram(**entries["histogram"])}),
-        **{key: item[key] for key in FIGURES},
+        **{key: item[key] for key in (*FIELDS, *METRICS)},
     )
 
 
-def _summary(
-    found: Mapping[str, Any],
-    tensors: Mapping[str, TensorStatistics],
-    modules: Mapping[str, ModuleAnalysis],
-    weights: TensorStatistics,
-) -> dict[str, Any]:
-    spectral = [m.spectral_norm for m in modules.values() if math.isfinite(m.spectral_norm)]
-    effective = [m.effective_rank for m in modules.values() if math.isfinite(m.effective_rank)]
-    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+def _summary(found: Mapping[str, Any], tensors: int, weights: TensorStatistics) -> dict[str, Any]:
+    modules = dict(found["summary"])
     return {
         "base": found["config"].get("base_model_name_or_path"),
-        "modules": len(modules),
-        "tensors": len(tensors),
+        "modules": modules.pop("modules"),
+        "tensors": tensors,
         "total_parameters": weights.count,
         "total_bytes": found["total_bytes"],
-        "dtypes": dtypes,
-        "ranks": sorted({module.rank for module in modules.values()}),
-        "alphas": sorted({module.alpha for module in modules.values()}),
-        "scalings": sorted({module.scaling for module in modules.values()}),
-        "frobenius_norm": math.hypot(*(module.frobenius_norm for module in modules.values())),
-        "max_spectral_norm": max(spectral, default=math.nan),
-        "median_spectral_norm": median(spectral) if spectral else math.nan,
-        "mean_effective_rank": math.fsum(effective) / len(effective) if effective else math.nan,
+        "dtypes": sorted({item["dtype"] for item in found["tensors"]}),
+        **modules,
         "features": list(found["features"]),
     }
 

@@ -8,12 +8,32 @@ on the factors that the update is written in. The formulas are those of the core
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from lorafast import _core
 from lorafast._deprecation import warn_renamed
 
 if TYPE_CHECKING:
     from lorafast._types import Matrix, Severity
+
+#: The core's metrics of a module's update by name, in the order in which they are told.
+METRICS = {metric["name"]: metric for metric in _core.module_metrics()}
+
+T = TypeVar("T")
+
+
+def _with_metrics(record: type[T]) -> type[T]:
+    """Gives a record a field for each metric of the core, also those that it does not spell out."""
+    own = record.__annotations__
+    new = {name: metric for name, metric in METRICS.items() if name not in own}
+    # Fields without a default come first.
+    required = {name: kind for name, kind in own.items() if name not in vars(record)}
+    optional = {name: kind for name, kind in own.items() if name in vars(record)}
+    kinds = {name: "int" if metric["integer"] else "float" for name, metric in new.items()}
+    record.__annotations__ = {**required, **kinds, **optional}
+    lines = [f"        {name}: {metric['doc']}.\n" for name, metric in new.items()]
+    record.__doc__ = (record.__doc__ or "").rstrip(" ") + "".join(lines) + "    "
+    return record
 
 
 class _Critical(str):
@@ -162,6 +182,7 @@ class EntryStatistics:
 
 
 @dataclass(frozen=True)
+@_with_metrics
 class ModuleAnalysis:
     """One module's update ΔW = s·B·A, with σ₁ ≥ σ₂ ≥ … its singular values.
 

@@ -106,7 +106,7 @@ def _write(fleet: Fleet, arguments: argparse.Namespace) -> list[Path]:
     if arguments.output is not None:
         written += fleet.to_parquet(arguments.output)
     if arguments.html:
-        from lorafast._fleet.export import write_whole
+        from lorafast._fleet.fleet import write_whole
         from lorafast._io.paths import expand
 
         target = Path(expand(arguments.output or ".")) / PAGE

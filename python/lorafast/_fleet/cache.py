@@ -22,21 +22,22 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
+from lorafast import _core
 from lorafast._analysis.findings import KINDS, SEVERITIES
 from lorafast._analysis.records import Finding
-from lorafast._fleet.entry import SCHEMA_VERSION, TEXTS, Entry, number_type
+from lorafast._fleet.entry import SCHEMA_VERSION
 from lorafast._io import paths
 from lorafast._io.paths import expand, resolved
 from lorafast._io.sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorafast._io.strangers import gate
 
 T = TypeVar("T")
+#: An adapter, and its findings with how many there are of each.
+Known = tuple[_core.ScannedAdapter, list[tuple[Finding, int]]]
 
 FILE = "lorafast-scan.sqlite"
 #: Of a row; raised when its blobs are laid out otherwise.
-LAYOUT = 2
+LAYOUT = 3
 #: A file that changed within this time before it was read may change again without its time of
 #: change being another one; what is found in it is not kept. In nanoseconds.
 SETTLED = 2_000_000_000
@@ -46,7 +47,7 @@ INTERVAL = 0.5
 PATIENCE = 2.0
 #: Seconds until a cache that would not be written is tried again, and what may wait until then.
 PAUSE = 10.0
-MOST_WAITING = 10_000
+MAX_WAITING = 10_000
 #: Bytes of a digest, and the most that a row's details may be.
 DIGEST = 16
 LARGEST = 1 << 28
@@ -54,8 +55,6 @@ LARGEST = 1 << 28
 #: tables; everything else that it does not do today it may do tomorrow.
 ERROR, CORRUPT, FORMAT, NOT_A_DATABASE = 1, 11, 24, 26
 SPOILT = frozenset({ERROR, CORRUPT, FORMAT, NOT_A_DATABASE})
-#: Digits of the SHA-256 of weights.
-DIGITS = 64
 
 
 def stamp_of(adapter: Path) -> tuple[str, int] | None:
@@ -95,14 +94,8 @@ class Cache:
         self._connection: sqlite3.Connection | None = None
         self._connect()
 
-    def known(self, adapter: Path, stamp: str, kind: np.dtype[Any]) -> Entry | None:
-        """What was found in an adapter when it had that stamp.
-
-        Args:
-            adapter: the adapter.
-            stamp: that of `stamp_of`.
-            kind: the type of its modules' rows.
-        """
+    def known(self, adapter: Path, stamp: str) -> Known | None:
+        """What was found in an adapter when it had that stamp."""
         query = (
             "SELECT details, cells FROM found "
             "WHERE path = ? AND metrics = ? AND stamp = ? AND version = ?"
@@ -113,13 +106,19 @@ class Cache:
             return None
         # What is damaged is read anew, and what is found then takes its place.
         with gate(lambda _: None):
-            return _decode(found, kind)
+            return _decode(self._metrics, found)
         return None
 
-    def keep(self, adapter: Path, stamp: str, entry: Entry) -> None:
+    def keep(
+        self,
+        adapter: Path,
+        stamp: str,
+        found: _core.ScannedAdapter,
+        findings: list[tuple[Finding, int]],
+    ) -> None:
         """Remembers what was found; it is written soon, and at the latest by `flush`."""
         key = (_key(adapter), self._metrics, stamp, _version())
-        self._waiting.append((*key, *_encode(entry)))
+        self._waiting.append((*key, *_encode(found, findings)))
         if time.monotonic() > self._due:
             self.flush(last=False)
 
@@ -153,7 +152,7 @@ class Cache:
             self._due = time.monotonic() + INTERVAL
             return
         self._due = time.monotonic() + PAUSE
-        del self._waiting[:-MOST_WAITING]
+        del self._waiting[:-MAX_WAITING]
 
     def close(self) -> None:
         """Gives the database up."""
@@ -334,15 +333,13 @@ def _version() -> str:
     return f"{SCHEMA_VERSION}.{LAYOUT} {__version__}"
 
 
-def _encode(entry: Entry) -> tuple[bytes, bytes]:
-    details = {
-        "texts": entry.texts,
-        "findings": [[asdict(finding), count] for finding, count in entry.findings],
-        "paths": entry.paths,
-        "kinds": entry.kinds,
-    }
-    packed = zlib.compress(json.dumps(details).encode(), 1)
-    return packed, _digest(packed, entry.cells) + entry.cells
+def _encode(
+    found: _core.ScannedAdapter, findings: list[tuple[Finding, int]]
+) -> tuple[bytes, bytes]:
+    details, cells = found.encode()
+    told = json.dumps([[asdict(finding), count] for finding, count in findings])
+    packed = zlib.compress(f"{details}\n{told}".encode(), 1)
+    return packed, _digest(packed, cells) + cells
 
 
 def _digest(details: bytes, cells: bytes) -> bytes:
@@ -353,63 +350,32 @@ def _digest(details: bytes, cells: bytes) -> bytes:
     return made.digest()
 
 
-def _decode(found: tuple[Any, Any], kind: np.dtype[Any]) -> Entry:
-    """An entry from its row.
+def _decode(metrics: str, found: tuple[Any, Any]) -> Known:
+    """What was found in an adapter, from its row.
 
     Raises:
         Exception: of any kind: it is damaged.
     """
-    details, marked = found
-    if not isinstance(details, bytes) or not isinstance(marked, bytes):
+    packed, marked = found
+    if not isinstance(packed, bytes) or not isinstance(marked, bytes):
         raise TypeError("a row holds something other than bytes")
     cells = marked[DIGEST:]
-    if _digest(details, cells) != marked[:DIGEST]:
+    if _digest(packed, cells) != marked[:DIGEST]:
         raise ValueError("a row has been changed")
-    unpacked = zlib.decompressobj().decompress(details, LARGEST)
-    plain = json.loads(unpacked)
-    findings = tuple((Finding(**finding), int(count)) for finding, count in plain["findings"])
-    entry = Entry(
-        texts=tuple(plain["texts"]),
-        findings=findings,
-        paths=tuple(plain["paths"]),
-        kinds=tuple(plain["kinds"]),
-        cells=cells,
-    )
-    _check(entry, kind)
-    return entry
+    details, _, told = zlib.decompressobj().decompress(packed, LARGEST).decode().partition("\n")
+    findings = [(Finding(**finding), int(count)) for finding, count in json.loads(told)]
+    if not all(_is_sound(finding, count) for finding, count in findings):
+        raise ValueError("a row is no scan's")
+    return _core.ScannedAdapter.decode(metrics, details, cells), findings
 
 
-def _check(entry: Entry, kind: np.dtype[Any]) -> None:
-    """Raises ValueError for an entry that no scan makes."""
-    texts = dict(zip(TEXTS, entry.texts, strict=True))
-    digest = texts["sha256"]
-    finding_texts = [
-        text
-        for finding, _ in entry.findings
-        for text in (finding.reason, *([finding.module] if finding.module is not None else []))
-    ]
-    sound = (
-        all(text is None or isinstance(text, str) for text in entry.texts)
-        and (digest is None or (len(digest) == DIGITS and digest.isascii()))
-        and all(isinstance(text, str) for text in (*entry.paths, *entry.kinds, *finding_texts))
-        and len(entry.paths) == len(entry.kinds)
-        and all(
-            finding.severity in SEVERITIES
-            and finding.kind in KINDS
-            and isinstance(finding.value, float | int | None)
-            and 0 <= count < 1 << 62
-            for finding, count in entry.findings
-        )
+def _is_sound(finding: Finding, count: int) -> bool:
+    """Whether a finding is one that a scan makes."""
+    return (
+        finding.severity in SEVERITIES
+        and finding.kind in KINDS
+        and isinstance(finding.module, str | None)
+        and isinstance(finding.value, float | int | None)
+        and isinstance(finding.reason, str)
+        and 0 <= count < 1 << 62
     )
-    own = number_type(kind).itemsize
-    rows_end = own + len(entry.paths) * kind.itemsize
-    if not sound or len(entry.cells) < rows_end:
-        raise ValueError("a row is no scan's")
-    counts = 0
-    if "singular_values" in (kind.names or ()):
-        rows = np.frombuffer(entry.cells, kind, count=len(entry.paths), offset=own)
-        if len(rows) and rows["singular_values"].min() < 0:
-            raise ValueError("a row is no scan's")
-        counts = int(rows["singular_values"].sum())
-    if len(entry.cells) != rows_end + 8 * counts:
-        raise ValueError("a row is no scan's")

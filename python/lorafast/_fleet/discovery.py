@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafast._errors import AdapterError, CheckpointError
-from lorafast._fleet.table import PathList, WordsBuilder
 from lorafast._io.paths import expand, find
 from lorafast._io.sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorafast._io.strangers import read_header, reason_of
@@ -57,12 +56,13 @@ class Discovery:
 
     Attributes:
         adapters: adapters' directories, and weights files that stand alone; each once, in the
-            order of the paths given and by name within each.
+            order of the paths given and by name within each. Texts, since thousands of paths as
+            objects take five times the memory.
         errors: what could not be looked into, or was named and is not there.
         searched: the directories that were searched with all below them.
     """
 
-    adapters: PathList
+    adapters: list[str]
     errors: list[ScanError] = field(default_factory=list)
     searched: list[Path] = field(default_factory=list)
 
@@ -100,7 +100,7 @@ def discover(paths: Source | Iterable[Source]) -> Discovery:
             search.add(path)
     if missing == len(sources):
         raise FileNotFoundError(2, errors[0].reason, os.fspath(sources[0]))
-    found = Discovery(PathList(search.adapters.build()), errors, search.searched)
+    found = Discovery(search.adapters, errors, search.searched)
     if not found.adapters and not found.errors:
         names = ", ".join(os.fspath(source) for source in sources[:3])
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
@@ -148,7 +148,7 @@ class _Search:
     """One walk over everything that was named; remembers where it has been."""
 
     def __init__(self, errors: list[ScanError]) -> None:
-        self.adapters = WordsBuilder()
+        self.adapters: list[str] = []
         self.searched: list[Path] = []
         self._errors = errors
         self._visited: set[int] = set()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorafast._analysis import findings
 from lorafast._analysis.records import Finding
-from lorafast._fleet.table import NOTHING, Table, Texts
+from lorafast._fleet.table import Table
 
 #: ‖ΔW‖ this many times above or below the median of the adapters of its base.
 NORM_OUTLIER = 10.0
@@ -61,7 +61,7 @@ def _norms(adapters: Table) -> Iterator[tuple[int, Finding]]:
     if "frobenius_norm" not in adapters:
         return
     norms = adapters["frobenius_norm"]
-    bases = _texts(adapters, "base").codes
+    bases = _codes(adapters["base"].tolist())
     is_sound = np.isfinite(norms) & (norms > 0)
     _, firsts = np.unique(bases, return_index=True)
     # Bases in the order in which they come.
@@ -82,52 +82,32 @@ def _norms(adapters: Table) -> Iterator[tuple[int, Finding]]:
 
 
 def _same_files(adapters: Table) -> Iterator[tuple[int, Finding]]:
-    digests, names = _texts(adapters, "sha256"), _texts(adapters, "name").values
-    rows = np.flatnonzero(digests.codes != NOTHING)
-    keys = np.fromiter(
-        (hash(digests.values[code]) for code in _ints(digests.codes[rows])), np.int64, len(rows)
-    )
-    order = np.argsort(keys, kind="stable")
-    is_next = np.flatnonzero(np.diff(keys[order]) == 0)
     groups: dict[str, list[int]] = {}
-    # Of digests with one hash, in the order of the rows, which a stable sort keeps.
-    for row in np.unique(rows[order[np.union1d(is_next, is_next + 1)]]).tolist():
-        groups.setdefault(digests.values[int(digests.codes[row])], []).append(row)
-    for group in groups.values():
-        if len(group) > 1:
-            others = listed([names[row] for row in group[1 : NAMED + 1]], len(group) - 1)
-            reason = f"Its weights file is the same as that of {others}."
-            yield group[0], Finding("note", "same_file", None, float(len(group)), reason)
+    for row, digest in enumerate(adapters["blake3"].tolist()):
+        if digest is not None:
+            groups.setdefault(digest, []).append(row)
+    same = [group for group in groups.values() if len(group) > 1]
+    names: list[str] = adapters["name"].tolist() if same else []
+    for group in same:
+        others = listed([names[row] for row in group[1 : NAMED + 1]], len(group) - 1)
+        reason = f"Its weights file is the same as that of {others}."
+        yield group[0], Finding("note", "same_file", None, float(len(group)), reason)
 
 
 def _bases(adapters: Table) -> Iterator[tuple[None, Finding]]:
-    column = _texts(adapters, "base")
-    codes, firsts, counts = np.unique(column.codes, return_index=True, return_counts=True)
-    if len(codes) < 2:
-        return
     # The most common first, of several those that come first.
-    order = np.lexsort((firsts, -counts))
-    names = [
-        "none named" if codes[place] == NOTHING else column.values[int(codes[place])]
-        for place in order.tolist()
-    ]
-    counted = [
-        f"{name} ({count:,})" for name, count in zip(names, counts[order].tolist(), strict=True)
-    ]
-    reason = f"The adapters name {len(codes)} different bases: {listed(counted)}."
-    yield None, Finding("note", "several_bases", None, float(len(codes)), reason)
+    bases = Counter(adapters["base"].tolist()).most_common()
+    if len(bases) < 2:
+        return
+    counted = [f"{'none named' if base is None else base} ({count:,})" for base, count in bases]
+    reason = f"The adapters name {len(bases)} different bases: {listed(counted)}."
+    yield None, Finding("note", "several_bases", None, float(len(bases)), reason)
 
 
-def _texts(table: Table, name: str) -> Texts:
-    column = table.stored()[name]
-    assert isinstance(column, Texts)
-    return column
-
-
-def _ints(codes: NDArray[Any]) -> Iterator[int]:
-    """Integers of an array, not all of them at a time."""
-    for first in range(0, len(codes), 4096):
-        yield from codes[first : first + 4096].tolist()
+def _codes(texts: Sequence[str | None]) -> NDArray[np.int64]:
+    """A number for each different text, by which the rows of one are found."""
+    codes: dict[str | None, int] = {}
+    return np.array([codes.setdefault(text, len(codes)) for text in texts], dtype=np.int64)
 
 
 # What users see, and what a pickle names.

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafast._errors import OutputError, missing
+from lorafast._fleet.entry import SCHEMA_VERSION
+from lorafast._fleet.table import NOTHING, TABLES, Table
+from lorafast._io import atomic
+from lorafast._io.paths import expand
 from lorafast._results import Result, view
 
 if TYPE_CHECKING:
+    from typing import BinaryIO
+
     import pandas
     import polars
     import pyarrow
 
-    from lorafast._fleet.finding_columns import ErrorList, FindingList
-    from lorafast._fleet.table import Table
+    from lorafast._fleet.rows import ErrorList, FindingList
     from lorafast._types import TableName
+
+#: Columns of whole numbers in which -1 stands for nothing.
+NULLABLE = ("block",)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,7 +43,7 @@ class Fleet(Result):
         metrics: how much was asked for: "full", "headers", "moments" or "spectra".
         adapters: a row for each adapter. Always: `path`, `name`, `peft_type`, `base`, `rank`,
             `alpha` and `scaling` (those that most of its modules have), `scaling_rule`,
-            `modules`, `tensors`, `parameters`, `bytes`, `dtypes`, `sha256` (of the weights file;
+            `modules`, `tensors`, `parameters`, `bytes`, `dtypes`, `blake3` (of the weights file;
             `None` with "headers"), `severe`, `warnings`, `notes` (numbers of findings),
             `findings` (a list of their kinds). With moments: `mean`, `std`, `min`, `max`,
             `l2_norm`, `skewness`, `kurtosis`, `zero_share`, `non_finite`. With spectra:
@@ -93,8 +104,6 @@ class Fleet(Result):
         Raises:
             ValueError: there is no such table.
         """
-        from lorafast._fleet.table import TABLES
-
         if name not in TABLES:
             raise ValueError(f"table must be 'adapters', 'modules' or 'findings', not {name!r}")
         if name == "findings":
@@ -108,9 +117,13 @@ class Fleet(Result):
             ValueError: there is no such table.
             MissingDependencyError: pyarrow is not installed.
         """
-        from lorafast._fleet.export import arrow_table
-
-        return arrow_table(self.table(table))
+        wanted = self.table(table)
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise missing("pyarrow", "arrow", "make an Arrow table") from error
+        made: pyarrow.Table = pyarrow.table(wanted)
+        return made
 
     def to_pandas(self, table: TableName = "adapters") -> pandas.DataFrame:
         """A table as pandas'.
@@ -119,9 +132,16 @@ class Fleet(Result):
             ValueError: there is no such table.
             MissingDependencyError: pandas is not installed.
         """
-        from lorafast._fleet.export import pandas_frame
-
-        return pandas_frame(self.table(table))
+        wanted = self.table(table)
+        try:
+            import pandas
+        except ImportError as error:
+            raise missing("pandas", "pandas", "make a DataFrame") from error
+        frame = pandas.DataFrame({name: wanted[name] for name in wanted})
+        for name in NULLABLE:
+            if name in frame:
+                frame[name] = frame[name].astype("Int64").mask(frame[name] == NOTHING)
+        return frame
 
     def to_polars(self, table: TableName = "adapters") -> polars.DataFrame:
         """A table as polars'.
@@ -130,9 +150,14 @@ class Fleet(Result):
             ValueError: there is no such table.
             MissingDependencyError: polars is not installed.
         """
-        from lorafast._fleet.export import polars_frame
-
-        return polars_frame(self.table(table))
+        wanted = self.table(table)
+        try:
+            import polars
+        except ImportError as error:
+            raise missing("polars", "polars", "make a DataFrame") from error
+        frame = polars.DataFrame(wanted)
+        coded = [name for name, kind in frame.schema.items() if kind == polars.Categorical]
+        return frame.with_columns(polars.col(coded).cast(polars.String))
 
     def to_parquet(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Writes `adapters.parquet`, `modules.parquet`, `findings.parquet` and `errors.json`.
@@ -150,16 +175,23 @@ class Fleet(Result):
             OutputError: the directory cannot be written.
             MissingDependencyError: pyarrow is not installed.
         """
-        from lorafast._fleet.export import write_parquet
-        from lorafast._fleet.table import TABLES
-        from lorafast._io.paths import expand
+        tables = {name: self.to_arrow(name) for name in TABLES}
+        import pyarrow.parquet
 
-        tables = {name: self.table(name) for name in TABLES}
-        return write_parquet(tables, self.errors, Path(expand(directory)))
+        def save(table: pyarrow.Table) -> Callable[[BinaryIO], object]:
+            return lambda file: pyarrow.parquet.write_table(table, file, compression="zstd")
+
+        errors = [{"path": os.fspath(error.path), "reason": error.reason} for error in self.errors]
+        text = json.dumps({"schema_version": SCHEMA_VERSION, "errors": errors}, indent=2)
+        files: list[tuple[str, Callable[[BinaryIO], object]]] = [
+            *((f"{name}.parquet", save(table)) for name, table in tables.items()),
+            ("errors.json", lambda file: file.write(text.encode())),
+        ]
+        return [write_whole(Path(expand(directory)) / name, write) for name, write in files]
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         """The adapters' table for any library that speaks Arrow's C stream interface."""
-        return self.to_arrow().__arrow_c_stream__(requested_schema)
+        return self.adapters.__arrow_c_stream__(requested_schema)
 
     def _plain(self) -> dict[str, Any]:
         """The adapters' table, findings and errors; the modules are for Parquet."""
@@ -191,6 +223,25 @@ class Fleet(Result):
         """
         text: str = view("html", self)(self, similarity)
         return text
+
+
+def write_whole(target: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Writes a file whole or not at all, into a directory that is made.
+
+    Args:
+        target: where to.
+        write: is given the open file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.writing(target) as file:
+            write(file)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return target
 
 
 # What users see, and what a pickle names.

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import os
 import time
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorafast import _core
+from lorafast._analysis.names import names_of, numbered
+from lorafast._analysis.records import Finding
 from lorafast._fleet import cache as cache_files
-from lorafast._fleet.columns import Columns
 from lorafast._fleet.discovery import ScanError, discover
-from lorafast._fleet.entry import entry_of, row_type
-from lorafast._fleet.finding_columns import ErrorColumns
+from lorafast._fleet.entry import SCHEMA_VERSION, findings_of
+from lorafast._fleet.findings import of_fleet
 from lorafast._fleet.fleet import Fleet
 from lorafast._fleet.progress import Follow, follower
-from lorafast._fleet.table import NOTHING, OnDemand, Words, WordsBuilder
+from lorafast._fleet.rows import ErrorList, FindingList
+from lorafast._fleet.table import Table, utf8
 from lorafast._io.limits import check_threads
-from lorafast._io.sources import CoreSource, core_source, has_only_pickle
+from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import reason_of
 from lorafast._torch.device import analysis_device
 from lorafast._types import Metrics, Source
 
 METRICS: tuple[Metrics, ...] = ("full", "headers", "moments", "spectra")
+
+Item = str | CoreSource
+Found = _core.ScannedAdapter | Exception
+Told = tuple[str, str, str | None, float | None, str, int]
 
 
 def scan(
@@ -108,148 +111,164 @@ def scan_followed(
         else:
             scanning.run()
     for error in found.errors:
-        scanning.errors.add(NOTHING, error)
-    tables = scanning.columns.tables(found.adapters.words)
-    return Fleet(
-        metrics=metrics,
-        adapters=tables.adapters,
-        modules=tables.modules,
-        findings=tables.findings,
-        errors=scanning.errors.build(),
-        bytes_read=scanning.bytes_read,
-        remembered=scanning.remembered,
-    )
-
-
-class _Items(OnDemand[CoreSource]):
-    """What the core is to read, made when it asks."""
-
-    def __init__(self, adapters: Sequence[Path], positions: Sequence[int]) -> None:
-        self._adapters = adapters
-        self._positions = positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def _at(self, row: int) -> CoreSource:
-        return core_source(self._adapters[self._positions[row]])
+        scanning.fail(None, error)
+    return scanning.fleet()
 
 
 class _Scanning:
     """One scan under way. Positions are those of the adapters that were found."""
 
     def __init__(
-        self, adapters: Sequence[Path], metrics: Metrics, threads: int | None, follow: Follow
+        self, adapters: Sequence[str], metrics: Metrics, threads: int | None, follow: Follow
     ) -> None:
         self._adapters = adapters
         self._metrics = metrics
         self._threads = threads
         self._follow = follow
-        self._type = row_type(metrics)
         #: Where spectra are found, if not by the core.
         self.device: Any = None
         self._cache: cache_files.Cache | None = None
-        self._stamps = Words.of([])
-        self._stamp_of = np.empty(0, np.int32)
-        self.columns = Columns(len(adapters), self._type)
-        self.errors = ErrorColumns()
-        self.bytes_read = 0
-        self.remembered = 0
+        self._stamps: dict[int, str] = {}
+        self._tables = _core.FleetTables(metrics, SCHEMA_VERSION)
+        self._errors: list[tuple[int | None, str]] = []
+        self._without_value: set[str] = set()
+        self._bytes_read = 0
+        self._remembered = 0
 
     def use(self, cache: cache_files.Cache) -> None:
         """Takes what the cache knows, and remembers what is found in it."""
         self._cache = cache
-        self._stamp_of = np.full(len(self._adapters), NOTHING, np.int32)
-        stamps = WordsBuilder()
         settled = time.time_ns() - cache_files.SETTLED
-        for position, adapter in enumerate(self._adapters):
+        for position, adapter in enumerate(map(Path, self._adapters)):
             stamp = cache_files.stamp_of(adapter)
             if stamp is None or stamp[1] >= settled:
                 continue
-            entry = cache.known(adapter, stamp[0], self._type)
-            if entry is not None:
-                self.columns.add(position, entry)
-                self.remembered += 1
+            known = cache.known(adapter, stamp[0])
+            if known is not None:
+                self._add(position, *known)
+                self._remembered += 1
             else:
-                self._stamp_of[position] = stamps.append(stamp[0])
-        self._stamps = stamps.build()
+                self._stamps[position] = stamp[0]
 
     def run(self) -> None:
         """Reads everything that is not known."""
-        left = self.columns.missing()
+        known = set(self._tables.positions())
+        left = [position for position in range(len(self._adapters)) if position not in known]
         self._follow.begin(len(left))
-        failed: list[int] = []
-        for position in map(int, left):
+        positions: list[int] = []
+        sources: list[Item] = []
+        for position in left:
+            adapter = self._adapters[position]
             try:
-                has_only_pickle(self._adapters[position])
+                source = core_source(Path(adapter))
             except OSError as error:
                 self._fail(position, error)
                 self._follow.finished(1)
-                failed.append(position)
-        others = array("q", np.setdiff1d(left, failed, assume_unique=True).tobytes())
-        if others:
-            self._scan(others, _Items(self._adapters, others))
+                continue
+            positions.append(position)
+            # Thousands of paths are kept as texts.
+            sources.append(source if isinstance(source, tuple) else adapter)
+        if positions:
+            self._scan(positions, sources)
 
-    def _scan(self, positions: Sequence[int], items: Sequence[CoreSource]) -> None:
-        def receive(
-            batch: list[tuple[int, dict[str, object] | Exception]], done: int, total: int
-        ) -> None:
+    def fleet(self) -> Fleet:
+        """All that was found. Nothing can be added any more."""
+        tables = self._tables
+        here = [self._adapters[position] for position in tables.positions()]
+        names = [utf8(name) for name in names_of(here)]
+        if len(set(names)) < len(names):
+            names = numbered(names)
+        core = tables.finish(list(map(utf8, here)), names)
+        adapters, modules = (Table(core[0], _no_utf8(here)), Table(core[1]))
+        # What only the whole fleet shows comes after what was found in single adapters.
+        more = [(row, self._told(finding, 1)) for row, finding in of_fleet(adapters)]
+        # As the core arranges them.
+        order = sorted(self._errors, key=lambda each: -1 if each[0] is None else each[0])
+        failed = [path for _, path in order]
+        return Fleet(
+            metrics=self._metrics,
+            adapters=adapters,
+            modules=modules,
+            findings=FindingList(Table(tables.findings(more)), frozenset(self._without_value)),
+            errors=ErrorList(Table(tables.errors(), _no_utf8(failed))),
+            bytes_read=self._bytes_read,
+            remembered=self._remembered,
+        )
+
+    def _scan(self, positions: Sequence[int], items: Sequence[Item]) -> None:
+        done = 0
+
+        def receive(batch: list[tuple[int, Found]], read: int, total: int) -> None:
+            nonlocal done
             if self.device is not None:
                 batch = self._with_spectra(batch, items)
             for place, result in batch:
-                position = positions[place]
                 if isinstance(result, Exception):
-                    self._fail(position, result)
+                    self._fail(positions[place], result)
                 else:
-                    self._succeed(position, result)
+                    self._succeed(positions[place], result)
             self._follow.finished(len(batch))
-            self._follow.read(done, total)
-            self._done = done
+            self._follow.read(read, total)
+            done = read
 
-        self._done = 0
         metrics = self._metrics if self.device is None else "moments"
         _core.scan_adapters(items, metrics=metrics, threads=self._threads, receive=receive)
-        self.bytes_read += self._done
+        self._bytes_read += done
         self._follow.end_of_part()
 
     def _with_spectra(
-        self, batch: list[tuple[int, dict[str, object] | Exception]], items: Sequence[CoreSource]
-    ) -> list[tuple[int, dict[str, object] | Exception]]:
+        self, batch: list[tuple[int, Found]], items: Sequence[Item]
+    ) -> list[tuple[int, Found]]:
         from lorafast._torch.spectra import with_spectra
 
-        result: list[tuple[int, dict[str, object] | Exception]] = []
-        for place, found in batch:
-            if isinstance(found, Exception):
-                result.append((place, found))
+        failed = [(place, found) for place, found in batch if isinstance(found, Exception)]
         sound = [(place, found) for place, found in batch if not isinstance(found, Exception)]
-        failed = with_spectra(
-            [(found, items[place]) for place, found in sound],
-            self._metrics,
-            row_type("moments"),
-            self._type,
-            self.device,
-        )
-        for at, (place, found) in enumerate(sound):
-            result.append((place, failed.get(at, found)))
-        return result
+        sources = [(found, items[place]) for place, found in sound]
+        made = with_spectra(sources, self._metrics, self.device)
+        places = (place for place, _ in sound)
+        return [*failed, *zip(places, made, strict=True)]
 
-    def _succeed(self, position: int, result: dict[str, object]) -> None:
+    def _succeed(self, position: int, found: _core.ScannedAdapter) -> None:
         try:
-            entry = entry_of(result, self._type)
+            findings = findings_of(found)
         except MemoryError:
             raise
         except Exception as error:
             # What is odd in a stranger's adapter does not end the others' scan.
             self._fail(position, error)
             return
-        self.columns.add(position, entry)
-        if self._cache is not None and self._stamp_of[position] != NOTHING:
-            stamp = self._stamps[int(self._stamp_of[position])]
-            self._cache.keep(self._adapters[position], stamp, entry)
+        self._add(position, found, findings)
+        if self._cache is not None and position in self._stamps:
+            adapter = Path(self._adapters[position])
+            self._cache.keep(adapter, self._stamps.pop(position), found, findings)
+
+    def _add(
+        self, position: int, found: _core.ScannedAdapter, findings: Iterable[tuple[Finding, int]]
+    ) -> None:
+        told = [self._told(finding, count) for finding, count in findings]
+        self._tables.add(position, found, told)
+
+    def _told(self, finding: Finding, count: int) -> Told:
+        if finding.value is None:
+            self._without_value.add(finding.kind)
+        return (
+            *(finding.severity, finding.kind, finding.module, finding.value, finding.reason),
+            count,
+        )
 
     def _fail(self, position: int, error: Exception) -> None:
-        adapter = self._adapters[position]
-        self.errors.add(position, ScanError(adapter, _reason(adapter, error)))
+        adapter = Path(self._adapters[position])
+        self.fail(position, ScanError(adapter, _reason(adapter, error)))
+
+    def fail(self, position: int | None, error: ScanError) -> None:
+        """Keeps an error: of the adapter at a position, or of what is none."""
+        self._tables.add_error(position, utf8(os.fspath(error.path)), utf8(error.reason))
+        self._errors.append((position, os.fspath(error.path)))
+
+
+def _no_utf8(paths: Iterable[str]) -> dict[int, str]:
+    """The paths that no Arrow column can hold, by row."""
+    return {row: path for row, path in enumerate(paths) if utf8(path) != path}
 
 
 def _reason(adapter: Path, error: Exception) -> str:

@@ -108,11 +108,6 @@ def core_source(adapter: Path) -> CoreSource:
     return adapter, pickle, partial(read_pickle, pickle)
 
 
-def path_of(source: CoreSource) -> Path:
-    """The path of an adapter as the core opens it."""
-    return source[0] if isinstance(source, tuple) else source
-
-
 def read_pickle(pickle: Path) -> list[NamedTensor]:
     """The tensors of a pickle, each with its name, its dtype (a safetensors name) and its shape.
 

@@ -78,7 +78,7 @@ def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str]
             raise AdapterError("the fleet holds no adapter that could be read")
         return list(adapters.paths), [], list(adapters.names)
     discovery = discover(adapters)
-    return list(discovery.adapters), list(discovery.errors), None
+    return list(map(Path, discovery.adapters)), list(discovery.errors), None
 
 
 def opened(

@@ -8,6 +8,7 @@ mod fleet;
 mod job;
 mod parts;
 mod sources;
+mod table;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -183,9 +184,11 @@ mod _core {
     #[pymodule_export]
     use super::device::{Execution, stored_factors};
     #[pymodule_export]
-    use super::fleet::{scan_adapters, scan_columns};
+    use super::fleet::{FleetTables, ScannedAdapter, module_metrics, scan_adapters};
     #[pymodule_export]
     use super::parts::{assemble_shards, plan_digest, plan_groups, write_shards};
+    #[pymodule_export]
+    use super::table::{ColumnBuffer, Table};
 
     #[pymodule_export]
     use super::alike::{Collection, open_collection};

@@ -21,10 +21,13 @@ use crate::checkpoint::names::prefix;
 use crate::checkpoint::names::renames::{NameIndex, Renames};
 use crate::error::{Error, Result};
 use crate::measure::entries::{EntryStatistics, scan_entries};
+use crate::measure::metrics::{self, Shape};
+use crate::measure::places::places;
 use crate::measure::spectrum::{Spectrum, Update, Values};
 use crate::measure::statistics::{
     Bins, ElementType, InFile, Request, Summary, Tensor, describe, describe_each, with_room,
 };
+use crate::measure::summary::{ShapeSummary, UpdateSummary};
 use crate::parallel::task::Task;
 use crate::tensor::safetensors::TensorInfo;
 
@@ -82,6 +85,10 @@ pub struct ModuleAnalysis {
     pub path: String,
     /// linear, embedding or convolution.
     pub kind: &'static str,
+    /// The index of the block it lies in; `None` outside of blocks.
+    pub block: Option<i64>,
+    /// Its path within the block.
+    pub layer: String,
     /// (out, in) of ΔW; the in-channels and the kernel of a convolution are taken together.
     pub shape: [usize; 2],
     /// r.
@@ -95,7 +102,7 @@ pub struct ModuleAnalysis {
     /// The tensor of B.
     pub b_name: String,
     /// The singular values and the figures made of them.
-    #[serde(flatten)]
+    #[serde(flatten, serialize_with = "metrics::serialize_spectrum")]
     pub spectrum: Spectrum,
     /// The weight that the module changes, where a base was given.
     pub base: Option<BaseNorm>,
@@ -118,10 +125,23 @@ pub struct Analysis {
     pub tensors: Vec<TensorAnalysis>,
     /// Each update, in the order of the file.
     pub modules: Vec<ModuleAnalysis>,
+    /// The modules taken together.
+    pub summary: AdapterSummary,
     /// What there is beside plain low-rank products, in words.
     pub features: Vec<String>,
     /// What could not be measured, and why.
     pub notes: Vec<String>,
+}
+
+/// The modules of an adapter taken together.
+#[derive(Debug, Clone, Serialize)]
+pub struct AdapterSummary {
+    /// Their shapes and scales.
+    #[serde(flatten)]
+    pub shapes: ShapeSummary,
+    /// Their updates.
+    #[serde(flatten)]
+    pub updates: UpdateSummary,
 }
 
 /// The extents (m, n, r) of a module's ΔW = B·A, both factors flattened to matrices; `None` if
@@ -232,17 +252,40 @@ pub fn analyze(
                 notes.push(unmeasured(module));
             }
         }
+        let mut modules: Vec<_> = measured.into_iter().flatten().collect();
+        let paths: Vec<_> = modules.iter().map(|module| module.path.clone()).collect();
+        for (module, place) in modules.iter_mut().zip(places(&paths)) {
+            (module.block, module.layer) = (place.block, place.layer);
+        }
         Ok(Analysis {
             path: adapter.path().display().to_string(),
             config: adapter.settings().clone(),
             total_bytes: adapter.file().size(),
             weights: all,
             tensors,
-            modules: measured.into_iter().flatten().collect(),
+            summary: summary_of(&modules),
+            modules,
             features: features(adapter),
             notes,
         })
     })
+}
+
+fn summary_of(modules: &[ModuleAnalysis]) -> AdapterSummary {
+    let shapes: Vec<_> = modules
+        .iter()
+        .map(|module| Shape {
+            rows: module.shape[0],
+            columns: module.shape[1],
+            rank: module.rank as usize,
+            alpha: module.alpha,
+            scaling: module.scaling,
+        })
+        .collect();
+    AdapterSummary {
+        shapes: ShapeSummary::of(&shapes),
+        updates: UpdateSummary::of(modules.iter().map(|module| &module.spectrum)),
+    }
 }
 
 /// What the figures of s·B·A do not tell of an adapter.
@@ -356,6 +399,9 @@ fn measure(
     Ok(ModuleAnalysis {
         path: module.path.clone(),
         kind: module.kind.name(),
+        // Its place shows beside the others' alone.
+        block: None,
+        layer: String::new(),
         shape: [update.rows(), update.columns()],
         rank: module.rank,
         alpha: module.alpha,

@@ -9,7 +9,8 @@
 
 mod measure;
 mod read;
-mod rows;
+pub mod record;
+pub mod tables;
 
 #[cfg(test)]
 mod tests;
@@ -20,17 +21,11 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use serde::Serialize;
-use serde_json::{Map, Value};
-
-pub use rows::{Column, Kind, columns};
-
 use crate::adapter::format::AdapterSource;
 use crate::error::{Error, Result};
-use crate::measure::statistics::Summary;
 use crate::parallel::task::Task;
-use crate::storage::digest::{hexadecimal, sha256_of_both, sha256_of_bytes};
 use measure::{Open, Unit};
+use record::Record;
 
 /// How often a thread that waits for work looks whether the job was cancelled.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -73,7 +68,7 @@ impl Level {
 }
 
 /// A tensor with values that are no numbers.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct NonFinite {
     /// Its name.
     pub name: String,
@@ -83,49 +78,17 @@ pub struct NonFinite {
     pub non_finite: u64,
 }
 
-/// The modules of one adapter as rows, in the order of the file.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Modules {
-    /// The module's path of each row.
-    pub paths: Vec<String>,
-    /// linear, embedding or convolution.
-    pub kinds: Vec<&'static str>,
-    /// The numbers, row after row: eight bytes each, little-endian, as [`columns`] lists them.
-    pub rows: Vec<u8>,
-    /// The singular values of all rows, one row after the other, as f64; how many each row has is
-    /// in its `singular_values` column.
-    pub singular_values: Vec<f64>,
-}
-
 /// What one adapter holds.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct Scanned {
-    /// `adapter_config.json` as it stands.
-    pub config: Map<String, Value>,
-    /// Whether s is α/√r.
-    #[serde(rename = "rank_stabilised")]
-    pub rank_stabilized: bool,
-    /// Bytes of the weights file.
-    pub total_bytes: u64,
-    /// The number of its tensors.
-    pub tensors: usize,
-    /// The number of values in them.
-    pub parameters: u64,
-    /// The types of its tensors, sorted.
-    pub dtypes: Vec<String>,
-    /// SHA-256 of the weights file, where more than headers was read.
-    pub sha256: Option<String>,
-    /// All values of all tensors taken together, where moments were asked for.
-    pub weights: Option<Summary>,
+    /// What the tables take of it.
+    pub record: Record,
     /// The tensors with NaN or infinities.
     pub non_finite: Vec<NonFinite>,
     /// What there is beside plain low-rank products, in words.
     pub features: Vec<String>,
     /// What could not be measured, and why.
     pub notes: Vec<String>,
-    /// Its modules.
-    #[serde(skip)]
-    pub modules: Modules,
 }
 
 /// Looks at every source and hands what it holds, or why it could not be read, to `deliver` with
@@ -178,27 +141,16 @@ struct Scan<'a> {
     arrived: Condvar,
 }
 
-/// What one thread has before it.
-#[derive(Default)]
-struct Desk {
-    /// Room for what is read.
-    buffer: Vec<u8>,
-    /// A small adapter that is measured but for its digest, and its file.
-    waiting: Option<(Open, Vec<u8>)>,
-    /// Room for the next one's file while the digest of the last is waiting.
-    spare: Vec<u8>,
-}
-
 impl Scan<'_> {
-    /// What one thread does.
+    /// What one thread does, with room for what it reads.
     fn work(&self) {
-        let mut desk = Desk::default();
-        while let Some(work) = self.next(&mut desk) {
+        let mut buffer = Vec::new();
+        while let Some(work) = self.next() {
             match work {
-                Work::Open(position) => self.open(position, &mut desk),
+                Work::Open(position) => self.open(position, &mut buffer),
                 Work::Unit(open, unit) => {
                     let path = &self.sources[open.position()].path;
-                    let result = guarded(path, || open.measure(unit, &mut desk.buffer, self.task));
+                    let result = guarded(path, || open.measure(unit, &mut buffer, self.task));
                     if open.finished(result) {
                         self.deliver(open.position(), guarded(path, || open.result()));
                     }
@@ -212,24 +164,9 @@ impl Scan<'_> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something to do, if need be after waiting for it. Nobody is kept waiting meanwhile.
-    fn next(&self, desk: &mut Desk) -> Option<Work> {
-        if desk.waiting.is_some() {
-            if let Some(work) = self.take(false) {
-                return Some(work);
-            }
-            self.task.check().ok()?;
-            if let Some((open, content)) = desk.waiting.take() {
-                open.keep_sha256(sha256_of_bytes(open.content(&content)));
-                self.deliver_small(&open);
-                desk.spare = content;
-            }
-        }
-        self.take(true)
-    }
-
-    /// Units of opened adapters come first, so that few adapters are open at a time.
-    fn take(&self, is_patient: bool) -> Option<Work> {
+    /// Something to do, if need be after waiting for it. Units of opened adapters come first, so
+    /// that few adapters are open at a time.
+    fn next(&self) -> Option<Work> {
         let mut queue = self.lock();
         loop {
             self.task.check().ok()?;
@@ -241,7 +178,7 @@ impl Scan<'_> {
                 queue.opening += 1;
                 return Some(Work::Open(queue.next - 1));
             }
-            if queue.opening == 0 || !is_patient {
+            if queue.opening == 0 {
                 return None;
             }
             let waited = self.arrived.wait_timeout(queue, PATIENCE);
@@ -249,7 +186,7 @@ impl Scan<'_> {
         }
     }
 
-    fn open(&self, position: usize, desk: &mut Desk) {
+    fn open(&self, position: usize, buffer: &mut Vec<u8>) {
         let source = &self.sources[position];
         let opened = guarded(&source.path, || {
             let adapter = source.open(self.task)?;
@@ -258,12 +195,11 @@ impl Scan<'_> {
         let split = match opened {
             Ok(open) if open.is_small() => {
                 self.opened([]);
-                let whole = || open.measure_whole(&mut desk.buffer, self.task);
-                return match guarded(&source.path, whole) {
-                    Ok(()) if open.awaits_digest() => self.digest(open, desk),
-                    Ok(()) => self.deliver_small(&open),
-                    Err(error) => self.deliver(position, Err(error)),
+                let whole = || {
+                    open.measure_whole(buffer, self.task)?;
+                    self.task.check().and_then(|()| open.result())
                 };
+                return self.deliver(position, guarded(&source.path, whole));
             }
             Ok(open) => Arc::new(open),
             Err(error) => {
@@ -273,28 +209,6 @@ impl Scan<'_> {
             }
         };
         self.opened(split.units().iter().map(|unit| (Arc::clone(&split), *unit)));
-    }
-
-    /// Leaves an adapter, of which the file lies in the buffer, to wait for a second one: the
-    /// digests of both take the time of one.
-    fn digest(&self, open: Open, desk: &mut Desk) {
-        let Some((first, content)) = desk.waiting.take() else {
-            let next = std::mem::take(&mut desk.spare);
-            desk.waiting = Some((open, std::mem::replace(&mut desk.buffer, next)));
-            return;
-        };
-        let both = sha256_of_both(first.content(&content), open.content(&desk.buffer));
-        desk.spare = content;
-        for (open, digest) in [first, open].iter().zip(both) {
-            open.keep_sha256(hexadecimal(&digest));
-            self.deliver_small(open);
-        }
-    }
-
-    fn deliver_small(&self, open: &Open) {
-        let path = &self.sources[open.position()].path;
-        let result = guarded(path, || self.task.check().and_then(|()| open.result()));
-        self.deliver(open.position(), result);
     }
 
     fn opened(&self, units: impl IntoIterator<Item = (Arc<Open>, Unit)>) {

@@ -13,8 +13,6 @@ mod update;
 #[cfg(test)]
 mod tests;
 
-use serde::Serialize;
-
 pub use update::{Term, Update, Values};
 
 use crate::linalg::{
@@ -38,7 +36,7 @@ const SHARE_TOLERANCE: f64 = 1e-9;
 /// Of an update with NaN or infinity in its factors or scale, every figure is NaN and every
 /// count 0. Of a zero update (B never trained), norms, ranks and counts are 0 and the condition
 /// number is infinite.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Spectrum {
     /// σ, descending: min(rank, m, n) of them, the others of ΔW being zero.
     pub singular_values: Vec<f64>,
@@ -72,7 +70,7 @@ impl Spectrum {
     /// Measures an update.
     pub fn of(update: &Update<'_>) -> Self {
         let (core, entry_mean) = gram_core(update);
-        Self::from_values(update, values_from(core, update), entry_mean)
+        Self::from_values(update.rows(), update.columns(), values_from(core, update), entry_mean)
     }
 
     /// Whether the update was free of NaN and infinities.
@@ -80,7 +78,14 @@ impl Spectrum {
         self.frobenius_norm.is_finite()
     }
 
-    fn from_values(update: &Update<'_>, singular_values: Vec<f64>, entry_mean: f64) -> Self {
+    /// The figures that follow from the singular values, descending, of an update of so many rows
+    /// and columns.
+    pub fn from_values(
+        rows: usize,
+        columns: usize,
+        singular_values: Vec<f64>,
+        entry_mean: f64,
+    ) -> Self {
         let first = singular_values.first().copied().unwrap_or(0.0);
         let nothing = if first.is_finite() { 0.0 } else { f64::NAN };
         if !first.is_finite() || first == 0.0 {
@@ -105,7 +110,7 @@ impl Spectrum {
         let squares: Vec<f64> = relative.iter().map(|value| value * value).collect();
         let energy: f64 = squares.iter().sum();
         let fourth: f64 = squares.iter().map(|square| square * square).sum();
-        let floor = update.rows().max(update.columns()) as f64 * f64::EPSILON;
+        let floor = rows.max(columns) as f64 * f64::EPSILON;
         Self {
             frobenius_norm: first * energy.sqrt(),
             spectral_norm: first,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from operator import attrgetter
 
-from lorafast._analysis.records import ModuleAnalysis, TensorStatistics
+from lorafast._analysis.records import METRICS, ModuleAnalysis, TensorStatistics
 from lorafast._analysis.results import AdapterAnalysis
 from lorafast._report.html.elements import (
     Column,
@@ -61,30 +62,24 @@ def spark(module: ModuleAnalysis) -> Html:
     )
 
 
+#: A column for each metric of the core.
+METRIC_COLUMNS: list[Column[ModuleAnalysis]] = [
+    Column(metric["symbol"], f"{metric['doc'][:1].upper()}{metric['doc'][1:]}.", attrgetter(name))
+    for name, metric in METRICS.items()
+]
 MODULE_COLUMNS: list[Column[ModuleAnalysis]] = [
     Column("module", "Path of the module that the update belongs to.", lambda m: m.path),
     Column("shape", "Rows × columns of ΔW = s·B·A.", lambda m: f"{m.shape[0]}×{m.shape[1]}"),
     Column("r", "Rank: the common extent of B and A.", lambda m: m.rank),
     Column("α", "alpha, as the config gives it.", lambda m: m.alpha),
     Column("s", "Scaling: α/r, or α/√r for rsLoRA. Every figure includes it.", lambda m: m.scaling),
-    Column("‖ΔW‖", "Frobenius norm: √Σσ².", lambda m: m.frobenius_norm),
+    *METRIC_COLUMNS[:1],
     Column("‖ΔW‖/‖W₀‖", "Frobenius norm of the update over the one of the base's weight.",
            lambda m: m.relative_norm),
-    Column("σ₁", "Spectral norm: the greatest singular value.", lambda m: m.spectral_norm),
+    *METRIC_COLUMNS[1:2],
     Column("spectrum", "σᵢ/σ₁ from the first to the last, from 0 to 1.", spark,
            sortable=False),
-    Column("stable rank", "Σσ²/σ₁².", lambda m: m.stable_rank),
-    Column("effective rank", "Roy and Vetterli: exp H(σ/Σσ), H the entropy.",
-           lambda m: m.effective_rank),
-    Column("energy effective rank", "exp H(σ²/Σσ²), H the entropy.",
-           lambda m: m.energy_effective_rank),
-    Column("participation ratio", "(Σσ²)²/Σσ⁴.", lambda m: m.participation_ratio),
-    Column("k₉₀", "The least k for which σ₁² + … + σₖ² is 90 % of Σσ².", lambda m: m.k90),
-    Column("k₉₅", "The least k for which σ₁² + … + σₖ² is 95 % of Σσ².", lambda m: m.k95),
-    Column("k₉₉", "The least k for which σ₁² + … + σₖ² is 99 % of Σσ².", lambda m: m.k99),
-    Column("condition", "σ₁ over the last singular value.", lambda m: m.condition),
-    Column("entry mean", "Mean of ΔW's entries: s·(1ᵀB)(A1)/(rows·columns).",
-           lambda m: m.entry_mean),
+    *METRIC_COLUMNS[2:],
 ]  # fmt: skip
 ENTRY_COLUMNS: list[Column[ModuleAnalysis]] = [
     Column("max|ΔW|", "The greatest magnitude of an entry of ΔW.",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafast._fleet.table import Lists, Table, Texts
+from lorafast._fleet.table import Table
 from lorafast._report import palette
 from lorafast._report.text import ABSENT
 
@@ -180,14 +180,12 @@ def _scatter(adapters: Table) -> Chart | None:
 
 
 def _spectra(modules: Table) -> Chart | None:
-    column = modules.stored()["singular_values"]
-    assert isinstance(column, Lists)
-    assert not isinstance(column.values, Texts)
-    lengths = np.diff(column.offsets)
-    starts = column.offsets[:-1]
+    values, offsets = modules.flat("singular_values")
+    lengths = np.diff(offsets)
+    starts = offsets[:-1]
     has_any = lengths > 0
     first = np.zeros(len(lengths))
-    first[has_any] = column.values[starts[has_any]]
+    first[has_any] = values[starts[has_any]]
     alive = np.isfinite(first) & (first > 0)
     if not alive.any():
         return None
@@ -196,7 +194,7 @@ def _spectra(modules: Table) -> Chart | None:
     bands: dict[str, list[float]] = {"10 %": [], "median": [], "90 %": []}
     for place in places.tolist():
         here = alive & (lengths >= place)
-        ratio = column.values[starts[here] + place - 1] / first[here]
+        ratio = values[starts[here] + place - 1] / first[here]
         low, middle, high = np.quantile(ratio, (0.1, 0.5, 0.9))
         for key, value in zip(bands, (low, middle, high), strict=True):
             bands[key].append(float(value))
@@ -241,21 +239,20 @@ def _spectra(modules: Table) -> Chart | None:
     return Chart("Spectra", caption, traces, layout)
 
 
-def _groups(column: Texts, limit: int) -> list[tuple[str, NDArray[Any]]]:
-    """The rows of each of the most frequent texts, in the order of the texts."""
-    counts = np.bincount(column.codes[column.codes >= 0], minlength=len(column.values))
-    kept = sorted(np.argsort(-counts, kind="stable")[:limit].tolist())
-    return [(column.values[code], np.flatnonzero(column.codes == code)) for code in kept]
+def _layers(modules: Table) -> list[tuple[str, NDArray[Any]]]:
+    """The rows of each of the most frequent layers, in the order in which these come."""
+    codes, texts = modules.coded("layer")
+    counts = np.bincount(codes, minlength=len(texts))
+    kept = sorted(np.argsort(-counts, kind="stable")[:MAX_LAYERS].tolist())
+    return [(texts[code], np.flatnonzero(codes == code)) for code in kept]
 
 
 def _use_of_rank(modules: Table) -> Chart | None:
-    column = modules.stored()["layer"]
-    assert isinstance(column, Texts)
     share = modules["effective_rank"] / np.minimum(
         modules["rank"], np.minimum(modules["out_features"], modules["in_features"])
     )
     rows = []
-    for layer, here in _groups(column, MAX_LAYERS):
+    for layer, here in _layers(modules):
         values = share[here]
         values = values[np.isfinite(values)]
         if len(values):
@@ -288,14 +285,12 @@ def _use_of_rank(modules: Table) -> Chart | None:
 
 
 def _places(modules: Table) -> Chart | None:
-    column = modules.stored()["layer"]
-    assert isinstance(column, Texts)
     blocks, norms = modules["block"], modules["frobenius_norm"]
     inside = (blocks >= 0) & (blocks < MAX_BLOCKS) & np.isfinite(norms)
     if not inside.any():
         return None
     width = int(blocks[inside].max()) + 1
-    groups = [(layer, here[inside[here]]) for layer, here in _groups(column, MAX_LAYERS)]
+    groups = [(layer, here[inside[here]]) for layer, here in _layers(modules)]
     groups = [(layer, here) for layer, here in groups if len(here)]
     grid = np.full((len(groups), width), math.nan)
     for row, (_, here) in enumerate(groups):

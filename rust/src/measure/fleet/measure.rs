@@ -5,18 +5,19 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::read::{digest, read, room};
-use super::rows::Row;
-use super::{Level, Modules, NonFinite, Scanned};
+use super::record::{Counts, Modules, Record, Texts};
+use super::{Level, NonFinite, Scanned};
 use crate::adapter::Adapter;
 use crate::adapter::format::AdapterSource;
 use crate::error::{Error, Result};
 use crate::measure::analysis;
+use crate::measure::metrics::Shape;
 use crate::measure::spectrum::{Spectrum, Update, Values};
 use crate::measure::statistics::{
     ElementType, Moments, SEGMENT, Summary, Tensor, segment_moments, summary_of,
 };
 use crate::parallel::task::Task;
-use crate::storage::digest::sha256_of;
+use crate::storage::digest::{blake3_of, blake3_of_bytes};
 use crate::tensor::safetensors::TensorInfo;
 
 /// Files up to this size are read whole, by one thread; larger ones a module at a time, by all.
@@ -49,7 +50,7 @@ struct Factors {
 /// What was found so far.
 #[derive(Default)]
 struct Findings {
-    sha256: Option<String>,
+    blake3: Option<String>,
     /// For each tensor of the header the moments of its segments, by the first element.
     moments: HashMap<usize, Vec<(usize, Vec<Moments>)>>,
     spectra: HashMap<usize, Spectrum>,
@@ -161,23 +162,7 @@ impl Open {
         self.adapter.file().data_start() + tensor.range.start
     }
 
-    /// Whether [`Self::measure_whole`] leaves the digest of the file to be found.
-    pub fn awaits_digest(&self) -> bool {
-        !self.units.is_empty() && self.content.is_none()
-    }
-
-    /// The file, in the buffer that it was read into.
-    pub fn content<'a>(&self, buffer: &'a [u8]) -> &'a [u8] {
-        &buffer[..self.length() as usize]
-    }
-
-    /// Notes the digest, which somebody else has found.
-    pub fn keep_sha256(&self, sha256: String) {
-        self.keep(|findings| findings.sha256 = Some(sha256));
-    }
-
-    /// Carries out all units on a file that is read at once, and stays in the buffer, but for its
-    /// digest.
+    /// Carries out all units on a file that is read at once.
     pub fn measure_whole(&self, buffer: &mut Vec<u8>, task: &Task) -> Result<()> {
         if !self.units.is_empty() {
             let bytes = read(&self.adapter, 0, self.length() as usize, buffer)?;
@@ -189,11 +174,10 @@ impl Open {
             for unit in &self.units {
                 task.check()?;
                 match *unit {
-                    Unit::Digest => {
-                        if let Some(path) = &self.content {
-                            self.keep_sha256(sha256_of(path)?);
-                        }
-                    }
+                    Unit::Digest => self.keep_blake3(match &self.content {
+                        Some(path) => blake3_of(path)?,
+                        None => blake3_of_bytes(bytes),
+                    }),
                     Unit::Module(module) => {
                         let [a, b] = self.modules[module].tensors;
                         self.measure_module(module, of(a)?, of(b)?)?;
@@ -214,8 +198,8 @@ impl Open {
     pub fn measure(&self, unit: Unit, buffer: &mut Vec<u8>, task: &Task) -> Result<()> {
         let adapter = &self.adapter;
         match unit {
-            Unit::Digest => self.keep_sha256(match &self.content {
-                Some(path) => sha256_of(path)?,
+            Unit::Digest => self.keep_blake3(match &self.content {
+                Some(path) => blake3_of(path)?,
                 None => digest(adapter, self.length(), buffer)?,
             }),
             Unit::Module(module) => {
@@ -264,6 +248,10 @@ impl Open {
             });
         }
         Ok(())
+    }
+
+    fn keep_blake3(&self, blake3: String) {
+        self.keep(|findings| findings.blake3 = Some(blake3));
     }
 
     fn keep_moments(&self, tensor: usize, start: usize, values: Tensor<'_>) {
@@ -318,43 +306,57 @@ impl Open {
             tensors.iter().map(|tensor| tensor.dtype.name().to_owned()).collect();
         dtypes.sort();
         dtypes.dedup();
-        Ok(Scanned {
-            config: self.adapter.settings().clone(),
-            rank_stabilized: self.adapter.semantics().rank_stabilized,
-            total_bytes: self.length(),
+        let settings = self.adapter.settings();
+        let text = |key| settings.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+        let is_stabilized = self.adapter.semantics().rank_stabilized;
+        let rule = if is_stabilized { "alpha/sqrt(r)" } else { "alpha/r" };
+        let texts = Texts {
+            peft_type: text("peft_type"),
+            base: text("base_model_name_or_path"),
+            scaling_rule: rule.to_owned(),
+            dtypes: dtypes.join(" "),
+            blake3: findings.blake3,
+        };
+        let counts = Counts {
             tensors: tensors.len(),
             parameters: tensors.iter().map(TensorInfo::elements).sum(),
-            dtypes,
-            sha256: findings.sha256,
-            weights: self.level.moments.then(|| summary_of(&of_tensors).1),
+            bytes: self.length(),
+        };
+        let values = self.level.moments.then(|| summary_of(&of_tensors).1);
+        Ok(Scanned {
+            record: self.record(texts, counts, values.as_ref(), &summaries, &findings.spectra),
             non_finite,
             features: analysis::features(&self.adapter),
             notes: self.notes.clone(),
-            modules: self.rows(&mut summaries, &findings.spectra),
         })
     }
 
-    fn rows(
+    fn record(
         &self,
-        summaries: &mut HashMap<usize, Summary>,
+        texts: Texts,
+        counts: Counts,
+        values: Option<&Summary>,
+        summaries: &HashMap<usize, Summary>,
         spectra: &HashMap<usize, Spectrum>,
-    ) -> Modules {
-        let mut result = Modules::default();
+    ) -> Record {
+        let mut modules = Modules::default();
+        let mut shapes = Vec::with_capacity(self.modules.len());
         for (position, factors) in self.modules.iter().enumerate() {
             let module = &self.adapter.modules()[factors.module];
-            let moments = match factors.tensors.map(|tensor| summaries.remove(&tensor)) {
+            let (rows, columns, rank) = factors.extents;
+            let (alpha, scaling) = (module.alpha, module.scaling);
+            let shape = Shape { rows, columns, rank, alpha, scaling };
+            let moments = match factors.tensors.map(|tensor| summaries.get(&tensor)) {
                 [Some(a), Some(b)] => Some([a, b]),
                 _ => None,
             };
-            let spectrum = spectra.get(&position);
-            let (rows, columns, _) = factors.extents;
-            result.paths.push(module.path.clone());
-            result.kinds.push(module.kind.name());
-            Row { module, rows, columns, moments: moments.as_ref(), spectrum }
-                .encode(&mut result.rows);
-            result.singular_values.extend(spectrum.iter().flat_map(|s| &s.singular_values));
+            let kind = module.kind.name();
+            modules.push(&module.path, kind, &shape, moments, spectra.get(&position));
+            shapes.push(shape);
         }
-        result
+        let in_order: Vec<_> = (0..self.modules.len()).filter_map(|at| spectra.get(&at)).collect();
+        let spectra = self.level.spectra.then_some(&in_order[..]);
+        Record::new(texts, counts, modules, &shapes, values, spectra)
     }
 }
 

@@ -1,10 +1,7 @@
 //! Reading an adapter's file into buffers that stay.
 
-use sha2::{Digest, Sha256};
-
 use crate::adapter::Adapter;
 use crate::error::Result;
-use crate::storage::digest::hexadecimal;
 
 /// Bytes that a digest reads at a time.
 const CHUNK: usize = 1 << 20;
@@ -29,14 +26,14 @@ pub fn room(buffer: &mut Vec<u8>, length: usize) -> &mut [u8] {
     &mut buffer[..length]
 }
 
-/// SHA-256 of the adapter's whole file.
+/// BLAKE3 of the adapter's whole file.
 pub fn digest(adapter: &Adapter, length: u64, buffer: &mut Vec<u8>) -> Result<String> {
-    let mut hasher = Sha256::new();
+    let mut hasher = blake3::Hasher::new();
     let mut offset = 0;
     while offset < length {
         let size = CHUNK.min((length - offset) as usize);
         hasher.update(read(adapter, offset, size, buffer)?);
         offset += size as u64;
     }
-    Ok(hexadecimal(&hasher.finalize()))
+    Ok(hasher.finalize().to_hex().to_string())
 }

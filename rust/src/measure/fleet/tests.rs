@@ -4,11 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::measure::Open;
+use super::record::{adapter_columns, module_columns};
 use super::*;
 use crate::adapter::Adapter;
 use crate::fixtures::{ramp, write, write_adapter};
 use crate::measure::analysis;
+use crate::measure::metrics::Number;
 use crate::parallel::task::build_pool;
+use crate::storage::digest::blake3_of;
 use crate::tensor::dtype::Dtype;
 
 const FULL: Level = Level { moments: true, spectra: true };
@@ -61,14 +64,8 @@ fn write_large(directory: &Path) -> PathBuf {
     directory.to_path_buf()
 }
 
-fn cells(modules: &Modules, level: Level, name: &str) -> Vec<u64> {
-    let columns = columns(level);
-    let place = columns.iter().position(|column| column.name == name).expect("a column");
-    modules
-        .rows
-        .chunks_exact(8 * columns.len())
-        .map(|row| u64::from_le_bytes(row[8 * place..8 * place + 8].try_into().expect("eight")))
-        .collect()
+fn cells(record: &Record, level: Level, name: &str) -> Vec<u64> {
+    record.column(level, name).expect("a column").map(Number::bits).collect()
 }
 
 fn real(values: impl IntoIterator<Item = f64>) -> Vec<u64> {
@@ -94,37 +91,44 @@ fn figures_are_those_of_the_analysis_for_any_size_and_any_threads() {
             let adapter = Adapter::open(path).expect("sound");
             let expected =
                 analysis::analyze(&adapter, None, &options, &pool, &Task::new()).expect("sound");
-            let weights = found.weights.as_ref().expect("asked for");
-            for (ours, theirs) in [
-                (weights.mean, expected.weights.mean),
-                (weights.std, expected.weights.std),
-                (weights.l2_norm, expected.weights.l2_norm),
-                (weights.skewness, expected.weights.skewness),
-                (weights.kurtosis, expected.weights.kurtosis),
+            let record = &found.record;
+            let columns = adapter_columns(FULL);
+            let figure = |name: &str| {
+                let place = columns.iter().position(|column| column.name == name);
+                record.figures[place.expect("a column")]
+            };
+            for (name, theirs) in [
+                ("mean", expected.weights.mean),
+                ("std", expected.weights.std),
+                ("l2_norm", expected.weights.l2_norm),
+                ("skewness", expected.weights.skewness),
+                ("kurtosis", expected.weights.kurtosis),
+                ("max_spectral_norm", expected.summary.updates.max_spectral_norm),
+                ("mean_effective_rank", expected.summary.updates.mean_effective_rank),
             ] {
-                assert_eq!(ours.to_bits(), theirs.to_bits());
+                assert_eq!(figure(name), theirs.to_bits(), "{name}");
             }
             assert_eq!(found.non_finite.len(), position);
-            assert_eq!(found.sha256.as_deref(), Some(adapter.sha256().expect("read").as_str()));
-            let modules = &found.modules;
+            let blake3 = blake3_of(adapter.file().path()).expect("read");
+            assert_eq!(record.texts.blake3.as_deref(), Some(blake3.as_str()));
             let each = |value: fn(&analysis::ModuleAnalysis) -> f64| {
                 real(expected.modules.iter().map(value))
             };
-            assert_eq!(cells(modules, FULL, "frobenius_norm"), each(|m| m.spectrum.frobenius_norm));
-            assert_eq!(cells(modules, FULL, "effective_rank"), each(|m| m.spectrum.effective_rank));
-            assert_eq!(cells(modules, FULL, "entry_mean"), each(|m| m.spectrum.entry_mean));
-            assert_eq!(cells(modules, FULL, "scaling"), each(|m| m.scaling));
+            assert_eq!(cells(record, FULL, "frobenius_norm"), each(|m| m.spectrum.frobenius_norm));
+            assert_eq!(cells(record, FULL, "effective_rank"), each(|m| m.spectrum.effective_rank));
+            assert_eq!(cells(record, FULL, "entry_mean"), each(|m| m.spectrum.entry_mean));
+            assert_eq!(cells(record, FULL, "scaling"), each(|m| m.scaling));
             let of = |name: &str| {
                 let tensor = expected.tensors.iter().find(|tensor| tensor.name == name);
                 &tensor.expect("a tensor").statistics
             };
             let std = expected.modules.iter().map(|module| of(&module.b_name).std);
-            assert_eq!(cells(modules, FULL, "b_std"), real(std));
+            assert_eq!(cells(record, FULL, "b_std"), real(std));
             let kurtosis = expected.modules.iter().map(|module| of(&module.a_name).kurtosis);
-            assert_eq!(cells(modules, FULL, "a_kurtosis"), real(kurtosis));
+            assert_eq!(cells(record, FULL, "a_kurtosis"), real(kurtosis));
             let values: Vec<f64> =
                 expected.modules.iter().flat_map(|m| m.spectrum.singular_values.clone()).collect();
-            assert_eq!(modules.singular_values, values);
+            assert_eq!(record.modules.singular_values, values);
             assert_eq!(found.features, expected.features);
         }
     }
@@ -138,11 +142,13 @@ fn each_level_has_its_columns() {
         let level = Level::from_name(name).expect("a level");
         let found = scanned(std::slice::from_ref(&path), level, 2);
         let found = found[&0].as_ref().expect("sound");
-        assert_eq!(found.modules.rows.len(), 2 * 8 * columns(level).len(), "{name}");
-        assert_eq!(found.weights.is_some(), level.moments);
-        assert_eq!(found.modules.singular_values.len(), if level.spectra { 4 } else { 0 });
-        assert_eq!(found.sha256.is_some(), level.reads_data());
-        assert_eq!(cells(&found.modules, level, "in_features"), [40, 40]);
+        let (record, modules) = (&found.record, &found.record.modules);
+        assert_eq!(modules.cells.len(), 2 * module_columns(level).len(), "{name}");
+        assert_eq!(record.figures.len(), adapter_columns(level).len());
+        assert_eq!(modules.singular_values.len(), if level.spectra { 4 } else { 0 });
+        assert_eq!(record.texts.blake3.is_some(), level.reads_data());
+        assert_eq!(cells(record, level, "in_features"), [40, 40]);
+        assert!(record.column(level, "nothing").is_none());
     }
     assert!(Level::from_name("most").is_err());
 }
@@ -176,7 +182,7 @@ fn opened(path: &Path) -> Open {
 }
 
 #[test]
-fn digests_are_those_of_the_files_however_many_wait_for_each_other() {
+fn digests_are_those_of_the_files() {
     let directory = tempfile::tempdir().expect("a directory");
     let mut paths = Vec::new();
     for index in 0..7u64 {
@@ -197,8 +203,8 @@ fn digests_are_those_of_the_files_however_many_wait_for_each_other() {
                     result.expect_err("no safetensors file");
                     continue;
                 }
-                let expected = Adapter::open(&paths[position]).and_then(|a| a.sha256());
-                let found = result.expect("sound").sha256.expect("data was read");
+                let expected = blake3_of(&paths[position].join("adapter_model.safetensors"));
+                let found = result.expect("sound").record.texts.blake3.expect("data was read");
                 assert_eq!(found, expected.expect("read"), "{position} of {count}");
             }
         }
@@ -243,4 +249,47 @@ fn a_cancelled_scan_ends() {
     });
     assert!(matches!(result, Err(Error::Cancelled)));
     assert!(*delivered.lock().expect("sound") <= 2);
+}
+
+#[test]
+fn a_record_comes_back_as_it_was_encoded() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = write_adapter(&directory.path().join("a"), &[("q", 24, 40), ("ä.0.k", 8, 40)], "");
+    for name in Level::NAMES {
+        let level = Level::from_name(name).expect("a level");
+        let found = scanned(std::slice::from_ref(&path), level, 1);
+        let record = &found[&0].as_ref().expect("sound").record;
+        let (details, numbers) = record.encode();
+        assert!(!details.contains('\n'));
+        assert_eq!(&Record::decode(level, &details, &numbers).expect("one of ours"), record);
+        // Nothing of another length, or of another level, is taken for one.
+        for wrong in [&numbers[8..], &numbers[..numbers.len() - 8], &numbers[1..], &[]] {
+            Record::decode(level, &details, wrong).expect_err("too short");
+        }
+        Record::decode(level, &details, &[&numbers[..], &[0; 8]].concat()).expect_err("too long");
+        Record::decode(level, &details[1..], &numbers).expect_err("no JSON");
+        let other = if name == "headers" { FULL } else { Level { moments: false, spectra: false } };
+        Record::decode(other, &details, &numbers).expect_err("another level");
+    }
+}
+
+#[test]
+fn spectra_found_elsewhere_make_the_record_of_a_scan_that_finds_them() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = write_adapter(&directory.path().join("a"), &[("q", 24, 40), ("k", 8, 40)], "");
+    let of = |level| {
+        let found = scanned(std::slice::from_ref(&path), level, 1).remove(&0);
+        found.expect("delivered").expect("sound").record
+    };
+    let moments = Level { moments: true, spectra: false };
+    let adapter = Adapter::open(&path).expect("sound");
+    let options = analysis::Options { percentiles: vec![], bins: 10, entries: false };
+    let pool = build_pool(Some(1)).expect("a pool");
+    let analysis = analysis::analyze(&adapter, None, &options, &pool, &Task::new()).expect("sound");
+    let spectra: Vec<_> = analysis.modules.into_iter().map(|module| module.spectrum).collect();
+    for level in [FULL, Level { moments: false, spectra: true }] {
+        let made = of(moments).with_spectra(moments, level, &spectra).expect("one for each");
+        assert_eq!(made, of(level));
+    }
+    of(moments).with_spectra(moments, FULL, &spectra[1..]).expect_err("one is missing");
 }
