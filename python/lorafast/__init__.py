@@ -43,12 +43,14 @@ if TYPE_CHECKING:
     from lorafast._fleet.findings import FleetFinding
     from lorafast._fleet.fleet import Fleet
     from lorafast._fleet.scan import scan
-    from lorafast._merge.api import merge, plan, verify
+    from lorafast._merge.api import merge, plan, subtract, verify
     from lorafast._merge.inspect import inspect
+    from lorafast._merge.listing import AdapterListing, CheckpointListing
     from lorafast._merge.plan import MergePlan
+    from lorafast._merge.planned import PlannedTensor, Update
     from lorafast._merge.recover import recover
     from lorafast._merge.report import MergeReport
-    from lorafast._merge.subtract import SubtractReport, subtract
+    from lorafast._merge.subtract import SubtractReport
     from lorafast._merge.verify import Verification
     from lorafast._similarity.api import similarity
     from lorafast._similarity.duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
@@ -64,8 +66,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterAnalysis",
     "AdapterError",
+    "AdapterListing",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointListing",
     "Comparison",
     "DeviceError",
     "DuplicateGroup",
@@ -87,12 +91,14 @@ __all__ = [
     "OutputError",
     "PairComparison",
     "PlanError",
+    "PlannedTensor",
     "ScanError",
     "Similarity",
     "SubtractReport",
     "TensorStatistics",
     "Trajectory",
     "UnsupportedAdapterError",
+    "Update",
     "Verification",
     "VerificationError",
     "__version__",
@@ -130,12 +136,14 @@ _HOMES = {
     "_fleet.findings": ("FleetFinding",),
     "_fleet.fleet": ("Fleet",),
     "_fleet.scan": ("scan",),
-    "_merge.api": ("merge", "plan", "verify"),
+    "_merge.api": ("merge", "plan", "subtract", "verify"),
     "_merge.inspect": ("inspect",),
+    "_merge.listing": ("AdapterListing", "CheckpointListing"),
     "_merge.plan": ("MergePlan",),
+    "_merge.planned": ("PlannedTensor", "Update"),
     "_merge.recover": ("recover",),
     "_merge.report": ("MergeReport",),
-    "_merge.subtract": ("SubtractReport", "subtract"),
+    "_merge.subtract": ("SubtractReport",),
     "_merge.verify": ("Verification",),
     "_similarity.api": ("similarity",),
     "_similarity.duplicates": ("DuplicateGroup", "Duplicates", "Evidence", "duplicates"),

@@ -1,8 +1,12 @@
-"""The Rust core's Python face. Paths, options and numbers cross it; tensors do not."""
+"""The Rust core's Python face. Paths, options and numbers cross it; tensors do not.
+
+What crosses as plain objects has its shape in the dictionaries below, which are type checkers'
+alone; a test holds them against what the core returns.
+"""
 
 import os
 from collections.abc import Callable, Sequence, Set
-from typing import Any, Literal, TypeAlias, TypedDict, final
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, final, type_check_only
 
 from typing_extensions import Buffer
 
@@ -48,32 +52,429 @@ _AdapterSource: TypeAlias = (
 #: A path; or the name, the config (JSON) and the tensors of a model in memory.
 _Base: TypeAlias = str | os.PathLike[str] | tuple[str, str, Sequence[_NamedTensor]]
 
+#: What an option may be: see `lorafast._merge.options`.
+@type_check_only
+class PlanOptions(TypedDict, total=False):
+    strategy: str
+    weights: Sequence[float] | None
+    #: A safetensors name.
+    dtype: str | None
+    allow: Sequence[str]
+    compat: str | None
+    expert_layout: str | None
+    subtract: bool
+    #: Rules as JSON.
+    renames: str | None
+
+@type_check_only
+class ExecuteOptions(TypedDict, total=False):
+    threads: int | None
+    overwrite: bool
+    sync: bool
+    instruction_set: str | None
+
+@type_check_only
+class Use(TypedDict):
+    name: str
+    verdict: Literal["used", "not_needed", "refused"]
+    reason: str
+
+@type_check_only
+class Account(TypedDict):
+    fields: list[Use]
+    tensors: list[Use]
+
+@type_check_only
+class Range(TypedDict):
+    start: int
+    end: int
+
+@type_check_only
+class Expert(TypedDict):
+    index: int
+    count: int
+
+@type_check_only
+class UpdatePart(TypedDict):
+    expert: Expert | None
+    outputs: Range | None
+    inputs: Range | None
+    rows: Range | None
+
+@type_check_only
+class UpdateDescription(TypedDict):
+    adapter: int
+    module: str
+    kind: Literal["low_rank", "dora", "vector", "replace"]
+    rank: int
+    scale: float
+    weight: float
+    transposed: bool
+    part: NotRequired[UpdatePart]
+    on: NotRequired[str]
+    residual: NotRequired[Literal["largest", "smallest", "leading"]]
+    stage: NotRequired[int]
+
+@type_check_only
+class TensorDescription(TypedDict):
+    name: str
+    shape: list[int]
+    dtype: str
+    output_dtype: str
+    shard: str
+    action: Literal["merge", "copy", "cast", "rescale"]
+    updates: list[UpdateDescription]
+    quantised: NotRequired[str]
+
+@type_check_only
+class PlannedAdapter(TypedDict):
+    path: str
+    name: str
+    format: str
+    tensors: int
+    modules: int
+    bytes: int
+    account: Account
+
+@type_check_only
+class Replication(TypedDict):
+    layers: int
+    order: list[int]
+
+@type_check_only
+class ConfigChanges(TypedDict):
+    dtype: str | None
+    vocabulary: int | None
+    layers: Replication | None
+    tied: bool | None
+    unquantised: bool
+
+@type_check_only
+class PlanDescription(TypedDict):
+    base: str
+    adapters: list[PlannedAdapter]
+    strategy: Literal["sequential", "weighted", "average"]
+    weights: list[float] | None
+    dtype: str
+    tensors: list[TensorDescription]
+    tensors_merged: int
+    tensors_copied: int
+    tensors_cast: int
+    total_parameters: int
+    bytes_to_write: int
+    config_changes: ConfigChanges
+    warnings: list[str]
+    notes: list[str]
+    side_files: list[str]
+    left_out: list[str]
+
+@type_check_only
+class ChangedTensor(TypedDict):
+    #: The shard's position, and the tensor's in it.
+    place: tuple[int, int]
+    name: str
+    rows: int
+    columns: int
+    dtype: str
+    output_dtype: str
+    #: First rows and ends.
+    segments: list[tuple[int, int]]
+    work: int
+    quantised: bool
+    replaced: bool
+    shape: list[int]
+    updates: int
+    residual: bool
+
+@type_check_only
+class Product(TypedDict):
+    a: bytes
+    a_dtype: str
+    b: bytes
+    b_dtype: str
+    rank: int
+    outputs: int
+    inputs: int
+    coefficient: float
+
+@type_check_only
+class Operands(TypedDict):
+    kind: Literal["low_rank", "dora", "vector", "replace"]
+    weight: float
+    stage: int
+    rows: tuple[int, int]
+    transposed: bool
+    products: list[Product]
+    #: Little-endian float64.
+    magnitude: bytes | None
+    own: tuple[str, bytes] | None
+
+@type_check_only
+class Summary(TypedDict):
+    bytes_written: int
+    seconds: float
+    threads: int
+    instruction_set: str
+    adapter_sha256: list[str]
+    base_header_sha256: list[str]
+    side_files: list[str]
+    left_out: list[str]
+    warnings: list[str]
+
+@type_check_only
+class Rounding(TypedDict):
+    tensor: str
+    lost: float
+    unmoved: float
+
+@type_check_only
+class AdapterRounding(TypedDict):
+    adapter: str
+    lost: float
+    unmoved: float
+
+@type_check_only
+class Untouched(TypedDict):
+    tensor: str
+    sha256: str
+
+@type_check_only
+class VerifyOutcome(TypedDict):
+    problems: list[str]
+    warnings: list[str]
+    tensors_copied: int
+    tensors_merged: int
+    rows_exact: int
+    elements: int
+    lost: float
+    unmoved: float
+    rounding: list[Rounding]
+    adapters: list[AdapterRounding]
+    untouched: list[Untouched]
+
+@type_check_only
+class Distance(TypedDict):
+    tensors: int
+    largest: float
+    norm: float
+    change: float
+
+@type_check_only
+class ListedFile(TypedDict):
+    name: str
+    bytes: int
+    tensors: int
+
+@type_check_only
+class ListedTensor(TypedDict):
+    name: str
+    dtype: str
+    shape: list[int]
+    bytes: int
+    file: str
+
+@type_check_only
+class ListedModule(TypedDict):
+    name: str
+    kind: str
+    rank: int
+    alpha: float
+    scaling: float
+    #: Outputs and inputs.
+    shape: list[int]
+
+@type_check_only
+class AdapterSummary(TypedDict):
+    type: str | None
+    base: str | None
+    r: int | None
+    alpha: float | None
+    rslora: bool
+    peft_version: str | None
+    modules: list[ListedModule]
+    features: list[str]
+    account: Account
+
+@type_check_only
+class Listing(TypedDict):
+    kind: Literal["checkpoint", "adapter"]
+    path: str
+    files: list[ListedFile]
+    metadata: dict[str, str]
+    tensors: list[ListedTensor]
+    total_parameters: int
+    total_bytes: int
+    config: dict[str, Any] | None
+    adapter: AdapterSummary | None
+    quantised: dict[str, int]
+    warnings: list[str]
+
+@type_check_only
+class HistogramCounts(TypedDict):
+    edges: list[float]
+    counts: list[int]
+
+@type_check_only
+class Moments(TypedDict):
+    count: int
+    non_finite: int
+    zeros: int
+    zero_share: float
+    mean: float
+    std: float
+    min: float
+    max: float
+    l1_norm: float
+    l2_norm: float
+    max_norm: float
+    skewness: float
+    kurtosis: float
+    percentiles: list[float]
+    histogram: HistogramCounts | None
+    log_histogram: HistogramCounts | None
+
+@type_check_only
+class TensorAnalysis(Moments):
+    name: str
+    dtype: str
+    shape: list[int]
+
+@type_check_only
+class BaseNorm(TypedDict):
+    tensor: str
+    norm: float
+
+@type_check_only
+class EntryAnalysis(TypedDict):
+    threshold: float
+    count: int
+    non_finite: int
+    min: float
+    max: float
+    max_abs: float
+    below: int
+    below_share: float
+    histogram: HistogramCounts
+
+@type_check_only
+class ModuleSpectrum(TypedDict):
+    path: str
+    kind: str
+    shape: list[int]
+    rank: int
+    alpha: float
+    scaling: float
+    a_name: str
+    b_name: str
+    singular_values: list[float]
+    frobenius_norm: float
+    spectral_norm: float
+    stable_rank: float
+    participation_ratio: float
+    effective_rank: float
+    energy_effective_rank: float
+    k90: int
+    k95: int
+    k99: int
+    numerical_rank: int
+    condition_number: float
+    entry_mean: float
+    base: BaseNorm | None
+    entries: EntryAnalysis | None
+
+@type_check_only
+class Analysis(TypedDict):
+    path: str
+    config: dict[str, Any]
+    total_bytes: int
+    weights: Moments
+    tensors: list[TensorAnalysis]
+    modules: list[ModuleSpectrum]
+    features: list[str]
+    notes: list[str]
+
+@type_check_only
+class ComparedPair(TypedDict):
+    first: int
+    second: int
+    inner_product: float
+    cosine: float
+    relative_difference: float
+    sign_agreement: float
+    sign_sampled: bool
+    sizes: list[list[int]]
+    output_phi: list[list[float]]
+    output_expected: list[list[float]]
+    input_phi: list[list[float]]
+    input_expected: list[list[float]]
+    output_angles: list[float]
+    input_angles: list[float]
+
+@type_check_only
+class ComparedModule(TypedDict):
+    path: str
+    shape: list[int]
+    norms: list[float | None]
+    ranks: list[int | None]
+    pairs: list[ComparedPair]
+
+@type_check_only
+class AdapterComparison(TypedDict):
+    cosine: list[list[float]]
+    modules: list[ComparedModule]
+    notes: list[str]
+
+@type_check_only
+class Member(TypedDict):
+    path: str
+    base: str | None
+    modules: list[int]
+    ranks: list[int]
+    bytes: int
+    left_out: list[str]
+
+@type_check_only
+class Signature(TypedDict):
+    file: str
+    tensors: str
+    scales: str
+    is_finite: bool
+    norm: float
+    tolerance: float
+    rank: int
+
+@type_check_only
+class Drift(TypedDict):
+    effective_rank: float
+    change: float | None
+    previous: list[float] | None
+    last: list[float]
+
+@type_check_only
+class BuildInfo(TypedDict):
+    version: str
+    profile: Literal["debug", "release"]
+    target: str
+    instruction_set: str
+    instruction_sets: list[str]
+    amx: bool
+
 @final
 class Plan:
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> PlanDescription: ...
     def execute(
         self,
         output: str | os.PathLike[str],
+        options: ExecuteOptions | None = None,
         *,
-        threads: int | None = None,
-        overwrite: bool = False,
-        sync: bool = True,
-        instruction_set: str | None = None,
         protected: Sequence[str | os.PathLike[str]] = ...,
         progress: Callable[[int, int], object] | None = None,
-    ) -> dict[str, Any]: ...
-    def changed_tensors(self) -> list[dict[str, Any]]: ...
+    ) -> Summary: ...
+    def changed_tensors(self) -> list[ChangedTensor]: ...
     def replacement(self, place: tuple[int, int]) -> tuple[str, bytes] | None: ...
-    def operands(
-        self, place: tuple[int, int], *, weight: Any | None = None
-    ) -> list[dict[str, Any]]: ...
+    def operands(self, place: tuple[int, int], *, weight: Any | None = None) -> list[Operands]: ...
     def begin(
-        self,
-        output: str | os.PathLike[str],
-        *,
-        threads: int | None = None,
-        overwrite: bool = False,
-        sync: bool = True,
+        self, output: str | os.PathLike[str], options: ExecuteOptions | None = None
     ) -> Execution: ...
     def verify(
         self,
@@ -83,7 +484,7 @@ class Plan:
         full: bool = False,
         split: bool = False,
         progress: Callable[[int, int], object] | None = None,
-    ) -> dict[str, Any]: ...
+    ) -> VerifyOutcome: ...
     def of_base_alone(self, *, dtype: str | None = None) -> Plan: ...
     def distance(
         self,
@@ -91,7 +492,7 @@ class Plan:
         *,
         threads: int | None = None,
         progress: Callable[[int, int], object] | None = None,
-    ) -> dict[str, Any]: ...
+    ) -> Distance: ...
 
 @final
 class Execution:
@@ -107,21 +508,13 @@ class Execution:
     def read_rows(self, place: tuple[int, int], first_row: int, buffer: Any) -> None: ...
     def write_rows(self, place: tuple[int, int], first_row: int, buffer: Any) -> None: ...
     def raise_overflow(self, place: tuple[int, int], index: int) -> None: ...
-    def finish(self) -> dict[str, Any]: ...
+    def finish(self) -> Summary: ...
     def abort(self) -> None: ...
 
 def plan_merge(
     base: _Base,
     adapters: Sequence[_AdapterSource],
-    *,
-    strategy: str,
-    weights: Sequence[float] | None,
-    dtype: str | None,
-    allow: Sequence[str],
-    compat: str | None,
-    subtract: bool,
-    expert_layout: str | None = None,
-    renames: str | None = None,
+    options: PlanOptions | None = None,
 ) -> Plan: ...
 def plan_digest(plan: Plan) -> str: ...
 def plan_groups(plan: Plan) -> list[list[int]]: ...
@@ -148,8 +541,8 @@ def names_fit(
     base: _Base,
     adapters: Sequence[_AdapterSource],
 ) -> bool: ...
-def list_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]: ...
-def list_adapter(adapter: _AdapterSource) -> dict[str, Any]: ...
+def list_checkpoint(path: str | os.PathLike[str]) -> Listing: ...
+def list_adapter(adapter: _AdapterSource) -> Listing: ...
 def adapter_format(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
     adapter: _AdapterSource,
@@ -160,14 +553,14 @@ def analyze_adapter(
     entries: bool,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
-) -> dict[str, Any]: ...
+) -> Analysis: ...
 def compare_adapters(
     adapters: Sequence[_AdapterSource],
     *,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
-) -> dict[str, Any]: ...
-def build_info() -> dict[str, Any]: ...
+) -> AdapterComparison: ...
+def build_info() -> BuildInfo: ...
 
 class _Metric(TypedDict):
     name: str
@@ -236,7 +629,7 @@ def stored_factors(
 
 @final
 class Collection:
-    def members(self) -> list[dict[str, Any]]: ...
+    def members(self) -> list[Member]: ...
     def modules(self) -> list[tuple[str, int, int]]: ...
     def groups(self, by_shape_alone: bool) -> list[tuple[str, list[int]]]: ...
     def work(self, groups: Sequence[Sequence[int]]) -> int: ...
@@ -265,7 +658,7 @@ class Collection:
         *,
         threads: int | None,
         progress: Callable[[int, int], object] | None,
-    ) -> list[tuple[dict[str, Any] | Exception, bytearray]]: ...
+    ) -> list[tuple[Signature | Exception, bytearray]]: ...
     def relations(
         self,
         pairs: Sequence[tuple[int, int]],
@@ -282,7 +675,7 @@ class Collection:
         *,
         threads: int | None,
         progress: Callable[[int, int], object] | None,
-    ) -> list[dict[str, Any]]: ...
+    ) -> list[Drift]: ...
 
 def open_collection(
     adapters: Sequence[_AdapterSource],

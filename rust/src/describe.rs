@@ -156,7 +156,7 @@ pub struct Listing {
     config: Option<Map<String, Value>>,
     adapter: Option<Map<String, Value>>,
     /// How weights are quantised, in words, and how many are so.
-    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    #[serde(rename = "quantised")]
     quantized: IndexMap<String, usize>,
     warnings: Vec<String>,
 }

@@ -20,7 +20,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use serde::Serialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
 use crate::kernel::InstructionSet;
@@ -33,20 +34,22 @@ use queue::{Work, WorkQueues};
 use requantize::Requantizing;
 use session::{Session, WorkFilter};
 
-/// What the caller decides about the execution.
-#[derive(Debug, Clone)]
+/// What the caller decides about the execution. As plain data, see [`crate::plan::Options`].
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// Worker threads; `None` is one per core.
     pub threads: Option<usize>,
     /// Whether a non-empty output may be replaced.
     pub overwrite: bool,
-    /// Whether what is written has to have reached the disk in the end. If not, that is left to the
-    /// system, as copying does, and what a loss of power within the next minute leaves is no whole
-    /// model.
+    /// Whether to wait until the output has reached the disk. Without, as in copying, what a loss
+    /// of power within the next minute leaves is no whole model.
     pub sync: bool,
     /// The kernels' instructions; `None` is the best there is.
+    #[serde(deserialize_with = "instruction_set")]
     pub instruction_set: Option<InstructionSet>,
     /// Models that are read beside the base, and must not be written over either.
+    #[serde(skip)]
     pub protected: Vec<PathBuf>,
 }
 
@@ -60,6 +63,13 @@ impl Default for Options {
             protected: Vec::new(),
         }
     }
+}
+
+fn instruction_set<'de, D: Deserializer<'de>>(
+    source: D,
+) -> std::result::Result<Option<InstructionSet>, D::Error> {
+    let name = Option::<String>::deserialize(source)?;
+    name.map(|name| InstructionSet::from_name(&name)).transpose().map_err(D::Error::custom)
 }
 
 /// What was done.

@@ -31,9 +31,9 @@ MERGE_FLAGS = [
     "--base",
     "--adapters",
     "--output",
-    "--merge-strategy",
+    "--strategy",
     "--weights",
-    "--merge-dtype",
+    "--dtype",
     "--device",
     "--threads",
     "--dry-run",
@@ -143,13 +143,13 @@ def test_version_is_printed_without_importing_anything_heavy() -> None:
 def test_help_names_every_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(re.search(rf"^ +{name} ", overview, re.MULTILINE) for name in ("merge", "info"))
+    assert all(re.search(rf"^ +{name} ", overview, re.MULTILINE) for name in ("merge", "inspect"))
     assert main(["merge", "--help"]) == 0
     merge_help = capsys.readouterr().out
     assert [flag for flag in MERGE_FLAGS if f"\n  {flag}" not in merge_help] == []
-    assert main(["info", "--help"]) == 0
-    info_help = capsys.readouterr().out
-    assert all(flag in info_help for flag in ("PATH", "--tensors", "--json"))
+    assert main(["inspect", "--help"]) == 0
+    inspect_help = capsys.readouterr().out
+    assert all(flag in inspect_help for flag in ("PATH", "--tensors", "--json"))
 
 
 def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,10 +166,10 @@ def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str])
     ("extra", "complaint"),
     [
         (["--nonsense"], "--nonsense"),
-        (["--merge-strategy", "ties"], "'ties'"),
-        (["--merge-dtype", "int8"], "'int8'"),
+        (["--strategy", "ties"], "'ties'"),
+        (["--dtype", "int8"], "'int8'"),
         (["--device", "tpu"], "'tpu'"),
-        (["--merge-strategy", "weighted", "--weights", "much"], "'much'"),
+        (["--strategy", "weighted", "--weights", "much"], "'much'"),
         (["--weights"], "--weights"),
         (["--threads", "two"], "'two'"),
     ],
@@ -212,9 +212,9 @@ def test_a_missing_base_is_one_line_with_its_path(tmp_path: Path) -> None:
     "extra",
     [
         ["--weights", "0.5", "0.5"],
-        ["--merge-strategy", "weighted", "--weights", "0.5"],
-        ["--merge-strategy", "weighted", "--weights", "0.5", "-inf"],
-        ["--merge-strategy", "weighted", "--weights", "0.5", "nan"],
+        ["--strategy", "weighted", "--weights", "0.5"],
+        ["--strategy", "weighted", "--weights", "0.5", "-inf"],
+        ["--strategy", "weighted", "--weights", "0.5", "nan"],
         ["--threads", "0"],
     ],
 )
@@ -291,7 +291,7 @@ def test_a_closed_pipe_is_no_error(inputs: demo_inputs.DemoInputs, form: str) ->
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
-        [sys.executable, "-m", "lorafast", "info", str(inputs.base), form],
+        [sys.executable, "-m", "lorafast", "inspect", str(inputs.base), form],
         stdout=write_end,
         stderr=subprocess.PIPE,
         text=True,
@@ -309,7 +309,7 @@ def test_merge_ends_with_a_table_and_is_silent_on_stderr(
     both: list[str], inputs: demo_inputs.DemoInputs, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    weighted = ["--merge-strategy", "weighted", "--weights", "0.7", "-0.3"]
+    weighted = ["--strategy", "weighted", "--weights", "0.7", "-0.3"]
     done = command([*both, *weighted, "--output", str(output)])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Merged 2 adapters into {output}\n")
@@ -377,7 +377,7 @@ def test_progress_and_tables_are_drawn_on_a_terminal(style: list[str], tmp_path:
 def test_dry_run_shows_what_changes_at_which_scale(
     both: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weighted = ["--merge-strategy", "weighted", "--weights", "0.7", "-1e-3"]
+    weighted = ["--strategy", "weighted", "--weights", "0.7", "-1e-3"]
     assert main([*both, *weighted, "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert names_in(tmp_path) == set()
@@ -397,7 +397,7 @@ def test_dry_run_shows_what_changes_at_which_scale(
 def test_dry_run_as_json_is_the_plan(
     both: list[str], inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*both, "--merge-strategy", "average", "--dry-run", "--json"]) == 0
+    assert main([*both, "--strategy", "average", "--dry-run", "--json"]) == 0
     plan = lorafast.plan(inputs.base, inputs.adapters, strategy="average")
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plan.to_dict()))
 
@@ -417,7 +417,7 @@ def test_weights_may_be_negative_in_any_notation(
     weights: list[float],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    weighted = ["--merge-strategy", "weighted", "--weights", *texts]
+    weighted = ["--strategy", "weighted", "--weights", *texts]
     assert main([*both, *weighted, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["weights"] == weights
 
@@ -425,10 +425,10 @@ def test_weights_may_be_negative_in_any_notation(
 # Info
 
 
-def test_info_shows_a_checkpoint(
+def test_inspect_shows_a_checkpoint(
     inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["info", str(inputs.base)]) == 0
+    assert main(["inspect", str(inputs.base)]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"Checkpoint {inputs.base}\n")
     assert "LlamaForCausalLM" in shown
@@ -437,35 +437,35 @@ def test_info_shows_a_checkpoint(
     assert re.search(r" 3 +model\.layers\.\{0-2\}\.mlp\.up_proj\.weight +BF16 +96 × 64", shown)
 
 
-def test_info_lists_every_tensor_on_request(
+def test_inspect_lists_every_tensor_on_request(
     inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["info", str(inputs.base), "--tensors"]) == 0
+    assert main(["inspect", str(inputs.base), "--tensors"]) == 0
     shown = capsys.readouterr().out
     assert [name for name in TINY.tensors() if f" {name} " not in shown] == []
 
 
-def test_info_shows_an_adapter(
+def test_inspect_shows_an_adapter(
     inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["info", str(inputs.adapters[1])]) == 0
+    assert main(["inspect", str(inputs.adapters[1])]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"Adapter {inputs.adapters[1]}\n")
     assert "alpha / √rank" in shown
     assert re.search(r" 3 +model\.layers\.\{0-2\}\.self_attn\.v_proj +8 +16 +5\.65685 +", shown)
 
 
-def test_info_as_json_is_what_inspect_returns(
+def test_inspect_as_json_is_what_inspect_returns(
     inputs: demo_inputs.DemoInputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (inputs.base, inputs.base / "model-00001-of-00002.safetensors", *inputs.adapters):
-        assert main(["info", str(path), "--json"]) == 0
+        assert main(["inspect", str(path), "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
-        assert shown == json.loads(json.dumps(lorafast.inspect(path)))
+        assert shown == json.loads(lorafast.inspect(path).to_json())
 
 
-def test_info_on_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", str(tmp_path / "nothing")]) == 1
+def test_inspect_on_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "nothing")]) == 1
     assert re.fullmatch(r"error: .*\n", capsys.readouterr().err)
 
 

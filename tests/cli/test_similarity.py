@@ -1,4 +1,4 @@
-"""`lorafast similar`, `duplicates` and `lineage`: streams, files, exit codes."""
+"""`lorafast similarity`, `duplicates` and `lineage`: streams, files, exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_most_alike_pairs(folder: Path, capsys: Capture) -> None:
-    assert main(["similar", str(folder)]) == 0
+    assert main(["similarity", str(folder)]) == 0
     printed, errors = capsys.readouterr()
     lines = printed.splitlines()
     assert lines[0] == "Similarity of 4 adapters"
@@ -49,7 +49,7 @@ def test_the_most_alike_pairs(folder: Path, capsys: Capture) -> None:
 
 
 def test_the_nearest_of_each(folder: Path, capsys: Capture) -> None:
-    assert main(["similar", str(folder), "--nearest", "2"]) == 0
+    assert main(["similarity", str(folder), "--nearest", "2"]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]
     place = next(i for i, row in enumerate(rows) if row[:1] == ["one"])
@@ -58,7 +58,7 @@ def test_the_nearest_of_each(folder: Path, capsys: Capture) -> None:
 
 
 def test_similar_as_json(folder: Path, capsys: Capture) -> None:
-    assert main(["similar", str(folder), "--json", "--nearest", "1"]) == 0
+    assert main(["similarity", str(folder), "--json", "--nearest", "1"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["names"] == ["mix", "one", "one-again", "two"]
     assert plain["nearest"]["one"] == [{"name": "one-again", "cosine": 1.0}]
@@ -68,7 +68,7 @@ def test_similar_as_json(folder: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize("ending", ["npz", "csv", "json", "png", "svg"])
 def test_the_matrix_is_written(folder: Path, tmp_path: Path, ending: str, capsys: Capture) -> None:
     output = tmp_path / f"similar.{ending}"
-    assert main(["similar", str(folder), "--output", str(output)]) == 0
+    assert main(["similarity", str(folder), "--output", str(output)]) == 0
     assert f"Written to {output}" in capsys.readouterr().out
     expected = lorafast.similarity(folder).matrix
     if ending == "npz":
@@ -87,18 +87,18 @@ def test_bases(tmp_path: Path, capsys: Capture) -> None:
     for name in ("a", "b"):
         factors = random_factors(SHAPES, 1)
         write_factors(tmp_path / name, factors, base_model_name_or_path=f"hub/{name}")
-    assert main(["similar", str(tmp_path)]) == 1
+    assert main(["similarity", str(tmp_path)]) == 1
     printed, errors = capsys.readouterr()
     assert printed == ""
     assert errors.startswith("error: the adapters belong to 2 bases: hub/a (1: a); hub/b (1: b)")
     assert len(errors.splitlines()) == 1
-    assert main(["similar", str(tmp_path), "--group-by-base"]) == 0
+    assert main(["similarity", str(tmp_path), "--group-by-base"]) == 0
     assert "base hub/b" in capsys.readouterr().out
-    assert main(["similar", str(tmp_path), "--ignore-base"]) == 0
+    assert main(["similarity", str(tmp_path), "--ignore-base"]) == 0
     assert "1.0000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["similar", "duplicates"])
+@pytest.mark.parametrize("command", ["similarity", "duplicates"])
 def test_nothing_there(tmp_path: Path, command: str, capsys: Capture) -> None:
     assert main([command, str(tmp_path)]) == 1
     assert "no adapter was found" in capsys.readouterr().err
@@ -109,10 +109,10 @@ def test_nothing_there(tmp_path: Path, command: str, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["similar", "x", "--nearest", "0"],
-        ["similar", "x", "--output", "matrix.xls"],
-        ["similar", "x", "--memory", "0"],
-        ["similar", "x", "--precision", "float16"],
+        ["similarity", "x", "--nearest", "0"],
+        ["similarity", "x", "--output", "matrix.xls"],
+        ["similarity", "x", "--memory", "0"],
+        ["similarity", "x", "--precision", "float16"],
         ["lineage", "x"],
     ],
 )
@@ -154,18 +154,18 @@ def test_checkpoints_in_order(tmp_path: Path, capsys: Capture) -> None:
     for step in (100, 20, 3):
         own = {p: (step * b, a) for p, (b, a) in factors.items()}
         write_factors(tmp_path / f"checkpoint-{step}", own)
-    assert main(["lineage", "--checkpoints", str(tmp_path)]) == 0
+    assert main(["trajectory", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 checkpoints in order"
     names = [line.split()[0] for line in lines if "checkpoint-" in line]
     assert names == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
-    assert main(["lineage", "--checkpoints", "--by", "name", "--json", str(tmp_path)]) == 0
+    assert main(["trajectory", "--by", "name", "--json", str(tmp_path)]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["agrees"]
 
 
 def test_quiet_and_threads(folder: Path, capsys: Capture) -> None:
-    assert main(["similar", str(folder / "one"), str(folder / "two"), "--quiet"]) == 0
+    assert main(["similarity", str(folder / "one"), str(folder / "two"), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     assert main(["duplicates", str(folder), "--threads", "0"]) == 1
     assert "threads is 0; it is 1 to 1024" in capsys.readouterr().err

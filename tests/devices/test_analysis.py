@@ -190,7 +190,7 @@ def test_a_cache_is_of_one_backend(tmp_path: Path) -> None:
 def test_the_commands_take_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fleet(tmp_path / "fleet", count=3)
     folder = str(tmp_path / "fleet")
-    assert main(["similar", folder, "--device", "torch:cpu", "--json", "--quiet"]) == 0
+    assert main(["similarity", folder, "--device", "torch:cpu", "--json", "--quiet"]) == 0
     assert len(json.loads(capsys.readouterr().out)["names"]) == 3
     assert main(["scan", folder, "--device", "torch:cpu", "--json", "--quiet"]) == 0
     json.loads(capsys.readouterr().out)

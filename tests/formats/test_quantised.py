@@ -381,7 +381,7 @@ def test_a_saved_module_in_the_place_of_a_quantised_one(tmp_path: Path) -> None:
 
 def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, lora = quantised_base(tmp_path / "base", SCHEMES[0]), adapter(tmp_path / "adapter")
-    assert main(["info", str(base)]) == 0
+    assert main(["inspect", str(base)]) == 0
     scheme = "fp8 (E4M3) with a scale for each block of 128 × 128"
     assert f"quantised 4 × {scheme}" in " ".join(capsys.readouterr().out.split())
     assert main(["merge", "--base", str(base), "--adapters", str(lora), "--dry-run"]) == 0

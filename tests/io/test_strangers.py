@@ -132,7 +132,7 @@ def test_a_name_that_is_no_utf8_is_scanned_compared_and_written(
     assert "c\\udcff" in found.to_arrow()["name"].to_pylist()
     assert odd in found.paths
     for ending in ("csv", "json", "npz"):
-        assert main(["similar", str(fleet), "--output", str(tmp_path / f"s.{ending}")]) == 0
+        assert main(["similarity", str(fleet), "--output", str(tmp_path / f"s.{ending}")]) == 0
     assert len(lorafast.Similarity.load(tmp_path / "s.npz")) == 3
     assert main(["analyze", str(odd), "--output", str(tmp_path / "analysis"), "--no-plots"]) == 0
     assert main(["duplicates", str(fleet)]) == 0
@@ -425,7 +425,7 @@ def test_names_in_a_csv_are_texts_and_numbers_stay(tmp_path: Path) -> None:
     for name in ("=cmd|'A0", "@b"):
         make_adapter(tmp_path / "fleet" / name)
     output = tmp_path / "s.csv"
-    assert main(["similar", str(tmp_path / "fleet"), "--output", str(output), "--quiet"]) == 0
+    assert main(["similarity", str(tmp_path / "fleet"), "--output", str(output), "--quiet"]) == 0
     with output.open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0][1:] == ["'=cmd|'A0", "'@b"]

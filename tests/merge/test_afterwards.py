@@ -159,7 +159,7 @@ def test_the_home_directory_in_an_output_is_expanded(
         ["compare", str(adapter), str(adapter), "--no-plots", "--output", "~/comparison"],
         ["report", "~/analysis"],
         ["scan", str(adapter), "--output", "~/tables", "--cache", "~/cache"],
-        ["similar", str(adapter), "--output", "~/similar.csv", "--cache", "~/similar"],
+        ["similarity", str(adapter), "--output", "~/similar.csv", "--cache", "~/similar"],
     ]
     for command in commands:
         assert main(command) == 0, command

@@ -127,10 +127,10 @@ def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*merge, "--json"]) == 0
     account = json.loads(capsys.readouterr().out)["adapters"][0]["account"]
     assert len(account["tensors"]) == 9
-    assert main(["info", str(adapter)]) == 0
+    assert main(["inspect", str(adapter)]) == 0
     text = capsys.readouterr().out
     assert "What a merge makes of it\n  tensors: 8 used, 1 not needed; config fields: " in text
     assert "lora_dropout" in text
     unsupported = make_adapter(tmp_path / "unsupported", use_qalora=True)
-    assert main(["info", str(unsupported)]) == 0
+    assert main(["inspect", str(unsupported)]) == 0
     assert "refused" in capsys.readouterr().out

@@ -56,7 +56,8 @@ def test_the_same_bytes_from_every_instruction_set_and_number_of_threads(
         for threads in THREADS:
             output = tmp_path / "out"
             done = lorafast.plan(base, adapters).core.execute(
-                output, threads=threads, overwrite=True, instruction_set=instruction_set
+                output,
+                {"threads": threads, "overwrite": True, "instruction_set": instruction_set},
             )
             assert (done["instruction_set"], done["threads"]) == (instruction_set, threads)
             written[instruction_set, threads] = snapshot(output)
@@ -76,7 +77,7 @@ def test_an_instruction_set_that_is_not_there(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", adapter_tensors())
     with pytest.raises(ValueError, match=r'no instruction set "avx9" .* portable'):
-        lorafast.plan(base, adapter).core.execute(tmp_path / "out", instruction_set="avx9")
+        lorafast.plan(base, adapter).core.execute(tmp_path / "out", {"instruction_set": "avx9"})
     assert not (tmp_path / "out").exists()
 
 

@@ -360,7 +360,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
     merged = tmp_path / "merged"
     lorafast.merge(base, adapter, merged)
-    words = ["subtract", str(merged), str(adapter), "--output", str(tmp_path / "out")]
+    words = ["subtract", "--merged", str(merged), "--adapters", str(adapter)]
+    words += ["--output", str(tmp_path / "out")]
     assert main(words) == 0
     assert "to within rounding" in capsys.readouterr().out
     assert main(words) == 1
@@ -369,6 +370,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(exact) == 0
     assert json.loads(capsys.readouterr().out)["exact"] is True
     assert read_checkpoint(tmp_path / "out") == read_checkpoint(base)
-    assert main([*exact, "--merge-strategy", "weighted", "--weights", "2"]) == 1
+    assert main([*exact, "--strategy", "weighted", "--weights", "2"]) == 1
     assert "times the right one" in capsys.readouterr().err
-    assert main(["subtract", str(merged)]) == 2
+    assert main(["subtract", "--merged", str(merged), "--output", "out"]) == 2
+    assert "required: --adapters" in capsys.readouterr().err

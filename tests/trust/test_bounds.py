@@ -104,7 +104,7 @@ def cases(folder: Path) -> list[Case]:
     def header(name: str, text: bytes, length: int | None = None) -> None:
         path = folder / f"{name.replace(' ', '-')}.safetensors"
         path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text)
-        found.append(Case(name, ["info", path]))
+        found.append(Case(name, ["inspect", path]))
         merge(f"{name} as a base", path, adapter)
 
     header("a header of 100 MB", b'{"a":{' + b" " * 99_000_000 + b"}}")
@@ -126,7 +126,7 @@ def cases(folder: Path) -> list[Case]:
     (index / "model.safetensors.index.json").write_text(json.dumps({
         "weight_map": {f"t{n}": f"model-{n:06}-of-100000.safetensors" for n in range(100_000)}
     }))  # fmt: skip
-    found.append(Case("an index of 100,000 shards", ["info", index]))
+    found.append(Case("an index of 100,000 shards", ["inspect", index]))
     merge("an index of 100,000 shards as a base", index, adapter)
     nested = folder / "nested"
     deep = nested
@@ -139,7 +139,7 @@ def cases(folder: Path) -> list[Case]:
     scanned = make_adapter(folder / "fleet" / "deep", config='{"a":' * 100_000).parent
     make_adapter(scanned / "sound")
     found.append(Case("a deep config in a fleet", ["scan", scanned, "--json"], (0,)))
-    for command in ("info", "analyze", "similar", "duplicates"):
+    for command in ("inspect", "analyze", "similarity", "duplicates"):
         found.append(Case(f"{command} of a deep config", [command, scanned / "deep"]))
     return found
 
@@ -160,7 +160,7 @@ def test_what_asks_for_too_much_ends_soon_and_hears_ctrl_c(
         told.add("cases")
         running = Running(case.arguments, prepare=limited)
         outcome = running.finish(LIMIT)
-        fleet = case.arguments[0] in {"scan", "similar", "duplicates", "analyze"}
+        fleet = case.arguments[0] in {"scan", "similarity", "duplicates", "analyze"}
         if fleet and outcome.code == 1 and "error" not in outcome.last:
             told.expect("Traceback" not in outcome.err, f"{case.name}: {shortened(outcome.err)}")
         else:

@@ -101,7 +101,7 @@ def test_a_poisoned_cache_changes_no_result(
         for file in made.iterdir():
             # What changed a moment ago is not kept.
             os.utime(file, (1_600_000_000, 1_600_000_000))
-    commands = {"scan": ["scan", fleet, "--json"], "similar": ["similar", fleet, "--json"]}
+    commands = {"scan": ["scan", fleet, "--json"], "similarity": ["similarity", fleet, "--json"]}
     right: dict[str, str] = {}
     saved = {}
     for name, command in commands.items():
@@ -123,7 +123,7 @@ def test_a_poisoned_cache_changes_no_result(
 
     for number in range(count("caches", 9)):
         poison = POISONS[number % len(POISONS)]
-        name = random.choice(("scan", "scan", "similar"))
+        name = random.choice(("scan", "scan", "similarity"))
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(saved[name], place)
         files = sorted(p for p in place.rglob("*") if p.is_file())

@@ -18,7 +18,8 @@ WAYS = ("cut off", "replaced", "written over", "saved again")
 #: Commands that write a model, and those that print JSON.
 WRITING = ("merge", "subtract")
 JSON_COMMANDS = (
-    "verify", "analyze", "compare", "scan", "similar", "duplicates", "lineage", "info"
+    "verify", "analyze", "compare", "scan", "similarity", "duplicates", "lineage",
+    "inspect",
 )  # fmt: skip
 
 
@@ -35,13 +36,16 @@ class Inputs:
         adapters = [scene.adapter, scene.other]
         return {
             "merge": scene.merge("--threads", "1"),
-            "subtract": ["subtract", self.merged, scene.adapter, "--output", scene.output],
+            "subtract": [
+                "subtract", "--merged", self.merged, "--adapters", scene.adapter,
+                "--output", scene.output,
+            ],
             "verify": [
                 "verify", "--base", scene.base, "--adapters", scene.adapter,
                 "--merged", self.merged, "--json", "--full",
             ],
             "lineage": ["lineage", scene.adapter, scene.other, "--json"],
-            "info": ["info", scene.base, "--json"],
+            "inspect": ["inspect", scene.base, "--json"],
         }.get(command, [command, *adapters, "--json"])  # fmt: skip
 
     def targets(self, command: str) -> list[Path]:
@@ -57,7 +61,7 @@ class Inputs:
             "merge": [*base, *adapter],
             "subtract": [*merged, *adapter],
             "verify": [*base, *adapter, *merged],
-            "info": base,
+            "inspect": base,
         }.get(command, adapter)
 
     def second(self, target: Path) -> Path:

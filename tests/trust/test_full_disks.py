@@ -16,7 +16,7 @@ from support.trust.command import Argument
 from support.trust.figures import Figures, count, generator
 from support.trust.scene import LARGE, Scene, model_files
 
-KINDS = ("new", "overwrite", "analyze", "scan", "cache", "similar")
+KINDS = ("new", "overwrite", "analyze", "scan", "cache", "similarity")
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def test_a_full_disk_costs_no_model_and_is_named(
             "analyze": ["analyze", *adapters, "--output", output, "--no-plots", "--quiet"],
             "scan": ["scan", *adapters, "--output", output, "--html", "--quiet"],
             "cache": ["scan", *adapters, "--cache", output, "--quiet"],
-            "similar": ["similar", *adapters, "--output", place / "s.csv", "--quiet"],
+            "similarity": ["similarity", *adapters, "--output", place / "s.csv", "--quiet"],
         }[kind]
 
     needed = {}

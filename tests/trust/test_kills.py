@@ -30,8 +30,9 @@ class Way:
     def arguments(self, scene: Scene, output: Path | None = None) -> list[Argument]:
         if self.command == "merge":
             return scene.merge(*self.flags, output=output)
-        inputs = (scene.saved["new"], scene.adapter, "--output", output or scene.output)
-        return [self.command, *inputs, "--quiet", *self.flags]
+        inputs = ("--merged", scene.saved["new"], "--adapters", scene.adapter)
+        output = output or scene.output
+        return [self.command, *inputs, "--output", output, "--quiet", *self.flags]
 
 
 WAYS = [
@@ -66,8 +67,8 @@ def judge(scene: Scene, way: Way, figures: Figures, where: str, *, recovers: boo
     figures.check(scene.accounts(), where)
     if state == "middle":
         figures.expect(
-            scene.run(["info", scene.output]).code == 1,
-            f"{where}: info takes a directory in the middle of a commit for a model",
+            scene.run(["inspect", scene.output]).code == 1,
+            f"{where}: inspect takes a directory in the middle of a commit for a model",
         )
         if recovers:
             figures.check(scene.recover().problems(0), f"{where}, recovered")

@@ -107,14 +107,14 @@ def pipe_under_a_models_name(place: Place) -> None:
     shard.unlink()
     os.mkfifo(shard)
     refused(place.merge(), "pipe")
-    refused(lorafast("info", place.base, limit=LIMIT), "pipe")
+    refused(lorafast("inspect", place.base, limit=LIMIT), "pipe")
     assert not place.output.exists()
 
 
 def pipe_as_a_file(place: Place) -> None:
     path = place.folder / "model.safetensors"
     os.mkfifo(path)
-    refused(lorafast("info", path, limit=LIMIT), "pipe")
+    refused(lorafast("inspect", path, limit=LIMIT), "pipe")
     refused(place.merge(places=(path, place.adapter, place.output)), "pipe")
 
 
@@ -131,7 +131,7 @@ def pipe_for_an_adapters_file(place: Place) -> None:
         (place.adapter / name).unlink()
         os.mkfifo(place.adapter / name)
         refused(place.merge(), "pipe")
-        for command in ("info", "analyze", "scan", "similar", "duplicates"):
+        for command in ("inspect", "analyze", "scan", "similarity", "duplicates"):
             outcome = lorafast(command, place.adapter, limit=LIMIT)
             # A fleet lists what cannot be read in its own way.
             assert outcome.code in {0, 1}, command
@@ -450,7 +450,7 @@ def odd_names(place: Place) -> None:
         assert "\x1b" not in outcome.err + outcome.out
         again = place.merge(places=(base, adapter, output))
         assert again.problems(0, 1) == [], name
-        for command in ("info", "analyze", "scan"):
+        for command in ("inspect", "analyze", "scan"):
             outcome = lorafast(command, adapter, limit=LIMIT)
             assert outcome.code in {0, 1, 2}, (command, name, outcome.err)
             assert "Traceback" not in outcome.err, (command, name)

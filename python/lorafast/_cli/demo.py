@@ -61,7 +61,7 @@ def _echo(inputs: DemoInputs, *last: str, terminal: Terminal) -> None:
     lines = (
         ["lorafast", "merge", "--base", str(inputs.base)],
         ["--adapters", *map(str, inputs.adapters)],
-        ["--merge-strategy", "weighted", "--weights", *weights],
+        ["--strategy", "weighted", "--weights", *weights],
         last,
     )
     first, *others = map(shlex.join, lines)

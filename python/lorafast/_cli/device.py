@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 
 def add_device_argument(parser: argparse.ArgumentParser, what: str) -> None:
@@ -22,18 +21,7 @@ def device_name(name: str) -> str:
     """Return the name if it is of a device, as argparse's `type`."""
     from lorafast._io.device_names import check_name
 
-    return _checked(check_name, name)
-
-
-def merge_device_name(name: str) -> str:
-    """As `device_name`, of what merges."""
-    from lorafast._io.device_names import check_merge_name
-
-    return _checked(check_merge_name, name)
-
-
-def _checked(check: Callable[[str], str], name: str) -> str:
     try:
-        return check(name)
+        return check_name(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
 from lorafast._cli.format import plural
-from lorafast._cli.similar import add_fleet_arguments, warn_of_errors
+from lorafast._cli.similarity import add_fleet_arguments, warn_of_errors
 from lorafast._cli.terminal import Column
 
 if TYPE_CHECKING:

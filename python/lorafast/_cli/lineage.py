@@ -1,4 +1,4 @@
-"""`lorafast lineage`: what an adapter was made of, and the order of a run's checkpoints."""
+"""`lorafast lineage`: what an adapter was made of."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
 from lorafast._cli.format import plural
-from lorafast._cli.similar import add_fleet_arguments, warn_of_errors
+from lorafast._cli.similarity import add_fleet_arguments, warn_of_errors
 from lorafast._cli.terminal import Column
-from lorafast._report.text import ABSENT, format_cosine, format_number
 
 if TYPE_CHECKING:
-    from lorafast import Lineage, Trajectory
+    from lorafast import Lineage
     from lorafast._cli.terminal import Terminal
 
 MAX_CANDIDATES = 30
@@ -27,44 +26,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CANDIDATE",
         help="what it may be made of: directories to search, adapters, or globs",
     )
+    # What `lorafast trajectory` does was once a mode of this command.
+    parser.add_argument("--checkpoints", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--checkpoints",
-        action="store_true",
-        help="put the adapters named, the checkpoints of one run, in order instead",
-    )
-    parser.add_argument(
-        "--by",
-        choices=("update", "name", "given"),
-        default="update",
-        help="with --checkpoints: what the order follows (default: the updates)",
+        "--by", choices=("update", "name", "given"), default="update", help=argparse.SUPPRESS
     )
     add_fleet_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    """Take the target apart, or order the checkpoints."""
+    """Take the target apart."""
+    if arguments.checkpoints:
+        from lorafast._cli import trajectory
+        from lorafast._cli.options import say_renamed
+
+        say_renamed("lineage --checkpoints", "trajectory")
+        arguments.adapters = [arguments.target, *arguments.candidates]
+        return trajectory.run(arguments, terminal)
+    if not arguments.candidates:
+        arguments.parser.error("name a candidate that the target may be made of")
     import lorafast
 
-    options = {"threads": arguments.threads, "progress": not arguments.quiet}
-    result: Lineage | Trajectory
-    if arguments.checkpoints:
-        paths = [arguments.target, *arguments.candidates]
-        result = lorafast.trajectory(paths, by=arguments.by, **options)
-    elif not arguments.candidates:
-        arguments.parser.error("name a candidate that the target may be made of")
-    else:
-        result = lorafast.lineage(arguments.target, arguments.candidates, **options)
+    result = lorafast.lineage(
+        arguments.target,
+        arguments.candidates,
+        threads=arguments.threads,
+        progress=not arguments.quiet,
+    )
     warn_of_errors(result.errors, terminal)
     if arguments.json:
         terminal.json(result.to_dict())
-    elif isinstance(result, lorafast.Trajectory):
-        _show_trajectory(result, terminal)
     else:
-        _show_lineage(result, terminal)
+        _show(result, terminal)
     return 0
 
 
-def _show_lineage(lineage: Lineage, terminal: Terminal) -> None:
+def _show(lineage: Lineage, terminal: Terminal) -> None:
     terminal.heading(f"{lineage.name} ≈ {lineage}")
     terminal.line()
     paths = sorted(lineage.coefficients, key=lambda path: -abs(lineage.contributions[path]))
@@ -92,50 +89,14 @@ def _show_lineage(lineage: Lineage, terminal: Terminal) -> None:
         terminal.line(f"  and {plural(rest, 'candidate')} more; --json has all of them")
 
 
-def _show_trajectory(trajectory: Trajectory, terminal: Terminal) -> None:
-    terminal.heading(f"{plural(len(trajectory.steps), 'checkpoint')} in order")
-    if trajectory.by == "update" and not trajectory.agrees:
-        terminal.line("  note: the numbers in the names give another order")
-
-    def pair(values: tuple[float, float] | None) -> str:
-        return ABSENT if values is None else f"{values[0]:.3f} {values[1]:.3f}"
-
-    terminal.table(
-        [
-            Column("checkpoint"),
-            *(
-                Column(name, number=True)
-                for name in (
-                    *("‖ΔW‖", "effective rank", "change", "cos before", "cos last"),
-                    *("φ before (out in)", "φ last (out in)"),
-                )
-            ),
-        ],
-        [
-            (
-                step.name,
-                f"{step.norm:.4g}",
-                f"{step.effective_rank:.3g}",
-                format_number(step.change, 3),
-                format_cosine(step.cosine_previous),
-                format_cosine(step.cosine_last),
-                pair(step.subspace_previous),
-                pair(step.subspace_last),
-            )
-            for step in trajectory.steps
-        ],
-    )
-
-
 COMMAND = Command(
     name="lineage",
-    summary="find what an adapter was mixed of, or the order of a run's checkpoints",
+    summary="find what an adapter was mixed of",
     description="Write an adapter's update as the combination of candidates that is nearest to\n"
-    "it, by least squares; or put the checkpoints of one run in order.",
+    "it, by least squares.",
     examples=(
         "lorafast lineage mixed style facts",
         "lorafast lineage unknown adapters/",
-        "lorafast lineage --checkpoints run/checkpoint-*",
     ),
     add_arguments=add_arguments,
     run=run,

@@ -8,7 +8,7 @@
 2    the command line is wrong: usage and one line `error: …` on stderr
 129  the terminal was hung up (SIGHUP), unless the command was started to ignore that (nohup)
 130  interrupted by Ctrl-C
-141  whoever read the output went away (`lorafast info … | head`)
+141  whoever read the output went away (`lorafast inspect … | head`)
 143  terminated (SIGTERM)
 ==== =====================================================================================
 
@@ -93,10 +93,13 @@ def _run(argv: Sequence[str] | None) -> int:
         from lorafast._cli.signals import end_as_by_ctrl_c
 
         end_as_by_ctrl_c()
-    from lorafast._cli.commands import commands
+    from lorafast._cli.commands import RENAMED, commands
     from lorafast._cli.parser import build_parser
     from lorafast._cli.terminal import Terminal
 
+    if words and words[0] in RENAMED:
+        print(f"{words[0]} is called {RENAMED[words[0]]} now", file=sys.stderr)
+        words[0] = RENAMED[words[0]]
     try:
         arguments = build_parser(commands(words)).parse_args(words)
         terminal = Terminal(quiet=getattr(arguments, "quiet", False))

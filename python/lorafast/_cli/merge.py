@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
-from lorafast._cli.device import merge_device_name
 from lorafast._cli.format import (
     bytes_text,
     count_text,
@@ -17,6 +16,7 @@ from lorafast._cli.format import (
     plural,
     seconds_text,
 )
+from lorafast._cli.options import add_options, chosen
 
 if TYPE_CHECKING:
     import argparse
@@ -25,12 +25,8 @@ if TYPE_CHECKING:
     from lorafast import MergeReport
     from lorafast._cli.terminal import Terminal
 
-STRATEGIES = ("sequential", "weighted", "average")
-COMPAT = ("peft",)
-DTYPES = ("auto", "float16", "bfloat16", "float32", "fp16", "bf16", "fp32")
 #: Names of files beside the base that a summary spells out.
 MOST_LEFT_OUT = 6
-EXPERT_LAYOUTS = ("auto", "straight", "transposed")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -53,101 +49,20 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     return inputs
 
 
-def add_strategy_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Declare the flags that say how adapters combine; returns their group in the help."""
-    how = parser.add_argument_group("how to merge")
-    how.add_argument(
-        "--merge-strategy",
-        choices=STRATEGIES,
-        default="sequential",
-        help="sequential: each adapter at its full scale; weighted: each times its weight; "
-        "average: each times 1/N (default: %(default)s)",
-    )
-    how.add_argument(
-        "--weights",
-        nargs="+",
-        action="extend",
-        type=float,
-        metavar="W",
-        help="a weight for each adapter, for the weighted strategy; negative ones subtract",
-    )
-    how.add_argument(
-        "--allow",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD",
-        help="unknown fields of an adapter's config that are known not to change the result",
-    )
-    how.add_argument(
-        "--compat",
-        choices=COMPAT,
-        help="peft: the result of PEFT's own merge where that is not what was trained (tied "
-        "embeddings, replicated layers)",
-    )
-    how.add_argument(
-        "--expert-layout",
-        choices=EXPERT_LAYOUTS,
-        default="auto",
-        help="how factors of experts stored as one tensor lie on it, where neither shapes nor "
-        "versions tell (default: %(default)s)",
-    )
-    how.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
-    )
-    return how
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `lorafast merge`."""
     inputs = add_input_arguments(parser)
     inputs.add_argument(
         "--output", metavar="DIR", help="the directory to write; not needed with --dry-run"
     )
-    how = add_strategy_arguments(parser)
-    how.add_argument(
-        "--merge-dtype",
-        choices=DTYPES,
-        default="auto",
-        help="what to write the floating-point tensors as; auto keeps the base's "
-        "(default: %(default)s)",
-    )
-    how.add_argument(
-        "--device",
-        type=merge_device_name,
-        default="cpu",
-        metavar="DEVICE",
-        help="where products are made: cpu, cpu:amx (16-bit weights, where the processor has AMX; "
-        "some differ in the last place), cuda, cuda:N, auto (cpu or cuda, whichever is faster, and "
-        "says why), or torch:cpu to compare backends (default: %(default)s)",
-    )
-    how.add_argument(
-        "--device-memory",
-        metavar="SIZE",
-        help="the most of the device's memory to use, as 2GiB (default: most of what is free)",
-    )
+    how = parser.add_argument_group("how to merge")
     outcome = parser.add_argument_group("what to write and show")
     outcome.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything and print the plan: what changes, at which scale; write nothing",
     )
-    outcome.add_argument(
-        "--overwrite", action="store_true", help="replace the output directory if it exists"
-    )
-    outcome.add_argument(
-        "--no-sync",
-        action="store_true",
-        help="do not wait until the output has reached the disk, as cp does not",
-    )
-    outcome.add_argument(
-        "--verify", action="store_true", help="read the result back and prove it, as verify does"
-    )
-    outcome.add_argument(
-        "--no-report",
-        action="store_true",
-        help="leave merge_report.json and merge_report.md out of the output",
-    )
+    add_options(parser, how, outcome, "merge")
     outcome.add_argument(
         "--json", action="store_true", help="print the report, or the plan, as JSON and no table"
     )
@@ -171,16 +86,7 @@ def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
     from lorafast._cli.plan_summary import show_plan
 
-    plan = lorafast.plan(
-        arguments.base,
-        arguments.adapters,
-        strategy=arguments.merge_strategy,
-        weights=arguments.weights,
-        dtype=arguments.merge_dtype,
-        allow=arguments.allow,
-        compat=arguments.compat,
-        expert_layout=arguments.expert_layout,
-    ).to_dict()
+    plan = lorafast.plan(arguments.base, arguments.adapters, **chosen(arguments, "plan")).to_dict()
     if arguments.json:
         terminal.json(plan)
     else:
@@ -204,23 +110,7 @@ def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
 
     report = lorafast.merge(
-        arguments.base,
-        arguments.adapters,
-        arguments.output,
-        strategy=arguments.merge_strategy,
-        weights=arguments.weights,
-        dtype=arguments.merge_dtype,
-        device=arguments.device,
-        device_memory=arguments.device_memory,
-        threads=arguments.threads,
-        overwrite=arguments.overwrite,
-        sync=not arguments.no_sync,
-        progress=not arguments.quiet,
-        allow=arguments.allow,
-        compat=arguments.compat,
-        expert_layout=arguments.expert_layout,
-        verify=arguments.verify,
-        report=not arguments.no_report,
+        arguments.base, arguments.adapters, arguments.output, **chosen(arguments, "merge")
     )
     if arguments.json:
         terminal.json(report.to_dict())
@@ -287,7 +177,7 @@ COMMAND = Command(
     examples=(
         "lorafast merge --base llama --adapters style --output llama-style",
         "lorafast merge --base llama --adapters style facts --output mixed \\",
-        "    --merge-strategy weighted --weights 0.7 -0.3",
+        "    --strategy weighted --weights 0.7 -0.3",
         "lorafast merge --base llama --adapters style --dry-run",
     ),
     add_arguments=add_arguments,

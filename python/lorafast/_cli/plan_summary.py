@@ -13,18 +13,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lorafast._cli.terminal import Terminal
-
-    Tensor = Mapping[str, Any]
+    from lorafast._core import Account, PlanDescription, PlannedAdapter, TensorDescription
 
 # What tells one group of changes from another.
 UPDATE_FIELDS = ("adapter", "kind", "rank", "scale", "weight", "transposed")
 COUNT_AND_NAMES = (Column("count", number=True), Column("names"))
 
 
-def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
+def show_plan(plan: PlanDescription, terminal: Terminal) -> None:
     """Print a plan, as `MergePlan.to_dict()` gives it, without its warnings."""
-    tensors: Sequence[Tensor] = plan["tensors"]
-    adapters: Sequence[Mapping[str, Any]] = plan["adapters"]
+    tensors: Sequence[TensorDescription] = plan["tensors"]
+    adapters: Sequence[PlannedAdapter] = plan["adapters"]
     terminal.heading(f"Plan: {plural(len(adapters), 'adapter')} into {plan['base']}")
     terminal.facts(_facts(plan, len(tensors)))
     changed = [tensor for tensor in tensors if tensor["updates"]]
@@ -51,7 +50,7 @@ def show_plan(plan: Mapping[str, Any], terminal: Terminal) -> None:
         terminal.line(f"note: {note}")
 
 
-def show_account(account: Mapping[str, Any], terminal: Terminal, *, fields: bool) -> None:
+def show_account(account: Account, terminal: Terminal, *, fields: bool) -> None:
     """Print what becomes of an adapter's tensors and config fields, and of which not all is used.
 
     Args:
@@ -66,7 +65,7 @@ def show_account(account: Mapping[str, Any], terminal: Terminal, *, fields: bool
         terminal.table((Column("verdict"), Column("names"), Column("reason")), rows)
 
 
-def _facts(plan: Mapping[str, Any], tensor_count: int) -> dict[str, str]:
+def _facts(plan: PlanDescription, tensor_count: int) -> dict[str, str]:
     facts = {
         "strategy": plan["strategy"],
         "tensors": f"{plan['tensors_merged']:,} of {tensor_count:,} change",
@@ -84,7 +83,7 @@ def _facts(plan: Mapping[str, Any], tensor_count: int) -> dict[str, str]:
 
 
 def _show_changes(
-    tensors: Sequence[Tensor], adapters: Sequence[Mapping[str, Any]], terminal: Terminal
+    tensors: Sequence[TensorDescription], adapters: Sequence[PlannedAdapter], terminal: Terminal
 ) -> None:
     """List, for each adapter, rank and scale, the tensors that are changed in that way."""
     groups: dict[tuple[Any, ...], list[str]] = {}
@@ -93,10 +92,10 @@ def _show_changes(
             key = tuple(update.get(field) for field in UPDATE_FIELDS)
             groups.setdefault(key, []).append(tensor["name"])
     for key, names in sorted(groups.items(), key=lambda group: group[0][0]):
-        update = dict(zip(UPDATE_FIELDS, key, strict=True))
-        adapter = adapters[update["adapter"]]["name"]
+        shared = dict[str, Any](zip(UPDATE_FIELDS, key, strict=True))
+        adapter = adapters[shared["adapter"]]["name"]
         terminal.line()
-        terminal.heading(f"{adapter} changes {plural(len(names), 'tensor')}: {_how(update)}")
+        terminal.heading(f"{adapter} changes {plural(len(names), 'tensor')}: {_how(shared)}")
         terminal.table(COUNT_AND_NAMES, [(str(count), name) for name, count in collapse(names)])
 
 
@@ -115,8 +114,8 @@ def _how(update: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _show_unchanged(tensors: Sequence[Tensor], terminal: Terminal) -> None:
-    def dtype(tensor: Tensor) -> str:
+def _show_unchanged(tensors: Sequence[TensorDescription], terminal: Terminal) -> None:
+    def dtype(tensor: TensorDescription) -> str:
         if tensor["dtype"] == tensor["output_dtype"]:
             return str(tensor["dtype"])
         return f"{tensor['dtype']} → {tensor['output_dtype']}"
@@ -129,7 +128,9 @@ def _show_unchanged(tensors: Sequence[Tensor], terminal: Terminal) -> None:
     terminal.table((*COUNT_AND_NAMES, Column("dtype")), rows)
 
 
-def _grouped(tensors: Sequence[Tensor], key: Callable[[Tensor], str]) -> dict[str, list[str]]:
+def _grouped(
+    tensors: Sequence[TensorDescription], key: Callable[[TensorDescription], str]
+) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor["name"])

@@ -2,55 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
 from lorafast._cli.format import bytes_text, dtype_text, plural, seconds_text
-from lorafast._cli.merge import DTYPES, adapters_text, add_strategy_arguments
+from lorafast._cli.merge import adapters_text
+from lorafast._cli.options import add_options, chosen, say_renamed
 
 if TYPE_CHECKING:
-    import argparse
-
     import lorafast
     from lorafast._cli.terminal import Terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `lorafast subtract`."""
-    parser.add_argument(
-        "merged", metavar="MERGED", help="the merged model: a directory, a file, or a hub id"
+    inputs = parser.add_argument_group("what to take out, and of what")
+    inputs.add_argument(
+        "--merged", metavar="PATH", help="the merged model: a directory, a file, or a hub id"
     )
-    parser.add_argument(
-        "adapters",
-        metavar="ADAPTER",
+    inputs.add_argument(
+        "--adapters",
         nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
         help="the adapters that are in it, in the order in which they were merged",
     )
-    inputs = parser.add_argument_group("what to take them out of")
-    inputs.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
     inputs.add_argument(
         "--base",
-        metavar="ORIGINAL",
+        metavar="PATH",
         help="the base that they were merged into, if it is at hand: the merged model is proved to "
         "be made of it, and the output is this base, byte for byte",
     )
-    how = add_strategy_arguments(parser)
-    how.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="what to write the floating-point tensors as (default: %(default)s)",
-    )
+    inputs.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    # How the merged model and the adapters were given before they had flags.
+    parser.add_argument("first", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("others", nargs="*", help=argparse.SUPPRESS)
+    how = parser.add_argument_group("how it was merged, and how to subtract")
     outcome = parser.add_argument_group("what to write and show")
-    outcome.add_argument(
-        "--overwrite", action="store_true", help="replace the output directory if it exists"
-    )
-    outcome.add_argument("--verify", action="store_true", help="read the result back and prove it")
-    outcome.add_argument(
-        "--no-report",
-        action="store_true",
-        help="leave subtract_report.json and subtract_report.md out of the output",
-    )
+    add_options(parser, how, outcome, "subtract")
     outcome.add_argument("--json", action="store_true", help="print the report as JSON")
     outcome.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
@@ -59,22 +50,13 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Subtract, and show how near the result is to the base."""
     from lorafast import subtract
 
+    merged, adapters = _inputs(arguments)
     report = subtract(
-        arguments.merged,
-        arguments.adapters,
+        merged,
+        adapters,
         arguments.output,
         original=arguments.base,
-        strategy=arguments.merge_strategy,
-        weights=arguments.weights,
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        threads=arguments.threads,
-        progress=not arguments.quiet,
-        allow=arguments.allow,
-        compat=arguments.compat,
-        expert_layout=arguments.expert_layout,
-        verify=arguments.verify,
-        report=not arguments.no_report,
+        **chosen(arguments, "subtract"),
     )
     if arguments.json:
         terminal.json(report.to_dict())
@@ -83,6 +65,21 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     for warning in report.warnings:
         terminal.warn(warning)
     return 0
+
+
+def _inputs(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """The merged model and the adapters, which once were given without flags."""
+    merged, adapters = arguments.merged, arguments.adapters
+    if arguments.first is not None:
+        if merged is not None or adapters:
+            arguments.parser.error(f"unrecognized arguments: {arguments.first}")
+        say_renamed("subtract MERGED ADAPTER …", "subtract --merged MERGED --adapters ADAPTER …")
+        merged, adapters = arguments.first, arguments.others
+    needed = {"--merged": merged is not None, "--adapters": bool(adapters)}
+    missing = [name for name, given in needed.items() if not given]
+    if missing:
+        arguments.parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return merged, adapters
 
 
 def show(report: lorafast.SubtractReport, terminal: Terminal) -> None:
@@ -113,9 +110,9 @@ COMMAND = Command(
     "output says how near. With --base the merged model is proved to be made of it first, and\n"
     "the output is that base, byte for byte.",
     examples=(
-        "lorafast subtract llama-style style --output llama-again",
-        "lorafast subtract mixed style facts --output llama-again --base llama \\",
-        "    --merge-strategy weighted --weights 0.7 -0.3",
+        "lorafast subtract --merged llama-style --adapters style --output llama-again",
+        "lorafast subtract --merged mixed --adapters style facts --base llama \\",
+        "    --output llama-again --strategy weighted --weights 0.7 -0.3",
     ),
     add_arguments=add_arguments,
     run=run,

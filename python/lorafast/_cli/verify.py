@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
-from lorafast._cli.device import merge_device_name
 from lorafast._cli.format import count_text
-from lorafast._cli.merge import add_input_arguments, add_strategy_arguments
+from lorafast._cli.merge import add_input_arguments
+from lorafast._cli.options import add_options, chosen
 
 if TYPE_CHECKING:
     import argparse
@@ -26,16 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--merged", required=True, metavar="PATH", help="the merged model, whoever made it"
     )
-    add_strategy_arguments(parser)
-    parser.add_argument(
-        "--device",
-        type=merge_device_name,
-        default="cpu",
-        metavar="DEVICE",
-        help="where the merge was made; cpu:amx lets pass what its products are off "
-        "(default: %(default)s)",
-    )
+    how = parser.add_argument_group("how it was merged")
     outcome = parser.add_argument_group("what to check and show")
+    add_options(parser, how, outcome, "verify")
     outcome.add_argument(
         "--full",
         action="store_true",
@@ -55,15 +48,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         arguments.base,
         arguments.adapters,
         arguments.merged,
-        strategy=arguments.merge_strategy,
-        weights=arguments.weights,
         full=arguments.full,
-        threads=arguments.threads,
-        progress=not arguments.quiet,
-        allow=arguments.allow,
-        compat=arguments.compat,
-        expert_layout=arguments.expert_layout,
-        device=arguments.device,
+        **chosen(arguments, "verify"),
     )
     if arguments.json:
         terminal.json(outcome.to_dict())

@@ -1,18 +1,22 @@
-"""Merging adapters into a checkpoint, planning it, and proving what was merged."""
+"""Merging adapters into a checkpoint, planning, proving and undoing it: the public functions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorafast._io.limits import check_threads
+from lorafast._merge.options import ExecutionOptions, MergeOptions
 from lorafast._merge.plan import make_plan
 
 if TYPE_CHECKING:
     from lorafast._merge.plan import MergePlan
     from lorafast._merge.report import MergeReport
+    from lorafast._merge.subtract import SubtractReport
     from lorafast._merge.verify import Verification
     from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
+
+# The keywords of each function are the options that its verb has in `options`, written out for
+# readers and type checkers; they are gathered into one object at once.
 
 
 def merge(
@@ -103,31 +107,10 @@ def merge(
         MissingDependencyError: torch is needed for the device and is not installed.
         VerificationError: with `verify`, the output reads back as something else.
     """
-    from lorafast._io.device_names import check_merge_device, parse_memory
-
-    parse_memory(device_memory, check_merge_device(device))
-    check_threads(threads)
-    prepared = plan(
-        base,
-        adapters,
-        strategy=strategy,
-        weights=weights,
-        dtype=dtype,
-        allow=allow,
-        compat=compat,
-        expert_layout=expert_layout,
-    )
-    return prepared.execute(
-        output,
-        device=device,
-        device_memory=device_memory,
-        threads=threads,
-        overwrite=overwrite,
-        sync=sync,
-        progress=progress,
-        verify=verify,
-        report=report,
-    )
+    arguments = locals()
+    options, execution = MergeOptions.of(arguments), ExecutionOptions.of(arguments)
+    execution.memory()
+    return make_plan(base, adapters, options).carry_out(output, execution)
 
 
 def plan(
@@ -145,17 +128,7 @@ def plan(
 
     Arguments and exceptions are those of `lorafast.merge`.
     """
-    return make_plan(
-        base,
-        adapters,
-        strategy=strategy,
-        weights=weights,
-        dtype=dtype,
-        allow=allow,
-        compat=compat,
-        subtract=False,
-        expert_layout=expert_layout,
-    )
+    return make_plan(base, adapters, MergeOptions.of(locals()))
 
 
 def verify(
@@ -207,20 +180,82 @@ def verify(
         LorafastError: base or adapters are broken or do not fit together, as for
             `lorafast.merge`. What is wrong with `merged` is a problem in the result instead.
     """
+    arguments = locals()
+    options, execution = MergeOptions.of(arguments), ExecutionOptions.of(arguments)
     from lorafast._io.device_names import check_merge_name
+    from lorafast._io.limits import check_threads
     from lorafast._merge.verify import verify_plan
 
     check_threads(threads)
     check_merge_name(device)
-    prepared = plan(
-        base,
-        adapters,
-        strategy=strategy,
-        weights=weights,
-        allow=allow,
-        expert_layout=expert_layout,
-        compat=compat,
-    )
-    return verify_plan(
-        prepared.core, merged, device=device, full=full, threads=threads, progress=progress
+    prepared = make_plan(base, adapters, options)
+    return verify_plan(prepared.core, merged, execution, full=full)
+
+
+def subtract(
+    merged: Source,
+    adapters: Source | Sequence[Source],
+    output: Source,
+    *,
+    original: Source | None = None,
+    strategy: Strategy = "sequential",
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress = False,
+    allow: str | Sequence[str] = (),
+    compat: Compat | None = None,
+    expert_layout: ExpertLayout = "auto",
+    verify: bool = False,
+    report: bool = True,
+) -> SubtractReport:
+    """Takes adapters out of a merged checkpoint and writes what they were merged into.
+
+    Without `original` every weight M that the adapters changed becomes M - Σ wᵢ·sᵢ·Bᵢ·Aᵢ, computed
+    as in a merge and rounded once. The merge had rounded as well, so this is the base to within
+    rounding; the result says how far from it at most. What does more than add (DoRA, saved modules
+    and biases, trained tokens, starts that change the base) cannot be subtracted.
+
+    With `original` nothing is subtracted: `merged` is proved to be what `original` and the adapters
+    make, as `lorafast.verify` does, and then `original` is what is written, byte for byte. If the
+    proof fails, nothing is written. This undoes every kind of adapter.
+
+    Args:
+        merged: the merged checkpoint, as the base of `lorafast.merge`.
+        adapters: what to take out, in the order of the merge.
+        output: the directory to write. Absent or empty, unless `overwrite`.
+        original: the base that the adapters were merged into, if it is at hand.
+        strategy: how the adapters were combined in the merge.
+        weights: their weights in the merge, for "weighted".
+        dtype: as for `lorafast.merge`; "auto" keeps that of `merged`, or of `original`.
+        overwrite: as for `lorafast.merge`.
+        threads: as for `lorafast.merge`.
+        progress: as for `lorafast.merge`.
+        allow: as for `lorafast.merge`.
+        compat: as for `lorafast.merge`; "peft" for what PEFT merged.
+        expert_layout: as for `lorafast.merge`.
+        verify: read the result back and prove it.
+        report: write `subtract_report.json` and `subtract_report.md` beside the model.
+
+    Returns:
+        What was done, and how near to the base the result is.
+
+    Raises:
+        FileNotFoundError: something is not there.
+        ValueError: an argument is outside its domain.
+        CheckpointError: `merged` or `original` is broken.
+        AdapterError: an adapter is broken, or (UnsupportedAdapterError) could not have been merged.
+        PlanError: the adapters do not fit, or cannot be subtracted without `original`.
+        OutputError: the output may not or cannot be written.
+        NumericError: a finite weight would become NaN or infinite.
+        VerificationError: `merged` is not what `original` and the adapters make; or, with `verify`,
+            the output reads back as something else.
+    """
+    arguments = locals()
+    options, execution = MergeOptions.of(arguments), ExecutionOptions.of(arguments)
+    from lorafast._merge.subtract import subtract_adapters
+
+    return subtract_adapters(
+        merged, adapters, output, original=original, options=options, execution=execution
     )

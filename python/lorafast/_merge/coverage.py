@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-#: Of an adapter: `fields` and `tensors`, each a list of `name`, `verdict` and `reason`.
-Account = Mapping[str, Any]
+if TYPE_CHECKING:
+    from lorafast._core import Account, Use
 
 VERDICTS = {"used": "used", "not_needed": "not needed", "refused": "refused"}
 #: The reason of fields that say nothing, which nobody wants to read one by one.
 UNSET = "is not set"
 
 
-def counts_text(entries: Sequence[Mapping[str, str]]) -> str:
+def counts_text(entries: Sequence[Use]) -> str:
     """`54 used, 2 not needed`; verdicts that nothing has are left out."""
     counts = {
         words: sum(entry["verdict"] == verdict for entry in entries)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorafast import _core
 from lorafast._io.sources import BASE_PATTERNS, core_source, is_adapter, locate
-from lorafast._types import Source
+from lorafast._merge.listing import AdapterListing, CheckpointListing
+
+if TYPE_CHECKING:
+    from lorafast._types import Source
 
 
-def inspect(path: Source) -> dict[str, Any]:
+def inspect(path: Source) -> CheckpointListing | AdapterListing:
     """Lists what a checkpoint or an adapter holds, from its headers alone.
 
     Args:
         path: a model's or an adapter's directory, a `.safetensors` file, or a hub id.
 
     Returns:
-        Plain objects: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
+        A frozen value: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
         `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
-        `config`, `warnings`, for a quantised checkpoint `quantised` (how many weights are stored
-            how), and for an adapter `adapter` with `type, base, r, alpha, rslora,
-        peft_version`, `modules` (name, kind, rank, alpha, scaling, shape (out, in)), `features`
-        (what in it cannot be merged) and `account`: of every tensor and every config field its
-        `name`, `verdict` (used, not_needed, refused) and `reason`.
+        `config`, `warnings`; of a checkpoint `quantised` (how many weights are stored how); of an
+        adapter `type`, `base`, `r`, `alpha`, `rslora`, `peft_version`, `modules` (name, kind, rank,
+        alpha, scaling, shape (out, in)), `features` (what in it cannot be merged), and of every
+        tensor and every config field its `name`, `verdict` (used, not_needed, refused) and `reason`
+        (`tensors_use`, `fields_use`). `to_dict` and `to_json` have all of it.
 
     Raises:
         FileNotFoundError: the path is not there.
@@ -31,5 +34,5 @@ def inspect(path: Source) -> dict[str, Any]:
     """
     local = locate(path, BASE_PATTERNS)
     if not is_adapter(local):
-        return _core.list_checkpoint(local)
-    return _core.list_adapter(core_source(local))
+        return CheckpointListing(_core.list_checkpoint(local))
+    return AdapterListing(_core.list_adapter(core_source(local)))

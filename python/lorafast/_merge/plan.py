@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core
 from lorafast._errors import PlanError, VerificationError
-from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
@@ -18,23 +17,15 @@ from lorafast._io.sources import (
     core_source,
     locate,
 )
+from lorafast._merge.options import ExecutionOptions, MergeOptions
 from lorafast._results import Result
 
 if TYPE_CHECKING:
+    from lorafast._core import PlanDescription
     from lorafast._io.sources import ModuleBase
+    from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
-    from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
-
-#: What `dtype` may be, and the name of each in a safetensors header.
-DTYPES: dict[str, str | None] = {
-    "auto": None,
-    "float16": "F16",
-    "fp16": "F16",
-    "bfloat16": "BF16",
-    "bf16": "BF16",
-    "float32": "F32",
-    "fp32": "F32",
-}
+    from lorafast._types import Progress, Source
 
 
 class MergePlan(Result):
@@ -59,7 +50,7 @@ class MergePlan(Result):
         self.core = core
         #: Models that are read beside the base, and must not be written over either.
         self.protected: list[Path] = []
-        self._description: dict[str, Any] = core.describe()
+        self._description: PlanDescription = core.describe()
         self.base: str = self._description["base"]
         self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
         self.tensors_merged: int = self._description["tensors_merged"]
@@ -70,11 +61,19 @@ class MergePlan(Result):
         self.warnings: list[str] = self._description["warnings"]
         self.notes: list[str] = self._description["notes"]
 
-    def to_dict(self) -> dict[str, Any]:
+    @cached_property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """Every tensor of the output, with its action and its updates."""
+        from lorafast._merge.planned import planned_tensor
+
+        return tuple(map(planned_tensor, self._description["tensors"]))
+
+    # A dictionary whose keys are known is one for mypy only where nobody may add others.
+    def to_dict(self) -> PlanDescription:  # type: ignore[override]
         """The whole plan as plain objects: every tensor with its action and its updates."""
         import json
 
-        copied: dict[str, Any] = json.loads(json.dumps(self._description))
+        copied: PlanDescription = json.loads(json.dumps(self._description))
         return copied
 
     def to_json(self) -> str:
@@ -105,30 +104,30 @@ class MergePlan(Result):
         sync: bool = True,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
-        from lorafast._io.device_names import AMX, check_merge_device, parse_memory
+        return self.carry_out(output, ExecutionOptions.of(locals()))
+
+    def carry_out(self, output: Source, execution: ExecutionOptions) -> MergeReport:
+        """`execute`, with its options as the one object that they are in."""
+        from lorafast._io.device_names import AMX
         from lorafast._io.progress import callback
         from lorafast._merge.report import MergeReport, write_afterwards
 
-        check_threads(threads)
+        memory = execution.memory()
         output = expand(output)
-        memory = parse_memory(device_memory, check_merge_device(device))
-        options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "sync": sync}
-        with callback(progress) as tell:
+        device = execution.device
+        options = execution.to_core()
+        with callback(execution.progress) as tell:
             if device in ("cpu", AMX):
-                instruction_set = "amx" if device == AMX else None
+                options["instruction_set"] = "amx" if device == AMX else None
                 summary = self.core.execute(
-                    output,
-                    **options,
-                    instruction_set=instruction_set,
-                    protected=self.protected,
-                    progress=tell,
+                    output, options, protected=self.protected, progress=tell
                 )
                 notes, fallbacks = [], {}
             else:
                 from lorafast._torch.choice import carry_out
 
                 done = carry_out(
-                    self.core, output, device=device, memory=memory, **options, progress=tell
+                    self.core, output, options, device=device, memory=memory, progress=tell
                 )
                 summary, device = done.summary, done.device
                 notes, fallbacks = done.notes, done.fallbacks
@@ -163,9 +162,9 @@ class MergePlan(Result):
             weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),
         )
         problem = None
-        if verify:
-            result, problem = self._verified(result, device, threads, progress)
-        if report:
+        if execution.verify:
+            result, problem = self._verified(result, execution._replace(device=device))
+        if execution.report:
             write_afterwards(result, output)
         if problem is not None:
             raise VerificationError(
@@ -175,7 +174,7 @@ class MergePlan(Result):
         return result
 
     def _verified(
-        self, result: MergeReport, device: str, threads: int | None, progress: Progress
+        self, result: MergeReport, execution: ExecutionOptions
     ) -> tuple[MergeReport, str | None]:
         """The report of a finished merge with its verification, and the first problem, if any."""
         from dataclasses import replace
@@ -184,14 +183,7 @@ class MergePlan(Result):
         from lorafast._merge.verify import verify_plan
 
         try:
-            checked = verify_plan(
-                self.core,
-                result.output_path,
-                device=device,
-                full=False,
-                threads=threads,
-                progress=progress,
-            )
+            checked = verify_plan(self.core, result.output_path, execution)
         except VerificationError:
             raise
         except AFTERWARDS as error:
@@ -206,42 +198,26 @@ class MergePlan(Result):
 def make_plan(
     base: Source | ModuleBase,
     adapters: Source | Sequence[Source],
+    options: MergeOptions,
     *,
-    strategy: Strategy,
-    weights: Sequence[float] | None,
-    dtype: str,
-    allow: str | Sequence[str],
-    compat: Compat | None,
-    subtract: bool,
-    expert_layout: ExpertLayout = "auto",
+    subtract: bool = False,
 ) -> MergePlan:
     """`lorafast.plan`; with `subtract`, adapters are taken out of `base`, a merged model."""
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    core_options = options.to_core()
+    core_options["subtract"] = subtract
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
     located = base if isinstance(base, tuple) else locate(base, BASE_PATTERNS)
     sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
-    make = partial(
-        _core.plan_merge,
-        located,
-        sources,
-        strategy=strategy,
-        weights=None if weights is None else [float(weight) for weight in weights],
-        dtype=DTYPES[dtype],
-        allow=[allow] if isinstance(allow, str) else list(allow),
-        compat=compat,
-        subtract=subtract,
-        expert_layout=None if expert_layout == "auto" else expert_layout,
-    )
     try:
-        core = make()
+        core = _core.plan_merge(located, sources, core_options)
     except PlanError:
         # The core knows the common models; transformers, which is slow to ask, knows its own.
         rules = None if _core.names_fit(located, sources) else _renaming_rules(located)
         if rules is None:
             raise
-        core = make(renames=rules)
+        core_options["renames"] = rules
+        core = _core.plan_merge(located, sources, core_options)
     return MergePlan(core)
 
 
@@ -256,7 +232,7 @@ def _renaming_rules(base: Path | ModuleBase) -> str | None:
     return None if config is None else renaming_rules(config)
 
 
-def _groups(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _groups(description: PlanDescription) -> list[dict[str, Any]]:
     """Counts the updates by adapter, rank, scale and weight."""
     counts: dict[tuple[int, int, float, float], int] = {}
     for tensor in description["tensors"]:

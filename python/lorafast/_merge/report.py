@@ -12,6 +12,7 @@ from lorafast._io.paths import expand
 from lorafast._results import Result, view
 
 if TYPE_CHECKING:
+    from lorafast._core import Account
     from lorafast._types import Source
 
 REPORT_JSON = "merge_report.json"
@@ -92,7 +93,7 @@ class MergeReport(Result):
     notes: list[str] = field(default_factory=list)
     side_files: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    accounts: list[dict[str, Any]] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
     verification: dict[str, Any] | None = None
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
     weight_files: list[str] = field(default_factory=list)

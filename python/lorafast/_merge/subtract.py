@@ -16,14 +16,16 @@ from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand, is_directory, resolved
 from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, locate
-from lorafast._merge.plan import DTYPES, MergePlan, make_plan
+from lorafast._merge.plan import MergePlan, make_plan
 from lorafast._merge.report import AFTERWARDS, unmeasured, write_afterwards
 from lorafast._merge.verify import verify_plan
 from lorafast._results import Result, view
 
 if TYPE_CHECKING:
+    from lorafast._core import Account
+    from lorafast._merge.options import ExecutionOptions, MergeOptions
     from lorafast._merge.report import MergeReport
-    from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
+    from lorafast._types import Source
 
 REPORT_JSON = "subtract_report.json"
 REPORT_MARKDOWN = "subtract_report.md"
@@ -83,7 +85,7 @@ class SubtractReport(Result):
     threads: int
     versions: dict[str, str]
     adapter_sha256: dict[str, str]
-    accounts: list[dict[str, Any]]
+    accounts: list[Account]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     side_files: list[str] = field(default_factory=list)
@@ -130,115 +132,40 @@ class SubtractReport(Result):
         atomic.write(folder / REPORT_MARKDOWN, self.to_markdown())
 
 
-def subtract(
+def subtract_adapters(
     merged: Source,
     adapters: Source | Sequence[Source],
     output: Source,
     *,
-    original: Source | None = None,
-    strategy: Strategy = "sequential",
-    weights: Sequence[float] | None = None,
-    dtype: str = "auto",
-    overwrite: bool = False,
-    threads: int | None = None,
-    progress: Progress = False,
-    allow: str | Sequence[str] = (),
-    compat: Compat | None = None,
-    expert_layout: ExpertLayout = "auto",
-    verify: bool = False,
-    report: bool = True,
+    original: Source | None,
+    options: MergeOptions,
+    execution: ExecutionOptions,
 ) -> SubtractReport:
-    """Takes adapters out of a merged checkpoint and writes what they were merged into.
-
-    Without `original` every weight M that the adapters changed becomes M - Σ wᵢ·sᵢ·Bᵢ·Aᵢ, computed
-    as in a merge and rounded once. The merge had rounded as well, so this is the base to within
-    rounding; the result says how far from it at most. What does more than add (DoRA, saved modules
-    and biases, trained tokens, starts that change the base) cannot be subtracted.
-
-    With `original` nothing is subtracted: `merged` is proved to be what `original` and the adapters
-    make, as `lorafast.verify` does, and then `original` is what is written, byte for byte. If the
-    proof fails, nothing is written. This undoes every kind of adapter.
-
-    Args:
-        merged: the merged checkpoint, as the base of `lorafast.merge`.
-        adapters: what to take out, in the order of the merge.
-        output: the directory to write. Absent or empty, unless `overwrite`.
-        original: the base that the adapters were merged into, if it is at hand.
-        strategy: how the adapters were combined in the merge.
-        weights: their weights in the merge, for "weighted".
-        dtype: as for `lorafast.merge`; "auto" keeps that of `merged`, or of `original`.
-        overwrite: as for `lorafast.merge`.
-        threads: as for `lorafast.merge`.
-        progress: as for `lorafast.merge`.
-        allow: as for `lorafast.merge`.
-        compat: as for `lorafast.merge`; "peft" for what PEFT merged.
-        expert_layout: as for `lorafast.merge`.
-        verify: read the result back and prove it.
-        report: write `subtract_report.json` and `subtract_report.md` beside the model.
-
-    Returns:
-        What was done, and how near to the base the result is.
-
-    Raises:
-        FileNotFoundError: something is not there.
-        ValueError: an argument is outside its domain.
-        CheckpointError: `merged` or `original` is broken.
-        AdapterError: an adapter is broken, or (UnsupportedAdapterError) could not have been merged.
-        PlanError: the adapters do not fit, or cannot be subtracted without `original`.
-        OutputError: the output may not or cannot be written.
-        NumericError: a finite weight would become NaN or infinite.
-        VerificationError: `merged` is not what `original` and the adapters make; or, with `verify`,
-            the output reads back as something else.
-    """
-    check_threads(threads)
+    """`lorafast.subtract`, with its options as the two objects that they are in."""
+    check_threads(execution.threads)
     output = expand(output)
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    dtype = options.to_core()["dtype"]
     proof = None
     prepared = make_plan(
         merged if original is None else original,
         adapters,
-        strategy=strategy,
-        weights=weights,
-        dtype=dtype if original is None else "auto",
-        allow=allow,
-        compat=compat,
+        options if original is None else options._replace(dtype="auto"),
         subtract=original is None,
-        expert_layout=expert_layout,
     )
     plan = prepared
     if original is not None:
         _check_place(merged, output)
-        proof = verify_plan(
-            prepared.core, merged, device="cpu", full=False, threads=threads, progress=progress
-        )
+        proof = verify_plan(prepared.core, merged, execution)
         if not proof.ok:
             raise VerificationError(
                 f"{os.fspath(merged)}: is not what {os.fspath(original)} and the adapters make: "
                 f"{proof.problems[0]}; give the strategy, the weights and all the adapters that it "
                 "was merged with, or leave the original out to subtract all the same"
             )
-        plan = MergePlan(prepared.core.of_base_alone(dtype=DTYPES[dtype]))
+        plan = MergePlan(prepared.core.of_base_alone(dtype=dtype))
         plan.protected = [locate(merged, BASE_PATTERNS)]
-    done = plan.execute(
-        output,
-        threads=threads,
-        overwrite=overwrite,
-        progress=progress,
-        verify=verify,
-        report=False,
-    )
-    bound = None
-    if original is None:
-        try:
-            with callback(progress, label="measuring") as tell:
-                bound = plan.core.distance(output, threads=threads, progress=tell)
-        except AFTERWARDS as error:
-            # The output is written; only how near it is to the base is not known.
-            done.warnings.append(unmeasured(output, error))
-        else:
-            bound["rounding"] = "once" if compat is None else "as PEFT does"
-            bound["share"] = bound["norm"] / bound["change"] if bound["change"] > 0 else 0.0
+    done = plan.carry_out(output, execution._replace(report=False))
+    bound = None if original is not None else _bound(plan, done, options, execution)
     result = SubtractReport(
         merged=os.fspath(merged),
         proof=None if proof is None else proof.to_dict(),
@@ -250,9 +177,29 @@ def subtract(
             f"rounding can account for {bound['share']:.0%} of the change that was taken out; give "
             "the base that it was merged into as well (original=…, --base) to get it back exactly"
         )
-    if report:
+    if execution.report:
         write_afterwards(result, output)
     return result
+
+
+def _bound(
+    plan: MergePlan, done: MergeReport, options: MergeOptions, execution: ExecutionOptions
+) -> dict[str, Any] | None:
+    """How far what was written can lie from the base, where that can be measured."""
+    try:
+        with callback(execution.progress, label="measuring") as tell:
+            distance = plan.core.distance(
+                done.output_path, threads=execution.threads, progress=tell
+            )
+    except AFTERWARDS as error:
+        # The output is written; only how near it is to the base is not known.
+        done.warnings.append(unmeasured(done.output_path, error))
+        return None
+    return {
+        **distance,
+        "rounding": "once" if options.compat is None else "as PEFT does",
+        "share": distance["norm"] / distance["change"] if distance["change"] > 0 else 0.0,
+    }
 
 
 def _shared_fields(done: MergeReport, prepared: MergePlan, *, exact: bool) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from lorafast._results import Result
 
 if TYPE_CHECKING:
     from lorafast import _core
-    from lorafast._types import Progress, Source
+    from lorafast._merge.options import ExecutionOptions
+    from lorafast._types import Source
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Verification(Result):
     elements: int
     lost: float
     unmoved: float
-    rounding: list[dict[str, Any]]
-    adapters: list[dict[str, Any]]
-    untouched: list[dict[str, str]]
+    rounding: list[_core.Rounding]
+    adapters: list[_core.AdapterRounding]
+    untouched: list[_core.Untouched]
 
     @property
     def ok(self) -> bool:
@@ -70,21 +71,19 @@ class Verification(Result):
 
 
 def verify_plan(
-    plan: _core.Plan,
-    merged: Source,
-    *,
-    device: str,
-    full: bool,
-    threads: int | None,
-    progress: Progress,
+    plan: _core.Plan, merged: Source, execution: ExecutionOptions, *, full: bool = False
 ) -> Verification:
     """`verify` for a merge that is planned already."""
     from lorafast._io.device_names import AMX
 
     path = locate(merged, BASE_PATTERNS)
-    with callback(progress, label="verifying") as report:
+    with callback(execution.progress, label="verifying") as report:
         outcome = plan.verify(
-            path, threads=threads, full=full, split=device == AMX, progress=report
+            path,
+            threads=execution.threads,
+            full=full,
+            split=execution.device == AMX,
+            progress=report,
         )
     return Verification(**outcome)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from lorafast import _core
 from lorafast._analysis.names import names_of
@@ -49,7 +49,7 @@ class Collected:
     core: _core.Collection
     paths: list[Path]
     names: list[str]
-    members: list[dict[str, Any]]
+    members: list[_core.Member]
     errors: list[ScanError]
 
 

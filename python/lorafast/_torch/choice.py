@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafast._torch.device import open_device, without_cuda
 
@@ -35,7 +35,7 @@ class Done:
         fallbacks: for each reason the tensors that the CPU merged instead of the device.
     """
 
-    summary: dict[str, Any]
+    summary: _core.Summary
     device: str
     notes: list[str] = field(default_factory=list)
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
@@ -44,12 +44,10 @@ class Done:
 def carry_out(
     plan: _core.Plan,
     output: str | os.PathLike[str],
+    options: _core.ExecuteOptions,
     *,
     device: str,
     memory: int | None,
-    threads: int | None,
-    overwrite: bool,
-    sync: bool,
     progress: Callable[[int, int], object] | None,
 ) -> Done:
     """Carries a plan out on the device of that name; arguments as for `lorafast.merge`.
@@ -57,39 +55,21 @@ def carry_out(
     Args:
         plan: the core's plan.
         output: the directory to write.
+        options: the core's, of the execution.
         device: a name other than "cpu".
         memory: the most bytes of the device's memory to use; most of what is free if missing.
-        threads: worker threads.
-        overwrite: replace what is in `output`.
-        sync: return when the output has reached the disk.
         progress: called with the bytes done and the bytes in all.
     """
     notes: list[str] = []
     if device == "auto":
-        device, note = choose(plan, threads)
+        device, note = choose(plan, options.get("threads"))
         notes.append(note)
     if device == "cpu":
-        summary = plan.execute(
-            output,
-            threads=threads,
-            overwrite=overwrite,
-            sync=sync,
-            instruction_set=None,
-            progress=progress,
-        )
+        summary = plan.execute(output, options, progress=progress)
         return Done(summary, "cpu", notes)
     from lorafast._torch.file_merge import execute
 
-    done = execute(
-        plan,
-        output,
-        open_device(device),
-        memory=memory,
-        threads=threads,
-        overwrite=overwrite,
-        sync=sync,
-        progress=progress,
-    )
+    done = execute(plan, output, open_device(device), options, memory=memory, progress=progress)
     return Done(done.summary, done.device, notes, done.fallbacks)
 
 

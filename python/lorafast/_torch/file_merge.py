@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafast._torch.device import describe, exact_products, host_buffer, ran_out, torch_dtype
 from lorafast._torch.memory import building_bytes, workspace_bytes
@@ -51,7 +51,7 @@ class Outcome:
         tile_bytes: the largest tile of W₀ in the end, in bytes.
     """
 
-    summary: dict[str, Any]
+    summary: _core.Summary
     device: str
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
     tile_bytes: int = 0
@@ -65,11 +65,9 @@ def execute(
     plan: _core.Plan,
     output: str | os.PathLike[str],
     device: torch.device,
+    options: _core.ExecuteOptions,
     *,
     memory: int | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    sync: bool = True,
     progress: Progress | None = None,
 ) -> Outcome:
     """Carries a plan out on a device.
@@ -78,16 +76,15 @@ def execute(
         plan: the core's plan.
         output: the directory to write.
         device: where products are made.
+        options: the core's, of the execution; the threads are those of the CPU's part.
         memory: the most bytes of the device to use; most of what is free if missing.
-        threads: worker threads of the CPU's part.
-        overwrite: replace what is in `output`.
-        sync: return when the output has reached the disk.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
         LorafastError: what the CPU's executor raises; the output is then as it was.
     """
-    execution = plan.begin(output, threads=threads, overwrite=overwrite, sync=sync)
+    execution = plan.begin(output, options)
+    threads = options.get("threads")
     try:
         merge = _Merge(plan, execution, device, memory=memory, threads=threads, progress=progress)
         with exact_products(device):
@@ -98,16 +95,15 @@ def execute(
         raise
 
 
-def _reason_for_cpu(tensor: dict[str, Any]) -> str | None:
+def _reason_for_cpu(tensor: _core.ChangedTensor) -> str | None:
     """Why a tensor is merged on the CPU whatever the device, if it is."""
     if tensor["quantised"]:
         return "quantised weights are decoded and encoded on the CPU"
     return None
 
 
-def _place(tensor: dict[str, Any]) -> Place:
-    shard, position = tensor["place"]
-    return (shard, position)
+def _place(tensor: _core.ChangedTensor) -> Place:
+    return tensor["place"]
 
 
 def stream(device: torch.device) -> torch.cuda.Stream:
@@ -228,9 +224,9 @@ class _Merge:
         if self.progress is not None:
             self.progress(min(self.rest_done + self.written, self.total), self.total)
 
-    def _with_updates(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    def _with_updates(self) -> Iterator[tuple[_core.ChangedTensor, list[_core.Operands]]]:
         """Every tensor with its updates, those of the next one being read meanwhile."""
-        following: Future[list[dict[str, Any]]] | None = None
+        following: Future[list[_core.Operands]] | None = None
         for position, tensor in enumerate(self.tensors):
             current = following or self.readers.submit(self._updates, tensor)
             following = None
@@ -238,7 +234,7 @@ class _Merge:
                 following = self.readers.submit(self._updates, self.tensors[position + 1])
             yield tensor, current.result()
 
-    def _updates(self, tensor: dict[str, Any]) -> list[dict[str, Any]]:
+    def _updates(self, tensor: _core.ChangedTensor) -> list[_core.Operands]:
         return self.plan.operands(_place(tensor))
 
     def _all_tiles(self) -> Iterator[Tile | None]:
@@ -266,7 +262,9 @@ class _Merge:
                 yield None
                 self._drain(0)
 
-    def _prepare(self, tensor: dict[str, Any], updates: Sequence[dict[str, Any]]) -> Work | None:
+    def _prepare(
+        self, tensor: _core.ChangedTensor, updates: Sequence[_core.Operands]
+    ) -> Work | None:
         """A tensor with its program on the device; None if it is left to the CPU."""
         dtype, output = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
         program = self._program(updates, dtype, output)
@@ -295,7 +293,7 @@ class _Merge:
         return None
 
     def _program(
-        self, updates: Sequence[dict[str, Any]], dtype: torch.dtype, output: torch.dtype
+        self, updates: Sequence[_core.Operands], dtype: torch.dtype, output: torch.dtype
     ) -> Program | None:
         """The program of some updates; None if the device has no room for it."""
         import torch
@@ -316,7 +314,7 @@ class _Merge:
                 raise
             return None
 
-    def _leave(self, tensor: dict[str, Any]) -> None:
+    def _leave(self, tensor: _core.ChangedTensor) -> None:
         """Leaves a tensor to the CPU for want of memory."""
         reason = "their factors and one row of work do not fit the device's memory"
         self.fallbacks.setdefault(reason, []).append(tensor["name"])

@@ -180,6 +180,7 @@ def plan_module(
         PlanError: adapters and module do not fit together, or a tensor cannot be merged into.
         LorafastError: as `lorafast.plan`.
     """
+    from lorafast._merge.options import MergeOptions
     from lorafast._merge.plan import make_plan
 
     _refuse_wrappers(module)
@@ -188,16 +189,7 @@ def plan_module(
     paths = [locate(adapter, ADAPTER_PATTERNS) for adapter in given]
     base = _described(module, found, _saved_endings(paths), originals)
     try:
-        plan = make_plan(
-            base,
-            paths,
-            strategy=strategy,
-            weights=weights,
-            dtype="auto",
-            allow=(),
-            compat=None,
-            subtract=False,
-        )
+        plan = make_plan(base, paths, MergeOptions(strategy=strategy, weights=weights))
     except PlanError as error:
         raise PlanError(
             str(error).replace("of the base", "of the module"),
@@ -343,10 +335,10 @@ def _sort(result: ModulePlan, found: Mapping[str, Parameter]) -> None:
         done |= {other.name for other in alike}
         change = Change(
             alike,
-            tuple(entry["place"]),
+            entry["place"],
             entry["rows"],
             entry["columns"],
-            [tuple(segment) for segment in entry["segments"]],
+            entry["segments"],
             entry["updates"],
             entry["replaced"],
             entry["residual"],
@@ -383,7 +375,7 @@ def _overlapping(found: Mapping[str, Parameter]) -> Iterator[tuple[Parameter, Pa
 
 def _start(result: ModulePlan, entry: Mapping[str, Any]) -> tuple[str, bytes] | None:
     """What an adapter brings in a tensor's place, if one does."""
-    return result.core.replacement(tuple(entry["place"])) if entry["replaced"] else None
+    return result.core.replacement(entry["place"]) if entry["replaced"] else None
 
 
 def _is_wrongly_turned(

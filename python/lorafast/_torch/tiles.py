@@ -10,6 +10,8 @@ from lorafast._torch.program import Program
 if TYPE_CHECKING:
     import torch
 
+    from lorafast import _core
+
 Place = tuple[int, int]
 
 
@@ -38,7 +40,7 @@ class Work:
         failed: whether it is left to the CPU after all.
     """
 
-    tensor: dict[str, Any]
+    tensor: _core.ChangedTensor
     place: Place
     columns: int
     dtype: torch.dtype

@@ -16,10 +16,11 @@ use lorafast::measure::metrics::{self, Number};
 use lorafast::measure::spectrum::Spectrum;
 use lorafast::parallel::task::{Task, build_pool};
 
+use crate::convert::to_object;
 use crate::errors::to_python;
+use crate::job;
 use crate::sources::{Source, to_core};
 use crate::table::{Table, to_value_error};
-use crate::{job, to_object};
 
 /// Results that wait for Python, which may be slower at a thousand small ones than the threads that
 /// find them.

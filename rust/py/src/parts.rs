@@ -7,7 +7,9 @@ use pyo3::prelude::*;
 use lorafast::execute;
 use lorafast::execute::parts::{self, WrittenShard};
 
-use crate::{Plan, job, to_object};
+use crate::convert::to_object;
+use crate::job;
+use crate::plan::Plan;
 
 /// The digest of all that decides the output's weights.
 #[pyfunction]

@@ -46,6 +46,7 @@ pub struct ChangedTensor<'a> {
     /// Multiplications of all its products.
     pub work: u64,
     /// Whether its rows are stored as codes.
+    #[serde(rename = "quantised")]
     pub quantized: bool,
     /// Whether W₀ is an adapter's tensor.
     pub replaced: bool,

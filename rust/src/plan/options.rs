@@ -1,6 +1,7 @@
 //! What the caller decides about a plan: how adapters are combined, and what the output is.
 
-use serde::Serialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::ExpertLayout;
 use crate::checkpoint::names::renames::Renames;
@@ -37,26 +38,65 @@ impl Strategy {
     }
 }
 
-/// What the caller decides about a plan.
-#[derive(Debug, Clone, Default)]
+/// What the caller decides about a plan. As plain data its fields have the names that they have in
+/// Python; those that are missing have their defaults, and a name that is unknown is an error.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// How adapters are combined.
+    #[serde(deserialize_with = "strategy")]
     pub strategy: Strategy,
     /// One weight an adapter, for [`Strategy::Weighted`]; missing, all are 1.
     pub weights: Option<Vec<f64>>,
     /// The type of the output's floating-point tensors; `None` keeps each as it is.
+    #[serde(deserialize_with = "dtype")]
     pub dtype: Option<Dtype>,
     /// Unknown config fields that are known not to matter.
     pub allow: Vec<String>,
     /// Whose result is wanted where PEFT's own merge is not what was trained.
+    #[serde(deserialize_with = "compat")]
     pub compat: Option<Compat>,
     /// The base is a merged checkpoint, out of which the adapters are to be taken.
     pub subtract: bool,
     /// How experts' factors lie where neither shapes nor versions tell.
+    #[serde(deserialize_with = "expert_layout")]
     pub expert_layout: Option<ExpertLayout>,
     /// The rules by which transformers renames the base's tensors as it loads them; `None` for the
     /// built-in ones.
+    #[serde(deserialize_with = "renames")]
     pub renames: Option<Renames>,
+}
+
+fn strategy<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Strategy, D::Error> {
+    Strategy::from_name(&String::deserialize(source)?).map_err(D::Error::custom)
+}
+
+/// A safetensors name.
+fn dtype<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Option<Dtype>, D::Error> {
+    optional(source, |name| Ok(Dtype::from_name(name)))
+}
+
+fn compat<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Option<Compat>, D::Error> {
+    optional(source, Compat::from_name)
+}
+
+fn expert_layout<'de, D: Deserializer<'de>>(
+    source: D,
+) -> std::result::Result<Option<ExpertLayout>, D::Error> {
+    optional(source, ExpertLayout::from_name)
+}
+
+fn renames<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Option<Renames>, D::Error> {
+    optional(source, Renames::from_json)
+}
+
+/// What a text stands for, if there is one.
+fn optional<'de, D: Deserializer<'de>, T>(
+    source: D,
+    parse: impl FnOnce(&str) -> Result<T>,
+) -> std::result::Result<Option<T>, D::Error> {
+    let text = Option::<String>::deserialize(source)?;
+    text.map(|text| parse(&text)).transpose().map_err(D::Error::custom)
 }
 
 /// Another tool whose results are reproduced where they differ from the right ones.

@@ -1,4 +1,4 @@
-"""`lorafast info`: what a checkpoint or an adapter holds, read from its headers alone."""
+"""`lorafast inspect`: what a checkpoint or an adapter holds, read from its headers alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorafast._cli.terminal import Terminal
+    from lorafast._core import ListedFile, ListedModule, ListedTensor, Listing
 
-    Contents = Mapping[str, Any]
 
 # Trainers put whole training logs into the metadata; the table shows that they are there.
 LONGEST_METADATA_VALUE = 72
@@ -25,7 +25,7 @@ BOILERPLATE = {"format": "pt"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `lorafast info`."""
+    """Declare the flags of `lorafast inspect`."""
     parser.add_argument("path", metavar="PATH", help="a checkpoint or adapter: directory or file")
     parser.add_argument(
         "--tensors", action="store_true", help="list every tensor by itself, with its file"
@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Inspect a path and print what is there."""
     import lorafast
 
-    contents = lorafast.inspect(arguments.path)
-    for warning in contents.get("warnings", ()):
+    contents = lorafast.inspect(arguments.path).to_dict()
+    for warning in contents["warnings"]:
         terminal.warn(warning)
     if arguments.json:
         terminal.json(contents)
@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _show(contents: Contents, terminal: Terminal, *, every_tensor: bool) -> None:
+def _show(contents: Listing, terminal: Terminal, *, every_tensor: bool) -> None:
     _show_summary(contents, terminal)
-    _show_metadata(contents["metadata"] or {}, terminal)
+    _show_metadata(contents["metadata"], terminal)
     _show_files(contents["files"], terminal)
     _show_dtypes(contents["tensors"], terminal)
     if every_tensor:
@@ -66,7 +66,7 @@ def _show(contents: Contents, terminal: Terminal, *, every_tensor: bool) -> None
         show_account(contents["adapter"]["account"], terminal, fields=True)
 
 
-def _show_summary(contents: Contents, terminal: Terminal) -> None:
+def _show_summary(contents: Listing, terminal: Terminal) -> None:
     terminal.heading(f"{contents['kind'].capitalize()} {contents['path']}")
     facts = {
         "parameters": count_text(contents["total_parameters"]),
@@ -76,12 +76,12 @@ def _show_summary(contents: Contents, terminal: Terminal) -> None:
     adapter = contents["adapter"]
     if adapter is not None:
         facts["type"] = str(adapter["type"])
-        if adapter.get("r") is not None:
+        if adapter["r"] is not None:
             facts["rank"] = str(adapter["r"])
-        if adapter.get("alpha") is not None:
-            rule = "alpha / √rank" if adapter.get("rslora") else "alpha / rank"
+        if adapter["alpha"] is not None:
+            rule = "alpha / √rank" if adapter["rslora"] else "alpha / rank"
             facts["alpha"] = f"{number_text(adapter['alpha'])} (scale = {rule})"
-        if adapter.get("base"):
+        if adapter["base"]:
             facts["base"] = str(adapter["base"])
         facts["modules"] = f"{len(adapter['modules']):,}"
         if adapter["features"]:
@@ -90,7 +90,7 @@ def _show_summary(contents: Contents, terminal: Terminal) -> None:
         config = contents["config"]
         architectures = config.get("architectures") or [config.get("model_type", "")]
         facts["architecture"] = ", ".join(map(str, architectures))
-    if contents.get("quantised"):
+    if contents["quantised"]:
         schemes = contents["quantised"].items()
         facts["quantised"] = "; ".join(f"{count:,} × {scheme}" for scheme, count in schemes)
     terminal.facts(facts)
@@ -113,7 +113,7 @@ def _shortened(value: str) -> str:
     return f"{value[:LONGEST_METADATA_VALUE]}… ({len(value):,} characters)"
 
 
-def _show_files(files: Sequence[Contents], terminal: Terminal) -> None:
+def _show_files(files: Sequence[ListedFile], terminal: Terminal) -> None:
     terminal.line()
     terminal.heading("Files")
     terminal.table(
@@ -122,7 +122,7 @@ def _show_files(files: Sequence[Contents], terminal: Terminal) -> None:
     )
 
 
-def _show_dtypes(tensors: Sequence[Contents], terminal: Terminal) -> None:
+def _show_dtypes(tensors: Sequence[ListedTensor], terminal: Terminal) -> None:
     totals: dict[str, list[int]] = {}
     for tensor in tensors:
         total = totals.setdefault(tensor["dtype"], [0, 0, 0])
@@ -144,9 +144,9 @@ def _show_dtypes(tensors: Sequence[Contents], terminal: Terminal) -> None:
     terminal.table(columns, rows)
 
 
-def _show_tensor_groups(tensors: Sequence[Contents], terminal: Terminal) -> None:
+def _show_tensor_groups(tensors: Sequence[ListedTensor], terminal: Terminal) -> None:
     """One row for each set of tensors that differ in the numbers of their layers alone."""
-    groups: dict[tuple[str, tuple[int, ...]], dict[str, Contents]] = {}
+    groups: dict[tuple[str, tuple[int, ...]], dict[str, ListedTensor]] = {}
     for tensor in tensors:
         key = (tensor["dtype"], tuple(tensor["shape"]))
         groups.setdefault(key, {})[tensor["name"]] = tensor
@@ -175,7 +175,7 @@ def _show_tensor_groups(tensors: Sequence[Contents], terminal: Terminal) -> None
     terminal.table(columns, rows)
 
 
-def _show_every_tensor(tensors: Sequence[Contents], terminal: Terminal) -> None:
+def _show_every_tensor(tensors: Sequence[ListedTensor], terminal: Terminal) -> None:
     terminal.line()
     terminal.heading("Tensors")
     columns = (
@@ -198,7 +198,7 @@ def _show_every_tensor(tensors: Sequence[Contents], terminal: Terminal) -> None:
     terminal.table(columns, rows)
 
 
-def _show_modules(modules: Sequence[Contents], terminal: Terminal) -> None:
+def _show_modules(modules: Sequence[ListedModule], terminal: Terminal) -> None:
     """One row for each set of adapted modules that differ in their layers' numbers alone."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for module in modules:
@@ -229,7 +229,7 @@ def _show_modules(modules: Sequence[Contents], terminal: Terminal) -> None:
     terminal.table(columns, rows)
 
 
-def _parameters(tensor: Contents) -> int:
+def _parameters(tensor: ListedTensor) -> int:
     count = 1
     for size in tensor["shape"]:
         count *= size
@@ -237,14 +237,14 @@ def _parameters(tensor: Contents) -> int:
 
 
 COMMAND = Command(
-    name="info",
+    name="inspect",
     summary="show what a checkpoint or an adapter holds",
     description="Show a checkpoint's or an adapter's files, dtypes, tensors and, for an adapter,\n"
     "ranks and scales. Only headers are read: it takes no longer for a large model.",
     examples=(
-        "lorafast info llama",
-        "lorafast info style --tensors",
-        "lorafast info model-00001-of-00004.safetensors --json",
+        "lorafast inspect llama",
+        "lorafast inspect style --tensors",
+        "lorafast inspect model-00001-of-00004.safetensors --json",
     ),
     add_arguments=add_arguments,
     run=run,

@@ -1,4 +1,4 @@
-"""`lorafast similar`: how similar many adapters are."""
+"""`lorafast similarity`: how similar many adapters are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `lorafast similar`."""
+    """Declare the flags of `lorafast similarity`."""
     parser.add_argument(
         "adapters", nargs="+", metavar="DIR", help="directories to search, adapters, or globs"
     )
@@ -203,14 +203,14 @@ def _mean(similarity: Similarity) -> str:
 
 
 COMMAND = Command(
-    name="similar",
+    name="similarity",
     summary="show how similar many adapters are: all cosines of their updates",
     description="Compare the updates of all adapters with each other, exactly, whatever their\n"
     "ranks, scales and factors: cosines, nearest neighbours, a clustered picture.",
     examples=(
-        "lorafast similar adapters/",
-        "lorafast similar adapters/ --nearest 3 --output similar.npz",
-        "lorafast similar team-a/ team-b/ --group-by-base --output similar.png",
+        "lorafast similarity adapters/",
+        "lorafast similarity adapters/ --nearest 3 --output similarity.npz",
+        "lorafast similarity team-a/ team-b/ --group-by-base --output similarity.png",
     ),
     add_arguments=add_arguments,
     run=run,

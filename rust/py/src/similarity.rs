@@ -8,9 +8,10 @@ use pyo3::types::{PyByteArray, PyDict, PyList};
 use lorafast::parallel::task::build_pool;
 use lorafast::similarity::{self, Options, Precision};
 
+use crate::convert::to_object;
 use crate::errors::to_python;
+use crate::job;
 use crate::sources::{Source, to_core};
-use crate::{job, to_object};
 
 /// Where the factors of many adapters lie.
 #[pyclass(frozen, module = "lorafast._core")]

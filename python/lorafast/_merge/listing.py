@@ -1,0 +1,223 @@
+"""What a checkpoint or an adapter holds, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from lorafast import _core
+
+
+class ListedFile(NamedTuple):
+    """A file of weights."""
+
+    name: str
+    bytes: int
+    tensors: int
+
+
+class ListedTensor(NamedTuple):
+    """A tensor, by its file's header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    file: str
+
+
+class ListedModule(NamedTuple):
+    """A module that an adapter changes; the shape is (out, in)."""
+
+    name: str
+    kind: str
+    rank: int
+    alpha: float
+    scaling: float
+    shape: tuple[int, ...]
+
+
+class Use(NamedTuple):
+    """What a merge makes of a tensor or of a field of the config."""
+
+    name: str
+    verdict: str
+    """used, not_needed or refused."""
+    reason: str
+
+
+class Listing(Mapping[str, Any]):
+    """What `CheckpointListing` and `AdapterListing` share.
+
+    By key it gives what `to_dict` has there, as listings were read before they had attributes; that
+    goes with the next release.
+    """
+
+    # No dataclass, whose import takes longer than reading a header.
+    def __init__(self, plain: _core.Listing) -> None:
+        self.__dict__["_plain"] = plain
+
+    if TYPE_CHECKING:
+        _plain: _core.Listing
+
+    @property
+    def kind(self) -> str:
+        """Either "checkpoint" or "adapter"."""
+        return self._plain["kind"]
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        return self._plain["path"]
+
+    @cached_property
+    def files(self) -> tuple[ListedFile, ...]:
+        """The files of weights."""
+        return tuple(ListedFile(**file) for file in self._plain["files"])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of the files' headers."""
+        return self._plain["metadata"]
+
+    @cached_property
+    def tensors(self) -> tuple[ListedTensor, ...]:
+        """Every tensor of every file, in order."""
+        plain = self._plain["tensors"]
+        return tuple(
+            ListedTensor(**{**tensor, "shape": tuple(tensor["shape"])})  # type: ignore[arg-type]
+            for tensor in plain
+        )
+
+    @property
+    def total_parameters(self) -> int:
+        """Elements of all tensors."""
+        return self._plain["total_parameters"]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self._plain["total_bytes"]
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The config as it was read."""
+        return self._plain["config"]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before using it."""
+        return tuple(self._plain["warnings"])
+
+    def to_dict(self) -> _core.Listing:
+        """Everything as plain objects."""
+        import json
+
+        copied: _core.Listing = json.loads(json.dumps(self._plain))
+        return copied
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        import json
+
+        return json.dumps(self._plain, indent=2)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._plain[key]  # type: ignore[literal-required]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plain)
+
+    def __len__(self) -> int:
+        return len(self._plain)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be deleted")
+
+    def __repr__(self) -> str:
+        tensors, files = len(self._plain["tensors"]), len(self._plain["files"])
+        return (
+            f"<{type(self).__name__}: {self.path}; {tensors} tensor{'s' * (tensors != 1)} in "
+            f"{files} file{'s' * (files != 1)}, {self.total_parameters:,} parameters>"
+        )
+
+
+class CheckpointListing(Listing):
+    """What a checkpoint holds, by its headers."""
+
+    @property
+    def quantised(self) -> dict[str, int]:
+        """For each way in which weights are quantised, in words, how many are."""
+        return self._plain["quantised"]
+
+
+class AdapterListing(Listing):
+    """What an adapter holds, by its header and its config."""
+
+    @property
+    def _summary(self) -> _core.AdapterSummary:
+        summary = self._plain["adapter"]
+        assert summary is not None, "the core lists an adapter with its summary"
+        return summary
+
+    @property
+    def type(self) -> str | None:
+        """PEFT's name of what it is, such as LORA."""
+        return self._summary["type"]
+
+    @property
+    def base(self) -> str | None:
+        """The base that it was trained on, as it names that."""
+        return self._summary["base"]
+
+    @property
+    def r(self) -> int | None:
+        """The rank, where all modules share one."""
+        return self._summary["r"]
+
+    @property
+    def alpha(self) -> float | None:
+        """The α that scales are made of, where all modules share one."""
+        return self._summary["alpha"]
+
+    @property
+    def rslora(self) -> bool:
+        """Whether scales are α/√r and not α/r."""
+        return self._summary["rslora"]
+
+    @property
+    def peft_version(self) -> str | None:
+        """The version of PEFT that wrote it, where it says so."""
+        return self._summary["peft_version"]
+
+    @cached_property
+    def modules(self) -> tuple[ListedModule, ...]:
+        """The modules that it changes, with their ranks and scales."""
+        return tuple(
+            ListedModule(**{**module, "shape": tuple(module["shape"])})  # type: ignore[arg-type]
+            for module in self._summary["modules"]
+        )
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What in it cannot be merged."""
+        return tuple(self._summary["features"])
+
+    @cached_property
+    def fields_use(self) -> tuple[Use, ...]:
+        """What a merge makes of every field of the config."""
+        return tuple(Use(**use) for use in self._summary["account"]["fields"])
+
+    @cached_property
+    def tensors_use(self) -> tuple[Use, ...]:
+        """What a merge makes of every tensor."""
+        return tuple(Use(**use) for use in self._summary["account"]["tensors"])
+
+
+# What users see, and what a pickle names.
+CheckpointListing.__module__ = AdapterListing.__module__ = "lorafast"

@@ -1,0 +1,276 @@
+"""The options of merging, planning, verifying and subtracting, each with its type and its flag.
+
+An option is a field of one of two classes: its type and its default are the field's, what the
+command says of it is its `Flag`. Everything else follows: the command's flags and its help, the
+dictionary that crosses to the core, and what the signatures of the verbs in `api` have to be.
+"""
+
+# Annotations are evaluated here, as the flags are read from them.
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Self,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+)
+
+from lorafast._types import Compat, ExpertLayout, Progress, Strategy
+
+if TYPE_CHECKING:
+    from lorafast._core import ExecuteOptions, PlanOptions
+
+#: What merges adapters, or tells of a merge.
+Verb = Literal["plan", "merge", "verify", "subtract"]
+
+#: What `dtype` may be, and the name of each in a safetensors header.
+DTYPES: dict[str, str | None] = {
+    "auto": None,
+    "float16": "F16",
+    "fp16": "F16",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float32": "F32",
+    "fp32": "F32",
+}
+
+
+def _device(name: str) -> str:
+    from lorafast._io.device_names import check_merge_name
+
+    return check_merge_name(name)
+
+
+class Flag(NamedTuple):
+    """How the command tells of an option, and which verbs take it."""
+
+    help: str | None
+    """What the help says; an option without is none of the command's."""
+    verbs: tuple[Verb, ...] = ("plan", "merge", "verify", "subtract")
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    """What there is to choose from, where the type is no `Literal`."""
+    check: Callable[[str], str] | None = None
+    """Returns a value, or raises a `ValueError` that says what is wrong with it."""
+    output: bool = False
+    """Whether it is about what is written rather than about how it is made."""
+    other_help: Mapping[Verb, str] = {}
+    """What the help of some verbs says instead."""
+    older_name: str | None = None
+    """A flag that the command understands as well and does not show."""
+
+
+class Option(NamedTuple):
+    """An option as the table has it."""
+
+    name: str
+    default: Any
+    members: tuple[Any, ...]
+    """Its type; those it is a union of."""
+    flag: Flag
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The values it may have, where they can be listed."""
+        if self.flag.choices is not None:
+            return self.flag.choices
+        for member in self.members:
+            if get_origin(member) is Literal:
+                return get_args(member)
+        return None
+
+    @property
+    def items(self) -> type | None:
+        """The type of its items, where it is a sequence."""
+        for member in self.members:
+            if get_origin(member) is Sequence:
+                found: type = get_args(member)[0]
+                return found
+        return None
+
+
+class MergeOptions(NamedTuple):
+    """What a merge is: how adapters are combined, and what the output is."""
+
+    strategy: Annotated[
+        Strategy,
+        Flag(
+            "sequential: each adapter at its full scale; weighted: each times its weight; "
+            "average: each times 1/N (default: %(default)s)",
+            older_name="merge-strategy",
+        ),
+    ] = "sequential"
+    weights: Annotated[
+        Sequence[float] | None,
+        Flag(
+            "a weight for each adapter, for the weighted strategy; negative ones subtract",
+            metavar="W",
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        Flag(
+            "what to write the floating-point tensors as; auto keeps the base's "
+            "(default: %(default)s)",
+            verbs=("plan", "merge", "subtract"),
+            choices=tuple(DTYPES),
+            other_help={
+                "subtract": "what to write the floating-point tensors as (default: %(default)s)"
+            },
+            older_name="merge-dtype",
+        ),
+    ] = "auto"
+    allow: Annotated[
+        str | Sequence[str],
+        Flag(
+            "unknown fields of an adapter's config that are known not to change the result",
+            metavar="FIELD",
+        ),
+    ] = ()
+    compat: Annotated[
+        Compat | None,
+        Flag(
+            "peft: the result of PEFT's own merge where that is not what was trained (tied "
+            "embeddings, replicated layers, several DoRA adapters)"
+        ),
+    ] = None
+    expert_layout: Annotated[
+        ExpertLayout,
+        Flag(
+            "how factors of experts stored as one tensor lie on it, where neither shapes nor "
+            "versions tell (default: %(default)s)"
+        ),
+    ] = "auto"
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Those of a function's arguments that are options of a merge."""
+        return cls(**{name: arguments[name] for name in cls._fields if name in arguments})
+
+    def to_core(self) -> "PlanOptions":
+        """What crosses to the core.
+
+        Raises:
+            ValueError: there is no such dtype.
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
+        crossing = {
+            **self._asdict(),
+            "weights": None if self.weights is None else [float(each) for each in self.weights],
+            "dtype": DTYPES[self.dtype],
+            "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),
+            "expert_layout": None if self.expert_layout == "auto" else self.expert_layout,
+        }
+        return cast("PlanOptions", crossing)
+
+
+class ExecutionOptions(NamedTuple):
+    """How a merge is carried out, or looked at again."""
+
+    threads: Annotated[
+        int | None,
+        Flag(
+            "threads to use (default: one for each core)",
+            verbs=("merge", "verify", "subtract"),
+            metavar="N",
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        Flag(
+            "where products are made: cpu, cpu:amx (16-bit weights, where the processor has AMX; "
+            "some differ in the last place), cuda, cuda:N, auto (cpu or cuda, whichever is faster, "
+            "and says why), or torch:cpu to compare backends (default: %(default)s)",
+            verbs=("merge", "verify"),
+            metavar="DEVICE",
+            check=_device,
+            other_help={
+                "verify": "where the merge was made; cpu:amx lets pass what its products are off "
+                "(default: %(default)s)"
+            },
+        ),
+    ] = "cpu"
+    device_memory: Annotated[
+        int | str | None,
+        Flag(
+            "the most of the device's memory to use, as 2GiB (default: most of what is free)",
+            verbs=("merge",),
+            metavar="SIZE",
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool,
+        Flag("replace the output directory if it exists", verbs=("merge", "subtract"), output=True),
+    ] = False
+    sync: Annotated[
+        bool,
+        Flag(
+            "do not wait until the output has reached the disk, as cp does not",
+            verbs=("merge",),
+            output=True,
+        ),
+    ] = True
+    verify: Annotated[
+        bool,
+        Flag(
+            "read the result back and prove it, as verify does",
+            verbs=("merge", "subtract"),
+            output=True,
+            other_help={"subtract": "read the result back and prove it"},
+        ),
+    ] = False
+    report: Annotated[
+        bool,
+        Flag(
+            "leave merge_report.json and merge_report.md out of the output",
+            verbs=("merge", "subtract"),
+            output=True,
+            other_help={
+                "subtract": "leave subtract_report.json and subtract_report.md out of the output"
+            },
+        ),
+    ] = True
+    progress: Annotated[Progress, Flag(None, verbs=("merge", "verify", "subtract"))] = False
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Those of a function's arguments that are options of an execution."""
+        return cls(**{name: arguments[name] for name in cls._fields if name in arguments})
+
+    def memory(self) -> int | None:
+        """The most bytes of the device's memory to use, once the options are found to be sound.
+
+        Raises:
+            ValueError: an option is outside its domain.
+            DeviceError: the device is not there.
+            MissingDependencyError: torch is needed for the device and is not installed.
+        """
+        from lorafast._io.device_names import check_merge_device, parse_memory
+        from lorafast._io.limits import check_threads
+
+        memory = parse_memory(self.device_memory, check_merge_device(self.device))
+        check_threads(self.threads)
+        return memory
+
+    def to_core(self) -> "ExecuteOptions":
+        """What crosses to the core. The rest is Python's."""
+        return {"threads": self.threads, "overwrite": self.overwrite, "sync": self.sync}
+
+
+def options_of(verb: Verb) -> Iterator[Option]:
+    """The options that a verb takes, in the order of its help."""
+    for table in (MergeOptions, ExecutionOptions):
+        for name, annotation in table.__annotations__.items():
+            kind, flag = annotation.__origin__, annotation.__metadata__[0]
+            if verb in flag.verbs:
+                # `Literal[…] | None` is one of typing's own unions.
+                is_union = get_origin(kind) in (UnionType, Union)
+                members = get_args(kind) if is_union else (kind,)
+                yield Option(name, table._field_defaults[name], members, flag)

@@ -1,0 +1,79 @@
+//! Measuring an adapter, and comparing several.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use lorafast::adapter::Adapter;
+use lorafast::checkpoint::Checkpoint;
+use lorafast::measure::analysis::{self, stored};
+use lorafast::parallel::task::build_pool;
+use lorafast::tensor::dtype::Dtype;
+
+use crate::convert::to_object;
+use crate::job;
+use crate::sources::Source;
+
+/// Measures an adapter; a base gives the norms of the weights that it changes. Returns plain
+/// objects.
+#[pyfunction]
+#[pyo3(signature = (adapter, *, base, percentiles, bins, entries, threads, progress))]
+#[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+pub fn analyze_adapter(
+    py: Python<'_>,
+    adapter: Source,
+    base: Option<PathBuf>,
+    percentiles: Vec<f64>,
+    bins: usize,
+    entries: bool,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Py<PyAny>> {
+    let options = analysis::Options { percentiles, bins, entries };
+    let analysis = job::run(py, progress, |task| {
+        let pool = build_pool(threads)?;
+        let adapter = adapter.0.open(task)?;
+        let open = |base| Checkpoint::open_with(base, task);
+        let base = base.as_deref().map(open).transpose()?;
+        analysis::analyze(&adapter, base.as_ref(), &options, &pool, task)
+    })?;
+    to_object(py, &analysis)
+}
+
+/// Compares any number of adapters. Returns plain objects.
+#[pyfunction]
+#[pyo3(signature = (adapters, *, threads, progress))]
+pub fn compare_adapters(
+    py: Python<'_>,
+    adapters: Vec<Source>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Py<PyAny>> {
+    let comparison = job::run(py, progress, |task| {
+        let pool = build_pool(threads)?;
+        let adapters = adapters
+            .iter()
+            .map(|adapter| adapter.0.open(task))
+            .collect::<lorafast::Result<Vec<_>>>()?;
+        let adapters: Vec<&Adapter> = adapters.iter().collect();
+        analysis::compare(&adapters, &pool, task)
+    })?;
+    to_object(py, &comparison)
+}
+
+type StoredFactors<'py> =
+    ((usize, usize, usize), f64, (String, Bound<'py, PyBytes>), (String, Bound<'py, PyBytes>));
+
+/// The factors of every module of an adapter that has a spectrum, in order: (m, n, r), the scale,
+/// and type and bytes of B and of A.
+#[pyfunction]
+#[pyo3(signature = (adapter))]
+pub fn stored_factors<'py>(py: Python<'py>, adapter: Source) -> PyResult<Vec<StoredFactors<'py>>> {
+    let found = job::run(py, None, |task| stored::stored_factors(&adapter.0.open(task)?))?;
+    let bytes =
+        |(dtype, bytes): &(Dtype, Vec<u8>)| (dtype.name().to_owned(), PyBytes::new(py, bytes));
+    let entries =
+        found.iter().map(|each| (each.extents, each.scaling, bytes(&each.b), bytes(&each.a)));
+    Ok(entries.collect())
+}

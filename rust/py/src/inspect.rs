@@ -1,0 +1,59 @@
+//! What checkpoints and adapters hold by their headers, and how this binary was built.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use lorafast::adapter::format::AdapterSource;
+use lorafast::checkpoint::Checkpoint;
+use lorafast::describe;
+use lorafast::kernel::InstructionSet;
+use lorafast::parallel::task::Task;
+
+use crate::convert::to_object;
+use crate::job;
+use crate::sources::Source;
+
+/// Lists a checkpoint from its headers, as plain objects.
+#[pyfunction]
+pub fn list_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
+    let list = |task: &Task| {
+        let base = Checkpoint::open_with(&path, task)?;
+        let listing = describe::checkpoint(&base);
+        base.check_unchanged().map(|()| listing)
+    };
+    to_object(py, &job::run(py, None, list)?)
+}
+
+/// Lists an adapter from its header and config, as plain objects.
+#[pyfunction]
+pub fn list_adapter(py: Python<'_>, adapter: Source) -> PyResult<Py<PyAny>> {
+    let list = |task: &Task| {
+        let adapter = adapter.0.open(task)?;
+        let listing = describe::adapter(&adapter);
+        adapter.check_unchanged().map(|()| listing)
+    };
+    to_object(py, &job::run(py, None, list)?)
+}
+
+/// The name of the format of what lies at a path, if it is an adapter's.
+#[pyfunction]
+pub fn adapter_format(py: Python<'_>, path: PathBuf) -> PyResult<Option<&'static str>> {
+    job::run(py, None, |_| AdapterSource::at(&path).format())
+}
+
+/// How this binary was built and what it uses of this processor.
+#[pyfunction]
+pub fn build_info(py: Python<'_>) -> PyResult<Py<PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
+    info.set_item("instruction_set", InstructionSet::detect().name())?;
+    let available: Vec<_> =
+        InstructionSet::available().into_iter().map(InstructionSet::name).collect();
+    info.set_item("instruction_sets", available)?;
+    info.set_item("amx", InstructionSet::amx().is_some())?;
+    Ok(info.unbind())
+}

@@ -1,0 +1,123 @@
+"""What crosses from the core is what its stub says, to the last key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lorafast
+import pytest
+from digest_cases import CASES
+from lorafast import _core
+from lorafast._merge.options import MergeOptions
+from lorafast._merge.plan import make_plan
+from support.handmade import adapter_tensors, make_adapter, make_base
+from support.stub import Shapes, typed_dictionaries
+
+
+def test_what_crosses_is_what_the_stub_says(tmp_path: Path) -> None:
+    shapes = Shapes()
+
+    def holds(value: Any, expected: str) -> None:
+        assert list(shapes.differences(value, expected)) == []
+
+    for number, case in enumerate(CASES.values()):
+        base = case.base.write(tmp_path / f"{number}" / "base")
+        adapters = [
+            adapter.write(tmp_path / f"{number}" / f"{position}")
+            for position, adapter in enumerate(case.adapters)
+        ]
+        plan = lorafast.plan(base, adapters, **case.options).core
+        holds(plan.describe(), "PlanDescription")
+        for tensor in plan.changed_tensors():
+            holds(tensor, "ChangedTensor")
+            if not tensor["quantised"]:
+                for operands in plan.operands(tensor["place"]):
+                    holds(operands, "Operands")
+        for path in (base, *adapters):
+            holds(lorafast.inspect(path).to_dict(), "Listing")
+    carry_out_and_measure(tmp_path, holds)
+    # Each dictionary of the stub was held against something.
+    assert shapes.types.keys() - shapes.seen == {"PlanOptions", "ExecuteOptions"}
+
+
+def carry_out_and_measure(tmp_path: Path, holds: Callable[[Any, str], None]) -> None:
+    base = make_base(tmp_path / "base")
+    adapters = [
+        make_adapter(tmp_path / name, adapter_tensors(seed=seed))
+        for seed, name in enumerate(("one", "two"))
+    ]
+    plan = lorafast.plan(base, adapters).core
+    merged = tmp_path / "merged"
+    holds(plan.execute(merged), "Summary")
+    holds(plan.verify(merged, full=True), "VerifyOutcome")
+    begun = plan.begin(tmp_path / "stepwise", {"threads": 1})
+    begun.run(set())
+    holds(begun.finish(), "Summary")
+    back = make_plan(merged, adapters, MergeOptions(), subtract=True).core
+    back.execute(tmp_path / "back")
+    holds(back.distance(tmp_path / "back"), "Distance")
+    holds(_core.build_info(), "BuildInfo")
+
+    analysis = _core.analyze_adapter(
+        adapters[0], base=base, percentiles=[50.0], bins=4, entries=True, threads=1, progress=None
+    )
+    holds(analysis, "Analysis")
+    compared = _core.compare_adapters(adapters, threads=1, progress=None)
+    holds(compared, "AdapterComparison")
+    collection, failures = _core.open_collection(adapters, threads=1, progress=None)
+    assert failures == []
+    for member in collection.members():
+        holds(member, "Member")
+    for signature, _ in collection.signatures([0, 1], threads=1, progress=None):
+        holds(signature, "Signature")
+    for step in collection.drift([0, 1], threads=1, progress=None):
+        holds(step, "Drift")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_values_of_a_plan_say_as_much(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    base = case.base.write(tmp_path / "base")
+    adapters = [
+        adapter.write(tmp_path / f"{position}") for position, adapter in enumerate(case.adapters)
+    ]
+    plan = lorafast.plan(base, adapters, **case.options)
+    described = plan.to_dict()["tensors"]
+    for tensor, plain in zip(plan.tensors, described, strict=True):
+        assert {**plain, "shape": tuple(plain["shape"]), "updates": tensor.updates} == {
+            key: value for key, value in tensor._asdict().items() if key in plain
+        }
+        for update, entry in zip(tensor.updates, plain["updates"], strict=True):
+            values = update._asdict()
+            assert values.keys() >= entry.keys()
+            assert all(values[key] == entry[key] for key in entry if key != "part")  # type: ignore[literal-required]
+            assert (update.part is None) == ("part" not in entry)
+
+
+def test_a_difference_is_found() -> None:
+    shapes = Shapes()
+    info = _core.build_info()
+    assert list(shapes.differences({**info, "amx": 1}, "BuildInfo")) == [
+        "BuildInfo.amx is 1, no <class 'bool'>"
+    ]
+    assert list(shapes.differences({**info, "odd": 1}, "BuildInfo")) == ["BuildInfo has odd"]
+    del info["amx"]  # type: ignore[misc]
+    assert list(shapes.differences(info, "BuildInfo")) == ["BuildInfo has no amx"]
+
+
+def test_the_core_knows_the_options_that_the_stub_says(tmp_path: Path) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
+    odd: Any = {"odd": 1}
+    types = typed_dictionaries()
+    plan = lorafast.plan(base, adapter).core
+    for name, call in (
+        ("PlanOptions", lambda: _core.plan_merge(base, [adapter], odd)),
+        ("ExecuteOptions", lambda: plan.execute(tmp_path / "out", odd)),
+    ):
+        with pytest.raises(ValueError, match="unknown field `odd`, expected one of") as refused:
+            call()
+        known = set(re.findall(r"`(\w+)`", str(refused.value))) - {"odd"}
+        assert known == set(types[name].__annotations__)

@@ -1,0 +1,165 @@
+"""The options of merging stand in one table: signatures, flags and the core agree with it."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any, get_args
+
+import lorafast
+import pytest
+from lorafast import _types
+from lorafast._cli.main import main
+from lorafast._cli.merge import add_arguments as merge_arguments
+from lorafast._cli.subtract import add_arguments as subtract_arguments
+from lorafast._cli.verify import add_arguments as verify_arguments
+from lorafast._merge.options import ExecutionOptions, MergeOptions, Verb, options_of
+from support.handmade import make_adapter, make_base
+from support.stub import typed_dictionaries
+
+#: The keywords of a verb that are no options of merging.
+OWN = {"verify": {"full"}, "subtract": {"original"}}
+VERBS: tuple[Verb, ...] = get_args(Verb)
+FLAGS = {"merge": merge_arguments, "verify": verify_arguments, "subtract": subtract_arguments}
+
+
+def keywords(function: Any) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def without_spaces(text: str) -> str:
+    return text.replace(" ", "")
+
+
+def type_text(annotation: Any) -> str:
+    """A type of the table as a signature spells it."""
+    kind = annotation.__origin__
+    for name in ("Strategy", "Compat", "ExpertLayout", "Progress"):
+        alias = getattr(_types, name)
+        if kind == alias:
+            return name
+        if kind == alias | None:
+            return f"{name} | None"
+    if isinstance(kind, type) and not get_args(kind):
+        return kind.__name__
+    return str(kind).replace("collections.abc.", "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_signature_has_the_options_of_the_table(verb: Verb) -> None:
+    given = keywords(getattr(lorafast, verb))
+    table = {option.name: option.default for option in options_of(verb)}
+    assert {name: each.default for name, each in given.items() if name in table} == table
+    assert given.keys() - table.keys() == OWN.get(verb, set())
+    annotations = {**MergeOptions.__annotations__, **ExecutionOptions.__annotations__}
+    for name in table:
+        assert without_spaces(given[name].annotation) == without_spaces(
+            type_text(annotations[name])
+        ), name
+
+
+def test_a_plan_is_executed_with_the_options_of_a_merge() -> None:
+    given = keywords(lorafast.MergePlan.execute)
+    assert {name: each.default for name, each in given.items()} == ExecutionOptions()._asdict()
+
+
+def test_every_option_belongs_to_a_verb() -> None:
+    of_verbs = {option.name for verb in VERBS for option in options_of(verb)}
+    assert of_verbs == {*MergeOptions._fields, *ExecutionOptions._fields}
+    assert {option.name for option in options_of("plan")} == set(MergeOptions._fields)
+
+
+def test_options_are_frozen_and_survive_pickling() -> None:
+    options = MergeOptions(weights=[1.0], strategy="weighted")
+    assert pickle.loads(pickle.dumps(options)) == options
+    with pytest.raises(AttributeError):
+        options.strategy = "average"  # type: ignore[misc]
+
+
+def test_what_crosses_to_the_core_is_what_the_core_knows() -> None:
+    types = typed_dictionaries()
+    beside = {"subtract", "renames"}
+    assert {*MergeOptions().to_core(), *beside} == set(types["PlanOptions"].__annotations__)
+    crossing = {*ExecutionOptions().to_core(), "instruction_set"}
+    assert crossing == set(types["ExecuteOptions"].__annotations__)
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_the_command_has_a_flag_for_each_option(verb: Verb) -> None:
+    parser = argparse.ArgumentParser()
+    FLAGS[verb](parser)
+    shown = {
+        action.dest: action for action in parser._actions if action.help is not argparse.SUPPRESS
+    }
+    for option in options_of(verb):
+        if option.flag.help is None:
+            assert option.name not in shown
+            continue
+        action = shown[option.name]
+        expected = [] if option.default == () else option.default
+        assert action.default == expected, option.name
+        assert action.help == option.flag.other_help.get(verb, option.flag.help)
+        if option.choices is not None:
+            assert tuple(action.choices or ()) == option.choices
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "weighted", "weights": [0.5]}], ids=str)
+def test_older_spellings_still_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
+    where, given = str(tmp_path / "merged"), ["--base", str(base), "--adapters", str(adapter)]
+    how = ["--merge-strategy", "weighted", "--weights", "0.5"] if options else []
+    said = "--merge-strategy is called --strategy now\n" if options else ""
+    assert main(["merge", *given, "--output", where, *how, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", said)
+    lorafast.merge(base, adapter, tmp_path / "same", **options)
+    name = "model.safetensors"
+    assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    assert (
+        main(["subtract", where, str(adapter), "--output", f"{where}-back", *how, "--quiet"]) == 0
+    )
+    assert "subtract --merged MERGED --adapters ADAPTER" in capsys.readouterr().err
+    assert (tmp_path / "merged-back" / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        (["info"], ["inspect"]),
+        (["similar"], ["similarity"]),
+        (["lineage", "--checkpoints"], ["trajectory"]),
+        (["lineage", "--checkpoints", "--by", "name"], ["trajectory", "--by", "name"]),
+    ],
+    ids=str,
+)
+def test_older_commands_still_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], older: list[str], newer: list[str]
+) -> None:
+    make_adapter(tmp_path / "run" / "checkpoint-1")
+    where = str(tmp_path / "run" / ("" if "checkpoints" in older[-1] else "checkpoint-1"))
+    assert main([*newer, where, "--json"]) == 0
+    expected = capsys.readouterr().out
+    assert main([*older, where, "--json"]) == 0
+    streams = capsys.readouterr()
+    assert streams.out == expected
+    assert streams.err.splitlines()[0].endswith(f" is called {newer[0]} now")
+
+
+def test_older_spellings_are_not_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("merge", "verify", "subtract", "lineage"):
+        assert main([command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert not {"--merge-strategy", "--merge-dtype", "--checkpoints"} & set(shown.split())
+        assert "SUPPRESS" not in shown
+    assert main(["--help"]) == 0
+    assert not {"info", "similar"} & set(capsys.readouterr().out.split())
+
+
+def test_a_subtraction_given_both_ways_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["subtract", "one", "two", "--merged", "three", "--output", "out"]
+    assert main(words) == 2
+    assert "unrecognized arguments: one" in capsys.readouterr().err
