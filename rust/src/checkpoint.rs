@@ -2,20 +2,18 @@
 
 pub mod names;
 pub mod quantized;
-pub mod rewrite;
 pub mod side_files;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
 use serde_json::Value;
 
-use crate::checkpoint::side_files::shard_of;
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
+use crate::storage::file_names::{ADAPTER_FILES, shard_of};
 use crate::storage::local;
 use crate::storage::staging;
 use crate::tensor::safetensors::{NamedTensor, TensorFile, TensorInfo};
@@ -26,8 +24,6 @@ const SINGLE_FILES: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.s
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 /// How the classes of transformers end that have a language head.
 const LANGUAGE_MODELS: [&str; 3] = ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"];
-const ADAPTER_FILES: [&str; 3] =
-    ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"];
 
 /// The index file that maps tensors to shards.
 #[derive(Debug, Clone)]
@@ -90,7 +86,7 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::open`], and [`Error::Cancelled`].
     pub fn open_with(path: &Path, task: &Task) -> Result<Self> {
-        let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
+        let metadata = local::metadata(path).map_err(|error| Error::io(path, error))?;
         let is_directory = metadata.is_dir();
         let (root, files) = if is_directory {
             (path.to_path_buf(), find_files(path)?)
@@ -274,9 +270,8 @@ fn file_name(path: &Path) -> String {
 /// Decides which files of a directory make up the model.
 fn find_files(directory: &Path) -> Result<Files> {
     let mut names = Vec::new();
-    for entry in fs::read_dir(directory).map_err(|error| Error::io(directory, error))? {
-        let entry = entry.map_err(|error| Error::io(directory, error))?;
-        names.push(entry.file_name().to_string_lossy().into_owned());
+    for path in local::paths_in(directory)? {
+        names.push(file_name(&path));
     }
     names.sort();
     let has = |name: &str| names.iter().any(|other| other == name);
@@ -415,8 +410,7 @@ fn missing_side_files(directory: &Path) -> Option<String> {
 
 /// Reads a file that must hold one JSON object: the object, and its bytes.
 fn read_object(path: &Path) -> Result<Object> {
-    let (mut file, _) = local::open(path)?;
-    let text = local::read_whole(&mut file).map_err(|error| Error::io(path, error))?;
+    let (text, _) = local::read_small(path)?;
     let content = serde_json::from_slice(&text)
         .map_err(|error| Error::checkpoint(path, format!("is not a JSON object: {error}")))?;
     Ok((content, text))
@@ -484,6 +478,8 @@ fn check_index(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::tensor::dtype::Dtype;
     use crate::tensor::safetensors::Header;

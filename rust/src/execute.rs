@@ -10,11 +10,11 @@ pub mod parts;
 pub(crate) mod queue;
 pub(crate) mod requantize;
 pub(crate) mod residual;
+pub(crate) mod rewrite;
 pub mod session;
 mod tile;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::Task;
 use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
-use crate::storage::local::{self, CopyError};
+use crate::storage::local::{self, CopyError, File};
 
 use compute::{Buffers, Computer, Slot, lock};
 use queue::{Work, WorkQueues};

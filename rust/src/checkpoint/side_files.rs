@@ -6,19 +6,15 @@
 //! out and said.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::storage::local::{self, Stamp};
+use crate::storage::file_names;
+use crate::storage::local::{self, Entry, Stamp};
 use crate::storage::staging;
-
-/// The config that makes a directory an adapter.
-pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// The files of a checkpoint's directory beside its own shards and index.
 #[derive(Debug, Default, Clone)]
@@ -30,22 +26,6 @@ pub struct SideFiles {
     pub left_out: Vec<String>,
 }
 
-/// Endings of files that hold weights in whatever format.
-const WEIGHTS: [&str; 13] = [
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".msgpack",
-    ".h5",
-    ".ot",
-    ".gguf",
-    ".onnx",
-    ".onnx_data",
-    ".npz",
-    ".tflite",
-];
 /// Endings of the files that belong to models: configs, tokenizers, templates, code, and what their
 /// cards show.
 const CARRIED: [&str; 28] = [
@@ -93,78 +73,9 @@ const OWN: [&str; 7] = [
     staging::DIRECTORY,
     staging::MANIFEST,
 ];
-/// What merges and analyses say of the directory that they lie in.
-const REPORTS: [&str; 5] = [
-    "merge_info.json",
-    "merge_report.json",
-    "merge_report.md",
-    "subtract_report.json",
-    "subtract_report.md",
-];
 /// What training leaves, and no model needs.
 const OF_TRAINING: [&str; 4] =
     ["trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"];
-/// Names that only a model's files have: what a new model does not replace of them would belong to
-/// none.
-const OF_A_MODEL: [&str; 25] = [
-    "config.json",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.safetensors",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "image_processor_config.json",
-    "hf_quant_config.json",
-];
-/// How the shards of a model are named: this, `-00001-of-00002`, `.safetensors`.
-const SHARD_STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
-
-/// Whether a name is that of a file with weights, in whatever format.
-pub fn holds_weights(name: &str) -> bool {
-    let lower = name.to_lowercase();
-    WEIGHTS.iter().any(|ending| lower.ends_with(ending))
-}
-
-/// Whether a name in an output says that the file belongs to the model there, or reports on it.
-pub fn is_of_a_model(name: &str) -> bool {
-    let is_shard = || shard_of(name).is_some_and(|(stem, ..)| SHARD_STEMS.contains(&stem));
-    OF_A_MODEL.contains(&name) || is_report(name) || is_shard()
-}
-
-/// Whether a name in an output is that of a report on the model there, or of what a report leaves
-/// whose writing was cut off.
-pub fn is_report(name: &str) -> bool {
-    REPORTS.contains(&name) || name.starts_with(".lorafast-") && name.ends_with(".part")
-}
-
-/// Stem, number and count of a shard by its name: `model-00001-of-00003.safetensors`.
-pub fn shard_of(name: &str) -> Option<(&str, u64, u64)> {
-    let digits = |text: &str| {
-        let plain = text.len() >= 5 && text.bytes().all(|byte| byte.is_ascii_digit());
-        plain.then(|| text.parse().ok()).flatten()
-    };
-    let (rest, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
-    let (stem, number) = rest.rsplit_once('-')?;
-    Some((stem, digits(number)?, digits(count)?))
-}
-
 /// Lists the side files of a checkpoint. A single file has none.
 ///
 /// # Errors
@@ -187,10 +98,9 @@ pub fn list(base: &Checkpoint) -> Result<SideFiles> {
 /// if they are links, as in a hub's cache.
 fn homes(base: &Checkpoint) -> Result<Vec<PathBuf>> {
     let root = base.root();
-    let mut homes = vec![root.canonicalize().map_err(|error| Error::io(root, error))?];
+    let mut homes = vec![local::real_path(root)?];
     for shard in base.shards() {
-        let path = shard.file.path();
-        let shard = path.canonicalize().map_err(|error| Error::io(path, error))?;
+        let shard = local::real_path(shard.file.path())?;
         homes.extend(shard.parent().map(Path::to_path_buf));
     }
     homes.dedup();
@@ -203,8 +113,7 @@ fn parts(root: &Path) -> Result<BTreeSet<String>> {
     if local::find(&path)?.is_none() {
         return Ok(BTreeSet::new());
     }
-    let (mut file, _) = local::open(&path)?;
-    let content = local::read_whole(&mut file).map_err(|error| Error::io(&path, error))?;
+    let (content, _) = local::read_small(&path)?;
     let modules: Value = serde_json::from_slice(&content).unwrap_or_default();
     let modules = modules.as_array().into_iter().flatten();
     Ok(modules.filter_map(|module| Some(module.get("path")?.as_str()?.to_owned())).collect())
@@ -223,27 +132,27 @@ impl Walk<'_> {
         let directory = self.root.join(below);
         // Folders below it are parts of the model, and their weights no other copies of these.
         let is_top = below.as_os_str().is_empty();
-        let failed = |error| Error::io(&directory, error);
-        for entry in fs::read_dir(&directory).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let Ok(file_name) = entry.file_name().into_string() else {
-                files.left_out.push(below.join(entry.file_name()).to_string_lossy().into_owned());
-                continue;
+        for Entry { path, name, is_directory } in local::entries_in(&directory)? {
+            let file_name = match name.into_string() {
+                Ok(file_name) => file_name,
+                Err(odd) => {
+                    files.left_out.push(below.join(odd).to_string_lossy().into_owned());
+                    continue;
+                }
             };
             let relative = below.join(&file_name);
             let name = relative.to_string_lossy().into_owned();
             if self.own.contains(&name.as_str()) || is_own(&file_name) {
                 continue;
             }
-            let kind = entry.file_type().map_err(failed)?;
-            if kind.is_dir() {
+            if is_directory {
                 if self.is_part(&relative, &file_name)? {
                     self.folder(&relative, files)?;
                 } else {
                     files.left_out.push(format!("{name}/"));
                 }
-            } else if is_carried(&file_name) && !(is_top && holds_weights(&file_name)) {
-                if let Some(stamp) = self.look_at(&entry.path(), &file_name)? {
+            } else if is_carried(&file_name) && !(is_top && file_names::holds_weights(&file_name)) {
+                if let Some(stamp) = self.look_at(&path, &file_name)? {
                     files.carried.push((name, stamp));
                 } else {
                     files.left_out.push(name);
@@ -264,16 +173,15 @@ impl Walk<'_> {
             return Ok(true);
         }
         let directory = self.root.join(relative);
-        let failed = |error| Error::io(&directory, error);
-        let entries = match fs::read_dir(&directory) {
-            // Such as lost+found; what nobody may look at is no part of a model.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(false),
-            entries => entries.map_err(failed)?,
-        };
-        for entry in entries {
-            let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
-            let of_a_model = [ADAPTER_CONFIG, "trainer_state.json", "model_index.json"];
-            if holds_weights(&name) || is_index(&name) || of_a_model.contains(&name.as_str()) {
+        // Such as lost+found; what nobody may look at is no part of a model.
+        let Some(paths) = local::paths_in_if_allowed(&directory)? else { return Ok(false) };
+        for path in paths {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let of_a_model = [file_names::ADAPTER_CONFIG, "trainer_state.json", "model_index.json"];
+            if file_names::holds_weights(&name)
+                || is_index(&name)
+                || of_a_model.contains(&name.as_str())
+            {
                 return Ok(false);
             }
         }
@@ -284,7 +192,7 @@ impl Walk<'_> {
     /// the model, unless the model would be another one without the file.
     fn look_at(&self, path: &Path, name: &str) -> Result<Option<Stamp>> {
         let Some(metadata) = local::find(path)? else { return Ok(None) };
-        let needed = OF_A_MODEL.contains(&name);
+        let needed = file_names::OF_A_MODEL.contains(&name);
         if !metadata.is_file() {
             let what = local::kind(&metadata);
             return if needed {
@@ -293,7 +201,7 @@ impl Walk<'_> {
                 Ok(None)
             };
         }
-        let real = path.canonicalize().map_err(|error| Error::io(path, error))?;
+        let real = local::real_path(path)?;
         let [root, beside_shards @ ..] = self.homes.as_slice() else { return Ok(None) };
         let is_beside = |home: &PathBuf| real.parent() == Some(home.as_path());
         if real.starts_with(root) || beside_shards.iter().any(is_beside) {
@@ -313,7 +221,7 @@ impl Walk<'_> {
 }
 
 fn is_own(name: &str) -> bool {
-    OWN.contains(&name) || REPORTS.contains(&name)
+    OWN.contains(&name) || file_names::REPORTS.contains(&name)
 }
 
 fn is_index(name: &str) -> bool {
@@ -332,21 +240,13 @@ fn is_carried(name: &str) -> bool {
     let is_other = lower.starts_with('.')
         || is_index(&lower)
         || OF_TRAINING.contains(&lower.as_str())
-        || lower == ADAPTER_CONFIG;
+        || lower == file_names::ADAPTER_CONFIG;
     !is_other && is_known()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_shard_is_told_by_its_name() {
-        assert_eq!(shard_of("model-00002-of-00003.safetensors"), Some(("model", 2, 3)));
-        assert_eq!(shard_of("a-b-00001-of-00001.safetensors"), Some(("a-b", 1, 1)));
-        assert_eq!(shard_of("model-2-of-3.safetensors"), None);
-        assert_eq!(shard_of("model.safetensors"), None);
-    }
 
     #[test]
     fn only_what_belongs_to_models_is_carried() {

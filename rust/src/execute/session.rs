@@ -2,7 +2,6 @@
 //! with arithmetic of its own can make some of the merged tensors while the CPU makes the rest.
 
 use std::collections::HashSet;
-use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,14 +10,14 @@ use std::time::Instant;
 
 use super::compute::{self, Computer};
 use super::queue::{self, Work};
+use super::rewrite;
 use super::{Job, Options, Output, Summary};
-use crate::checkpoint::rewrite;
 use crate::checkpoint::side_files::{self, SideFiles};
 use crate::error::{Error, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Inputs, Plan, PlannedTensor};
-use crate::storage::local::{self, Stamp};
+use crate::storage::local::{self, File, Metadata, Stamp};
 use crate::storage::staging::{self, Input, Staging};
 
 /// A tensor of a plan: its shard's position and its own in that.
@@ -147,7 +146,7 @@ impl Session {
             .iter()
             .map(|shard| {
                 let source = &inputs.base.shards()[shard.source].file;
-                let like = source.as_file().map(File::metadata).transpose();
+                let like = source.as_file().map(local::metadata_of).transpose();
                 let like = like.map_err(|error| Error::io(source.path(), error))?;
                 let file = staging.create_file(&shard.name, shard.bytes(), like.as_ref())?;
                 if !queue::copies_header(inputs, shard) {
@@ -347,13 +346,12 @@ fn read_inputs(
         }
     }
     for model in protected {
-        let is_directory = model.is_dir();
+        let is_directory = local::is_directory(model);
         let root = if is_directory { Some(model.as_path()) } else { model.parent() };
         let root = root.filter(|root| !root.as_os_str().is_empty()).unwrap_or(Path::new("."));
         add(root.to_path_buf(), "the merged model", is_directory);
-        let failed = |error| Error::io(root, error);
-        for entry in std::fs::read_dir(root).map_err(failed)? {
-            add(entry.map_err(failed)?.path(), "the merged model", false);
+        for path in local::paths_in(root)? {
+            add(path, "the merged model", false);
         }
     }
     Ok(read)

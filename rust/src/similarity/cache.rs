@@ -1,14 +1,12 @@
 //! The cache of a matrix of products: finished blocks on disk, so that none is computed again.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
 use super::collection::Collection;
 use super::products::{Block, Options, Table};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local;
 
@@ -38,7 +36,7 @@ impl Cache {
             text += &format!("{:?}\n", block.members());
         }
         let directory = root.join(format!("products-{}", &sha256_of_bytes(text.as_bytes())[..24]));
-        fs::create_dir_all(&directory).map_err(|error| Error::io(&directory, error))?;
+        local::create_directory(&directory)?;
         Ok(Self { directory })
     }
 
@@ -82,18 +80,6 @@ impl Cache {
         let digest = Sha256::digest(&content);
         content.extend_from_slice(&digest);
         let partial = self.directory.join(format!("block-{index:06}.{}", std::process::id()));
-        let write = || -> io::Result<()> {
-            // What a killed process of this number left; never through a link.
-            match fs::remove_file(&partial) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            File::options().write(true).create_new(true).open(&partial)?.write_all(&content)?;
-            fs::rename(&partial, &path)
-        };
-        write().map_err(|error| {
-            let _ = fs::remove_file(&partial);
-            Error::io(&path, error)
-        })
+        local::write_whole(&path, &partial, &content)
     }
 }

@@ -1,6 +1,5 @@
 //! Collections of adapters, none of them open: where the factors of each lie.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use crate::adapter::{Adapter, Expert, Module};
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::digest::sha256_of_bytes;
-use crate::storage::local::{self, Stamp};
+use crate::storage::local::{self, File, Stamp};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Tensor, TensorFile};
 
@@ -143,7 +142,7 @@ impl Member {
     /// Looks again at the opened weights: an error if they are not what they were at first.
     pub(super) fn check_unchanged(&self, weights: &Weights) -> Result<()> {
         let Weights::File(file) = weights else { return Ok(()) };
-        let metadata = file.metadata().map_err(|error| Error::io(&self.file, error))?;
+        let metadata = local::metadata_of(file).map_err(|error| Error::io(&self.file, error))?;
         if Stamp::of(&metadata) == self.stamp { Ok(()) } else { Err(self.changed()) }
     }
 

@@ -1,11 +1,14 @@
 //! Opening files that others may change, positioned reads and writes, and copies that stay in the
 //! kernel.
 
-use std::fs::{self, File, Metadata};
+use std::ffi::OsString;
+use std::fs;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
+
+pub use std::fs::{File, Metadata};
 
 use crate::error::{Error, Result};
 
@@ -242,6 +245,95 @@ pub fn paths_in(directory: &Path) -> Result<Vec<PathBuf>> {
     let failed = |error| Error::io(directory, error);
     let entries = fs::read_dir(directory).map_err(failed)?;
     entries.map(|entry| Ok(entry.map_err(failed)?.path())).collect()
+}
+
+/// The same; `None` if nobody may look into it.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be listed for another reason.
+pub fn paths_in_if_allowed(directory: &Path) -> Result<Option<Vec<PathBuf>>> {
+    match paths_in(directory) {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+            Ok(None)
+        }
+        paths => paths.map(Some),
+    }
+}
+
+/// An entry of a directory, no link followed.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its name.
+    pub name: OsString,
+    /// Whether it is a directory itself.
+    pub is_directory: bool,
+}
+
+/// The entries of a directory, in the system's order.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be listed.
+pub fn entries_in(directory: &Path) -> Result<Vec<Entry>> {
+    let failed = |error| Error::io(directory, error);
+    let entries = fs::read_dir(directory).map_err(failed)?;
+    let look = |entry: io::Result<fs::DirEntry>| {
+        let entry = entry?;
+        let is_directory = entry.file_type()?.is_dir();
+        Ok(Entry { path: entry.path(), name: entry.file_name(), is_directory })
+    };
+    entries.map(|entry| look(entry).map_err(failed)).collect()
+}
+
+/// Whether a path leads to a directory.
+pub fn is_directory(path: &Path) -> bool {
+    path.is_dir()
+}
+
+/// A path with every link resolved.
+///
+/// # Errors
+/// [`Error::Io`], also if nothing is there.
+pub fn real_path(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|error| Error::io(path, error))
+}
+
+/// What is known of an open file.
+///
+/// # Errors
+/// Those of the operating system.
+pub fn metadata_of(file: &File) -> io::Result<Metadata> {
+    file.metadata()
+}
+
+/// Makes a directory and those above it, where they are not there.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn create_directory(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|error| Error::io(path, error))
+}
+
+/// Writes a file whole or not at all: under the name `partial` beside it, which is nobody else's, and
+/// then under its own.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_whole(path: &Path, partial: &Path, content: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        // What a killed process left under that name; never through a link.
+        match fs::remove_file(partial) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        File::options().write(true).create_new(true).open(partial)?.write_all(content)?;
+        fs::rename(partial, path)
+    };
+    write().map_err(|error| {
+        let _ = fs::remove_file(partial);
+        Error::io(path, error)
+    })
 }
 
 /// All of a small plain file, and what it was when it was opened.

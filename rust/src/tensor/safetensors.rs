@@ -9,7 +9,6 @@ mod data;
 mod header;
 pub mod write;
 
-use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
@@ -22,7 +21,7 @@ pub use header::{Header, TensorInfo};
 
 use crate::error::{Error, Owner, Result};
 use crate::storage::digest::{hexadecimal, sha256_of};
-use crate::storage::local::{self, CopyError, Stamp};
+use crate::storage::local::{self, CopyError, File, Stamp};
 use crate::storage::source::{self, LocalFile, Memory, Source};
 use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;

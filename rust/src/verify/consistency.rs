@@ -5,8 +5,9 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use super::Verification;
-use crate::checkpoint::{Checkpoint, Location, rewrite};
+use crate::checkpoint::{Checkpoint, Location};
 use crate::error::Result;
+use crate::execute::rewrite;
 use crate::plan::{Inputs, Plan};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::same_bytes;

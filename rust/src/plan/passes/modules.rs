@@ -2,18 +2,17 @@
 
 use indexmap::IndexMap;
 
+use super::checks::{refuse_integers, refuse_subtracting, residual_of};
 use super::targets::{self, Target, TargetedModule};
-use super::undo::GIVE_THE_BASE;
 use super::{quantized, replication, slices, ties};
-use crate::adapter::{Adapter, Initialization, LayerKind, Module};
+use crate::adapter::{Adapter, LayerKind, Module};
 use crate::checkpoint::names::orientation;
 use crate::error::Result;
 use crate::limits;
 use crate::plan::context::{AdapterContext, Context};
 use crate::plan::draft::PlanDraft;
-use crate::plan::update::{ExpertLayout, Residual, Slice, Update, UpdateKind};
+use crate::plan::update::{ExpertLayout, Slice, Update, UpdateKind};
 use crate::tensor::orientation::Orientation;
-use crate::tensor::safetensors::TensorInfo;
 
 /// Adds the updates of all of an adapter's modules; how many weights lie the other way than the
 /// adapter says. `is_mapped` tells that every target's name fits, so that one that does not is not
@@ -92,7 +91,7 @@ fn update(
         }
         None => (orientation_on(context, adapter.adapter, module, &shape)?, vec![Slice::default()]),
     };
-    let residual = residual(adapter.adapter, targeted, Some(&shape))?;
+    let residual = residual_of(adapter.adapter, targeted, Some(&shape))?;
     let kind = targeted.kind();
     refuse_subtracting(context, path, kind)?;
     if module.bias.is_some() {
@@ -170,73 +169,6 @@ fn add_bias(
         draft.changes.entry(&name).updates.push(update.clone());
     }
     Ok(())
-}
-
-/// What the adapter's initialisation took out of a module's weight, of that shape where it is one
-/// tensor.
-///
-/// # Errors
-/// In words, where that is not known.
-pub(super) fn residual(
-    adapter: &Adapter,
-    targeted: TargetedModule<'_>,
-    shape: Option<&[u64]>,
-) -> Result<Option<Residual>, String> {
-    let TargetedModule { module, target } = targeted;
-    let path = &module.path;
-    let residual = match adapter.semantics().initialization {
-        Initialization::Smallest => Residual::Smallest,
-        Initialization::Largest { .. } => Residual::Largest,
-        Initialization::Leading => Residual::Leading,
-        Initialization::Plain | Initialization::Unknown => return Ok(None),
-    };
-    let is_linear = module.kind == LayerKind::Linear;
-    let is_layer = is_linear && target.layout.is_none() && target.parameter.ends_with(".weight");
-    if !is_layer || !module.delta.is_low_rank() || targeted.repeats() != 1.0 {
-        return Err(format!(
-            "its module {path} is no plain linear layer, and how its initialisation changed \
-             the base is not known (init_lora_weights, kasa_config); convert it in training"
-        ));
-    }
-    if let (Residual::Smallest, Some(shape)) = (residual, shape)
-        && shape.iter().any(|extent| target.rank >= *extent)
-    {
-        return Err(format!(
-            "its module {path} of rank {} leaves nothing of a weight of shape {shape:?}, whose \
-             smallest singular components KaSA takes out (kasa_config)",
-            target.rank
-        ));
-    }
-    Ok(Some(residual))
-}
-
-/// # Errors
-/// In words, what cannot be taken out of a merged model again.
-pub(super) fn refuse_subtracting(
-    context: &Context<'_>,
-    path: &str,
-    kind: UpdateKind,
-) -> Result<(), String> {
-    if context.options.subtract && kind == UpdateKind::Dora {
-        return Err(format!(
-            "its module {path} is rescaled by DoRA, and the norms by which its rows were divided \
-             are in neither the merged model nor the adapter; {GIVE_THE_BASE}"
-        ));
-    }
-    Ok(())
-}
-
-/// # Errors
-/// In words, where a weight is stored as integers.
-pub(super) fn refuse_integers(path: &str, tensor: &TensorInfo) -> Result<(), String> {
-    if tensor.dtype.is_mergeable() {
-        return Ok(());
-    }
-    Err(format!(
-        "its module {path} updates {}, which the base stores as {}: \
-         merge into the unquantised base instead",
-        tensor.name, tensor.dtype
-    ))
 }
 
 /// Which way a module's product lies on a weight of that shape.

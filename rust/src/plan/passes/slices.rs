@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::modules::{refuse_integers, refuse_subtracting, residual};
+use super::checks::{refuse_integers, refuse_subtracting, residual_of};
 use super::quantized;
 use super::targets::TargetedModule;
 use crate::adapter::{LayerKind, Module, Saved};
@@ -49,7 +49,7 @@ pub(in crate::plan) fn update(
              in pieces or as a part of another; leave compat out"
         ));
     }
-    if residual(adapter.adapter, targeted, None)?.is_some() {
+    if residual_of(adapter.adapter, targeted, None)?.is_some() {
         return Err(format!(
             "its module {path} began with components taken out of the base's weight \
              (init_lora_weights, kasa_config), which the base stores in pieces or as a part of \

@@ -1,7 +1,7 @@
 //! The pass over trained rows of embeddings (`trainable_token_indices`): runs of rows that are
 //! replaced.
 
-use super::modules::refuse_integers;
+use super::checks::refuse_integers;
 use super::quantized;
 use super::ties;
 use super::undo::GIVE_THE_BASE;

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::lock::Lock;
 use super::{DIRECTORY, KEPT, Kept, MODEL, Staging, is_index, place, stays_inside};
-use crate::checkpoint::side_files;
 use crate::error::{Error, Result};
+use crate::storage::file_names;
 use crate::storage::local::{self, Stamp};
 
 /// In the staging directory: the files of the older model, while the new one takes their place.
@@ -216,7 +216,7 @@ pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
     let occupancy = place::Occupancy::find(&output, &staging.names, &staging.inputs)
         .map_err(|error| keep(format!("cannot be replaced any more: {error}")))?;
     let has_come =
-        |name: &&String| !staging.occupancy.older.contains(name) && !side_files::is_report(name);
+        |name: &&String| !staging.occupancy.older.contains(name) && !file_names::is_report(name);
     if let Some(name) = occupancy.older.iter().find(has_come) {
         return Err(keep(format!("{name} has come into it while the model was written")));
     }

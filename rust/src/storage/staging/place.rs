@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::{DIRECTORY, Input, is_index, manifest, stays_inside};
-use crate::checkpoint::side_files;
 use crate::error::{Error, Result};
+use crate::storage::file_names;
 use crate::storage::local::{self, identity};
 
 /// The path with every link resolved, as far as it exists.
@@ -178,7 +178,7 @@ impl Occupancy {
         let known = manifest::listed(output).into_iter().map(|(name, _)| name);
         let indexes = entries.iter().filter(|name| is_index(name));
         let shards = indexes.clone().flat_map(|name| shards_of(output, name));
-        let fixed = entries.iter().filter(|name| side_files::is_of_a_model(name));
+        let fixed = entries.iter().filter(|name| file_names::is_of_a_model(name));
         for name in known.chain(shards).chain(indexes.cloned()).chain(fixed.cloned()) {
             // A file, or a link to one, which is moved as the link that it is.
             let found = fs::symlink_metadata(output.join(&name));
@@ -188,7 +188,7 @@ impl Occupancy {
         }
         refuse_adapters(output, &entries, &older)?;
         refuse_inputs(output, &older, inputs)?;
-        let is_left = |name: &&String| side_files::holds_weights(name) && !older.contains(*name);
+        let is_left = |name: &&String| file_names::holds_weights(name) && !older.contains(*name);
         let bystanders = entries.iter().filter(is_left).cloned().collect();
         Ok(Self { older: older.into_iter().collect(), bystanders })
     }
@@ -245,7 +245,7 @@ fn shards_of(output: &Path, index: &str) -> BTreeSet<String> {
 /// An adapter that stays beside a model makes loaders load that in its place; one that is no part
 /// of the older model is not ours to delete.
 fn refuse_adapters(output: &Path, entries: &[String], older: &BTreeSet<String>) -> Result<()> {
-    match entries.iter().find(|name| *name == side_files::ADAPTER_CONFIG && !older.contains(*name))
+    match entries.iter().find(|name| *name == file_names::ADAPTER_CONFIG && !older.contains(*name))
     {
         Some(name) => Err(Error::output(
             output,
