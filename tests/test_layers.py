@@ -135,13 +135,14 @@ PEFT_NAME = re.compile(
     r"|init_lora_weights|layer_replication|trainable_token_indices)$"
 )
 #: A directory may hold an adapter beside a base, or instead of one. Its files' names tell that
-#: before any format is asked.
+#: before any format is asked. A column of a fleet's tables is called `peft_type`.
 PEFT_NAMES_ELSEWHERE = {
     "storage/file_names.rs": {
         "adapter_config.json",
         "adapter_model.safetensors",
         "adapter_model.bin",
     },
+    "measure/fleet/tables.rs": {"peft_type"},
 }
 #: What touches files. Metadata that was read already can be asked.
 FILE_ACCESS = re.compile(

@@ -23,6 +23,7 @@ pub use delta::{Delta, Expert};
 pub use semantics::{Initialization, Semantics, TransposedExperts};
 
 use crate::error::{Owner, Result};
+use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local::Stamp;
 use crate::tensor::safetensors::{Tensor, TensorFile, check_path};
 use factors::Pair;
@@ -375,6 +376,15 @@ impl Adapter {
     /// [`crate::Error::Adapter`] if it changed meanwhile, [`crate::Error::Io`].
     pub fn sha256(&self) -> Result<String> {
         self.file().sha256()
+    }
+
+    /// A digest of all that its updates are made from: its tensors' content and its settings.
+    ///
+    /// # Errors
+    /// As [`Adapter::sha256`].
+    pub fn identity(&self) -> Result<String> {
+        let settings = serde_json::to_string(self.settings()).expect("plain data");
+        Ok(sha256_of_bytes(format!("{} {settings}", self.sha256()?).as_bytes()))
     }
 
     /// The paths that it was read from.

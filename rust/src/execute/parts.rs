@@ -1,6 +1,5 @@
 //! Shards that are written apart from each other, and the model that is assembled from them.
 
-use std::fs::File;
 use std::path::Path;
 
 use serde::Serialize;
@@ -12,7 +11,7 @@ use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Inputs, Plan};
 use crate::storage::digest::sha256_of;
-use crate::storage::local::{self, Stamp};
+use crate::storage::local::{self, File, Stamp};
 
 /// A shard that was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -33,8 +33,7 @@ impl Plan {
         }
         add(inputs.base.config_bytes().unwrap_or_default());
         for adapter in &inputs.adapters {
-            add(adapter.sha256()?.as_bytes());
-            add(&json(adapter.settings()));
+            add(adapter.identity()?.as_bytes());
         }
         for shard in &self.shards {
             add(shard.name.as_bytes());

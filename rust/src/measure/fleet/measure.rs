@@ -306,13 +306,12 @@ impl Open {
             tensors.iter().map(|tensor| tensor.dtype.name().to_owned()).collect();
         dtypes.sort();
         dtypes.dedup();
-        let settings = self.adapter.settings();
-        let text = |key| settings.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+        let kind = self.adapter.summary().get("type").and_then(|value| value.as_str());
         let is_stabilized = self.adapter.semantics().rank_stabilized;
         let rule = if is_stabilized { "alpha/sqrt(r)" } else { "alpha/r" };
         let texts = Texts {
-            peft_type: text("peft_type"),
-            base: text("base_model_name_or_path"),
+            peft_type: kind.map(str::to_owned),
+            base: self.adapter.semantics().base.clone(),
             scaling_rule: rule.to_owned(),
             dtypes: dtypes.join(" "),
             blake3: findings.blake3,
