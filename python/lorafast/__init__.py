@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lorafast._merge.api import merge, plan, subtract, verify
     from lorafast._merge.inspect import inspect
     from lorafast._merge.listing import AdapterListing, CheckpointListing
+    from lorafast._merge.parts import PlanPart, WrittenShard
     from lorafast._merge.plan import MergePlan
     from lorafast._merge.planned import PlannedTensor, Update
     from lorafast._merge.recover import recover
@@ -91,6 +92,7 @@ __all__ = [
     "OutputError",
     "PairComparison",
     "PlanError",
+    "PlanPart",
     "PlannedTensor",
     "ScanError",
     "Similarity",
@@ -101,6 +103,7 @@ __all__ = [
     "Update",
     "Verification",
     "VerificationError",
+    "WrittenShard",
     "__version__",
     "analyze",
     "build_info",
@@ -139,6 +142,7 @@ _HOMES = {
     "_merge.api": ("merge", "plan", "subtract", "verify"),
     "_merge.inspect": ("inspect",),
     "_merge.listing": ("AdapterListing", "CheckpointListing"),
+    "_merge.parts": ("PlanPart", "WrittenShard"),
     "_merge.plan": ("MergePlan",),
     "_merge.planned": ("PlannedTensor", "Update"),
     "_merge.recover": ("recover",),

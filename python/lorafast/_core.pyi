@@ -5,7 +5,7 @@ alone; a test holds them against what the core returns.
 """
 
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, final, type_check_only
 
 from typing_extensions import Buffer
@@ -32,6 +32,7 @@ __all__ = [
     "plan_digest",
     "plan_groups",
     "plan_merge",
+    "plan_shard_bytes",
     "recover_output",
     "scan_adapters",
     "stored_factors",
@@ -49,29 +50,10 @@ _AdapterSource: TypeAlias = (
     | os.PathLike[str]
     | tuple[str | os.PathLike[str], str | os.PathLike[str], Callable[[], Sequence[_NamedTensor]]]
 )
+#: Options by name: those of `lorafast._merge.options`, as a test sees to.
+_Options: TypeAlias = Mapping[str, Any]
 #: A path; or the name, the config (JSON) and the tensors of a model in memory.
 _Base: TypeAlias = str | os.PathLike[str] | tuple[str, str, Sequence[_NamedTensor]]
-
-#: What an option may be: see `lorafast._merge.options`.
-@type_check_only
-class PlanOptions(TypedDict, total=False):
-    strategy: str
-    weights: Sequence[float] | None
-    #: A safetensors name.
-    dtype: str | None
-    allow: Sequence[str]
-    compat: str | None
-    expert_layout: str | None
-    subtract: bool
-    #: Rules as JSON.
-    renames: str | None
-
-@type_check_only
-class ExecuteOptions(TypedDict, total=False):
-    threads: int | None
-    overwrite: bool
-    sync: bool
-    instruction_set: str | None
 
 @type_check_only
 class Use(TypedDict):
@@ -208,6 +190,12 @@ class Operands(TypedDict):
     #: Little-endian float64.
     magnitude: bytes | None
     own: tuple[str, bytes] | None
+
+@type_check_only
+class WrittenShard(TypedDict):
+    name: str
+    bytes: int
+    sha256: str
 
 @type_check_only
 class Summary(TypedDict):
@@ -465,7 +453,7 @@ class Plan:
     def execute(
         self,
         output: str | os.PathLike[str],
-        options: ExecuteOptions | None = None,
+        options: _Options | None = None,
         *,
         protected: Sequence[str | os.PathLike[str]] = ...,
         progress: Callable[[int, int], object] | None = None,
@@ -474,7 +462,7 @@ class Plan:
     def replacement(self, place: tuple[int, int]) -> tuple[str, bytes] | None: ...
     def operands(self, place: tuple[int, int], *, weight: Any | None = None) -> list[Operands]: ...
     def begin(
-        self, output: str | os.PathLike[str], options: ExecuteOptions | None = None
+        self, output: str | os.PathLike[str], options: _Options | None = None
     ) -> Execution: ...
     def verify(
         self,
@@ -514,10 +502,11 @@ class Execution:
 def plan_merge(
     base: _Base,
     adapters: Sequence[_AdapterSource],
-    options: PlanOptions | None = None,
+    options: _Options | None = None,
 ) -> Plan: ...
 def plan_digest(plan: Plan) -> str: ...
 def plan_groups(plan: Plan) -> list[list[int]]: ...
+def plan_shard_bytes(plan: Plan) -> list[int]: ...
 def write_shards(
     plan: Plan,
     shards: Sequence[int],
@@ -526,7 +515,7 @@ def write_shards(
     threads: int | None,
     sync: bool,
     progress: Callable[[int, int], object] | None,
-) -> list[dict[str, Any]]: ...
+) -> list[WrittenShard]: ...
 def assemble_shards(
     plan: Plan,
     directory: str | os.PathLike[str],
@@ -536,7 +525,7 @@ def assemble_shards(
     overwrite: bool,
     sync: bool,
     progress: Callable[[int, int], object] | None,
-) -> dict[str, Any]: ...
+) -> Summary: ...
 def names_fit(
     base: _Base,
     adapters: Sequence[_AdapterSource],

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import inspect
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import lorafast
 import pytest
-from lorafast import _types
+from lorafast import _core, _types
 from lorafast._cli.main import main
 from lorafast._cli.merge import add_arguments as merge_arguments
 from lorafast._cli.subtract import add_arguments as subtract_arguments
 from lorafast._cli.verify import add_arguments as verify_arguments
 from lorafast._merge.options import ExecutionOptions, MergeOptions, Verb, options_of
 from support.handmade import make_adapter, make_base
-from support.stub import typed_dictionaries
 
 #: The keywords of a verb that are no options of merging.
 OWN = {"verify": {"full"}, "subtract": {"original"}}
@@ -79,12 +80,24 @@ def test_options_are_frozen_and_survive_pickling() -> None:
         options.strategy = "average"  # type: ignore[misc]
 
 
-def test_what_crosses_to_the_core_is_what_the_core_knows() -> None:
-    types = typed_dictionaries()
+def test_what_crosses_to_the_core_is_what_the_core_knows(tmp_path: Path) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
+    plan = lorafast.plan(base, adapter).core
+
+    def known(call: Callable[[dict[str, int]], object]) -> set[str]:
+        with pytest.raises(ValueError, match="unknown field `odd`, expected one of") as refused:
+            call({"odd": 1})
+        return set(re.findall(r"`(\w+)`", str(refused.value))) - {"odd"}
+
     beside = {"subtract", "renames"}
-    assert {*MergeOptions().to_core(), *beside} == set(types["PlanOptions"].__annotations__)
-    crossing = {*ExecutionOptions().to_core(), "instruction_set"}
-    assert crossing == set(types["ExecuteOptions"].__annotations__)
+    assert known(lambda odd: _core.plan_merge(base, [adapter], odd)) == {
+        *MergeOptions().to_core(),
+        *beside,
+    }
+    assert known(lambda odd: plan.execute(tmp_path / "out", odd)) == {
+        *ExecutionOptions().to_core(),
+        "instruction_set",
+    }
 
 
 @pytest.mark.parametrize("verb", FLAGS)

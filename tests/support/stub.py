@@ -25,11 +25,6 @@ def _stub() -> dict[str, Any]:
     return module
 
 
-def typed_dictionaries() -> dict[str, Any]:
-    """Those of `_core.pyi`, by name."""
-    return {name: each for name, each in _stub().items() if typing.is_typeddict(each)}
-
-
 class Shapes:
     """Holds values against types.
 

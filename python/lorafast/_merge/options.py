@@ -9,22 +9,17 @@ dictionary that crosses to the core, and what the signatures of the verbs in `ap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
     NamedTuple,
     Self,
     Union,
-    cast,
     get_args,
     get_origin,
 )
 
 from lorafast._types import Compat, ExpertLayout, Progress, Strategy
-
-if TYPE_CHECKING:
-    from lorafast._core import ExecuteOptions, PlanOptions
 
 #: What merges adapters, or tells of a merge.
 Verb = Literal["plan", "merge", "verify", "subtract"]
@@ -137,7 +132,7 @@ class MergeOptions(NamedTuple):
         Compat | None,
         Flag(
             "peft: the result of PEFT's own merge where that is not what was trained (tied "
-            "embeddings, replicated layers, several DoRA adapters)"
+            "embeddings, replicated layers)"
         ),
     ] = None
     expert_layout: Annotated[
@@ -153,7 +148,7 @@ class MergeOptions(NamedTuple):
         """Those of a function's arguments that are options of a merge."""
         return cls(**{name: arguments[name] for name in cls._fields if name in arguments})
 
-    def to_core(self) -> "PlanOptions":
+    def to_core(self) -> dict[str, Any]:
         """What crosses to the core.
 
         Raises:
@@ -161,14 +156,13 @@ class MergeOptions(NamedTuple):
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
-        crossing = {
+        return {
             **self._asdict(),
             "weights": None if self.weights is None else [float(each) for each in self.weights],
             "dtype": DTYPES[self.dtype],
             "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),
             "expert_layout": None if self.expert_layout == "auto" else self.expert_layout,
         }
-        return cast("PlanOptions", crossing)
 
 
 class ExecutionOptions(NamedTuple):
@@ -259,7 +253,7 @@ class ExecutionOptions(NamedTuple):
         check_threads(self.threads)
         return memory
 
-    def to_core(self) -> "ExecuteOptions":
+    def to_core(self) -> dict[str, Any]:
         """What crosses to the core. The rest is Python's."""
         return {"threads": self.threads, "overwrite": self.overwrite, "sync": self.sync}
 

@@ -21,8 +21,9 @@ from lorafast._merge.options import ExecutionOptions, MergeOptions
 from lorafast._results import Result
 
 if TYPE_CHECKING:
-    from lorafast._core import PlanDescription
+    from lorafast._core import PlanDescription, Summary
     from lorafast._io.sources import ModuleBase
+    from lorafast._merge.parts import PlanPart, WrittenShard
     from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
     from lorafast._types import Progress, Source
@@ -46,8 +47,10 @@ class MergePlan(Result):
         notes: how adapters were made to fit where it was not plain.
     """
 
-    def __init__(self, core: _core.Plan) -> None:
+    def __init__(self, core: _core.Plan, options: MergeOptions | None = None) -> None:
         self.core = core
+        #: How the adapters are merged; `None` of a plan that undoes a merge.
+        self.options = options
         #: Models that are read beside the base, and must not be written over either.
         self.protected: list[Path] = []
         self._description: PlanDescription = core.describe()
@@ -110,7 +113,7 @@ class MergePlan(Result):
         """`execute`, with its options as the one object that they are in."""
         from lorafast._io.device_names import AMX
         from lorafast._io.progress import callback
-        from lorafast._merge.report import MergeReport, write_afterwards
+        from lorafast._merge.report import write_afterwards
 
         memory = execution.memory()
         output = expand(output)
@@ -131,8 +134,114 @@ class MergePlan(Result):
                 )
                 summary, device = done.summary, done.device
                 notes, fallbacks = done.notes, done.fallbacks
+        result = self._report_of(summary, output, device, notes, fallbacks)
+        problem = None
+        if execution.verify:
+            result, problem = self._verified(result, execution._replace(device=device))
+        if execution.report:
+            write_afterwards(result, output)
+        if problem is not None:
+            raise VerificationError(
+                f"{output}: what was written is not what was computed: "
+                f"{problem}; check the disk and the memory of this machine"
+            )
+        return result
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the output's weights, what the inputs are among it.
+
+        Raises:
+            LorafastError: an input changed since the plan was made.
+        """
+        return _core.plan_digest(self.core)
+
+    def parts(self) -> list[PlanPart]:
+        """Groups of shards that have nothing to do with each other, to be written apart.
+
+        Each can be pickled, sent to another process that has the same inputs, and written there;
+        `assemble` makes the model of what all of them wrote.
+
+        Raises:
+            ValueError: the plan is not one of a merge of files.
+        """
+        from lorafast._merge.parts import PlanPart
+
+        if self.options is None:
+            raise ValueError("only the plan of a merge of files has parts")
+        sizes = _core.plan_shard_bytes(self.core)
+        return [
+            PlanPart(
+                base=self.base,
+                adapters=tuple(self.adapters),
+                options=self.options,
+                shards=tuple(group),
+                bytes=sum(sizes[shard] for shard in group),
+                digest=self.digest,
+            )
+            for group in _core.plan_groups(self.core)
+        ]
+
+    def assemble(
+        self,
+        directory: Source,
+        written: Sequence[WrittenShard],
+        output: Source,
+        *,
+        overwrite: bool = False,
+        sync: bool = True,
+        progress: Progress = False,
+        report: bool = True,
+    ) -> MergeReport:
+        """Makes a model of the shards that the plan's parts wrote.
+
+        Args:
+            directory: where they wrote them; the shards stay there.
+            written: what each part's `write` returned, of all parts together.
+            output: the directory to make, as for `lorafast.merge`.
+            overwrite: likewise.
+            sync: likewise.
+            progress: likewise.
+            report: likewise.
+
+        Returns:
+            The report of the merge.
+
+        Raises:
+            OutputError: a shard is not what its part wrote, or the output may not be written.
+            FileNotFoundError: a shard is not there.
+        """
+        from lorafast._io.progress import callback
+        from lorafast._merge.report import write_afterwards
+
+        output = expand(output)
+        with callback(progress) as tell:
+            summary = _core.assemble_shards(
+                self.core,
+                expand(directory),
+                [(shard.name, shard.bytes, shard.sha256) for shard in written],
+                output,
+                overwrite=overwrite,
+                sync=sync,
+                progress=tell,
+            )
+        result = self._report_of(summary, output, "cpu", [], {})
+        if report:
+            write_afterwards(result, output)
+        return result
+
+    def _report_of(
+        self,
+        summary: Summary,
+        output: str,
+        device: str,
+        notes: list[str],
+        fallbacks: dict[str, list[str]],
+    ) -> MergeReport:
+        from lorafast._merge.report import MergeReport
+
         description = self._description
-        result = MergeReport(
+        return MergeReport(
             base=self.base,
             adapters=list(self.adapters),
             strategy=description["strategy"],
@@ -161,17 +270,6 @@ class MergePlan(Result):
             accounts=[adapter["account"] for adapter in description["adapters"]],
             weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),
         )
-        problem = None
-        if execution.verify:
-            result, problem = self._verified(result, execution._replace(device=device))
-        if execution.report:
-            write_afterwards(result, output)
-        if problem is not None:
-            raise VerificationError(
-                f"{output}: what was written is not what was computed: "
-                f"{problem}; check the disk and the memory of this machine"
-            )
-        return result
 
     def _verified(
         self, result: MergeReport, execution: ExecutionOptions
@@ -218,7 +316,7 @@ def make_plan(
             raise
         core_options["renames"] = rules
         core = _core.plan_merge(located, sources, core_options)
-    return MergePlan(core)
+    return MergePlan(core, None if subtract or isinstance(located, tuple) else options)
 
 
 def _renaming_rules(base: Path | ModuleBase) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafast._torch.device import open_device, without_cuda
 
@@ -44,7 +44,7 @@ class Done:
 def carry_out(
     plan: _core.Plan,
     output: str | os.PathLike[str],
-    options: _core.ExecuteOptions,
+    options: Mapping[str, Any],
     *,
     device: str,
     memory: int | None,

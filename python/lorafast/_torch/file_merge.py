@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafast._torch.device import describe, exact_products, host_buffer, ran_out, torch_dtype
 from lorafast._torch.memory import building_bytes, workspace_bytes
@@ -65,7 +65,7 @@ def execute(
     plan: _core.Plan,
     output: str | os.PathLike[str],
     device: torch.device,
-    options: _core.ExecuteOptions,
+    options: Mapping[str, Any],
     *,
     memory: int | None = None,
     progress: Progress | None = None,

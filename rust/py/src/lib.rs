@@ -31,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use super::inspect::{adapter_format, build_info, list_adapter, list_checkpoint};
     #[pymodule_export]
-    use super::parts::{assemble_shards, plan_digest, plan_groups, write_shards};
+    use super::parts::{assemble_shards, plan_digest, plan_groups, plan_shard_bytes, write_shards};
     #[pymodule_export]
     use super::plan::{Plan, names_fit, plan_merge};
     #[pymodule_export]

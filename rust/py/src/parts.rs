@@ -23,6 +23,12 @@ pub fn plan_groups(plan: &Plan) -> Vec<Vec<usize>> {
     plan.plan.groups()
 }
 
+/// The bytes of each shard.
+#[pyfunction]
+pub fn plan_shard_bytes(plan: &Plan) -> Vec<u64> {
+    plan.plan.shards.iter().map(|shard| shard.bytes()).collect()
+}
+
 /// Writes some groups of shards into a directory; returns each shard's name, bytes and digest as
 /// plain objects.
 #[pyfunction]
