@@ -44,7 +44,7 @@ lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Pytho
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/stubtest lorafast._core
+	$(BIN)/stubtest lorafast._core --allowlist tests/stubtest.txt --ignore-unused-allowlist
 
 .PHONY: bench
 bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour and 15 GB of disk
