@@ -5,6 +5,7 @@ alone; a test holds them against what the core returns.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, final, type_check_only
 
@@ -562,7 +563,9 @@ _Finding = tuple[str, str, str | None, float | None, str, int]
 
 @final
 class ColumnBuffer:
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    # Before, the buffer protocol has no name in Python.
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Table:

@@ -149,14 +149,14 @@ pub const SPECTRUM: [Metric<Spectrum>; 12] = [
         "effective_rank",
         "effective rank",
         "directions",
-        "exp H(σ/Σσ) (Roy & Vetterli 2007)",
+        "Roy and Vetterli: exp H(σ/Σσ), H the entropy",
         |s| s.effective_rank,
     ),
     Metric::real(
         "energy_effective_rank",
         "energy effective rank",
         "directions",
-        "exp H(σ²/Σσ²)",
+        "exp H(σ²/Σσ²), H the entropy",
         |s| s.energy_effective_rank,
     ),
     Metric::real(
