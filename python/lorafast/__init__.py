@@ -46,8 +46,7 @@ if TYPE_CHECKING:
     from lorafast._merge.api import merge, plan, subtract, verify
     from lorafast._merge.inspect import inspect
     from lorafast._merge.listing import AdapterListing, CheckpointListing
-    from lorafast._merge.parts import PlanPart, WrittenShard
-    from lorafast._merge.plan import MergePlan
+    from lorafast._merge.plan import MergePlan, PlanPart, WrittenShard
     from lorafast._merge.planned import PlannedTensor, Update
     from lorafast._merge.recover import recover
     from lorafast._merge.report import MergeReport
@@ -142,8 +141,7 @@ _HOMES = {
     "_merge.api": ("merge", "plan", "subtract", "verify"),
     "_merge.inspect": ("inspect",),
     "_merge.listing": ("AdapterListing", "CheckpointListing"),
-    "_merge.parts": ("PlanPart", "WrittenShard"),
-    "_merge.plan": ("MergePlan",),
+    "_merge.plan": ("MergePlan", "PlanPart", "WrittenShard"),
     "_merge.planned": ("PlannedTensor", "Update"),
     "_merge.recover": ("recover",),
     "_merge.report": ("MergeReport",),

@@ -349,6 +349,8 @@ class EntryAnalysis(TypedDict):
 class ModuleSpectrum(TypedDict):
     path: str
     kind: str
+    block: int | None
+    layer: str
     shape: list[int]
     rank: int
     alpha: float
@@ -366,10 +368,21 @@ class ModuleSpectrum(TypedDict):
     k95: int
     k99: int
     numerical_rank: int
-    condition_number: float
+    condition: float
     entry_mean: float
     base: BaseNorm | None
     entries: EntryAnalysis | None
+
+@type_check_only
+class UpdatesSummary(TypedDict):
+    modules: int
+    ranks: list[int]
+    alphas: list[float]
+    scalings: list[float]
+    frobenius_norm: float
+    max_spectral_norm: float
+    median_spectral_norm: float
+    mean_effective_rank: float
 
 @type_check_only
 class Analysis(TypedDict):
@@ -379,6 +392,7 @@ class Analysis(TypedDict):
     weights: Moments
     tensors: list[TensorAnalysis]
     modules: list[ModuleSpectrum]
+    summary: UpdatesSummary
     features: list[str]
     notes: list[str]
 
@@ -552,7 +566,8 @@ def compare_adapters(
 ) -> AdapterComparison: ...
 def build_info() -> BuildInfo: ...
 
-class _Metric(TypedDict):
+@type_check_only
+class Metric(TypedDict):
     name: str
     symbol: str
     unit: str
@@ -607,7 +622,7 @@ class FleetTables:
     def findings(self, of_fleet: Sequence[tuple[int | None, _Finding]]) -> Table: ...
     def errors(self) -> Table: ...
 
-def module_metrics() -> list[_Metric]: ...
+def module_metrics() -> list[Metric]: ...
 def scan_adapters(
     sources: Sequence[_AdapterSource],
     *,

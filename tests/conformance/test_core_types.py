@@ -59,6 +59,12 @@ def carry_out_and_measure(tmp_path: Path, holds: Callable[[Any, str], None]) -> 
     back.execute(tmp_path / "back")
     holds(back.distance(tmp_path / "back"), "Distance")
     holds(_core.build_info(), "BuildInfo")
+    for shard in _core.write_shards(
+        plan, [0], tmp_path / "parts", threads=1, sync=False, progress=None
+    ):
+        holds(shard, "WrittenShard")
+    for metric in _core.module_metrics():
+        holds(metric, "Metric")
 
     analysis = _core.analyze_adapter(
         adapters[0], base=base, percentiles=[50.0], bins=4, entries=True, threads=1, progress=None

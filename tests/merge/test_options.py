@@ -169,7 +169,9 @@ def test_older_spellings_are_not_in_the_help(capsys: pytest.CaptureFixture[str])
         assert not {"--merge-strategy", "--merge-dtype", "--checkpoints"} & set(shown.split())
         assert "SUPPRESS" not in shown
     assert main(["--help"]) == 0
-    assert not {"info", "similar"} & set(capsys.readouterr().out.split())
+    shown = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert {"inspect", "similarity"} <= shown
+    assert not {"info", "similar"} & shown
 
 
 def test_a_subtraction_given_both_ways_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

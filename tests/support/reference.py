@@ -334,7 +334,16 @@ def merge_float64(
         for key, update in read_updates(adapter).items():
             module = key.replace(".base_layer", "")
             name, resolved = update.resolved(module, base)
-            add(name, weight, resolved.apply(start(name), transposed=transposed(module)))
+            alone = resolved.apply(start(name), transposed=transposed(module))
+            if resolved.initialisation and resolved.magnitude is None:
+                # What was taken out when it began is the base's own, whatever was merged before.
+                own = Merged(base[name].float64(), np.abs(base[name].float64()))
+                done, first = resolved.apply(own, transposed=transposed(module)), start(name)
+                alone = Merged(
+                    first.value + done.value - own.value,
+                    first.magnitude + done.magnitude - own.magnitude,
+                )
+            add(name, weight, alone)
             if update.bias is not None:
                 name = f"{module}.bias"
                 addend = update.scale * update.bias

@@ -1,4 +1,4 @@
-"""The plan of a merge, and its execution."""
+"""The plan of a merge, its execution, and its parts, which other processes write."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafast import _core
 from lorafast._errors import PlanError, VerificationError
+from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
@@ -23,10 +24,85 @@ from lorafast._results import Result
 if TYPE_CHECKING:
     from lorafast._core import PlanDescription, Summary
     from lorafast._io.sources import ModuleBase
-    from lorafast._merge.parts import PlanPart, WrittenShard
     from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
     from lorafast._types import Progress, Source
+
+
+class WrittenShard(NamedTuple):
+    """A shard that a part of a plan wrote.
+
+    Attributes:
+        name: its file name.
+        bytes: its size.
+        sha256: the digest of its content, in hexadecimal.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class PlanPart(NamedTuple):
+    """Some shards of a merge, which any process can write that has the same inputs.
+
+    Made by `MergePlan.parts`. It holds names and options, no weights, and can be pickled.
+
+    Attributes:
+        base: path of the base.
+        adapters: paths of the adapters, in order.
+        options: how they are merged.
+        shards: positions of the shards in the plan.
+        bytes: bytes to write.
+        digest: of the whole plan; whoever writes the part plans again, and has to come to the same.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    options: MergeOptions
+    shards: tuple[int, ...]
+    bytes: int
+    digest: str
+
+    def write(
+        self,
+        directory: Source,
+        *,
+        threads: int | None = None,
+        sync: bool = True,
+        progress: Progress = False,
+    ) -> list[WrittenShard]:
+        """Writes the shards into a directory, each under its name once it is whole.
+
+        Args:
+            directory: where to; it is made if it is not there, and is best on the output's file
+                system.
+            threads: worker threads; one for each core if `None`.
+            sync: return when the shards have reached the disk.
+            progress: as for `lorafast.merge`.
+
+        Returns:
+            What `MergePlan.assemble` needs to know of each shard.
+
+        Raises:
+            PlanError: base, adapters or lorafast are not those that the merge was planned with.
+            LorafastError: as `lorafast.merge`.
+        """
+        from lorafast._io.progress import callback
+
+        check_threads(threads)
+        core = make_plan(self.base, self.adapters, self.options).core
+        if _core.plan_digest(core) != self.digest:
+            problem = (
+                f"{self.base}: the base, an adapter or lorafast is not what the merge was planned "
+                "with; plan it again"
+            )
+            raise PlanError(problem, [problem])
+        with callback(progress) as tell:
+            written = _core.write_shards(
+                core, self.shards, expand(directory), threads=threads, sync=sync, progress=tell
+            )
+        return [WrittenShard(**shard) for shard in written]
 
 
 class MergePlan(Result):
@@ -165,8 +241,6 @@ class MergePlan(Result):
         Raises:
             ValueError: the plan is not one of a merge of files.
         """
-        from lorafast._merge.parts import PlanPart
-
         if self.options is None:
             raise ValueError("only the plan of a merge of files has parts")
         sizes = _core.plan_shard_bytes(self.core)
@@ -344,4 +418,4 @@ def _groups(description: PlanDescription) -> list[dict[str, Any]]:
 
 
 # What users see, and what a pickle names.
-MergePlan.__module__ = "lorafast"
+MergePlan.__module__ = PlanPart.__module__ = WrittenShard.__module__ = "lorafast"

@@ -192,6 +192,12 @@ class Program:
         if self.fused:
             return 0
         buffers = 2 if not any(stage.places for stage in self.stages) else 5
+        # A scan for norms of a later stage keeps W₀ beside what the stages before make of it.
+        buffers += any(
+            place.magnitude is not None and place.transposed
+            for stage in self.stages[1:]
+            for place in stage.places
+        )
         return int(buffers * self.wide.itemsize)
 
     @property
