@@ -28,7 +28,15 @@ from pathlib import Path
 from inputs import ALL_LINEAR, Shape, make_adapter, make_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent / "python"
-COMMAND = "import sys; from lorafast._cli.main import main; sys.exit(main())"
+#: The command was elsewhere before it had a module of its own.
+COMMAND = """
+import sys
+try:
+    from lorafast._cli.main import main
+except ImportError:
+    from lorafast._cli import main
+sys.exit(main())
+"""
 
 
 @dataclass(frozen=True)
