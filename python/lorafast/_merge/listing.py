@@ -86,6 +86,7 @@ class Listing(Mapping[str, Any]):
     def tensors(self) -> tuple[ListedTensor, ...]:
         """Every tensor of every file, in order."""
         plain = self._plain["tensors"]
+        # The fields are the dictionary's keys, which a test holds against the stub.
         return tuple(
             ListedTensor(**{**tensor, "shape": tuple(tensor["shape"])})  # type: ignore[arg-type]
             for tensor in plain
@@ -125,6 +126,7 @@ class Listing(Mapping[str, Any]):
         return json.dumps(self._plain, indent=2)
 
     def __getitem__(self, key: str) -> Any:
+        # Any key may be asked for; one that is none is the dictionary's own KeyError.
         return self._plain[key]  # type: ignore[literal-required]
 
     def __iter__(self) -> Iterator[str]:
@@ -198,6 +200,7 @@ class AdapterListing(Listing):
     @cached_property
     def modules(self) -> tuple[ListedModule, ...]:
         """The modules that it changes, with their ranks and scales."""
+        # As for the tensors: the fields are the dictionary's keys.
         return tuple(
             ListedModule(**{**module, "shape": tuple(module["shape"])})  # type: ignore[arg-type]
             for module in self._summary["modules"]
