@@ -5,7 +5,8 @@
 
 `--other` is a directory with a built `lorafast` package: another checkout's `python` folder, or a
 folder that `pip install --target` filled. Each run is a process of its own, the start of Python
-included; the two builds take turns, and who begins changes from round to round. Inputs are warm.
+included; the two builds take turns, and who begins changes from round to round. Inputs are warm,
+and either package has its bytecode, as an installed one has.
 Printed is Markdown: the median seconds of either, the median of the ratios round by round (below 1
 where this build is faster), their quartiles, and the ratios of processor time and of memory.
 """
@@ -13,8 +14,8 @@ where this build is faster), their quartiles, and the ratios of processor time a
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,12 +31,16 @@ from inputs import ALL_LINEAR, Shape, make_adapter, make_checkpoint
 HERE = Path(__file__).resolve().parent.parent / "python"
 #: The command was elsewhere before it had a module of its own.
 COMMAND = """
-import sys
+import os, sys
 try:
     from lorafast._cli.main import main
 except ImportError:
     from lorafast._cli import main
-sys.exit(main())
+status = main()
+# What the system says of an ended child begins at the memory of its parent; this does not.
+with open("/proc/self/status") as lines, open(os.environ["LORAFAST_BENCH_PEAK"], "w") as peak:
+    peak.write(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+sys.exit(status)
 """
 
 
@@ -50,7 +55,8 @@ class Sample:
 
 def run(package: Path, words: list[str], output: Path) -> Sample:
     """Run a command with one of the builds, and remove its output."""
-    environment = os.environ | {"PYTHONPATH": str(package)}
+    peak = output.with_name("peak")
+    environment = os.environ | {"PYTHONPATH": str(package), "LORAFAST_BENCH_PEAK": str(peak)}
     begin = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *words],
@@ -65,11 +71,7 @@ def run(package: Path, words: list[str], output: Path) -> Sample:
     if os.waitstatus_to_exitcode(status) != 0:
         sys.exit(f"{package}: {' '.join(words)}: {said.decode()}")
     shutil.rmtree(output, ignore_errors=True)
-    return _sample(wall, usage)
-
-
-def _sample(wall: float, usage: resource.struct_rusage) -> Sample:
-    return Sample(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+    return Sample(wall, usage.ru_utime + usage.ru_stime, int(peak.read_text()))
 
 
 def compare(other: Path, words: list[str], output: Path, rounds: int) -> str:
@@ -104,6 +106,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="jobs whose names hold this")
     options = parser.parse_args()
     other = options.other.resolve()
+    for package in (HERE, other):
+        compileall.compile_dir(package / "lorafast", quiet=1)
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         folder = Path(name)
         base, output = folder / "base", folder / "out"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
         (model / name).unlink(missing_ok=True)
     _amend_manifest(model, removed=removed, added=[])
     kept = [name for name in report.side_files if name not in removed]
-    shorter = replace(report, side_files=kept)
+    shorter = report._replace(side_files=kept)
     write_afterwards(shorter, str(model))
     return shorter
 
@@ -120,7 +119,7 @@ def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
     if index is not None:
         added.append(PICKLE_INDEX)
     _amend_manifest(model, removed=[*shards, INDEX], added=added)
-    changed = replace(report, weight_files=sorted(names.values()))
+    changed = report._replace(weight_files=sorted(names.values()))
     write_afterwards(changed, str(model))
     return changed
 

@@ -349,8 +349,6 @@ class MergePlan(Result):
         self, result: MergeReport, execution: ExecutionOptions
     ) -> tuple[MergeReport, str | None]:
         """The report of a finished merge with its verification, and the first problem, if any."""
-        from dataclasses import replace
-
         from lorafast._merge.report import AFTERWARDS, unverified
         from lorafast._merge.verify import verify_plan
 
@@ -363,7 +361,7 @@ class MergePlan(Result):
             result.warnings.append(unverified(result.output_path, error))
             return result, None
         result.warnings.extend(checked.warnings)
-        result = replace(result, verification=checked.to_dict())
+        result = result._replace(verification=checked.to_dict())
         return result, None if checked.ok else checked.problems[0]
 
 

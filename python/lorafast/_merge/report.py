@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafast._errors import LorafastError
 from lorafast._io.paths import expand
 from lorafast._results import Result, view
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from lorafast._core import Account
     from lorafast._types import Source
+
+    class HasReport(Protocol):
+        """What is written beside a finished output, and the warnings that a person is told."""
+
+        @property
+        def warnings(self) -> list[str]: ...
+
+        def write(self, directory: Source) -> None: ...
+
 
 REPORT_JSON = "merge_report.json"
 REPORT_MARKDOWN = "merge_report.md"
@@ -21,17 +31,39 @@ REPORT_MARKDOWN = "merge_report.md"
 AFTERWARDS = (LorafastError, OSError, ValueError, MemoryError)
 
 
-class HasReport(Protocol):
-    """What is written beside a finished output, and the warnings that a person is told."""
+# A named tuple, as a dataclass would take longer to import and make than all else of a small merge.
+class _MergeReportFields(NamedTuple):
+    base: str
+    adapters: list[str]
+    strategy: str
+    weights: list[float] | None
+    output_path: str
+    dtype: str
+    device: str
+    total_parameters: int
+    model_size_mb: float
+    tensors_merged: int
+    tensors_copied: int
+    tensors_cast: int
+    bytes_written: int
+    merge_time: float
+    threads: int
+    instruction_set: str
+    versions: dict[str, str]
+    adapter_sha256: dict[str, str]
+    base_header_sha256: list[str]
+    groups: list[dict[str, Any]]
+    warnings: list[str]
+    notes: list[str]
+    side_files: list[str]
+    left_out: list[str]
+    accounts: list[Account]
+    fallbacks: dict[str, list[str]]
+    weight_files: list[str]
+    verification: dict[str, Any] | None = None
 
-    @property
-    def warnings(self) -> list[str]: ...
 
-    def write(self, directory: Source) -> None: ...
-
-
-@dataclass(frozen=True)
-class MergeReport(Result):
+class MergeReport(_MergeReportFields, Result):
     """What a merge did, and from what.
 
     Attributes:
@@ -69,38 +101,13 @@ class MergeReport(Result):
         weight_files: the files of weights that were written.
     """
 
-    base: str
-    adapters: list[str]
-    strategy: str
-    weights: list[float] | None
-    output_path: str
-    dtype: str
-    device: str
-    total_parameters: int
-    model_size_mb: float
-    tensors_merged: int
-    tensors_copied: int
-    tensors_cast: int
-    bytes_written: int
-    merge_time: float
-    threads: int
-    instruction_set: str
-    versions: dict[str, str]
-    adapter_sha256: dict[str, str]
-    base_header_sha256: list[str]
-    groups: list[dict[str, Any]]
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    side_files: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    accounts: list[Account] = field(default_factory=list)
-    verification: dict[str, Any] | None = None
-    fallbacks: dict[str, list[str]] = field(default_factory=dict)
-    weight_files: list[str] = field(default_factory=list)
+    __slots__ = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""
-        return asdict(self)
+        from copy import deepcopy
+
+        return deepcopy(self._asdict())
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
