@@ -121,6 +121,41 @@ def test_a_terminal_that_is_gone_takes_no_traceback(slow: list[str], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_heard_where_python_drops_exceptions(number: int) -> None:
+    """In a destructor, as in the callbacks of weak references that an import has."""
+    code = """
+import os, sys, time
+from lorafast._cli.signals import end_as_by_ctrl_c
+
+end_as_by_ctrl_c()
+
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        for _ in range(1000):
+            pass
+
+try:
+    Dropping()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        pass
+except KeyboardInterrupt as stop:
+    print(getattr(stop, "lorafast_outcome", "Ctrl-C"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(int(number))],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = {signal.SIGTERM: "('terminated', 143)", signal.SIGHUP: "('hung up', 129)"}
+    assert done.stdout.strip() == expected.get(signal.Signals(number), "Ctrl-C")
+
+
 def test_a_program_that_uses_the_package_keeps_its_own_handlers(tmp_path: Path) -> None:
     from lorafast._cli.main import main
 

@@ -1,15 +1,17 @@
-"""SIGTERM and SIGHUP: the command ends as it does by Ctrl-C, and cleans up first."""
+"""Signals that end the command as Ctrl-C does, wherever they come: it cleans up first."""
 
 from __future__ import annotations
 
 # What `signal` is made of: making its enumerations takes longer than all that is done here.
 # Type checkers do not know it.
 import _signal  # type: ignore[import-not-found]
+import sys
 
 # Not `typing`'s, whose import takes time as well.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import Any
 
 #: The signals by name, for Windows has no SIGHUP; with what is printed.
 WORDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
@@ -36,10 +38,33 @@ def end_as_by_ctrl_c() -> None:
 
     One that is ignored stays so: `nohup` starts a command that is to outlive its terminal.
     """
+    sys.unraisablehook = _raise_later
     for name in WORDS:
         number = getattr(_signal, name, None)
         if number is not None and _signal.getsignal(number) == _signal.SIG_DFL:
             _signal.signal(number, _stop)
+
+
+#: Seconds after which a destructor is over.
+LATER = 0.01
+
+
+def _raise_later(unraisable: Any) -> None:
+    """Raises what stops the command once more.
+
+    Python drops what is raised in a destructor or in the callback of a weak reference (an import
+    has some), and a signal's exception comes wherever the signal does.
+    """
+    stop = unraisable.exc_value
+    if not isinstance(stop, KeyboardInterrupt) or not hasattr(_signal, "setitimer"):
+        sys.__unraisablehook__(unraisable)
+        return
+
+    def again(_number: int, _frame: FrameType | None) -> None:
+        raise stop
+
+    _signal.signal(_signal.SIGALRM, again)
+    _signal.setitimer(_signal.ITIMER_REAL, LATER)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
