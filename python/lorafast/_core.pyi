@@ -16,6 +16,7 @@ __all__ = [
     "ColumnBuffer",
     "Execution",
     "FleetTables",
+    "OutputLock",
     "Plan",
     "ScannedAdapter",
     "Table",
@@ -42,8 +43,9 @@ __all__ = [
 
 __version__: str
 
-#: Name, dtype (a safetensors name), shape, and the bytes or, where nobody will read them, `None`.
-_NamedTensor: TypeAlias = tuple[str, str, Sequence[int], Buffer | None]
+#: Name, dtype (a safetensors name), shape, and the bytes, or what returns them from any thread, or
+#: `None` where there are none to read.
+_NamedTensor: TypeAlias = tuple[str, str, Sequence[int], Buffer | Callable[[], Buffer] | None]
 #: A path; or a path, the file of its weights, and what reads that, from any thread and as often as
 #: the adapter is opened.
 _AdapterSource: TypeAlias = (
@@ -472,7 +474,7 @@ class Plan:
         *,
         protected: Sequence[str | os.PathLike[str]] = ...,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Summary: ...
+    ) -> tuple[Summary, OutputLock]: ...
     def changed_tensors(self) -> list[ChangedTensor]: ...
     def replacement(self, place: tuple[int, int]) -> tuple[str, bytes] | None: ...
     def operands(self, place: tuple[int, int], *, weight: Any | None = None) -> list[Operands]: ...
@@ -511,8 +513,12 @@ class Execution:
     def read_rows(self, place: tuple[int, int], first_row: int, buffer: Any) -> None: ...
     def write_rows(self, place: tuple[int, int], first_row: int, buffer: Any) -> None: ...
     def raise_overflow(self, place: tuple[int, int], index: int) -> None: ...
-    def finish(self) -> Summary: ...
+    def finish(self) -> tuple[Summary, OutputLock]: ...
     def abort(self) -> None: ...
+
+@final
+class OutputLock:
+    def release(self) -> str | None: ...
 
 def plan_merge(
     base: _Base,
@@ -540,7 +546,7 @@ def assemble_shards(
     overwrite: bool,
     sync: bool,
     progress: Callable[[int, int], object] | None,
-) -> Summary: ...
+) -> tuple[Summary, OutputLock]: ...
 def names_fit(
     base: _Base,
     adapters: Sequence[_AdapterSource],

@@ -1,11 +1,12 @@
 //! A base model on disk: one or more safetensors shards seen as one map from name to tensor.
 
+mod index;
 pub mod names;
 pub mod quantized;
 pub mod side_files;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
@@ -13,28 +14,20 @@ use serde_json::Value;
 
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
-use crate::storage::file_names::{ADAPTER_FILES, shard_of};
+use crate::storage::directory::{self, LocalDirectory};
+use crate::storage::file_names::shard_of;
 use crate::storage::local;
+use crate::storage::memory::InMemory;
 use crate::storage::staging;
+use crate::storage::store::Store;
 use crate::tensor::safetensors::{NamedTensor, TensorFile, TensorInfo};
+use index::Files;
+pub use index::Index;
 
-/// The file names under which libraries save a whole model, in the order in which transformers
-/// looks for them; diffusers' come after.
-const SINGLE_FILES: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
-const INDEX_SUFFIX: &str = ".safetensors.index.json";
+/// What describes a model, beside its weights.
+const CONFIG: &str = "config.json";
 /// How the classes of transformers end that have a language head.
 const LANGUAGE_MODELS: [&str; 3] = ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"];
-
-/// The index file that maps tensors to shards.
-#[derive(Debug, Clone)]
-pub struct Index {
-    /// Its name in the checkpoint's directory.
-    pub file_name: String,
-    /// Its whole content.
-    pub content: serde_json::Map<String, Value>,
-    /// The same as it stands in the file.
-    pub bytes: Vec<u8>,
-}
 
 /// A JSON object, and the bytes that it was read from.
 type Object = (serde_json::Map<String, Value>, Vec<u8>);
@@ -61,7 +54,9 @@ pub struct Location {
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     path: PathBuf,
-    root: PathBuf,
+    noun: &'static str,
+    /// What holds the files.
+    store: Arc<dyn Store>,
     is_directory: bool,
     shards: Arc<Vec<Shard>>,
     index: Option<Index>,
@@ -87,50 +82,62 @@ impl Checkpoint {
     /// Those of [`Checkpoint::open`], and [`Error::Cancelled`].
     pub fn open_with(path: &Path, task: &Task) -> Result<Self> {
         let metadata = local::metadata(path).map_err(|error| Error::io(path, error))?;
-        let is_directory = metadata.is_dir();
-        let (root, files) = if is_directory {
-            (path.to_path_buf(), find_files(path)?)
-        } else {
-            let name = file_name(path);
-            if !name.ends_with(".safetensors") {
-                return Err(Error::checkpoint(
-                    path,
-                    "is not a .safetensors file; give a model directory or a .safetensors file",
-                ));
-            }
-            let root = match path.parent() {
-                Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
-                _ => PathBuf::from("."),
-            };
-            (root, Files { shards: vec![name], index: None })
-        };
-        staging::check_whole(&root)?;
-        local::allow_open(files.shards.len());
-        let shards = files
-            .shards
-            .into_iter()
-            .map(|name| {
-                task.check()?;
-                let file = TensorFile::open(&root.join(&name))?;
-                Ok(Shard { name, file })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let tensors = gather(&shards)?;
-        let mut warnings = Vec::new();
-        if let Some(index) = &files.index {
-            warnings = check_index(&root.join(&index.file_name), index, &shards, &tensors)?;
+        if metadata.is_dir() {
+            return Self::open_in(Arc::new(LocalDirectory(path.to_path_buf())), task);
         }
-        if is_directory {
-            warnings.extend(missing_side_files(path));
-        } else if let Some((_, number, count)) = shard_of(&file_name(path)).filter(|of| of.2 > 1) {
+        let (directory, name) = directory::of_file(path);
+        if !name.ends_with(".safetensors") {
+            return Err(Error::checkpoint(
+                path,
+                "is not a .safetensors file; give a model directory or a .safetensors file",
+            ));
+        }
+        let mut warnings = Vec::new();
+        if let Some((_, number, count)) = shard_of(&name).filter(|of| of.2 > 1) {
             let path = path.display();
             warnings.push(format!("{path}: is shard {number} of {count}, not a whole model"));
         }
-        let config = read_config(&root.join("config.json"))?;
+        let mut file =
+            Self::of_files(Arc::new(directory), Files { shards: vec![name], index: None }, task)?;
+        file.path = path.to_path_buf();
+        file.is_directory = false;
+        file.warnings = warnings;
+        Ok(file)
+    }
+
+    /// Opens the model whose files are those of a store.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open_with`].
+    pub fn open_in(store: Arc<dyn Store>, task: &Task) -> Result<Self> {
+        let files = index::find_files(&*store)?;
+        let mut model = Self::of_files(store, files, task)?;
+        model.warnings.extend(missing_side_files(&*model.store));
+        Ok(model)
+    }
+
+    fn of_files(store: Arc<dyn Store>, files: Files, task: &Task) -> Result<Self> {
+        store.check_whole()?;
+        local::allow_open(files.shards.len());
+        let open = |name: String| {
+            task.check()?;
+            let file = TensorFile::open_in(&*store, &name, Owner::Checkpoint)?;
+            Ok(Shard { name, file })
+        };
+        let shards = files.shards.into_iter().map(open).collect::<Result<Vec<_>>>()?;
+        let tensors = gather(&shards)?;
+        let warnings = match &files.index {
+            Some(index) => {
+                index::check_index(&store.path(&index.file_name), index, &shards, &tensors)?
+            }
+            None => Vec::new(),
+        };
+        let config = read_config(&*store)?;
         Ok(Self {
-            path: path.to_path_buf(),
-            root,
-            is_directory,
+            path: store.root().to_path_buf(),
+            noun: "base",
+            store,
+            is_directory: true,
             shards: Arc::new(shards),
             index: files.index,
             tensors,
@@ -139,7 +146,7 @@ impl Checkpoint {
         })
     }
 
-    /// A model in memory, as one shard of that name. Tensors without bytes can be planned against.
+    /// A loaded module, as one shard of that name. Tensors without bytes can be planned against.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if the tensors are not what their shapes and types say.
@@ -153,8 +160,9 @@ impl Checkpoint {
         let shards = vec![Shard { name: name.to_owned(), file }];
         let tensors = gather(&shards)?;
         Ok(Self {
+            store: Arc::new(InMemory { name: path.clone(), files: BTreeMap::new() }),
             path,
-            root: PathBuf::new(),
+            noun: "module",
             is_directory: false,
             shards: Arc::new(shards),
             index: None,
@@ -169,12 +177,17 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The directory in which the shards lie.
-    pub fn root(&self) -> &Path {
-        &self.root
+    /// What messages call it: "base", or "module" where it is one that is loaded.
+    pub fn noun(&self) -> &'static str {
+        self.noun
     }
 
-    /// Whether a directory was opened rather than a single file.
+    /// What holds the shards and what lies beside them.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    /// Whether a directory, or another store, was opened rather than a single file.
     pub fn is_directory(&self) -> bool {
         self.is_directory
     }
@@ -258,166 +271,30 @@ impl Checkpoint {
     }
 }
 
-struct Files {
-    shards: Vec<String>,
-    index: Option<Index>,
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-/// Decides which files of a directory make up the model.
-fn find_files(directory: &Path) -> Result<Files> {
-    let mut names = Vec::new();
-    for path in local::paths_in(directory)? {
-        names.push(file_name(&path));
-    }
-    names.sort();
-    let has = |name: &str| names.iter().any(|other| other == name);
-    let single = |name: &str| Files { shards: vec![name.to_owned()], index: None };
-    for name in SINGLE_FILES {
-        if has(name) {
-            return Ok(single(name));
-        }
-        let index = name.replace(".safetensors", INDEX_SUFFIX);
-        if has(&index) {
-            return read_index(directory, &index);
-        }
-    }
-    let refuse = |message: String| Err(Error::checkpoint(directory, message));
-    if ADAPTER_FILES.iter().any(|name| has(name)) {
-        return refuse("is an adapter, not a base model; give it as an adapter".into());
-    }
-    if has("model_index.json") {
-        return refuse(
-            "is a diffusers pipeline; give the component that the adapter was trained on, \
-             such as its transformer/ or unet/ directory"
-                .into(),
-        );
-    }
-    // Variants such as model.safetensors.index.fp16.json and files under names of their own.
-    let is_index = |name: &&String| name.contains(".safetensors.index") && name.ends_with(".json");
-    let indexes: Vec<_> = names.iter().filter(is_index).collect();
-    let weights: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
-    match (indexes.as_slice(), weights.as_slice()) {
-        ([index], _) => read_index(directory, index),
-        ([], [name]) => match shard_of(name) {
-            Some((_, _, count)) if count > 1 => refuse(format!(
-                "holds {name}, one shard of {count}, and no index; fetch the others and the index"
-            )),
-            _ => Ok(single(name)),
-        },
-        ([], []) if names.iter().any(|name| name.ends_with(".bin") || name.ends_with(".pth")) => {
-            refuse(
-                "holds its weights as .bin files; save it with safe_serialization first \
-                 (load and save_pretrained in transformers)"
-                    .into(),
-            )
-        }
-        ([], []) => refuse(
-            "holds no model: neither model.safetensors nor model.safetensors.index.json \
-             nor another .safetensors file"
-                .into(),
-        ),
-        ([], several) => refuse(format!(
-            "holds {} .safetensors files but no index that says which belong together: {}; \
-             give one of the files, or add model.safetensors.index.json",
-            several.len(),
-            several.iter().take(4).map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
-        )),
-        (several, _) => refuse(format!(
-            "holds {} index files and none of the usual name: {}",
-            several.len(),
-            several.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
-        )),
-    }
-}
-
-fn read_index(directory: &Path, name: &str) -> Result<Files> {
-    let path = directory.join(name);
-    let (content, bytes) = read_object(&path)?;
-    let broken = |message: String| Error::checkpoint(&path, message);
-    let map = content
-        .get("weight_map")
-        .and_then(Value::as_object)
-        .ok_or_else(|| broken("has no weight_map object; it is no safetensors index".into()))?;
-    let mut shards: Vec<String> = Vec::new();
-    for (tensor, shard) in map {
-        let shard = shard.as_str().ok_or_else(|| {
-            broken(format!("maps tensor {tensor} to something that is no file name"))
-        })?;
-        if shards.iter().any(|known| known == shard) {
-            continue;
-        }
-        let inside = Path::new(shard).components().all(|part| matches!(part, Component::Normal(_)));
-        if !inside || shard.is_empty() {
-            return Err(broken(format!("names the shard {shard:?}, which leaves its directory")));
-        }
-        if local::find(&directory.join(shard))?.is_none() {
-            return Err(broken(format!(
-                "names the shard {shard}, which is not there; fetch the checkpoint again"
-            )));
-        }
-        shards.push(shard.to_owned());
-    }
-    if shards.is_empty() {
-        return Err(broken("has an empty weight_map".into()));
-    }
-    shards.sort();
-    check_count(directory, &shards)?.map_or(Ok(()), |message| Err(broken(message)))?;
-    Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content, bytes }) })
-}
-
-/// What is wrong with an index that names some shards, of whose names tell that there are more, while
-/// the others are not there. A shard without tensors is in no index, but it is there.
-fn check_count(directory: &Path, shards: &[String]) -> Result<Option<String>> {
-    let mut families = BTreeMap::<(&str, u64, usize), BTreeSet<u64>>::new();
-    for name in shards {
-        if let Some((stem, number, count)) = shard_of(name) {
-            let width =
-                name.len() - ".safetensors".len() - name.rfind("-of-").map_or(0, |at| at + 4);
-            families.entry((stem, count, width)).or_default().insert(number);
-        }
-    }
-    for ((stem, count, width), numbers) in families {
-        for number in (1..=count).filter(|number| !numbers.contains(number)) {
-            let name = format!("{stem}-{number:0width$}-of-{count:0width$}.safetensors");
-            if local::find(&directory.join(&name))?.is_none() {
-                return Ok(Some(format!(
-                    "names {} of the {count} shards of {stem}, and {name} is not there; fetch the \
-                     checkpoint again",
-                    numbers.len()
-                )));
-            }
-        }
-    }
-    Ok(None)
-}
-
 /// What a copy of a model that lorafast has written lacks.
-fn missing_side_files(directory: &Path) -> Option<String> {
-    let missing = staging::missing_files(directory);
+fn missing_side_files(store: &dyn Store) -> Option<String> {
+    let missing = staging::missing_files(store);
     let first = missing.first()?;
     Some(format!(
         "{}: {} of the files that its {} lists are not there (the first: {first}); the copy may \
          have been cut off",
-        directory.display(),
+        store.root().display(),
         missing.len(),
         staging::MANIFEST
     ))
 }
 
 /// Reads a file that must hold one JSON object: the object, and its bytes.
-fn read_object(path: &Path) -> Result<Object> {
-    let (text, _) = local::read_small(path)?;
-    let content = serde_json::from_slice(&text)
-        .map_err(|error| Error::checkpoint(path, format!("is not a JSON object: {error}")))?;
+fn read_object(store: &dyn Store, name: &str) -> Result<Object> {
+    let (text, _) = store.read_small(name)?;
+    let broken =
+        |error| Error::checkpoint(store.path(name), format!("is not a JSON object: {error}"));
+    let content = serde_json::from_slice(&text).map_err(broken)?;
     Ok((content, text))
 }
 
-fn read_config(path: &Path) -> Result<Option<Object>> {
-    if local::find(path)?.is_some() { read_object(path).map(Some) } else { Ok(None) }
+fn read_config(store: &dyn Store) -> Result<Option<Object>> {
+    if store.has(CONFIG)? { read_object(store, CONFIG).map(Some) } else { Ok(None) }
 }
 
 fn gather(shards: &[Shard]) -> Result<IndexMap<String, Location>> {
@@ -434,46 +311,6 @@ fn gather(shards: &[Shard]) -> Result<IndexMap<String, Location>> {
         }
     }
     Ok(tensors)
-}
-
-/// Holds the index against the shards. A tensor in the wrong shard is an error, because loaders
-/// would miss it; one that the index does not list is only odd.
-fn check_index(
-    path: &Path,
-    index: &Index,
-    shards: &[Shard],
-    tensors: &IndexMap<String, Location>,
-) -> Result<Vec<String>> {
-    let map = index.content["weight_map"].as_object().expect("checked when it was read");
-    for (tensor, shard) in map {
-        let shard = shard.as_str().expect("checked when it was read");
-        match tensors.get(tensor) {
-            None => {
-                return Err(Error::checkpoint(
-                    path,
-                    format!("places tensor {tensor} in {shard}, which does not hold it"),
-                ));
-            }
-            Some(location) if shards[location.shard].name != shard => {
-                let actual = &shards[location.shard].name;
-                return Err(Error::checkpoint(
-                    path,
-                    format!("places tensor {tensor} in {shard}, but it stands in {actual}"),
-                ));
-            }
-            Some(_) => {}
-        }
-    }
-    let unlisted: Vec<_> = tensors.keys().filter(|name| !map.contains_key(*name)).collect();
-    Ok(match unlisted.as_slice() {
-        [] => Vec::new(),
-        [first, ..] => vec![format!(
-            "{}: {} tensors stand in the shards but not in the index (the first: {first}); \
-             they are carried over and listed in the output's index",
-            path.display(),
-            unlisted.len(),
-        )],
-    })
 }
 
 #[cfg(test)]

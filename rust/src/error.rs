@@ -101,9 +101,11 @@ impl Owner {
 
     /// The error for a read that failed: a file that ends before its end has changed.
     pub fn unread(self, path: impl AsRef<Path>, error: io::Error) -> Error {
-        match error.kind() {
-            io::ErrorKind::UnexpectedEof => self.changed(path),
-            _ => Error::io(path, error),
+        // What reads for the core may have failed in words of its own.
+        match error.downcast::<Error>() {
+            Ok(own) => own,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => self.changed(path),
+            Err(error) => Error::io(path, error),
         }
     }
 }

@@ -27,7 +27,9 @@ use crate::error::{Error, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::Task;
 use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
-use crate::storage::local::{self, CopyError, File};
+use crate::storage::directory::LocalDirectory;
+use crate::storage::local::CopyError;
+use crate::storage::sink::{Destination, OutputLock, Sink};
 
 use compute::{Buffers, Computer, Slot, lock};
 use queue::{Work, WorkQueues};
@@ -107,6 +109,23 @@ pub fn execute(
     options: &Options,
     task: &Task,
 ) -> Result<Summary> {
+    let output = LocalDirectory(output.to_path_buf());
+    let (mut summary, lock) = execute_into(inputs, plan, &output, options, task)?;
+    summary.warnings.extend(lock.release());
+    Ok(summary)
+}
+
+/// The same into any destination, which is still locked afterwards.
+///
+/// # Errors
+/// Those of [`execute`].
+pub fn execute_into(
+    inputs: &Inputs,
+    plan: &Plan,
+    output: &dyn Destination,
+    options: &Options,
+    task: &Task,
+) -> Result<(Summary, OutputLock)> {
     let session = Session::begin(inputs, plan, output, options, task)?;
     session.run(inputs, plan, &WorkFilter::All, task)?;
     session.finish(inputs, plan, task)
@@ -116,7 +135,7 @@ pub fn execute(
 struct Output<'a> {
     directory: &'a Path,
     /// A file for each of the plan's shards.
-    files: &'a [File],
+    files: &'a [Box<dyn Sink>],
     /// Whether what is written has to have reached the disk in the end.
     sync: bool,
 }
@@ -275,13 +294,13 @@ impl<'a> Job<'a> {
         if !self.output.sync {
             return Ok(());
         }
-        self.output.files[shard].sync_all().map_err(|error| self.write_error(shard, error))
+        self.output.files[shard].sync().map_err(|error| self.write_error(shard, error))
     }
 
     /// What is synced at the end is sent to the disk as early as possible, so that both overlap.
     fn begin_writing(&self, shard: usize, offset: u64, length: u64) {
         if self.output.sync {
-            local::begin_writing(&self.output.files[shard], offset..offset + length);
+            self.output.files[shard].begin_writing(offset..offset + length);
         }
     }
 
@@ -290,8 +309,8 @@ impl<'a> Job<'a> {
     }
 
     fn write(&self, shard: usize, bytes: &[u8], offset: u64) -> Result<()> {
-        local::write_at(&self.output.files[shard], bytes, offset)
-            .map_err(|error| self.write_error(shard, error))?;
+        let written = self.output.files[shard].write_at(bytes, offset);
+        written.map_err(|error| self.write_error(shard, error))?;
         self.begin_writing(shard, offset, bytes.len() as u64);
         self.task.advance(bytes.len() as u64);
         Ok(())
@@ -306,12 +325,12 @@ impl<'a> Job<'a> {
     ) -> Result<()> {
         let from = &self.inputs.base.shards()[self.plan.shards[shard].source].file;
         let buffer = buffers.stored(queue::TILE_BYTES);
-        from.copy_to(source.clone(), &self.output.files[shard], target, buffer).map_err(
-            |error| match error {
-                CopyError::Read(error) => from.unread(error),
-                CopyError::Write(error) => self.write_error(shard, error),
-            },
-        )?;
+        let taken =
+            self.output.files[shard].take_range(from.source(), source.clone(), target, buffer);
+        taken.map_err(|error| match error {
+            CopyError::Read(error) => from.unread(error),
+            CopyError::Write(error) => self.write_error(shard, error),
+        })?;
         let length = source.end - source.start;
         self.begin_writing(shard, target, length);
         self.task.advance(length);

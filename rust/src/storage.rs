@@ -1,8 +1,11 @@
 //! Storage: the only layer that touches files.
 
 pub(crate) mod digest;
+pub mod directory;
 pub mod file_names;
 pub mod local;
+pub mod memory;
+pub mod sink;
 pub mod source;
 pub mod staging;
 pub mod store;

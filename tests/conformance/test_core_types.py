@@ -50,11 +50,13 @@ def carry_out_and_measure(tmp_path: Path, holds: Callable[[Any, str], None]) -> 
     ]
     plan = lorafast.plan(base, adapters).core
     merged = tmp_path / "merged"
-    holds(plan.execute(merged), "Summary")
+    summary, lock = plan.execute(merged)
+    holds(summary, "Summary")
+    assert lock.release() is None
     holds(plan.verify(merged, full=True), "VerifyOutcome")
     begun = plan.begin(tmp_path / "stepwise", {"threads": 1})
     begun.run(set())
-    holds(begun.finish(), "Summary")
+    holds(begun.finish()[0], "Summary")
     back = make_plan(merged, adapters, MergeOptions(), subtract=True).core
     back.execute(tmp_path / "back")
     holds(back.distance(tmp_path / "back"), "Distance")

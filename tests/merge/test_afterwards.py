@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,36 @@ def test_a_subtractions_reports_that_do_not_fit_are_a_warning(
     lorafast.merge(base, adapter, tmp_path / "merged", report=False)
     report = lorafast.subtract(tmp_path / "merged", adapter, tmp_path / "again")
     assert any("its reports could not be written" in warning for warning in report.warnings)
+
+
+def test_no_other_merge_comes_between_a_model_and_its_report(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the later model lay beside the earlier one's report."""
+    output = tmp_path / "out"
+    met = []
+
+    def amid_another(write: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def written(report: Any, directory: Any) -> None:
+            assert read_checkpoint(output)
+            with pytest.raises(lorafast.OutputError, match="another merge is writing there"):
+                lorafast.merge(base, adapter, output, overwrite=True)
+            met.append(type(report).__name__)
+            write(report, directory)
+
+        return written
+
+    for kind in (lorafast.MergeReport, lorafast.SubtractReport):
+        monkeypatch.setattr(kind, "write", amid_another(kind.write))
+    lorafast.merge(base, adapter, output)
+    parts = lorafast.plan(base, adapter)
+    written = [shard for part in parts.parts() for shard in part.write(tmp_path / "parts")]
+    parts.assemble(tmp_path / "parts", written, output, overwrite=True)
+    merged = output.rename(tmp_path / "merged")
+    lorafast.subtract(merged, adapter, output)
+    assert met == ["MergeReport", "MergeReport", "SubtractReport"]
+    monkeypatch.undo()
+    lorafast.merge(base, adapter, output, overwrite=True)
 
 
 def test_what_could_not_be_verified_is_a_warning_and_is_reported(

@@ -55,10 +55,11 @@ def test_the_same_bytes_from_every_instruction_set_and_number_of_threads(
     for instruction_set in SETS:
         for threads in THREADS:
             output = tmp_path / "out"
-            done = lorafast.plan(base, adapters).core.execute(
+            done, lock = lorafast.plan(base, adapters).core.execute(
                 output,
                 {"threads": threads, "overwrite": True, "instruction_set": instruction_set},
             )
+            lock.release()
             assert (done["instruction_set"], done["threads"]) == (instruction_set, threads)
             written[instruction_set, threads] = snapshot(output)
     lorafast.merge(base, adapters, tmp_path / "own-choice", report=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,7 @@ from lorafast._merge.options import ExecutionOptions, MergeOptions
 from lorafast._results import Result
 
 if TYPE_CHECKING:
-    from lorafast._core import PlanDescription, Summary
+    from lorafast._core import OutputLock, PlanDescription, Summary
     from lorafast._io.sources import ModuleBase
     from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
@@ -187,9 +188,25 @@ class MergePlan(Result):
 
     def carry_out(self, output: Source, execution: ExecutionOptions) -> MergeReport:
         """`execute`, with its options as the one object that they are in."""
+        from lorafast._merge.report import write_afterwards
+
+        with self.carried_out(output, execution) as result:
+            if execution.report:
+                write_afterwards(result, result.output_path)
+        return result
+
+    @contextmanager
+    def carried_out(self, output: Source, execution: ExecutionOptions) -> Iterator[MergeReport]:
+        """The plan carried out; other merges are kept out of the output until the context ends.
+
+        Within it reports are written, and figures taken of what was written: nobody can have put
+        another model in its place.
+
+        Raises:
+            VerificationError: at the end, if what was written is not what was computed.
+        """
         from lorafast._io.device_names import AMX
         from lorafast._io.progress import callback
-        from lorafast._merge.report import write_afterwards
 
         memory = execution.memory()
         output = expand(output)
@@ -198,7 +215,7 @@ class MergePlan(Result):
         with callback(execution.progress) as tell:
             if device in ("cpu", AMX):
                 options["instruction_set"] = "amx" if device == AMX else None
-                summary = self.core.execute(
+                summary, lock = self.core.execute(
                     output, options, protected=self.protected, progress=tell
                 )
                 notes, fallbacks = [], {}
@@ -208,20 +225,20 @@ class MergePlan(Result):
                 done = carry_out(
                     self.core, output, options, device=device, memory=memory, progress=tell
                 )
-                summary, device = done.summary, done.device
+                (summary, lock), device = done.finished, done.device
                 notes, fallbacks = done.notes, done.fallbacks
-        result = self._report_of(summary, output, device, notes, fallbacks)
-        problem = None
-        if execution.verify:
-            result, problem = self._verified(result, execution._replace(device=device))
-        if execution.report:
-            write_afterwards(result, output)
+        with _held(lock) as warnings:
+            result = self._report_of(summary, output, device, notes, fallbacks)
+            problem = None
+            if execution.verify:
+                result, problem = self._verified(result, execution._replace(device=device))
+            yield result
+        result.warnings.extend(warnings)
         if problem is not None:
             raise VerificationError(
                 f"{output}: what was written is not what was computed: "
                 f"{problem}; check the disk and the memory of this machine"
             )
-        return result
 
     @cached_property
     def digest(self) -> str:
@@ -290,7 +307,7 @@ class MergePlan(Result):
 
         output = expand(output)
         with callback(progress) as tell:
-            summary = _core.assemble_shards(
+            summary, lock = _core.assemble_shards(
                 self.core,
                 expand(directory),
                 [(shard.name, shard.bytes, shard.sha256) for shard in written],
@@ -299,9 +316,11 @@ class MergePlan(Result):
                 sync=sync,
                 progress=tell,
             )
-        result = self._report_of(summary, output, "cpu", [], {})
-        if report:
-            write_afterwards(result, output)
+        with _held(lock) as warnings:
+            result = self._report_of(summary, output, "cpu", [], {})
+            if report:
+                write_afterwards(result, output)
+        result.warnings.extend(warnings)
         return result
 
     def _report_of(
@@ -363,6 +382,18 @@ class MergePlan(Result):
         result.warnings.extend(checked.warnings)
         result = result._replace(verification=checked.to_dict())
         return result, None if checked.ok else checked.problems[0]
+
+
+@contextmanager
+def _held(lock: OutputLock) -> Iterator[list[str]]:
+    """Keeps other merges out of an output; what goes wrong at the end is then in the list."""
+    warnings: list[str] = []
+    try:
+        yield warnings
+    finally:
+        problem = lock.release()
+        if problem is not None:
+            warnings.append(problem)
 
 
 def make_plan(

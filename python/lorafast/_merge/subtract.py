@@ -164,21 +164,22 @@ def subtract_adapters(
             )
         plan = MergePlan(prepared.core.of_base_alone(dtype=dtype))
         plan.protected = [locate(merged, BASE_PATTERNS)]
-    done = plan.carry_out(output, execution._replace(report=False))
-    bound = None if original is not None else _bound(plan, done, options, execution)
-    result = SubtractReport(
-        merged=os.fspath(merged),
-        proof=None if proof is None else proof.to_dict(),
-        bound=bound,
-        **_shared_fields(done, prepared, exact=original is not None),
-    )
-    if bound is not None and bound["share"] >= LOST:
-        result.warnings.append(
-            f"rounding can account for {bound['share']:.0%} of the change that was taken out; give "
-            "the base that it was merged into as well (original=…, --base) to get it back exactly"
+    with plan.carried_out(output, execution) as done:
+        bound = None if original is not None else _bound(plan, done, options, execution)
+        result = SubtractReport(
+            merged=os.fspath(merged),
+            proof=None if proof is None else proof.to_dict(),
+            bound=bound,
+            **_shared_fields(done, prepared, exact=original is not None),
         )
-    if execution.report:
-        write_afterwards(result, output)
+        if bound is not None and bound["share"] >= LOST:
+            result.warnings.append(
+                f"rounding can account for {bound['share']:.0%} of the change that was taken out; "
+                "give the base that it was merged into as well (original=…, --base) to get it back "
+                "exactly"
+            )
+        if execution.report:
+            write_afterwards(result, output)
     return result
 
 

@@ -29,13 +29,13 @@ class Done:
     """What an executor did.
 
     Attributes:
-        summary: the core's, as plain objects.
+        finished: the core's summary, as plain objects, and the lock on the output.
         device: what made the products.
         notes: why it was chosen, where it was not named.
         fallbacks: for each reason the tensors that the CPU merged instead of the device.
     """
 
-    summary: _core.Summary
+    finished: tuple[_core.Summary, _core.OutputLock]
     device: str
     notes: list[str] = field(default_factory=list)
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
@@ -65,12 +65,11 @@ def carry_out(
         device, note = choose(plan, options.get("threads"))
         notes.append(note)
     if device == "cpu":
-        summary = plan.execute(output, options, progress=progress)
-        return Done(summary, "cpu", notes)
+        return Done(plan.execute(output, options, progress=progress), "cpu", notes)
     from lorafast._torch.file_merge import execute
 
     done = execute(plan, output, open_device(device), options, memory=memory, progress=progress)
-    return Done(done.summary, done.device, notes, done.fallbacks)
+    return Done(done.finished, done.device, notes, done.fallbacks)
 
 
 def choose(plan: _core.Plan, threads: int | None) -> tuple[str, str]:

@@ -45,13 +45,13 @@ class Outcome:
     """What a file merge on a device did.
 
     Attributes:
-        summary: the core's, as plain objects.
+        finished: the core's summary, as plain objects, and the lock on the output.
         device: the device in words.
         fallbacks: for each reason the tensors that the CPU merged.
         tile_bytes: the largest tile of W₀ in the end, in bytes.
     """
 
-    summary: _core.Summary
+    finished: tuple[_core.Summary, _core.OutputLock]
     device: str
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
     tile_bytes: int = 0

@@ -3,16 +3,17 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
-use lorafast::execute::Options;
 use lorafast::execute::session::{Session, TensorId, WorkFilter};
+use lorafast::execute::{Options, Summary};
 use lorafast::parallel::task::Task;
 use lorafast::plan::{self, Inputs};
-use lorafast::storage::staging;
+use lorafast::storage::directory::LocalDirectory;
+use lorafast::storage::{sink, staging};
 
 use crate::buffer::Memory;
 use crate::convert::to_object;
@@ -25,6 +26,30 @@ use crate::operands::tensor_at;
 pub fn recover_output(py: Python<'_>, output: PathBuf) -> PyResult<Py<PyAny>> {
     let recovery = job::run(py, None, |_| staging::recover(&output))?;
     to_object(py, &recovery)
+}
+
+/// What keeps other merges out of an output whose model is in place, until it is released or
+/// dropped.
+#[pyclass(frozen, module = "lorafast._core")]
+pub struct OutputLock(Mutex<Option<sink::OutputLock>>);
+
+#[pymethods]
+impl OutputLock {
+    /// Lets other merges in. Returns what went wrong, in words.
+    fn release(&self, py: Python<'_>) -> Option<String> {
+        let lock = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        lock.and_then(|lock| py.detach(|| lock.release()))
+    }
+}
+
+/// A summary as plain objects, and the lock on the output.
+pub type Executed = (Py<PyAny>, OutputLock);
+
+pub fn executed(
+    py: Python<'_>,
+    (summary, lock): (Summary, sink::OutputLock),
+) -> PyResult<Executed> {
+    Ok((to_object(py, &summary)?, OutputLock(Mutex::new(Some(lock)))))
 }
 
 /// A begun execution; dropped before `finish`, it leaves the output as it was found.
@@ -43,7 +68,8 @@ impl Execution {
         options: &Options,
         task: &Task,
     ) -> lorafast::Result<Self> {
-        let session = Session::begin(inputs, plan, output, options, task)?;
+        let output = LocalDirectory(output.to_path_buf());
+        let session = Session::begin(inputs, plan, &output, options, task)?;
         Ok(Self { inputs: inputs.clone(), plan: plan.clone(), session: RwLock::new(Some(session)) })
     }
 
@@ -154,12 +180,13 @@ impl Execution {
         Err(error.map_or_else(|failure| failure.raise(py), |error| to_python(py, error)))
     }
 
-    /// Writes what is left and makes the output a model; returns the summary as plain objects.
-    fn finish(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+    /// Writes what is left and makes the output a model; returns the summary as plain objects, and the
+    /// lock that keeps other merges out still.
+    fn finish(&self, py: Python<'_>) -> PyResult<Executed> {
         let session = self.session.write().ok().and_then(|mut session| session.take());
         let session = session.ok_or_else(|| Failure::Over.raise(py))?;
-        let summary = job::run(py, None, |task| session.finish(&self.inputs, &self.plan, task))?;
-        to_object(py, &summary)
+        let done = job::run(py, None, |task| session.finish(&self.inputs, &self.plan, task))?;
+        executed(py, done)
     }
 
     /// Leaves the output as it was found.

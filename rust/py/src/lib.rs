@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use super::analyze::{analyze_adapter, compare_adapters, stored_factors};
     #[pymodule_export]
-    use super::execution::{Execution, recover_output};
+    use super::execution::{Execution, OutputLock, recover_output};
     #[pymodule_export]
     use super::fleet::{FleetTables, ScannedAdapter, module_metrics, scan_adapters};
     #[pymodule_export]

@@ -8,6 +8,7 @@ use lorafast::execute;
 use lorafast::execute::parts::{self, WrittenShard};
 
 use crate::convert::to_object;
+use crate::execution::{Executed, executed};
 use crate::job;
 use crate::plan::Plan;
 
@@ -63,13 +64,13 @@ pub fn assemble_shards(
     overwrite: bool,
     sync: bool,
     progress: Option<Py<PyAny>>,
-) -> PyResult<Py<PyAny>> {
+) -> PyResult<Executed> {
     let options = execute::Options { overwrite, sync, ..Default::default() };
     let shard = |(name, bytes, sha256)| WrittenShard { name, bytes, sha256 };
     let written: Vec<_> = written.into_iter().map(shard).collect();
-    let summary = job::run(py, progress, |task| {
+    let done = job::run(py, progress, |task| {
         let written = (directory.as_path(), written.as_slice());
         parts::assemble(&plan.inputs, &plan.plan, written, &output, &options, task)
     })?;
-    to_object(py, &summary)
+    executed(py, done)
 }

@@ -9,12 +9,13 @@ use pyo3::types::{PyBytes, PyList};
 use lorafast::adapter::format::AdapterSource;
 use lorafast::parallel::task::Task;
 use lorafast::plan::{self, Inputs};
+use lorafast::storage::directory::LocalDirectory;
 use lorafast::tensor::dtype::Dtype;
 use lorafast::verify::subtraction;
 use lorafast::{describe, execute, verify};
 
 use crate::convert::{to_object, to_options};
-use crate::execution::Execution;
+use crate::execution::{Executed, Execution, executed};
 use crate::sources::{Base, Source, to_core};
 use crate::{job, operands};
 
@@ -64,8 +65,9 @@ impl Plan {
         to_object(py, &job::run(py, None, |_| describe::plan(&self.inputs, &self.plan))?)
     }
 
-    /// Carries the plan out on the CPU; returns the summary as plain objects. `options` are
-    /// [`execute::Options`] as plain objects, but for the models that must not be written over.
+    /// Carries the plan out on the CPU; returns the summary as plain objects, and the lock that keeps
+    /// other merges out still. `options` are [`execute::Options`] as plain objects, but for the
+    /// models that must not be written over.
     #[pyo3(signature = (output, options=None, *, protected=Vec::new(), progress=None))]
     fn execute(
         &self,
@@ -74,12 +76,13 @@ impl Plan {
         options: Option<&Bound<'_, PyAny>>,
         protected: Vec<PathBuf>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<Py<PyAny>> {
+    ) -> PyResult<Executed> {
         let options = execute::Options { protected, ..to_options(options)? };
-        let summary = job::run(py, progress, |task| {
-            execute::execute(&self.inputs, &self.plan, &output, &options, task)
+        let output = LocalDirectory(output);
+        let done = job::run(py, progress, |task| {
+            execute::execute_into(&self.inputs, &self.plan, &output, &options, task)
         })?;
-        to_object(py, &summary)
+        executed(py, done)
     }
 
     /// Begins an execution in steps: checks and locks the output, and writes the headers. `options`

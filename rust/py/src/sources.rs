@@ -12,6 +12,7 @@ use lorafast::Error;
 use lorafast::adapter::format::{AdapterSource, Pickle};
 use lorafast::checkpoint::Checkpoint;
 use lorafast::parallel::task::Task;
+use lorafast::storage::memory::Bytes;
 use lorafast::tensor::dtype::Dtype;
 use lorafast::tensor::safetensors::NamedTensor;
 
@@ -34,7 +35,7 @@ impl<'py> FromPyObject<'_, 'py> for Source {
 }
 
 /// A path; or the name, the config (JSON) and the tensors of a model in memory, those as a list of
-/// (name, dtype, shape, bytes or None).
+/// (name, dtype, shape, bytes or what returns them or None).
 pub enum Base {
     /// A checkpoint's.
     Path(PathBuf),
@@ -78,15 +79,28 @@ fn unpickled(load: &Bound<'_, PyAny>) -> PyResult<Vec<NamedTensor>> {
     named_tensors(&load.call0()?)
 }
 
-/// Tensors as a list of (name, dtype, shape, bytes or None).
+/// Tensors as a list of (name, dtype, shape, bytes or what returns them or None).
 fn named_tensors(list: &Bound<'_, PyAny>) -> PyResult<Vec<NamedTensor>> {
     let tensor = |item: PyResult<Bound<'_, PyAny>>| {
-        let (name, dtype, shape, data): (String, String, Vec<u64>, Option<PyBuffer<u8>>) =
+        let (name, dtype, shape, data): (String, String, Vec<u64>, Option<Bound<'_, PyAny>>) =
             item?.extract()?;
-        let bytes = data.map(|data| data.to_vec(list.py())).transpose()?;
-        Ok(NamedTensor { name, dtype: Dtype::from_name(&dtype), shape, bytes })
+        let mut tensor = NamedTensor { name, dtype: Dtype::from_name(&dtype), shape, bytes: None };
+        tensor.bytes = match data {
+            Some(data) if data.is_callable() => tensor.expected_bytes().map(|length| {
+                let load = data.unbind();
+                let load = move || Python::attach(|py| loaded(load.bind(py))).map_err(foreign);
+                Bytes::deferred(length, Arc::new(load))
+            }),
+            Some(data) => Some(Bytes::Loaded(data.extract::<PyBuffer<u8>>()?.to_vec(list.py())?)),
+            None => None,
+        };
+        Ok(tensor)
     };
     list.try_iter()?.map(tensor).collect()
+}
+
+fn loaded(load: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    load.call0()?.extract::<PyBuffer<u8>>()?.to_vec(load.py())
 }
 
 /// The sources in the core's own type.

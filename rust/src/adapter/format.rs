@@ -7,8 +7,9 @@ use std::sync::Arc;
 use super::{Adapter, formats};
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
+use crate::storage::directory::{self, LocalDirectory};
 use crate::storage::local;
-use crate::storage::store::{self, LocalDirectory, Store};
+use crate::storage::store::Store;
 use crate::tensor::safetensors::NamedTensor;
 
 /// A format of adapters. Each is one file (or folder) of `formats/`, and one entry of [`FORMATS`].
@@ -81,7 +82,7 @@ impl AdapterSource {
 
     /// Of an adapter whose files are a store's.
     pub fn in_store(store: Arc<dyn Store>) -> Self {
-        Self { path: store.path(""), store: Some(store), pickle: None }
+        Self { path: store.root().to_path_buf(), store: Some(store), pickle: None }
     }
 
     /// Of an adapter whose weights somebody else has to read.
@@ -169,7 +170,7 @@ impl<'a> Place<'a> {
                 Ok(Self { source, store, file: None })
             }
             Some(_) => {
-                let (store, name) = store::of_file(path);
+                let (store, name) = directory::of_file(path);
                 Ok(Self { source, store: Arc::new(store), file: Some(name) })
             }
             None => Err(Error::io(path, local::absence_of(path))),

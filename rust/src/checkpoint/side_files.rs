@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::storage::file_names;
 use crate::storage::local::{self, Entry, Stamp};
 use crate::storage::staging;
+use crate::storage::store::Store;
 
 /// The files of a checkpoint's directory beside its own shards and index.
 #[derive(Debug, Default, Clone)]
@@ -76,6 +77,9 @@ const OWN: [&str; 7] = [
 /// What training leaves, and no model needs.
 const OF_TRAINING: [&str; 4] =
     ["trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"];
+/// What a sentence model's parts are listed in.
+const MODULES: &str = "modules.json";
+
 /// Lists the side files of a checkpoint. A single file has none.
 ///
 /// # Errors
@@ -86,18 +90,38 @@ pub fn list(base: &Checkpoint) -> Result<SideFiles> {
     if base.is_directory() {
         let mut own: Vec<&str> = base.shards().iter().map(|shard| shard.name.as_str()).collect();
         own.extend(base.index().map(|index| index.file_name.as_str()));
-        let walk = Walk { root: base.root(), own, homes: homes(base)?, parts: parts(base.root())? };
-        walk.folder(Path::new(""), &mut files)?;
+        match base.store().as_directory() {
+            Some(root) => {
+                let (homes, parts) = (homes(base, root)?, parts(base.store())?);
+                Walk { root, own, homes, parts }.folder(Path::new(""), &mut files)?;
+            }
+            None => in_store(base.store(), &own, &mut files)?,
+        }
         files.carried.sort_by(|left, right| left.0.cmp(&right.0));
         files.left_out.sort();
     }
     Ok(files)
 }
 
+/// The side files of a store that is no directory: names with neither links nor folders.
+fn in_store(store: &dyn Store, own: &[&str], files: &mut SideFiles) -> Result<()> {
+    for name in store.list()? {
+        if own.contains(&name.as_str()) || is_own(&name) {
+            continue;
+        }
+        if is_carried(&name) && !file_names::holds_weights(&name) {
+            let stamp = store.stamp(&name)?;
+            files.carried.push((name, stamp));
+        } else {
+            files.left_out.push(name);
+        }
+    }
+    Ok(())
+}
+
 /// The directories in which a base's files may lie: its own first, and those in which its shards do
 /// if they are links, as in a hub's cache.
-fn homes(base: &Checkpoint) -> Result<Vec<PathBuf>> {
-    let root = base.root();
+fn homes(base: &Checkpoint, root: &Path) -> Result<Vec<PathBuf>> {
     let mut homes = vec![local::real_path(root)?];
     for shard in base.shards() {
         let shard = local::real_path(shard.file.path())?;
@@ -108,12 +132,11 @@ fn homes(base: &Checkpoint) -> Result<Vec<PathBuf>> {
 }
 
 /// The folders that a sentence model's `modules.json` names: parts of it, which may hold weights.
-fn parts(root: &Path) -> Result<BTreeSet<String>> {
-    let path = root.join("modules.json");
-    if local::find(&path)?.is_none() {
+fn parts(store: &dyn Store) -> Result<BTreeSet<String>> {
+    if !store.has(MODULES)? {
         return Ok(BTreeSet::new());
     }
-    let (content, _) = local::read_small(&path)?;
+    let (content, _) = store.read_small(MODULES)?;
     let modules: Value = serde_json::from_slice(&content).unwrap_or_default();
     let modules = modules.as_array().into_iter().flatten();
     Ok(modules.filter_map(|module| Some(module.get("path")?.as_str()?.to_owned())).collect())

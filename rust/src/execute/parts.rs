@@ -11,7 +11,10 @@ use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Inputs, Plan};
 use crate::storage::digest::sha256_of;
-use crate::storage::local::{self, File, Stamp};
+use crate::storage::directory::LocalDirectory;
+use crate::storage::local;
+use crate::storage::sink::{OutputLock, Sink};
+use crate::storage::source::{LocalFile, Source};
 
 /// A shard that was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -44,7 +47,7 @@ pub fn write_shards(
     local::allow_open(plan.shards.len() + inputs.base.shards().len());
     task.expect(plan.bytes());
     let partial = |name: &str| directory.join(format!("{name}.partial"));
-    let open = |shard: &crate::plan::PlannedShard| -> Result<File> {
+    let open = |shard: &crate::plan::PlannedShard| -> Result<Box<dyn Sink>> {
         let path = partial(&shard.name);
         let failed = |error| Error::io(&path, error);
         let file = local::create(&path)?;
@@ -53,7 +56,7 @@ pub fn write_shards(
             local::write_at(&file, &shard.header, 0).map_err(failed)?;
             task.advance(shard.header.len() as u64);
         }
-        Ok(file)
+        Ok(Box::new(file))
     };
     let files = plan.shards.iter().map(open).collect::<Result<Vec<_>>>()?;
     let output = Output { directory, files: &files, sync: options.sync };
@@ -72,7 +75,7 @@ pub fn write_shards(
     Ok(written)
 }
 
-/// Makes a model of shards that were written apart: each has to be there, of the size that the plan
+/// Makes a model of shards that were written apart, in an output that is still locked afterwards: each has to be there, of the size that the plan
 /// gives it and of the digest that its writer told.
 ///
 /// # Errors
@@ -85,17 +88,16 @@ pub fn assemble(
     output: &Path,
     options: &Options,
     task: &Task,
-) -> Result<Summary> {
+) -> Result<(Summary, OutputLock)> {
     let mut found = Vec::with_capacity(plan.shards.len());
     for shard in &plan.shards {
         task.check()?;
         let path = directory.join(&shard.name);
         let told = written.iter().find(|one| one.name == shard.name);
-        let (_, metadata) = local::open(&path)?;
-        let stamp = Stamp::of(&metadata);
+        let source = LocalFile::open(&path)?;
         let is_told = match told {
             Some(told) => {
-                (told.bytes, stamp.length) == (shard.bytes(), shard.bytes())
+                (told.bytes, source.stamp().length) == (shard.bytes(), shard.bytes())
                     && told.sha256 == sha256_of(&path)?
             }
             None => false,
@@ -106,14 +108,15 @@ pub fn assemble(
                 "is not the shard that its part of the plan wrote; write that part again",
             ));
         }
-        found.push((path, stamp));
+        found.push((path, Box::new(source) as Box<dyn Source>));
     }
     let digests = inputs.adapters.iter().map(|adapter| adapter.sha256());
     let digests = digests.collect::<Result<Vec<_>>>()?;
-    let session = Session::begin_with(inputs, plan, output, options, task, &found)?;
+    let output = LocalDirectory(output.to_path_buf());
+    let session = Session::begin_with(inputs, plan, &output, options, task, &found)?;
     session.keep_digests(digests);
-    for (path, stamp) in &found {
-        if Stamp::of(&local::open(path)?.1) != *stamp {
+    for (path, source) in &found {
+        if !source.is_unchanged().map_err(|error| Error::io(path, error))? {
             return Err(Owner::Checkpoint.changed(path));
         }
     }

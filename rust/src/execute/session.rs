@@ -13,12 +13,13 @@ use super::queue::{self, Work};
 use super::rewrite;
 use super::{Job, Options, Output, Summary};
 use crate::checkpoint::side_files::{self, SideFiles};
-use crate::error::{Error, Result};
+use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Inputs, Plan, PlannedTensor};
-use crate::storage::local::{self, File, Metadata, Stamp};
-use crate::storage::staging::{self, Input, Staging};
+use crate::storage::local;
+use crate::storage::sink::{Committed, Destination, Input, OutputLock, Request, Sink, StagedModel};
+use crate::storage::source::Source;
 
 /// A tensor of a plan: its shard's position and its own in that.
 pub type TensorId = (usize, usize);
@@ -55,10 +56,10 @@ impl WorkFilter {
 pub struct Session {
     output: PathBuf,
     /// Before the staging, which removes them: fields are dropped in this order.
-    files: Vec<File>,
-    staging: Staging,
+    files: Vec<Box<dyn Sink>>,
+    staging: Box<dyn StagedModel>,
     /// Names and contents of what is written last, with the files that they are made from.
-    last: Vec<(String, Vec<u8>, Metadata)>,
+    last: Vec<(String, Vec<u8>, Box<dyn Source>)>,
     side_files: SideFiles,
     total: u64,
     start: Instant,
@@ -78,14 +79,14 @@ impl Session {
     pub fn begin(
         inputs: &Inputs,
         plan: &Plan,
-        output: &Path,
+        output: &dyn Destination,
         options: &Options,
         task: &Task,
     ) -> Result<Self> {
         Self::begin_with(inputs, plan, output, options, task, &[])
     }
 
-    /// The same with shards that are written already: each one's file, and what was found there.
+    /// The same with shards that are written already: what messages call each one, and its bytes.
     /// Such a session is only to be finished.
     ///
     /// # Errors
@@ -93,10 +94,10 @@ impl Session {
     pub(super) fn begin_with(
         inputs: &Inputs,
         plan: &Plan,
-        output: &Path,
+        output: &dyn Destination,
         options: &Options,
         task: &Task,
-        written: &[(PathBuf, Stamp)],
+        written: &[(PathBuf, Box<dyn Source>)],
     ) -> Result<Self> {
         let start = Instant::now();
         let pool = task::build_pool(options.threads)?;
@@ -109,8 +110,7 @@ impl Session {
         let total = plan.bytes() + side_bytes;
         // The base's shards, the output's, each adapter's file, and what lies beside the weights.
         local::allow_open(2 * plan.shards.len() + inputs.adapters.len() + side_files.carried.len());
-        let mut staging = Staging::create(staging::Request {
-            output,
+        let mut staging = output.begin(Request {
             overwrite: options.overwrite,
             sync: options.sync,
             bytes: total,
@@ -120,45 +120,46 @@ impl Session {
         task.expect(total);
         // Before the weights: what cannot be read or written of them costs no work then. Config and
         // index, with which half-written weights would look like a model, wait in memory.
+        let store = inputs.base.store();
         let mut last = Vec::new();
         for (name, stamp) in &side_files.carried {
             task.check()?;
-            let source = inputs.base.root().join(name);
+            let source = store.open(name)?;
             match (name.as_str(), inputs.base.config_bytes()) {
                 ("config.json", Some(bytes)) => {
-                    let (_, metadata) = local::open(&source)?;
-                    last.push((name.clone(), config_of(inputs, plan, bytes), metadata));
+                    last.push((name.clone(), config_of(inputs, plan, bytes), source));
                 }
-                _ => staging.copy(name, &source, *stamp)?,
+                _ if source.stamp() != *stamp => {
+                    return Err(Owner::Checkpoint.changed(store.path(name)));
+                }
+                _ => staging.copy(name, &*source, &store.path(name))?,
             }
             task.advance(stamp.length);
         }
         if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
-            let (_, metadata) = local::open(&inputs.base.root().join(&name))?;
-            last.push((name, content, metadata));
+            let source = store.open(&name)?;
+            last.push((name, content, source));
         }
-        for (shard, (path, stamp)) in plan.shards.iter().zip(written) {
+        for (shard, (path, source)) in plan.shards.iter().zip(written) {
             task.check()?;
-            staging.copy(&shard.name, path, *stamp)?;
-            task.advance(stamp.length);
+            staging.copy(&shard.name, &**source, path)?;
+            task.advance(source.stamp().length);
         }
         let files = plan.shards[written.len()..]
             .iter()
             .map(|shard| {
-                let source = &inputs.base.shards()[shard.source].file;
-                let like = source.as_file().map(local::metadata_of).transpose();
-                let like = like.map_err(|error| Error::io(source.path(), error))?;
-                let file = staging.create_file(&shard.name, shard.bytes(), like.as_ref())?;
+                let like = inputs.base.shards()[shard.source].file.source();
+                let file = staging.create(&shard.name, shard.bytes(), Some(like))?;
                 if !queue::copies_header(inputs, shard) {
-                    let failed = |error| Error::io(output.join(&shard.name), error);
-                    local::write_at(&file, &shard.header, 0).map_err(failed)?;
+                    let failed = |error| Error::io(output.root().join(&shard.name), error);
+                    file.write_at(&shard.header, 0).map_err(failed)?;
                     task.advance(shard.header.len() as u64);
                 }
                 Ok(file)
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
-            output: output.to_path_buf(),
+            output: output.root().to_path_buf(),
             staging,
             last,
             files,
@@ -245,10 +246,10 @@ impl Session {
         assert!(bytes.len().is_multiple_of(row), "whole rows");
         assert!(end <= tensor.target.end - tensor.target.start, "within the tensor");
         let offset = planned.header.len() as u64 + tensor.target.start + first;
-        local::write_at(&self.files[shard], bytes, offset)
-            .map_err(|error| Error::io(self.output.join(&planned.name), error))?;
+        let failed = |error| Error::io(self.output.join(&planned.name), error);
+        self.files[shard].write_at(bytes, offset).map_err(failed)?;
         if self.sync {
-            local::begin_writing(&self.files[shard], offset..offset + bytes.len() as u64);
+            self.files[shard].begin_writing(offset..offset + bytes.len() as u64);
             self.written.store(true, Ordering::Relaxed);
         }
         Ok(())
@@ -260,26 +261,32 @@ impl Session {
         compute::overflow(tensor, index, &computer.culprit(tensor))
     }
 
-    /// Writes everything beside the weights and makes the output a model.
+    /// Writes everything beside the weights and makes the output a model. Other merges stay out of it
+    /// until the lock is released, so that a report is written beside the model that it is about.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Cancelled`]; the output is then as it was.
-    pub fn finish(mut self, inputs: &Inputs, plan: &Plan, task: &Task) -> Result<Summary> {
+    pub fn finish(
+        mut self,
+        inputs: &Inputs,
+        plan: &Plan,
+        task: &Task,
+    ) -> Result<(Summary, OutputLock)> {
         if self.written.load(Ordering::Relaxed) {
             for (file, shard) in self.files.iter().zip(&plan.shards) {
                 task.check()?;
                 let failed = |error| Error::io(self.output.join(&shard.name), error);
-                file.sync_all().map_err(failed)?;
+                file.sync().map_err(failed)?;
             }
         }
         for (name, content, like) in &self.last {
-            self.staging.write(name, content, Some(like))?;
+            self.staging.put(name, content, Some(&**like))?;
         }
         task.check()?;
         // What was written to meanwhile would make a model of two states.
         inputs.check_unchanged()?;
-        let warnings = self.staging.commit()?;
-        Ok(Summary {
+        let Committed { warnings, lock } = self.staging.commit()?;
+        let summary = Summary {
             bytes_written: plan.bytes(),
             seconds: self.start.elapsed().as_secs_f64(),
             threads: self.pool.current_num_threads(),
@@ -294,7 +301,8 @@ impl Session {
             side_files: self.side_files.carried.into_iter().map(|(name, _)| name).collect(),
             left_out: self.side_files.left_out,
             warnings,
-        })
+        };
+        Ok((summary, lock))
     }
 }
 
@@ -327,15 +335,14 @@ fn read_inputs(
     let mut add = |path: PathBuf, what: &str, is_base: bool| {
         read.push(Input { path, what: what.to_owned(), is_base });
     };
-    add(base.root().to_path_buf(), "the base", base.is_directory());
-    for shard in base.shards() {
-        add(shard.file.path().to_path_buf(), "the base", false);
-    }
-    for (name, _) in &side_files.carried {
-        add(base.root().join(name), "the base", false);
-    }
-    if let Some(index) = base.index() {
-        add(base.root().join(&index.file_name), "the base", false);
+    if let Some(root) = base.store().as_directory() {
+        add(root.to_path_buf(), "the base", base.is_directory());
+        let shards = base.shards().iter().map(|shard| &shard.name);
+        let beside = side_files.carried.iter().map(|(name, _)| name);
+        let index = base.index().map(|index| &index.file_name);
+        for name in shards.chain(beside).chain(index) {
+            add(root.join(name), "the base", false);
+        }
     }
     for adapter in &inputs.adapters {
         let what = format!("the adapter {}", adapter.path().display());

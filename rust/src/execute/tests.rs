@@ -1,11 +1,15 @@
 use std::fs;
+use std::sync::Arc;
 
 use indexmap::IndexMap;
 
 use super::*;
+use crate::adapter::format::AdapterSource;
+use crate::checkpoint::Checkpoint;
 use crate::fixtures::{Tensor, open, plain, ramp, write, write_adapter};
 use crate::kernel::convert::widen_f64;
 use crate::plan;
+use crate::storage::memory::{InMemory, MemoryDestination};
 use crate::storage::staging;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
@@ -40,6 +44,10 @@ fn run(inputs: &Inputs, options: plan::Options, output: &Path, threads: usize) -
     let plan = Plan::new(inputs, options)?;
     let options = Options { threads: Some(threads), ..Options::default() };
     execute(inputs, &plan, output, &options, &Task::new())
+}
+
+fn overwriting() -> Options {
+    Options { overwrite: true, ..Options::default() }
 }
 
 fn names(directory: &Path) -> Vec<String> {
@@ -99,6 +107,52 @@ fn a_merge_writes_the_whole_model_and_nothing_else() {
         let expected = half::bf16::from_f64(base + 2.0 * product).to_f64();
         assert_eq!(*merged, expected, "row {row}, column {column}");
     }
+}
+
+/// The files of a directory in memory, but for its folders.
+fn in_memory(directory: &Path) -> InMemory {
+    let entries = fs::read_dir(directory).expect("a directory");
+    let paths = entries.map(|entry| entry.expect("an entry").path()).filter(|path| path.is_file());
+    let files = paths.map(|path| {
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        (name, Arc::new(fs::read(&path).expect("read")))
+    });
+    InMemory { name: "memory".into(), files: files.collect() }
+}
+
+#[test]
+fn a_merge_between_stores_in_memory_has_the_bytes_of_one_between_directories() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let inputs = prepare(root);
+    run(&inputs, plain(), &root.join("output"), 2).expect("merged");
+    let expected = in_memory(&root.join("output"));
+
+    let task = Task::new();
+    let base = Checkpoint::open_in(Arc::new(in_memory(&root.join("base"))), &task).expect("sound");
+    let adapter = AdapterSource::in_store(Arc::new(in_memory(&root.join("adapter"))));
+    let adapters = vec![Arc::new(adapter.open(&task).expect("sound"))];
+    fs::remove_dir_all(root.join("base")).expect("removed");
+    fs::remove_dir_all(root.join("adapter")).expect("removed");
+    let stored = Inputs { base: Arc::new(base), adapters };
+    let plan = Plan::new(&stored, plain()).expect("a plan");
+    let output = MemoryDestination::new("memory");
+    let options = Options::default();
+    let (summary, _lock) = execute_into(&stored, &plan, &output, &options, &task).expect("merged");
+    assert_eq!(summary.side_files, ["config.json"]);
+    assert_eq!(summary.left_out, ["pytorch_model.bin"]);
+    let files = output.store().files;
+    assert_eq!(files.len() + 1, expected.files.len(), "all but the manifest");
+    assert!(files.iter().all(|(name, content)| expected.files[name] == *content));
+    Checkpoint::open_in(Arc::new(output.store()), &task).expect("a model");
+
+    let refused = execute_into(&stored, &plan, &output, &options, &task).expect_err("occupied");
+    assert!(refused.to_string().starts_with("memory: holds a model"), "{refused}");
+    let options = Options { overwrite: true, ..options };
+    let cancelled = Task::new();
+    cancelled.cancel();
+    execute_into(&stored, &plan, &output, &options, &cancelled).expect_err("cancelled");
+    assert!(output.store().files == files, "as it was");
 }
 
 #[test]
@@ -435,7 +489,8 @@ fn parts_of_an_execution_make_the_whole() {
     let id = tensor.id;
     let planned = &plan.shards[id.0].tensors[id.1];
     let session =
-        Session::begin(&inputs, &plan, &parts, &Options::default(), &task).expect("begun");
+        Session::begin(&inputs, &plan, &LocalDirectory(parts.clone()), &Options::default(), &task)
+            .expect("begun");
     session.run(&inputs, &plan, &WorkFilter::Without([id].into()), &task).expect("run");
     let mut rows = vec![0; (ROWS * COLUMNS) as usize * 2];
     session.read_rows(&inputs, planned, &(0..ROWS as usize), &mut rows).expect("read");
@@ -455,8 +510,13 @@ fn parts_of_an_execution_make_the_whole() {
     session.write_rows(&plan, id, ROWS as usize / 2, &rows[half..]).expect("written");
     session.write_rows(&plan, id, 0, &rows[..half]).expect("written");
     assert!(!parts.join("config.json").exists(), "not a model yet");
-    let summary = session.finish(&inputs, &plan, &task).expect("finished");
+    let (summary, lock) = session.finish(&inputs, &plan, &task).expect("finished");
     assert_eq!(summary.adapter_sha256.len(), 1);
+    let busy =
+        Session::begin(&inputs, &plan, &LocalDirectory(parts.clone()), &overwriting(), &task);
+    assert!(busy.expect_err("still locked").to_string().contains("another merge is writing there"));
+    assert_eq!(lock.release(), None);
+    assert!(!parts.join(staging::DIRECTORY).exists());
     for name in ["one.safetensors", "two.safetensors", "config.json"] {
         let read = |root: &Path| fs::read(root.join(name)).expect("there");
         assert!(read(&whole) == read(&parts), "{name}");
@@ -464,7 +524,8 @@ fn parts_of_an_execution_make_the_whole() {
     // The merges of some tensors alone.
     let again = directory.path().join("again");
     let session =
-        Session::begin(&inputs, &plan, &again, &Options::default(), &task).expect("begun");
+        Session::begin(&inputs, &plan, &LocalDirectory(again.clone()), &Options::default(), &task)
+            .expect("begun");
     session.run(&inputs, &plan, &WorkFilter::Without([id].into()), &task).expect("run");
     session.run(&inputs, &plan, &WorkFilter::Only([id].into()), &task).expect("run");
     session.finish(&inputs, &plan, &task).expect("finished");

@@ -155,8 +155,9 @@ impl<'a> NameMap<'a> {
                 Ok(Some(ParameterLocation::Slices(slices(parts, &heights))))
             }
             _ => Err(format!(
-                "its {parameter} can be {} tensors of the base ({}), and nothing tells which",
+                "its {parameter} can be {} tensors of the {} ({}), and nothing tells which",
                 stored.len(),
+                self.names.base().noun(),
                 stored.iter().map(|one| one.name.as_str()).collect::<Vec<_>>().join(", ")
             )),
         }

@@ -83,62 +83,6 @@ impl Source for LocalFile {
     }
 }
 
-/// Runs of bytes in memory: what was unpickled, computed or handed over. What lies between the
-/// runs was not handed over, and reads as zeros.
-#[derive(Debug)]
-pub struct Memory {
-    /// Where each run begins, ascending, and its bytes.
-    runs: Vec<(u64, Vec<u8>)>,
-    length: u64,
-    /// The file that they were made from, and what it was then.
-    origin: Option<(PathBuf, Stamp)>,
-}
-
-impl Memory {
-    /// Runs of bytes, each with where it begins, ascending and apart.
-    pub fn new(runs: Vec<(u64, Vec<u8>)>, length: u64) -> Self {
-        Self { runs, length, origin: None }
-    }
-
-    /// The same of bytes that were made from a file that had that stamp.
-    #[must_use]
-    pub fn made_from(self, path: &Path, stamp: Stamp) -> Self {
-        Self { origin: Some((path.to_path_buf(), stamp)), ..self }
-    }
-}
-
-impl Source for Memory {
-    fn stamp(&self) -> Stamp {
-        let modified = self.origin.as_ref().map_or(0, |(_, stamp)| stamp.modified);
-        let identity = self.origin.as_ref().map_or((0, 0), |(_, stamp)| stamp.identity);
-        Stamp { length: self.length, modified, identity }
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= self.length);
-        let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let mut position = offset;
-        let first = self.runs.partition_point(|(start, run)| start + run.len() as u64 <= offset);
-        for (start, run) in self.runs[first..].iter().take_while(|(start, _)| *start < end) {
-            let (from, to) = (position.max(*start), end.min(start + run.len() as u64));
-            buffer[(position - offset) as usize..(from - offset) as usize].fill(0);
-            buffer[(from - offset) as usize..(to - offset) as usize]
-                .copy_from_slice(&run[(from - start) as usize..(to - start) as usize]);
-            position = to;
-        }
-        buffer[(position - offset) as usize..].fill(0);
-        Ok(())
-    }
-
-    fn is_unchanged(&self) -> io::Result<bool> {
-        self.origin.as_ref().map_or(Ok(true), |(path, stamp)| leads_to(path, *stamp))
-    }
-
-    fn origin(&self) -> Option<&Path> {
-        self.origin.as_ref().map(|(path, _)| path.as_path())
-    }
-}
-
 /// Whether a path leads to what has that stamp.
 ///
 /// # Errors
@@ -167,39 +111,4 @@ fn settled(file: &File, mut metadata: Metadata) -> io::Result<Metadata> {
         metadata = file.metadata()?;
     }
     Ok(metadata)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_in_memory_read_as_one_and_zeros_between() {
-        let memory = Memory::new(vec![(2, vec![1, 2, 3]), (5, vec![4]), (8, vec![5, 6])], 12);
-        let whole = [0, 0, 1, 2, 3, 4, 0, 0, 5, 6, 0, 0];
-        for start in 0..=whole.len() {
-            for end in start..=whole.len() {
-                let mut buffer = vec![9; end - start];
-                memory.read_at(&mut buffer, start as u64).expect("within");
-                assert_eq!(buffer, whole[start..end], "{start}..{end}");
-            }
-        }
-        let beyond = memory.read_at(&mut [0; 2], 11).expect_err("beyond the end");
-        assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
-        assert!(memory.is_unchanged().expect("it is in memory") && memory.origin().is_none());
-    }
-
-    #[test]
-    fn what_was_made_from_a_file_changes_with_it() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("pickle");
-        fs::write(&path, "one").expect("written");
-        let stamp = Stamp::of(&fs::metadata(&path).expect("there"));
-        let memory = Memory::new(vec![(0, vec![1])], 1).made_from(&path, stamp);
-        assert!(memory.is_unchanged().expect("there"));
-        fs::write(&path, "three").expect("written");
-        assert!(!memory.is_unchanged().expect("there"));
-        fs::remove_file(&path).expect("removed");
-        assert!(!memory.is_unchanged().expect("absence is no error"));
-    }
 }

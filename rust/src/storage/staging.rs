@@ -19,7 +19,9 @@ pub use commit::{Recovery, check_whole, recover};
 pub use manifest::{MANIFEST, missing_files};
 
 use crate::error::{Error, Owner, Result};
-use crate::storage::local::{self, CopyError, Stamp};
+use crate::storage::local::{self, CopyError};
+use crate::storage::sink::{Committed, Input, OutputLock, Request, Sink, StagedModel};
+use crate::storage::source::Source;
 use lock::Lock;
 use place::Occupancy;
 
@@ -32,34 +34,6 @@ const KEPT: &str = "kept-";
 
 /// Bytes of a side file that are in memory at a time.
 const COPIED_AT_ONCE: usize = 1 << 20;
-
-/// What a place for a merge is asked for.
-#[derive(Debug)]
-pub struct Request<'a> {
-    /// The directory to write.
-    pub output: &'a Path,
-    /// Whether a model in it may be replaced.
-    pub overwrite: bool,
-    /// Whether what is committed has reached the disk.
-    pub sync: bool,
-    /// Bytes of everything that will be written.
-    pub bytes: u64,
-    /// The names of everything that will be written, but for the manifest.
-    pub names: Vec<String>,
-    /// What is read meanwhile and must not be written over.
-    pub inputs: Vec<Input>,
-}
-
-/// A file or a directory that a merge reads.
-#[derive(Debug, Clone)]
-pub struct Input {
-    /// Where it lies.
-    pub path: PathBuf,
-    /// What it is, for messages: "the base".
-    pub what: String,
-    /// Whether the output may not lie below it either.
-    pub is_base: bool,
-}
 
 /// A file of the new model.
 #[derive(Debug)]
@@ -98,8 +72,8 @@ impl Staging {
     ///
     /// # Errors
     /// [`Error::Output`] or [`Error::Io`], with the output left as it was.
-    pub fn create(request: Request<'_>) -> Result<Self> {
-        let Request { output, overwrite, sync, bytes, mut names, inputs } = request;
+    pub fn create(output: &Path, request: Request) -> Result<Self> {
+        let Request { overwrite, sync, bytes, mut names, inputs } = request;
         names.push(MANIFEST.to_owned());
         place::check_place(&inputs, output)?;
         // What an earlier merge left is cleared away first, whether the output may be used or not.
@@ -169,7 +143,7 @@ impl Staging {
 
     /// Makes a file of the new model, which must be among the announced names, with the
     /// permissions of the file that it is made from.
-    fn create_new(&mut self, name: &str, bytes: u64, like: Option<&fs::Metadata>) -> Result<File> {
+    fn create_new(&mut self, name: &str, bytes: u64, like: Option<&dyn Source>) -> Result<File> {
         debug_assert!(self.names.iter().any(|known| known == name), "{name} was announced");
         if self.lock.as_ref().is_none_or(|lock| !lock.is_held()) {
             let what = format!("something removed the lock in {}", self.directory.display());
@@ -180,62 +154,14 @@ impl Staging {
         // Never through a link, and never over what somebody else has put there.
         let file = File::options().read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(|error| self.failed(&path, error))?;
-        if let Some(like) = like {
+        if let Some(like) = like.and_then(Source::as_file) {
             // Some file systems have no permissions to set.
-            let _ = file.set_permissions(local::permissions(like));
+            let like = like.metadata().map_err(failed)?;
+            let _ = file.set_permissions(local::permissions(&like));
         }
         let identity = local::identity(&file.metadata().map_err(failed)?);
         self.written.push(Written { name: name.to_owned(), bytes, identity, _file: None });
         Ok(file)
-    }
-
-    /// Makes a file of that many bytes for positioned writes. It stays open until the commit: what is
-    /// deleted meanwhile is then known, for no other file can be the same.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn create_file(
-        &mut self,
-        name: &str,
-        bytes: u64,
-        like: Option<&fs::Metadata>,
-    ) -> Result<File> {
-        let file = self.create_new(name, bytes, like)?;
-        let failed = |error| Error::io(self.output.join(name), error);
-        file.set_len(bytes).map_err(failed)?;
-        local::allocate(&file, bytes);
-        Ok(file)
-    }
-
-    /// Writes a small file.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn write(&mut self, name: &str, content: &[u8], like: Option<&fs::Metadata>) -> Result<()> {
-        let mut file = self.create_new(name, content.len() as u64, like)?;
-        file.write_all(content).map_err(|error| Error::io(self.output.join(name), error))?;
-        self.close(name, file)
-    }
-
-    /// Copies a file, which was found so, with its permissions.
-    ///
-    /// # Errors
-    /// [`Error::Io`], of the file at fault; [`Error::Checkpoint`] if the source is no plain file,
-    /// or another than was found.
-    pub fn copy(&mut self, name: &str, source: &Path, found: Stamp) -> Result<()> {
-        let (from, metadata) = local::open(source)?;
-        if Stamp::of(&metadata) != found {
-            return Err(Owner::Checkpoint.changed(source));
-        }
-        let file = self.create_new(name, found.length, Some(&metadata))?;
-        let mut buffer = vec![0; COPIED_AT_ONCE.min(found.length as usize)];
-        local::copy_range(&from, 0..found.length, &file, 0, &mut buffer).map_err(|error| {
-            match error {
-                CopyError::Read(error) => Owner::Checkpoint.unread(source, error),
-                CopyError::Write(error) => Error::io(self.output.join(name), error),
-            }
-        })?;
-        self.close(name, file)
     }
 
     /// Syncs a file that is written, and keeps it open.
@@ -248,26 +174,66 @@ impl Staging {
         }
         Ok(())
     }
+}
 
-    /// Makes what was written the output's model, and lists it in a manifest beside it. What of an
-    /// older model the new one does not replace is deleted at the end; whatever else lies in the
-    /// output stays. Returns what went wrong after the new model was in place.
-    ///
-    /// # Errors
-    /// [`Error::Output`], [`Error::Io`]; the older model is then where it was, and the message
-    /// says where the new one lies.
-    pub fn commit(mut self) -> Result<Vec<String>> {
+impl StagedModel for Staging {
+    /// The file stays open until the commit: what is deleted meanwhile is then known, for no other file
+    /// can be the same.
+    fn create(
+        &mut self,
+        name: &str,
+        bytes: u64,
+        like: Option<&dyn Source>,
+    ) -> Result<Box<dyn Sink>> {
+        let file = self.create_new(name, bytes, like)?;
+        let failed = |error| Error::io(self.output.join(name), error);
+        file.set_len(bytes).map_err(failed)?;
+        local::allocate(&file, bytes);
+        Ok(Box::new(file))
+    }
+
+    fn put(&mut self, name: &str, content: &[u8], like: Option<&dyn Source>) -> Result<()> {
+        let mut file = self.create_new(name, content.len() as u64, like)?;
+        file.write_all(content).map_err(|error| Error::io(self.output.join(name), error))?;
+        self.close(name, file)
+    }
+
+    fn copy(&mut self, name: &str, source: &dyn Source, path: &Path) -> Result<()> {
+        let length = source.stamp().length;
+        let file = self.create_new(name, length, Some(source))?;
+        let mut buffer = vec![0; COPIED_AT_ONCE.min(length as usize)];
+        file.take_range(source, 0..length, 0, &mut buffer).map_err(|error| match error {
+            CopyError::Read(error) => Owner::Checkpoint.unread(path, error),
+            CopyError::Write(error) => Error::io(self.output.join(name), error),
+        })?;
+        self.close(name, file)
+    }
+
+    /// The model is listed in a manifest beside it. What of an older model the new one does not replace
+    /// is deleted at the end; whatever else lies in the output stays. An error says where the new
+    /// model lies.
+    fn commit(mut self: Box<Self>) -> Result<Committed> {
         let content = manifest::encode(self.written.iter().map(|file| (&*file.name, file.bytes)));
-        self.write(MANIFEST, &content, None)?;
+        self.put(MANIFEST, &content, None)?;
         let mut warnings = commit::commit(&mut self)?;
+        let Some(lock) = self.lock.take() else {
+            return Ok(Committed { warnings, lock: OutputLock::default() });
+        };
+        let directory = self.directory.clone();
+        let failed = |directory: &Path, error: io::Error| {
+            format!("{}: could not be removed ({error}); remove it by hand", directory.display())
+        };
         // The model is complete: what fails now is no failure of the merge.
-        if let Some(lock) = self.lock.take()
-            && let Err(error) = lock.remove(&self.directory, Kept::Goes)
-        {
-            let place = self.directory.display();
-            warnings.push(format!("{place}: could not be removed ({error}); remove it by hand"));
+        if let Err(error) = lock.clear(&directory, Kept::Goes) {
+            warnings.push(failed(&directory, error));
+            lock.release();
+            return Ok(Committed { warnings, lock: OutputLock::default() });
         }
-        Ok(warnings)
+        let release = move || {
+            let removed = lock.remove(&directory, Kept::Goes);
+            removed.err().map(|error| failed(&directory, error))
+        };
+        Ok(Committed { warnings, lock: OutputLock::new(release) })
     }
 }
 

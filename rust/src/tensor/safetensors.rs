@@ -21,8 +21,9 @@ pub use header::{Header, TensorInfo};
 
 use crate::error::{Error, Owner, Result};
 use crate::storage::digest::{hexadecimal, sha256_of};
-use crate::storage::local::{self, CopyError, File, Stamp};
-use crate::storage::source::{self, LocalFile, Memory, Source};
+use crate::storage::local::Stamp;
+use crate::storage::memory::{Bytes, Memory};
+use crate::storage::source::{self, LocalFile, Source};
 use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;
 use header::{PREFIX, Parsed, Positions};
@@ -56,9 +57,17 @@ pub struct NamedTensor {
     pub dtype: Dtype,
     /// Its shape, row-major.
     pub shape: Vec<u64>,
-    /// Its values, row-major, little-endian; or none, where nobody will read them, and then they
+    /// Its values, row-major, little-endian; or none, where there are none to read, and then they
     /// read as zeros.
-    pub bytes: Option<Vec<u8>>,
+    pub bytes: Option<Bytes>,
+}
+
+impl NamedTensor {
+    /// The bytes that its type and its shape make; `None` where they are not known.
+    pub fn expected_bytes(&self) -> Option<u64> {
+        let elements = self.shape.iter().try_fold(1u64, |all, extent| all.checked_mul(*extent));
+        Some(elements?.checked_mul(self.dtype.bits()?)? / 8)
+    }
 }
 
 impl TensorFile {
@@ -126,17 +135,15 @@ impl TensorFile {
         let mut runs = Vec::with_capacity(tensors.len());
         let mut header = Header::default();
         let mut size = 0;
-        for NamedTensor { name, dtype, shape, bytes } in tensors {
-            let elements = shape.iter().try_fold(1u64, |all, extent| all.checked_mul(*extent));
-            let length = match &bytes {
-                Some(bytes) => Some(bytes.len() as u64),
-                None => elements.and_then(|all| all.checked_mul(dtype.bits()?)).map(|b| b / 8),
-            };
+        for tensor in tensors {
+            let expected = tensor.expected_bytes();
+            let NamedTensor { name, dtype, shape, bytes } = tensor;
+            let length = bytes.as_ref().map(Bytes::length).or(expected);
             let end = length.and_then(|length| length.checked_add(size)).ok_or_else(|| {
                 owner
                     .broken(path, format!("has {name} of shape {shape:?}, whose size is not known"))
             })?;
-            runs.extend(bytes.filter(|bytes| !bytes.is_empty()).map(|bytes| (size, bytes)));
+            runs.extend(bytes.filter(|bytes| bytes.length() > 0).map(|bytes| (size, bytes)));
             header.tensors.push(TensorInfo { name, dtype, shape, range: size..end });
             size = end;
         }
@@ -159,9 +166,9 @@ impl TensorFile {
         &self.path
     }
 
-    /// The open file, for copies in the kernel, where there is one.
-    pub fn as_file(&self) -> Option<&File> {
-        self.source.as_file()
+    /// What holds the bytes.
+    pub fn source(&self) -> &dyn Source {
+        &*self.source
     }
 
     /// What the file was when it was opened.
@@ -233,30 +240,6 @@ impl TensorFile {
     /// As [`TensorFile::read`].
     pub fn read_raw(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         self.source.read_at(buffer, offset).map_err(|error| self.unread(error))
-    }
-
-    /// Copies a range of the source to an offset of a file: inside the kernel where it can.
-    ///
-    /// # Errors
-    /// Those of the operating system, with the side at fault.
-    pub fn copy_to(
-        &self,
-        range: Range<u64>,
-        output: &File,
-        mut target: u64,
-        buffer: &mut [u8],
-    ) -> Result<(), CopyError> {
-        if let Some(file) = self.source.as_file() {
-            return local::copy_range(file, range, output, target, buffer);
-        }
-        let step = buffer.len();
-        for start in range.clone().step_by(step) {
-            let part = &mut buffer[..step.min((range.end - start) as usize)];
-            self.source.read_at(part, start).map_err(CopyError::Read)?;
-            local::write_at(output, part, target).map_err(CopyError::Write)?;
-            target += part.len() as u64;
-        }
-        Ok(())
     }
 
     /// Hands a tensor's bytes on in order, run after run with where each begins, until nobody wants
@@ -422,7 +405,7 @@ mod tests {
             assert_eq!(error.to_string(), format!("{}: {sentence}", path.display()));
         };
         let file = opened();
-        File::options().write(true).open(&path).expect("opened").set_len(2000).expect("cut");
+        fs::File::options().write(true).open(&path).expect("opened").set_len(2000).expect("cut");
         of(file.read(file.tensor("z").expect("there")).map(drop));
         of(file.sha256().map(drop));
         of(file.check_unchanged());

@@ -13,6 +13,7 @@ use crate::adapter::{Adapter, Contents, Grammar, Initialization, LayerKind, Modu
 use crate::error::{Error, Owner, Result};
 use crate::limits;
 use crate::parallel::task::Task;
+use crate::storage::memory::Bytes;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{NamedTensor, Tensor, TensorFile, write};
 
@@ -163,7 +164,8 @@ fn alpha_of(module: &Module) -> Result<Tensor> {
         (Dtype::F64, alpha.to_le_bytes().to_vec())
     };
     let name = "alpha".to_owned();
-    let tensor = NamedTensor { name: name.clone(), dtype, shape: Vec::new(), bytes: Some(bytes) };
+    let bytes = Some(Bytes::Loaded(bytes));
+    let tensor = NamedTensor { name: name.clone(), dtype, shape: Vec::new(), bytes };
     let file = TensorFile::in_memory(Path::new(&name), Owner::Adapter, vec![tensor], None)?;
     Ok(Arc::new(file).value(&name).expect("the one that it holds"))
 }

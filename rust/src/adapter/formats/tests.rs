@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::fixtures::{ramp, write, write_adapter};
 use crate::parallel::task::Task;
-use crate::storage::store::InMemory;
+use crate::storage::memory::InMemory;
 use crate::tensor::dtype::Dtype;
 
 const MODULES: [(&str, u64, u64); 3] = [

@@ -105,9 +105,11 @@ pub fn find_prefix_change(
         .collect();
     if equal.len() > 1 {
         problems.push(format!(
-            "its modules fit the base in {} ways ({}); give the part of the base that was trained",
+            "its modules fit the {noun} in {} ways ({}); give the part of the {noun} that was \
+             trained",
             equal.len(),
-            equal.join(", or ")
+            equal.join(", or "),
+            noun = base.base().noun()
         ));
     }
     Ok(PrefixMatch { change, problems })
@@ -159,6 +161,7 @@ struct Hints<'a, 'b> {
 impl Hints<'_, '_> {
     fn complain(&mut self, parameter: &str) -> String {
         let base = self.base.base();
+        let noun = base.noun();
         let (module, kind) = parameter.rsplit_once('.').unwrap_or((parameter, ""));
         let leaf = module.rsplit('.').next().unwrap_or(module);
         if leaf == "lm_head" && base.ties_embeddings() {
@@ -174,9 +177,9 @@ impl Hints<'_, '_> {
         };
         let similar = *self.known.entry(tail.clone()).or_insert_with(find);
         let hint = match similar {
-            Some(name) => format!(" (the base has, for example, {name})"),
-            None => format!(" (no tensor of the base ends in {})", &tail[1..]),
+            Some(name) => format!(" (the {noun} has, for example, {name})"),
+            None => format!(" (no tensor of the {noun} ends in {})", &tail[1..]),
         };
-        format!("its module {module} fits no tensor of the base{hint}")
+        format!("its module {module} fits no tensor of the {noun}{hint}")
     }
 }

@@ -40,8 +40,8 @@ pub(in crate::plan) fn add(
         let Some(name) = draft.messages.keep(&label, name)? else { continue };
         if adapter.plan.source(&name).is_none() {
             if is_mapped {
-                let path = &module.path;
-                let problem = format!("{label}: its module {path} fits no tensor of the base");
+                let (path, noun) = (&module.path, adapter.plan.base.noun());
+                let problem = format!("{label}: its module {path} fits no tensor of the {noun}");
                 draft.messages.problem(problem);
             }
             continue;

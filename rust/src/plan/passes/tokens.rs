@@ -30,7 +30,7 @@ pub(in crate::plan) fn replace(
     }
     let name = adapter.tensor_name(&format!("{path}.weight"))?;
     let Some(tensor) = context.source(&name) else {
-        return Err(format!("its module {path} fits no tensor of the base"));
+        return Err(format!("its module {path} fits no tensor of the {}", context.base.noun()));
     };
     quantized::refuse_unreadable(context, path, &name)?;
     refuse_integers(path, tensor)?;

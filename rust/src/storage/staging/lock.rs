@@ -111,13 +111,12 @@ impl Lock {
         drop(self.file);
     }
 
-    /// Removes the staging directory with all that is in it, the journal of a commit first and the
-    /// lock last, unless the lock was lost: then it is somebody else's. Finished models that are
-    /// kept may stay, and the directory with them.
+    /// Removes all that is in the staging directory but the lock, the journal of a commit first,
+    /// unless the lock was lost: then it is somebody else's. Finished models that are kept may stay.
     ///
     /// # Errors
     /// Those of the operating system.
-    pub fn remove(self, directory: &Path, kept: Kept) -> io::Result<()> {
+    pub fn clear(&self, directory: &Path, kept: Kept) -> io::Result<()> {
         if !self.is_held() {
             return Ok(());
         }
@@ -125,7 +124,18 @@ impl Lock {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        super::clear(directory, kept)?;
+        super::clear(directory, kept).map(drop)
+    }
+
+    /// [`Lock::clear`], and then the directory itself with the lock, if nothing is left in it.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    pub fn remove(self, directory: &Path, kept: Kept) -> io::Result<()> {
+        if !self.is_held() {
+            return Ok(());
+        }
+        self.clear(directory, kept)?;
         self.release();
         match fs::remove_dir(directory) {
             // Somebody has begun to wait for it meanwhile, or a model is kept.

@@ -1,11 +1,12 @@
 //! The list of files that make up a written model: by it a copy is known to be whole, and a later
 //! merge knows what of it may be replaced.
 
-use std::path::Path;
+use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
 
 use crate::storage::local;
+use crate::storage::store::Store;
 
 /// The manifest's name, beside the model.
 pub const MANIFEST: &str = "lorafast_manifest.json";
@@ -39,22 +40,25 @@ pub fn encode<'a>(files: impl Iterator<Item = (&'a str, u64)>) -> Vec<u8> {
 
 /// The files that a directory's manifest lists, none where it has no manifest that can be read.
 pub fn listed(directory: &Path) -> Vec<(String, u64)> {
-    let read = || {
-        let (mut file, _) = local::open(&directory.join(MANIFEST)).ok()?;
-        let manifest: Manifest =
-            serde_json::from_slice(&local::read_whole(&mut file).ok()?).ok()?;
-        (manifest.schema == SCHEMA).then_some(manifest.files)
-    };
-    let files = read().unwrap_or_default().into_iter();
-    files
-        .filter(|entry| super::stays_inside(directory, &entry.name))
-        .map(|entry| (entry.name, entry.bytes))
-        .collect()
+    let content = local::read_small(&directory.join(MANIFEST));
+    let files = content.map(|(content, _)| decode(&content)).unwrap_or_default();
+    files.into_iter().filter(|(name, _)| super::stays_inside(directory, name)).collect()
 }
 
-/// The files that a directory's manifest lists and that are not there, as in a copy that was cut
-/// off.
-pub fn missing_files(directory: &Path) -> Vec<String> {
-    let is_missing = |name: &String| matches!(local::find(&directory.join(name)), Ok(None));
-    listed(directory).into_iter().map(|(name, _)| name).filter(is_missing).collect()
+/// Names and sizes in a manifest; none in what is no manifest of this layout.
+fn decode(content: &[u8]) -> Vec<(String, u64)> {
+    let manifest = serde_json::from_slice::<Manifest>(content).ok();
+    let manifest = manifest.filter(|manifest| manifest.schema == SCHEMA);
+    let files = manifest.map(|manifest| manifest.files).unwrap_or_default();
+    files.into_iter().map(|entry| (entry.name, entry.bytes)).collect()
+}
+
+/// The files that a store's manifest lists and that are not there, as in a copy that was cut off.
+pub fn missing_files(store: &dyn Store) -> Vec<String> {
+    let content = store.read_small(MANIFEST).map(|(content, _)| content).unwrap_or_default();
+    let is_inside = |name: &String| {
+        Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
+    };
+    let is_missing = |name: &String| is_inside(name) && matches!(store.has(name), Ok(false));
+    decode(&content).into_iter().map(|(name, _)| name).filter(is_missing).collect()
 }

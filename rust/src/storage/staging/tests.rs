@@ -1,10 +1,10 @@
 use std::path::Path;
 
 use super::*;
+use crate::storage::directory::LocalDirectory;
 
-fn request<'a>(output: &'a Path, overwrite: bool, names: &[&str]) -> Request<'a> {
+fn request(overwrite: bool, names: &[&str]) -> Request {
     Request {
-        output,
         overwrite,
         sync: false,
         bytes: 0,
@@ -18,8 +18,8 @@ const NAMES: [&str; 4] =
 const INDEX: &str = "model.safetensors.index.json";
 
 /// A model whose files all hold `text`, written but not committed.
-fn begin(output: &Path, text: &str, names: &[&str]) -> Staging {
-    let mut staging = Staging::create(request(output, true, names)).expect("a place");
+fn begin(output: &Path, text: &str, names: &[&str]) -> Box<Staging> {
+    let mut staging = Box::new(Staging::create(output, request(true, names)).expect("a place"));
     for name in names {
         let content = match *name {
             INDEX => {
@@ -27,13 +27,13 @@ fn begin(output: &Path, text: &str, names: &[&str]) -> Staging {
             }
             _ => text.to_owned(),
         };
-        staging.write(name, content.as_bytes(), None).expect("written");
+        staging.put(name, content.as_bytes(), None).expect("written");
     }
     staging
 }
 
 fn model(output: &Path, text: &str, names: &[&str]) {
-    let warnings = begin(output, text, names).commit().expect("committed");
+    let warnings = begin(output, text, names).commit().expect("committed").warnings;
     assert!(warnings.is_empty(), "{warnings:?}");
 }
 
@@ -66,9 +66,9 @@ fn a_model_is_written_whole_with_a_list_of_its_files() {
     let output = root.path().join("a/b");
     model(&output, "new", &["model.safetensors", "sub/x.json", "config.json"]);
     assert_eq!(names(&output), ["config.json", MANIFEST, "model.safetensors", "sub/x.json"]);
-    assert!(missing_files(&output).is_empty());
+    assert!(missing_files(&LocalDirectory(output.clone())).is_empty());
     fs::remove_file(output.join("sub/x.json")).expect("removed");
-    assert_eq!(missing_files(&output), ["sub/x.json"]);
+    assert_eq!(missing_files(&LocalDirectory(output.clone())), ["sub/x.json"]);
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_new_model_replaces_the_older_one_and_nothing_else() {
     fs::write(output.join("chat_template.jinja"), "old").expect("written");
     fs::write(output.join("merge_report.md"), "old").expect("written");
     let warnings = begin(output, "new", &["model.safetensors", "config.json"]).commit();
-    let [warning] = &warnings.expect("committed")[..] else { panic!("one warning") };
+    let [warning] = &warnings.expect("committed").warnings[..] else { panic!("one warning") };
     assert!(warning.contains("style.safetensors: stays there with weights"), "{warning}");
     let mut files = names(output);
     files.sort();
@@ -148,7 +148,7 @@ fn two_merges_into_one_place_do_not_meet() {
     let root = tempfile::tempdir().expect("a directory");
     let output = root.path().join("out");
     let first = begin(&output, "first", &NAMES);
-    let second = Staging::create(request(&output, true, &NAMES)).expect_err("the second");
+    let second = Staging::create(&output, request(true, &NAMES)).expect_err("the second");
     assert!(second.to_string().contains("another merge is writing there"));
     // Somebody deletes the lock, and a second merge takes the place.
     fs::remove_dir_all(output.join(DIRECTORY)).expect("removed");
@@ -175,7 +175,7 @@ fn what_comes_into_the_output_meanwhile_is_not_replaced() {
     let kept = Path::new(kept.expect("says where"));
     assert_eq!(fs::read_to_string(kept.join(NAMES[1])).expect("kept"), "new");
     // Neither a merge that is refused nor one that fails nor a recovery takes it away.
-    Staging::create(request(&output, false, &NAMES)).expect_err("not empty");
+    Staging::create(&output, request(false, &NAMES)).expect_err("not empty");
     drop(begin(&output, "newer", &NAMES));
     assert_eq!(recover(&output).expect("recovered"), Recovery::Kept);
     assert_eq!(fs::read_to_string(kept.join(NAMES[1])).expect("kept"), "new");
@@ -192,7 +192,7 @@ fn a_finished_model_is_never_taken_back() {
     assert!(commit::cut_off(&mut staging, 100), "all is in its place but the journal");
     drop(staging);
     check_whole(&output).expect("whole");
-    let error = Staging::create(request(&output, false, &NAMES)).expect_err("not empty");
+    let error = Staging::create(&output, request(false, &NAMES)).expect_err("not empty");
     assert!(error.to_string().contains("has just been finished; it exists and is not empty"));
     assert_eq!(fs::read_to_string(output.join(NAMES[1])).expect("there"), "new");
     assert!(!output.join(DIRECTORY).exists());
@@ -243,7 +243,7 @@ fn places_are_tried_before_anything_moves() {
     let output = root.path();
     let refused = |names: &[&str]| {
         let before = snapshot(output);
-        let error = Staging::create(request(output, true, names)).expect_err("refused");
+        let error = Staging::create(output, request(true, names)).expect_err("refused");
         assert_eq!(snapshot(output), before);
         assert!(!output.join(DIRECTORY).exists());
         error.to_string()
@@ -276,7 +276,7 @@ fn a_commit_that_was_cut_off_is_finished_or_taken_back() {
             let mut staging = begin(&output, "new", &NAMES);
             staging.kept = true;
             let content = manifest::encode([("config.json", 3)].into_iter());
-            staging.write(MANIFEST, &content, None).expect("written");
+            staging.put(MANIFEST, &content, None).expect("written");
             let is_done = commit::cut_off(&mut staging, steps);
             drop(staging);
             let refusal = check_whole(&output);
@@ -312,7 +312,7 @@ fn a_commit_that_was_cut_off_is_finished_or_taken_back() {
                 let before = snapshot(&output);
                 let mut staging = begin(&output, "new", &NAMES);
                 staging.kept = true;
-                staging.write(MANIFEST, &content, None).expect("written");
+                staging.put(MANIFEST, &content, None).expect("written");
                 commit::cut_off(&mut staging, steps);
                 let last = staging.directory.join(&staging.model).join("config.json");
                 drop(staging);
@@ -342,7 +342,7 @@ fn a_merge_into_a_place_that_was_cut_off_begins_with_a_whole_output() {
         commit::cut_off(&mut staging, 3);
         drop(staging);
         // As it was called the first time: without `overwrite` where nothing had been.
-        let again = Staging::create(request(&output, was_there, &NAMES)).expect("a place");
+        let again = Staging::create(&output, request(was_there, &NAMES)).expect("a place");
         drop(again);
         if was_there {
             assert!(snapshot(&output).iter().all(|(_, content)| !content.contains("old")));
@@ -362,12 +362,12 @@ fn nothing_is_followed_or_emptied_through_a_link() {
     fs::create_dir_all(&output).expect("made");
     fs::write(other.join("precious"), "mine").expect("written");
     symlink(&other, output.join(DIRECTORY)).expect("linked");
-    let error = Staging::create(request(&output, true, &NAMES)).expect_err("refused").to_string();
+    let error = Staging::create(&output, request(true, &NAMES)).expect_err("refused").to_string();
     assert!(error.contains("is a link where merges are prepared"), "{error}");
     fs::remove_file(output.join(DIRECTORY)).expect("removed");
     fs::create_dir(output.join(DIRECTORY)).expect("made");
     symlink(other.join("precious"), output.join(DIRECTORY).join("lock")).expect("linked");
-    Staging::create(request(&output, true, &NAMES)).expect_err("refused");
+    Staging::create(&output, request(true, &NAMES)).expect_err("refused");
     assert_eq!(fs::read_to_string(other.join("precious")).expect("there"), "mine");
     // A link under the name of a file is replaced, and not what it leads to.
     fs::remove_dir_all(output.join(DIRECTORY)).expect("removed");
@@ -389,8 +389,8 @@ fn what_is_read_is_never_moved_away_under_whatever_name() {
     let before = snapshot(root.path());
     let input = |path: PathBuf, is_base| Input { path, what: "the base".to_owned(), is_base };
     let refused = |inputs: Vec<Input>, output: &Path| {
-        let request = Request { inputs, ..request(output, true, &["model.safetensors"]) };
-        let error = Staging::create(request).expect_err("refused").to_string();
+        let request = Request { inputs, ..request(true, &["model.safetensors"]) };
+        let error = Staging::create(output, request).expect_err("refused").to_string();
         assert_eq!(snapshot(root.path()), before);
         error
     };

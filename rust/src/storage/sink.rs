@@ -1,0 +1,200 @@
+//! Sinks and destinations: where bytes are written at positions, and where a model is made of them.
+
+use std::fmt::{self, Debug};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::local::{self, CopyError, File};
+use super::source::Source;
+use crate::error::Result;
+
+/// A file under construction, to which several threads write at positions.
+pub trait Sink: Debug + Send + Sync {
+    /// Writes all of `bytes` at that offset.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Takes a range of a source over: through `buffer`, where both sides know no shorter way.
+    ///
+    /// # Errors
+    /// Those of the operating system, with the side at fault.
+    fn take_range(
+        &self,
+        source: &dyn Source,
+        range: Range<u64>,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> std::result::Result<(), CopyError>;
+
+    /// Begins to bring a range that is written to where it lasts, without waiting. Only a hint.
+    fn begin_writing(&self, _range: Range<u64>) {}
+
+    /// Waits until everything that was written lasts.
+    ///
+    /// # Errors
+    /// Those of the operating system.
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl Sink for File {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        local::write_at(self, bytes, offset)
+    }
+
+    fn take_range(
+        &self,
+        source: &dyn Source,
+        range: Range<u64>,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> std::result::Result<(), CopyError> {
+        match source.as_file() {
+            Some(file) => local::copy_range(file, range, self, offset, buffer),
+            None => take_through_buffer(self, source, range, offset, buffer),
+        }
+    }
+
+    fn begin_writing(&self, range: Range<u64>) {
+        local::begin_writing(self, range);
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// [`Sink::take_range`] for two sides that have no other way.
+///
+/// # Errors
+/// Those of the operating system, with the side at fault.
+pub fn take_through_buffer(
+    sink: &dyn Sink,
+    source: &dyn Source,
+    range: Range<u64>,
+    mut offset: u64,
+    buffer: &mut [u8],
+) -> std::result::Result<(), CopyError> {
+    let step = buffer.len();
+    for start in range.clone().step_by(step) {
+        let part = &mut buffer[..step.min((range.end - start) as usize)];
+        source.read_at(part, start).map_err(CopyError::Read)?;
+        sink.write_at(part, offset).map_err(CopyError::Write)?;
+        offset += part.len() as u64;
+    }
+    Ok(())
+}
+
+/// What a destination is asked for.
+#[derive(Debug, Default)]
+pub struct Request {
+    /// Whether a model that is there may be replaced.
+    pub overwrite: bool,
+    /// Whether what is committed has to last, whatever happens to the machine.
+    pub sync: bool,
+    /// Bytes of everything that will be written.
+    pub bytes: u64,
+    /// The names of everything that will be written, but for the manifest.
+    pub names: Vec<String>,
+    /// What is read meanwhile and must not be written over.
+    pub inputs: Vec<Input>,
+}
+
+/// A file or a directory that a merge reads.
+#[derive(Debug, Clone)]
+pub struct Input {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What it is, for messages: "the base".
+    pub what: String,
+    /// Whether the output may not lie below it either.
+    pub is_base: bool,
+}
+
+/// A place in which models are made.
+pub trait Destination: Debug {
+    /// What messages call it.
+    fn root(&self) -> &Path;
+
+    /// Checks the place and takes possession of it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Output`] or [`crate::Error::Io`], with everything there left as it was.
+    fn begin(&self, request: Request) -> Result<Box<dyn StagedModel>>;
+}
+
+/// A model in the making. Dropped before it is committed, it leaves its destination as it was.
+pub trait StagedModel: Debug + Send + Sync {
+    /// Makes a file of that many bytes, to be written at positions, with the permissions of the one
+    /// that it is made from.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    fn create(
+        &mut self,
+        name: &str,
+        bytes: u64,
+        like: Option<&dyn Source>,
+    ) -> Result<Box<dyn Sink>>;
+
+    /// Writes a small file.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    fn put(&mut self, name: &str, content: &[u8], like: Option<&dyn Source>) -> Result<()>;
+
+    /// Copies all of a source, which may be a large one and which messages call `path`, with its
+    /// permissions.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`]; that the source changed.
+    fn copy(&mut self, name: &str, source: &dyn Source, path: &Path) -> Result<()>;
+
+    /// Makes what was written the destination's model.
+    ///
+    /// # Errors
+    /// [`crate::Error::Output`], [`crate::Error::Io`]; an older model is then where it was.
+    fn commit(self: Box<Self>) -> Result<Committed>;
+}
+
+/// A model in its place.
+#[derive(Debug)]
+pub struct Committed {
+    /// What went wrong once it was there.
+    pub warnings: Vec<String>,
+    /// What keeps other merges out still.
+    pub lock: OutputLock,
+}
+
+/// What keeps other merges out of a destination after the commit, until what is written about the
+/// model lies beside it. Dropped, it is released.
+#[derive(Default)]
+pub struct OutputLock(Option<Box<dyn FnOnce() -> Option<String> + Send + Sync>>);
+
+impl OutputLock {
+    /// One that is released so; what goes wrong then is returned in words.
+    pub fn new(release: impl FnOnce() -> Option<String> + Send + Sync + 'static) -> Self {
+        Self(Some(Box::new(release)))
+    }
+
+    /// Lets other merges in. Returns what went wrong.
+    pub fn release(mut self) -> Option<String> {
+        self.0.take().and_then(|release| release())
+    }
+}
+
+impl Drop for OutputLock {
+    fn drop(&mut self) {
+        if let Some(release) = self.0.take() {
+            release();
+        }
+    }
+}
+
+impl Debug for OutputLock {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("OutputLock").finish_non_exhaustive()
+    }
+}
