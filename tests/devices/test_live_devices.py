@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +173,15 @@ def test_kept_copies_are_there_when_they_are_made(tmp_path: Path) -> None:
         assert found_in_kept_copies(without(in_place, statement), adapter) != [], statement
 
 
-@pytest.mark.parametrize("keep", ["cpu", "device", None])
-def test_all_is_done_on_the_callers_stream(tmp_path: Path, keep: Any) -> None:
-    adapters = [make(tmp_path / "a"), make(tmp_path / "b", seed=2)]
+@pytest.mark.parametrize(
+    ("kind", "keep"),
+    [(make, "cpu"), (make, "device"), (make, None), (biases, "cpu"), (biases, "device")],
+)
+def test_all_is_done_on_the_callers_stream(
+    tmp_path: Path, kind: Callable[[Path], Path], keep: Any
+) -> None:
+    """Also what the planner reads of the module, to hold it against what adapters saved."""
+    adapters = [kind(tmp_path / "a"), kind(tmp_path / "b")]
     with simulated_cuda() as simulator:
         model = Model().to("cuda")
         before = state(model)
@@ -186,6 +192,9 @@ def test_all_is_done_on_the_callers_stream(tmp_path: Path, keep: Any) -> None:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 if handle is None:
+                    # As a step of training would have left it.
+                    for parameter in model.parameters():
+                        parameter.data.mul_(1.0)
                     handle = live.merge_into(model, adapter, keep=keep)
                 elif adapter is not None:
                     handle.swap(adapter)

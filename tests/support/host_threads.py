@@ -93,6 +93,24 @@ def patch_threads(
     patches.setattr(Future, "result", resulting)
 
 
+def asked_for_by(
+    asking: Actor, call: Callable[..., Any], within: Callable[[], AbstractContextManager[Any]]
+) -> Callable[..., Any]:
+    """A call as the core's threads make it, for one that waits for them meanwhile: what that one
+    knows is known to them, and what they do to it."""
+
+    def asked(*arguments: Any) -> Any:
+        begin()
+        learn(host().clock, asking.publish())
+        try:
+            with within():
+                return call(*arguments)
+        finally:
+            learn(asking.clock, host().publish())
+
+    return asked
+
+
 class HandedOver(list[Any]):
     """A list by which threads hand things over: who takes one comes after who put it there."""
 

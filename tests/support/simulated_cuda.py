@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import pytest
 import torch
+from lorafast._io.torch_tensors import memory_of
 from lorafast._torch import file_merge, module_plan, program
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -490,6 +491,8 @@ def simulated_cuda(
         host_threads.patch_threads(patches, Mode)
         watch_files(patches, files)
         patches.setattr(module_plan, "_obstacle", lambda tensor: obstacle(inner_of(tensor)))
+        asked = host_threads.asked_for_by(host(), memory_of, Mode)
+        patches.setattr(module_plan, "memory_of", asked)
         patches.setattr(program, "_proved", {})
         try:
             with Mode():

@@ -19,8 +19,9 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 #: What is fetched for a base: safetensors weights, and everything small beside them.
 BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 ADAPTER_PATTERNS = [CONFIG, WEIGHTS, PICKLED_WEIGHTS]
-#: Name, dtype (a safetensors name), shape, and the bytes, or `None` where they are of no interest.
-NamedTensor = tuple[str, str, list[int], memoryview | None]
+#: Name, dtype (a safetensors name), shape, and the bytes, or what returns them, or `None` where
+#: there are none to read.
+NamedTensor = tuple[str, str, list[int], memoryview | Callable[[], memoryview] | None]
 #: A loaded module as the core plans against it: what messages call it, its config (JSON), and its
 #: tensors.
 ModuleBase = tuple[str, str, list[NamedTensor]]

@@ -1,24 +1,23 @@
 """A loaded module as something that a merge can be planned against.
 
 The planner needs names, dtypes and shapes, and of what an adapter saved whole the values, which it
-compares. So names, scales, orientations, and every check and message are those of a file merge.
+reads and compares. So names, scales, orientations, and every check and message are those of a
+file merge.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core
-from lorafast._errors import AdapterError, PlanError
-from lorafast._io.paths import find, is_directory
-from lorafast._io.sources import ADAPTER_PATTERNS, WEIGHTS, locate
-from lorafast._io.strangers import read_header
+from lorafast._errors import PlanError
+from lorafast._io.sources import ADAPTER_PATTERNS, locate
 from lorafast._io.torch_tensors import dtype_name, memory_of
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from lorafast._types import Source, Strategy
 
 MERGEABLE = {"float64", "float32", "float16", "bfloat16"}
-#: Stands for the name of every tensor of at most so many bytes.
-ANY, SMALL = "*", 4 << 20
 #: Classes of parameters that hold codes: of bitsandbytes.
 QUANTISED = {"Params4bit", "Int8Params"}
 
@@ -187,14 +184,8 @@ def plan_module(
     found = {parameter.name: parameter for parameter in parameters_of(module)}
     given = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     paths = [locate(adapter, ADAPTER_PATTERNS) for adapter in given]
-    base = _described(module, found, _saved_endings(paths), originals)
-    try:
-        plan = make_plan(base, paths, MergeOptions(strategy=strategy, weights=weights))
-    except PlanError as error:
-        raise PlanError(
-            str(error).replace("of the base", "of the module"),
-            [problem.replace("of the base", "of the module") for problem in error.problems],
-        ) from None
+    base = _described(module, found, originals)
+    plan = make_plan(base, paths, MergeOptions(strategy=strategy, weights=weights))
     notes, warnings = plan.notes, plan.warnings
     result = ModulePlan(plan.core, [], plan.adapters, notes=notes, warnings=warnings)
     _sort(result, found)
@@ -215,36 +206,13 @@ def _refuse_wrappers(module: torch.nn.Module) -> None:
             )
 
 
-def _saved_endings(adapters: Sequence[Path]) -> set[str]:
-    """The last two parts of the names of whatever adapters hold besides factors."""
-    endings = set()
-    for adapter in adapters:
-        path = adapter / WEIGHTS if is_directory(adapter) else adapter
-        if find(path) is None:
-            # Of a pickle the names are not known yet.
-            return {ANY}
-        for name in read_header(path, AdapterError):
-            if ".lora_" not in name and name != "__metadata__":
-                plain = name.replace(".modules_to_save", "").replace(".base_layer", "")
-                endings.add(".".join(plain.replace(".default", "").split(".")[-2:]))
-    return endings
-
-
 def _described(
     module: torch.nn.Module,
     found: Mapping[str, Parameter],
-    endings: set[str],
     originals: Mapping[int, torch.Tensor],
 ) -> ModuleBase:
-    """The module as the core plans against it, with the values that the planner compares."""
-
-    def may_be_compared(parameter: Parameter) -> bool:
-        ending = ".".join(parameter.name.split(".")[-2:])
-        size = parameter.tensor.numel() * parameter.tensor.element_size()
-        return ending in endings or (ANY in endings and size <= SMALL)
-
-    # Under every name: the planner asks whether two are the same.
-    compared = {id(each.tensor) for each in found.values() if may_be_compared(each)}
+    """The module as the core plans against it, which reads only the values that it compares."""
+    _wait_for(found.values())
     tensors: list[NamedTensor] = []
     # The widest first, as a file of them would have them.
     for parameter in sorted(found.values(), key=lambda each: -each.tensor.element_size()):
@@ -254,10 +222,18 @@ def _described(
             # Said to be a number, so that the plan gets as far as to need it.
             name = "F32"
         values = None
-        if parameter.obstacle is None and id(parameter.tensor) in compared:
-            values = memory_of(originals.get(id(parameter.tensor), parameter.tensor))
+        if parameter.obstacle is None:
+            values = partial(memory_of, originals.get(id(parameter.tensor), parameter.tensor))
         tensors.append((parameter.name, name, list(parameter.shape), values))
     return "the module", json.dumps(_config(module), default=str), tensors
+
+
+def _wait_for(parameters: Iterable[Parameter]) -> None:
+    """Waits for this thread's streams, as the thread that the core reads from does not."""
+    import torch
+
+    for device in {each.tensor.device for each in parameters if each.tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _config(module: torch.nn.Module) -> dict[str, Any]:
