@@ -21,7 +21,7 @@ PYTHON = [
     ("_core", "_errors", "_deprecation"),
     ("_types",),
     ("_io",),
-    ("_results",),
+    ("_options", "_results"),
     # What computes with torch and knows a merge's plan only as the core's.
     ("_torch",),
     ("_merge",),

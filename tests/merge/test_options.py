@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import pickle
 import re
 from collections.abc import Callable
@@ -12,13 +10,14 @@ from typing import Any, get_args
 
 import lorafast
 import pytest
-from lorafast import _core, _types
+from lorafast import _core
 from lorafast._cli.main import main
 from lorafast._cli.merge import add_arguments as merge_arguments
 from lorafast._cli.subtract import add_arguments as subtract_arguments
 from lorafast._cli.verify import add_arguments as verify_arguments
 from lorafast._merge.options import ExecutionOptions, MergeOptions, Verb, options_of
 from support.handmade import make_adapter, make_base
+from support.options import check_flags, check_signature, keywords
 
 #: The keywords of a verb that are no options of merging.
 OWN = {"verify": {"full"}, "subtract": {"original"}}
@@ -26,40 +25,9 @@ VERBS: tuple[Verb, ...] = get_args(Verb)
 FLAGS = {"merge": merge_arguments, "verify": verify_arguments, "subtract": subtract_arguments}
 
 
-def keywords(function: Any) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters.values()
-    return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
-
-
-def without_spaces(text: str) -> str:
-    return text.replace(" ", "")
-
-
-def type_text(annotation: Any) -> str:
-    """A type of the table as a signature spells it."""
-    kind = annotation.__origin__
-    for name in ("Strategy", "Compat", "ExpertLayout", "Progress"):
-        alias = getattr(_types, name)
-        if kind == alias:
-            return name
-        if kind == alias | None:
-            return f"{name} | None"
-    if isinstance(kind, type) and not get_args(kind):
-        return kind.__name__
-    return str(kind).replace("collections.abc.", "")
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_signature_has_the_options_of_the_table(verb: Verb) -> None:
-    given = keywords(getattr(lorafast, verb))
-    table = {option.name: option.default for option in options_of(verb)}
-    assert {name: each.default for name, each in given.items() if name in table} == table
-    assert given.keys() - table.keys() == OWN.get(verb, set())
-    annotations = {**MergeOptions.__annotations__, **ExecutionOptions.__annotations__}
-    for name in table:
-        assert without_spaces(given[name].annotation) == without_spaces(
-            type_text(annotations[name])
-        ), name
+    check_signature(getattr(lorafast, verb), options_of(verb), OWN.get(verb, set()))
 
 
 def test_a_plan_is_executed_with_the_options_of_a_merge() -> None:
@@ -102,21 +70,15 @@ def test_what_crosses_to_the_core_is_what_the_core_knows(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("verb", FLAGS)
 def test_the_command_has_a_flag_for_each_option(verb: Verb) -> None:
-    parser = argparse.ArgumentParser()
-    FLAGS[verb](parser)
-    shown = {
-        action.dest: action for action in parser._actions if action.help is not argparse.SUPPRESS
-    }
-    for option in options_of(verb):
-        if option.flag.help is None:
-            assert option.name not in shown
-            continue
-        action = shown[option.name]
-        expected = [] if option.default == () else option.default
-        assert action.default == expected, option.name
-        assert action.help == option.flag.other_help.get(verb, option.flag.help)
-        if option.choices is not None:
-            assert tuple(action.choices or ()) == option.choices
+    check_flags(FLAGS[verb], options_of(verb))
+
+
+def test_a_verb_may_say_something_of_its_own() -> None:
+    merge = {option.name: option.help for option in options_of("merge")}
+    verify = {option.name: option.help for option in options_of("verify")}
+    assert str(merge["device"]).startswith("where products are made: cpu, cpu:amx")
+    assert str(verify["device"]).startswith("where the merge was made")
+    assert merge["weights"] == verify["weights"]
 
 
 @pytest.mark.parametrize("options", [{}, {"strategy": "weighted", "weights": [0.5]}], ids=str)

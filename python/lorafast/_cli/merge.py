@@ -17,6 +17,7 @@ from lorafast._cli.format import (
     seconds_text,
 )
 from lorafast._cli.options import add_options, chosen
+from lorafast._merge.options import options_of
 
 if TYPE_CHECKING:
     import argparse
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check everything and print the plan: what changes, at which scale; write nothing",
     )
-    add_options(parser, how, outcome, "merge")
+    add_options(parser, options_of("merge"), how, outcome)
     outcome.add_argument(
         "--json", action="store_true", help="print the report, or the plan, as JSON and no table"
     )
@@ -86,7 +87,8 @@ def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
     from lorafast._cli.plan_summary import show_plan
 
-    plan = lorafast.plan(arguments.base, arguments.adapters, **chosen(arguments, "plan")).to_dict()
+    options = chosen(arguments, options_of("plan"))
+    plan = lorafast.plan(arguments.base, arguments.adapters, **options).to_dict()
     if arguments.json:
         terminal.json(plan)
     else:
@@ -109,9 +111,8 @@ def _is_occupied(path: str) -> bool:
 def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
 
-    report = lorafast.merge(
-        arguments.base, arguments.adapters, arguments.output, **chosen(arguments, "merge")
-    )
+    options = chosen(arguments, options_of("merge"))
+    report = lorafast.merge(arguments.base, arguments.adapters, arguments.output, **options)
     if arguments.json:
         terminal.json(report.to_dict())
     else:

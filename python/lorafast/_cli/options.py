@@ -1,4 +1,4 @@
-"""Flags made of the options of merging, and flags and commands that have had other names."""
+"""Flags made of tables of options, and flags and commands that have had other names."""
 
 from __future__ import annotations
 
@@ -7,51 +7,52 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lorafast._cli.terminal import printable
-from lorafast._merge.options import options_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from lorafast._merge.options import Option, Verb
+    from lorafast._options import Option
 
 
 def add_options(
     parser: argparse.ArgumentParser,
-    how: argparse._ArgumentGroup,
-    output: argparse._ArgumentGroup,
-    verb: Verb,
+    options: Iterable[Option],
+    how: argparse._ArgumentGroup | None = None,
+    output: argparse._ArgumentGroup | None = None,
 ) -> None:
-    """Declare a flag for each option of a verb that the command has.
+    """Declare a flag for each of some options that the command has.
 
     Args:
         parser: the command's, which understands older names too.
-        how: the group of those that say how the work is done.
-        output: the group of those that say what is written.
-        verb: whose options.
+        options: the options.
+        how: the group of those that say how the work is done; the parser itself if `None`.
+        output: the group of those that say what is written; likewise.
     """
-    for option in options_of(verb):
+    for option in options:
         flag = option.flag
-        if flag.help is None:
+        if option.help is None:
             continue
-        group = output if flag.output else how
+        group = (output if flag.output else how) or parser
         settings = _settings(option)
-        words = flag.other_help.get(verb, flag.help)
-        group.add_argument(_flag(option), dest=option.name, help=words, **settings)
+        group.add_argument(_flag(option), dest=option.name, help=option.help, **settings)
         if flag.older_name is not None:
             settings |= {"default": argparse.SUPPRESS, "action": Renamed, "newer": _flag(option)}
             older = f"--{flag.older_name}"
             parser.add_argument(older, dest=option.name, help=argparse.SUPPRESS, **settings)
 
 
-def chosen(arguments: argparse.Namespace, verb: Verb) -> dict[str, Any]:
-    """The options of a verb, by name, that a command line gives."""
-    options = {
-        option.name: getattr(arguments, option.name)
-        for option in options_of(verb)
-        if option.flag.help is not None
-    }
-    # The one that has no flag of its own.
-    return options if verb == "plan" else options | {"progress": not arguments.quiet}
+def chosen(arguments: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """The values that a command line gives to some options, by their names."""
+    given: dict[str, Any] = {}
+    for option in options:
+        unit = option.flag.unit
+        if option.name == "progress":
+            # The one that has no flag of its own.
+            given["progress"] = not arguments.quiet
+        elif option.help is not None:
+            value = getattr(arguments, option.name)
+            given[option.name] = value if unit is None else max(1, int(value * unit))
+    return given
 
 
 class Renamed(argparse.Action):
@@ -79,7 +80,7 @@ def say_renamed(older: str, newer: str) -> None:
 
 
 def _flag(option: Option) -> str:
-    name = option.name.replace("_", "-")
+    name = option.flag.name or option.name.replace("_", "-")
     return f"--no-{name}" if option.default is True else f"--{name}"
 
 
@@ -97,6 +98,8 @@ def _settings(option: Option) -> dict[str, Any]:
         settings |= {"nargs": "+", "action": "extend", "type": option.items, "default": default}
     elif option.flag.check is not None:
         settings["type"] = _type(option.flag.check)
+    elif option.flag.unit is not None:
+        settings |= {"type": float, "default": float(option.default // option.flag.unit)}
     elif int in option.members and str not in option.members:
         settings["type"] = int
     return settings

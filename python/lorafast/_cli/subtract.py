@@ -9,6 +9,7 @@ from lorafast._cli.command import Command
 from lorafast._cli.format import bytes_text, dtype_text, plural, seconds_text
 from lorafast._cli.merge import adapters_text
 from lorafast._cli.options import add_options, chosen, say_renamed
+from lorafast._merge.options import options_of
 
 if TYPE_CHECKING:
     import lorafast
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("others", nargs="*", help=argparse.SUPPRESS)
     how = parser.add_argument_group("how it was merged, and how to subtract")
     outcome = parser.add_argument_group("what to write and show")
-    add_options(parser, how, outcome, "subtract")
+    add_options(parser, options_of("subtract"), how, outcome)
     outcome.add_argument("--json", action="store_true", help="print the report as JSON")
     outcome.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         adapters,
         arguments.output,
         original=arguments.base,
-        **chosen(arguments, "subtract"),
+        **chosen(arguments, options_of("subtract")),
     )
     if arguments.json:
         terminal.json(report.to_dict())

@@ -8,6 +8,7 @@ from lorafast._cli.command import Command
 from lorafast._cli.format import count_text
 from lorafast._cli.merge import add_input_arguments
 from lorafast._cli.options import add_options, chosen
+from lorafast._merge.options import options_of
 
 if TYPE_CHECKING:
     import argparse
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how it was merged")
     outcome = parser.add_argument_group("what to check and show")
-    add_options(parser, how, outcome, "verify")
+    add_options(parser, options_of("verify"), how, outcome)
     outcome.add_argument(
         "--full",
         action="store_true",
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         arguments.adapters,
         arguments.merged,
         full=arguments.full,
-        **chosen(arguments, "verify"),
+        **chosen(arguments, options_of("verify")),
     )
     if arguments.json:
         terminal.json(outcome.to_dict())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafast._merge.options import ExecutionOptions, MergeOptions
 from lorafast._merge.plan import make_plan
+from lorafast._options import pick
 
 if TYPE_CHECKING:
     from lorafast._merge.plan import MergePlan
@@ -108,7 +109,7 @@ def merge(
         VerificationError: with `verify`, the output reads back as something else.
     """
     arguments = locals()
-    options, execution = MergeOptions.of(arguments), ExecutionOptions.of(arguments)
+    options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
     execution.memory()
     return make_plan(base, adapters, options).carry_out(output, execution)
 
@@ -128,7 +129,7 @@ def plan(
 
     Arguments and exceptions are those of `lorafast.merge`.
     """
-    return make_plan(base, adapters, MergeOptions.of(locals()))
+    return make_plan(base, adapters, pick(MergeOptions, locals()))
 
 
 def verify(
@@ -181,7 +182,7 @@ def verify(
             `lorafast.merge`. What is wrong with `merged` is a problem in the result instead.
     """
     arguments = locals()
-    options, execution = MergeOptions.of(arguments), ExecutionOptions.of(arguments)
+    options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
     from lorafast._io.device_names import check_merge_name
     from lorafast._io.limits import check_threads
     from lorafast._merge.verify import verify_plan
@@ -253,7 +254,7 @@ def subtract(
             the output reads back as something else.
     """
     arguments = locals()
-    options, execution = MergeOptions.of(arguments), ExecutionOptions.of(arguments)
+    options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
     from lorafast._merge.subtract import subtract_adapters
 
     return subtract_adapters(

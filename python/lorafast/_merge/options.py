@@ -1,24 +1,14 @@
-"""The options of merging, planning, verifying and subtracting, each with its type and its flag.
+"""The options of merging, planning, verifying and subtracting, in two tables.
 
-An option is a field of one of two classes: its type and its default are the field's, what the
-command says of it is its `Flag`. Everything else follows: the command's flags and its help, the
-dictionary that crosses to the core, and what the signatures of the verbs in `api` have to be.
+From them follow, as from every table of `_options`, flags and help, and beyond that the
+dictionaries that cross to the core.
 """
 
 # Annotations are evaluated here, as the flags are read from them.
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    Self,
-    Union,
-    get_args,
-    get_origin,
-)
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
+from lorafast._options import THREADS, Flag, Option, options_in
 from lorafast._types import Compat, ExpertLayout, Progress, Strategy
 
 #: What merges adapters, or tells of a merge.
@@ -40,54 +30,6 @@ def _device(name: str) -> str:
     from lorafast._io.device_names import check_merge_name
 
     return check_merge_name(name)
-
-
-class Flag(NamedTuple):
-    """How the command tells of an option, and which verbs take it."""
-
-    help: str | None
-    """What the help says; an option without is none of the command's."""
-    verbs: tuple[Verb, ...] = ("plan", "merge", "verify", "subtract")
-    metavar: str | None = None
-    choices: tuple[str, ...] | None = None
-    """What there is to choose from, where the type is no `Literal`."""
-    check: Callable[[str], str] | None = None
-    """Returns a value, or raises a `ValueError` that says what is wrong with it."""
-    output: bool = False
-    """Whether it is about what is written rather than about how it is made."""
-    other_help: Mapping[Verb, str] = {}
-    """What the help of some verbs says instead."""
-    older_name: str | None = None
-    """A flag that the command understands as well and does not show."""
-
-
-class Option(NamedTuple):
-    """An option as the table has it."""
-
-    name: str
-    default: Any
-    members: tuple[Any, ...]
-    """Its type; those it is a union of."""
-    flag: Flag
-
-    @property
-    def choices(self) -> tuple[str, ...] | None:
-        """The values it may have, where they can be listed."""
-        if self.flag.choices is not None:
-            return self.flag.choices
-        for member in self.members:
-            if get_origin(member) is Literal:
-                return get_args(member)
-        return None
-
-    @property
-    def items(self) -> type | None:
-        """The type of its items, where it is a sequence."""
-        for member in self.members:
-            if get_origin(member) is Sequence:
-                found: type = get_args(member)[0]
-                return found
-        return None
 
 
 class MergeOptions(NamedTuple):
@@ -143,11 +85,6 @@ class MergeOptions(NamedTuple):
         ),
     ] = "auto"
 
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """Those of a function's arguments that are options of a merge."""
-        return cls(**{name: arguments[name] for name in cls._fields if name in arguments})
-
     def to_core(self) -> dict[str, Any]:
         """What crosses to the core.
 
@@ -170,11 +107,7 @@ class ExecutionOptions(NamedTuple):
 
     threads: Annotated[
         int | None,
-        Flag(
-            "threads to use (default: one for each core)",
-            verbs=("merge", "verify", "subtract"),
-            metavar="N",
-        ),
+        THREADS._replace(verbs=("merge", "verify", "subtract")),
     ] = None
     device: Annotated[
         str,
@@ -233,11 +166,6 @@ class ExecutionOptions(NamedTuple):
     ] = True
     progress: Annotated[Progress, Flag(None, verbs=("merge", "verify", "subtract"))] = False
 
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """Those of a function's arguments that are options of an execution."""
-        return cls(**{name: arguments[name] for name in cls._fields if name in arguments})
-
     def memory(self) -> int | None:
         """The most bytes of the device's memory to use, once the options are found to be sound.
 
@@ -260,11 +188,4 @@ class ExecutionOptions(NamedTuple):
 
 def options_of(verb: Verb) -> Iterator[Option]:
     """The options that a verb takes, in the order of its help."""
-    for table in (MergeOptions, ExecutionOptions):
-        for name, annotation in table.__annotations__.items():
-            kind, flag = annotation.__origin__, annotation.__metadata__[0]
-            if verb in flag.verbs:
-                # `Literal[…] | None` is one of typing's own unions.
-                is_union = get_origin(kind) in (UnionType, Union)
-                members = get_args(kind) if is_union else (kind,)
-                yield Option(name, table._field_defaults[name], members, flag)
+    return options_in(MergeOptions, ExecutionOptions, verb=verb)

@@ -20,6 +20,7 @@ from lorafast._io.sources import (
     locate,
 )
 from lorafast._merge.options import ExecutionOptions, MergeOptions
+from lorafast._options import pick
 from lorafast._results import Result
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class MergePlan(Result):
         sync: bool = True,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
-        return self.carry_out(output, ExecutionOptions.of(locals()))
+        return self.carry_out(output, pick(ExecutionOptions, locals()))
 
     def carry_out(self, output: Source, execution: ExecutionOptions) -> MergeReport:
         """`execute`, with its options as the one object that they are in."""
