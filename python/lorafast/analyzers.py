@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._analysis import api as analysis_api
 from lorafast._analysis.names import names_of, numbered
+from lorafast._analysis.options import AnalysisOptions
 from lorafast._errors import LorafastError, MissingDependencyError
 from lorafast._io.paths import expand, resolved
 from lorafast._io.sources import ADAPTER_PATTERNS, BASE_PATTERNS, locate
@@ -194,7 +195,7 @@ class LoRAAnalyzer:
         """
         name = self._name(adapter_path)
         located = self._locate(adapter_path, ADAPTER_PATTERNS)
-        analysis = analysis_api.analyze_named(located, name)
+        analysis = analysis_api.analyze_named(located, name, AnalysisOptions())
         (stem,) = file_stems([name])
         given = os.fspath(adapter_path)
         write_analysis(self.analysis_dir, stem, analysis, given)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorafast import _core
 from lorafast._analysis.findings import findings_of_adapter, findings_of_comparison
 from lorafast._analysis.names import names_of
+from lorafast._analysis.options import AnalysisOptions, CommonOptions
 from lorafast._analysis.records import (
     METRICS,
     EntryStatistics,
@@ -28,6 +29,7 @@ from lorafast._io.sources import (
     core_source,
     locate,
 )
+from lorafast._options import pick
 
 if TYPE_CHECKING:
     from lorafast._types import Matrix, Progress, Source
@@ -81,41 +83,29 @@ def analyze(
         PlanError: the base has no weight for one of the adapter's modules.
         MissingDependencyError: the weights are a pickle and torch is not installed.
     """
-    return analyze_named(
-        adapter,
-        names_of([adapter])[0],
-        base=base,
-        histogram_bins=histogram_bins,
-        entries=entries,
-        threads=threads,
-        progress=progress,
-    )
+    options = pick(AnalysisOptions, locals())
+    return analyze_named(adapter, names_of([adapter])[0], options)
 
 
-def analyze_named(
-    adapter: Source,
-    name: str,
-    *,
-    base: Source | None = None,
-    histogram_bins: int = 50,
-    entries: bool = False,
-    threads: int | None = None,
-    progress: Progress = False,
-) -> AdapterAnalysis:
+def analyze_named(adapter: Source, name: str, options: AnalysisOptions) -> AdapterAnalysis:
     """`analyze` under a given name."""
     from lorafast._io.progress import callback
 
-    _check(histogram_bins, threads)
-    base_path = None if base is None else locate(base, BASE_PATTERNS)
+    if not 1 <= options.histogram_bins <= MAX_BINS:
+        raise ValueError(
+            f"histogram_bins must be from 1 to {MAX_BINS}, not {options.histogram_bins}"
+        )
+    check_threads(options.threads)
+    base_path = None if options.base is None else locate(options.base, BASE_PATTERNS)
     source = core_source(locate(adapter, ADAPTER_PATTERNS))
-    with callback(progress, label="analyzing") as report:
+    with callback(options.progress, label="analyzing") as report:
         found = _core.analyze_adapter(
             source,
             base=base_path,
             percentiles=PERCENTILES,
-            bins=histogram_bins,
-            entries=entries,
-            threads=threads,
+            bins=options.histogram_bins,
+            entries=options.entries,
+            threads=options.threads,
             progress=report,
         )
     return _adapter_analysis(found, name)
@@ -146,6 +136,7 @@ def compare(
         AdapterError: an adapter is broken, or (UnsupportedAdapterError) is no LoRA.
         MissingDependencyError: some weights are a pickle and torch is not installed.
     """
+    options = pick(CommonOptions, locals())
     if isinstance(adapters, str | os.PathLike):
         raise ValueError("adapters must be a sequence of paths, not one path")
     sources = list(adapters)
@@ -158,33 +149,23 @@ def compare(
         raise ValueError(f"the adapters' names are not distinct: {', '.join(chosen)}")
     with unchanged([locate(source, ADAPTER_PATTERNS) for source in sources]):
         analyses = [
-            analyze_named(source, name, threads=threads, progress=progress)
+            analyze_named(source, name, options.of_analysis())
             for source, name in zip(sources, chosen, strict=True)
         ]
-        return compare_analyzed(sources, analyses, threads=threads, progress=progress)
+        return compare_analyzed(sources, analyses, options)
 
 
 def compare_analyzed(
-    adapters: Sequence[Source],
-    analyses: Sequence[AdapterAnalysis],
-    *,
-    threads: int | None = None,
-    progress: Progress = False,
+    adapters: Sequence[Source], analyses: Sequence[AdapterAnalysis], options: CommonOptions
 ) -> Comparison:
     """Compares adapters whose analyses, under distinct names, there are already."""
     from lorafast._io.progress import callback
 
     names = [analysis.name for analysis in analyses]
     sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
-    with callback(progress, label="comparing") as report:
-        found = _core.compare_adapters(sources, threads=threads, progress=report)
+    with callback(options.progress, label="comparing") as report:
+        found = _core.compare_adapters(sources, threads=options.threads, progress=report)
     return _comparison(found, names, analyses)
-
-
-def _check(histogram_bins: int, threads: int | None) -> None:
-    if not 1 <= histogram_bins <= MAX_BINS:
-        raise ValueError(f"histogram_bins must be from 1 to {MAX_BINS}, not {histogram_bins}")
-    check_threads(threads)
 
 
 def _adapter_analysis(found: Mapping[str, Any], name: str) -> AdapterAnalysis:

@@ -7,10 +7,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafast._analysis.options import AnalysisOptions
 from lorafast._cli.command import Command
 from lorafast._cli.failures import Failures, exit_code
 from lorafast._cli.format import bytes_text, count_text, number_text, plural
+from lorafast._cli.options import add_options, chosen
 from lorafast._cli.terminal import Column
+from lorafast._options import options_in
 
 if TYPE_CHECKING:
     from lorafast import AdapterAnalysis
@@ -49,18 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapters", nargs="+", metavar="ADAPTER", help="directories, weights files or hub ids"
     )
     what = parser.add_argument_group("what to measure")
-    what.add_argument(
-        "--base", metavar="PATH", help="the model, to relate each update's norm to its weight's"
-    )
-    what.add_argument(
-        "--bins", type=int, default=50, metavar="N", help="bins of histograms (default: 50)"
-    )
-    what.add_argument(
-        "--entries", action="store_true", help="also look at every entry of every update"
-    )
-    what.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
-    )
+    add_options(parser, options_in(AnalysisOptions), what)
     outcome = add_report_arguments(parser)
     outcome.add_argument("--json", action="store_true", help="print everything as JSON")
     outcome.add_argument(
@@ -79,21 +71,12 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     from lorafast._analysis.api import analyze_named
     from lorafast._analysis.names import names_of
 
+    options = AnalysisOptions(**chosen(arguments, options_in(AnalysisOptions)))
     failures = Failures()
     analyses: list[AdapterAnalysis] = []
     for adapter, name in zip(arguments.adapters, names_of(arguments.adapters), strict=True):
         with failures.of(adapter, fatal=not several):
-            analyses.append(
-                analyze_named(
-                    adapter,
-                    name,
-                    base=arguments.base,
-                    histogram_bins=arguments.bins,
-                    entries=arguments.entries,
-                    threads=arguments.threads,
-                    progress=not arguments.quiet,
-                )
-            )
+            analyses.append(analyze_named(adapter, name, options))
     if arguments.output is not None:
         _write(analyses, arguments, terminal)
     _print(analyses, arguments, terminal, failures)

@@ -7,11 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafast._analysis.options import CommonOptions
 from lorafast._cli.analyze import add_report_arguments, show_findings
 from lorafast._cli.command import Command
 from lorafast._cli.failures import Failures, exit_code
 from lorafast._cli.format import count_text, number_text
+from lorafast._cli.options import add_options, chosen
 from lorafast._cli.terminal import Column
+from lorafast._options import options_in
 
 if TYPE_CHECKING:
     from lorafast import AdapterAnalysis, Comparison
@@ -32,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="a name for each (default: their directories')"
     )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
-    )
+    add_options(parser, options_in(CommonOptions))
     outcome = add_report_arguments(parser)
     outcome.add_argument("--json", action="store_true", help="print everything as JSON")
     outcome.add_argument(
@@ -60,18 +61,18 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     failures = Failures()
     sources: list[str] = []
     analyses: list[AdapterAnalysis] = []
-    options = {"threads": arguments.threads, "progress": not arguments.quiet}
+    options = CommonOptions(**chosen(arguments, options_in(CommonOptions)))
     with ExitStack() as held:
         for adapter, name in zip(arguments.adapters, names, strict=True):
             with failures.of(adapter, fatal=False), ExitStack() as own:
                 own.enter_context(unchanged([locate(adapter, ADAPTER_PATTERNS)]))
-                analyses.append(analyze_named(adapter, name, **options))
+                analyses.append(analyze_named(adapter, name, options.of_analysis()))
                 sources.append(adapter)
                 # What was analyzed has to stay what it is until it is compared.
                 held.enter_context(own.pop_all())
         if len(analyses) < 2:
             return EXIT_ERROR
-        comparison = compare_analyzed(sources, analyses, **options)
+        comparison = compare_analyzed(sources, analyses, options)
     if arguments.output is not None:
         _write(comparison, arguments, terminal)
     _print(comparison, arguments, terminal)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from lorafast._analysis.options import CommonOptions
 from lorafast._cli.command import Command
 from lorafast._cli.format import plural
+from lorafast._cli.options import chosen
 from lorafast._cli.similarity import add_fleet_arguments, warn_of_errors
 from lorafast._cli.terminal import Column
+from lorafast._options import options_in
 
 if TYPE_CHECKING:
     from lorafast._cli.terminal import Terminal
@@ -19,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "adapters", nargs="+", metavar="DIR", help="directories to search, adapters, or globs"
     )
-    add_fleet_arguments(parser)
+    add_fleet_arguments(parser, CommonOptions)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -27,9 +30,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     import lorafast
     from lorafast._similarity.duplicates import TIERS
 
-    found = lorafast.duplicates(
-        arguments.adapters, threads=arguments.threads, progress=not arguments.quiet
-    )
+    options = chosen(arguments, options_in(CommonOptions))
+    found = lorafast.duplicates(arguments.adapters, **options)
     warn_of_errors(found.errors, terminal)
     if arguments.json:
         terminal.json(found.to_dict())

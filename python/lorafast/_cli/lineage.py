@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from lorafast._analysis.options import CommonOptions
 from lorafast._cli.command import Command
 from lorafast._cli.format import plural
+from lorafast._cli.options import add_options, chosen, say_renamed
 from lorafast._cli.similarity import add_fleet_arguments, warn_of_errors
 from lorafast._cli.terminal import Column
+from lorafast._options import options_in
+from lorafast._similarity.options import TrajectoryOptions
 
 if TYPE_CHECKING:
     from lorafast import Lineage
@@ -28,17 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # What `lorafast trajectory` does was once a mode of this command.
     parser.add_argument("--checkpoints", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--by", choices=("update", "name", "given"), default="update", help=argparse.SUPPRESS
-    )
-    add_fleet_arguments(parser)
+    hidden = (each._replace(help=argparse.SUPPRESS) for each in options_in(TrajectoryOptions))
+    add_options(parser, (each for each in hidden if each.name not in CommonOptions._fields))
+    add_fleet_arguments(parser, CommonOptions)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Take the target apart."""
     if arguments.checkpoints:
         from lorafast._cli import trajectory
-        from lorafast._cli.options import say_renamed
 
         say_renamed("lineage --checkpoints", "trajectory")
         arguments.adapters = [arguments.target, *arguments.candidates]
@@ -47,12 +49,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         arguments.parser.error("name a candidate that the target may be made of")
     import lorafast
 
-    result = lorafast.lineage(
-        arguments.target,
-        arguments.candidates,
-        threads=arguments.threads,
-        progress=not arguments.quiet,
-    )
+    options = chosen(arguments, options_in(CommonOptions))
+    result = lorafast.lineage(arguments.target, arguments.candidates, **options)
     warn_of_errors(result.errors, terminal)
     if arguments.json:
         terminal.json(result.to_dict())

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
-from lorafast._cli.device import add_device_argument
 from lorafast._cli.format import bytes_text, count_text, plural, seconds_text
+from lorafast._cli.options import add_options, chosen
 from lorafast._cli.terminal import Column
+from lorafast._fleet.options import ScanOptions
+from lorafast._options import options_in
 
 if TYPE_CHECKING:
     import argparse
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from lorafast._fleet.findings import FleetFinding
     from lorafast._fleet.fleet import Fleet
 
-METRICS = ("full", "headers", "moments", "spectra")
 PAGE = "fleet.html"
 MAX_FINDINGS = 12
 MAX_ERRORS = 8
@@ -36,23 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directories to search, adapters, or globs in quotes",
     )
-    parser.add_argument(
-        "--metrics",
-        choices=METRICS,
-        default="full",
-        help="how much to find: headers reads no weights, moments looks at the stored values, "
-        "spectra at the singular values of the updates (default: full, both)",
-    )
-    parser.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="keep what was found in a directory; a later scan reads only what changed, and one "
-        "that was interrupted goes on where it was",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
-    )
-    add_device_argument(parser, "singular values are found")
+    add_options(parser, options_in(ScanOptions))
     outcome = parser.add_argument_group("what to write and show")
     outcome.add_argument(
         "--output",
@@ -75,19 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Scan, write what was asked for, and show findings, errors, and what the fleet is made of."""
-    from lorafast._fleet.progress import follower
-    from lorafast._fleet.scan import scan_followed
+    import lorafast
 
     started = time.perf_counter()
-    with follower(not arguments.quiet) as follow:
-        fleet = scan_followed(
-            arguments.paths,
-            follow,
-            metrics=arguments.metrics,
-            threads=arguments.threads,
-            cache=arguments.cache,
-            device=arguments.device,
-        )
+    fleet = lorafast.scan(arguments.paths, **chosen(arguments, options_in(ScanOptions)))
     seconds = time.perf_counter() - started
     written = _write(fleet, arguments)
     if arguments.json:

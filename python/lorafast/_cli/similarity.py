@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
-from lorafast._cli.device import add_device_argument
 from lorafast._cli.format import plural
+from lorafast._cli.options import add_options, chosen
 from lorafast._cli.terminal import Column
+from lorafast._options import options_in
+from lorafast._similarity.options import SimilarityOptions
 
 if TYPE_CHECKING:
     from lorafast import Similarity
     from lorafast._cli.terminal import Terminal
     from lorafast._fleet.discovery import ScanError
+    from lorafast._options import Table
 
 MAX_PAIRS = 20
 MAX_ERRORS = 3
@@ -23,11 +26,9 @@ PICTURES = (".png", ".svg", ".pdf")
 ENDINGS = (".npz", ".json", ".csv", *PICTURES)
 
 
-def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of every command that reads many adapters."""
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: one for each core)"
-    )
+def add_fleet_arguments(parser: argparse.ArgumentParser, table: type[Table]) -> None:
+    """Declare the flags of a command that reads many adapters, its options and every one's."""
+    add_options(parser, options_in(table))
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--quiet", action="store_true", help="print errors only, and --json's JSON")
 
@@ -46,30 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the matrix: .npz (everything, for Similarity.load), .csv, .json, or the "
         "clustered picture: .png, .svg, .pdf",
     )
-    parser.add_argument(
-        "--group-by-base",
-        action="store_true",
-        help="compare adapters within each base, where there are several",
-    )
-    parser.add_argument(
-        "--ignore-base",
-        action="store_true",
-        help="compare all adapters whose updates have the same shapes, whatever base they name",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "float64", "float32"),
-        default="auto",
-        help="what products are summed in (default: float64, and float32 for very many)",
-    )
-    parser.add_argument(
-        "--memory", type=float, metavar="GB", default=1.0, help="memory for factors (default: 1)"
-    )
-    parser.add_argument(
-        "--cache", metavar="DIR", help="keep what is done here, and go on from it next time"
-    )
-    add_device_argument(parser, "products are made")
-    add_fleet_arguments(parser)
+    add_fleet_arguments(parser, SimilarityOptions)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -82,17 +60,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         arguments.parser.error("--memory must be a positive number of gigabytes")
     import lorafast
 
-    similarity = lorafast.similarity(
-        arguments.adapters,
-        group_by_base=arguments.group_by_base,
-        ignore_base=arguments.ignore_base,
-        precision=arguments.precision,
-        memory=max(1, int(arguments.memory * 1e9)),
-        cache=arguments.cache,
-        device=arguments.device,
-        threads=arguments.threads,
-        progress=not arguments.quiet,
-    )
+    options = chosen(arguments, options_in(SimilarityOptions))
+    similarity = lorafast.similarity(arguments.adapters, **options)
     warn_of_errors(similarity.errors, terminal)
     if arguments.output is not None:
         from lorafast._io.paths import expand

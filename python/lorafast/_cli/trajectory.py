@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
 from lorafast._cli.format import plural
+from lorafast._cli.options import chosen
 from lorafast._cli.similarity import add_fleet_arguments, warn_of_errors
 from lorafast._cli.terminal import Column
+from lorafast._options import options_in
+from lorafast._similarity.options import TrajectoryOptions
 
 if TYPE_CHECKING:
     import argparse
@@ -24,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the checkpoints of one run: directories to search, adapters, or globs",
     )
-    parser.add_argument(
-        "--by",
-        choices=("update", "name", "given"),
-        default="update",
-        help="what the order follows (default: the updates)",
-    )
-    add_fleet_arguments(parser)
+    add_fleet_arguments(parser, TrajectoryOptions)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -38,12 +35,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     import lorafast
     from lorafast._io.plain import without_non_finite
 
-    result = lorafast.trajectory(
-        arguments.adapters,
-        by=arguments.by,
-        threads=arguments.threads,
-        progress=not arguments.quiet,
-    )
+    options = chosen(arguments, options_in(TrajectoryOptions))
+    result = lorafast.trajectory(arguments.adapters, **options)
     warn_of_errors(result.errors, terminal)
     if arguments.json:
         terminal.json(without_non_finite(result.to_dict()))

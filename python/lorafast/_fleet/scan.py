@@ -17,16 +17,16 @@ from lorafast._fleet.discovery import ScanError, discover
 from lorafast._fleet.entry import SCHEMA_VERSION, findings_of
 from lorafast._fleet.findings import of_fleet
 from lorafast._fleet.fleet import Fleet
+from lorafast._fleet.options import ScanOptions
 from lorafast._fleet.progress import Follow, follower
 from lorafast._fleet.rows import ErrorList, FindingList
 from lorafast._fleet.table import Table, utf8
 from lorafast._io.limits import check_threads
 from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import reason_of
+from lorafast._options import check_choices, pick
 from lorafast._torch.device import analysis_device
 from lorafast._types import Metrics, Source
-
-METRICS: tuple[Metrics, ...] = ("full", "headers", "moments", "spectra")
 
 Item = str | CoreSource
 Found = _core.ScannedAdapter | Exception
@@ -78,33 +78,23 @@ def scan(
             written, is a warning.
         DeviceError: the device is not there.
     """
-    with follower(progress) as follow:
-        return scan_followed(
-            paths, follow, metrics=metrics, threads=threads, cache=cache, device=device
-        )
+    options = pick(ScanOptions, locals())
+    with follower(options.progress) as follow:
+        return _scan(paths, options, follow)
 
 
-def scan_followed(
-    paths: Source | Iterable[Source],
-    follow: Follow,
-    *,
-    metrics: Metrics = "full",
-    threads: int | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
-) -> Fleet:
+def _scan(paths: Source | Iterable[Source], options: ScanOptions, follow: Follow) -> Fleet:
     """`scan`, telling `follow` how far it is."""
-    if metrics not in METRICS:
-        raise ValueError(f"metrics must be one of {', '.join(METRICS)}, not {metrics!r}")
-    check_threads(threads)
-    place = analysis_device(device, cache)
+    check_choices(options)
+    check_threads(options.threads)
+    place = analysis_device(options.device, options.cache)
     found = discover(paths)
-    scanning = _Scanning(found.adapters, metrics, threads, follow)
-    if metrics in {"full", "spectra"}:
+    scanning = _Scanning(found.adapters, options, follow)
+    if options.metrics in {"full", "spectra"}:
         scanning.device = place
     with ExitStack() as stack:
-        if cache is not None:
-            known = stack.enter_context(cache_files.opened(cache, metrics))
+        if options.cache is not None:
+            known = stack.enter_context(cache_files.opened(options.cache, options.metrics))
             scanning.use(known)
             scanning.run()
             known.forget_missing(found.searched)
@@ -118,18 +108,15 @@ def scan_followed(
 class _Scanning:
     """One scan under way. Positions are those of the adapters that were found."""
 
-    def __init__(
-        self, adapters: Sequence[str], metrics: Metrics, threads: int | None, follow: Follow
-    ) -> None:
+    def __init__(self, adapters: Sequence[str], options: ScanOptions, follow: Follow) -> None:
         self._adapters = adapters
-        self._metrics = metrics
-        self._threads = threads
+        self._options = options
         self._follow = follow
         #: Where spectra are found, if not by the core.
         self.device: Any = None
         self._cache: cache_files.Cache | None = None
         self._stamps: dict[int, str] = {}
-        self._tables = _core.FleetTables(metrics, SCHEMA_VERSION)
+        self._tables = _core.FleetTables(options.metrics, SCHEMA_VERSION)
         self._errors: list[tuple[int | None, str]] = []
         self._without_value: set[str] = set()
         self._bytes_read = 0
@@ -186,7 +173,7 @@ class _Scanning:
         order = sorted(self._errors, key=lambda each: -1 if each[0] is None else each[0])
         failed = [path for _, path in order]
         return Fleet(
-            metrics=self._metrics,
+            metrics=self._options.metrics,
             adapters=adapters,
             modules=modules,
             findings=FindingList(Table(tables.findings(more)), frozenset(self._without_value)),
@@ -211,8 +198,9 @@ class _Scanning:
             self._follow.read(read, total)
             done = read
 
-        metrics = self._metrics if self.device is None else "moments"
-        _core.scan_adapters(items, metrics=metrics, threads=self._threads, receive=receive)
+        options = self._options
+        metrics = options.metrics if self.device is None else "moments"
+        _core.scan_adapters(items, metrics=metrics, threads=options.threads, receive=receive)
         self._bytes_read += done
         self._follow.end_of_part()
 
@@ -224,7 +212,7 @@ class _Scanning:
         failed = [(place, found) for place, found in batch if isinstance(found, Exception)]
         sound = [(place, found) for place, found in batch if not isinstance(found, Exception)]
         sources = [(found, items[place]) for place, found in sound]
-        made = with_spectra(sources, self._metrics, self.device)
+        made = with_spectra(sources, self._options.metrics, self.device)
         places = (place for place, _ in sound)
         return [*failed, *zip(places, made, strict=True)]
 

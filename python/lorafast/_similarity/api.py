@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._errors import LorafastError
+from lorafast._options import check_choices, pick
+from lorafast._similarity.options import MEMORY, SimilarityOptions
 from lorafast._similarity.similarity import Similarity
 from lorafast._types import Metric, Precision, Progress
 
@@ -22,12 +24,8 @@ if TYPE_CHECKING:
     from lorafast._similarity.collection import Adapters, Collected
     from lorafast._types import Matrix
 
-METRICS: tuple[Metric, ...] = ("cosine", "inner_product")
-PRECISIONS: tuple[Precision, ...] = ("auto", "float64", "float32")
 #: Up to so many multiplications are made in float64: some minutes of a core.
 DOUBLE_WORK = 4 * 10**12
-#: Bytes of stacked factors, where nothing else is said.
-MEMORY = 1 << 30
 
 
 def similarity(
@@ -101,26 +99,25 @@ def similarity(
     from lorafast._similarity.collection import collected
     from lorafast._torch.device import analysis_device
 
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if memory < 1:
+    options = pick(SimilarityOptions, locals())
+    check_choices(options)
+    if options.memory < 1:
         raise ValueError("memory must be a positive number of bytes")
-    bound = parse_memory(device_memory, device)
-    place = analysis_device(device, cache)
+    bound = parse_memory(options.device_memory, options.device)
+    place = analysis_device(options.device, options.cache)
     begin = time.perf_counter()
-    found = collected(adapters, threads, progress)
+    found = collected(adapters, options.threads, options.progress)
     seconds = {"opening": time.perf_counter() - begin}
-    groups = dict(found.core.groups(ignore_base))
-    if len(groups) > 1 and not group_by_base:
-        raise LorafastError(_several_bases(groups, found.names, ignore_base))
+    groups = dict(found.core.groups(options.ignore_base))
+    if len(groups) > 1 and not options.group_by_base:
+        raise LorafastError(_several_bases(groups, found.names, options.ignore_base))
     positions = list(groups.values())
-    if precision == "auto":
+    summed_in = options.precision
+    if summed_in == "auto":
         work = found.core.work(positions)
-        precision = "float64" if work <= DOUBLE_WORK else "float32"
+        summed_in = "float64" if work <= DOUBLE_WORK else "float32"
     pairs = sum(len(group) * (len(group) + 1) // 2 for group in positions)
-    with pace(progress, "comparing", pairs, "pairs") as report:
+    with pace(options.progress, "comparing", pairs, "pairs") as report:
         if place is not None:
             from lorafast._torch.gram import products
 
@@ -129,21 +126,21 @@ def similarity(
                 found.core,
                 positions,
                 device=place,
-                precision=precision,
-                per_module=per_module,
+                precision=summed_in,
+                per_module=options.per_module,
                 memory=bound,
-                threads=threads,
+                threads=options.threads,
                 progress=report,
             )
             seconds["multiplying"] = time.perf_counter() - begin
         else:
             whole, modules, _, (reading, multiplying), unsaved = found.core.products(
                 positions,
-                precision=precision,
-                per_module=per_module,
-                memory=memory,
-                cache=None if cache is None else Path(expand(cache)),
-                threads=threads,
+                precision=summed_in,
+                per_module=options.per_module,
+                memory=options.memory,
+                cache=None if options.cache is None else Path(expand(options.cache)),
+                threads=options.threads,
                 progress=report,
             )
             seconds |= {"reading": reading, "multiplying": multiplying}
@@ -155,8 +152,8 @@ def similarity(
             count = len(found.names)
             matrix = _square(whole, count)
             tables = [_square(table, count) for table in modules]
-    own = tables if per_module else None
-    similar = _similarity(found, groups, matrix, own, metric=metric, precision=precision)
+    own = tables if options.per_module else None
+    similar = _similarity(found, groups, matrix, own, metric=options.metric, precision=summed_in)
     return replace(similar, seconds=seconds)
 
 

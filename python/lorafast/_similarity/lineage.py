@@ -15,6 +15,7 @@ from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
 from lorafast._results import Result, view
 from lorafast._similarity.collection import Adapters, found_by, opened
+from lorafast._similarity.options import MEMORY
 from lorafast._types import Progress, Source
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ NOTHING = 1e-7
 SMALL = 1e-3
 #: … while the ranks of all terms together stay below this.
 STACKED_RANKS = 256
-MEMORY = 1 << 30
 
 
 @dataclass(frozen=True, repr=False)

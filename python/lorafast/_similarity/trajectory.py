@@ -6,22 +6,22 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import LorafastError
 from lorafast._fleet.discovery import ScanError, natural
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
+from lorafast._options import check_choices, pick
 from lorafast._results import Result
 from lorafast._similarity.collection import Adapters, collected
 from lorafast._similarity.lineage import _gram
-from lorafast._types import Progress
+from lorafast._similarity.options import TrajectoryOptions
+from lorafast._types import By, Progress
 
 if TYPE_CHECKING:
     from lorafast._types import Matrix
 
-By = Literal["update", "name", "given"]
-ORDERS: tuple[By, ...] = ("update", "name", "given")
 #: Checkpoints that the search begins with, the nearest to zero first.
 STARTS = 8
 #: Checkpoints that are moved together in the search for a shorter way.
@@ -134,8 +134,7 @@ def trajectory(
     """
     import numpy as np
 
-    if by not in ORDERS:
-        raise ValueError(f"by must be one of {', '.join(ORDERS)}, not {by!r}")
+    check_choices(pick(TrajectoryOptions, locals()))
     found = collected(adapters, threads, progress)
     groups = found.core.groups(True)
     if len(groups) > 1:

@@ -1,0 +1,33 @@
+"""The options of analysis, and those that everything which reads adapters has, in two tables."""
+
+# Annotations are evaluated here, as the flags are read from them.
+from typing import Annotated, NamedTuple
+
+from lorafast._options import THREADS, Flag
+from lorafast._types import Progress, Source
+
+
+class AnalysisOptions(NamedTuple):
+    """What an analysis measures, and how."""
+
+    base: Annotated[
+        Source | None,
+        Flag("the model, to relate each update's norm to its weight's", metavar="PATH"),
+    ] = None
+    histogram_bins: Annotated[
+        int, Flag("bins of histograms (default: 50)", metavar="N", name="bins")
+    ] = 50
+    entries: Annotated[bool, Flag("also look at every entry of every update")] = False
+    threads: Annotated[int | None, THREADS] = None
+    progress: Annotated[Progress, Flag(None)] = False
+
+
+class CommonOptions(NamedTuple):
+    """How adapters are read, where there is nothing else to choose."""
+
+    threads: Annotated[int | None, THREADS] = None
+    progress: Annotated[Progress, Flag(None)] = False
+
+    def of_analysis(self) -> AnalysisOptions:
+        """Those of an analysis that is made in the same way."""
+        return AnalysisOptions(**self._asdict())

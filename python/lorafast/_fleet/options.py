@@ -1,0 +1,31 @@
+"""The options of scanning, in one table."""
+
+# Annotations are evaluated here, as the flags are read from them.
+import os
+from typing import Annotated, NamedTuple
+
+from lorafast._options import THREADS, Flag, device_flag
+from lorafast._types import Metrics, Progress
+
+
+class ScanOptions(NamedTuple):
+    """What a scan finds, and how."""
+
+    metrics: Annotated[
+        Metrics,
+        Flag(
+            "how much to find: headers reads no weights, moments looks at the stored values, "
+            "spectra at the singular values of the updates (default: full, both)"
+        ),
+    ] = "full"
+    cache: Annotated[
+        str | os.PathLike[str] | None,
+        Flag(
+            "keep what was found in a directory; a later scan reads only what changed, and one "
+            "that was interrupted goes on where it was",
+            metavar="DIR",
+        ),
+    ] = None
+    threads: Annotated[int | None, THREADS] = None
+    device: Annotated[str, device_flag("singular values are found")] = "cpu"
+    progress: Annotated[Progress, Flag(None)] = False
