@@ -36,6 +36,8 @@ Severity = Literal["critical", "warning", "note"]
 Metric = Literal["cosine", "inner_product"]
 #: What products are summed in.
 Precision = Literal["auto", "float64", "float32"]
+#: The same once it is decided.
+SumPrecision = Literal["float64", "float32"]
 #: What the order of checkpoints follows.
 By = Literal["update", "name", "given"]
 #: How the distance of two clusters follows from their members', as SciPy's.

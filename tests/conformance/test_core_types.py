@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lorafast
 import pytest
@@ -37,6 +37,7 @@ def test_what_crosses_is_what_the_stub_says(tmp_path: Path) -> None:
                     holds(operands, "Operands")
         for path in (base, *adapters):
             holds(lorafast.inspect(path).to_dict(), "Listing")
+    assert _core.adapter_format(adapters[0]) in get_args(shapes.stub["AdapterFormat"])
     carry_out_and_measure(tmp_path, holds)
     # Each dictionary of the stub was held against something.
     assert shapes.seen == shapes.types.keys()
@@ -80,6 +81,8 @@ def carry_out_and_measure(tmp_path: Path, holds: Callable[[Any, str], None]) -> 
         holds(member, "Member")
     for signature, _ in collection.signatures([0, 1], threads=1, progress=None):
         holds(signature, "Signature")
+    for relation in collection.relations([(0, 0), (0, 1)], threads=1, progress=None):
+        holds(relation, "Relation")
     for step in collection.drift([0, 1], threads=1, progress=None):
         holds(step, "Drift")
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NotRequired, Union, get_args, get_origin
 
 
 def _stub() -> dict[str, Any]:
-    """The names of `_core.pyi`, whose annotations are texts."""
-    text = resources.files("lorafast").joinpath("_core.pyi").read_text(encoding="utf-8")
+    """The names of `_core_types.pyi`, whose annotations are texts."""
+    text = resources.files("lorafast").joinpath("_core_types.pyi").read_text(encoding="utf-8")
     tree = ast.parse(text)
     # Its only name that there is for type checkers alone.
     for node in ast.walk(tree):
@@ -21,7 +21,7 @@ def _stub() -> dict[str, Any]:
             node.names = [alias for alias in node.names if alias.name != "type_check_only"]
     module = {"type_check_only": lambda each: each, "__name__": "stub"}
     flags = __future__.annotations.compiler_flag
-    exec(compile(tree, "_core.pyi", "exec", flags, dont_inherit=True), module)
+    exec(compile(tree, "_core_types.pyi", "exec", flags, dont_inherit=True), module)
     return module
 
 

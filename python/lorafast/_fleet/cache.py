@@ -30,6 +30,7 @@ from lorafast._io import paths
 from lorafast._io.paths import expand, resolved
 from lorafast._io.sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorafast._io.strangers import gate
+from lorafast._types import Metrics
 
 T = TypeVar("T")
 #: An adapter, and its findings with how many there are of each.
@@ -85,7 +86,7 @@ def stamp_of(adapter: Path) -> tuple[str, int] | None:
 class Cache:
     """The results of earlier scans at one level of metrics. Whatever it cannot do is a warning."""
 
-    def __init__(self, path: Path, metrics: str) -> None:
+    def __init__(self, path: Path, metrics: Metrics) -> None:
         self._path = path
         self._metrics = metrics
         self._waiting: list[tuple[str, str, str, str, bytes, bytes]] = []
@@ -234,7 +235,7 @@ class Cache:
 
 
 @contextmanager
-def opened(directory: str | os.PathLike[str], metrics: str) -> Iterator[Cache]:
+def opened(directory: str | os.PathLike[str], metrics: Metrics) -> Iterator[Cache]:
     """A cache in a directory, which is made; what was found is written even if the scan fails.
 
     Raises:
@@ -350,7 +351,7 @@ def _digest(details: bytes, cells: bytes) -> bytes:
     return made.digest()
 
 
-def _decode(metrics: str, found: tuple[Any, Any]) -> Known:
+def _decode(metrics: Metrics, found: tuple[Any, Any]) -> Known:
     """What was found in an adapter, from its row.
 
     Raises:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from lorafast._fleet.rows import ErrorList, FindingList
-    from lorafast._types import TableName
+    from lorafast._types import Metrics, TableName
 
 #: Columns of whole numbers in which -1 stands for nothing.
 NULLABLE = ("block",)
@@ -65,7 +65,7 @@ class Fleet(Result):
         remembered: adapters that were taken from the cache.
     """
 
-    metrics: str
+    metrics: Metrics
     adapters: Table
     modules: Table
     findings: FindingList

@@ -26,11 +26,11 @@ from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import reason_of
 from lorafast._options import check_choices, pick
 from lorafast._torch.device import analysis_device
-from lorafast._types import Metrics, Source
+from lorafast._types import Metrics, Severity, Source
 
 Item = str | CoreSource
 Found = _core.ScannedAdapter | Exception
-Told = tuple[str, str, str | None, float | None, str, int]
+Told = tuple[Severity, str, str | None, float | None, str, int]
 
 
 def scan(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
+    from lorafast import _core
+
 Tier = Literal["same_bytes", "same_tensors", "same_update", "scaled", "truncated"]
 
 #: From the closest to the loosest, with what each says.
@@ -209,9 +211,6 @@ class _Signature:
         return math.floor(math.log10(self.relative)) if self.relative > 0 else -99
 
 
-Relation = dict[str, Any]
-
-
 class _Search:
     """One call of `duplicates`."""
 
@@ -221,7 +220,7 @@ class _Search:
         self.groups: list[DuplicateGroup] = []
         self.signatures: dict[int, _Signature] = {}
         self.leading: dict[int, NDArray[numpy.float64]] = {}
-        self.known: dict[tuple[int, int], Relation] = {}
+        self.known: dict[tuple[int, int], _core.Relation] = {}
         self.errors = list(found.errors)
 
     def run(self, progress: Progress) -> Duplicates:
@@ -398,18 +397,21 @@ class _Search:
 
     def _truncated(self, x: int, y: int) -> Evidence | None:
         relation = self.known[x, y]
-        factor = relation["truncation_factor"]
-        if relation["other_difference"] is not None or factor is None:
+        factor, kept = relation["truncation_factor"], relation["kept"]
+        difference = relation["truncation_difference"]
+        if relation["other_difference"] is not None:
+            return None
+        # There are all three of them or none.
+        if factor is None or kept is None or difference is None:
             return None
         norm = relation["norms"][1]
         tolerance = TRUNCATION_SLACK * self._tolerance(x, y, factor)
-        if not relation["truncation_difference"] <= tolerance:
+        if not difference <= tolerance:
             return None
-        kept = relation["kept"]
         figures: dict[str, float | str] = {
             "factor": factor,
             "kept": kept,
-            "difference": relation["truncation_difference"] / norm,
+            "difference": difference / norm,
             "tolerance": tolerance / norm,
         }
         ranks = self.signatures[x].rank, self.signatures[y].rank

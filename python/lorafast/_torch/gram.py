@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorafast import _core
+    from lorafast._types import SumPrecision
 
 #: Ranks on one side of a tile: their products take twice 128 MB in float32.
 TILE_RANKS = 5792
@@ -45,7 +46,7 @@ def products(
     groups: Sequence[Sequence[int]],
     *,
     device: torch.device,
-    precision: str,
+    precision: SumPrecision,
     per_module: bool,
     memory: int | None,
     threads: int | None,
@@ -102,7 +103,7 @@ def _of_module(
     group: Sequence[int],
     *,
     device: torch.device,
-    how: tuple[str, int, int | None],
+    how: tuple[SumPrecision, int, int | None],
 ) -> Any:
     """The products of a group's members in one module; zero where a member lacks it.
 
@@ -154,7 +155,7 @@ def _stack(
     rows: int,
     columns: int,
     device: torch.device,
-    precision: str,
+    precision: SumPrecision,
 ) -> _Stack:
     import torch
 

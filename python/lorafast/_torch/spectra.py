@@ -20,6 +20,8 @@ from lorafast._torch.device import exact_products, torch_dtype
 if TYPE_CHECKING:
     import torch
 
+    from lorafast._types import Metrics
+
 #: Bytes of float64 factors in one batch.
 BATCH_BYTES = 256 << 20
 
@@ -28,7 +30,7 @@ Floats = NDArray[np.float64]
 
 def with_spectra(
     found: Sequence[tuple[_core.ScannedAdapter, str | CoreSource]],
-    metrics: str,
+    metrics: Metrics,
     device: torch.device,
 ) -> list[_core.ScannedAdapter | Exception]:
     """Makes what a scan of moments found what a scan of `metrics` finds.
