@@ -156,6 +156,22 @@ except KeyboardInterrupt as stop:
     assert done.stdout.strip() == expected.get(signal.Signals(number), "Ctrl-C")
 
 
+def test_a_signal_is_heard_where_python_wraps_exceptions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorafast._cli import main as command
+
+    def wrap(_: object) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as stop:
+            raise RuntimeError("Error calling __set_name__") from stop
+
+    monkeypatch.setattr(command, "_run", wrap)
+    assert command.main(["merge"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_program_that_uses_the_package_keeps_its_own_handlers(tmp_path: Path) -> None:
     from lorafast._cli.main import main
 

@@ -58,21 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Here rather than at the interpreter's exit, where a closed pipe cannot be caught.
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        # A signal's exception says which; Ctrl-C's is Python's own.
-        words, status = getattr(stop, "lorafast_outcome", ("interrupted", EXIT_INTERRUPTED))
-        for note in getattr(stop, "__notes__", []):
-            words += f", but {note}"
-        try:
-            print(words, file=sys.stderr)
-            sys.stdout.flush()
-        except OSError:
-            # The terminal that was hung up takes no more words.
-            _discard_further_output()
-        return int(status)
+        return _stopped(stop)
     except BrokenPipeError:
         _discard_further_output()
         return EXIT_BROKEN_PIPE
     except Exception as error:
+        behind = _stop_behind(error)
+        if behind is not None:
+            return _stopped(behind)
         from lorafast._cli.failures import print_error
 
         if not _is_for_the_user(error):
@@ -80,6 +73,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(error)
         return EXIT_ERROR
     return status
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    """Say what stopped the command, and return its exit code."""
+    # A signal's exception says which; Ctrl-C's is Python's own.
+    words, status = getattr(stop, "lorafast_outcome", ("interrupted", EXIT_INTERRUPTED))
+    for note in getattr(stop, "__notes__", []):
+        words += f", but {note}"
+    try:
+        print(words, file=sys.stderr)
+        sys.stdout.flush()
+    except OSError:
+        # The terminal that was hung up takes no more words.
+        _discard_further_output()
+    return int(status)
+
+
+def _stop_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """What stopped the command, if the error came of that.
+
+    Python 3.11 wraps what is raised while a class is made, and an import makes classes.
+    """
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 def _run(argv: Sequence[str] | None) -> int:
