@@ -16,11 +16,11 @@ InstructionSet: TypeAlias = Literal["portable", "neon", "avx2", "avx512", "avx51
 @type_check_only
 class Use(TypedDict):
     name: str
-    verdict: Literal["used", "not_needed", "refused"]
+    use: Literal["used", "not_needed", "refused"]
     reason: str
 
 @type_check_only
-class Account(TypedDict):
+class Coverage(TypedDict):
     fields: list[Use]
     tensors: list[Use]
 
@@ -74,7 +74,7 @@ class PlannedAdapter(TypedDict):
     tensors: int
     modules: int
     bytes: int
-    account: Account
+    coverage: Coverage
 
 @type_check_only
 class Replication(TypedDict):
@@ -239,7 +239,7 @@ class AdapterSummary(TypedDict):
     peft_version: str | None
     modules: list[ListedModule]
     features: list[str]
-    account: Account
+    coverage: Coverage
 
 @type_check_only
 class Listing(TypedDict):

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
-pub use coverage::{Account, Accounts, Verdict};
+pub use coverage::{Coverage, PartUse, Usage};
 pub use delta::{Delta, Expert};
 pub use semantics::{Initialization, Semantics, TransposedExperts};
 
@@ -232,7 +232,7 @@ pub struct Contents {
     /// How modules are named.
     pub grammar: Grammar,
     /// What becomes of each field of its settings.
-    pub fields: Vec<Account>,
+    pub fields: Vec<PartUse>,
     /// The settings as they stand in the adapter's own files.
     pub settings: Map<String, Value>,
     /// What describes it to a person, for listings.
@@ -334,33 +334,33 @@ impl Adapter {
     }
 
     /// What becomes of every settings field and every tensor. Fields named in `allow` are let pass.
-    pub fn account(&self, allow: &[String]) -> Accounts {
-        let mut known = IndexMap::<&str, (Verdict, String)>::new();
+    pub fn coverage(&self, allow: &[String]) -> Coverage {
+        let mut known = IndexMap::<&str, (Usage, String)>::new();
         for module in self.modules().values() {
             for (what, tensor) in module.tensors() {
-                known.insert(&tensor.name, (Verdict::Used, format!("{what} of {}", module.path)));
+                known.insert(&tensor.name, (Usage::Used, format!("{what} of {}", module.path)));
             }
         }
         for saved in self.saved() {
-            known.insert(&saved.tensor.name, (Verdict::Used, format!("replaces {}", saved.path)));
+            known.insert(&saved.tensor.name, (Usage::Used, format!("replaces {}", saved.path)));
         }
         for rows in self.trained_rows() {
             let reason = format!("replaces {} rows of {}", rows.rows.len(), rows.path);
-            known.insert(&rows.tensor.name, (Verdict::Used, reason));
+            known.insert(&rows.tensor.name, (Usage::Used, reason));
         }
         for (name, role) in self.others() {
-            known.insert(name, (Verdict::NotNeeded, role.describe().to_owned()));
+            known.insert(name, (Usage::NotNeeded, role.describe().to_owned()));
         }
         let tensors = self.file().header().tensors.iter().map(|tensor| {
-            let account = known.swap_remove(tensor.name.as_str());
-            let unknown = || (Verdict::Refused, "has no known part".to_owned());
-            Account::new(tensor.name.as_str(), account.unwrap_or_else(unknown))
+            let usage = known.swap_remove(tensor.name.as_str());
+            let unknown = || (Usage::Refused, "has no known part".to_owned());
+            PartUse::new(tensor.name.as_str(), usage.unwrap_or_else(unknown))
         });
-        Accounts { tensors: tensors.collect(), fields: self.fields(allow) }
+        Coverage { tensors: tensors.collect(), fields: self.fields(allow) }
     }
 
     /// What becomes of every settings field. Fields named in `allow` are let pass.
-    fn fields(&self, allow: &[String]) -> Vec<Account> {
+    fn fields(&self, allow: &[String]) -> Vec<PartUse> {
         coverage::allowed(&self.contents.fields, allow)
     }
 

@@ -4,7 +4,7 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::adapter::{Accounts, Adapter};
+use crate::adapter::{Adapter, Coverage};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::checkpoint::side_files;
@@ -21,7 +21,7 @@ pub struct PlannedAdapter<'a> {
     tensors: usize,
     modules: usize,
     bytes: u64,
-    account: &'a Accounts,
+    coverage: &'a Coverage,
 }
 
 /// A tensor within a plan.
@@ -72,14 +72,14 @@ fn last_part(path: &std::path::Path) -> String {
 pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> {
     let side_files = side_files::list(&inputs.base)?;
     let adapters =
-        inputs.adapters.iter().zip(&plan.accounts).map(|(adapter, account)| PlannedAdapter {
+        inputs.adapters.iter().zip(&plan.coverage).map(|(adapter, coverage)| PlannedAdapter {
             path: adapter.path().display().to_string(),
             name: last_part(adapter.path()),
             format: adapter.format(),
             tensors: adapter.file().header().tensors.len(),
             modules: adapter.modules().len(),
             bytes: adapter.file().size(),
-            account,
+            coverage,
         });
     let tensors = plan.tensors().map(|(shard, tensor)| TensorDescription {
         name: &tensor.name,
@@ -248,8 +248,8 @@ pub fn adapter(adapter: &Adapter) -> Listing {
         (adapter.summary().iter()).map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     summary.insert("modules".into(), serde_json::to_value(modules).unwrap_or(Value::Null));
     summary.insert("features".into(), Value::from(adapter.obstacles(&[])));
-    let account = serde_json::to_value(adapter.account(&[])).unwrap_or(Value::Null);
-    summary.insert("account".into(), account);
+    let coverage = serde_json::to_value(adapter.coverage(&[])).unwrap_or(Value::Null);
+    summary.insert("coverage".into(), coverage);
     listing.config = Some(adapter.settings().clone());
     listing.adapter = Some(summary);
     listing

@@ -136,8 +136,8 @@ impl InstructionSet {
     fn splits(self, weight: &Dtype, rank: usize) -> bool {
         /// Below, the vectors need no more time for the product than tiles for storing the sums.
         /// Expected of a tile's sixteen cycles for what takes vectors 256; not measured.
-        const LEAST_RANK: usize = 8;
-        self == Self::Amx && matches!(weight, Dtype::Bf16 | Dtype::F16) && rank >= LEAST_RANK
+        const MIN_RANK: usize = 8;
+        self == Self::Amx && matches!(weight, Dtype::Bf16 | Dtype::F16) && rank >= MIN_RANK
     }
 }
 

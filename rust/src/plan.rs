@@ -113,8 +113,8 @@ impl Plan {
         task.check()?;
         let shards = layout::plan_shards(inputs, &options, draft, &context.quantized);
         task.check()?;
-        let accounts = coverage::resolve(inputs, &options.allow, &shards, &ignored);
-        Ok(Self { options, weights, shards, config_changes, warnings, notes, accounts })
+        let coverage = coverage::resolve(inputs, &options.allow, &shards, &ignored);
+        Ok(Self { options, weights, shards, config_changes, warnings, notes, coverage })
     }
 }
 

@@ -136,8 +136,8 @@ def test_the_config_of_the_first_layout_is_accounted_for(tmp_path: Path) -> None
         enable_lora=[True, False, True],
         merge_weights=False,
     )
-    account = lorafast.inspect(adapter)["adapter"]["account"]
-    verdicts = {entry["name"]: entry["verdict"] for entry in account["fields"]}
-    assert verdicts["enable_lora"] == "used"
-    assert verdicts["merge_weights"] == "not_needed"
-    assert verdicts.keys() == json.loads((adapter / "adapter_config.json").read_text()).keys()
+    coverage = lorafast.inspect(adapter)["adapter"]["coverage"]
+    uses = {entry["name"]: entry["use"] for entry in coverage["fields"]}
+    assert uses["enable_lora"] == "used"
+    assert uses["merge_weights"] == "not_needed"
+    assert uses.keys() == json.loads((adapter / "adapter_config.json").read_text()).keys()

@@ -137,10 +137,10 @@ def test_the_same_result(tmp_path: Path, layout: str) -> None:
     assert_merged_like_float64(after, terms)
     assert_rest_untouched(after, before, terms)
     assert terms.keys() == {f"{module}.weight" for module in MODULES} | others.keys()
-    (account,) = report.accounts
-    unused = [entry["name"] for entry in account["tensors"] if entry["verdict"] != "used"]
+    (coverage,) = report.coverage
+    unused = [entry["name"] for entry in coverage["tensors"] if entry["use"] != "used"]
     assert unused == [f"{PREFIX}score.original_module.weight"] * (layout == "wrappers")
-    assert not [entry for entry in account["fields"] if entry["verdict"] == "refused"]
+    assert not [entry for entry in coverage["fields"] if entry["use"] == "refused"]
 
 
 def test_both_kinds_of_file(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_every_adapter(real_data: Path, tmp_path: Path) -> None:
     ["peft_0.6.1/lora_mlp", "peft_0.6.1/lora_mlp_modules_to_save", "peft_0.6.1/lora_conv2d"],
 )
 def test_every_part_of_an_old_adapter_has_an_account(real_data: Path, folder: str) -> None:
-    assert_accounted(lorafast.inspect(real_data / folder), refused=False)
+    assert_covered(lorafast.inspect(real_data / folder), refused=False)
 
 
 def test_every_part_of_every_adapter_has_an_account(real_data: Path) -> None:
@@ -146,19 +146,19 @@ def test_every_part_of_every_adapter_has_an_account(real_data: Path) -> None:
     opened = 0
     for config in sorted((real_data / "adapters").glob("*/adapter_config.json")):
         if any(config.parent.name.startswith(name) for name in MERGED):
-            assert_accounted(lorafast.inspect(config.parent), refused=False)
+            assert_covered(lorafast.inspect(config.parent), refused=False)
             opened += 1
     assert opened >= len(MERGED)
 
 
-def assert_accounted(contents: dict[str, Any], *, refused: bool) -> None:
-    account = contents["adapter"]["account"]
-    assert [e["name"] for e in account["tensors"]] == [e["name"] for e in contents["tensors"]]
-    assert [entry["name"] for entry in account["fields"]] == list(contents["config"])
-    for entry in account["tensors"] + account["fields"]:
-        assert entry["verdict"] in {"used", "not_needed", "refused"}
+def assert_covered(contents: dict[str, Any], *, refused: bool) -> None:
+    coverage = contents["adapter"]["coverage"]
+    assert [e["name"] for e in coverage["tensors"]] == [e["name"] for e in contents["tensors"]]
+    assert [entry["name"] for entry in coverage["fields"]] == list(contents["config"])
+    for entry in coverage["tensors"] + coverage["fields"]:
+        assert entry["use"] in {"used", "not_needed", "refused"}
         assert entry["reason"]
-        assert (entry["verdict"] == "refused") <= refused, entry
+        assert (entry["use"] == "refused") <= refused, entry
 
 
 def test_every_config(real_data: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_every_config(real_data: Path, tmp_path: Path) -> None:
             assert config["peft_type"] == "LORA"
             terms = merge_float64(read_checkpoint(base), [adapter])
             assert_merged_like_float64(read_checkpoint(tmp_path / f"{path.stem}-out"), terms)
-            assert_accounted(lorafast.inspect(adapter), refused=False)
+            assert_covered(lorafast.inspect(adapter), refused=False)
     assert merged >= 45
     assert refused >= 30
 

@@ -90,12 +90,12 @@ def test_it_is_listed_and_analyzed_like_any_adapter(tmp_path: Path) -> None:
     assert listing["kind"] == "adapter"
     adapter = listing["adapter"]
     assert (adapter["r"], adapter["alpha"], adapter["base"]) == (4, 6.0, "sdxl")
-    verdicts = {each["name"]: each["verdict"] for each in adapter["account"]["tensors"]}
-    assert set(verdicts) == set(kohya(tensors, 6, "lora_unet_"))
-    assert set(verdicts.values()) == {"used"}
+    uses = {each["name"]: each["use"] for each in adapter["coverage"]["tensors"]}
+    assert set(uses) == set(kohya(tensors, 6, "lora_unet_"))
+    assert set(uses.values()) == {"used"}
     plan = lorafast.plan(base, file).to_dict()
     assert plan["adapters"][0]["format"] == "kohya"
-    uses = {each["verdict"] for each in plan["adapters"][0]["account"]["tensors"]}
+    uses = {each["use"] for each in plan["adapters"][0]["coverage"]["tensors"]}
     assert uses == {"used"}
     analysis = lorafast.analyze(file, base=base)
     peft = lorafast.analyze(make_adapter(tmp_path / "peft", tensors, lora_alpha=6), base=base)

@@ -1,4 +1,4 @@
-"""Nothing of an adapter is passed over in silence: each tensor and config field has an account."""
+"""Nothing of an adapter is passed over in silence: what became of each tensor and config field."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EMBEDDING = "model.embed_tokens.weight"
 LEFTOVER = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_velora_embed"
 
 
-def account_of(plan: lorafast.MergePlan, position: int = 0) -> dict[str, tuple[str, str]]:
-    """By the tensor's name its verdict and reason."""
-    account = plan.to_dict()["adapters"][position]["account"]
-    names = [entry["name"] for entry in account["tensors"]]
+def coverage_of(plan: lorafast.MergePlan, position: int = 0) -> dict[str, tuple[str, str]]:
+    """By the tensor's name its use and reason."""
+    coverage = plan.to_dict()["adapters"][position]["coverage"]
+    names = [entry["name"] for entry in coverage["tensors"]]
     assert len(names) == len(set(names))
-    return {entry["name"]: (entry["verdict"], entry["reason"]) for entry in account["tensors"]}
+    return {entry["name"]: (entry["use"], entry["reason"]) for entry in coverage["tensors"]}
 
 
 def test_every_tensor_and_field_once(tmp_path: Path) -> None:
@@ -31,21 +31,26 @@ def test_every_tensor_and_field_once(tmp_path: Path) -> None:
     tensors = adapter_tensors() | {LEFTOVER: tensor(np.ones(2))}
     adapter = make_adapter(tmp_path / "adapter", tensors, future=3)
     plan = lorafast.plan(base, adapter, allow=["future"])
-    account = account_of(plan)
-    assert account.keys() == tensors.keys()
-    assert account.pop(LEFTOVER)[0] == "not_needed"
-    assert {verdict for verdict, _ in account.values()} == {"used"}
-    fields = plan.to_dict()["adapters"][0]["account"]["fields"]
+    coverage = coverage_of(plan)
+    assert coverage.keys() == tensors.keys()
+    assert coverage.pop(LEFTOVER)[0] == "not_needed"
+    assert {use for use, _ in coverage.values()} == {"used"}
+    fields = plan.to_dict()["adapters"][0]["coverage"]["fields"]
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert [entry["name"] for entry in fields] == list(config)
-    verdicts = {entry["name"]: entry["verdict"] for entry in fields}
-    assert verdicts["r"] == verdicts["lora_alpha"] == "used"
-    assert verdicts["lora_dropout"] == verdicts["use_dora"] == "not_needed"
-    assert (verdicts["future"], fields[-1]["reason"]) == ("not_needed", "allowed by name")
+    uses = {entry["name"]: entry["use"] for entry in fields}
+    assert uses["r"] == uses["lora_alpha"] == "used"
+    assert uses["lora_dropout"] == uses["use_dora"] == "not_needed"
+    assert (uses["future"], fields[-1]["reason"]) == ("not_needed", "allowed by name")
     report = lorafast.merge(base, adapter, tmp_path / "out", allow=["future"])
-    assert report.accounts == [plan.to_dict()["adapters"][0]["account"]]
+    assert report.coverage == [plan.to_dict()["adapters"][0]["coverage"]]
     written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert written["accounts"] == report.accounts
+    assert written["coverage"] == report.coverage
+    with pytest.warns(DeprecationWarning, match="accounts is deprecated.*use coverage"):
+        assert report.accounts == report.coverage
+    use = lorafast.inspect(tmp_path / "adapter").tensors_use[0]
+    with pytest.warns(DeprecationWarning, match="verdict is deprecated.*use use"):
+        assert use.verdict == use.use
     page = (tmp_path / "out" / "merge_report.md").read_text()
     assert f"not needed: `{LEFTOVER}` (used in training only)" in page
     assert "tensors: 8 used, 1 not needed" in page
@@ -53,11 +58,11 @@ def test_every_tensor_and_field_once(tmp_path: Path) -> None:
 
 def test_what_is_refused_is_listed_without_a_base(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", use_qalora=True, future=3)
-    account = lorafast.inspect(adapter)["adapter"]["account"]
-    refused = {e["name"]: e["reason"] for e in account["fields"] if e["verdict"] == "refused"}
+    coverage = lorafast.inspect(adapter)["adapter"]["coverage"]
+    refused = {e["name"]: e["reason"] for e in coverage["fields"] if e["use"] == "refused"}
     assert refused.keys() == {"use_qalora", "future"}
     assert "QALoRA" in refused["use_qalora"]
-    assert {entry["verdict"] for entry in account["tensors"]} == {"used"}
+    assert {entry["use"] for entry in coverage["tensors"]} == {"used"}
 
 
 def embedding_case(tmp_path: Path, saved: Any) -> tuple[Path, Path, str]:
@@ -75,7 +80,7 @@ def embedding_case(tmp_path: Path, saved: Any) -> tuple[Path, Path, str]:
 
 def test_a_saved_weight_that_is_the_bases_own(tmp_path: Path) -> None:
     base, adapter, saved = embedding_case(tmp_path, lambda values: values)
-    assert account_of(lorafast.plan(base, adapter))[saved] == (
+    assert coverage_of(lorafast.plan(base, adapter))[saved] == (
         "not_needed",
         f"is the base's own {EMBEDDING} again",
     )
@@ -83,7 +88,7 @@ def test_a_saved_weight_that_is_the_bases_own(tmp_path: Path) -> None:
 
 def test_a_saved_weight_of_its_own(tmp_path: Path) -> None:
     base, adapter, saved = embedding_case(tmp_path, lambda values: values + 1)
-    assert account_of(lorafast.plan(base, adapter))[saved][0] == "used"
+    assert coverage_of(lorafast.plan(base, adapter))[saved][0] == "used"
 
 
 def test_what_a_later_adapter_replaces(tmp_path: Path) -> None:
@@ -95,11 +100,11 @@ def test_what_a_later_adapter_replaces(tmp_path: Path) -> None:
     later = make_adapter(tmp_path / "later", saved, modules_to_save=["0.self_attn.q_proj"])
     plan = lorafast.plan(base, [first, later])
     assert any("that change is lost" in warning for warning in plan.warnings)
-    account = account_of(plan)
-    lost = {name for name, (verdict, _) in account.items() if verdict == "not_needed"}
+    coverage = coverage_of(plan)
+    lost = {name for name, (use, _) in coverage.items() if use == "not_needed"}
     assert lost == {f"{PREFIX}{q_proj}.lora_{letter}.weight" for letter in "AB"}
-    assert all("replaced by a later adapter" in account[name][1] for name in lost)
-    assert {verdict for verdict, _ in account_of(plan, 1).values()} == {"used"}
+    assert all("replaced by a later adapter" in coverage[name][1] for name in lost)
+    assert {use for use, _ in coverage_of(plan, 1).values()} == {"used"}
 
 
 def test_a_tensor_that_nothing_is_made_from_is_not_called_used(tmp_path: Path) -> None:
@@ -111,8 +116,8 @@ def test_a_tensor_that_nothing_is_made_from_is_not_called_used(tmp_path: Path) -
         path = tmp_path / f"adapter{number:.0f}"
         adapters.append(make_adapter(path, tensors, modules_to_save=["score"]))
     plan = lorafast.plan(base, adapters)
-    assert account_of(plan, 0)[f"{PREFIX}score.weight"][0] == "not_needed"
-    assert account_of(plan, 1)[f"{PREFIX}score.weight"][0] == "used"
+    assert coverage_of(plan, 0)[f"{PREFIX}score.weight"][0] == "not_needed"
+    assert coverage_of(plan, 1)[f"{PREFIX}score.weight"][0] == "used"
 
 
 def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,8 +130,8 @@ def test_the_commands_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "All of adapter\n  tensors: 8 used, 1 not needed; config fields: " in text
     assert LEFTOVER in text
     assert main([*merge, "--json"]) == 0
-    account = json.loads(capsys.readouterr().out)["adapters"][0]["account"]
-    assert len(account["tensors"]) == 9
+    coverage = json.loads(capsys.readouterr().out)["adapters"][0]["coverage"]
+    assert len(coverage["tensors"]) == 9
     assert main(["inspect", str(adapter)]) == 0
     text = capsys.readouterr().out
     assert "What a merge makes of it\n  tensors: 8 used, 1 not needed; config fields: " in text

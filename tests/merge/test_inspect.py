@@ -31,7 +31,7 @@ def test_an_adapter(tmp_path: Path) -> None:
     assert (listing.type, listing.r, listing.alpha, listing.rslora) == ("LORA", 4, 8, False)
     assert {module.scaling for module in listing.modules} == {2.0}
     assert [use.name for use in listing.tensors_use] == [each.name for each in listing.tensors]
-    assert {use.verdict for use in listing.tensors_use} == {"used"}
+    assert {use.use for use in listing.tensors_use} == {"used"}
     assert "r" in {use.name for use in listing.fields_use}
     assert listing.features == ()
 

@@ -71,10 +71,10 @@ def test_no_text_of_a_merges_report_is_markup() -> None:
         "adapters": [ATTACK, ATTACK + "2"],
         "adapter_sha256": {ATTACK: ATTACK, ATTACK + "2": "0"},
         "groups": [{"adapter": 0, "rank": 8, "scale": 2.0, "weight": 1.0, "modules": 3}],
-        "accounts": [
+        "coverage": [
             {
-                "fields": [{"name": ATTACK, "verdict": "not_needed", "reason": ATTACK}],
-                "tensors": [{"name": ATTACK, "verdict": "not_needed", "reason": ATTACK}],
+                "fields": [{"name": ATTACK, "use": "not_needed", "reason": ATTACK}],
+                "tensors": [{"name": ATTACK, "use": "not_needed", "reason": ATTACK}],
             }
         ],
         "fallbacks": {ATTACK: [ATTACK]},

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Trainers put whole training logs into the metadata; the table shows that they are there.
 LONGEST_METADATA_VALUE = 72
-MOST_METADATA_ROWS = 12
+MAX_METADATA_ROWS = 12
 # What every library writes.
 BOILERPLATE = {"format": "pt"}
 
@@ -59,11 +59,11 @@ def _show(contents: Listing, terminal: Terminal, *, every_tensor: bool) -> None:
     else:
         _show_tensor_groups(contents["tensors"], terminal)
     if contents["adapter"] is not None:
-        from lorafast._cli.plan_summary import show_account
+        from lorafast._cli.plan_summary import show_coverage
 
         terminal.line()
         terminal.heading("What a merge makes of it")
-        show_account(contents["adapter"]["account"], terminal, fields=True)
+        show_coverage(contents["adapter"]["coverage"], terminal, fields=True)
 
 
 def _show_summary(contents: Listing, terminal: Terminal) -> None:
@@ -101,7 +101,7 @@ def _show_metadata(metadata: Mapping[str, str], terminal: Terminal) -> None:
         return
     terminal.line()
     terminal.heading("Metadata")
-    shown = list(metadata.items())[:MOST_METADATA_ROWS]
+    shown = list(metadata.items())[:MAX_METADATA_ROWS]
     terminal.facts({key: _shortened(str(value)) for key, value in shown})
     if len(metadata) > len(shown):
         terminal.line(f"  … and {len(metadata) - len(shown)} more; --json shows all")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorafast._cli.terminal import Terminal
 
 #: Names of files beside the base that a summary spells out.
-MOST_LEFT_OUT = 6
+MAX_LEFT_OUT = 6
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -146,8 +146,8 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
         + (f", {bytes_text(speed)}/s" if speed else ""),
     }
     if report.left_out:
-        shown = ", ".join(report.left_out[:MOST_LEFT_OUT])
-        rest = len(report.left_out) - MOST_LEFT_OUT
+        shown = ", ".join(report.left_out[:MAX_LEFT_OUT])
+        rest = len(report.left_out) - MAX_LEFT_OUT
         facts["left out"] = shown + (f" and {rest} more" if rest > 0 else "")
     if report.verification is not None:
         count = report.verification["elements"]

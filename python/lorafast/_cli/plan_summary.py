@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lorafast._cli.terminal import Terminal
-    from lorafast._core import Account, PlanDescription, PlannedAdapter, TensorDescription
+    from lorafast._core import Coverage, PlanDescription, PlannedAdapter, TensorDescription
 
 # What tells one group of changes from another.
 UPDATE_FIELDS = ("adapter", "kind", "rank", "scale", "weight", "transposed")
@@ -32,7 +32,7 @@ def show_plan(plan: PlanDescription, terminal: Terminal) -> None:
     for adapter in adapters:
         terminal.line()
         terminal.heading(f"All of {adapter['name']}")
-        show_account(adapter["account"], terminal, fields=False)
+        show_coverage(adapter["coverage"], terminal, fields=False)
     unchanged = [tensor for tensor in tensors if not tensor["updates"]]
     rescaled = [tensor for tensor in tensors if tensor["action"] == "rescale"]
     if rescaled:
@@ -50,19 +50,19 @@ def show_plan(plan: PlanDescription, terminal: Terminal) -> None:
         terminal.line(f"note: {note}")
 
 
-def show_account(account: Account, terminal: Terminal, *, fields: bool) -> None:
+def show_coverage(coverage: Coverage, terminal: Terminal, *, fields: bool) -> None:
     """Print what becomes of an adapter's tensors and config fields, and of which not all is used.
 
     Args:
-        account: as a plan or a listing has it.
+        coverage: as a plan or a listing has it.
         terminal: where to print.
         fields: list the config fields that are not used as well as the tensors.
     """
-    terminal.line(f"  {summary_text(account)}")
-    entries = account if fields else {"tensors": account["tensors"], "fields": []}
-    rows = [(verdict, names_text(names), reason) for verdict, reason, names in left_over(entries)]
+    terminal.line(f"  {summary_text(coverage)}")
+    entries = coverage if fields else {"tensors": coverage["tensors"], "fields": []}
+    rows = [(use, names_text(names), reason) for use, reason, names in left_over(entries)]
     if rows:
-        terminal.table((Column("verdict"), Column("names"), Column("reason")), rows)
+        terminal.table((Column("use"), Column("names"), Column("reason")), rows)
 
 
 def _facts(plan: PlanDescription, tensor_count: int) -> dict[str, str]:

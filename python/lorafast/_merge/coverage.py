@@ -6,39 +6,36 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorafast._core import Account, Use
+    from lorafast._core import Coverage, Use
 
-VERDICTS = {"used": "used", "not_needed": "not needed", "refused": "refused"}
+USES = {"used": "used", "not_needed": "not needed", "refused": "refused"}
 #: The reason of fields that say nothing, which nobody wants to read one by one.
 UNSET = "is not set"
 
 
 def counts_text(entries: Sequence[Use]) -> str:
-    """`54 used, 2 not needed`; verdicts that nothing has are left out."""
-    counts = {
-        words: sum(entry["verdict"] == verdict for entry in entries)
-        for verdict, words in VERDICTS.items()
-    }
+    """`54 used, 2 not needed`; uses that nothing has are left out."""
+    counts = {words: sum(entry["use"] == use for entry in entries) for use, words in USES.items()}
     return ", ".join(f"{count:,} {words}" for words, count in counts.items() if count) or "none"
 
 
-def summary_text(account: Account) -> str:
+def summary_text(coverage: Coverage) -> str:
     """One line for both: tensors and config fields."""
-    tensors, fields = counts_text(account["tensors"]), counts_text(account["fields"])
+    tensors, fields = counts_text(coverage["tensors"]), counts_text(coverage["fields"])
     return f"tensors: {tensors}; config fields: {fields}"
 
 
-def left_over(account: Account) -> list[tuple[str, str, list[str]]]:
-    """Whatever is not used, by verdict and reason: `(verdict in words, reason, names)`.
+def left_over(coverage: Coverage) -> list[tuple[str, str, list[str]]]:
+    """Whatever is not used, by use and reason: `(use in words, reason, names)`.
 
     Fields that are not set are left out.
     """
     groups: dict[tuple[str, str], list[str]] = {}
-    for entry in [*account["tensors"], *account["fields"]]:
-        if entry["verdict"] != "used" and entry["reason"] != UNSET:
-            key = (VERDICTS[entry["verdict"]], entry["reason"])
+    for entry in [*coverage["tensors"], *coverage["fields"]]:
+        if entry["use"] != "used" and entry["reason"] != UNSET:
+            key = (USES[entry["use"]], entry["reason"])
             groups.setdefault(key, []).append(entry["name"])
-    return [(verdict, reason, names) for (verdict, reason), names in groups.items()]
+    return [(use, reason, names) for (use, reason), names in groups.items()]
 
 
 def names_text(names: Sequence[str], most: int = 4) -> str:

@@ -24,7 +24,7 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
         `config`, `warnings`; of a checkpoint `quantised` (how many weights are stored how); of an
         adapter `type`, `base`, `r`, `alpha`, `rslora`, `peft_version`, `modules` (name, kind, rank,
         alpha, scaling, shape (out, in)), `features` (what in it cannot be merged), and of every
-        tensor and every config field its `name`, `verdict` (used, not_needed, refused) and `reason`
+        tensor and every config field its `name`, `use` (used, not_needed, refused) and `reason`
         (`tensors_use`, `fields_use`). `to_dict` and `to_json` have all of it.
 
     Raises:

@@ -43,9 +43,17 @@ class Use(NamedTuple):
     """What a merge makes of a tensor or of a field of the config."""
 
     name: str
-    verdict: str
+    use: str
     """used, not_needed or refused."""
     reason: str
+
+    @property
+    def verdict(self) -> str:
+        """What `use` was called before."""
+        from lorafast._deprecation import warn_renamed
+
+        warn_renamed("verdict", "use")
+        return self.use
 
 
 class Listing(Mapping[str, Any]):
@@ -214,12 +222,12 @@ class AdapterListing(Listing):
     @cached_property
     def fields_use(self) -> tuple[Use, ...]:
         """What a merge makes of every field of the config."""
-        return tuple(Use(**use) for use in self._summary["account"]["fields"])
+        return tuple(Use(**use) for use in self._summary["coverage"]["fields"])
 
     @cached_property
     def tensors_use(self) -> tuple[Use, ...]:
         """What a merge makes of every tensor."""
-        return tuple(Use(**use) for use in self._summary["account"]["tensors"])
+        return tuple(Use(**use) for use in self._summary["coverage"]["tensors"])
 
 
 # What users see, and what a pickle names.

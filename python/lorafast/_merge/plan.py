@@ -361,7 +361,7 @@ class MergePlan(Result):
             fallbacks=fallbacks,
             side_files=summary["side_files"],
             left_out=summary["left_out"],
-            accounts=[adapter["account"] for adapter in description["adapters"]],
+            coverage=[adapter["coverage"] for adapter in description["adapters"]],
             weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),
         )
 

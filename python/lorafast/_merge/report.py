@@ -4,31 +4,65 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lorafast._errors import LorafastError
 from lorafast._io.paths import expand
 from lorafast._results import Result, view
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
-    from lorafast._core import Account
+    from lorafast._core import Coverage
     from lorafast._types import Source
 
-    class HasReport(Protocol):
-        """What is written beside a finished output, and the warnings that a person is told."""
+#: What reading a finished output back, or writing a report beside it, can meet.
+AFTERWARDS = (LorafastError, OSError, ValueError, MemoryError)
+
+
+class OutputReport(Result):
+    """What the reports that are written beside a model share."""
+
+    __slots__ = ()
+
+    #: Of its files, without their endings.
+    _name: ClassVar[str]
+
+    if TYPE_CHECKING:
 
         @property
         def warnings(self) -> list[str]: ...
+        @property
+        def coverage(self) -> list[Coverage]: ...
 
-        def write(self, directory: Source) -> None: ...
+    @property
+    def accounts(self) -> list[Coverage]:
+        """What `coverage` was called before."""
+        from lorafast._deprecation import warn_renamed
 
+        warn_renamed("accounts", "coverage")
+        return self.coverage
 
-REPORT_JSON = "merge_report.json"
-REPORT_MARKDOWN = "merge_report.md"
-#: What reading a finished output back, or writing a report beside it, can meet.
-AFTERWARDS = (LorafastError, OSError, ValueError, MemoryError)
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """A page for a person: result, inputs, scales, warnings."""
+        text: str = view("markdown", self)(self)
+        return text
+
+    def write(self, directory: Source) -> None:
+        """Writes the report as JSON and as Markdown into a directory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        from lorafast._io.atomic import write
+
+        folder = Path(expand(directory))
+        write(folder / f"{self._name}.json", self.to_json() + "\n")
+        write(folder / f"{self._name}.md", self.to_markdown())
 
 
 # A named tuple, as a dataclass would take longer to import and make than all else of a small merge.
@@ -57,13 +91,13 @@ class _MergeReportFields(NamedTuple):
     notes: list[str]
     side_files: list[str]
     left_out: list[str]
-    accounts: list[Account]
+    coverage: list[Coverage]
     fallbacks: dict[str, list[str]]
     weight_files: list[str]
     verification: dict[str, Any] | None = None
 
 
-class MergeReport(_MergeReportFields, Result):
+class MergeReport(_MergeReportFields, OutputReport):
     """What a merge did, and from what.
 
     Attributes:
@@ -94,14 +128,15 @@ class MergeReport(_MergeReportFields, Result):
         left_out: what lies in the base's directory and was not carried over, folders with a
             slash: other weights, hidden files, folders with models of their own, links that lead
             out of the model, and what no model needs.
-        accounts: for each adapter `fields` and `tensors`: the `name` of every config field and of
-            every tensor, its `verdict` (used, not_needed) and the `reason`.
+        coverage: for each adapter `fields` and `tensors`: the `name` of every config field and of
+            every tensor, its `use` (used, not_needed) and the `reason`.
         verification: what `lorafast.verify` found afterwards, where it was asked for.
         fallbacks: on a device, for each reason the tensors that the CPU merged.
         weight_files: the files of weights that were written.
     """
 
     __slots__ = ()
+    _name = "merge_report"
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""
@@ -109,31 +144,8 @@ class MergeReport(_MergeReportFields, Result):
 
         return deepcopy(self._asdict())
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        import json
 
-        return json.dumps(self.to_dict(), indent=2)
-
-    def to_markdown(self) -> str:
-        """A page for a person: result, inputs, scales, warnings."""
-        text: str = view("markdown", self)(self)
-        return text
-
-    def write(self, directory: Source) -> None:
-        """Writes `merge_report.json` and `merge_report.md` into a directory.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        from lorafast._io.atomic import write
-
-        folder = Path(expand(directory))
-        write(folder / REPORT_JSON, self.to_json() + "\n")
-        write(folder / REPORT_MARKDOWN, self.to_markdown())
-
-
-def write_afterwards(report: HasReport, output: str) -> None:
+def write_afterwards(report: OutputReport, output: str) -> None:
     """Writes the reports of an output that is finished; what fails is a warning of the report."""
     try:
         report.write(output)

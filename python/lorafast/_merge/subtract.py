@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafast import _core
 from lorafast._errors import OutputError, VerificationError
-from lorafast._io import atomic
 from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand, is_directory, resolved
 from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, locate
 from lorafast._merge.plan import MergePlan, make_plan
-from lorafast._merge.report import AFTERWARDS, unmeasured, write_afterwards
+from lorafast._merge.report import AFTERWARDS, OutputReport, unmeasured, write_afterwards
 from lorafast._merge.verify import verify_plan
-from lorafast._results import Result, view
 
 if TYPE_CHECKING:
-    from lorafast._core import Account
+    from lorafast._core import Coverage
     from lorafast._merge.options import ExecutionOptions, MergeOptions
     from lorafast._merge.report import MergeReport
     from lorafast._types import Source
 
-REPORT_JSON = "subtract_report.json"
-REPORT_MARKDOWN = "subtract_report.md"
 #: From this share of the change on, what rounding can have done is worth a warning.
 LOST = 0.5
 
 
 @dataclass(frozen=True)
-class SubtractReport(Result):
+class SubtractReport(OutputReport):
     """What a subtraction gave back, and how near that is to the base.
 
     Attributes:
@@ -61,12 +55,14 @@ class SubtractReport(Result):
         threads: worker threads.
         versions: of lorafast.
         adapter_sha256: of each adapter's weights file, by the adapter's path.
-        accounts: for each adapter what became of every config field and every tensor.
+        coverage: for each adapter what became of every config field and every tensor.
         warnings: what to know before using the result.
         notes: how adapters were made to fit where it was not plain.
         side_files: files carried over beside the weights.
         left_out: what was not carried over, as in a merge's report.
     """
+
+    _name: ClassVar[str] = "subtract_report"
 
     merged: str
     adapters: list[str]
@@ -85,7 +81,7 @@ class SubtractReport(Result):
     threads: int
     versions: dict[str, str]
     adapter_sha256: dict[str, str]
-    accounts: list[Account]
+    coverage: list[Coverage]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     side_files: list[str] = field(default_factory=list)
@@ -111,25 +107,6 @@ class SubtractReport(Result):
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""
         return asdict(self)
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def to_markdown(self) -> str:
-        """A page for a person."""
-        text: str = view("markdown", self)(self)
-        return text
-
-    def write(self, directory: Source) -> None:
-        """Writes `subtract_report.json` and `subtract_report.md` into a directory.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        folder = Path(expand(directory))
-        atomic.write(folder / REPORT_JSON, self.to_json() + "\n")
-        atomic.write(folder / REPORT_MARKDOWN, self.to_markdown())
 
 
 def subtract_adapters(
@@ -225,7 +202,7 @@ def _shared_fields(done: MergeReport, prepared: MergePlan, *, exact: bool) -> di
         "threads": done.threads,
         "versions": {"lorafast": _core.__version__},
         "adapter_sha256": done.adapter_sha256,
-        "accounts": [adapter["account"] for adapter in description["adapters"]],
+        "coverage": [adapter["coverage"] for adapter in description["adapters"]],
         "warnings": list(done.warnings),
         "notes": [] if exact else list(prepared.notes),
         "side_files": done.side_files,

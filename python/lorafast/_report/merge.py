@@ -49,11 +49,11 @@ def merge_page(report: MergeReport) -> str:
     )
     lines += ["", "## Scales", "", *table(headers, scales, right=False)]
     lines += ["", "## What became of every tensor and config field", ""]
-    for position, account in enumerate(report.accounts):
-        lines.append(f"- adapter {position}: {summary_text(account)}")
+    for position, coverage in enumerate(report.coverage):
+        lines.append(f"- adapter {position}: {summary_text(coverage)}")
         lines += [
-            f"    - {verdict}: {_codes(names)} ({cell(reason, LONGEST_REASON)})"
-            for verdict, reason, names in left_over(account)
+            f"    - {use}: {_codes(names)} ({cell(reason, LONGEST_REASON)})"
+            for use, reason, names in left_over(coverage)
         ]
     if report.fallbacks:
         lines += ["", "## Merged on the CPU", ""]

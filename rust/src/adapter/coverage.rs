@@ -5,7 +5,7 @@ use serde::Serialize;
 /// What becomes of a part of an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
+pub enum Usage {
     /// It shapes the result.
     Used,
     /// The result is the same without it.
@@ -16,44 +16,45 @@ pub enum Verdict {
 
 /// One config field or tensor, and what becomes of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Account {
+pub struct PartUse {
     /// The field's or tensor's name.
     pub name: String,
     /// What becomes of it.
-    pub verdict: Verdict,
+    #[serde(rename = "use")]
+    pub usage: Usage,
     /// Why, in half a sentence.
     pub reason: String,
 }
 
-impl Account {
-    /// One part's account.
-    pub fn new(name: impl Into<String>, (verdict, reason): (Verdict, impl Into<String>)) -> Self {
-        Self { name: name.into(), verdict, reason: reason.into() }
+impl PartUse {
+    /// What becomes of a part of that name, and why.
+    pub fn new(name: impl Into<String>, (usage, reason): (Usage, impl Into<String>)) -> Self {
+        Self { name: name.into(), usage, reason: reason.into() }
     }
 }
 
 /// The same with what is refused let pass where its name is among `allow`.
-pub(super) fn allowed(accounts: &[Account], allow: &[String]) -> Vec<Account> {
-    let passed = |account: &Account| match account.verdict {
-        Verdict::Refused if allow.contains(&account.name) => {
-            Account::new(account.name.as_str(), (Verdict::NotNeeded, "allowed by name"))
+pub(super) fn allowed(parts: &[PartUse], allow: &[String]) -> Vec<PartUse> {
+    let passed = |part: &PartUse| match part.usage {
+        Usage::Refused if allow.contains(&part.name) => {
+            PartUse::new(part.name.as_str(), (Usage::NotNeeded, "allowed by name"))
         }
-        _ => account.clone(),
+        _ => part.clone(),
     };
-    accounts.iter().map(passed).collect()
+    parts.iter().map(passed).collect()
 }
 
 /// The reasons of all that is refused.
-pub(super) fn refused(accounts: &[Account]) -> Vec<String> {
-    let refused = accounts.iter().filter(|account| account.verdict == Verdict::Refused);
-    refused.map(|account| account.reason.clone()).collect()
+pub(super) fn refused(parts: &[PartUse]) -> Vec<String> {
+    let refused = parts.iter().filter(|part| part.usage == Usage::Refused);
+    refused.map(|part| part.reason.clone()).collect()
 }
 
-/// A whole adapter's account, in the order of its files.
+/// What becomes of a whole adapter, in the order of its files.
 #[derive(Debug, Clone, Serialize)]
-pub struct Accounts {
+pub struct Coverage {
     /// Every field of the config.
-    pub fields: Vec<Account>,
+    pub fields: Vec<PartUse>,
     /// Every tensor.
-    pub tensors: Vec<Account>,
+    pub tensors: Vec<PartUse>,
 }

@@ -62,10 +62,10 @@ fn every_key_has_its_place() {
     assert_eq!(roles, [Role::TrainingOnly]);
     let [rows] = adapter.trained_rows() else { panic!("one tensor of rows") };
     assert_eq!((rows.path.as_str(), rows.rows.as_slice()), ("wte", &[4, 0][..]));
-    let accounts = adapter.account(&[]);
-    let verdicts: Vec<_> = accounts.tensors.iter().map(|account| account.verdict).collect();
-    assert_eq!(verdicts.iter().filter(|verdict| **verdict == Verdict::Used).count(), 15);
-    assert_eq!(verdicts[13], Verdict::NotNeeded);
+    let coverage = adapter.coverage(&[]);
+    let usages: Vec<_> = coverage.tensors.iter().map(|tensor| tensor.usage).collect();
+    assert_eq!(usages.iter().filter(|usage| **usage == Usage::Used).count(), 15);
+    assert_eq!(usages[13], Usage::NotNeeded);
 }
 
 #[test]

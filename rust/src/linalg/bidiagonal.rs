@@ -5,7 +5,7 @@ use super::{Matrix, add_scaled, dot};
 use crate::kernel::vector::vectorized;
 
 /// Sweeps a value after which the iteration is given up on; two are usual.
-const MOST_SWEEPS: usize = 30;
+const MAX_SWEEPS: usize = 30;
 
 /// The singular values, descending, of a finite square matrix, each to a few ε·σ₁; `None` if the
 /// iteration does not converge.
@@ -89,7 +89,7 @@ fn diagonalise(diagonal: &mut [f64], above: &mut [f64]) -> bool {
     let size = diagonal.len();
     let scale = diagonal.iter().chain(above.iter()).fold(0.0f64, |m, x| m.max(x.abs()));
     let mut last = size - 1;
-    for _ in 0..MOST_SWEEPS * size {
+    for _ in 0..MAX_SWEEPS * size {
         for index in 0..last {
             let near = diagonal[index].abs() + diagonal[index + 1].abs();
             if above[index].abs() <= f64::EPSILON * near.max(scale / 2.0) {

@@ -5,7 +5,7 @@ use crate::kernel::vector::vectorized;
 
 /// The least pivot of the unit-diagonal Gram matrix's factor that is trusted. The factor's
 /// relative error is about ε·κ², and this pivot is about 1/κ: 1e-3 leaves ten digits.
-const LEAST_PIVOT: f64 = 1e-3;
+const MIN_PIVOT: f64 = 1e-3;
 
 /// A square `R` with `RᵀR = gram`, or `None` where rounding in the Gram matrix would show in it.
 /// Columns are brought to unit length first (their lengths do no harm) and taken in the order of
@@ -23,7 +23,7 @@ pub(crate) fn gram_factor(gram: &Matrix) -> Option<Matrix> {
         let (position, &pivot) =
             open.iter().enumerate().max_by(|a, b| rest[*a.1].total_cmp(&rest[*b.1]))?;
         open.swap_remove(position);
-        if rest[pivot] < LEAST_PIVOT * LEAST_PIVOT {
+        if rest[pivot] < MIN_PIVOT * MIN_PIVOT {
             return None;
         }
         eliminate(&mut factor.data, gram.column(pivot), &lengths, &mut rest, &open, (step, pivot));

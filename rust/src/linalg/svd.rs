@@ -5,7 +5,7 @@ use super::{Matrix, dot};
 use crate::kernel::vector::vectorized;
 
 /// Sweeps after which the rotations are given up on; ten are many.
-const MOST_SWEEPS: usize = 60;
+const MAX_SWEEPS: usize = 60;
 
 /// `U diag(values) Vᵀ`, values descending, as many as the smaller extent.
 pub(crate) struct Decomposition {
@@ -144,7 +144,7 @@ vectorized! {
         let count = columns.len() / rows;
         let tolerance = f64::EPSILON * (rows as f64).sqrt();
         let mut squares = vec![0.0; count];
-        for _ in 0..MOST_SWEEPS {
+        for _ in 0..MAX_SWEEPS {
             for (square, column) in squares.iter_mut().zip(columns.chunks_exact(rows)) {
                 *square = dot(column, column);
             }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::options::Options;
 use super::update::Update;
-use crate::adapter::{Accounts, Adapter};
+use crate::adapter::{Adapter, Coverage};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::Quantized;
 use crate::error::Result;
@@ -214,7 +214,7 @@ pub struct Plan {
     /// How the adapters were made to fit, where it was not plain.
     pub notes: Vec<String>,
     /// What becomes of every config field and every tensor of each adapter.
-    pub accounts: Vec<Accounts>,
+    pub coverage: Vec<Coverage>,
 }
 
 impl Plan {

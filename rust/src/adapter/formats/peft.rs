@@ -53,7 +53,7 @@ impl Format for Peft {
         let (text, stamp) = read.map_err(|error| error.of(Owner::Adapter))?;
         let config = PeftConfig::parse(&config_path, &text)?;
         let file = Arc::new(open_weights(place)?);
-        let fields = config.account();
+        let fields = config.uses();
         let sorted = keys::sort(&file, &config, task).map_err(|error| {
             // Factors that do not pair up are no damage where the config says why.
             match coverage::refused(&fields).as_slice() {

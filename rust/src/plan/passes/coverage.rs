@@ -1,8 +1,8 @@
-//! The pass that accounts for each config field and each tensor of the adapters.
+//! The pass that tells of each config field and each tensor of the adapters whether it is used.
 
 use std::collections::{HashMap, HashSet};
 
-use crate::adapter::{Accounts, Adapter, Verdict};
+use crate::adapter::{Adapter, Coverage, Usage};
 use crate::plan::draft::IgnoredTensors;
 use crate::plan::update::{Update, UpdateKind};
 use crate::plan::value::{Inputs, Origin, PlannedShard};
@@ -21,14 +21,14 @@ pub(in crate::plan) fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) 
     tensors.map(|tensor| tensor.name.as_str()).chain(update.base_override.as_deref()).collect()
 }
 
-/// Every adapter's account: a tensor counts as used where some tensor of the output is made from it,
+/// What becomes of all of each adapter: a tensor counts as used where some tensor of the output is made from it,
 /// and not otherwise.
 pub(in crate::plan) fn resolve(
     inputs: &Inputs,
     allow: &[String],
     shards: &[PlannedShard],
     ignored: &IgnoredTensors,
-) -> Vec<Accounts> {
+) -> Vec<Coverage> {
     let mut used = HashSet::<(usize, &str)>::new();
     for tensor in shards.iter().flat_map(|shard| &shard.tensors) {
         if let Origin::Adapter(adapter) = tensor.origin {
@@ -43,17 +43,17 @@ pub(in crate::plan) fn resolve(
     for ignored in ignored.iter() {
         reasons.entry((ignored.adapter, &ignored.tensor)).or_insert(&ignored.reason);
     }
-    let account = |(position, adapter): (usize, &std::sync::Arc<Adapter>)| {
-        let mut accounts = adapter.account(allow);
-        for account in &mut accounts.tensors {
-            if account.verdict != Verdict::Used || used.contains(&(position, &account.name)) {
+    let of_adapter = |(position, adapter): (usize, &std::sync::Arc<Adapter>)| {
+        let mut coverage = adapter.coverage(allow);
+        for tensor in &mut coverage.tensors {
+            if tensor.usage != Usage::Used || used.contains(&(position, &tensor.name)) {
                 continue;
             }
-            let known = reasons.get(&(position, account.name.as_str())).copied();
-            account.verdict = Verdict::NotNeeded;
-            account.reason = known.unwrap_or("the result is the same without it").to_owned();
+            let known = reasons.get(&(position, tensor.name.as_str())).copied();
+            tensor.usage = Usage::NotNeeded;
+            tensor.reason = known.unwrap_or("the result is the same without it").to_owned();
         }
-        accounts
+        coverage
     };
-    inputs.adapters.iter().enumerate().map(account).collect()
+    inputs.adapters.iter().enumerate().map(of_adapter).collect()
 }

@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::PeftConfig;
 use crate::adapter::coverage::{
-    Account,
-    Verdict::{self, NotNeeded, Refused, Used},
+    PartUse,
+    Usage::{self, NotNeeded, Refused, Used},
 };
 use crate::adapter::semantics::Initialization;
 
@@ -20,8 +20,8 @@ fn is_unset(value: &Value) -> bool {
 }
 
 /// Every field that a PEFT LoRA config of the releases up to 0.21 can hold, where its value does
-/// not matter for the verdict.
-fn meaning(field: &str) -> Option<(Verdict, &'static str)> {
+/// not matter here.
+fn meaning(field: &str) -> Option<(Usage, &'static str)> {
     Some(match field {
         "peft_type" => (Used, "says that this is a LoRA"),
         "r" | "rank_pattern" => (Used, "gives the modules' ranks"),
@@ -80,20 +80,20 @@ fn meaning(field: &str) -> Option<(Verdict, &'static str)> {
 impl PeftConfig {
     /// What becomes of each field. What cannot be merged is refused, in half a sentence that names
     /// the field.
-    pub fn account(&self) -> Vec<Account> {
-        let account = |(field, value): (&String, &Value)| {
-            Account::new(field.as_str(), self.account_of(field, value))
+    pub fn uses(&self) -> Vec<PartUse> {
+        let part = |(field, value): (&String, &Value)| {
+            PartUse::new(field.as_str(), self.usage_of(field, value))
         };
-        self.raw.iter().map(account).collect()
+        self.raw.iter().map(part).collect()
     }
 
-    fn account_of(&self, field: &str, value: &Value) -> (Verdict, String) {
+    fn usage_of(&self, field: &str, value: &Value) -> (Usage, String) {
         match (field, meaning(field)) {
-            ("init_lora_weights", _) => self.account_of_initialization(value),
-            ("alpha", _) => self.account_of_alpha(value),
+            ("init_lora_weights", _) => self.usage_of_initialization(value),
+            ("alpha", _) => self.usage_of_alpha(value),
             _ if is_unset(value) && field != "fan_in_fan_out" => (NotNeeded, "is not set".into()),
-            ("megatron_config", _) => account_of_megatron(value),
-            (_, Some((verdict, reason))) => (verdict, reason.to_owned()),
+            ("megatron_config", _) => usage_of_megatron(value),
+            (_, Some((usage, reason))) => (usage, reason.to_owned()),
             (_, None) => (
                 Refused,
                 format!(
@@ -105,7 +105,7 @@ impl PeftConfig {
     }
 
     /// A stray copy of `lora_alpha` that some tools write.
-    fn account_of_alpha(&self, value: &Value) -> (Verdict, String) {
+    fn usage_of_alpha(&self, value: &Value) -> (Usage, String) {
         match value {
             Value::Null => (NotNeeded, "is not set".into()),
             _ if value.as_f64() == Some(self.alpha) => (NotNeeded, "repeats lora_alpha".into()),
@@ -119,7 +119,7 @@ impl PeftConfig {
         }
     }
 
-    fn account_of_initialization(&self, value: &Value) -> (Verdict, String) {
+    fn usage_of_initialization(&self, value: &Value) -> (Usage, String) {
         let kind = value.as_str().unwrap_or_default().to_lowercase();
         match self.features.init_lora_weights {
             Initialization::Plain | Initialization::Smallest => {
@@ -153,7 +153,7 @@ impl PeftConfig {
 
 /// Megatron's layers hold plain LoRA, but where tensors are split between processes each saves its
 /// own part.
-fn account_of_megatron(value: &Value) -> (Verdict, String) {
+fn usage_of_megatron(value: &Value) -> (Usage, String) {
     match value.get("tensor_model_parallel_size").and_then(Value::as_u64) {
         Some(parts) if parts > 1 => (
             Refused,

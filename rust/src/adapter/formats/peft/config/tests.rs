@@ -69,8 +69,8 @@ fn what_would_change_the_result_is_an_obstacle() {
     let obstacles = |rest: &str, allow: &[&str]| {
         let allow: Vec<_> = allow.iter().map(|field| (*field).to_owned()).collect();
         let text = format!(r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, {rest}}}"#);
-        let accounts = config(&text).expect("sound").account();
-        coverage::refused(&coverage::allowed(&accounts, &allow))
+        let uses = config(&text).expect("sound").uses();
+        coverage::refused(&coverage::allowed(&uses, &allow))
     };
     let harmless = r#""bias": "none", "init_lora_weights": true, "eva_config": null,
         "loftq_config": {}, "use_dora": false, "target_modules": ["q"], "alpha": 16"#;

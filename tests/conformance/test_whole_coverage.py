@@ -35,15 +35,15 @@ def test_every_tensor_and_field_has_an_account(toys: Toys, feature: Feature, ent
     adapters = make_adapters(toys, feature, entry, "F32")
     plan = lorafast.plan(toys.base(entry.base), adapters).to_dict()
     for adapter, planned in zip(adapters, plan["adapters"], strict=True):
-        tensors, fields = planned["account"]["tensors"], planned["account"]["fields"]
-        verdicts = [entry["verdict"] for entry in tensors]
-        counted = sum(map(verdicts.count, ("used", "not_needed", "refused")))
+        tensors, fields = planned["coverage"]["tensors"], planned["coverage"]["fields"]
+        uses = [entry["use"] for entry in tensors]
+        counted = sum(map(uses.count, ("used", "not_needed", "refused")))
         assert counted == len(tensors_in(adapter)) == planned["tensors"]
         assert {entry["name"] for entry in tensors} == set(tensors_in(adapter))
-        assert verdicts.count("refused") == 0
-        assert verdicts.count("used") > 0
+        assert uses.count("refused") == 0
+        assert uses.count("used") > 0
         config = json.loads((adapter / "adapter_config.json").read_text())
         assert [entry["name"] for entry in fields] == list(config)
         # A factor that changes nothing would be a merge in part.
-        unused = [e for e in tensors if ".lora_A" in e["name"] and e["verdict"] != "used"]
+        unused = [e for e in tensors if ".lora_A" in e["name"] and e["use"] != "used"]
         assert all("replaced by a later adapter" in entry["reason"] for entry in unused)
