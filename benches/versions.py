@@ -32,11 +32,14 @@ HERE = Path(__file__).resolve().parent.parent / "python"
 #: The command was elsewhere before it had a module of its own.
 COMMAND = """
 import os, sys
-try:
-    from lorafast._cli.main import main
-except ImportError:
-    from lorafast._cli import main
-status = main()
+if sys.argv[1] == "-c":
+    status = exec(sys.argv[2])
+else:
+    try:
+        from lorafast._cli.main import main
+    except ImportError:
+        from lorafast._cli import main
+    status = main()
 # What the system says of an ended child begins at the memory of its parent; this does not.
 with open("/proc/self/status") as lines, open(os.environ["LORAFAST_BENCH_PEAK"], "w") as peak:
     peak.write(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
@@ -54,7 +57,7 @@ class Sample:
 
 
 def run(package: Path, words: list[str], output: Path) -> Sample:
-    """Run a command with one of the builds, and remove its output."""
+    """Run a command, or code after "-c", with one of the builds, and remove its output."""
     peak = output.with_name("peak")
     environment = os.environ | {"PYTHONPATH": str(package), "LORAFAST_BENCH_PEAK": str(peak)}
     begin = time.perf_counter()
@@ -102,7 +105,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where to work; default: a temporary one")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--fleet", type=int, default=200, help="adapters of the scan")
+    parser.add_argument("--fleets", type=int, nargs="+", default=[200], help="adapters of a scan")
+    parser.add_argument("--compared", type=int, default=96, help="adapters of the similarity")
     parser.add_argument("--only", default="", help="jobs whose names hold this")
     options = parser.parse_args()
     other = options.other.resolve()
@@ -120,10 +124,17 @@ def main() -> None:
         for seed, path in enumerate(eight):
             make_adapter(path, shape, targets, rank=16, dtype="BF16", seed=seed)
         small = Shape(512, 4, 1024, 8, 8, 1000, tied=True)
-        for number in range(options.fleet):
-            path = folder / "fleet" / f"a{number:04d}"
-            path.parent.mkdir(exist_ok=True)
-            make_adapter(path, small, targets, rank=8, dtype="F32", seed=number)
+        fleets = {size: folder / f"fleet{size}" for size in options.fleets}
+        for size, fleet in fleets.items():
+            fleet.mkdir()
+            for number in range(size if "scan".startswith(options.only[:4]) else 0):
+                path = fleet / f"a{number:05d}"
+                make_adapter(path, small, targets, rank=8, dtype="BF16", seed=number)
+        compared = folder / "compared"
+        compared.mkdir()
+        for number in range(options.compared):
+            path = compared / f"a{number:04d}"
+            make_adapter(path, small, targets, rank=16, dtype="BF16", seed=number)
         tiny = Shape(64, 2, 128, 4, 4, 100, tied=True)
         make_checkpoint(folder / "tiny", tiny, "BF16", 1)
         make_adapter(folder / "tiny-a", tiny, targets, rank=4, dtype="F32", seed=2)
@@ -140,7 +151,13 @@ def main() -> None:
             "merge, tiny": merge(folder / "tiny-a", into=folder / "tiny"),
             "analyze, rank 16": ["analyze", str(folder / "r16"), "--quiet"],
             "analyze, rank 64": ["analyze", str(folder / "r64"), "--quiet"],
-            f"scan, {options.fleet}": ["scan", str(folder / "fleet"), "--quiet"],
+            **{f"scan, {size}": ["scan", str(path), "--quiet"] for size, path in fleets.items()},
+            f"similarity, {options.compared}": [
+                "-c",
+                f"import lorafast; lorafast.similarity({str(compared)!r})",
+            ],
+            "import": ["-c", "import lorafast"],
+            "--version": ["--version"],
         }
         print("| Job | this build, s | the other, s | ratio | quartiles | processor | memory |")
         print("|---|---:|---:|---:|---:|---:|---:|")

@@ -4,6 +4,7 @@
 //! buffer, updated in place, and written to its final offset. What does not change is copied
 //! inside the kernel. Memory is threads × buffers and the factors of the tensors in work.
 
+mod accumulator;
 pub(crate) mod compute;
 pub mod operands;
 pub mod parts;

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::accumulator::Real;
 use super::queue;
-use super::tile::{Prepared, Real, Segment};
+use super::tile::{Prepared, Segment};
 use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
 use crate::execute::residual::Weight;

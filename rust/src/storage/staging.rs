@@ -9,6 +9,7 @@
 mod commit;
 mod lock;
 mod manifest;
+mod moves;
 mod place;
 
 use std::fs::{self, File};

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::lock::Lock;
+use super::moves::{exists, remove, shift, sync_directory};
 use super::{DIRECTORY, KEPT, Kept, MODEL, Staging, is_index, place, stays_inside};
 use crate::error::{Error, Result};
 use crate::storage::file_names;
@@ -445,49 +446,6 @@ pub fn recover(output: &Path) -> Result<Recovery> {
     Ok(if is_kept { Recovery::Kept } else { recovery })
 }
 
-/// Whether something has that name, a link that leads nowhere included.
-fn exists(path: &Path) -> Result<bool> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io(path, error)),
-    }
-}
-
-/// Moves a file to where nothing is; makes the directories that the way there asks for.
-fn shift(from: &Path, to: &Path) -> Result<()> {
-    if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent).map_err(|error| Error::io(parent, error))?;
-    }
-    rename(from, to).map_err(|error| Error::io(to, error))
-}
-
-/// Renames without replacing, where the system can: what somebody else puts there at this moment
-/// is not ours.
-fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        use rustix::io::Errno;
-        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-            // Some file systems do not know the flag.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
-            other => return other.map_err(io::Error::from),
-        }
-    }
-    if fs::symlink_metadata(to).is_ok() {
-        return Err(io::ErrorKind::AlreadyExists.into());
-    }
-    fs::rename(from, to)
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(path, error)),
-        _ => Ok(()),
-    }
-}
-
 /// Removes the directories of new files that were taken back, as far as they are empty.
 fn remove_new_directories(output: &Path, journal: &Journal) {
     for file in journal.new.iter().rev() {
@@ -508,11 +466,6 @@ fn sync_directories(root: &Path, journal: &Journal) {
     let above = root.parent().map(Path::to_path_buf);
     let directories: BTreeSet<_> = folders.chain(above).chain([root.clone()]).collect();
     directories.iter().for_each(|directory| sync_directory(directory));
-}
-
-/// Not every file system can sync a directory, and the data is safe already.
-fn sync_directory(directory: &Path) {
-    let _ = File::open(directory).and_then(|directory| directory.sync_all());
 }
 
 /// Carries out that many steps of a commit and no more, as if the process had been killed then.
