@@ -74,6 +74,27 @@ class MissingDependencyError(LorafastError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
 
 
+def interruption_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C, or the signal, that an error came of, if it came of one.
+
+    Python 3.11 wraps what is raised while a class is made, and an import makes classes.
+    """
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__cause__ or behind.__context__
+    return behind
+
+
+def raise_interruption(error: BaseException) -> None:
+    """Raises the Ctrl-C, or the signal, that an error came of, if it came of one.
+
+    For handlers that take whatever a stranger's file or library raises.
+    """
+    stop = interruption_behind(error)
+    if stop is not None:
+        raise stop
+
+
 def missing(package: str, extra: str, purpose: str) -> MissingDependencyError:
     """The error for an optional package that is not there.
 

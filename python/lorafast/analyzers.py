@@ -135,7 +135,9 @@ class LoRAAnalyzer:
             LorafastError, OSError: as `lorafast.merge`.
         """
         from lorafast._merge import merged_files
-        from lorafast._merge.api import merge
+        from lorafast._merge.api import plan
+        from lorafast._merge.options import ExecutionOptions
+        from lorafast._merge.report import write_afterwards
 
         if output_name in ("", ".", "..") or Path(output_name).name != output_name:
             raise ValueError(f"output_name {output_name!r} must be the name of one directory")
@@ -144,20 +146,21 @@ class LoRAAnalyzer:
         sources = _as_list(adapters)
         output = self.merge_dir / output_name
         given = None if weights is None else [float(weight) for weight in weights]
-        report = merge(
+        planned = plan(
             self._locate(base_model, BASE_PATTERNS),
             [self._locate(adapter, ADAPTER_PATTERNS) for adapter in sources],
-            output,
             strategy=merge_strategy,
             weights=given if merge_strategy == "weighted" else None,
             dtype="auto" if merge_dtype is None else str(merge_dtype).removeprefix("torch."),
-            device=self.device,
-            overwrite=True,
         )
-        if not save_tokenizer:
-            report = merged_files.remove_tokenizer(output, report)
-        if not save_safetensors:
-            merged_files.rewrite_as_pickles(output, report)
+        execution = ExecutionOptions(device=self.device, overwrite=True)
+        with planned.carried_out(output, execution) as merged:
+            report = merged
+            write_afterwards(report, report.output_path)
+            if not save_tokenizer:
+                report = merged_files.remove_tokenizer(output, report)
+            if not save_safetensors:
+                merged_files.rewrite_as_pickles(output, report)
         info = {
             "base_model": os.fspath(base_model),
             "adapters": [os.fspath(adapter) for adapter in sources],

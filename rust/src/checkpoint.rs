@@ -1,4 +1,5 @@
-//! A base model on disk: one or more safetensors shards seen as one map from name to tensor.
+//! Base models: one or more safetensors shards of a store, or a loaded module, seen as one map from
+//! name to tensor.
 
 mod index;
 pub mod names;

@@ -12,6 +12,7 @@ from pathlib import Path
 import lorafast
 import numpy as np
 import pytest
+from lorafast._io.transformers_renames import renaming_rules
 from support.files import Tensor, read_checkpoint
 from support.handmade import adapter_tensors, make_adapter, make_base, write_checkpoint
 
@@ -170,6 +171,36 @@ def test_a_signal_is_heard_where_python_wraps_exceptions(
     monkeypatch.setattr(command, "_run", wrap)
     assert command.main(["merge"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    monkeypatch.setattr("lorafast._io.transformers_renames.is_modest", wrap)
+    pytest.importorskip("transformers")
+    with pytest.raises(KeyboardInterrupt):
+        renaming_rules({"model_type": "llama"})
+
+
+def test_the_end_is_not_the_time_for_a_signal_once_more() -> None:
+    """A timer that outlived the command would kill the interpreter as it ends."""
+    code = """
+import atexit, os, signal, sys, time
+from lorafast._cli.main import main
+
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+def late():
+    Dropping()
+    time.sleep(0.05)
+
+sys.argv = ["lorafast", "recover", sys.argv[1]]
+status = main()
+atexit.register(late)
+sys.exit(status)
+"""
+    command = [sys.executable, "-c", code, str(Path.cwd())]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_program_that_uses_the_package_keeps_its_own_handlers(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_factors_that_are_none_of_its(tmp_path: Path) -> None:
     assert "no pair of factors" in refused("flat", [True, False, True], a, flat, error)
 
 
-def test_the_config_of_the_first_layout_is_accounted_for(tmp_path: Path) -> None:
+def test_the_config_of_the_first_layout_is_covered(tmp_path: Path) -> None:
     a, b = factors([True, False, True], 2)
     adapter = make_adapter(
         tmp_path / "adapter",

@@ -137,11 +137,11 @@ def test_every_adapter(real_data: Path, tmp_path: Path) -> None:
     "folder",
     ["peft_0.6.1/lora_mlp", "peft_0.6.1/lora_mlp_modules_to_save", "peft_0.6.1/lora_conv2d"],
 )
-def test_every_part_of_an_old_adapter_has_an_account(real_data: Path, folder: str) -> None:
+def test_every_part_of_an_old_adapter_is_covered(real_data: Path, folder: str) -> None:
     assert_covered(lorafast.inspect(real_data / folder), refused=False)
 
 
-def test_every_part_of_every_adapter_has_an_account(real_data: Path) -> None:
+def test_every_part_of_every_adapter_is_covered(real_data: Path) -> None:
     """Used, not needed or refused: each tensor and each config field of what can be opened."""
     opened = 0
     for config in sorted((real_data / "adapters").glob("*/adapter_config.json")):

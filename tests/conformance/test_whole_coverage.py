@@ -31,7 +31,7 @@ def tensors_in(adapter: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("feature", "entry"), CASES)
-def test_every_tensor_and_field_has_an_account(toys: Toys, feature: Feature, entry: Entry) -> None:
+def test_every_tensor_and_field_is_covered(toys: Toys, feature: Feature, entry: Entry) -> None:
     adapters = make_adapters(toys, feature, entry, "F32")
     plan = lorafast.plan(toys.base(entry.base), adapters).to_dict()
     for adapter, planned in zip(adapters, plan["adapters"], strict=True):

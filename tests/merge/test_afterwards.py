@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,38 @@ def test_no_other_merge_comes_between_a_model_and_its_report(
     assert met == ["MergeReport", "MergeReport", "SubtractReport"]
     monkeypatch.undo()
     lorafast.merge(base, adapter, output, overwrite=True)
+
+
+def test_an_interruption_says_when_the_output_is_finished(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lorafast.MergeReport, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        lorafast.merge(base, adapter, tmp_path / "out")
+    assert stopped.value.__notes__ == ["the output was finished before that"]
+    assert read_checkpoint(tmp_path / "out")
+    monkeypatch.undo()
+    lorafast.merge(base, adapter, tmp_path / "out", overwrite=True)
+
+
+def test_what_cannot_be_unlocked_is_a_warning(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def failing(lock: Any) -> Iterator[list[str]]:
+        warnings: list[str] = []
+        yield warnings
+        lock.release()
+        warnings.append("could not be removed")
+
+    monkeypatch.setattr("lorafast._merge.plan._held", failing)
+    merged = lorafast.merge(base, adapter, tmp_path / "out")
+    assert merged.warnings == ["could not be removed"]
+    restored = lorafast.subtract(tmp_path / "out", adapter, tmp_path / "back")
+    assert "could not be removed" in restored.warnings
 
 
 def test_what_could_not_be_verified_is_a_warning_and_is_reported(

@@ -49,7 +49,7 @@ def test_every_tensor_and_field_once(tmp_path: Path) -> None:
     with pytest.warns(DeprecationWarning, match="accounts is deprecated.*use coverage"):
         assert report.accounts == report.coverage
     use = lorafast.inspect(tmp_path / "adapter").tensors_use[0]
-    with pytest.warns(DeprecationWarning, match="verdict is deprecated.*use use"):
+    with pytest.warns(DeprecationWarning, match="verdict of a use .*its attribute use"):
         assert use.verdict == use.use
     page = (tmp_path / "out" / "merge_report.md").read_text()
     assert f"not needed: `{LEFTOVER}` (used in training only)" in page

@@ -258,8 +258,13 @@ def test_many_shards_open_more_files_than_the_soft_limit(tmp_path: Path) -> None
     code = """
         import resource, sys, lorafast
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        lorafast.merge(*sys.argv[1:], verify=True)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, min(hard, 600)))
+        base, adapter, output = sys.argv[1:]
+        lorafast.merge(base, adapter, output, verify=True)
+        # Base and output, and no third file for each shard.
+        plan, parts = lorafast.plan(base, adapter), output + "-parts"
+        written = [shard for part in plan.parts() for shard in part.write(parts)]
+        plan.assemble(parts, written, output + "-assembled")
     """
     import textwrap
 
@@ -267,6 +272,24 @@ def test_many_shards_open_more_files_than_the_soft_limit(tmp_path: Path) -> None
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert read_checkpoint(tmp_path / "out").keys() == read_checkpoint(base).keys()
+
+
+def test_a_merge_that_is_killed_before_its_report_is_said_to_be_finished(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    output = tmp_path / "out"
+    code = """
+import os, signal, sys, lorafast
+lorafast.MergeReport.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+lorafast.merge(*sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, base, adapter, output]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -9
+    assert (output / ".lorafast-partial").is_dir()
+    assert read_checkpoint(output).keys() == read_checkpoint(base).keys()
+    assert lorafast.recover(output) == "finished"
+    assert not (output / ".lorafast-partial").exists()
+    assert lorafast.recover(output) == "nothing"
 
 
 def cut_off(output: Path, *, older: bool) -> dict[str, bytes]:
@@ -380,6 +403,6 @@ def test_the_command_recovers(
     lorafast.merge(base, adapter, output)
     cut_off(output, older=False)
     assert main(["recover", str(output)]) == 0
-    assert "the model is whole now" in capsys.readouterr().out
+    assert "the model is whole" in capsys.readouterr().out
     assert main(["recover", str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": str(output), "done": "nothing"}

@@ -54,6 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.set_threshold(COLLECTED_AT_ONCE)
         atexit.register(gc.freeze)
     try:
+        return _guarded(argv)
+    except KeyboardInterrupt as stop:
+        # While something else was being told of.
+        return _stopped(stop)
+    finally:
+        signals = sys.modules.get("lorafast._cli.signals")
+        if argv is None and signals is not None:
+            signals.raise_no_more()
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
+    """Run the command line, and turn what it raises into an exit code."""
+    try:
         status = _run(argv)
         # Here rather than at the interpreter's exit, where a closed pipe cannot be caught.
         sys.stdout.flush()
@@ -63,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_further_output()
         return EXIT_BROKEN_PIPE
     except Exception as error:
-        behind = _stop_behind(error)
+        from lorafast._cli.failures import print_error
+        from lorafast._errors import interruption_behind
+
+        behind = interruption_behind(error)
         if behind is not None:
             return _stopped(behind)
-        from lorafast._cli.failures import print_error
-
         if not _is_for_the_user(error):
             raise
         print_error(error)
@@ -88,17 +102,6 @@ def _stopped(stop: KeyboardInterrupt) -> int:
         # The terminal that was hung up takes no more words.
         _discard_further_output()
     return int(status)
-
-
-def _stop_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """What stopped the command, if the error came of that.
-
-    Python 3.11 wraps what is raised while a class is made, and an import makes classes.
-    """
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, KeyboardInterrupt):
-        behind = behind.__cause__ or behind.__context__
-    return behind
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 SENTENCES = {
     "nothing": "no merge was cut off there",
     "cleared": "a merge was cut off while it wrote; what it left is removed",
-    "finished": "a merge was cut off as it put its model in place; the model is whole now",
+    "finished": "a merge was cut off as it put its model in place, or after that; the model is "
+    "whole, its report may be missing",
     "taken_back": "a merge was cut off and its model is not whole; what was there before is back",
     "kept": "a finished model that could not be moved into place lies in its .lorafast-partial",
 }

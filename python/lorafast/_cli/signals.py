@@ -67,6 +67,13 @@ def _raise_later(unraisable: Any) -> None:
     _signal.setitimer(_signal.ITIMER_REAL, LATER)
 
 
+def raise_no_more() -> None:
+    """Ends what `_raise_later` does: the command is over, and the interpreter about to be."""
+    sys.unraisablehook = sys.__unraisablehook__
+    if hasattr(_signal, "setitimer"):
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+
+
 def _stop(number: int, _frame: FrameType | None) -> None:
     # Once: what cleans up is not to be stopped by a second one.
     words = ""

@@ -12,6 +12,7 @@ from typing import Any
 from lorafast import _core
 from lorafast._analysis.names import names_of, numbered
 from lorafast._analysis.records import Finding
+from lorafast._errors import raise_interruption
 from lorafast._fleet import cache as cache_files
 from lorafast._fleet.discovery import ScanError, discover
 from lorafast._fleet.entry import SCHEMA_VERSION, findings_of
@@ -222,6 +223,7 @@ class _Scanning:
         except MemoryError:
             raise
         except Exception as error:
+            raise_interruption(error)
             # What is odd in a stranger's adapter does not end the others' scan.
             self._fail(position, error)
             return

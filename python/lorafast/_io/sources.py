@@ -9,7 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from lorafast import _core
-from lorafast._errors import AdapterError, CheckpointError, LorafastError, missing
+from lorafast._errors import (
+    AdapterError,
+    CheckpointError,
+    LorafastError,
+    missing,
+    raise_interruption,
+)
 from lorafast._io.paths import expand, find, is_directory, open_plain
 from lorafast._io.torch_tensors import dtype_name, memory_of
 
@@ -127,6 +133,7 @@ def read_pickle(pickle: Path) -> list[NamedTensor]:
             # weights_only: a pickle can otherwise run any code it likes.
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
+            raise_interruption(error)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise AdapterError(f"{pickle}: cannot be read as plain tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):

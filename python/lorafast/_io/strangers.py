@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorafast._errors import CheckpointError, LorafastError
+from lorafast._errors import CheckpointError, LorafastError, raise_interruption
 from lorafast._io.paths import StrPath, open_plain
 
 #: More than any header; a file that says more is no safetensors file.
@@ -88,4 +88,5 @@ def gate(fail: Callable[[Exception], object]) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        raise_interruption(error)
         fail(error)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorafast._errors import raise_interruption
 from lorafast._io.config_bounds import is_modest, with_few_positions
 from lorafast._io.paths import is_directory, is_file
 
@@ -60,7 +61,8 @@ def renaming_rules(config: dict[str, Any]) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             transforms = _transforms(with_few_positions(config))
-    except Exception:
+    except Exception as error:
+        raise_interruption(error)
         # The answer only helps: without it the names stay what they are, and the error that is on
         # its way says so.
         return None

@@ -52,7 +52,7 @@ class Use(NamedTuple):
         """What `use` was called before."""
         from lorafast._deprecation import warn_renamed
 
-        warn_renamed("verdict", "use")
+        warn_renamed("verdict of a use", "its attribute use")
         return self.use
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
     from lorafast._types import Progress, Source
+
+
+#: Noted on an interruption that comes when the model is in its place.
+FINISHED = "the output was finished before that"
 
 
 class WrittenShard(NamedTuple):
@@ -213,22 +217,23 @@ class MergePlan(Result):
         output = expand(output)
         device = execution.device
         options = execution.to_core()
-        with callback(execution.progress) as tell:
-            if device in ("cpu", AMX):
-                options["instruction_set"] = "amx" if device == AMX else None
-                summary, lock = self.core.execute(
-                    output, options, protected=self.protected, progress=tell
-                )
-                notes, fallbacks = [], {}
-            else:
-                from lorafast._torch.choice import carry_out
+        with ExitStack() as held:
+            with callback(execution.progress) as tell:
+                if device in ("cpu", AMX):
+                    options["instruction_set"] = "amx" if device == AMX else None
+                    summary, lock = self.core.execute(
+                        output, options, protected=self.protected, progress=tell
+                    )
+                    notes, fallbacks = [], {}
+                else:
+                    from lorafast._torch.choice import carry_out
 
-                done = carry_out(
-                    self.core, output, options, device=device, memory=memory, progress=tell
-                )
-                (summary, lock), device = done.finished, done.device
-                notes, fallbacks = done.notes, done.fallbacks
-        with _held(lock) as warnings:
+                    done = carry_out(
+                        self.core, output, options, device=device, memory=memory, progress=tell
+                    )
+                    (summary, lock), device = done.finished, done.device
+                    notes, fallbacks = done.notes, done.fallbacks
+                warnings = held.enter_context(_held(lock))
             result = self._report_of(summary, output, device, notes, fallbacks)
             problem = None
             if execution.verify:
@@ -307,17 +312,18 @@ class MergePlan(Result):
         from lorafast._merge.report import write_afterwards
 
         output = expand(output)
-        with callback(progress) as tell:
-            summary, lock = _core.assemble_shards(
-                self.core,
-                expand(directory),
-                [(shard.name, shard.bytes, shard.sha256) for shard in written],
-                output,
-                overwrite=overwrite,
-                sync=sync,
-                progress=tell,
-            )
-        with _held(lock) as warnings:
+        with ExitStack() as held:
+            with callback(progress) as tell:
+                summary, lock = _core.assemble_shards(
+                    self.core,
+                    expand(directory),
+                    [(shard.name, shard.bytes, shard.sha256) for shard in written],
+                    output,
+                    overwrite=overwrite,
+                    sync=sync,
+                    progress=tell,
+                )
+                warnings = held.enter_context(_held(lock))
             result = self._report_of(summary, output, "cpu", [], {})
             if report:
                 write_afterwards(result, output)
@@ -387,10 +393,13 @@ class MergePlan(Result):
 
 @contextmanager
 def _held(lock: OutputLock) -> Iterator[list[str]]:
-    """Keeps other merges out of an output; what goes wrong at the end is then in the list."""
+    """Keeps other merges out of a finished output; the list is what goes wrong at the end."""
     warnings: list[str] = []
     try:
         yield warnings
+    except KeyboardInterrupt as stop:
+        stop.add_note(FINISHED)
+        raise
     finally:
         problem = lock.release()
         if problem is not None:

@@ -203,7 +203,7 @@ def _shared_fields(done: MergeReport, prepared: MergePlan, *, exact: bool) -> di
         "versions": {"lorafast": _core.__version__},
         "adapter_sha256": done.adapter_sha256,
         "coverage": [adapter["coverage"] for adapter in description["adapters"]],
-        "warnings": list(done.warnings),
+        "warnings": done.warnings,
         "notes": [] if exact else list(prepared.notes),
         "side_files": done.side_files,
         "left_out": done.left_out,

@@ -89,7 +89,8 @@ def execute(
         merge = _Merge(plan, execution, device, memory=memory, threads=threads, progress=progress)
         with exact_products(device):
             merge.run()
-        return Outcome(execution.finish(), describe(device), merge.fallbacks, merge.tile_bytes)
+        words = describe(device)
+        return Outcome(execution.finish(), words, merge.fallbacks, merge.tile_bytes)
     except BaseException:
         execution.abort()
         raise

@@ -1,5 +1,6 @@
 //! Long jobs: the work runs on a thread of its own, and the calling thread waits detached in short
-//! steps, looks for signals, and reports progress. Workers never call Python.
+//! steps, looks for signals, and reports progress. Workers call Python only to read a
+//! pickle or a module's tensor.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;

@@ -51,7 +51,7 @@ pub fn write_shards(
 }
 
 /// Makes a model of shards that were written apart, (name, bytes, digest) each; returns the summary
-/// as plain objects.
+/// as plain objects, and the lock that keeps other merges out still.
 #[pyfunction]
 #[pyo3(signature = (plan, directory, written, output, *, overwrite, sync, progress))]
 #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]

@@ -14,7 +14,7 @@ use crate::storage::digest::sha256_of;
 use crate::storage::directory::LocalDirectory;
 use crate::storage::local;
 use crate::storage::sink::{OutputLock, Sink};
-use crate::storage::source::{LocalFile, Source};
+use crate::storage::source::{self, LocalFile, Source};
 
 /// A shard that was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -75,8 +75,8 @@ pub fn write_shards(
     Ok(written)
 }
 
-/// Makes a model of shards that were written apart, in an output that is still locked afterwards: each has to be there, of the size that the plan
-/// gives it and of the digest that its writer told.
+/// Makes a model of shards that were written apart: each has to be there, of the size that the plan
+/// gives it and of the digest that its writer told. The output is still locked afterwards.
 ///
 /// # Errors
 /// [`Error::Output`] if a shard is not there or not what was written, and those of
@@ -94,10 +94,10 @@ pub fn assemble(
         task.check()?;
         let path = directory.join(&shard.name);
         let told = written.iter().find(|one| one.name == shard.name);
-        let source = LocalFile::open(&path)?;
+        let stamp = LocalFile::open(&path)?.stamp();
         let is_told = match told {
             Some(told) => {
-                (told.bytes, source.stamp().length) == (shard.bytes(), shard.bytes())
+                (told.bytes, stamp.length) == (shard.bytes(), shard.bytes())
                     && told.sha256 == sha256_of(&path)?
             }
             None => false,
@@ -108,15 +108,15 @@ pub fn assemble(
                 "is not the shard that its part of the plan wrote; write that part again",
             ));
         }
-        found.push((path, Box::new(source) as Box<dyn Source>));
+        found.push((path, stamp));
     }
     let digests = inputs.adapters.iter().map(|adapter| adapter.sha256());
     let digests = digests.collect::<Result<Vec<_>>>()?;
     let output = LocalDirectory(output.to_path_buf());
     let session = Session::begin_with(inputs, plan, &output, options, task, &found)?;
     session.keep_digests(digests);
-    for (path, source) in &found {
-        if !source.is_unchanged().map_err(|error| Error::io(path, error))? {
+    for (path, stamp) in &found {
+        if !source::leads_to(path, *stamp).map_err(|error| Error::io(path, error))? {
             return Err(Owner::Checkpoint.changed(path));
         }
     }

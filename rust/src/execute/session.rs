@@ -17,9 +17,9 @@ use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Inputs, Plan, PlannedTensor};
-use crate::storage::local;
+use crate::storage::local::{self, Stamp};
 use crate::storage::sink::{Committed, Destination, Input, OutputLock, Request, Sink, StagedModel};
-use crate::storage::source::Source;
+use crate::storage::source::{LocalFile, Source};
 
 /// A tensor of a plan: its shard's position and its own in that.
 pub type TensorId = (usize, usize);
@@ -86,7 +86,7 @@ impl Session {
         Self::begin_with(inputs, plan, output, options, task, &[])
     }
 
-    /// The same with shards that are written already: what messages call each one, and its bytes.
+    /// The same with shards that are written already: each one's file, and what was found there.
     /// Such a session is only to be finished.
     ///
     /// # Errors
@@ -97,7 +97,7 @@ impl Session {
         output: &dyn Destination,
         options: &Options,
         task: &Task,
-        written: &[(PathBuf, Box<dyn Source>)],
+        written: &[(PathBuf, Stamp)],
     ) -> Result<Self> {
         let start = Instant::now();
         let pool = task::build_pool(options.threads)?;
@@ -140,10 +140,14 @@ impl Session {
             let source = store.open(&name)?;
             last.push((name, content, source));
         }
-        for (shard, (path, source)) in plan.shards.iter().zip(written) {
+        for (shard, (path, stamp)) in plan.shards.iter().zip(written) {
             task.check()?;
-            staging.copy(&shard.name, &**source, path)?;
-            task.advance(source.stamp().length);
+            let source = LocalFile::open(path)?;
+            if source.stamp() != *stamp {
+                return Err(Owner::Checkpoint.changed(path));
+            }
+            staging.copy(&shard.name, &source, path)?;
+            task.advance(stamp.length);
         }
         let files = plan.shards[written.len()..]
             .iter()

@@ -138,7 +138,10 @@ fn a_merge_between_stores_in_memory_has_the_bytes_of_one_between_directories() {
     let plan = Plan::new(&stored, plain()).expect("a plan");
     let output = MemoryDestination::new("memory");
     let options = Options::default();
-    let (summary, _lock) = execute_into(&stored, &plan, &output, &options, &task).expect("merged");
+    let (summary, lock) = execute_into(&stored, &plan, &output, &options, &task).expect("merged");
+    let busy = execute_into(&stored, &plan, &output, &options, &task).expect_err("still locked");
+    assert!(busy.to_string().contains("another merge is writing there"), "{busy}");
+    drop(lock);
     assert_eq!(summary.side_files, ["config.json"]);
     assert_eq!(summary.left_out, ["pytorch_model.bin"]);
     let files = output.store().files;

@@ -184,20 +184,27 @@ impl Store for InMemory {
 #[derive(Debug, Clone)]
 pub struct MemoryDestination {
     name: PathBuf,
-    files: Arc<Mutex<Files>>,
+    state: Arc<Mutex<State>>,
 }
 
 type Files = BTreeMap<String, Arc<Vec<u8>>>;
 
+#[derive(Debug, Default)]
+struct State {
+    files: Files,
+    /// Whether a model is being made there.
+    is_taken: bool,
+}
+
 impl MemoryDestination {
     /// An empty one, which messages call so.
     pub fn new(name: impl Into<PathBuf>) -> Self {
-        Self { name: name.into(), files: Arc::default() }
+        Self { name: name.into(), state: Arc::default() }
     }
 
     /// What it holds.
     pub fn store(&self) -> InMemory {
-        InMemory { name: self.name.clone(), files: lock(&self.files).clone() }
+        InMemory { name: self.name.clone(), files: lock(&self.state).files.clone() }
     }
 }
 
@@ -207,18 +214,34 @@ impl Destination for MemoryDestination {
     }
 
     fn begin(&self, request: Request) -> Result<Box<dyn StagedModel>> {
-        if !request.overwrite && !lock(&self.files).is_empty() {
+        let mut state = lock(&self.state);
+        if state.is_taken {
+            return Err(Error::output(&self.name, "another merge is writing there at this moment"));
+        }
+        if !request.overwrite && !state.files.is_empty() {
             return Err(Error::output(&self.name, "holds a model; allow it to be overwritten"));
         }
-        Ok(Box::new(StagedInMemory { files: self.files.clone(), written: Vec::new() }))
+        state.is_taken = true;
+        let taken = Taken(self.state.clone());
+        Ok(Box::new(StagedInMemory { taken, written: Vec::new() }))
     }
 }
 
 /// A model in the making in memory.
 #[derive(Debug)]
 struct StagedInMemory {
-    files: Arc<Mutex<Files>>,
+    taken: Taken,
     written: Vec<(String, MemorySink)>,
+}
+
+/// What keeps others out of a place in memory until it is dropped.
+#[derive(Debug)]
+struct Taken(Arc<Mutex<State>>);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        lock(&self.0).is_taken = false;
+    }
 }
 
 /// A file under construction in memory.
@@ -275,10 +298,17 @@ impl StagedModel for StagedInMemory {
     }
 
     fn commit(self: Box<Self>) -> Result<Committed> {
-        let whole =
-            |(name, sink): (String, MemorySink)| (name, Arc::new(mem::take(&mut *lock(&sink.0))));
-        *lock(&self.files) = self.written.into_iter().map(whole).collect();
-        Ok(Committed { warnings: Vec::new(), lock: OutputLock::default() })
+        let Self { taken, written } = *self;
+        let whole = |(name, sink): (String, MemorySink)| {
+            let content = mem::take(&mut *lock(&sink.0));
+            (name, Arc::new(content))
+        };
+        lock(&taken.0).files = written.into_iter().map(whole).collect();
+        let release = move || {
+            drop(taken);
+            None
+        };
+        Ok(Committed { warnings: Vec::new(), lock: OutputLock::new(release) })
     }
 }
 

@@ -33,6 +33,9 @@ const MODEL: &str = "model-";
 /// In it: finished models that could not be moved into place, for whoever merged them.
 const KEPT: &str = "kept-";
 
+/// In it: says that the new model is in its place, and that what is written about it may be missing.
+const COMMITTED: &str = "committed";
+
 /// Bytes of a side file that are in memory at a time.
 const COPIED_AT_ONCE: usize = 1 << 20;
 
@@ -202,7 +205,7 @@ impl StagedModel for Staging {
     fn copy(&mut self, name: &str, source: &dyn Source, path: &Path) -> Result<()> {
         let length = source.stamp().length;
         let file = self.create_new(name, length, Some(source))?;
-        let mut buffer = vec![0; COPIED_AT_ONCE.min(length as usize)];
+        let mut buffer = vec![0; COPIED_AT_ONCE.min(length as usize).max(1)];
         file.take_range(source, 0..length, 0, &mut buffer).map_err(|error| match error {
             CopyError::Read(error) => Owner::Checkpoint.unread(path, error),
             CopyError::Write(error) => Error::io(self.output.join(name), error),
@@ -225,11 +228,17 @@ impl StagedModel for Staging {
             format!("{}: could not be removed ({error}); remove it by hand", directory.display())
         };
         // The model is complete: what fails now is no failure of the merge.
-        if let Err(error) = lock.clear(&directory, Kept::Goes) {
+        let cleared = lock.clear(&directory, Kept::Goes);
+        if let Err(error) = cleared {
             warnings.push(failed(&directory, error));
-            lock.release();
-            return Ok(Committed { warnings, lock: OutputLock::default() });
+            let release = move || {
+                lock.release();
+                None
+            };
+            return Ok(Committed { warnings, lock: OutputLock::new(release) });
         }
+        // Only a note for whoever finds that the process was killed before the end.
+        let _ = File::create_new(directory.join(COMMITTED));
         let release = move || {
             let removed = lock.remove(&directory, Kept::Goes);
             removed.err().map(|error| failed(&directory, error))

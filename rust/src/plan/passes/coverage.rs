@@ -21,8 +21,8 @@ pub(in crate::plan) fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) 
     tensors.map(|tensor| tensor.name.as_str()).chain(update.base_override.as_deref()).collect()
 }
 
-/// What becomes of all of each adapter: a tensor counts as used where some tensor of the output is made from it,
-/// and not otherwise.
+/// What becomes of the fields and tensors of every adapter. A tensor counts as used where some tensor
+/// of the output is made from it, and not otherwise.
 pub(in crate::plan) fn resolve(
     inputs: &Inputs,
     allow: &[String],

@@ -97,7 +97,7 @@ pub(in crate::plan) fn find(
                 [module] if !module.delta.holds_experts() => {
                     targets.insert(module.key.clone(), plain(names, module));
                 }
-                _ => problems.push(unknown_parameter(&modules)),
+                _ => problems.push(unknown_parameter(&modules, names.base().noun())),
             }
             continue;
         }
@@ -151,7 +151,7 @@ fn parameters<'a>(names: &NameIndex<'_>, modules: &[&'a Module]) -> Vec<(&'a Par
     found
 }
 
-fn unknown_parameter(modules: &[&Module]) -> String {
+fn unknown_parameter(modules: &[&Module], noun: &str) -> String {
     let module = modules[0];
     let names: Vec<_> = (module.parameters.iter())
         .map(|parameter| format!("{}.{}", module.path, parameter.name))
@@ -165,7 +165,7 @@ fn unknown_parameter(modules: &[&Module]) -> String {
             module.path
         ),
         _ => format!(
-            "its module {} fits no tensor of the base, which has no {}",
+            "its module {} fits no tensor of the {noun}, which has no {}",
             module.path,
             names.join(" and no ")
         ),

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lock::Lock;
 use super::moves::{exists, remove, shift, sync_directory};
-use super::{DIRECTORY, KEPT, Kept, MODEL, Staging, is_index, place, stays_inside};
+use super::{COMMITTED, DIRECTORY, KEPT, Kept, MODEL, Staging, is_index, place, stays_inside};
 use crate::error::{Error, Result};
 use crate::storage::file_names;
 use crate::storage::local::{self, Stamp};
@@ -74,7 +74,7 @@ pub enum Recovery {
     Nothing,
     /// A merge was cut off while it wrote; what it left is removed, and the output as it was.
     Cleared,
-    /// A commit was cut off; the new model is in its place.
+    /// A merge was cut off in its commit or after it; the new model is in its place.
     Finished,
     /// A commit was cut off and not all of the new model is there; the older one is back.
     TakenBack,
@@ -212,8 +212,8 @@ pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
             ),
         )
     };
-    // Looked at again: what has come since the merge began is nobody's to replace, but for what
-    // another merge says of its own.
+    // Looked at again: what has come since the merge began is nobody's to replace, but for reports,
+    // which may be written anew beside a model at any time.
     let occupancy = place::Occupancy::find(&output, &staging.names, &staging.inputs)
         .map_err(|error| keep(format!("cannot be replaced any more: {error}")))?;
     let has_come =
@@ -429,6 +429,7 @@ pub fn recover(output: &Path) -> Result<Recovery> {
     }
     let lock = Lock::take(output, &directory)?;
     let recovery = match read_journal(&directory)? {
+        None if exists(&directory.join(COMMITTED))? => Recovery::Finished,
         None => Recovery::Cleared,
         Some(journal) => {
             let layout = Layout::new(output, &directory, &journal.model);

@@ -135,8 +135,9 @@ impl Lock {
         if !self.is_held() {
             return Ok(());
         }
-        self.clear(directory, kept)?;
+        let cleared = self.clear(directory, kept);
         self.release();
+        cleared?;
         match fs::remove_dir(directory) {
             // Somebody has begun to wait for it meanwhile, or a model is kept.
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
