@@ -97,9 +97,13 @@ fn a_new_model_replaces_the_older_one_and_nothing_else() {
     // What the manifest does not list, but only a model has.
     fs::write(output.join("chat_template.jinja"), "old").expect("written");
     fs::write(output.join("merge_report.md"), "old").expect("written");
-    let warnings = begin(output, "new", &["model.safetensors", "config.json"]).commit();
-    let [warning] = &warnings.expect("committed").warnings[..] else { panic!("one warning") };
+    let staging = begin(output, "new", &["model.safetensors", "config.json"]);
+    let Committed { warnings, lock } = staging.commit().expect("committed");
+    let [warning] = &warnings[..] else { panic!("one warning") };
     assert!(warning.contains("style.safetensors: stays there with weights"), "{warning}");
+    let again = Staging::create(output, request(true, &NAMES)).expect_err("still locked");
+    assert!(again.to_string().contains("another merge is writing there"), "{again}");
+    assert_eq!(lock.release(), None);
     let mut files = names(output);
     files.sort();
     assert_eq!(
