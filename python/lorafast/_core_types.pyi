@@ -62,7 +62,9 @@ class TensorDescription(TypedDict):
     dtype: str
     output_dtype: str
     shard: str
-    action: Literal["merge", "copy", "cast", "rescale"]
+    action: Literal["merge", "replace", "repeat", "copy", "cast", "rescale"]
+    adapter: NotRequired[int]
+    origin: NotRequired[str]
     updates: list[UpdateDescription]
     quantised: NotRequired[str]
 
@@ -98,6 +100,8 @@ class PlanDescription(TypedDict):
     dtype: Literal["auto", "float16", "bfloat16", "float32"]
     tensors: list[TensorDescription]
     tensors_merged: int
+    tensors_replaced: int
+    tensors_repeated: int
     tensors_copied: int
     tensors_cast: int
     total_parameters: int
@@ -189,6 +193,7 @@ class VerifyOutcome(TypedDict):
     problems: list[str]
     warnings: list[str]
     tensors_copied: int
+    tensors_replaced: int
     tensors_merged: int
     rows_exact: int
     elements: int

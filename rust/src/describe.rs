@@ -9,7 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::checkpoint::side_files;
 use crate::error::Result;
-use crate::plan::{Action, ConfigChanges, Inputs, Plan, Strategy, Update};
+use crate::plan::{Action, ConfigChanges, Inputs, Origin, Plan, PlannedChange, Strategy, Update};
 use crate::tensor::safetensors::TensorFile;
 
 /// An adapter within a plan.
@@ -32,7 +32,13 @@ pub struct TensorDescription<'a> {
     dtype: &'a str,
     output_dtype: &'a str,
     shard: &'a str,
-    action: &'static str,
+    action: PlannedChange,
+    /// The position of the adapter whose tensor it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<usize>,
+    /// The name of what stands in its place, where that is another.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    origin: Option<&'a str>,
     updates: &'a [Update],
     /// How it is stored, where it is quantised and does not stay as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,6 +56,8 @@ pub struct PlanDescription<'a> {
     dtype: &'a str,
     tensors: Vec<TensorDescription<'a>>,
     tensors_merged: usize,
+    tensors_replaced: usize,
+    tensors_repeated: usize,
     tensors_copied: usize,
     tensors_cast: usize,
     total_parameters: u64,
@@ -87,7 +95,12 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
         dtype: tensor.stored().dtype.name(),
         output_dtype: tensor.output_dtype.name(),
         shard: &shard.name,
-        action: tensor.action.name(),
+        action: tensor.change(),
+        adapter: match tensor.origin {
+            Origin::Adapter(position) => Some(position),
+            Origin::Base(_) => None,
+        },
+        origin: (tensor.name != tensor.source.name).then_some(tensor.source.name.as_str()),
         updates: match &tensor.action {
             Action::Merge(updates) => updates,
             Action::Copy | Action::Cast | Action::Rescale => &[],
@@ -101,9 +114,11 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
         weights: (plan.options.strategy != Strategy::Sequential).then_some(plan.weights.as_slice()),
         dtype: plan.options.dtype.as_ref().and_then(|dtype| dtype.torch_name()).unwrap_or("auto"),
         tensors: tensors.collect(),
-        tensors_merged: plan.count("merge"),
-        tensors_copied: plan.count("copy"),
-        tensors_cast: plan.count("cast"),
+        tensors_merged: plan.count(PlannedChange::Merge),
+        tensors_replaced: plan.count(PlannedChange::Replace),
+        tensors_repeated: plan.count(PlannedChange::Repeat),
+        tensors_copied: plan.count(PlannedChange::Copy),
+        tensors_cast: plan.count(PlannedChange::Cast),
         total_parameters: plan.parameters(),
         bytes_to_write: plan.bytes(),
         config_changes: &plan.config_changes,

@@ -28,7 +28,8 @@ use passes::replication::ReplicatedInputs;
 use passes::{coverage, names, replication, undo};
 pub use update::{ExpertLayout, Residual, Slice, Update, UpdateKind};
 pub use value::{
-    Action, ConfigChanges, Inputs, Origin, Plan, PlannedShard, PlannedTensor, Replication,
+    Action, ConfigChanges, Inputs, Origin, Plan, PlannedChange, PlannedShard, PlannedTensor,
+    Replication,
 };
 
 /// Whether every parameter of the adapters has its tensor in the base, by the names as they stand

@@ -30,7 +30,7 @@ use crate::execute::queue;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::parallel::task::{self, Task};
-use crate::plan::{Action, Compat, Inputs, Plan, PlannedTensor};
+use crate::plan::{Action, Compat, Inputs, Plan, PlannedChange, PlannedTensor};
 use crate::storage::digest::hexadecimal;
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
@@ -83,8 +83,10 @@ pub struct Verification {
     pub problems: Vec<String>,
     /// What is odd but not wrong.
     pub warnings: Vec<String>,
-    /// Tensors compared byte for byte.
+    /// Tensors of the base compared byte for byte, or converted.
     pub tensors_copied: usize,
+    /// Tensors compared with what an adapter, or another tensor of the base, puts in their place.
+    pub tensors_replaced: usize,
     /// Tensors computed again.
     pub tensors_merged: usize,
     /// Rows computed again in f64.
@@ -254,6 +256,7 @@ pub fn verify(
             }
             // Held against the base with the weight that it belongs to.
             Action::Rescale => {}
+            Action::Copy | Action::Cast if replaces(&job.planned) => outcome.tensors_replaced += 1,
             Action::Copy | Action::Cast => {
                 outcome.tensors_copied += 1;
                 let tensor = job.planned.name.clone();
@@ -368,7 +371,11 @@ impl Checker<'_> {
                     task.advance(stored.len() as u64);
                     hasher.update(stored);
                     if let Some(byte) = first_difference(buffer, stored) {
-                        let text = "differs from the base, though no adapter changes this tensor";
+                        let text = match planned.change() {
+                            PlannedChange::Replace => "is not what the adapter puts in its place",
+                            PlannedChange::Repeat => "is not the base's tensor that it repeats",
+                            _ => "differs from the base, though no adapter changes this tensor",
+                        };
                         problem = complain((start + byte) / size, text);
                         break;
                     }
@@ -386,7 +393,10 @@ impl Checker<'_> {
                     let stored = merged.read(first..first + expected.len(), stored)?;
                     task.advance(stored.len() as u64);
                     if let Some(byte) = first_difference(expected, stored) {
-                        let text = "is not the base's value converted";
+                        let text = match planned.change() {
+                            PlannedChange::Replace => "is not the adapter's value converted",
+                            _ => "is not the base's value converted",
+                        };
                         problem = complain(start as usize + byte / size, text);
                         break;
                     }
@@ -444,6 +454,11 @@ impl Checker<'_> {
         }
         Ok(Checked { change, ..Checked::default() })
     }
+}
+
+/// Whether something else than the base's tensor of that name stands in its place.
+fn replaces(planned: &PlannedTensor) -> bool {
+    matches!(planned.change(), PlannedChange::Replace | PlannedChange::Repeat)
 }
 
 fn first_difference(left: &[u8], right: &[u8]) -> Option<usize> {

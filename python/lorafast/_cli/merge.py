@@ -126,6 +126,10 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
     count = plural(len(report.adapters), "adapter")
     terminal.heading(f"Merged {count} into {report.output_path}")
     tensors = f"{report.tensors_merged:,} merged, {report.tensors_copied:,} copied"
+    if report.tensors_replaced:
+        tensors += f", {report.tensors_replaced:,} replaced"
+    if report.tensors_repeated:
+        tensors += f", {report.tensors_repeated:,} repeated"
     if report.tensors_cast:
         tensors += f", {report.tensors_cast:,} converted"
     speed = report.bytes_written / report.merge_time if report.merge_time > 0 else 0.0

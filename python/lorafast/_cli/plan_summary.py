@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 UPDATE_FIELDS = ("adapter", "kind", "rank", "scale", "weight", "transposed")
 COUNT_AND_NAMES = (Column("count", number=True), Column("names"))
 
+#: The tensors without updates by what becomes of them, each kind under its heading.
+BESIDE_UPDATES = {
+    "adapters bring whole": ("replace",),
+    "repeat another of the base": ("repeat",),
+    "with the scales of what changes": ("rescale",),
+    "no adapter changes": ("copy", "cast"),
+}
+
 
 def show_plan(plan: PlanDescription, terminal: Terminal) -> None:
     """Print a plan, as `MergePlan.to_dict()` gives it, without its warnings."""
@@ -33,19 +41,12 @@ def show_plan(plan: PlanDescription, terminal: Terminal) -> None:
         terminal.line()
         terminal.heading(f"All of {adapter['name']}")
         show_coverage(adapter["coverage"], terminal, fields=False)
-    unchanged = [tensor for tensor in tensors if not tensor["updates"]]
-    rescaled = [tensor for tensor in tensors if tensor["action"] == "rescale"]
-    if rescaled:
-        terminal.line()
-        terminal.heading(f"{plural(len(rescaled), 'tensor')} with the scales of what changes")
-        _show_unchanged(rescaled, terminal)
-    unchanged = [
-        tensor for tensor in tensors if not tensor["updates"] and tensor["action"] != "rescale"
-    ]
-    if unchanged:
-        terminal.line()
-        terminal.heading(f"{plural(len(unchanged), 'tensor')} no adapter changes")
-        _show_unchanged(unchanged, terminal)
+    for heading, actions in BESIDE_UPDATES.items():
+        group = [tensor for tensor in tensors if tensor["action"] in actions]
+        if group:
+            terminal.line()
+            terminal.heading(f"{plural(len(group), 'tensor')} {heading}")
+            _show_others(group, terminal)
     for note in plan["notes"]:
         terminal.line(f"note: {note}")
 
@@ -68,7 +69,7 @@ def show_coverage(coverage: Coverage, terminal: Terminal, *, fields: bool) -> No
 def _facts(plan: PlanDescription, tensor_count: int) -> dict[str, str]:
     facts = {
         "strategy": plan["strategy"],
-        "tensors": f"{plan['tensors_merged']:,} of {tensor_count:,} change",
+        "tensors": f"{_changed_count(plan):,} of {tensor_count:,} change",
         "parameters": count_text(plan["total_parameters"]),
         "dtype": dtype_text(plan["dtype"]),
         "to write": bytes_text(plan["bytes_to_write"]),
@@ -80,6 +81,10 @@ def _facts(plan: PlanDescription, tensor_count: int) -> dict[str, str]:
     if plan["left_out"]:
         facts["left out"] = ", ".join(plan["left_out"])
     return facts
+
+
+def _changed_count(plan: PlanDescription) -> int:
+    return plan["tensors_merged"] + plan["tensors_replaced"] + plan["tensors_repeated"]
 
 
 def _show_changes(
@@ -114,7 +119,7 @@ def _how(update: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _show_unchanged(tensors: Sequence[TensorDescription], terminal: Terminal) -> None:
+def _show_others(tensors: Sequence[TensorDescription], terminal: Terminal) -> None:
     def dtype(tensor: TensorDescription) -> str:
         if tensor["dtype"] == tensor["output_dtype"]:
             return str(tensor["dtype"])

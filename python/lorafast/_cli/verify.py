@@ -71,6 +71,9 @@ def show(outcome: lorafast.Verification, terminal: Terminal) -> None:
             terminal.problem(f"  {problem}")
         if len(outcome.problems) > SHOWN:
             terminal.problem(f"  and {len(outcome.problems) - SHOWN} more")
+    compared = f"{outcome.tensors_copied:,} tensors that no adapter changes"
+    if outcome.tensors_replaced:
+        compared += f", {outcome.tensors_replaced:,} that are replaced"
     lost = f"{outcome.lost:.2%} of the change; {outcome.unmoved:.2%} of the weights did not move"
     if len(outcome.adapters) > 1:
         shares = (f"{entry['adapter']} {entry['lost']:.2%}" for entry in outcome.adapters)
@@ -79,7 +82,7 @@ def show(outcome: lorafast.Verification, terminal: Terminal) -> None:
         {
             "computed again": f"{outcome.tensors_merged:,} tensors, "
             f"{outcome.rows_exact:,} of their rows in float64 as well",
-            "compared": f"{outcome.tensors_copied:,} tensors that no adapter changes",
+            "compared": compared,
             "weights in all": count_text(outcome.elements),
             "lost to rounding": lost,
         }

@@ -121,6 +121,9 @@ class MergePlan(Result):
         base: path of the base.
         adapters: paths of the adapters, in order.
         tensors_merged: tensors that adapters change.
+        tensors_replaced: tensors that an adapter brings whole, in the base's place or anew.
+        tensors_repeated: tensors in whose place another one of the base stands, as in a repeated
+            layer.
         tensors_copied: tensors that are carried over byte for byte.
         tensors_cast: tensors that are only converted to the output's dtype.
         total_parameters: elements of all tensors.
@@ -139,6 +142,8 @@ class MergePlan(Result):
         self.base: str = self._description["base"]
         self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
         self.tensors_merged: int = self._description["tensors_merged"]
+        self.tensors_replaced: int = self._description["tensors_replaced"]
+        self.tensors_repeated: int = self._description["tensors_repeated"]
         self.tensors_copied: int = self._description["tensors_copied"]
         self.tensors_cast: int = self._description["tensors_cast"]
         self.total_parameters: int = self._description["total_parameters"]
@@ -171,7 +176,8 @@ class MergePlan(Result):
         adapters = len(self.adapters)
         return (
             f"<MergePlan: {adapters} adapter{'s' * (adapters != 1)} into {self.base}; "
-            f"{self.tensors_merged} tensors change, {self.tensors_copied} are copied, "
+            f"{self.tensors_merged + self.tensors_replaced + self.tensors_repeated} tensors "
+            f"change, {self.tensors_copied} are copied, "
             f"{self.tensors_cast} cast; {self.bytes_to_write / 1e9:.2f} GB to write>"
         )
 
@@ -352,6 +358,8 @@ class MergePlan(Result):
             total_parameters=self.total_parameters,
             model_size_mb=summary["bytes_written"] / 2**20,
             tensors_merged=self.tensors_merged,
+            tensors_replaced=self.tensors_replaced,
+            tensors_repeated=self.tensors_repeated,
             tensors_copied=self.tensors_copied,
             tensors_cast=self.tensors_cast,
             bytes_written=summary["bytes_written"],

@@ -64,9 +64,13 @@ class PlannedTensor(NamedTuple):
         dtype: how the base stores it, as in a safetensors header.
         output_dtype: how it is written.
         shard: the file that it is written to.
-        action: merge, copy, cast, or rescale (new scales of a quantised tensor).
+        action: merge; replace (an adapter's tensor stands in its place, or is new); repeat (another
+            tensor of the base stands there); copy; cast; or rescale (new scales of a quantised
+            tensor).
         updates: what adapters do to it, in order.
         quantised: the scheme, where it is quantised and does not stay as it is.
+        adapter: the position of the adapter whose tensor replaces it.
+        origin: the name of what stands in its place, where that is another.
     """
 
     name: str
@@ -77,6 +81,8 @@ class PlannedTensor(NamedTuple):
     action: str
     updates: tuple[Update, ...]
     quantised: str | None = None
+    adapter: int | None = None
+    origin: str | None = None
 
 
 def planned_tensor(plain: _core.TensorDescription) -> PlannedTensor:
@@ -90,6 +96,8 @@ def planned_tensor(plain: _core.TensorDescription) -> PlannedTensor:
         plain["action"],
         tuple(map(_update, plain["updates"])),
         plain.get("quantised"),
+        plain.get("adapter"),
+        plain.get("origin"),
     )
 
 

@@ -77,6 +77,8 @@ class _MergeReportFields(NamedTuple):
     total_parameters: int
     model_size_mb: float
     tensors_merged: int
+    tensors_replaced: int
+    tensors_repeated: int
     tensors_copied: int
     tensors_cast: int
     bytes_written: int
@@ -110,7 +112,10 @@ class MergeReport(_MergeReportFields, OutputReport):
         device: what made the products: cpu, a CUDA device, or torch:cpu.
         total_parameters: elements of all tensors of the output.
         model_size_mb: size of the output's shards in MiB (2²⁰ bytes).
-        tensors_merged: tensors that adapters changed.
+        tensors_merged: tensors to which adapters' updates were added.
+        tensors_replaced: tensors that an adapter brought whole, in the base's place or anew.
+        tensors_repeated: tensors in whose place another one of the base stands, as in a repeated
+            layer.
         tensors_copied: tensors carried over byte for byte.
         tensors_cast: tensors only converted to another dtype.
         bytes_written: bytes of the output's shards.

@@ -24,7 +24,9 @@ class Verification(Result):
         problems: what is wrong, in the order of the checkpoint; each names a tensor or a file and
             says how it differs. Empty means proved.
         warnings: what is odd but not wrong, such as a change that rounding mostly took away.
-        tensors_copied: tensors compared byte for byte with the base.
+        tensors_copied: tensors compared with the base's, byte for byte or converted.
+        tensors_replaced: tensors compared with what an adapter, or another tensor of the base, puts
+            in their place.
         tensors_merged: tensors computed again.
         rows_exact: rows of them computed again in float64.
         elements: elements compared in all.
@@ -40,6 +42,7 @@ class Verification(Result):
     problems: list[str]
     warnings: list[str]
     tensors_copied: int
+    tensors_replaced: int
     tensors_merged: int
     rows_exact: int
     elements: int
@@ -66,7 +69,7 @@ class Verification(Result):
         verdict = "ok" if self.ok else f"{len(self.problems)} problems: {self.problems[0]}"
         return (
             f"<Verification: {verdict}; {self.tensors_merged} tensors computed again, "
-            f"{self.tensors_copied} compared>"
+            f"{self.tensors_copied + self.tensors_replaced} compared>"
         )
 
 

@@ -31,8 +31,16 @@ def merge_page(report: MergeReport) -> str:
         f"{cell(report.instruction_set)})",
         "Parameters": f"{report.total_parameters:,}",
         "Size": f"{report.model_size_mb:,.1f} MiB",
-        "Tensors": f"{report.tensors_merged} merged, {report.tensors_copied} copied, "
-        f"{report.tensors_cast} cast",
+        "Tensors": ", ".join(
+            f"{count} {what}"
+            for what, count in {
+                "merged": report.tensors_merged,
+                "replaced": report.tensors_replaced,
+                "repeated": report.tensors_repeated,
+                "copied": report.tensors_copied,
+                "cast": report.tensors_cast,
+            }.items()
+        ),
         "Time": f"{report.merge_time:.2f} s ({rate:.2f} GB/s)",
         "lorafast": cell(report.versions["lorafast"]),
     }

@@ -44,8 +44,8 @@ fn names_fit_with_a_prefix_on_either_side() {
     let root = directory.path();
     base(root, &[("h.0.q.weight", [4, 6]), ("h.1.q.weight", [4, 6]), ("x.weight", [4, 6])], "");
     let whole = plan(root, &[("h.0.q", 4, 6), ("h.1.q", 4, 6)], "").expect("fits");
-    assert_eq!(whole.count("merge"), 2);
-    assert_eq!(whole.count("copy"), 1);
+    assert_eq!(whole.count(PlannedChange::Merge), 2);
+    assert_eq!(whole.count(PlannedChange::Copy), 1);
     assert!(whole.notes.is_empty());
     let inner = plan(root, &[("model.h.0.q", 4, 6), ("model.h.1.q", 4, 6)], "").expect("fits");
     assert_eq!(merged(&inner), merged(&whole));
@@ -54,7 +54,7 @@ fn names_fit_with_a_prefix_on_either_side() {
     let names = [("model.h.0.q.weight", [4, 6]), ("model.h.1.q.weight", [4, 6])];
     base(root, &names, "");
     let outer = plan(root, &[("h.0.q", 4, 6), ("h.1.q", 4, 6)], "").expect("fits");
-    assert_eq!(outer.count("merge"), 2);
+    assert_eq!(outer.count(PlannedChange::Merge), 2);
     assert!(outer.notes[0].contains(r#"the base's names begin with "model.""#));
 }
 
@@ -229,7 +229,14 @@ fn new_sizes_make_a_new_layout_and_the_old_one_is_kept_to_the_byte() {
     let options = Options { dtype: Some(Dtype::Bf16), ..plain() };
     let cast = Plan::new(&inputs, options).expect("fits");
     assert_eq!(cast.tensor_bytes(), 6 + 48);
-    assert_eq!((cast.count("cast"), cast.count("merge"), cast.count("copy")), (1, 1, 0));
+    assert_eq!(
+        (
+            cast.count(PlannedChange::Cast),
+            cast.count(PlannedChange::Merge),
+            cast.count(PlannedChange::Copy)
+        ),
+        (1, 1, 0)
+    );
     assert_eq!(cast.bytes(), cast.shards[0].header.len() as u64 + 54);
 }
 

@@ -49,7 +49,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// The word for it in listings.
+    /// The word for it.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Copy => "copy",
@@ -58,6 +58,24 @@ impl Action {
             Self::Rescale => "rescale",
         }
     }
+}
+
+/// What becomes of a tensor of the base, as plans and reports tell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlannedChange {
+    /// It is the base's, byte for byte.
+    Copy,
+    /// It is the base's in another type.
+    Cast,
+    /// Adapters' updates are added to it.
+    Merge,
+    /// An adapter's tensor stands in its place, or one that the base does not have.
+    Replace,
+    /// Another tensor of the base stands in its place: a repeated layer, or a head that was tied.
+    Repeat,
+    /// It holds the scales of a quantised weight that changes.
+    Rescale,
 }
 
 /// Where a tensor's W₀ comes from.
@@ -122,6 +140,18 @@ impl PlannedTensor {
         let extent = |dimensions: &[u64]| dimensions.iter().product::<u64>() as usize;
         let split = leading.min(shape.len());
         (extent(&shape[..split]), extent(&shape[split..]))
+    }
+
+    /// What becomes of it: what is written in the place of the base's tensor of that name.
+    pub fn change(&self) -> PlannedChange {
+        match (&self.action, self.origin) {
+            (Action::Merge(_), _) => PlannedChange::Merge,
+            (Action::Rescale, _) => PlannedChange::Rescale,
+            (_, Origin::Adapter(_)) => PlannedChange::Replace,
+            _ if self.name != self.source.name => PlannedChange::Repeat,
+            (Action::Copy, _) => PlannedChange::Copy,
+            (Action::Cast, _) => PlannedChange::Cast,
+        }
     }
 
     /// Its updates, if it is merged.
@@ -238,8 +268,8 @@ impl Plan {
         self.tensors().map(|(_, tensor)| tensor.source.elements()).sum()
     }
 
-    /// How many tensors meet an action of that name.
-    pub fn count(&self, action: &str) -> usize {
-        self.tensors().filter(|(_, tensor)| tensor.action.name() == action).count()
+    /// Of how many tensors that becomes.
+    pub fn count(&self, change: PlannedChange) -> usize {
+        self.tensors().filter(|(_, tensor)| tensor.change() == change).count()
     }
 }

@@ -12,7 +12,7 @@ use crate::checkpoint::quantized::{Quantized, QuantizedWeights, Scales};
 use crate::error::Result;
 use crate::execute::queue;
 use crate::execute::requantize::{Finished, Requantizing};
-use crate::plan::{Origin, PlannedTensor, dequantized_plan};
+use crate::plan::{Action, Origin, PlannedTensor, dequantized_plan};
 
 /// By how much a stored scale may be less than the right one, or more than a power of two above it:
 /// scales in 16 bits are rounded.
@@ -39,7 +39,7 @@ pub(super) fn as_written(
         return merged.tensor(name).map(|_| planned.clone());
     }
     // Text, in which a number can have more digits.
-    if planned.action.name() == "rescale" && planned.name.contains(STATE) {
+    if matches!(planned.action, Action::Rescale) && planned.name.contains(STATE) {
         let mut planned = planned.clone();
         if let Some(stored) = merged.tensor(name) {
             planned.source.shape.clone_from(&stored.shape);

@@ -223,7 +223,7 @@ mod tests {
     use super::*;
     use crate::execute;
     use crate::fixtures::{open, plain, ramp, write, write_adapter};
-    use crate::plan::Options;
+    use crate::plan::{Options, PlannedChange};
 
     const ROWS: u64 = 30;
     const COLUMNS: u64 = 44;
@@ -279,12 +279,12 @@ mod tests {
         let adapter = write_adapter(&root.join("adapter"), &[("a", ROWS, COLUMNS)], "");
         let inputs = open(&root.join("base"), &[adapter]);
         let plan = Plan::new(&inputs, plain()).expect("fits");
-        assert_eq!((plan.count("merge"), plan.count("copy")), (1, 0));
+        assert_eq!((plan.count(PlannedChange::Merge), plan.count(PlannedChange::Copy)), (1, 0));
         let alone = plan.of_base_alone(&inputs, None).expect("floats");
-        assert_eq!((alone.count("merge"), alone.count("copy")), (0, 1));
+        assert_eq!((alone.count(PlannedChange::Merge), alone.count(PlannedChange::Copy)), (0, 1));
         let wide = plan.of_base_alone(&inputs, Some(Dtype::F16)).expect("floats");
         assert_eq!(
-            (wide.count("cast"), wide.config_changes.dtype.as_deref()),
+            (wide.count(PlannedChange::Cast), wide.config_changes.dtype.as_deref()),
             (1, Some("float16"))
         );
     }
