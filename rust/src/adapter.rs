@@ -10,6 +10,7 @@ pub mod format;
 pub mod formats;
 pub mod grammar;
 pub mod semantics;
+pub mod zero;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local::Stamp;
 use crate::tensor::safetensors::{Tensor, TensorFile, check_path};
 use factors::Pair;
+use zero::ZeroCause;
 
 /// What kind of layer a module is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,13 +150,12 @@ impl Module {
         tensors
     }
 
-    /// Whether it changes nothing, because its product is zero.
+    /// Why it changes nothing, if it does: its scaling · B · A is zero.
     ///
     /// # Errors
     /// As [`Module::pair`].
-    pub fn is_zero(&self) -> Result<bool> {
-        // DoRA's magnitude can have been trained beside a B that stayed zero.
-        Ok(self.magnitude.is_none() && self.delta.is_zero()?)
+    pub fn zero_cause(&self) -> Result<Option<ZeroCause>> {
+        zero::cause(self)
     }
 }
 

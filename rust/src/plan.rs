@@ -16,7 +16,7 @@ mod value;
 
 use std::sync::Arc;
 
-use crate::adapter::{Adapter, grammar};
+use crate::adapter::{Adapter, grammar, zero};
 use crate::error::{Error, Result, shorten_all};
 use crate::parallel::task::Task;
 
@@ -105,9 +105,16 @@ impl Plan {
             config_changes.layers = Some(replication.clone());
         }
         let mut warnings = inputs.base.warnings().to_vec();
-        for adapter in &inputs.adapters {
-            warnings.extend(untrained(adapter)?);
+        let mut zero_updates = Vec::new();
+        for (adapter, weight) in inputs.adapters.iter().zip(&weights) {
+            if *weight == 0.0 {
+                let path = adapter.path().display();
+                zero_updates.push(format!("{path}: its weight is 0, so that it changes nothing"));
+            }
+            zero_updates.extend(zero::warnings(adapter)?);
         }
+        shorten_all(zero_updates.iter_mut());
+        warnings.extend(zero_updates.iter().cloned());
         warnings.extend(of_adapters);
         shorten_all(warnings.iter_mut().chain(&mut notes));
         let ignored = std::mem::take(&mut draft.ignored);
@@ -115,7 +122,16 @@ impl Plan {
         let shards = layout::plan_shards(inputs, &options, draft, &context.quantized);
         task.check()?;
         let coverage = coverage::resolve(inputs, &options.allow, &shards, &ignored);
-        Ok(Self { options, weights, shards, config_changes, warnings, notes, coverage })
+        Ok(Self {
+            options,
+            weights,
+            shards,
+            config_changes,
+            warnings,
+            zero_updates,
+            notes,
+            coverage,
+        })
     }
 }
 
@@ -148,25 +164,6 @@ fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
         message.push_str(&format!("\n{}: {}", path.display(), obstacles.join("; ")));
     }
     Err(Error::unsupported(path, message))
-}
-
-/// A warning if some of an adapter's products are zero because B never moved from its start.
-fn untrained(adapter: &Adapter) -> Result<Option<String>> {
-    let (mut first, mut count) = (None, 0);
-    for module in adapter.modules().values() {
-        if module.is_zero()? {
-            first.get_or_insert(&module.path);
-            count += 1;
-        }
-    }
-    Ok(first.map(|first| {
-        format!(
-            "{}: lora_B is all zero in {count} of {} modules (the first: {first}); \
-             they were never trained and change nothing",
-            adapter.path().display(),
-            adapter.modules().len()
-        )
-    }))
 }
 
 #[cfg(test)]

@@ -197,6 +197,7 @@ pub fn verify(
         Err(error) => return Err(error),
     };
     outcome.warnings.extend_from_slice(merged.warnings());
+    outcome.warnings.extend_from_slice(&plan.zero_updates);
     let quantized = QuantizedWeights::of(&inputs.base);
     let (jobs, known) = matching::match_up(plan, &quantized, &merged, &mut outcome, task)?;
     consistency::check(inputs, plan, &merged, &known, &mut outcome)?;

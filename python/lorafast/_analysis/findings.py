@@ -183,14 +183,14 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
     if finite and not alive:
         if any(module.scaling != 0 for module in finite.values()):
             reason = (
-                "Every update is zero, as before the first step of training (B is all zero); "
-                "merging it changes nothing."
+                "Every update is zero, as before the first step of training; merging it changes "
+                "nothing."
             )
             yield Finding("critical", "untrained", None, 0.0, reason)
         return
     for path, module in finite.items():
         if module.frobenius_norm == 0 and module.scaling != 0:
-            reason = "The update is zero (a factor is all zero): the module was never trained."
+            reason = "The update s·B·A is zero: merging the module changes nothing."
             yield Finding("warning", "zero_update", path, 0.0, reason)
     for path, module in finite.items():
         if module.relative_norm is not None and module.relative_norm > OVERWHELMING_RELATIVE_NORM:

@@ -4,7 +4,7 @@
 //! executors, measurements and similarities see the [`Pair`] that a delta expands to.
 
 use std::fmt::Debug;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -49,15 +49,6 @@ pub trait Delta: Debug + Send + Sync {
     fn holds_experts(&self) -> bool {
         false
     }
-
-    /// Whether the product is zero because a factor never moved from its start. Where that is not
-    /// plain to see, it is not.
-    ///
-    /// # Errors
-    /// As [`Delta::pair`].
-    fn is_zero(&self) -> Result<bool> {
-        Ok(false)
-    }
 }
 
 /// One of the experts whose factors a module holds together, as PEFT's `target_parameters` do:
@@ -68,28 +59,4 @@ pub struct Expert {
     pub index: u64,
     /// Of how many.
     pub count: u64,
-}
-
-/// Whether every element of a tensor is zero.
-///
-/// # Errors
-/// [`crate::Error::Adapter`] if the file changed meanwhile, [`crate::Error::Io`].
-pub(super) fn is_all_zero(tensor: &Tensor) -> Result<bool> {
-    let size = tensor.dtype.size();
-    // Zero but for the sign, which is the highest bit of the last byte.
-    let is_zero = |element: &[u8]| {
-        element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
-    };
-    // One of the first elements nearly always tells.
-    let mut beginning = [0; 64];
-    let beginning = &mut beginning[..tensor.bytes().min(64) as usize];
-    tensor.read_into(0, beginning)?;
-    let mut all_zero = beginning.chunks_exact(size).all(is_zero);
-    if all_zero {
-        tensor.for_each_chunk(&mut |_, bytes| {
-            all_zero = bytes.chunks_exact(size).all(is_zero);
-            if all_zero { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-        })?;
-    }
-    Ok(all_zero)
 }

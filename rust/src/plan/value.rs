@@ -241,6 +241,8 @@ pub struct Plan {
     pub config_changes: ConfigChanges,
     /// What a careful person would want to know before using the result.
     pub warnings: Vec<String>,
+    /// Those of the warnings that are of updates of nothing.
+    pub zero_updates: Vec<String>,
     /// How the adapters were made to fit, where it was not plain.
     pub notes: Vec<String>,
     /// What becomes of every config field and every tensor of each adapter.

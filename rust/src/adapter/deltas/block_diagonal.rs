@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::adapter::delta::{Delta, Expert, is_all_zero};
+use crate::adapter::delta::{Delta, Expert};
 use crate::adapter::factors::Pair;
 use crate::error::Result;
 use crate::tensor::dtype::Dtype;
@@ -57,10 +57,6 @@ impl Delta for BlockDiagonal {
             Some(rows) => pair.outputs(rows.start as usize..rows.end as usize),
             None => pair,
         })
-    }
-
-    fn is_zero(&self) -> Result<bool> {
-        is_all_zero(&self.b)
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::adapter::delta::{Delta, Expert, is_all_zero};
+use crate::adapter::delta::{Delta, Expert};
 use crate::adapter::factors::Pair;
 use crate::error::Result;
 use crate::tensor::safetensors::Tensor;
@@ -98,9 +98,5 @@ impl Delta for Experts {
 
     fn holds_experts(&self) -> bool {
         true
-    }
-
-    fn is_zero(&self) -> Result<bool> {
-        is_all_zero(&self.b)
     }
 }

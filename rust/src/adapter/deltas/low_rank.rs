@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::adapter::delta::{Delta, Expert, is_all_zero};
+use crate::adapter::delta::{Delta, Expert};
 use crate::adapter::factors::Pair;
 use crate::error::Result;
 use crate::kernel::convert::widen_f64;
@@ -64,9 +64,5 @@ impl Delta for LowRank {
 
     fn is_low_rank(&self) -> bool {
         true
-    }
-
-    fn is_zero(&self) -> Result<bool> {
-        is_all_zero(&self.b)
     }
 }

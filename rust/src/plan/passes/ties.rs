@@ -214,7 +214,9 @@ fn effective<'c>(inputs: &Inputs, change: &'c TensorChange) -> Result<Vec<&'c Up
     let mut effective = Vec::new();
     for update in &change.updates {
         let adapter = &inputs.adapters[update.adapter];
-        if update.kind != UpdateKind::LowRank || !adapter.modules()[&update.module].is_zero()? {
+        if update.kind != UpdateKind::LowRank
+            || adapter.modules()[&update.module].zero_cause()?.is_none()
+        {
             effective.push(update);
         }
     }

@@ -41,7 +41,9 @@ impl Plan {
         options.dtype = dtype;
         let shards = layout::plan_shards(inputs, &options, PlanDraft::default(), &quantized);
         let warnings = inputs.base.warnings().to_vec();
-        Ok(Self { options, shards, config_changes, warnings, notes: Vec::new(), ..self.clone() })
+        let zero_updates = Vec::new();
+        let notes = Vec::new();
+        Ok(Self { options, shards, config_changes, warnings, zero_updates, notes, ..self.clone() })
     }
 }
 

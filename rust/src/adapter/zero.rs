@@ -1,0 +1,176 @@
+//! Updates of nothing: modules whose s·B·A is zero, and why.
+
+use std::ops::ControlFlow;
+
+use indexmap::IndexMap;
+
+use super::{Adapter, Module};
+use crate::error::Result;
+use crate::kernel::convert::widen_f64;
+use crate::tensor::safetensors::Tensor;
+
+/// Why an update is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ZeroCause {
+    /// Its scale is.
+    Scale,
+    /// A tensor that is a factor of it is; which, in words.
+    Tensor(&'static str),
+    /// No tensor is, but their product.
+    Product,
+}
+
+impl ZeroCause {
+    /// What is zero, to end the sentence "… in 3 of 4 modules".
+    pub fn describe(self) -> String {
+        match self {
+            Self::Scale => "the scale is 0".to_owned(),
+            Self::Tensor("the second factor") => "the second factor (B) is all zero".to_owned(),
+            Self::Tensor("the first factor") => "the first factor (A) is all zero".to_owned(),
+            Self::Tensor(what) => format!("{what} is all zero"),
+            Self::Product => "the product of the factors is zero, though neither is,".to_owned(),
+        }
+    }
+}
+
+/// Columns of A of which products are looked at.
+const COLUMNS: u64 = 8;
+/// Rows of B among which one is looked for that is not zero.
+const ROWS: u64 = 16;
+/// Multiples and increments of the generator of the vectors that a product is applied to: Knuth's.
+const MULTIPLIER: u64 = 6_364_136_223_846_793_005;
+const INCREMENT: u64 = 1_442_695_040_888_963_407;
+
+/// Why a module's update is zero; `None` where it is not. What a DoRA magnitude or a bias does beside
+/// the product is no update of nothing.
+///
+/// # Errors
+/// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`].
+pub fn cause(module: &Module) -> Result<Option<ZeroCause>> {
+    if module.magnitude.is_some() {
+        return Ok(None);
+    }
+    if let Some(bias) = &module.bias
+        && !is_all_zero(bias)?
+    {
+        return Ok(None);
+    }
+    if module.scaling == 0.0 {
+        return Ok(Some(ZeroCause::Scale));
+    }
+    for (what, tensor) in module.product_tensors() {
+        if is_all_zero(tensor)? {
+            return Ok(Some(ZeroCause::Tensor(what)));
+        }
+    }
+    // Other forms are read whole where they are merged, and not before.
+    match module.delta.plain() {
+        Some((a, b)) if !tells(a, b)? && is_zero_product(module)? => Ok(Some(ZeroCause::Product)),
+        _ => Ok(None),
+    }
+}
+
+/// What a person should know of an adapter's updates that are zero.
+///
+/// # Errors
+/// As [`cause`].
+pub fn warnings(adapter: &Adapter) -> Result<Vec<String>> {
+    let mut causes = IndexMap::<ZeroCause, Vec<&str>>::new();
+    for module in adapter.modules().values() {
+        if let Some(cause) = cause(module)? {
+            causes.entry(cause).or_default().push(&module.path);
+        }
+    }
+    let warning = |(cause, paths): (ZeroCause, Vec<&str>)| {
+        // As before the first step of training.
+        let untrained = cause == ZeroCause::Tensor("the second factor");
+        format!(
+            "{}: {} in {} of {} modules (the first: {}); they {}change nothing",
+            adapter.path().display(),
+            cause.describe(),
+            paths.len(),
+            adapter.modules().len(),
+            paths[0],
+            if untrained { "were never trained and " } else { "" }
+        )
+    };
+    Ok(causes.into_iter().map(warning).collect())
+}
+
+/// Whether a few elements of the product tell already that it is not zero, as they nearly always do.
+fn tells(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let (rank, inputs) = (a.shape[0], a.shape[1..].iter().product::<u64>());
+    let rows = b.read_rows(rank, &(0..b.shape[0].min(ROWS)))?;
+    let rows = widen_f64(&b.dtype, &rows);
+    let mut rows = rows.chunks_exact(rank as usize);
+    let Some(row) = rows.find(|row| row.iter().any(|value| *value != 0.0)) else {
+        return Ok(false);
+    };
+    let size = a.dtype.size() as u64;
+    let mut beginning = vec![0; (inputs.min(COLUMNS) * size) as usize];
+    let mut sums = vec![(0.0, 0.0); inputs.min(COLUMNS) as usize];
+    for (k, factor) in row.iter().enumerate().filter(|(_, factor)| **factor != 0.0) {
+        a.read_into(k as u64 * inputs * size, &mut beginning)?;
+        let values = widen_f64(&a.dtype, &beginning);
+        for ((sum, bound), value) in sums.iter_mut().zip(values) {
+            *sum += factor * value;
+            *bound += f64::abs(factor * value);
+        }
+    }
+    Ok(sums.iter().any(|(sum, bound)| is_beyond_rounding(*sum, rank as usize, *bound)))
+}
+
+/// Whether the product takes vectors of random numbers to zero.
+fn is_zero_product(module: &Module) -> Result<bool> {
+    let pair = module.pair(None, None, None)?;
+    let (a, b) = (widen_f64(&pair.a_dtype, &pair.a), widen_f64(&pair.b_dtype, &pair.b));
+    let mut state = 1u64;
+    let mut random = || {
+        state = state.wrapping_mul(MULTIPLIER).wrapping_add(INCREMENT);
+        (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    };
+    for _ in 0..2 {
+        let vector: Vec<f64> = (0..pair.inputs).map(|_| random()).collect();
+        let dot = |row: &[f64]| row.iter().zip(&vector).map(|(x, y)| x * y).sum::<f64>();
+        let size = |row: &[f64]| row.iter().zip(&vector).map(|(x, y)| (x * y).abs()).sum::<f64>();
+        let middle: Vec<(f64, f64)> =
+            a.chunks_exact(pair.inputs).map(|row| (dot(row), size(row))).collect();
+        for row in b.chunks_exact(pair.rank) {
+            let terms = row.iter().zip(&middle);
+            let (sum, bound) = terms.fold((0.0, 0.0), |(sum, bound), (x, (value, size))| {
+                (sum + x * value, bound + (x * size).abs())
+            });
+            if is_beyond_rounding(sum, pair.inputs + pair.rank, bound) {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a sum of so many terms, whose sizes add up to `bound`, is more than rounding may have made
+/// of zero (Higham, "Accuracy and Stability of Numerical Algorithms", §3.1), or no number.
+fn is_beyond_rounding(sum: f64, terms: usize, bound: f64) -> bool {
+    sum.is_nan() || f64::abs(sum) > terms as f64 * f64::EPSILON * bound
+}
+
+/// Whether every element of a tensor is zero.
+fn is_all_zero(tensor: &Tensor) -> Result<bool> {
+    let size = tensor.dtype.size();
+    // Zero but for the sign, which is the highest bit of the last byte.
+    let is_zero = |element: &[u8]| {
+        element[size - 1] & 0x7f == 0 && element[..size - 1].iter().all(|byte| *byte == 0)
+    };
+    // One of the first elements nearly always tells.
+    let mut beginning = [0; 64];
+    let beginning = &mut beginning[..tensor.bytes().min(64) as usize];
+    tensor.read_into(0, beginning)?;
+    let mut all_zero = beginning.chunks_exact(size).all(is_zero);
+    if all_zero {
+        tensor.for_each_chunk(&mut |_, bytes| {
+            all_zero = bytes.chunks_exact(size).all(is_zero);
+            if all_zero { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+    }
+    Ok(all_zero)
+}
