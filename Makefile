@@ -61,7 +61,7 @@ TRUST := KILLS=200 KILL_CALLS=1000 KILL_SUBTRACTIONS=1000 FAILING_CALLS=2000 FUL
   FUZZED_FILES=100000 MANY_MERGES=10000
 
 .PHONY: trust
-trust: $(VENV)/installed-test ## attack merges with kills, failing calls and hostile files; takes half an hour
+trust: $(VENV)/installed-test ## attack merges with kills, failing calls and hostile files; takes a quarter of an hour
 	env $(addprefix LORAFAST_TRUST_,$(TRUST)) $(BIN)/python -m pytest tests/trust
 
 .PHONY: clean
