@@ -151,7 +151,7 @@ class Operands(TypedDict):
     products: list[Product]
     #: Little-endian float64.
     magnitude: bytes | None
-    own: tuple[str, bytes] | None
+    base_override: tuple[str, bytes] | None
 
 @type_check_only
 class WrittenShard(TypedDict):

@@ -64,9 +64,9 @@ def building_bytes(
             total += (SPLIT_ELEMENT if split else 2 * wide) * product["rank"] * extents
             total += PADDING * extents if split else 0
             largest = max(largest, product["rank"] * product["outputs"])
-        if update["own"] is not None:
+        if update["base_override"] is not None:
             # Read in a type of two bytes at least.
-            total += wide * (len(update["own"][1]) // 2)
+            total += wide * (len(update["base_override"][1]) // 2)
         if update["kind"] == "dora":
             # Norms, and what gains are made of.
             total += 3 * len(update["magnitude"])

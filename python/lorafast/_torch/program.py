@@ -106,8 +106,8 @@ class Program:
             stage.sums.append(self._sum(update, rows, weight))
             return
         own = None
-        if update["own"] is not None:
-            name, content = update["own"]
+        if update["base_override"] is not None:
+            name, content = update["base_override"]
             values = _tensor(content, name).reshape(rows[1] - rows[0], -1)
             own = values.to(self.device, self.wide)
         products = magnitude = None

@@ -66,7 +66,8 @@ fn update_entry<'py>(py: Python<'py>, update: &Operands) -> PyResult<Bound<'py, 
         PyBytes::new(py, &bytes)
     });
     entry.set_item("magnitude", magnitude)?;
-    let own = update.own.as_ref().map(|(dtype, bytes)| (dtype.name(), PyBytes::new(py, bytes)));
-    entry.set_item("own", own)?;
+    let base_override = update.base_override.as_ref();
+    let base_override = base_override.map(|(dtype, bytes)| (dtype.name(), PyBytes::new(py, bytes)));
+    entry.set_item("base_override", base_override)?;
     Ok(entry)
 }

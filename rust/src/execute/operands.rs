@@ -141,7 +141,7 @@ pub struct Operands {
     /// DoRA's magnitudes of the outputs, in f64.
     pub magnitude: Option<Vec<f64>>,
     /// The adapter's own values on those rows, where they override what it is made from.
-    pub own: Option<(Dtype, Vec<u8>)>,
+    pub base_override: Option<(Dtype, Vec<u8>)>,
 }
 
 /// The updates of a merged tensor, in their order. `weight` is all of W₀ in f64, row after row, for
@@ -181,7 +181,7 @@ pub fn operands(
         let rows =
             row_range.map_or(0..rows, |row_range| row_range.start as usize..row_range.end as usize);
         let replacement = (update.kind == UpdateKind::Replace).then_some(&update.module);
-        let own = replacement.or(update.base_override.as_ref()).map(|name| {
+        let base_override = replacement.or(update.base_override.as_ref()).map(|name| {
             let tensor = adapter.tensor(name).expect("planned from this tensor");
             let first = update.slice.outputs.as_ref().map_or(0, |rows| rows.start as usize);
             let row = columns * tensor.dtype.size();
@@ -197,7 +197,7 @@ pub fn operands(
             transposed: update.transposed,
             products,
             magnitude: is_dora.then(|| tile::magnitude(adapter, update)).transpose()?,
-            own: own.transpose()?,
+            base_override: base_override.transpose()?,
         });
         // Whoever computes elsewhere never looks at the file; what he was given is of one state.
         adapter.file().check_unchanged()?;
