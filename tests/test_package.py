@@ -282,7 +282,7 @@ def test_signatures_are_the_documented_ones() -> None:
     ]
     assert all(p.kind is p.KEYWORD_ONLY for p in list(merge.values())[3:])
     defaults = {
-        "strategy": "sequential",
+        "strategy": None,
         "weights": None,
         "dtype": "auto",
         "device": "cpu",

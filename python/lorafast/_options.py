@@ -38,6 +38,8 @@ class Flag(NamedTuple):
     """What the help of some verbs says instead."""
     name: str | None = None
     """What the flag is called, where the option's name is not used."""
+    short: str | None = None
+    """Its letter, if it has one."""
     older_name: str | None = None
     """A flag that the command understands as well and does not show."""
     unit: int | None = None

@@ -54,7 +54,9 @@ def check_flags(
             continue
         action, flag = shown[option.name], option.flag
         name = flag.name or option.name.replace("_", "-")
-        assert action.option_strings == [f"--no-{name}" if option.default is True else f"--{name}"]
+        letter = [f"-{flag.short}"] if flag.short else []
+        long = f"--no-{name}" if option.default is True else f"--{name}"
+        assert action.option_strings == [*letter, long]
         default = [] if option.default == () else option.default
         assert action.default == (default if flag.unit is None else default // flag.unit)
         assert action.help == option.help

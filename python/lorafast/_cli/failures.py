@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 MAX_PROBLEMS = 3
 
 
-def print_error(error: Exception) -> None:
-    """Print `error: …` on stderr."""
+def print_error(error: Exception, *, as_json: bool = False) -> None:
+    """Print `error: …` on stderr; and on stdout, as JSON, what whoever asked for JSON can read."""
     print("error:", printable(sentence(error)), file=sys.stderr)
+    if as_json:
+        import json
+
+        problems: list[str] = getattr(error, "problems", [])
+        plain = {"kind": type(error).__name__, "message": str(error), "problems": problems}
+        print(json.dumps({"error": plain}, indent=2))
 
 
 def sentence(error: Exception) -> str:

@@ -84,7 +84,7 @@ def _guarded(argv: Sequence[str] | None) -> int:
             return _stopped(behind)
         if not _is_for_the_user(error):
             raise
-        print_error(error)
+        print_error(error, as_json="--json" in (sys.argv[1:] if argv is None else argv))
         return EXIT_ERROR
     return status
 
@@ -106,7 +106,10 @@ def _stopped(stop: KeyboardInterrupt) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    if words == ["--version"]:  # without a parser, whose making takes longer than the answer
+    if words in (
+        ["--version"],
+        ["-V"],
+    ):  # without a parser, whose making takes longer than the answer
         from lorafast._core import __version__
 
         print(f"lorafast {__version__}")

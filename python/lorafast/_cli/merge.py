@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lorafast._cli.adapters import adapters_of
 from lorafast._cli.command import Command
 from lorafast._cli.format import (
     bytes_text,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from lorafast import MergeReport
     from lorafast._cli.terminal import Terminal
+    from lorafast._merge.options import Verb
 
 #: Names of files beside the base that a summary spells out.
 MAX_LEFT_OUT = 6
@@ -34,27 +36,36 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     """Declare the flags that say what is merged; returns their group in the help."""
     inputs = parser.add_argument_group("what to merge")
     inputs.add_argument(
+        "-b",
         "--base",
         required=True,
         metavar="PATH",
         help="the model: a directory of safetensors files, one .safetensors file, or a hub id",
     )
     inputs.add_argument(
+        "-a",
         "--adapters",
         required=True,
         nargs="+",
         action="extend",
         metavar="PATH",
-        help="the adapters, in the order in which they are to be added: directories or hub ids",
+        help="the adapters, in the order in which they are to be added: directories or hub ids, "
+        "each with its weight behind it if it has one (style:0.7); commas may stand between them",
     )
     return inputs
+
+
+def inputs_of(arguments: argparse.Namespace, verb: Verb) -> tuple[list[str], dict[str, Any]]:
+    """The adapters of a command line, and a verb's options, their weights among them."""
+    adapters, weights = adapters_of(arguments, arguments.adapters)
+    return adapters, chosen(arguments, options_of(verb)) | {"weights": weights}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `lorafast merge`."""
     inputs = add_input_arguments(parser)
     inputs.add_argument(
-        "--output", metavar="DIR", help="the directory to write; not needed with --dry-run"
+        "-o", "--output", metavar="DIR", help="the directory to write; not needed with --dry-run"
     )
     how = parser.add_argument_group("how to merge")
     outcome = parser.add_argument_group("what to write and show")
@@ -87,8 +98,8 @@ def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
     from lorafast._cli.plan_summary import show_plan
 
-    options = chosen(arguments, options_of("plan"))
-    plan = lorafast.plan(arguments.base, arguments.adapters, **options).to_dict()
+    adapters, options = inputs_of(arguments, "plan")
+    plan = lorafast.plan(arguments.base, adapters, **options).to_dict()
     if arguments.json:
         terminal.json(plan)
     else:
@@ -111,8 +122,8 @@ def _is_occupied(path: str) -> bool:
 def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
 
-    options = chosen(arguments, options_of("merge"))
-    report = lorafast.merge(arguments.base, arguments.adapters, arguments.output, **options)
+    adapters, options = inputs_of(arguments, "merge")
+    report = lorafast.merge(arguments.base, adapters, arguments.output, **options)
     if arguments.json:
         terminal.json(report.to_dict())
     else:
@@ -181,8 +192,7 @@ COMMAND = Command(
     "everything fits: every tensor of every adapter has its place in the base, or is refused.",
     examples=(
         "lorafast merge --base llama --adapters style --output llama-style",
-        "lorafast merge --base llama --adapters style facts --output mixed \\",
-        "    --strategy weighted --weights 0.7 -0.3",
+        "lorafast merge --base llama --adapters style:0.7 facts:-0.3 --output mixed",
         "lorafast merge --base llama --adapters style --dry-run",
     ),
     add_arguments=add_arguments,

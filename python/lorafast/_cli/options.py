@@ -34,7 +34,8 @@ def add_options(
             continue
         group = (output if flag.output else how) or parser
         settings = _settings(option)
-        group.add_argument(_flag(option), dest=option.name, help=option.help, **settings)
+        names = ([f"-{flag.short}"] if flag.short else []) + [_flag(option)]
+        group.add_argument(*names, dest=option.name, help=option.help, **settings)
         if flag.older_name is not None:
             settings |= {"default": argparse.SUPPRESS, "action": Renamed, "newer": _flag(option)}
             older = f"--{flag.older_name}"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
 
+#: A word that is wrong, in argparse's messages.
+WRONG_WORD = re.compile(r"invalid choice: '([^']*)'|(?<=unrecognized arguments: )(--?[\w=.-]+)")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reads negative numbers in any notation and has coloured help."""
 
@@ -43,7 +47,34 @@ class Parser(argparse.ArgumentParser):
         from lorafast._cli.terminal import printable
 
         self.print_usage(sys.stderr)
-        self.exit(2, f"error: {printable(message)}\n")
+        self.exit(2, f"error: {printable(message + self._suggestion(message))}\n")
+
+    def _suggestion(self, message: str) -> str:
+        """`; did you mean …?` where a word of the message is nearly one that there is."""
+        from difflib import get_close_matches
+
+        known = self._known()
+        for found in WRONG_WORD.finditer(message):
+            word = found[1] or found[2] or ""
+            near = get_close_matches(word.partition("=")[0], known - {word}, n=1)
+            if near:
+                return f"; did you mean {near[0]}?"
+        return ""
+
+    def _known(self) -> set[str]:
+        """Every flag that the parser or one of its commands has, and every choice."""
+        known: set[str] = set()
+        for action in self._actions:
+            known.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                from lorafast._cli.commands import NAMES
+
+                known.update(NAMES)
+                for parser in action.choices.values():
+                    known |= parser._known()
+            elif action.choices is not None:
+                known.update(map(str, action.choices))
+        return known
 
 
 def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
@@ -53,7 +84,7 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         description="Merge LoRA adapters into safetensors checkpoints, as fast as copying them.",
         epilog="`lorafast COMMAND --help` shows a command's flags and examples.",
     )
-    parser.add_argument("--version", action="version", version=f"lorafast {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"lorafast {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in commands:
         subparser = subparsers.add_parser(

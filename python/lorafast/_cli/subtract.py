@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from lorafast._cli.adapters import adapters_of
 from lorafast._cli.command import Command
 from lorafast._cli.format import bytes_text, dtype_text, plural, seconds_text
 from lorafast._cli.merge import adapters_text
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merged", metavar="PATH", help="the merged model: a directory, a file, or a hub id"
     )
     inputs.add_argument(
+        "-a",
         "--adapters",
         nargs="+",
         action="extend",
@@ -31,12 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the adapters that are in it, in the order in which they were merged",
     )
     inputs.add_argument(
+        "-b",
         "--base",
         metavar="PATH",
         help="the base that they were merged into, if it is at hand: the merged model is proved to "
         "be made of it, and the output is this base, byte for byte",
     )
-    inputs.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    inputs.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="the directory to write"
+    )
     # How the merged model and the adapters were given before they had flags.
     parser.add_argument("first", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("others", nargs="*", help=argparse.SUPPRESS)
@@ -51,14 +56,10 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Subtract, and show how near the result is to the base."""
     from lorafast import subtract
 
-    merged, adapters = _inputs(arguments)
-    report = subtract(
-        merged,
-        adapters,
-        arguments.output,
-        original=arguments.base,
-        **chosen(arguments, options_of("subtract")),
-    )
+    merged, words = _inputs(arguments)
+    adapters, weights = adapters_of(arguments, words)
+    options = chosen(arguments, options_of("subtract")) | {"weights": weights}
+    report = subtract(merged, adapters, arguments.output, original=arguments.base, **options)
     if arguments.json:
         terminal.json(report.to_dict())
     else:

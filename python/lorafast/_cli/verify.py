@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
 from lorafast._cli.format import count_text
-from lorafast._cli.merge import add_input_arguments
-from lorafast._cli.options import add_options, chosen
+from lorafast._cli.merge import add_input_arguments, inputs_of
+from lorafast._cli.options import add_options
 from lorafast._merge.options import options_of
 
 if TYPE_CHECKING:
@@ -45,13 +45,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Verify, and show what was found."""
     from lorafast import verify
 
-    outcome = verify(
-        arguments.base,
-        arguments.adapters,
-        arguments.merged,
-        full=arguments.full,
-        **chosen(arguments, options_of("verify")),
-    )
+    adapters, options = inputs_of(arguments, "verify")
+    outcome = verify(arguments.base, adapters, arguments.merged, full=arguments.full, **options)
     if arguments.json:
         terminal.json(outcome.to_dict())
     else:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[int, int], object]
+#: Between two lines of plain text.
+SECONDS_A_LINE = 10.0
 #: What stands beside a bar for (done, total); the total is not known (`None`) at first.
 Note = Callable[[int, int | None], str]
 
@@ -19,15 +21,18 @@ def callback(
 
     Args:
         progress: a callable is passed on; `True` draws a bar on standard error if that is a
-            terminal; anything else is silence.
+            terminal, and else writes a line there every ten seconds; anything else is silence.
         label: the word before the bar.
         note: what stands beside it; bytes and their rate if `None`.
     """
     if callable(progress):
         yield progress
         return
-    if not progress or not sys.stderr.isatty():
+    if not progress:
         yield None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(label, note)
         return
     from rich.console import Console
     from rich.progress import (
@@ -51,6 +56,25 @@ def callback(
         yield lambda done, total: bar.update(
             task, completed=done, total=total, note=text(done, total)
         )
+
+
+def _lines(label: str, note: Note | None) -> Report:
+    """A line of plain text on standard error every ten seconds, for logs."""
+    import time
+
+    start = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS_A_LINE:
+            return
+        last = now
+        share = done / total if total else 1.0
+        text = note(done, total) if note else f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        print(f"{label}: {share:.0%}, {text}, {now - start:.0f} s", file=sys.stderr, flush=True)
+
+    return report
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def merge(
     adapters: Source | Sequence[Source],
     output: Source,
     *,
-    strategy: Strategy = "sequential",
+    strategy: Strategy | None = None,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     device: str = "cpu",
@@ -54,7 +54,8 @@ def merge(
         adapters: one or several adapters in PEFT's format: directories or hub ids.
         output: the directory to write. Absent or empty, unless `overwrite`.
         strategy: "sequential" adds every adapter at its full scale, "weighted" multiplies each by
-            its weight, "average" by 1/N.
+            its weight, "average" by 1/N; `None` is weighted where weights are given, and sequential
+            where none are.
         weights: for "weighted", one finite number an adapter, negative ones too; all 1 if missing.
         dtype: "auto" keeps each tensor's; "float16", "bfloat16", "float32" (or "fp16", "bf16",
             "fp32") convert every floating-point tensor of 16 bits and more, and write quantised
@@ -118,7 +119,7 @@ def plan(
     base: Source,
     adapters: Source | Sequence[Source],
     *,
-    strategy: Strategy = "sequential",
+    strategy: Strategy | None = None,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     allow: str | Sequence[str] = (),
@@ -137,7 +138,7 @@ def verify(
     adapters: Source | Sequence[Source],
     merged: Source,
     *,
-    strategy: Strategy = "sequential",
+    strategy: Strategy | None = None,
     weights: Sequence[float] | None = None,
     full: bool = False,
     threads: int | None = None,
@@ -199,7 +200,7 @@ def subtract(
     output: Source,
     *,
     original: Source | None = None,
-    strategy: Strategy = "sequential",
+    strategy: Strategy | None = None,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,

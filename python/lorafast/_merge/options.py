@@ -36,18 +36,20 @@ class MergeOptions(NamedTuple):
     """What a merge is: how adapters are combined, and what the output is."""
 
     strategy: Annotated[
-        Strategy,
+        Strategy | None,
         Flag(
             "sequential: each adapter at its full scale; weighted: each times its weight; "
-            "average: each times 1/N (default: %(default)s)",
+            "average: each times 1/N (default: weighted where weights are given, else sequential)",
             older_name="merge-strategy",
         ),
-    ] = "sequential"
+    ] = None
     weights: Annotated[
         Sequence[float] | None,
         Flag(
-            "a weight for each adapter, for the weighted strategy; negative ones subtract",
+            "a weight for each adapter, in their order, or behind each (style:0.7); negative ones "
+            "subtract",
             metavar="W",
+            short="w",
         ),
     ] = None
     dtype: Annotated[
@@ -95,6 +97,7 @@ class MergeOptions(NamedTuple):
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
         return {
             **self._asdict(),
+            "strategy": self.strategy or ("sequential" if self.weights is None else "weighted"),
             "weights": None if self.weights is None else [float(each) for each in self.weights],
             "dtype": DTYPES[self.dtype],
             "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),

@@ -78,7 +78,7 @@ class MergedModule:
         self,
         adapters: Source | Sequence[Source],
         *,
-        strategy: Strategy = "sequential",
+        strategy: Strategy | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
         """Puts other adapters in the place of these, each weight in one pass.
@@ -219,7 +219,7 @@ def merge_into(
     module: torch.nn.Module,
     adapters: Source | Sequence[Source],
     *,
-    strategy: Strategy = "sequential",
+    strategy: Strategy | None = None,
     weights: Sequence[float] | None = None,
     keep: Keep = "cpu",
 ) -> MergedModule:
@@ -284,7 +284,7 @@ def applied(
     module: torch.nn.Module,
     adapters: Source | Sequence[Source],
     *,
-    strategy: Strategy = "sequential",
+    strategy: Strategy | None = None,
     weights: Sequence[float] | None = None,
     keep: Keep = "cpu",
 ) -> Iterator[MergedModule]:

@@ -160,7 +160,7 @@ def plan_module(
     module: torch.nn.Module,
     adapters: Source | Sequence[Source],
     *,
-    strategy: Strategy,
+    strategy: Strategy | None,
     weights: Sequence[float] | None,
     originals: Mapping[int, torch.Tensor],
 ) -> ModulePlan:
