@@ -45,7 +45,7 @@ ARGUMENTS: list[tuple[int, dict[str, Any], list[str]]] = [
     (1, {"strategy": "weighted", "weights": []}, ["weights"]),
     (2, {"strategy": "weighted", "weights": [1.0, float("nan")]}, ["weight", "nan"]),
     (2, {"strategy": "weighted", "weights": [float("inf"), 1.0]}, ["weight", "inf"]),
-    (2, {"weights": [0.5, 0.5]}, ["weights", "weighted"]),
+    (2, {"strategy": "sequential", "weights": [0.5, 0.5]}, ["weights", "weighted"]),
     (2, {"strategy": "average", "weights": [0.5, 0.5]}, ["weights", "weighted"]),
     (1, {"strategy": "median"}, ["median", "sequential", "weighted", "average"]),
     (1, {"strategy": ""}, ["sequential", "weighted", "average"]),

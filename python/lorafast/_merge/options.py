@@ -95,9 +95,10 @@ class MergeOptions(NamedTuple):
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
+        implied = "sequential" if self.weights is None else "weighted"
         return {
             **self._asdict(),
-            "strategy": self.strategy or ("sequential" if self.weights is None else "weighted"),
+            "strategy": implied if self.strategy is None else self.strategy,
             "weights": None if self.weights is None else [float(each) for each in self.weights],
             "dtype": DTYPES[self.dtype],
             "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),
