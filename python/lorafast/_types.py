@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 #: A path, or where one is taken a hub id.
 Source = str | os.PathLike[str]
-#: `True` for a bar on a terminal, or what is called with (done, total).
+#: `True` for a bar on a terminal, elsewhere a line every ten seconds; or what is called with
+#: (done, total).
 Progress = bool | Callable[[int, int], object]
 
 #: How several adapters are combined.

@@ -87,5 +87,10 @@ def test_a_callable_hears_of_it_and_nobody_of_silence() -> None:
 
 
 def test_no_bar_is_drawn_into_a_file() -> None:
-    with redirect_stderr(io.StringIO()), callback(True) as report:
-        assert report is None
+    shown = io.StringIO()
+    with redirect_stderr(shown), callback(True) as report:
+        assert report is not None
+        # A line comes when ten seconds have passed.
+        for done in range(10):
+            report(done, 10)
+    assert shown.getvalue() == ""

@@ -65,7 +65,8 @@ def follower(progress: bool | Report) -> Iterator[Follow]:
 
     Args:
         progress: a callable is given (done, total) bytes; `True` draws a bar on standard error if
-            that is a terminal; anything else is silence.
+            that is a terminal, and else writes a line there every ten seconds; anything else is
+            silence.
     """
     follow = _Counted()
     with callback(progress, label="scanning", note=follow.note) as report:
