@@ -33,6 +33,8 @@ TABLES: dict[str, type[Any]] = {
     "similarity": SimilarityOptions,
     "trajectory": TrajectoryOptions,
 }
+#: What no type of an option allows.
+ODD: Any = "odd"
 #: Keywords that are no options.
 BESIDE = {"compare": {"names"}}
 
@@ -60,10 +62,10 @@ def test_a_table_is_frozen_and_survives_pickling(table: type[Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ScanOptions(metrics="odd"), "metrics must be one of full, headers, moments, spectra"),  # type: ignore[arg-type]
-        (SimilarityOptions(metric="odd"), "metric must be one of cosine, inner_product"),  # type: ignore[arg-type]
-        (SimilarityOptions(precision="odd"), "precision must be one of auto, float64, float32"),  # type: ignore[arg-type]
-        (TrajectoryOptions(by="odd"), "by must be one of update, name, given"),  # type: ignore[arg-type]
+        (ScanOptions(metrics=ODD), "metrics must be one of full, headers, moments, spectra"),
+        (SimilarityOptions(metric=ODD), "metric must be one of cosine, inner_product"),
+        (SimilarityOptions(precision=ODD), "precision must be one of auto, float64, float32"),
+        (TrajectoryOptions(by=ODD), "by must be one of update, name, given"),
     ],
     ids=["metrics", "metric", "precision", "by"],
 )

@@ -122,6 +122,7 @@ def options_in(*tables: "type[Table]", verb: str | None = None) -> Iterator[Opti
         verb: only those that this verb takes, with what its help says.
     """
     for table in tables:
+        # Every named tuple has them; a protocol of it may not say so.
         defaults: dict[str, Any] = table._field_defaults  # type: ignore[attr-defined]
         for name, annotation in table.__annotations__.items():
             kind, flag = annotation.__origin__, annotation.__metadata__[0]

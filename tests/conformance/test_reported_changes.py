@@ -10,7 +10,7 @@ from typing import Any
 import lorafast
 import pytest
 from lorafast._cli.main import main
-from matrix import FEATURES, Entry, Feature, lora
+from matrix import Entry, Feature, lora
 from support.files import read_checkpoint, write_safetensors
 from support.models import VOCABULARY, Models
 from test_heads import HEADS
@@ -19,16 +19,11 @@ from test_replication import settings as replicated
 from test_ties import BASES, HEAD
 from test_ties import CASES as TIES
 from test_ties import adapter_for as tied
+from test_whole_coverage import CASES
 from toys import Toys
 
 #: What tells that a tensor is not the base's.
 CHANGED = {"merge", "replace", "repeat", "rescale"}
-
-CASES = [
-    pytest.param(feature, entry, id=f"{feature.name}-{entry.name}".replace(" ", "_"))
-    for feature in FEATURES
-    for entry in feature.entries
-]
 
 
 @pytest.fixture(scope="module")
