@@ -56,7 +56,7 @@ _AdapterSource: TypeAlias = (
     | os.PathLike[str]
     | tuple[str | os.PathLike[str], str | os.PathLike[str], Callable[[], Sequence[_NamedTensor]]]
 )
-#: Options by name: those of `lorafast._merge.options`, as a test sees to.
+#: Options by name: those of `lorafast._merge`, as a test sees to.
 _Options: TypeAlias = Mapping[str, Any]
 #: A path; or the name, the config (JSON) and the tensors of a model in memory.
 _Base: TypeAlias = str | os.PathLike[str] | tuple[str, str, Sequence[_NamedTensor]]

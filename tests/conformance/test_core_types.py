@@ -10,7 +10,7 @@ import lorafast
 import pytest
 from digest_cases import CASES
 from lorafast import _core
-from lorafast._merge.options import MergeOptions
+from lorafast._merge.api import MergeOptions
 from lorafast._merge.plan import make_plan
 from support.handmade import adapter_tensors, make_adapter, make_base
 from support.stub import Shapes

@@ -15,7 +15,8 @@ from lorafast._cli.main import main
 from lorafast._cli.merge import add_arguments as merge_arguments
 from lorafast._cli.subtract import add_arguments as subtract_arguments
 from lorafast._cli.verify import add_arguments as verify_arguments
-from lorafast._merge.options import ExecutionOptions, MergeOptions, Verb, options_of
+from lorafast._merge.api import MergeOptions, Verb, options_of
+from lorafast._merge.options import ExecutionOptions
 from support.handmade import make_adapter, make_base
 from support.options import check_flags, check_signature, keywords
 

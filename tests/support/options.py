@@ -36,7 +36,9 @@ def check_signature(function: Any, options: Iterable[Option], beside: set[str]) 
     }
     assert beside <= given.keys()
     for name, option in expected.items():
-        assert members_of(eval(given[name].annotation, NAMES)) == option.members, name
+        kind = given[name].annotation
+        kind = eval(kind, NAMES) if isinstance(kind, str) else kind
+        assert members_of(kind) == option.members, name
 
 
 def check_flags(

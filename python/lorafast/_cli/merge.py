@@ -18,7 +18,7 @@ from lorafast._cli.format import (
     seconds_text,
 )
 from lorafast._cli.options import add_options, chosen
-from lorafast._merge.options import options_of
+from lorafast._merge.api import options_of
 
 if TYPE_CHECKING:
     import argparse
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lorafast import MergeReport
     from lorafast._cli.terminal import Terminal
-    from lorafast._merge.options import Verb
+    from lorafast._merge.api import Verb
 
 #: Names of files beside the base that a summary spells out.
 MAX_LEFT_OUT = 6

@@ -10,7 +10,7 @@ from lorafast._cli.command import Command
 from lorafast._cli.format import bytes_text, dtype_text, plural, seconds_text
 from lorafast._cli.merge import adapters_text
 from lorafast._cli.options import add_options, chosen, say_renamed
-from lorafast._merge.options import options_of
+from lorafast._merge.api import options_of
 
 if TYPE_CHECKING:
     import lorafast

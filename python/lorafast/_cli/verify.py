@@ -8,7 +8,7 @@ from lorafast._cli.command import Command
 from lorafast._cli.format import count_text
 from lorafast._cli.merge import add_input_arguments, inputs_of
 from lorafast._cli.options import add_options
-from lorafast._merge.options import options_of
+from lorafast._merge.api import options_of
 
 if TYPE_CHECKING:
     import argparse

@@ -1,22 +1,115 @@
 """Merging adapters into a checkpoint, planning, proving and undoing it: the public functions."""
 
-from __future__ import annotations
+# Annotations are evaluated here, as the flags are read from them.
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from lorafast._merge.options import ExecutionOptions, MergeOptions
+from lorafast._merge.options import ExecutionOptions
 from lorafast._merge.plan import make_plan
-from lorafast._options import pick
+from lorafast._options import Flag, Option, options_in, pick
+from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
 
 if TYPE_CHECKING:
     from lorafast._merge.plan import MergePlan
     from lorafast._merge.report import MergeReport
     from lorafast._merge.subtract import SubtractReport
     from lorafast._merge.verify import Verification
-    from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
 
-# The keywords of each function are the options that its verb has in `options`, written out for
+#: What merges adapters, or tells of a merge.
+Verb = Literal["plan", "merge", "verify", "subtract"]
+
+#: What `dtype` may be, and the name of each in a safetensors header.
+DTYPES: dict[str, str | None] = {
+    "auto": None,
+    "float16": "F16",
+    "fp16": "F16",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float32": "F32",
+    "fp32": "F32",
+}
+
+
+class MergeOptions(NamedTuple):
+    """What a merge is: how adapters are combined, and what the output is."""
+
+    strategy: Annotated[
+        Strategy | None,
+        Flag(
+            "sequential: each adapter at its full scale; weighted: each times its weight; "
+            "average: each times 1/N (default: weighted where weights are given, else sequential)",
+            older_name="merge-strategy",
+        ),
+    ] = None
+    weights: Annotated[
+        Sequence[float] | None,
+        Flag(
+            "a weight for each adapter, in their order, or behind each (style:0.7); negative ones "
+            "subtract",
+            metavar="W",
+            short="w",
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        Flag(
+            "what to write the floating-point tensors as; auto keeps the base's "
+            "(default: %(default)s)",
+            verbs=("plan", "merge", "subtract"),
+            choices=tuple(DTYPES),
+            other_help={
+                "subtract": "what to write the floating-point tensors as (default: %(default)s)"
+            },
+            older_name="merge-dtype",
+        ),
+    ] = "auto"
+    allow: Annotated[
+        str | Sequence[str],
+        Flag(
+            "unknown fields of an adapter's config that are known not to change the result",
+            metavar="FIELD",
+        ),
+    ] = ()
+    compat: Annotated[
+        Compat | None,
+        Flag(
+            "peft: the result of PEFT's own merge where that is not what was trained (tied "
+            "embeddings, replicated layers)"
+        ),
+    ] = None
+    expert_layout: Annotated[
+        ExpertLayout,
+        Flag(
+            "how factors of experts stored as one tensor lie on it, where neither shapes nor "
+            "versions tell (default: %(default)s)"
+        ),
+    ] = "auto"
+
+    def to_core(self) -> dict[str, Any]:
+        """What crosses to the core.
+
+        Raises:
+            ValueError: there is no such dtype.
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
+        implied = "sequential" if self.weights is None else "weighted"
+        return {
+            **self._asdict(),
+            "strategy": implied if self.strategy is None else self.strategy,
+            "weights": None if self.weights is None else [float(each) for each in self.weights],
+            "dtype": DTYPES[self.dtype],
+            "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),
+            "expert_layout": None if self.expert_layout == "auto" else self.expert_layout,
+        }
+
+
+def options_of(verb: Verb) -> Iterator[Option]:
+    """The options that a verb takes, in the order of its help."""
+    return options_in(MergeOptions, ExecutionOptions, verb=verb)
+
+
+# The keywords of each function are the options that its verb has in these tables, written out for
 # readers and type checkers; they are gathered into one object at once.
 
 
@@ -39,7 +132,7 @@ def merge(
     verify: bool = False,
     report: bool = True,
     sync: bool = True,
-) -> MergeReport:
+) -> "MergeReport":
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
 
     For every weight W that an adapter updates, the output holds W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, computed in
@@ -125,7 +218,7 @@ def plan(
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
-) -> MergePlan:
+) -> "MergePlan":
     """Decides what a merge will do, and raises whatever can be known before writing.
 
     Arguments and exceptions are those of `lorafast.merge`.
@@ -147,7 +240,7 @@ def verify(
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     device: str = "cpu",
-) -> Verification:
+) -> "Verification":
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
 
     Tensors that no adapter touches must be the base's, byte for byte. Every merged weight is
@@ -211,7 +304,7 @@ def subtract(
     expert_layout: ExpertLayout = "auto",
     verify: bool = False,
     report: bool = True,
-) -> SubtractReport:
+) -> "SubtractReport":
     """Takes adapters out of a merged checkpoint and writes what they were merged into.
 
     Without `original` every weight M that the adapters changed becomes M - Σ wᵢ·sᵢ·Bᵢ·Aᵢ, computed

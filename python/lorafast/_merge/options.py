@@ -1,109 +1,32 @@
-"""The options of merging, planning, verifying and subtracting, in two tables.
+"""The options of how a merge is carried out, and what is asked of those of what it makes.
 
-From them follow, as from every table of `_options`, flags and help, and beyond that the
-dictionaries that cross to the core.
+The latter are `MergeOptions` in `api`, beside the signatures that name each of them.
 """
 
 # Annotations are evaluated here, as the flags are read from them.
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from lorafast._options import THREADS, Flag, Option, options_in
-from lorafast._types import Compat, ExpertLayout, Progress, Strategy
+from lorafast._options import THREADS, Flag
+from lorafast._types import Compat, Progress
 
-#: What merges adapters, or tells of a merge.
-Verb = Literal["plan", "merge", "verify", "subtract"]
+if TYPE_CHECKING:
+    from typing import Protocol, Self
 
-#: What `dtype` may be, and the name of each in a safetensors header.
-DTYPES: dict[str, str | None] = {
-    "auto": None,
-    "float16": "F16",
-    "fp16": "F16",
-    "bfloat16": "BF16",
-    "bf16": "BF16",
-    "float32": "F32",
-    "fp32": "F32",
-}
+    class Combination(Protocol):
+        """What a merge makes, as far as those who plan it have to know: `api.MergeOptions`."""
+
+        @property
+        def compat(self) -> Compat | None: ...
+
+        def to_core(self) -> dict[str, Any]: ...
+
+        def _replace(self, *, dtype: str = ...) -> Self: ...
 
 
 def _device(name: str) -> str:
     from lorafast._io.device_names import check_merge_name
 
     return check_merge_name(name)
-
-
-class MergeOptions(NamedTuple):
-    """What a merge is: how adapters are combined, and what the output is."""
-
-    strategy: Annotated[
-        Strategy | None,
-        Flag(
-            "sequential: each adapter at its full scale; weighted: each times its weight; "
-            "average: each times 1/N (default: weighted where weights are given, else sequential)",
-            older_name="merge-strategy",
-        ),
-    ] = None
-    weights: Annotated[
-        Sequence[float] | None,
-        Flag(
-            "a weight for each adapter, in their order, or behind each (style:0.7); negative ones "
-            "subtract",
-            metavar="W",
-            short="w",
-        ),
-    ] = None
-    dtype: Annotated[
-        str,
-        Flag(
-            "what to write the floating-point tensors as; auto keeps the base's "
-            "(default: %(default)s)",
-            verbs=("plan", "merge", "subtract"),
-            choices=tuple(DTYPES),
-            other_help={
-                "subtract": "what to write the floating-point tensors as (default: %(default)s)"
-            },
-            older_name="merge-dtype",
-        ),
-    ] = "auto"
-    allow: Annotated[
-        str | Sequence[str],
-        Flag(
-            "unknown fields of an adapter's config that are known not to change the result",
-            metavar="FIELD",
-        ),
-    ] = ()
-    compat: Annotated[
-        Compat | None,
-        Flag(
-            "peft: the result of PEFT's own merge where that is not what was trained (tied "
-            "embeddings, replicated layers)"
-        ),
-    ] = None
-    expert_layout: Annotated[
-        ExpertLayout,
-        Flag(
-            "how factors of experts stored as one tensor lie on it, where neither shapes nor "
-            "versions tell (default: %(default)s)"
-        ),
-    ] = "auto"
-
-    def to_core(self) -> dict[str, Any]:
-        """What crosses to the core.
-
-        Raises:
-            ValueError: there is no such dtype.
-        """
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
-        implied = "sequential" if self.weights is None else "weighted"
-        return {
-            **self._asdict(),
-            "strategy": implied if self.strategy is None else self.strategy,
-            "weights": None if self.weights is None else [float(each) for each in self.weights],
-            "dtype": DTYPES[self.dtype],
-            "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),
-            "expert_layout": None if self.expert_layout == "auto" else self.expert_layout,
-        }
 
 
 class ExecutionOptions(NamedTuple):
@@ -188,8 +111,3 @@ class ExecutionOptions(NamedTuple):
     def to_core(self) -> dict[str, Any]:
         """What crosses to the core. The rest is Python's."""
         return {"threads": self.threads, "overwrite": self.overwrite, "sync": self.sync}
-
-
-def options_of(verb: Verb) -> Iterator[Option]:
-    """The options that a verb takes, in the order of its help."""
-    return options_in(MergeOptions, ExecutionOptions, verb=verb)

@@ -19,13 +19,14 @@ from lorafast._io.sources import (
     core_source,
     locate,
 )
-from lorafast._merge.options import ExecutionOptions, MergeOptions
+from lorafast._merge.options import ExecutionOptions
 from lorafast._options import pick
 from lorafast._results import Result
 
 if TYPE_CHECKING:
     from lorafast._core import OutputLock, PlanDescription, Summary
     from lorafast._io.sources import ModuleBase
+    from lorafast._merge.options import Combination
     from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
     from lorafast._types import Progress, Source
@@ -65,7 +66,7 @@ class PlanPart(NamedTuple):
 
     base: str
     adapters: tuple[str, ...]
-    options: MergeOptions
+    options: Combination
     shards: tuple[int, ...]
     bytes: int
     digest: str
@@ -132,7 +133,7 @@ class MergePlan(Result):
         notes: how adapters were made to fit where it was not plain.
     """
 
-    def __init__(self, core: _core.Plan, options: MergeOptions | None = None) -> None:
+    def __init__(self, core: _core.Plan, options: Combination | None = None) -> None:
         self.core = core
         #: How the adapters are merged; `None` of a plan that undoes a merge.
         self.options = options
@@ -417,7 +418,7 @@ def _held(lock: OutputLock) -> Iterator[list[str]]:
 def make_plan(
     base: Source | ModuleBase,
     adapters: Source | Sequence[Source],
-    options: MergeOptions,
+    options: Combination,
     *,
     subtract: bool = False,
 ) -> MergePlan:

@@ -19,7 +19,7 @@ from lorafast._merge.verify import verify_plan
 
 if TYPE_CHECKING:
     from lorafast._core import Coverage
-    from lorafast._merge.options import ExecutionOptions, MergeOptions
+    from lorafast._merge.options import Combination, ExecutionOptions
     from lorafast._merge.report import MergeReport
     from lorafast._types import Source
 
@@ -115,7 +115,7 @@ def subtract_adapters(
     output: Source,
     *,
     original: Source | None,
-    options: MergeOptions,
+    options: Combination,
     execution: ExecutionOptions,
 ) -> SubtractReport:
     """`lorafast.subtract`, with its options as the two objects that they are in."""
@@ -161,7 +161,7 @@ def subtract_adapters(
 
 
 def _bound(
-    plan: MergePlan, done: MergeReport, options: MergeOptions, execution: ExecutionOptions
+    plan: MergePlan, done: MergeReport, options: Combination, execution: ExecutionOptions
 ) -> dict[str, Any] | None:
     """How far what was written can lie from the base, where that can be measured."""
     try:

@@ -177,7 +177,7 @@ def plan_module(
         PlanError: adapters and module do not fit together, or a tensor cannot be merged into.
         LorafastError: as `lorafast.plan`.
     """
-    from lorafast._merge.options import MergeOptions
+    from lorafast._merge.api import MergeOptions
     from lorafast._merge.plan import make_plan
 
     _refuse_wrappers(module)
