@@ -143,6 +143,7 @@ def assemble_shards(
     *,
     overwrite: bool,
     sync: bool,
+    card: str | None,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[Summary, OutputLock]: ...
 def names_fit(

@@ -73,6 +73,8 @@ class PlannedAdapter(TypedDict):
     path: str
     name: str
     format: AdapterFormat
+    #: What it calls the model that it was trained on.
+    base_model: str | None
     tensors: int
     modules: int
     bytes: int
@@ -84,11 +86,19 @@ class Replication(TypedDict):
     order: list[int]
 
 @type_check_only
+class TaskHead(TypedDict):
+    #: The class of transformers.
+    architecture: str | None
+    labels: int
+    names: dict[str, str] | None
+
+@type_check_only
 class ConfigChanges(TypedDict):
     dtype: str | None
     vocabulary: int | None
     layers: Replication | None
     tied: bool | None
+    head: TaskHead | None
     unquantised: bool
 
 @type_check_only
@@ -110,6 +120,7 @@ class PlanDescription(TypedDict):
     warnings: list[str]
     notes: list[str]
     side_files: list[str]
+    file_origins: dict[str, str]
     left_out: list[str]
 
 @type_check_only
@@ -168,6 +179,7 @@ class Summary(TypedDict):
     adapter_sha256: list[str]
     base_header_sha256: list[str]
     side_files: list[str]
+    file_origins: dict[str, str]
     left_out: list[str]
     warnings: list[str]
 

@@ -34,6 +34,7 @@ VIEWS = {
     ("markdown", "Comparison"): ("_report.markdown", "comparison_page"),
     ("markdown", "MergeReport"): ("_report.merge", "merge_page"),
     ("markdown", "SubtractReport"): ("_report.merge", "subtract_page"),
+    ("card", "MergePlan"): ("_report.card", "merge_card"),
     ("html", "AdapterAnalysis"): ("_report.html.analysis", "page"),
     ("html", "Comparison"): ("_report.html.comparison", "page"),
     ("html", "Fleet"): ("_report.html.fleet", "page"),
@@ -51,7 +52,7 @@ def view(kind: str, result: object) -> Callable[..., Any]:
     """The function that makes a view of a result, which is its first argument.
 
     Args:
-        kind: text, notebook, markdown, html, plot, pandas or polars.
+        kind: text, notebook, markdown, card, html, plot, pandas or polars.
         result: an object of a class in `VIEWS`, or of one derived from it.
     """
     from importlib import import_module

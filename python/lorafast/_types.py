@@ -25,6 +25,8 @@ Strategy = Literal["sequential", "weighted", "average"]
 Compat = Literal["peft"]
 #: How factors of experts that are stored as one tensor lie on it.
 ExpertLayout = Literal["auto", "straight", "transposed"]
+#: Whose tokenizer the output of a merge has.
+TokenizerChoice = Literal["auto", "base", "adapter"]
 
 #: How much a scan finds.
 Metrics = Literal["full", "headers", "moments", "spectra"]

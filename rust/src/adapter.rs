@@ -26,6 +26,7 @@ pub use semantics::{Initialization, Semantics, TransposedExperts};
 use crate::error::{Owner, Result};
 use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local::Stamp;
+use crate::storage::store::Store;
 use crate::tensor::safetensors::{Tensor, TensorFile, check_path};
 use factors::Pair;
 use zero::ZeroCause;
@@ -238,6 +239,8 @@ pub struct Contents {
     pub settings: Map<String, Value>,
     /// What describes it to a person, for listings.
     pub summary: IndexMap<&'static str, Value>,
+    /// The directory that it lies in, with what belongs to it beside its weights.
+    pub directory: Option<Arc<dyn Store>>,
     /// The files that it was read from beside the tensors', and what each was then.
     pub read_from: Vec<(PathBuf, Stamp)>,
 }
@@ -257,6 +260,11 @@ impl Adapter {
     /// The path that was opened: what messages call it.
     pub fn path(&self) -> &Path {
         &self.contents.path
+    }
+
+    /// The directory that it lies in, with what belongs to it beside its weights.
+    pub fn directory(&self) -> Option<&dyn Store> {
+        self.contents.directory.as_deref()
     }
 
     /// The name of the format that it was read from.
@@ -330,6 +338,7 @@ impl Adapter {
             fields: contents.fields.clone(),
             settings: contents.settings.clone(),
             summary: contents.summary.clone(),
+            directory: contents.directory.clone(),
             read_from: contents.read_from.clone(),
         })
     }

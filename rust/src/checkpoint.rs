@@ -1,10 +1,12 @@
 //! Base models: one or more safetensors shards of a store, or a loaded module, seen as one map from
 //! name to tensor.
 
+pub mod heads;
 mod index;
 pub mod names;
 pub mod quantized;
 pub mod side_files;
+pub mod tokenizer;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -7,8 +7,6 @@ use serde_json::{Map, Value};
 use crate::adapter::{Adapter, Coverage};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::QuantizedWeights;
-use crate::checkpoint::side_files;
-use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Origin, Plan, PlannedChange, Strategy, Update};
 use crate::tensor::safetensors::TensorFile;
 
@@ -18,6 +16,8 @@ pub struct PlannedAdapter<'a> {
     path: String,
     name: String,
     format: &'static str,
+    /// What it calls the model that it was trained on.
+    base_model: Option<&'a str>,
     tensors: usize,
     modules: usize,
     bytes: u64,
@@ -65,8 +65,9 @@ pub struct PlanDescription<'a> {
     config_changes: &'a ConfigChanges,
     warnings: &'a [String],
     notes: &'a [String],
-    side_files: Vec<String>,
-    left_out: Vec<String>,
+    side_files: Vec<&'a str>,
+    file_origins: IndexMap<String, String>,
+    left_out: &'a [String],
 }
 
 fn last_part(path: &std::path::Path) -> String {
@@ -74,16 +75,13 @@ fn last_part(path: &std::path::Path) -> String {
 }
 
 /// Describes a plan.
-///
-/// # Errors
-/// [`crate::Error::Io`] if the base's directory cannot be listed.
-pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> {
-    let side_files = side_files::list(&inputs.base)?;
+pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
     let adapters =
         inputs.adapters.iter().zip(&plan.coverage).map(|(adapter, coverage)| PlannedAdapter {
             path: adapter.path().display().to_string(),
             name: last_part(adapter.path()),
             format: adapter.format(),
+            base_model: adapter.semantics().base.as_deref(),
             tensors: adapter.file().header().tensors.len(),
             modules: adapter.modules().len(),
             bytes: adapter.file().size(),
@@ -107,7 +105,7 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
         },
         quantized: tensor.quantized.as_ref().map(|quantized| quantized.scheme.as_str()),
     });
-    Ok(PlanDescription {
+    PlanDescription {
         base: inputs.base.path().display().to_string(),
         adapters: adapters.collect(),
         strategy: plan.options.strategy,
@@ -124,9 +122,10 @@ pub fn plan<'a>(inputs: &Inputs, plan: &'a Plan) -> Result<PlanDescription<'a>> 
         config_changes: &plan.config_changes,
         warnings: &plan.warnings,
         notes: &plan.notes,
-        side_files: side_files.carried.into_iter().map(|(name, _)| name).collect(),
-        left_out: side_files.left_out,
-    })
+        side_files: plan.side_files.carried.iter().map(|file| file.name.as_str()).collect(),
+        file_origins: plan.side_files.origins(),
+        left_out: &plan.side_files.left_out,
+    }
 }
 
 /// A file within a listing.

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use indexmap::IndexMap;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -51,6 +52,8 @@ pub struct Options {
     /// The kernels' instructions; `None` is the best there is.
     #[serde(deserialize_with = "instruction_set")]
     pub instruction_set: Option<InstructionSet>,
+    /// The card of the output; the base's, where it has one, is then kept beside it.
+    pub card: Option<String>,
     /// Models that are read beside the base, and must not be written over either.
     #[serde(skip)]
     pub protected: Vec<PathBuf>,
@@ -63,6 +66,7 @@ impl Default for Options {
             overwrite: false,
             sync: true,
             instruction_set: None,
+            card: None,
             protected: Vec::new(),
         }
     }
@@ -92,6 +96,8 @@ pub struct Summary {
     pub base_header_sha256: Vec<String>,
     /// Files carried over beside the weights.
     pub side_files: Vec<String>,
+    /// Where each of them comes from, by its name.
+    pub file_origins: IndexMap<String, String>,
     /// What lies in the base's directory and was not carried over, folders with a slash.
     pub left_out: Vec<String>,
     /// What went wrong after the output was complete, and what stays in it beside the model.

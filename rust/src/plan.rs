@@ -22,14 +22,15 @@ use crate::parallel::task::Task;
 
 use context::Context;
 use options::weights_of;
-pub use options::{Compat, Options, Strategy};
+pub use options::{Compat, Options, Strategy, TokenizerChoice};
 pub(crate) use passes::quantized::dequantized_plan;
 use passes::replication::ReplicatedInputs;
+pub use passes::side_files::{CARD, CARD_OF_BASE};
 use passes::{coverage, names, replication, undo};
 pub use update::{ExpertLayout, Residual, Slice, Update, UpdateKind};
 pub use value::{
-    Action, ConfigChanges, Inputs, Origin, Plan, PlannedChange, PlannedShard, PlannedTensor,
-    Replication,
+    Action, ConfigChanges, FileOrigin, Inputs, Origin, Plan, PlannedChange, PlannedShard,
+    PlannedTensor, Replication, SideFile, SideFiles, TaskHead,
 };
 
 /// Whether every parameter of the adapters has its tensor in the base, by the names as they stand
@@ -118,6 +119,7 @@ impl Plan {
         warnings.extend(of_adapters);
         shorten_all(warnings.iter_mut().chain(&mut notes));
         let ignored = std::mem::take(&mut draft.ignored);
+        let side_files = std::mem::take(&mut draft.side_files);
         task.check()?;
         let shards = layout::plan_shards(inputs, &options, draft, &context.quantized);
         task.check()?;
@@ -128,6 +130,7 @@ impl Plan {
             shards,
             config_changes,
             warnings,
+            side_files,
             zero_updates,
             notes,
             coverage,

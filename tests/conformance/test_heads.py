@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,26 @@ HEADS = {
     "GPT-2 with its language head": ("gpt2", "GPT2ForSequenceClassification", "c_attn"),
     "Llama": ("llama", "LlamaForSequenceClassification", "q_proj"),
     "bare BERT, a head for tokens": ("bert-backbone", "BertForTokenClassification", "query"),
+    "GPT-2, a head for tokens": ("gpt2", "GPT2ForTokenClassification", "c_attn"),
+    "Llama, a head for tokens": ("llama", "LlamaForTokenClassification", "q_proj"),
+    "bare GPT-2, a head for answers": ("gpt2-backbone", "GPT2ForQuestionAnswering", "c_attn"),
+    "bare BERT, a head for answers": ("bert-backbone", "BertForQuestionAnswering", "query"),
 }
+TASKS = {"Token": "TOKEN_CLS", "Sequence": "SEQ_CLS", "Question": "QUESTION_ANS"}
 
 
-@pytest.mark.parametrize("labels", [2, 5])
+# One is a reward's; of a head for answers there are always two.
+@pytest.mark.parametrize("labels", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_that_the_base_does_not_have(
     toys: Toys, tmp_path: Path, name: str, labels: int
 ) -> None:
     kind, class_name, target = HEADS[name]
+    if "Question" in class_name and labels != 2:
+        pytest.skip("an answer has two ends")
     base = toys.base(kind)
     settings: dict[str, Any] = {"num_labels": labels, "pad_token_id": 1}
-    task = "TOKEN_CLS" if "Token" in class_name else "SEQ_CLS"
+    task = next(task for word, task in TASKS.items() if f"For{word}" in class_name)
     adapter = toys.adapter(
         f"head-{name}-{labels}".replace(" ", "_"),
         base,
@@ -48,6 +57,11 @@ def test_a_head_that_the_base_does_not_have(
     )
     report = lorafast.merge(base, adapter, tmp_path / "out")
     assert not report.warnings
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [class_name]
+    assert config["id2label"] == {str(label): f"LABEL_{label}" for label in range(labels)}
+    assert config["label2id"] == {f"LABEL_{label}": label for label in range(labels)}
+    assert lorafast.verify(base, adapter, tmp_path / "out").ok
     theirs = merge_with_peft(
         base, [adapter], load=lambda base: load_with_head(base, class_name, settings)
     )
@@ -56,12 +70,14 @@ def test_a_head_that_the_base_does_not_have(
     assert saved
     assert set(saved) <= set(ours)
     untrained = load_with_head(base, class_name, settings)
-    assert_same_outputs(
-        tmp_path / "out",
-        theirs,
-        load=lambda path: load_head(path, class_name, settings),
-        base=untrained,
-    )
+    for given in (settings, {"pad_token_id": 1}):
+        # The labels are those of the config, whether or not somebody says how many there are.
+        assert_same_outputs(
+            tmp_path / "out",
+            theirs,
+            load=lambda path, given=given: load_head(path, class_name, given),
+            base=untrained,
+        )
 
 
 def load_head(path: Path, class_name: str, settings: dict[str, Any]) -> Any:
@@ -76,6 +92,69 @@ def load_head(path: Path, class_name: str, settings: dict[str, Any]) -> Any:
     left = {name for name in info["unexpected_keys"] if "pooler" not in name}
     assert left <= {"lm_head.weight"}, info
     return model.eval()
+
+
+def test_the_labels_names_are_those_beside_the_adapter(toys: Toys, tmp_path: Path) -> None:
+    base = toys.base("llama")
+    adapter = make_head(toys, tmp_path, 3)
+    names = {"0": "bad", "1": "fair", "2": "good"}
+    (adapter / "config.json").write_text(json.dumps({"id2label": names}))
+    report = lorafast.merge(base, adapter, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == names
+    assert config["label2id"] == {"bad": 0, "fair": 1, "good": 2}
+    assert not any("LABEL_0" in note for note in report.notes)
+    # Those of another head are none of this one's.
+    (adapter / "config.json").write_text(json.dumps({"id2label": {"0": "no", "1": "yes"}}))
+    report = lorafast.merge(base, adapter, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["id2label"]["2"] == "LABEL_2"
+    assert any("LABEL_0" in note for note in report.notes)
+
+
+def test_a_config_that_is_not_the_heads_is_found_out(toys: Toys, tmp_path: Path) -> None:
+    base, adapter = toys.base("llama"), make_head(toys, tmp_path, 3)
+    lorafast.merge(base, adapter, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    right = json.loads(path.read_text())
+    path.write_text(json.dumps({**right, "architectures": ["LlamaForCausalLM"]}))
+    problems = lorafast.verify(base, adapter, tmp_path / "out").problems
+    assert len(problems) == 1
+    assert "names the class LlamaForCausalLM" in problems[0]
+    for wrong in ({"0": "a", "1": "b"}, None):
+        path.write_text(json.dumps({**right, "id2label": wrong}))
+        problems = lorafast.verify(base, adapter, tmp_path / "out").problems
+        assert problems == ["config.json: has 2 labels, but score.weight has 3 rows"]
+
+
+def test_a_head_of_which_nothing_tells_the_task(toys: Toys, tmp_path: Path) -> None:
+    base = toys.base("gpt2")
+    adapter = toys.adapter(
+        "head-untold",
+        base,
+        lora("c_attn", task_type="TOKEN_CLS"),
+        head=("GPT2ForTokenClassification", {"num_labels": 3, "pad_token_id": 1}),
+    )
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}))
+    report = lorafast.merge(base, own, tmp_path / "out")
+    assert any("does not say for which task" in warning for warning in report.warnings)
+    before = json.loads((base / "config.json").read_text())
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert before["architectures"] == after["architectures"]
+    assert "id2label" not in after
+
+
+def make_head(toys: Toys, folder: Path, labels: int) -> Path:
+    """A copy of a Llama's adapter with a head for texts, to be changed."""
+    adapter = toys.adapter(
+        f"head-Llama-{labels}",
+        toys.base("llama"),
+        lora("q_proj", task_type="SEQ_CLS"),
+        head=("LlamaForSequenceClassification", {"num_labels": labels, "pad_token_id": 1}),
+    )
+    return shutil.copytree(adapter, folder / "adapter")
 
 
 @pytest.mark.parametrize("change", [9, -11])

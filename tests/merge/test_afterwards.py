@@ -142,7 +142,7 @@ def test_what_could_not_be_verified_is_a_warning_and_is_reported(
     assert "could not be verified: Input/output error: /disk/model.safetensors" in warning
     assert report.verification is None
     written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert written["warnings"] == [warning]
+    assert written["warnings"] == [warning.replace(str(tmp_path / "out"), "out")]
 
 
 def test_what_is_proved_wrong_stays_an_error(
@@ -197,7 +197,7 @@ def test_paths_that_are_no_utf8_work(
     report = lorafast.merge(base, adapter, odd / "out")
     assert report.warnings == []
     written = json.loads((odd / "out" / "merge_report.json").read_text())
-    assert written["output_path"] == str(odd / "out")
+    assert written["output_path"] == "out"
     flags = ["--base", str(base), "--adapters", str(adapter), "--output", str(odd / "again")]
     assert main(["merge", *flags]) == 0
     assert main(["merge", *flags, "--overwrite", "--json"]) == 0

@@ -66,6 +66,7 @@ def test_what_crosses_to_the_core_is_what_the_core_knows(tmp_path: Path) -> None
     assert known(lambda odd: plan.execute(tmp_path / "out", odd)) == {
         *ExecutionOptions().to_core(),
         "instruction_set",
+        "card",
     }
 
 

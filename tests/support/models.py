@@ -211,6 +211,8 @@ def outputs(model: Any) -> Any:
 
     with torch.no_grad():
         result = model(**sample_inputs(model.config))
+    if hasattr(result, "start_logits"):
+        return torch.stack([result.start_logits, result.end_logits])
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 

@@ -77,10 +77,16 @@ def _facts(plan: PlanDescription, tensor_count: int) -> dict[str, str]:
     if plan["tensors_cast"]:
         facts["tensors"] += f", {plan['tensors_cast']:,} are only converted"
     if plan["side_files"]:
-        facts["side files"] = ", ".join(plan["side_files"])
+        facts["side files"] = ", ".join(_with_origin(name, plan) for name in plan["side_files"])
     if plan["left_out"]:
         facts["left out"] = ", ".join(plan["left_out"])
     return facts
+
+
+def _with_origin(name: str, plan: PlanDescription) -> str:
+    """A side file's name, and the adapter that it is of."""
+    of, _, position = plan["file_origins"][name].partition(" ")
+    return f"{name} (of {plan['adapters'][int(position)]['name']})" if of == "adapter" else name
 
 
 def _changed_count(plan: PlanDescription) -> int:

@@ -24,7 +24,24 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 #: What is fetched for a base: safetensors weights, and everything small beside them.
 BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
-ADAPTER_PATTERNS = [CONFIG, WEIGHTS, PICKLED_WEIGHTS]
+#: The weights and their config, and what else belongs to an adapter: its tokenizer, its configs.
+ADAPTER_PATTERNS = [
+    CONFIG,
+    WEIGHTS,
+    PICKLED_WEIGHTS,
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "*.tiktoken",
+    "*.spm",
+    "*.model",
+]
 #: Name, dtype (a safetensors name), shape, and the bytes, or what returns them, or `None` where
 #: there are none to read.
 NamedTensor = tuple[str, str, list[int], memoryview | Callable[[], memoryview] | None]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from lorafast._merge.options import ExecutionOptions
 from lorafast._merge.plan import make_plan
 from lorafast._options import Flag, Option, options_in, pick
-from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy
+from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy, TokenizerChoice
 
 if TYPE_CHECKING:
     from lorafast._merge.plan import MergePlan
@@ -85,6 +85,16 @@ class MergeOptions(NamedTuple):
         ),
     ] = "auto"
 
+    tokenizer: Annotated[
+        TokenizerChoice,
+        Flag(
+            "whose tokenizer and chat template the output has: the adapter's, the base's, or auto, "
+            "the adapter's where its tokens are not the base's and the merged embeddings have them "
+            "all (default: %(default)s)",
+            verbs=("plan", "merge"),
+        ),
+    ] = "auto"
+
     def to_core(self) -> dict[str, Any]:
         """What crosses to the core.
 
@@ -132,6 +142,7 @@ def merge(
     verify: bool = False,
     report: bool = True,
     sync: bool = True,
+    tokenizer: TokenizerChoice = "auto",
 ) -> "MergeReport":
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
 
@@ -183,9 +194,14 @@ def merge(
         expert_layout: how factors of experts that are stored as one tensor lie on it, where
             neither shapes nor PEFT's version tell: "straight" (as B·A) or "transposed".
         verify: read the result back and prove it, as `lorafast.verify` does.
-        report: write `merge_report.json` and `merge_report.md` beside the model.
+        report: write `merge_report.json` and `merge_report.md` beside the model, and a card
+            (`README.md`); the base's is kept as `README.base.md`.
         sync: return when the output has reached the disk. `False` leaves the time to the system,
             as `cp` does; a loss of power soon after can then take the model with it.
+        tokenizer: whose tokenizer and chat template the output has. "auto": an adapter's where its
+            tokens are not the base's and the merged embeddings have a row for each, of several
+            adapters that one's which brought rows; else the base's, with a warning of what an
+            adapter's does in another way. "base" and "adapter" decide.
 
     Returns:
         What was done, with the digests of what it was done from.
@@ -218,6 +234,7 @@ def plan(
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
+    tokenizer: TokenizerChoice = "auto",
 ) -> "MergePlan":
     """Decides what a merge will do, and raises whatever can be known before writing.
 

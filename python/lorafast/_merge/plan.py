@@ -20,8 +20,9 @@ from lorafast._io.sources import (
     locate,
 )
 from lorafast._merge.options import ExecutionOptions
+from lorafast._merge.provenance import identify, unique_names
 from lorafast._options import pick
-from lorafast._results import Result
+from lorafast._results import Result, view
 
 if TYPE_CHECKING:
     from lorafast._core import OutputLock, PlanDescription, Summary
@@ -224,6 +225,7 @@ class MergePlan(Result):
         output = expand(output)
         device = execution.device
         options = execution.to_core()
+        options["card"] = self._card() if execution.report else None
         with ExitStack() as held:
             with callback(execution.progress) as tell:
                 if device in ("cpu", AMX):
@@ -328,6 +330,7 @@ class MergePlan(Result):
                     output,
                     overwrite=overwrite,
                     sync=sync,
+                    card=self._card() if report else None,
                     progress=tell,
                 )
                 warnings = held.enter_context(_held(lock))
@@ -336,6 +339,13 @@ class MergePlan(Result):
                 write_afterwards(result, output)
         result.warnings.extend(warnings)
         return result
+
+    def _card(self) -> str | None:
+        """The output's model card; none where no merge is what makes it."""
+        if self.options is None:
+            return None
+        text: str = view("card", self)(self, self._description)
+        return text
 
     def _report_of(
         self,
@@ -375,6 +385,8 @@ class MergePlan(Result):
             notes=[*self.notes, *notes],
             fallbacks=fallbacks,
             side_files=summary["side_files"],
+            file_origins=summary["file_origins"],
+            sources=_sources(self._description, summary),
             left_out=summary["left_out"],
             coverage=[adapter["coverage"] for adapter in description["adapters"]],
             weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),
@@ -450,6 +462,19 @@ def _renaming_rules(base: Path | ModuleBase) -> str | None:
         return renaming_rules(json.loads(base[1]))
     config = config_of(base)
     return None if config is None else renaming_rules(config)
+
+
+def _sources(description: PlanDescription, summary: Summary) -> list[dict[str, Any]]:
+    """What was merged, by what it is called anywhere, with its revision and its digest."""
+    paths = [description["base"], *(adapter["path"] for adapter in description["adapters"])]
+    names = unique_names(paths)
+    digests: list[str | list[str]] = [summary["base_header_sha256"], *summary["adapter_sha256"]]
+    keys = ["header_sha256", *["sha256"] * len(description["adapters"])]
+    roles = ["base", *(f"adapter {place}" for place in range(len(description["adapters"])))]
+    return [
+        {"role": role, "name": names[path], "revision": identify(path).revision, key: digest}
+        for role, path, key, digest in zip(roles, paths, keys, digests, strict=True)
+    ]
 
 
 def _groups(description: PlanDescription) -> list[dict[str, Any]]:

@@ -11,6 +11,9 @@ from lorafast._io.paths import expand
 from lorafast._results import Result, view
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Self
+
     from lorafast._core import Coverage
     from lorafast._types import Source
 
@@ -41,6 +44,25 @@ class OutputReport(Result):
         warn_renamed("accounts", "coverage")
         return self.coverage
 
+    def portable(self) -> Self:
+        """The same without directories of this machine.
+
+        In the place of each path of an input or of the output stands the id on the hub, or what the
+        directory is called.
+        """
+        from lorafast._merge.provenance import unique_names, without_paths
+
+        names = unique_names(self._paths())
+        return type(self)(**{key: without_paths(part, names) for key, part in self._fields_now()})
+
+    def _fields_now(self) -> Iterable[tuple[str, Any]]:
+        """The fields' names with their values."""
+        raise NotImplementedError
+
+    def _paths(self) -> list[str]:
+        """The inputs and the output."""
+        raise NotImplementedError
+
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         import json
@@ -55,13 +77,15 @@ class OutputReport(Result):
     def write(self, directory: Source) -> None:
         """Writes the report as JSON and as Markdown into a directory.
 
+        What goes with a model names no directories of this machine, see `portable`.
+
         Raises:
             OSError: they cannot be written.
         """
         from lorafast._io.atomic import write
 
         folder = Path(expand(directory))
-        write(folder / f"{self._name}.json", self.to_json() + "\n")
+        write(folder / f"{self._name}.json", self.portable().to_json() + "\n")
         write(folder / f"{self._name}.md", self.to_markdown())
 
 
@@ -96,6 +120,8 @@ class _MergeReportFields(NamedTuple):
     coverage: list[Coverage]
     fallbacks: dict[str, list[str]]
     weight_files: list[str]
+    file_origins: dict[str, str]
+    sources: list[dict[str, Any]]
     verification: dict[str, Any] | None = None
 
 
@@ -138,10 +164,21 @@ class MergeReport(_MergeReportFields, OutputReport):
         verification: what `lorafast.verify` found afterwards, where it was asked for.
         fallbacks: on a device, for each reason the tensors that the CPU merged.
         weight_files: the files of weights that were written.
+        file_origins: where each of the side files comes from: "base", "adapter 0", or "merge" for
+            the card.
+        sources: base and adapters: `role`, `name` (the id on the hub, or what the directory is
+            called), `revision` on the hub, and `header_sha256` of the base's shards or `sha256` of
+            the adapter's weights file.
     """
 
     __slots__ = ()
     _name = "merge_report"
+
+    def _fields_now(self) -> Iterable[tuple[str, Any]]:
+        return self._asdict().items()
+
+    def _paths(self) -> list[str]:
+        return [self.base, *self.adapters, self.output_path]
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -86,6 +86,13 @@ class SubtractReport(OutputReport):
     notes: list[str] = field(default_factory=list)
     side_files: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    def _fields_now(self) -> Iterable[tuple[str, Any]]:
+        return vars(self).items()
+
+    def _paths(self) -> list[str]:
+        base = [] if self.original is None else [self.original]
+        return [self.merged, *base, *self.adapters, self.output_path]
 
     def exactness(self) -> str:
         """How near the result is to the base, in words."""

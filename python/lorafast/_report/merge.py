@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafast._merge.coverage import left_over, summary_text
 from lorafast._report.cells import LONGEST_REASON, cell, code, table
@@ -19,11 +19,12 @@ LONGEST_PATH = 1000
 
 def merge_page(report: MergeReport) -> str:
     """The page, in which nothing that came from strangers' files is markup."""
+    report = report.portable()
     lines = ["# LoRA merge", ""]
     lines += _warning_lines(report.warnings)
     rate = report.bytes_written / report.merge_time / 1e9 if report.merge_time > 0 else 0.0
     facts = {
-        "Base": _path(report.base),
+        "Base": _path(report.base) + _revision(report.sources[0]),
         "Output": _path(report.output_path),
         "Strategy": cell(report.strategy),
         "dtype": cell(report.dtype),
@@ -46,6 +47,9 @@ def merge_page(report: MergeReport) -> str:
     }
     lines += table(["", ""], facts.items(), right=False)
     lines += _adapter_lines(report.adapters, report.weights, report.adapter_sha256)
+    origins: dict[str, list[str]] = {}
+    for name, origin in report.file_origins.items():
+        origins.setdefault(origin, []).append(name)
     headers = ["Adapter", "Rank", "Scale", "Weight", "Modules"]
     scales = (
         [
@@ -69,6 +73,9 @@ def merge_page(report: MergeReport) -> str:
             f"- {cell(reason, LONGEST_REASON)}: {_codes(names)}"
             for reason, names in report.fallbacks.items()
         ]
+    if origins:
+        lines += ["", "## Files beside the weights", ""]
+        lines += [f"- of the {origin}: {_codes(names)}" for origin, names in origins.items()]
     lines += _note_lines(report.notes)
     if report.left_out:
         lines += ["", "## Not carried over", ""]
@@ -78,6 +85,7 @@ def merge_page(report: MergeReport) -> str:
 
 def subtract_page(report: SubtractReport) -> str:
     """The page of a subtraction."""
+    report = report.portable()
     lines = ["# LoRA adapters taken out", ""]
     lines += _warning_lines(report.warnings)
     facts = {
@@ -100,6 +108,11 @@ def subtract_page(report: SubtractReport) -> str:
 def _path(text: str) -> str:
     """A path as code."""
     return code(text, LONGEST_PATH)
+
+
+def _revision(source: dict[str, Any]) -> str:
+    """The commit on the hub, where it is known."""
+    return f" at {code(source['revision'])}" if source["revision"] else ""
 
 
 def _warning_lines(warnings: Iterable[str]) -> list[str]:

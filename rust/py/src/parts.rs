@@ -53,7 +53,7 @@ pub fn write_shards(
 /// Makes a model of shards that were written apart, (name, bytes, digest) each; returns the summary
 /// as plain objects, and the lock that keeps other merges out still.
 #[pyfunction]
-#[pyo3(signature = (plan, directory, written, output, *, overwrite, sync, progress))]
+#[pyo3(signature = (plan, directory, written, output, *, overwrite, sync, card, progress))]
 #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn assemble_shards(
     py: Python<'_>,
@@ -63,9 +63,10 @@ pub fn assemble_shards(
     output: PathBuf,
     overwrite: bool,
     sync: bool,
+    card: Option<String>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Executed> {
-    let options = execute::Options { overwrite, sync, ..Default::default() };
+    let options = execute::Options { overwrite, sync, card, ..Default::default() };
     let shard = |(name, bytes, sha256)| WrittenShard { name, bytes, sha256 };
     let written: Vec<_> = written.into_iter().map(shard).collect();
     let done = job::run(py, progress, |task| {

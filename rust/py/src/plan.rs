@@ -62,7 +62,7 @@ pub struct Plan {
 impl Plan {
     /// The plan in full, as plain objects.
     fn describe(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        to_object(py, &job::run(py, None, |_| describe::plan(&self.inputs, &self.plan))?)
+        to_object(py, &describe::plan(&self.inputs, &self.plan))
     }
 
     /// Carries the plan out on the CPU; returns the summary as plain objects, and the lock that keeps

@@ -1,6 +1,8 @@
 //! What an adapter's factors mean beyond their numbers: how they began, which layers are repeated,
 //! what was trained as one.
 
+use crate::checkpoint::heads::Task;
+
 /// What the initialization took out of the base's weight and put into the factors.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Initialization {
@@ -47,6 +49,8 @@ pub struct Semantics {
     pub transposed_experts: Option<TransposedExperts>,
     /// Whether s is α/√r instead of α/r (Kalajdzievski 2023, arXiv:2312.03732).
     pub rank_stabilized: bool,
+    /// What it was trained for.
+    pub task: Option<Task>,
     /// The base that was trained, by the name that the adapter gives it.
     pub base: Option<String>,
 }

@@ -5,8 +5,8 @@ use std::collections::HashSet;
 
 use serde_json::{Map, Value};
 
-use crate::checkpoint::Checkpoint;
-use crate::plan::{ConfigChanges, Plan};
+use crate::checkpoint::{Checkpoint, heads};
+use crate::plan::{ConfigChanges, Plan, TaskHead};
 
 /// The output's index: the base's, with every tensor that the shards hold and their size in bytes;
 /// its very bytes, where that changes nothing. `None` where the base has none.
@@ -97,7 +97,32 @@ pub fn changed_config(config: &Map<String, Value>, changes: &ConfigChanges) -> V
     if let Some(tied) = changes.tied.filter(|_| !has_tie) {
         config.insert("tie_word_embeddings".into(), Value::from(tied));
     }
+    if let Some(head) = &changes.head {
+        name_head(&mut config, head);
+    }
     pretty(&Value::Object(config))
+}
+
+/// Makes a config that of a model with a head of labels.
+fn name_head(config: &mut Map<String, Value>, head: &TaskHead) {
+    if let Some(class) = &head.class {
+        config.insert("architectures".into(), Value::from(vec![class.as_str()]));
+    }
+    let is_named = config.contains_key("id2label") && heads::labels_of(config) == head.labels;
+    let usual = || (0..head.labels).map(|id| (id.to_string(), Value::from(format!("LABEL_{id}"))));
+    let names: Map<String, Value> = match (&head.names, is_named) {
+        (Some(names), _) => names.clone().into_iter().collect(),
+        (None, true) => return,
+        (None, false) => usual().collect(),
+    };
+    let number = |id: &String| id.parse::<u64>().map_or(Value::Null, Value::from);
+    let by_name = names.iter().filter_map(|(id, name)| Some((name.as_str()?.into(), number(id))));
+    config.insert("label2id".into(), Value::Object(by_name.collect()));
+    config.insert("id2label".into(), Value::Object(names));
+    // Older configs count them apart.
+    if let Some(count) = config.get_mut("num_labels") {
+        *count = Value::from(head.labels);
+    }
 }
 
 /// Takes the entries on quantisation out, wherever they stand.

@@ -12,11 +12,10 @@ use super::compute::{self, Computer};
 use super::queue::{self, Work};
 use super::rewrite;
 use super::{Job, Options, Output, Summary};
-use crate::checkpoint::side_files::{self, SideFiles};
 use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
-use crate::plan::{Inputs, Plan, PlannedTensor};
+use crate::plan::{CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, SideFiles};
 use crate::storage::local::{self, Stamp};
 use crate::storage::sink::{Committed, Destination, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::{LocalFile, Source};
@@ -61,6 +60,7 @@ pub struct Session {
     /// Names and contents of what is written last, with the files that they are made from.
     last: Vec<(String, Vec<u8>, Box<dyn Source>)>,
     side_files: SideFiles,
+    has_card: bool,
     total: u64,
     start: Instant,
     pool: rayon::ThreadPool,
@@ -101,12 +101,8 @@ impl Session {
     ) -> Result<Self> {
         let start = Instant::now();
         let pool = task::build_pool(options.threads)?;
-        let mut side_files = side_files::list(&inputs.base)?;
-        if plan.config_changes.unquantized {
-            // ModelOpt's description of what is no longer so.
-            side_files.carried.retain(|(name, _)| name != "hf_quant_config.json");
-        }
-        let side_bytes: u64 = side_files.carried.iter().map(|(_, stamp)| stamp.length).sum();
+        let side_files = beside_card(&plan.side_files, options.card.is_some());
+        let side_bytes: u64 = side_files.carried.iter().map(|file| file.stamp.length).sum();
         let total = plan.bytes() + side_bytes;
         // The base's shards, the output's, each adapter's file, and what lies beside the weights.
         local::allow_open(2 * plan.shards.len() + inputs.adapters.len() + side_files.carried.len());
@@ -114,7 +110,7 @@ impl Session {
             overwrite: options.overwrite,
             sync: options.sync,
             bytes: total,
-            names: names(inputs, plan, &side_files),
+            names: names(inputs, plan, &side_files, options.card.is_some()),
             inputs: read_inputs(inputs, &side_files, &options.protected)?,
         })?;
         task.expect(total);
@@ -122,19 +118,27 @@ impl Session {
         // index, with which half-written weights would look like a model, wait in memory.
         let store = inputs.base.store();
         let mut last = Vec::new();
-        for (name, stamp) in &side_files.carried {
+        for file in &side_files.carried {
             task.check()?;
-            let source = store.open(name)?;
-            match (name.as_str(), inputs.base.config_bytes()) {
+            let (from, name) = (file.store(inputs), file.source_name());
+            let source = from.open(name)?;
+            match (file.name.as_str(), inputs.base.config_bytes()) {
                 ("config.json", Some(bytes)) => {
-                    last.push((name.clone(), config_of(inputs, plan, bytes), source));
+                    last.push((file.name.clone(), config_of(inputs, plan, bytes), source));
                 }
-                _ if source.stamp() != *stamp => {
-                    return Err(Owner::Checkpoint.changed(store.path(name)));
+                _ if source.stamp() != file.stamp => {
+                    let owner = match file.origin {
+                        FileOrigin::Base => Owner::Checkpoint,
+                        FileOrigin::Adapter(_) => Owner::Adapter,
+                    };
+                    return Err(owner.changed(from.path(name)));
                 }
-                _ => staging.copy(name, &*source, &store.path(name))?,
+                _ => staging.copy(&file.name, &*source, &from.path(name))?,
             }
-            task.advance(stamp.length);
+            task.advance(file.stamp.length);
+        }
+        if let Some(card) = &options.card {
+            staging.put(CARD, card.as_bytes(), None)?;
         }
         if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
             let source = store.open(&name)?;
@@ -168,6 +172,7 @@ impl Session {
             last,
             files,
             side_files,
+            has_card: options.card.is_some(),
             total,
             start,
             pool,
@@ -290,6 +295,11 @@ impl Session {
         // What was written to meanwhile would make a model of two states.
         inputs.check_unchanged()?;
         let Committed { warnings, lock } = self.staging.commit()?;
+        let mut file_origins = self.side_files.origins();
+        if self.has_card {
+            file_origins.insert(CARD.to_owned(), "merge".to_owned());
+            file_origins.sort_keys();
+        }
         let summary = Summary {
             bytes_written: plan.bytes(),
             seconds: self.start.elapsed().as_secs_f64(),
@@ -302,7 +312,8 @@ impl Session {
                 .iter()
                 .map(|shard| crate::storage::digest::sha256_of_bytes(shard.file.header_bytes()))
                 .collect(),
-            side_files: self.side_files.carried.into_iter().map(|(name, _)| name).collect(),
+            side_files: file_origins.keys().cloned().collect(),
+            file_origins,
             left_out: self.side_files.left_out,
             warnings,
         };
@@ -320,12 +331,29 @@ fn config_of(inputs: &Inputs, plan: &Plan, bytes: &[u8]) -> Vec<u8> {
     }
 }
 
+/// The files beside the weights, those of the base under another name where the output has a card
+/// of its own.
+fn beside_card(planned: &SideFiles, has_card: bool) -> SideFiles {
+    let mut files = planned.clone();
+    if has_card && files.carried.iter().any(|file| file.name == CARD) {
+        // The card of what the base was merged from describes neither.
+        files.carried.retain(|file| file.name != CARD_OF_BASE);
+        let card = files.carried.iter_mut().find(|file| file.name == CARD);
+        if let Some(card) = card {
+            card.source = Some(card.source_name().to_owned());
+            card.name = CARD_OF_BASE.to_owned();
+        }
+    }
+    files
+}
+
 /// Everything that the output will hold, but for its manifest.
-fn names(inputs: &Inputs, plan: &Plan, side_files: &SideFiles) -> Vec<String> {
+fn names(inputs: &Inputs, plan: &Plan, side_files: &SideFiles, has_card: bool) -> Vec<String> {
     let shards = plan.shards.iter().map(|shard| shard.name.clone());
-    let carried = side_files.carried.iter().map(|(name, _)| name.clone());
+    let carried = side_files.carried.iter().map(|file| file.name.clone());
     let index = inputs.base.index().map(|index| index.file_name.clone());
-    shards.chain(carried).chain(index).collect()
+    let card = has_card.then(|| CARD.to_owned());
+    shards.chain(carried).chain(index).chain(card).collect()
 }
 
 /// Everything that is read while the output is written, in which it must not be written.
@@ -342,9 +370,10 @@ fn read_inputs(
     if let Some(root) = base.store().as_directory() {
         add(root.to_path_buf(), "the base", base.is_directory());
         let shards = base.shards().iter().map(|shard| &shard.name);
-        let beside = side_files.carried.iter().map(|(name, _)| name);
+        let of_base = side_files.carried.iter().filter(|file| file.origin == FileOrigin::Base);
+        let beside: Vec<_> = of_base.map(|file| file.source_name().to_owned()).collect();
         let index = base.index().map(|index| &index.file_name);
-        for name in shards.chain(beside).chain(index) {
+        for name in shards.chain(&beside).chain(index) {
             add(root.join(name), "the base", false);
         }
     }

@@ -3,7 +3,7 @@
 use indexmap::IndexMap;
 
 use super::update::Update;
-use super::value::{ConfigChanges, Origin};
+use super::value::{ConfigChanges, Origin, SideFiles};
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::tensor::dtype::Dtype;
@@ -30,6 +30,8 @@ pub(super) struct PlanDraft {
     pub new_tensors: Vec<NewTensor>,
     /// What has to change in the config.
     pub config_changes: ConfigChanges,
+    /// What lies beside the weights.
+    pub side_files: SideFiles,
 }
 
 /// A tensor of an adapter, by the adapter's position.

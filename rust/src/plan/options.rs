@@ -56,6 +56,9 @@ pub struct Options {
     /// Whose result is wanted where PEFT's own merge is not what was trained.
     #[serde(deserialize_with = "compat")]
     pub compat: Option<Compat>,
+    /// Whose tokenizer the output has.
+    #[serde(deserialize_with = "tokenizer")]
+    pub tokenizer: TokenizerChoice,
     /// The base is a merged checkpoint, out of which the adapters are to be taken.
     pub subtract: bool,
     /// How experts' factors lie where neither shapes nor versions tell.
@@ -80,6 +83,12 @@ fn compat<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Option<Co
     optional(source, Compat::from_name)
 }
 
+fn tokenizer<'de, D: Deserializer<'de>>(
+    source: D,
+) -> std::result::Result<TokenizerChoice, D::Error> {
+    TokenizerChoice::from_name(&String::deserialize(source)?).map_err(D::Error::custom)
+}
+
 fn expert_layout<'de, D: Deserializer<'de>>(
     source: D,
 ) -> std::result::Result<Option<ExpertLayout>, D::Error> {
@@ -97,6 +106,35 @@ fn optional<'de, D: Deserializer<'de>, T>(
 ) -> std::result::Result<Option<T>, D::Error> {
     let text = Option::<String>::deserialize(source)?;
     text.map(|text| parse(&text)).transpose().map_err(D::Error::custom)
+}
+
+/// Whose tokenizer the output of a merge has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TokenizerChoice {
+    /// An adapter's where its tokens are not the base's and the merged embeddings have them all.
+    #[default]
+    Auto,
+    /// The base's.
+    Base,
+    /// The adapter's.
+    Adapter,
+}
+
+impl TokenizerChoice {
+    /// The one of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "base" => Ok(Self::Base),
+            "adapter" => Ok(Self::Adapter),
+            _ => Err(Error::Argument(format!(
+                "unknown tokenizer {name:?}; there are auto, base and adapter"
+            ))),
+        }
+    }
 }
 
 /// Another tool whose results are reproduced where they differ from the right ones.

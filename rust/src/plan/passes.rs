@@ -4,11 +4,13 @@
 mod checks;
 pub(super) mod coverage;
 pub(super) mod dora;
+pub(super) mod heads;
 pub(super) mod modules;
 pub(super) mod names;
 pub(super) mod quantized;
 pub(super) mod replication;
 pub(super) mod saved;
+pub(super) mod side_files;
 pub(super) mod slices;
 pub(super) mod targets;
 pub(super) mod ties;

@@ -3,7 +3,11 @@
 use super::context::{AdapterContext, Context};
 use super::draft::PlanDraft;
 use super::passes::names::MappedTargets;
-use super::passes::{dora, modules, names, quantized, saved, ties, tokens, undo};
+use super::passes::side_files::Rows;
+use super::passes::{
+    dora, heads, modules, names, quantized, saved, side_files, ties, tokens, undo,
+};
+use super::tie;
 use super::value::ConfigChanges;
 use crate::adapter::Initialization;
 use crate::error::Result;
@@ -91,10 +95,16 @@ fn complete(context: &Context<'_>, draft: &mut PlanDraft) -> Result<()> {
         saved::new_tensors(context, draft.brought.take(), messages, &mut draft.ignored);
     new_tensors.extend(tie.head);
     dora::resolve(context, changes, &mut new_tensors, messages);
+    draft.config_changes.head = heads::resolve(context, &new_tensors, messages)?;
     draft.new_tensors = new_tensors;
     if context.options.subtract {
         undo::check(context, changes, messages);
     }
     draft.config_changes.unquantized = quantized::check(context, changes, messages);
+    let before = tie::find_embedding(context.base)
+        .and_then(|name| context.source(&name)?.shape.first().copied());
+    let rows = Rows { before, after: vocabulary.size().map(|size| size.new).or(before) };
+    draft.side_files =
+        side_files::resolve(context, changes, rows, &draft.config_changes, messages)?;
     Ok(())
 }

@@ -116,7 +116,7 @@ impl Tie {
 
 /// The input embeddings: of several, the ones that all others share, or those with as many rows as
 /// the config has tokens.
-fn find_embedding(base: &Checkpoint) -> Option<String> {
+pub(super) fn find_embedding(base: &Checkpoint) -> Option<String> {
     let names = || base.tensors().keys().filter(|name| is_input_embedding(name));
     let tokens = base.config().and_then(|config| {
         let inner = config.get("text_config").and_then(|inner| inner.get("vocab_size"));

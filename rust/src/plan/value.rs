@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use indexmap::IndexMap;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::options::Options;
 use super::update::Update;
@@ -11,6 +13,8 @@ use crate::adapter::{Adapter, Coverage};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::Quantized;
 use crate::error::Result;
+use crate::storage::local::Stamp;
+use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::TensorInfo;
 
@@ -205,6 +209,18 @@ pub struct Replication {
     pub order: Vec<u64>,
 }
 
+/// A head of labels that an adapter brings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TaskHead {
+    /// The class of transformers that the output is of, where that can be told.
+    #[serde(rename = "architecture")]
+    pub class: Option<String>,
+    /// How many labels there are.
+    pub labels: u64,
+    /// Their names by their numbers, where something beside the adapter tells them.
+    pub names: Option<IndexMap<String, Value>>,
+}
+
 /// What a merge changes in the base's config.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ConfigChanges {
@@ -216,6 +232,8 @@ pub struct ConfigChanges {
     pub layers: Option<Replication>,
     /// Set to false where the merge makes the output head differ from the embeddings it was tied to.
     pub tied: Option<bool>,
+    /// The head that makes the output a model of another class.
+    pub head: Option<TaskHead>,
     /// Whether the weights are no longer quantised.
     #[serde(rename = "unquantised")]
     pub unquantized: bool,
@@ -225,6 +243,65 @@ impl ConfigChanges {
     /// Whether the config stays as it is.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+/// Whose a file beside the weights is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileOrigin {
+    /// The base's.
+    Base,
+    /// That of the adapter at this position.
+    Adapter(usize),
+}
+
+/// A file that lies beside the output's weights.
+#[derive(Debug, Clone)]
+pub struct SideFile {
+    /// Its path within the output.
+    pub name: String,
+    /// Its path within what it comes from, where that is another.
+    pub source: Option<String>,
+    /// Where it comes from.
+    pub origin: FileOrigin,
+    /// What it was when the merge was planned.
+    pub stamp: Stamp,
+}
+
+impl SideFile {
+    /// Its path within what it comes from.
+    pub fn source_name(&self) -> &str {
+        self.source.as_ref().unwrap_or(&self.name)
+    }
+
+    /// What it comes from.
+    pub fn store<'a>(&self, inputs: &'a Inputs) -> &'a dyn Store {
+        match self.origin {
+            FileOrigin::Base => inputs.base.store(),
+            FileOrigin::Adapter(position) => {
+                inputs.adapters[position].directory().expect("a file of its directory")
+            }
+        }
+    }
+}
+
+/// The files beside the output's weights, and what of the base's is not among them.
+#[derive(Debug, Clone, Default)]
+pub struct SideFiles {
+    /// In the order of their names.
+    pub carried: Vec<SideFile>,
+    /// Folders with a slash at the end.
+    pub left_out: Vec<String>,
+}
+
+impl SideFiles {
+    /// Where each file comes from, in words, by its name.
+    pub fn origins(&self) -> IndexMap<String, String> {
+        let word = |origin| match origin {
+            FileOrigin::Base => "base".to_owned(),
+            FileOrigin::Adapter(position) => format!("adapter {position}"),
+        };
+        self.carried.iter().map(|file| (file.name.clone(), word(file.origin))).collect()
     }
 }
 
@@ -239,6 +316,8 @@ pub struct Plan {
     pub shards: Vec<PlannedShard>,
     /// What has to change in the config.
     pub config_changes: ConfigChanges,
+    /// What lies beside the weights.
+    pub side_files: SideFiles,
     /// What a careful person would want to know before using the result.
     pub warnings: Vec<String>,
     /// Those of the warnings that are of updates of nothing.

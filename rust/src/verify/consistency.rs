@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use super::Verification;
+use crate::checkpoint::heads::{self, Task};
 use crate::checkpoint::{Checkpoint, Location};
 use crate::error::Result;
 use crate::execute::rewrite;
@@ -152,6 +153,7 @@ fn check_config(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut
             replication.order.len()
         ));
     }
+    check_head(config, plan, merged, outcome);
     let named = entry(config, &["dtype", "torch_dtype"]).and_then(Value::as_str);
     if let (Some(named), Some(dtype)) = (named, usual_dtype(merged))
         && dtype.torch_name() != Some(named)
@@ -159,6 +161,34 @@ fn check_config(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut
     {
         outcome.warnings.push(format!(
             "config.json: says {named}, but most weights are {dtype}; loaders may convert them"
+        ));
+    }
+}
+
+/// The class that the config names, and its labels, against the head.
+fn check_head(
+    config: &Map<String, Value>,
+    plan: &Plan,
+    merged: &Checkpoint,
+    outcome: &mut Verification,
+) {
+    let class = heads::class_of(config);
+    let planned = plan.config_changes.head.as_ref();
+    if let (Some(class), Some(meant)) = (class, planned.and_then(|head| head.class.as_deref()))
+        && Task::of_class(class) != Task::of_class(meant)
+    {
+        outcome.problems.push(format!(
+            "config.json: names the class {class}, but the adapter's head makes it a {meant}"
+        ));
+        return;
+    }
+    let is_labelled = class.and_then(Task::of_class).is_some() || planned.is_some();
+    if let Some((name, labels)) = heads::head_of(merged).filter(|_| is_labelled)
+        && heads::labels_of(config) != labels
+    {
+        outcome.problems.push(format!(
+            "config.json: has {} labels, but {name} has {labels} rows",
+            heads::labels_of(config)
         ));
     }
 }

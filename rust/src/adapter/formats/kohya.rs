@@ -149,6 +149,7 @@ impl Format for Kohya {
             fields: Vec::new(),
             settings,
             summary,
+            directory: place.file.is_none().then(|| place.store.clone()),
             read_from: Vec::new(),
         }))
     }

@@ -76,6 +76,7 @@ impl Format for Peft {
             fields,
             summary: config::summary(&config),
             settings: config.into_raw(),
+            directory: Some(place.store.clone()),
             read_from: match place.source.store {
                 None => vec![(config_path, stamp)],
                 Some(_) => Vec::new(),

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 
 use super::quantized::writing_problems;
+use super::side_files;
 use crate::adapter::{Initialization, Saved};
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result};
@@ -41,9 +42,19 @@ impl Plan {
         options.dtype = dtype;
         let shards = layout::plan_shards(inputs, &options, PlanDraft::default(), &quantized);
         let warnings = inputs.base.warnings().to_vec();
+        let side_files = side_files::of_base(&inputs.base)?;
         let zero_updates = Vec::new();
         let notes = Vec::new();
-        Ok(Self { options, shards, config_changes, warnings, zero_updates, notes, ..self.clone() })
+        Ok(Self {
+            options,
+            shards,
+            config_changes,
+            side_files,
+            warnings,
+            zero_updates,
+            notes,
+            ..self.clone()
+        })
     }
 }
 

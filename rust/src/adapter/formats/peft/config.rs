@@ -11,6 +11,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use crate::adapter::semantics::Semantics;
+use crate::checkpoint::heads::Task;
 use crate::checkpoint::names::endings::Endings;
 use crate::error::{Error, Result};
 use crate::limits;
@@ -193,6 +194,7 @@ impl PeftConfig {
             stored_transposed: self.fan_in_fan_out,
             transposed_experts: self.features.version.and_then(Version::transposed_experts),
             rank_stabilized: self.rank_stabilized,
+            task: self.raw.get("task_type").and_then(Value::as_str).and_then(task_of),
             base: base.filter(|base| !base.is_empty()).map(str::to_owned),
         }
     }
@@ -310,6 +312,17 @@ impl Reader<'_> {
             return Ok(());
         }
         Err(self.broken(format!("has {count} {what} in {field}; there can be {most}")))
+    }
+}
+
+/// What PEFT calls a task.
+fn task_of(name: &str) -> Option<Task> {
+    match name {
+        "SEQ_CLS" => Some(Task::SequenceClassification),
+        "TOKEN_CLS" => Some(Task::TokenClassification),
+        "QUESTION_ANS" => Some(Task::QuestionAnswering),
+        "CAUSAL_LM" | "SEQ_2_SEQ_LM" => Some(Task::Language),
+        _ => None,
     }
 }
 
