@@ -171,6 +171,13 @@ class WrittenShard(TypedDict):
     sha256: str
 
 @type_check_only
+class RoundingLoss(TypedDict):
+    lost: float
+    unmoved: float
+    #: How many values were looked at.
+    values: int
+
+@type_check_only
 class Summary(TypedDict):
     bytes_written: int
     seconds: float
@@ -181,6 +188,7 @@ class Summary(TypedDict):
     side_files: list[str]
     file_origins: dict[str, str]
     left_out: list[str]
+    rounding: RoundingLoss | None
     warnings: list[str]
 
 @type_check_only

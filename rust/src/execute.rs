@@ -12,6 +12,7 @@ pub(crate) mod queue;
 pub(crate) mod requantize;
 pub(crate) mod residual;
 pub(crate) mod rewrite;
+pub mod rounding;
 pub mod session;
 mod tile;
 
@@ -36,6 +37,7 @@ use crate::storage::sink::{Destination, OutputLock, Sink};
 use compute::{Buffers, Computer, Slot, lock};
 use queue::{Work, WorkQueues};
 use requantize::Requantizing;
+use rounding::{RoundingLoss, RoundingSums};
 use session::{Session, WorkFilter};
 
 /// What the caller decides about the execution. As plain data, see [`crate::plan::Options`].
@@ -100,6 +102,9 @@ pub struct Summary {
     pub file_origins: IndexMap<String, String>,
     /// What lies in the base's directory and was not carried over, folders with a slash.
     pub left_out: Vec<String>,
+    /// What rounding took away of what the adapters change, where the output has weights of fewer than
+    /// 32 bits that were merged on the CPU.
+    pub rounding: Option<RoundingLoss>,
     /// What went wrong after the output was complete, and what stays in it beside the model.
     pub warnings: Vec<String>,
 }
@@ -158,6 +163,8 @@ struct Job<'a> {
     /// Units of work left for each shard, so that the last one syncs it.
     remaining: Vec<AtomicUsize>,
     digests: Vec<Mutex<Option<String>>>,
+    /// What rounding takes away.
+    rounding: Mutex<RoundingSums>,
     /// What is known so far of tensors that are quantised again, by shard and position.
     requantizing: HashMap<(usize, usize), Requantizing>,
 }
@@ -227,6 +234,7 @@ impl<'a> Job<'a> {
             slots,
             remaining,
             digests,
+            rounding: Mutex::default(),
             requantizing,
         }
     }
@@ -257,6 +265,10 @@ impl<'a> Job<'a> {
             }
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    fn rounding(&self) -> RoundingSums {
+        *lock(&self.rounding)
     }
 
     fn digests(&self) -> Result<Vec<String>> {
@@ -390,6 +402,7 @@ impl<'a> Job<'a> {
         let prepared = slot.prepared(|| self.computer.prepare(tensor))?;
         if let Some(requantizing) = requantizing {
             let unit = requantizing.encode(&self.computer, tensor, &prepared, rows, buffers)?;
+            lock(&self.rounding).add(&unit.rounding);
             self.write(shard, &unit.codes, target + unit.first)?;
             slot.release();
             let scales = unit.scales.map(|scales| scales.tensors).unwrap_or_default();
@@ -400,8 +413,11 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         let first = rows.start * prepared.columns() * tensor.output_dtype.size();
-        let result = self.computer.merge(tensor, &prepared, rows, buffers)?;
+        let mut sums = RoundingSums::default();
+        let measured = rounding::is_sampled(tensor, rows).then_some(&mut sums);
+        let result = self.computer.merge_measured(tensor, &prepared, rows, buffers, measured)?;
         self.write(shard, result, target + first as u64)?;
+        lock(&self.rounding).add(&sums);
         slot.release();
         Ok(())
     }

@@ -27,6 +27,7 @@ use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result, shorten_all};
 use crate::execute::compute::{Buffers, Computer, lock};
 use crate::execute::queue;
+use crate::execute::rounding::LOST as LOST_IN_ROUNDING;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::parallel::task::{self, Task};
@@ -40,8 +41,6 @@ use matching::Job;
 
 /// Rows of each merged tensor that are computed again in f64 when not all are asked for.
 const SAMPLED_ROWS: usize = 8;
-/// A delta counts as mostly lost when rounding takes away at least this share of it.
-const LOST: f64 = 0.5;
 
 /// What the caller decides.
 #[derive(Debug, Clone, Default)]
@@ -273,7 +272,7 @@ pub fn verify(
             lost: change.lost(),
             unmoved: change.unmoved_share(),
         };
-        if rounding.lost >= LOST {
+        if rounding.lost >= LOST_IN_ROUNDING {
             outcome.warnings.push(format!(
                 "rounding took away {:.0} % of what {} changes, and {:.0} % of the weights that \
                  should move did not; merge into a wider dtype (float32) to keep it",

@@ -42,7 +42,7 @@ MERGE_FLAGS = [
     "--json",
     "--quiet",
 ]
-REPORTS = {"merge_report.json", "merge_report.md"}
+REPORTS = {"README.md", "merge_report.json", "merge_report.md"}
 MANIFEST = "lorafast_manifest.json"
 
 

@@ -126,6 +126,17 @@ def test_the_scheme_is_kept(scheme: Scheme, tmp_path: Path) -> None:
         outcome = lorafast.verify(base, lora, tmp_path / "merged", full=full)
         assert outcome.ok, outcome.problems
         assert outcome.tensors_merged == len(MERGED)
+    # The merge measured all of it, before a nested scheme quantises the scales.
+    error = change = 0.0
+    for module in MERGED:
+        start, asked = dequantised(scheme, before, module), delta(lora, module)
+        error += np.square(dequantised(scheme, after, module) - start - asked).sum()
+        change += np.square(asked).sum()
+    assert report.rounding is not None
+    assert report.rounding["lost"] == pytest.approx(np.sqrt(error / change), rel=0.05)
+    assert report.rounding["values"] == sum(delta(lora, module).size for module in MERGED)
+    warned = any("rounding takes away" in warning for warning in report.warnings)
+    assert warned == (report.rounding["lost"] >= 0.2)
 
 
 @schemes

@@ -52,6 +52,7 @@ def test_names_of_files_are_the_bases(
     assert_merged(base, adapter, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()} | {
         "lorafast_manifest.json",
+        "README.md",
         "merge_report.json",
         "merge_report.md",
     }
@@ -220,7 +221,7 @@ def test_the_report(tmp_path: Path, adapter: Path) -> None:
     assert report.merge_time > 0
     assert report.warnings == []
 
-    as_dict = report.to_dict()
+    as_dict = report.portable().to_dict()
     written = json.loads((output / "merge_report.json").read_text())
     assert written == json.loads(json.dumps(as_dict))
     for key in ("base", "adapters", "strategy", "weights", "output_path", "merge_time"):

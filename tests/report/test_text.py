@@ -78,6 +78,9 @@ def test_no_text_of_a_merges_report_is_markup() -> None:
             }
         ],
         "fallbacks": {ATTACK: [ATTACK]},
+        "file_origins": {ATTACK: ATTACK},
+        "sources": [{"role": "base", "name": ATTACK, "revision": ATTACK, "sha256": ATTACK}],
+        "rounding": None,
         "verification": None,
     }
     page = merge_page(lorafast.MergeReport(**values))

@@ -387,6 +387,7 @@ class MergePlan(Result):
             side_files=summary["side_files"],
             file_origins=summary["file_origins"],
             sources=_sources(self._description, summary),
+            rounding=summary["rounding"],
             left_out=summary["left_out"],
             coverage=[adapter["coverage"] for adapter in description["adapters"]],
             weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),

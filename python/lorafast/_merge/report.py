@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Self
 
-    from lorafast._core import Coverage
+    from lorafast._core import Coverage, RoundingLoss
     from lorafast._types import Source
 
 #: What reading a finished output back, or writing a report beside it, can meet.
@@ -122,6 +122,7 @@ class _MergeReportFields(NamedTuple):
     weight_files: list[str]
     file_origins: dict[str, str]
     sources: list[dict[str, Any]]
+    rounding: RoundingLoss | None = None
     verification: dict[str, Any] | None = None
 
 
@@ -169,6 +170,10 @@ class MergeReport(_MergeReportFields, OutputReport):
         sources: base and adapters: `role`, `name` (the id on the hub, or what the directory is
             called), `revision` on the hub, and `header_sha256` of the base's shards or `sha256` of
             the adapter's weights file.
+        rounding: where weights of fewer than 32 bits were merged on the CPU, what rounding took
+            away: `lost`, ‖written - exact‖ / ‖exact - base‖; `unmoved`, the share of the weights
+            that should move and are the base's; `values`, how many were looked at: all that were
+            quantised again, and a sample of those of 16 bits. A fifth and more is a warning.
     """
 
     __slots__ = ()

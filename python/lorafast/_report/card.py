@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: What a merge keeps of the front matter of its base's card.
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+#: By which a subtraction knows a card that goes with the merge.
+MARK = "<!-- Written by lorafast merge -->"
 #: Longer cards are no cards.
 LONGEST = 1 << 20
 
@@ -43,6 +45,8 @@ def merge_card(plan: MergePlan, description: PlanDescription) -> str:
     lines += ["tags:", "- merge", "- lora", "- lorafast", "---", ""]
     name = hub_id or base.name
     lines += [
+        MARK,
+        "",
         f"# {cell(name)} with {len(adapters)} adapter{'s' * (len(adapters) != 1)} merged",
         "",
         f"LoRA adapters were merged into {code(name)} with "

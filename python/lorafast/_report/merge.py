@@ -42,6 +42,9 @@ def merge_page(report: MergeReport) -> str:
                 "cast": report.tensors_cast,
             }.items()
         ),
+        "Lost in rounding": "nothing was measured"
+        if report.rounding is None
+        else f"{report.rounding['lost']:.1%} of the change",
         "Time": f"{report.merge_time:.2f} s ({rate:.2f} GB/s)",
         "lorafast": cell(report.versions["lorafast"]),
     }
@@ -75,7 +78,7 @@ def merge_page(report: MergeReport) -> str:
         ]
     if origins:
         lines += ["", "## Files beside the weights", ""]
-        lines += [f"- of the {origin}: {_codes(names)}" for origin, names in origins.items()]
+        lines += [f"- of the {cell(origin)}: {_codes(names)}" for origin, names in origins.items()]
     lines += _note_lines(report.notes)
     if report.left_out:
         lines += ["", "## Not carried over", ""]

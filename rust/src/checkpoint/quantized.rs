@@ -99,6 +99,8 @@ pub struct Encoded {
     pub scales: Vec<f32>,
     /// Whether any block is not what it was.
     pub changed: bool,
+    /// What the codes stand for, with the scales as they are before a nested scheme quantises them.
+    pub stored: Vec<f32>,
 }
 
 /// What encoding can fail at besides the disk.
@@ -266,7 +268,7 @@ impl Quantized {
             }
         };
         let mut codes = self.read_codes(checkpoint, elements)?;
-        let mut beyond = None;
+        let (mut beyond, mut stored, table) = (None, before.to_vec(), self.codes.table());
         self.blocks.runs(elements, |run, block| {
             let index = block - blocks.start;
             if !changed[index] {
@@ -274,6 +276,8 @@ impl Quantized {
             }
             let run = run.start - elements.start..run.end - elements.start;
             self.codes.encode(&values[run.clone()], scales[index], &mut codes[run.clone()]);
+            let (codes, stored) = (&codes[run.clone()], &mut stored[run.clone()]);
+            self.codes.decode(codes, &table, scales[index], stored);
             if matches!(self.scales, Scales::None) {
                 let is_beyond = |position: &usize| {
                     let value = values[*position];
@@ -288,7 +292,7 @@ impl Quantized {
             return Err(Failure::Beyond(element));
         }
         let changed = changed.contains(&true);
-        Ok(Encoded { codes: self.pack(codes), blocks, scales, changed })
+        Ok(Encoded { codes: self.pack(codes), blocks, scales, changed, stored })
     }
 
     /// The bytes of the scales' tensors, [`Scales::tensors`], once all blocks are encoded.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::accumulator::Real;
 use super::queue;
+use super::rounding::RoundingSums;
 use super::tile::{Prepared, Segment};
 use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
@@ -144,6 +145,21 @@ impl Computer<'_> {
         rows: &Range<usize>,
         buffers: &'b mut Buffers,
     ) -> Result<&'b [u8]> {
+        self.merge_measured(tensor, prepared, rows, buffers, None)
+    }
+
+    /// The same, and adds what rounding does to the first of the rows to some sums.
+    ///
+    /// # Errors
+    /// As [`Computer::merge`].
+    pub fn merge_measured<'b>(
+        &self,
+        tensor: &PlannedTensor,
+        prepared: &Prepared,
+        rows: &Range<usize>,
+        buffers: &'b mut Buffers,
+        sums: Option<&mut RoundingSums>,
+    ) -> Result<&'b [u8]> {
         let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let first = rows.start * prepared.columns();
         let count = rows.len() * prepared.columns();
@@ -151,9 +167,31 @@ impl Computer<'_> {
         let stored = reserve(stored, count * from.size());
         self.read(tensor, stored, first * from.size())?;
         let segment = prepared.segment(rows);
+        let columns = prepared.columns();
+        let row = rows.start..rows.start + 1;
+        let before = sums.is_some().then(|| self.widened(from, &stored[..columns * from.size()]));
+        // What is to be added, or what the sum is, as far as f32 tells.
+        let mut exact = Vec::new();
+        let in_place = from == to && segment.only_sum().is_some();
+        if let (Some(before), false) = (&before, in_place) {
+            let stored = &stored[..columns * from.size()];
+            exact.resize(before.len(), 0f32);
+            let wide = (&Dtype::F32, bytemuck::cast_slice_mut(&mut exact));
+            if queue::accumulator(from) == Dtype::F64 {
+                self.apply(segment, &row, (from, stored), double, wide)?;
+            } else {
+                self.apply(segment, &row, (from, stored), single, wide)?;
+            }
+        }
         let (finite, result) = match segment.only_sum() {
             Some(factors) if from == to => {
                 let first = rows.start - segment.first_row();
+                if before.is_some() {
+                    // The product alone, added to zeros. Its own rounding is a small share of it.
+                    let mut product = vec![0; columns * from.size()];
+                    kernel::merge_rows(self.set, factors, first, from, &mut product);
+                    exact = self.widened(from, &product);
+                }
                 (kernel::merge_rows(self.set, factors, first, from, stored), stored)
             }
             // Through the accumulator's type, so that the only rounding is the last one.
@@ -170,7 +208,28 @@ impl Computer<'_> {
         if !finite {
             self.find_overflow(tensor, result, first)?;
         }
+        if let (Some(sums), Some(before)) = (sums, before) {
+            let written = self.widened(to, &result[..columns * to.size()]);
+            if in_place {
+                sums.add_changes(&before, &exact, &written);
+            } else {
+                sums.add_results(&before, &exact, &written);
+            }
+        }
         Ok(result)
+    }
+
+    /// Stored elements in f32.
+    fn widened(&self, dtype: &Dtype, stored: &[u8]) -> Vec<f32> {
+        let mut values = vec![0f32; stored.len() / dtype.size()];
+        kernel::convert(
+            self.set,
+            dtype,
+            stored,
+            &Dtype::F32,
+            bytemuck::cast_slice_mut(&mut values),
+        );
+        values
     }
 
     /// Applies updates to a tile in the accumulator's type and rounds once; whether all is finite.

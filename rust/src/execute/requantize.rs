@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::compute::{Buffers, Computer, lock, overflow};
 use super::queue;
+use super::rounding::RoundingSums;
 use super::tile::Prepared;
 use crate::checkpoint::quantized::{Encoded, Extent, Failure, Known, Quantized};
 use crate::error::{Error, Result};
@@ -66,6 +67,8 @@ pub(crate) struct Unit {
     pub first: u64,
     /// Those bytes.
     pub codes: Vec<u8>,
+    /// What rounding did to it.
+    pub rounding: RoundingSums,
     /// If it was the last one.
     pub scales: Option<Finished>,
 }
@@ -140,7 +143,7 @@ impl Requantizing {
         let elements = rows.start * columns..rows.end * columns;
         let base = &computer.inputs.base;
         let encoded = scheme.encode(base, &elements, &values, &before, known.as_deref());
-        let Encoded { codes, blocks, scales, changed } =
+        let Encoded { codes, blocks, scales, changed, stored } =
             encoded.map_err(|failure| match failure {
                 Failure::Other(error) => error,
                 Failure::Beyond(element) => {
@@ -148,6 +151,8 @@ impl Requantizing {
                 }
             })?;
         let first = scheme.byte_at(elements.start) as u64;
+        let mut rounding = RoundingSums::default();
+        rounding.add_results(&before, &values, &stored);
         let mut state = lock(&self.state);
         if state.scales.is_empty() {
             state.scales.resize(scheme.blocks.count(), 0.0);
@@ -156,11 +161,11 @@ impl Requantizing {
         state.changed |= changed;
         state.remaining -= 1;
         if state.remaining > 0 {
-            return Ok(Unit { first, codes, scales: None });
+            return Ok(Unit { first, codes, rounding, scales: None });
         }
         let values = std::mem::take(&mut state.scales);
         let tensors = scheme.write_scales(base, &values, state.changed)?;
-        Ok(Unit { first, codes, scales: Some(Finished { tensors, values }) })
+        Ok(Unit { first, codes, rounding, scales: Some(Finished { tensors, values }) })
     }
 }
 
@@ -224,7 +229,7 @@ fn beyond(tensor: &PlannedTensor, element: usize, value: f32) -> Error {
         tensor: name,
         message: format!(
             "{message}: {value} is beyond what {} holds without a scale; write the model in another \
-             dtype (dtype=\"bfloat16\", --merge-dtype bfloat16)",
+             dtype (dtype=\"bfloat16\", --dtype bfloat16)",
             tensor.output_dtype
         ),
     }

@@ -11,6 +11,7 @@ use std::time::Instant;
 use super::compute::{self, Computer};
 use super::queue::{self, Work};
 use super::rewrite;
+use super::rounding::RoundingSums;
 use super::{Job, Options, Output, Summary};
 use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
@@ -67,6 +68,7 @@ pub struct Session {
     set: InstructionSet,
     sync: bool,
     digests: Mutex<Vec<String>>,
+    rounding: Mutex<RoundingSums>,
     /// Whether somebody else wrote rows that have to be synced.
     written: AtomicBool,
 }
@@ -179,6 +181,7 @@ impl Session {
             set: options.instruction_set.unwrap_or_else(InstructionSet::detect),
             sync: options.sync,
             digests: Mutex::new(Vec::new()),
+            rounding: Mutex::default(),
             written: AtomicBool::new(false),
         })
     }
@@ -202,6 +205,8 @@ impl Session {
         let output = Output { directory: &self.output, files: &self.files, sync: self.sync };
         let job = Job::new(inputs, plan, output, self.set, task, filter);
         job.run(&self.pool)?;
+        let mut rounding = self.rounding.lock().unwrap_or_else(PoisonError::into_inner);
+        rounding.add(&job.rounding());
         if !matches!(filter, WorkFilter::Only(_)) {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
         }
@@ -294,7 +299,9 @@ impl Session {
         task.check()?;
         // What was written to meanwhile would make a model of two states.
         inputs.check_unchanged()?;
-        let Committed { warnings, lock } = self.staging.commit()?;
+        let Committed { mut warnings, lock } = self.staging.commit()?;
+        let rounding = self.rounding.into_inner().unwrap_or_else(PoisonError::into_inner).loss();
+        warnings.extend(rounding.and_then(|loss| loss.warning()));
         let mut file_origins = self.side_files.origins();
         if self.has_card {
             file_origins.insert(CARD.to_owned(), "merge".to_owned());
@@ -314,6 +321,7 @@ impl Session {
                 .collect(),
             side_files: file_origins.keys().cloned().collect(),
             file_origins,
+            rounding,
             left_out: self.side_files.left_out,
             warnings,
         };

@@ -19,6 +19,8 @@ use crate::storage::store::Store;
 pub const CARD_OF_BASE: &str = "README.base.md";
 /// A model's card.
 pub const CARD: &str = "README.md";
+/// What a card of a merge holds, and no other.
+const MARK: &[u8] = b"<!-- Written by lorafast merge -->";
 /// ModelOpt's description of quantised weights.
 const QUANTIZATION: &str = "hf_quant_config.json";
 /// Settings of a model beside its weights and its tokenizer.
@@ -62,7 +64,7 @@ pub(in crate::plan) fn resolve(
         files.carried.retain(|file| file.name != QUANTIZATION);
     }
     if context.options.subtract {
-        restore_card(&mut files);
+        restore_card(context.base.store(), &mut files)?;
         return Ok(files);
     }
     if !context.base.is_directory() {
@@ -403,8 +405,9 @@ fn differs(base: &dyn Store, adapter: &dyn Store, name: &str) -> Result<bool> {
     Ok(settings(base)? != settings(adapter)?)
 }
 
-/// Gives a model that was merged the card of its base back, where that is kept beside it.
-fn restore_card(files: &mut SideFiles) {
+/// Gives a model that was merged the card of its base back, where that is kept beside it, and takes
+/// the merge's own away.
+fn restore_card(store: &dyn Store, files: &mut SideFiles) -> Result<()> {
     if let Some(position) = files.carried.iter().position(|file| file.name == CARD_OF_BASE) {
         let kept = files.carried.remove(position);
         files.carried.retain(|file| file.name != CARD);
@@ -414,5 +417,13 @@ fn restore_card(files: &mut SideFiles) {
             ..kept
         });
         files.carried.sort_by(|left, right| left.name.cmp(&right.name));
+    } else if let Some(position) = files.carried.iter().position(|file| file.name == CARD) {
+        let (text, _) = store.read_small(CARD)?;
+        if text.windows(MARK.len()).any(|part| part == MARK) {
+            files.carried.remove(position);
+            files.left_out.push(CARD.to_owned());
+            files.left_out.sort();
+        }
     }
+    Ok(())
 }
