@@ -261,8 +261,9 @@ def test_distributions_are_densities_of_the_histograms() -> None:
 def test_the_cosine_plot_shows_the_matrix() -> None:
     comparison = subject_of("three")
     axes = comparison.plot("cosine").axes[0]
-    np.testing.assert_array_equal(axes.get_images()[0].get_array(), comparison.cosine)
-    assert len(axes.texts) == 9
+    off = ~np.eye(3, dtype=bool)
+    np.testing.assert_array_equal(axes.get_images()[0].get_array()[off], comparison.cosine[off])
+    assert len(axes.texts) == 6
     assert not subject_of("sixty").plot("cosine").axes[0].texts
 
 

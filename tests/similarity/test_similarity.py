@@ -204,7 +204,8 @@ def test_the_picture_has_like_beside_like(tmp_path: Path) -> None:
     shown = heatmap.images[0].get_array()
     found = lorafast.similarity(tmp_path)
     places = [found.names.index(label) for label in labels]
-    np.testing.assert_allclose(np.asarray(shown), found.matrix[np.ix_(places, places)])
+    off = ~np.eye(9, dtype=bool)
+    np.testing.assert_allclose(shown[off], found.matrix[np.ix_(places, places)][off])
     # a2, a5 and a8 share a direction with a0.
     family = sorted(labels.index(name) for name in ("a0", "a2", "a8"))
     assert family[-1] - family[0] <= 3

@@ -154,7 +154,7 @@ def show_comparison(comparison: Comparison, terminal: Terminal) -> None:
     terminal.table(
         columns,
         [
-            (str(i + 1), *(f"{comparison.cosine[i, j]:.4f}" for j in range(count)))
+            (str(i + 1), *(f"{comparison.cosine[i, j]:z.4f}" for j in range(count)))
             for i in range(count)
         ],
     )

@@ -74,9 +74,9 @@ def _show(lineage: Lineage, terminal: Terminal) -> None:
         [
             (
                 lineage.names[path],
-                f"{lineage.coefficients[path]:.4f}" if path not in lineage.dependent else "–",
-                f"{lineage.contributions[path]:.4f}" if path not in lineage.dependent else "–",
-                f"{lineage.cosines[path]:.4f}",
+                f"{lineage.coefficients[path]:z.4f}" if path not in lineage.dependent else "–",
+                f"{lineage.contributions[path]:z.4f}" if path not in lineage.dependent else "–",
+                f"{lineage.cosines[path]:z.4f}",
                 f"left out: {lineage.dependent[path]}" if path in lineage.dependent else "",
             )
             for path in paths[:MAX_CANDIDATES]

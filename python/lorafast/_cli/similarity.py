@@ -145,7 +145,7 @@ def _show(similarity: Similarity, nearest: int | None, terminal: Terminal) -> No
         rows = []
         for name in similarity.names:
             for place, (other, cosine) in enumerate(similarity.nearest(name, nearest)):
-                rows.append((name if place == 0 else "", f"{cosine:.4f}", other))
+                rows.append((name if place == 0 else "", f"{cosine:z.4f}", other))
         terminal.table(columns, rows)
         return
     shown = similarity.pairs(MAX_PAIRS)
@@ -155,7 +155,7 @@ def _show(similarity: Similarity, nearest: int | None, terminal: Terminal) -> No
     terminal.heading("Most similar")
     terminal.table(
         [Column("cosine", number=True), Column("adapter"), Column("adapter")],
-        [(f"{cosine:.4f}", first, second) for first, second, cosine in shown],
+        [(f"{cosine:z.4f}", first, second) for first, second, cosine in shown],
     )
     rest = sum(len(m) * (len(m) - 1) // 2 for m in similarity.groups.values()) - len(shown)
     if rest > 0:
@@ -168,7 +168,7 @@ def _mean(similarity: Similarity) -> str:
     finite = np.isfinite(similarity.matrix)
     np.fill_diagonal(finite, False)
     pairs = int(finite.sum())
-    return f"{similarity.matrix.sum(where=finite) / pairs:.4f}" if pairs else "–"
+    return f"{similarity.matrix.sum(where=finite) / pairs:z.4f}" if pairs else "–"
 
 
 COMMAND = Command(

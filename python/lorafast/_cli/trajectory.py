@@ -74,7 +74,7 @@ def _show(trajectory: Trajectory, terminal: Terminal) -> None:
                 f"{step.effective_rank:.3g}",
                 number(step.change, ".3g"),
                 number(step.cosine_previous, ".4f"),
-                f"{step.cosine_last:.4f}",
+                f"{step.cosine_last:z.4f}",
                 pair(step.subspace_previous),
                 pair(step.subspace_last),
             )

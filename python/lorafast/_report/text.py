@@ -28,12 +28,13 @@ def format_number(value: float | None, digits: int = 4, *, nan: str = ABSENT) ->
         return nan
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:.{digits}g}"
+    # With z, what rounds to zero has no minus.
+    return f"{value:z.{digits}g}"
 
 
 def format_cosine(value: float | None) -> str:
     """A cosine in four decimals."""
-    return ABSENT if value is None else f"{value:.4f}"
+    return ABSENT if value is None else f"{value:z.4f}"
 
 
 def format_range(values: Iterable[float]) -> str:

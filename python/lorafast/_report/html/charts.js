@@ -44,7 +44,9 @@
     const output = place.parentElement.querySelector("output");
     place.on("plotly_hover", (event) => {
       const { x, y, z } = event.points[0];
-      const value = z === null || z === undefined ? "no cosine" : "cosine " + z.toFixed(4);
+      const none = x === y ? "the same adapter" : "no cosine";
+      // Rounded first, and zero added, so that no zero has a minus.
+      const value = z === null || z === undefined ? none : "cosine " + (Math.round(z * 1e4) / 1e4 + 0).toFixed(4);
       output.innerHTML = "<b>" + trace.names[y] + "</b> and <b>" + trace.names[x] + "</b>: " + value;
     });
   };

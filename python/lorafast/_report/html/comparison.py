@@ -23,6 +23,7 @@ from lorafast._report.html.elements import (
     section,
     table,
 )
+from lorafast._report.palette import NEGATIVE, POSITIVE, cosine_end
 from lorafast._report.plots.comparison import MAX_TABLE
 from lorafast._report.text import format_value
 
@@ -87,6 +88,7 @@ def _matrix(comparison: Comparison) -> Html:
         class_="quiet",
     )
     names = comparison.names
+    end = cosine_end(comparison.cosine)
     if len(names) > MAX_TABLE:
         return join([explained, element("p", "The matrix is among the plots.")])
     short = len(names) > 8
@@ -103,7 +105,7 @@ def _matrix(comparison: Comparison) -> Html:
             "tr",
             element("th", f"{i + 1}  {name}" if short else name, title=name, scope="row"),
             *(
-                _cosine_cell(float(comparison.cosine[i, j]), f"{name} × {other}")
+                _cosine_cell(float(comparison.cosine[i, j]), f"{name} × {other}", end, i == j)
                 for j, other in enumerate(names)
             ),
         )
@@ -113,21 +115,29 @@ def _matrix(comparison: Comparison) -> Html:
     return join([explained, element("div", grid, class_="scroll", tabindex="0")])
 
 
-def _cosine_cell(value: float, pair: str) -> Html:
-    """A cell whose color grows with the magnitude: violet above zero, orange below."""
+#: Of a cell's color: with no more of it, the text of both themes has enough contrast.
+MAX_OPACITY = 0.62
+
+
+def _cosine_cell(value: float, pair: str, end: float, is_itself: bool) -> Html:
+    """A cell in the color of its sign, the stronger the greater the cosine; its own adapter's none.
+
+    Args:
+        value: the cosine.
+        pair: both names.
+        end: the magnitude of the full color.
+        is_itself: whether the two are one adapter, whose cosine tells nothing.
+    """
     if not math.isfinite(value):
         return element("td", "–", title=f"{pair}: undefined, a zero or non-finite update")
-    strength = min(1.0, abs(value))
-    color = "94,60,153" if value >= 0 else "230,97,1"
-    # On a full color the page's own ink would be too faint in one of its two themes.
-    ink = None if strength < 0.8 else "dark" if value >= 0 else "light"
+    red, green, blue = bytes.fromhex((POSITIVE if value >= 0 else NEGATIVE).removeprefix("#"))
+    opacity = MAX_OPACITY * min(1.0, abs(value) / end)
     return element(
         "td",
-        # Rounded first, and zero added, so that no zero has a minus.
-        f"{round(value, 3) + 0.0:.3f}",
+        f"{value:z.3f}",
         title=f"{pair}: cosine {value:.9g}",
-        style=f"background:rgba({color},{strength:.2f})",
-        class_=ink,
+        style=None if is_itself else f"background:rgba({red},{green},{blue},{opacity:.2f})",
+        class_="quiet" if is_itself else None,
     )
 
 

@@ -356,12 +356,17 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     """The cosines of all pairs, in an order that puts like beside like."""
     order = similar_order(cosine)
     ordered = cosine[np.ix_(order, order)]
+    # What every adapter has with itself would outshine the rest.
+    ordered[np.diag_indices(len(ordered))] = math.nan
     labels = [text(names[position]) for position in order.tolist()]
     caption = "Cosine of the updates of each pair, in the order of a hierarchical clustering."
+    end = palette.cosine_end(ordered)
+    if end < 1:
+        caption += f" The colors end at ±{end:g}."
     count = len(labels)
     has_gaps = not np.isfinite(cosine).all()
-    if has_gaps:
-        caption += " Grey cells have no cosine: adapters of different bases, or no finite update."
+    caption += " Grey: each adapter with itself"
+    caption += ", adapters of different bases, or no finite update." if has_gaps else "."
     if count > MAX_CELLS:
         edges = np.linspace(0, count, MAX_CELLS + 1).round().astype(int)
         ordered = _averaged(ordered, edges)
@@ -392,14 +397,10 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
         "z": [_numbers(row, 5) for row in ordered],
         "x": positions,
         "y": positions,
-        "zmin": -1,
-        "zmax": 1,
+        "zmin": -end,
+        "zmax": end,
         "colorscale": [
-            [0, "#67001f"],
-            [0.25, "#d6604d"],
-            [0.5, "#f7f7f7"],
-            [0.75, "#4393c3"],
-            [1, "#053061"],
+            [place / (len(palette.COSINE) - 1), color] for place, color in enumerate(palette.COSINE)
         ],
         "colorbar": {"title": {"text": "cosine"}, "thickness": 14},
         "names": labels,
@@ -408,9 +409,8 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     layout: dict[str, Any] = {
         "xaxis": {**ticks, "tickangle": -60},
         "yaxis": {**ticks, "autorange": "reversed", "scaleanchor": "x"},
+        "plot_bgcolor": GAP,
     }
-    if has_gaps:
-        layout["plot_bgcolor"] = GAP
     return Chart(
         "Similarity of each pair",
         caption,

@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafast._analysis.records import Histogram, ModuleComparison
+from lorafast._analysis.records import Histogram, ModuleAnalysis, ModuleComparison
 from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.palette import COLORS
+from lorafast._report.plots.cosines import (
+    cosine_colors,
+    cosine_label,
+    cosine_number,
+    cosine_scale,
+    draw_bar,
+    draw_matrix,
+)
 from lorafast._report.plots.draw import plot
 from lorafast._report.plots.style import (
     ABSENT,
     GUIDE,
     LABEL_SIZE,
     TICK_SIZE,
-    annotate,
     draw_empty,
     draw_grid,
     finite,
@@ -41,6 +48,8 @@ if TYPE_CHECKING:
 MAX_LINES = 12
 #: Up to so many adapters the page has a table of all cosines.
 MAX_TABLE = 60
+#: Up to so many groups of adapters that share a module have rows of their own.
+MAX_GROUPS = 6
 
 
 def _has_many_adapters(comparison: Comparison) -> bool:
@@ -56,62 +65,106 @@ def _has_many_adapters(comparison: Comparison) -> bool:
 )
 def cosine(comparison: Comparison) -> Figure:
     """The cosine of the whole updates of each two adapters."""
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
-
     n = len(comparison.names)
     side = min(14.0, max(6.0, 3.5 + 0.45 * n))
     figure = new_figure(side + 1.0, side, "Cosine of the adapters' updates")
     axes = figure.subplots()
-    if not n:
-        draw_empty(axes, "there are no adapters")
+    if n < 2:
+        draw_empty(axes, "there are no two adapters to compare")
         return figure
     names = truncate_all(comparison.names, 24)
-    values = np.asarray(comparison.cosine, dtype=float)
-    colors, scale = colormaps["PuOr"], Normalize(-1.0, 1.0)
-    axes.set_facecolor(ABSENT)
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=colors, norm=scale,
-                        interpolation="nearest")  # fmt: skip
-    axes.tick_params(labelsize=TICK_SIZE)
+    image, words = draw_matrix(axes, comparison.cosine, size=9 if n <= 8 else 7, aspect="equal")
     thin_ticks(axes, "y", names, 50)
     thin_ticks(axes, "x", names, 50, rotation=45 if n <= 24 else 90)
     if n > 24:
         for text in axes.get_xticklabels():
             text.set(va="center")
-    if n <= 16:
-        annotate(axes, values, colors, scale, size=9 if n <= 8 else 7, number=".2f")
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-    bar.set_label("cosine; grey: undefined (a zero or non-finite update)", fontsize=9)
-    bar.ax.tick_params(labelsize=TICK_SIZE)
+    draw_bar(figure, axes, image, words, shrink=0.8, fraction=0.15)
     return figure
 
 
-@plot("modules", caption="cosine of the updates by block and module", page=True)
+@plot("modules", caption="cosine of the updates by block and layer", page=True)
 def modules(comparison: Comparison) -> Figure:
-    """The cosine of the updates of each module, the mean over pairs where there are several."""
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
+    """The cosine of the updates of each module, the mean over pairs where there are several.
 
+    The cells of a row are means over the same pairs: a layer that some adapters lack in some blocks
+    has a row of its own for the pairs that are left there, which says of which adapters they are.
+    """
     several = len(comparison.names) > 2
     title = "Mean cosine of the updates of each two adapters" if several else "Cosine of updates"
-    places = {
-        path: module for a in comparison.analyses for path, module in a.modules.items()
-    }  # the same path is the same place in every adapter
-    paths = [path for path in comparison.modules if path in places]
-    shared = [path for path in paths if sum(comparison.modules[path].present) > 1]
-    grid = grid_of(
-        [places[path] for path in shared],
-        [_mean_pair(comparison.modules[path]) for path in shared],
-    )
+    places = _places(comparison)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for path, module in comparison.modules.items():
+        if path in places and sum(module.present) > 1:
+            groups.setdefault(_compared(module), []).append(path)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[0]))
+    largest = sorted(ordered, key=lambda group: -len(group[1]))[:MAX_GROUPS]
+    kept = [group for group in ordered if group in largest]
+    paths = [path for _, members in kept for path in members]
+    labels = [
+        f"{places[path].layer}{of}"
+        for (_, members), of in zip(kept, _of_adapters(comparison, kept), strict=True)
+        for path in members
+    ]
+    values = [_mean_pair(comparison.modules[path]) for path in paths]
+    grid = grid_of([places[path] for path in paths], values, labels)
     rows, columns, _, _ = grid
     figure = new_figure(*grid_size(rows, columns), f"{title}, by module")
     axes = figure.subplots()
-    if not shared:
+    if not paths:
         draw_empty(axes, "no module is in two of the adapters")
         return figure
-    draw_grid(figure, axes, grid, colors=colormaps["PuOr"], scale=Normalize(-1.0, 1.0),
-              label="cosine", number=".2f")  # fmt: skip
+    scale = cosine_scale(values)
+    draw_grid(figure, axes, grid, colors=cosine_colors(), scale=scale, label=cosine_label(scale),
+              number=cosine_number(scale))  # fmt: skip
+    left_out = sum(map(len, groups.values())) - len(paths)
+    if left_out:
+        axes.set_xlabel(
+            f"block\n{left_out:,} modules that yet other adapters share are left out",
+            fontsize=LABEL_SIZE,
+        )
     return figure
+
+
+def _places(comparison: Comparison) -> dict[str, ModuleAnalysis]:
+    """A module of each path, for its block and layer: of the adapter that has the most modules.
+
+    Layers are named so that those of one adapter are told apart (an encoder's from a decoder's).
+    """
+    places: dict[str, ModuleAnalysis] = {}
+    for analysis in sorted(comparison.analyses, key=lambda one: len(one.modules)):
+        places.update(analysis.modules)
+    return places
+
+
+def _compared(module: ModuleComparison) -> tuple[int, ...]:
+    """The adapters whose updates of a module have cosines; those that have it, if none has any."""
+    known = np.isfinite(np.asarray(module.cosine, dtype=float))
+    np.fill_diagonal(known, val=False)
+    some = np.flatnonzero(known.any(axis=0)) if known.any() else np.flatnonzero(module.present)
+    return tuple(some.tolist())
+
+
+def _of_adapters(
+    comparison: Comparison, groups: Sequence[tuple[tuple[int, ...], list[str]]]
+) -> list[str]:
+    """For each group of adapters, what to write behind a layer: nothing where it is all of them."""
+    names = truncate_all(comparison.names, 16)
+    texts = []
+    for members, _ in groups:
+        lacking = [name for i, name in enumerate(names) if i not in members]
+        if not lacking:
+            texts.append("")
+        elif len(lacking) <= min(2, len(members)):
+            texts.append(f" (all but {' and '.join(lacking)})")
+        elif len(members) <= 3:
+            texts.append(f" ({', '.join(names[i] for i in members)})")
+        else:
+            texts.append(f" ({len(members)} of {len(names)} adapters)")
+    return [
+        f"{text[:-1]}, group {texts[: i + 1].count(text)})" if texts.count(text) > 1 else text
+        for i, text in enumerate(texts)
+    ]
 
 
 def _mean_pair(module: ModuleComparison) -> float:

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorafast._report.plots.cosines import WRITTEN, draw_bar, draw_matrix
 from lorafast._report.plots.style import (
-    ABSENT,
     LABEL_SIZE,
     TICK_SIZE,
-    annotate,
     new_figure,
     thin_ticks,
     truncate_all,
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
     from lorafast._similarity.similarity import Similarity
 
-#: Up to so many adapters have their figure written into each cell.
-WRITTEN = 16
+#: Longest name beside the matrix, in characters.
 NAME = 36
 #: Room for the labels of 8 points, in inches a label.
 LABEL_HEIGHT = 0.16
@@ -37,24 +35,20 @@ def clustered(similarity: Similarity, method: str) -> Figure:
     count = len(order)
     side = min(18.0, max(4.0, 0.45 * count if count <= WRITTEN else LABEL_HEIGHT * count))
     title = f"Cosine of the updates of {count:,} adapters"
-    if not np.isfinite(matrix).all():
-        title += " (grey: of different bases, or none)"
+    shown = matrix[np.ix_(order, order)]
+    reasons = [
+        *(["of different bases"] if len(similarity.groups) > 1 else []),
+        *([] if np.isfinite(matrix.diagonal()).all() else ["of zero or non-finite updates"]),
+    ]
+    if reasons:
+        title += f" (none: {', or '.join(reasons)})"
     names = truncate_all([similarity.names[at] for at in order], NAME)
     labels = 0.075 * max(map(len, names), default=0)
     figure = new_figure(side + labels + 3.2, side + labels + 1.0, title)
     left, right = figure.subplots(
         1, 2, width_ratios=[1.4, side + labels], gridspec_kw={"wspace": 0.0}
     )
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
-
-    colors, scale = colormaps["RdBu_r"], Normalize(-1.0, 1.0)
-    shown = matrix[np.ix_(order, order)]
-    right.set_facecolor(ABSENT)
-    image = right.imshow(
-        np.ma.masked_invalid(shown), cmap=colors, norm=scale, aspect="auto",
-        interpolation="nearest" if count <= 400 else "auto",
-    )  # fmt: skip
+    image, words = draw_matrix(right, shown, size=7, aspect="auto")
     right.yaxis.tick_right()
     right.tick_params(labelsize=TICK_SIZE, length=2)
     most = max(1, int(side / LABEL_HEIGHT))
@@ -62,12 +56,8 @@ def clustered(similarity: Similarity, method: str) -> Figure:
     thin_ticks(right, "x", names, most, rotation=90)
     for text in right.get_xticklabels():
         text.set(va="center")
-    if count <= WRITTEN:
-        annotate(right, shown, colors, scale, size=7, number=".2f")
     _dendrograms(left, trees, count)
-    bar = figure.colorbar(image, ax=right, pad=0.02, fraction=0.04, shrink=0.6)
-    bar.set_label("cosine", fontsize=LABEL_SIZE)
-    bar.ax.tick_params(labelsize=TICK_SIZE)
+    draw_bar(figure, right, image, words, shrink=0.6, fraction=0.04)
     return figure
 
 

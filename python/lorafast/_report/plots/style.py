@@ -189,25 +189,33 @@ def thin_ticks(
 
 
 def grid_of(
-    modules: Sequence[ModuleAnalysis], values: Sequence[float | None]
+    modules: Sequence[ModuleAnalysis],
+    values: Sequence[float | None],
+    labels: Sequence[str] | None = None,
 ) -> tuple[list[str], list[str], NDArray[np.float64], NDArray[np.bool_]]:
-    """Arranges a value of each module by place within the block (rows) and block (columns).
+    """Arranges a value of each module by layer (rows) and block (columns).
 
     Modules outside of any block stand in a column of their own, the first.
+
+    Args:
+        modules: what stands in the grid.
+        values: a value of each.
+        labels: the row of each, if that is not its layer.
 
     Returns:
         Row labels, column labels, the values (NaN where there is none), and where a module is.
     """
-    rows = list(dict.fromkeys(module.layer for module in modules))
+    layers = [module.layer for module in modules] if labels is None else list(labels)
+    rows = list(dict.fromkeys(layers))
     blocks: list[int | None] = [*sorted({m.block for m in modules if m.block is not None})]
     if any(module.block is None for module in modules):
         blocks = [None, *blocks]
-    row_of = {layer: i for i, layer in enumerate(rows)}
+    row_of = {row: i for i, row in enumerate(rows)}
     column_of = {block: i for i, block in enumerate(blocks)}
     total = np.zeros((len(rows), len(blocks)))
     present = np.zeros(total.shape, dtype=int)
-    for module, value in zip(modules, values, strict=True):
-        cell = row_of[module.layer], column_of[module.block]
+    for module, layer, value in zip(modules, layers, values, strict=True):
+        cell = row_of[layer], column_of[module.block]
         total[cell] += finite(value)
         present[cell] += 1
     # Two modules fall into one cell where a model has two stacks of blocks: their mean is shown.
@@ -255,9 +263,8 @@ def draw_grid(
     )
     bar.set_label(label, fontsize=LABEL_SIZE)
     bar.ax.tick_params(labelsize=TICK_SIZE)
-    for row, column in np.argwhere(present & ~np.isfinite(values)):
-        axes.text(column, row, "×", ha="center", va="center", color="#B00020", fontsize=9)
-    longest = max((len(f"{v:{number}}") for v in values[np.isfinite(values)]), default=0)
+    draw_undefined(axes, present & ~np.isfinite(values))
+    longest = max((len(f"{v:z{number}}") for v in values[np.isfinite(values)]), default=0)
     # A character of this size is 0.075 inches wide.
     room = max(2.5, CELL_WIDTH * len(columns)) / len(columns)
     if len(columns) <= 14 and len(rows) <= 40 and 0.075 * longest <= room:
@@ -276,7 +283,19 @@ def annotate(
     """Writes each finite value into its cell, black or white, whichever is legible there."""
     for row, column in np.argwhere(np.isfinite(values)):
         value = float(values[row, column])
-        red, green, blue, _ = colors(float(scale(value)))
-        light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-        axes.text(column, row, f"{value:{number}}", ha="center", va="center", fontsize=size,
-                  color="black" if light else "white")  # fmt: skip
+        # With z, what rounds to zero has no minus.
+        axes.text(column, row, f"{value:z{number}}", ha="center", va="center", fontsize=size,
+                  color="black" if _is_light(colors(float(scale(value)))) else "white")  # fmt: skip
+
+
+def _is_light(color: tuple[float, float, float, float]) -> bool:
+    """Whether black has more contrast to a color than white has, as WCAG 2 reckons contrast."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+                        for c in color[:3])  # fmt: skip
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179
+
+
+def draw_undefined(axes: Axes, where: NDArray[np.bool_]) -> None:
+    """Marks the cells of a heatmap that have no value though there is something to measure."""
+    for row, column in np.argwhere(where):
+        axes.text(column, row, "×", ha="center", va="center", color="#B00020", fontsize=9)
