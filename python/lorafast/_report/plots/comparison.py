@@ -20,6 +20,7 @@ from lorafast._report.plots.cosines import (
     draw_matrix,
 )
 from lorafast._report.plots.draw import plot
+from lorafast._report.plots.fonts import width
 from lorafast._report.plots.style import (
     ABSENT,
     GUIDE,
@@ -314,7 +315,7 @@ def _ranges(axes: Axes, analyses: Sequence[AdapterAnalysis]) -> None:
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     """An adapter's name below each position, upright where there are many."""
-    crowded = len(names) * max(map(len, names), default=0) > 60
+    crowded = len(names) * max(map(width, names), default=0) > 60
     thin_ticks(axes, "x", names, 40, rotation=0 if not crowded else 35 if len(names) <= 16 else 90)
     if crowded and len(names) > 16:
         for text in axes.get_xticklabels():

@@ -133,4 +133,8 @@ def draw(result: AdapterAnalysis | Comparison, kind: str) -> Figure:
         raise MissingDependencyError(
             "matplotlib is needed to draw plots; install it with: pip install matplotlib"
         ) from error
-    return known[kind].draw(result)
+    from lorafast._report.plots.fonts import use_fonts
+
+    figure = known[kind].draw(result)
+    use_fonts(figure)
+    return figure

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafast._report.plots.cosines import WRITTEN, draw_bar, draw_matrix
+from lorafast._report.plots.fonts import use_fonts, width
 from lorafast._report.plots.style import (
     LABEL_SIZE,
     TICK_SIZE,
@@ -43,7 +44,7 @@ def clustered(similarity: Similarity, method: str) -> Figure:
     if reasons:
         title += f" (none: {', or '.join(reasons)})"
     names = truncate_all([similarity.names[at] for at in order], NAME)
-    labels = 0.075 * max(map(len, names), default=0)
+    labels = 0.075 * max(map(width, names), default=0)
     figure = new_figure(side + labels + 3.2, side + labels + 1.0, title)
     left, right = figure.subplots(
         1, 2, width_ratios=[1.4, side + labels], gridspec_kw={"wspace": 0.0}
@@ -58,6 +59,7 @@ def clustered(similarity: Similarity, method: str) -> Figure:
         text.set(va="center")
     _dendrograms(left, trees, count)
     draw_bar(figure, right, image, words, shrink=0.6, fraction=0.04)
+    use_fonts(figure)
     return figure
 
 

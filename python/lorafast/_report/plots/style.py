@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafast._analysis.records import Histogram, ModuleAnalysis
 from lorafast._report.palette import COLORS
+from lorafast._report.plots.fonts import drawable, shorten, width
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -42,33 +41,9 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-@lru_cache(maxsize=8)
-def _drawable(families: tuple[str, ...]) -> frozenset[int]:
-    """The code points that the fonts of these families have."""
-    from matplotlib import font_manager
-
-    points: set[int] = set()
-    for family in families:
-        properties = font_manager.FontProperties(family=[family])
-        points.update(font_manager.get_font(font_manager.findfont(properties)).get_charmap())
-    return frozenset(points)
-
-
 def truncate(name: str, limit: int = 40) -> str:
-    """A name as one line of at most `limit` characters that the font can draw.
-
-    The middle of a long name is left out: both ends of a path tell more.
-    """
-    from matplotlib import rcParams
-
-    points = _drawable(tuple(rcParams["font.family"]))
-    text = "".join(
-        " " if unicodedata.category(c)[0] in "CZ" else c if ord(c) in points else "?" for c in name
-    )
-    if len(text) <= limit:
-        return text
-    tail = (limit - 1) * 2 // 3
-    return f"{text[: limit - 1 - tail]}…{text[-tail:]}"
+    """A name as one line, at most as wide as `limit` letters, of characters that can be drawn."""
+    return shorten(drawable(name), limit)
 
 
 def truncate_all(names: Sequence[str], limit: int = 40) -> list[str]:
@@ -225,10 +200,10 @@ def grid_of(
 
 def grid_size(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
     """Width and height in inches in which the cells and the labels of a grid fit."""
-    longest = max((len(truncate(row, ROW_LABEL)) for row in rows), default=0)
-    width = 2.2 + 0.075 * longest + max(2.5, min(14.0, CELL_WIDTH * len(columns)))
+    longest = max((width(truncate(row, ROW_LABEL)) for row in rows), default=0)
+    across = 2.2 + 0.075 * longest + max(2.5, min(14.0, CELL_WIDTH * len(columns)))
     height = 1.4 + min(24.0, (0.32 if len(rows) <= 12 else 0.18) * max(3, len(rows)))
-    return max(7.0, width), max(3.0, height)
+    return max(7.0, across), max(3.0, height)
 
 
 def draw_grid(
