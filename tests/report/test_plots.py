@@ -185,18 +185,6 @@ def test_the_histogram_is_drawn_as_it_was_computed() -> None:
     assert list(edges) == analysis.weights.histogram.edges
 
 
-def test_mean_and_std_of_both_factors_are_drawn_for_every_layer() -> None:
-    analysis = subject_of("224 modules")
-    figure = analysis.plot("layers")
-    for axes, name in zip(figure.axes, ("mean", "std"), strict=True):
-        for line, factor in zip(axes.get_lines()[:2], ("a_name", "b_name"), strict=True):
-            expected = [
-                getattr(analysis.tensors[getattr(module, factor)], name)
-                for module in analysis.modules.values()
-            ]
-            np.testing.assert_array_equal(line.get_ydata(), expected)
-
-
 def test_the_heatmap_puts_every_norm_at_its_block_and_place() -> None:
     analysis = subject_of("some without a block")
     modules = list(analysis.modules.values())
@@ -236,15 +224,6 @@ def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
         assert energy[-1] == pytest.approx(1)
         assert energy[module.k90 - 1] >= 0.9
         assert module.k90 == 1 or energy[module.k90 - 2] < 0.9
-
-
-@pytest.mark.parametrize("name", ["one module", "nan", "zero", "224 modules"])
-def test_no_point_of_a_factor_lies_outside_of_its_panel(name: str) -> None:
-    for axes in subject_of(name).plot("layers").axes:
-        low, high = axes.get_ylim()
-        for line in axes.get_lines()[:2]:
-            y = np.asarray(line.get_ydata(), dtype=float)
-            assert all(low <= value < high for value in y[np.isfinite(y)])
 
 
 def test_distributions_are_densities_of_the_histograms() -> None:

@@ -192,7 +192,7 @@ class ModuleAnalysis:
     Attributes:
         path: the module's path in the model.
         kind: linear, embedding or convolution.
-        block: the index of the block (layer) it lies in, from its path; `None` outside of blocks.
+        block: the index of the block it lies in, from its path; `None` outside of blocks.
         layer: the path within the block, `self_attn.q_proj`.
         shape: (out, in) of ΔW; a convolution's in-channels and kernel are taken together.
         rank: r, the common extent of the factors.

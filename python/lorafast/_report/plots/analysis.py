@@ -12,23 +12,23 @@ from lorafast._analysis.records import ModuleAnalysis, TensorStatistics
 from lorafast._analysis.results import AdapterAnalysis
 from lorafast._report.palette import COLORS
 from lorafast._report.plots.draw import plot
+from lorafast._report.plots.factors import draw_factors
+from lorafast._report.plots.groups import group_modules
 from lorafast._report.plots.style import (
     ABSENT,
     GUIDE,
     LABEL_SIZE,
-    TICK_SIZE,
     draw_empty,
     draw_grid,
     filled_histogram,
-    finite,
     grid_of,
     grid_size,
     is_drawable,
     legend_above,
+    legend_below,
     line_style,
     new_figure,
     style_axes,
-    thin_ticks,
     truncate,
     truncate_all,
 )
@@ -46,18 +46,17 @@ FEW = 8
 
 @plot(
     "overview",
-    caption="weights, log-scale weights, mean and standard deviation by layer",
+    caption="weights, log-scale weights, mean and standard deviation of A and B by block",
     page=True,
     file="{name}_weight_analysis.png",
 )
 def overview(analysis: AdapterAnalysis) -> Figure:
-    """Weights, their magnitudes, and mean and standard deviation by layer."""
-    figure = new_figure(14, 10, f"{truncate(analysis.name)}: stored weights")
-    panels = figure.subplots(2, 2)
+    """Weights, their magnitudes, and mean and standard deviation of both factors by block."""
+    figure = new_figure(14, 12, f"{truncate(analysis.name)}: stored weights")
+    panels = figure.subplots(3, 2, height_ratios=[1.3, 1, 1])
     _weights(panels[0, 0], analysis.weights)
     _log_weights(panels[0, 1], analysis.weights)
-    _by_layer(panels[1, 0], analysis, "mean")
-    _by_layer(panels[1, 1], analysis, "std")
+    draw_factors(figure, panels[1:], analysis)
     return figure
 
 
@@ -77,17 +76,15 @@ def log_weights(analysis: AdapterAnalysis) -> Figure:
     return figure
 
 
-@plot("layers", caption="mean and standard deviation of the stored factors by layer")
+@plot("layers", caption="mean and standard deviation of A and B by block, a line for each layer")
 def layers(analysis: AdapterAnalysis) -> Figure:
-    """Mean and standard deviation of the stored factors of each layer."""
-    figure = new_figure(13, 9, f"{truncate(analysis.name)}: stored factors by layer")
-    upper, lower = figure.subplots(2, 1)
-    _by_layer(upper, analysis, "mean")
-    _by_layer(lower, analysis, "std")
+    """Mean and standard deviation of the stored factors by block, a line for each layer."""
+    figure = new_figure(14, 9, f"{truncate(analysis.name)}: stored factors")
+    draw_factors(figure, figure.subplots(2, 2), analysis)
     return figure
 
 
-@plot("heatmap", caption="‖ΔW‖ by block and module", page=True, file="{name}_weight_heatmap.png")
+@plot("heatmap", caption="‖ΔW‖ by block and layer", page=True, file="{name}_weight_heatmap.png")
 def heatmap(analysis: AdapterAnalysis) -> Figure:
     """‖ΔW‖ of each module, blocks from left to right."""
     from matplotlib import colormaps
@@ -185,29 +182,15 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
         heading = "median of each (number of modules); grey: 10–90 % of all modules"
     else:
         shown, heading = truncate_all(labels), None
-    legend = figure.legend(handles, ["" for _ in shown], loc="outside lower center", fontsize=8,
-                           ncols=min(4, len(shown)), frameon=False, title=heading,
-                           title_fontsize=8)  # fmt: skip
-    for text, label in zip(legend.get_texts(), shown, strict=True):
-        text.set_parse_math(False)
-        text.set_text(label)
+    legend_below(figure, handles, shown, heading)
     return figure
 
 
 def _spectrum_groups(modules: Sequence[ModuleAnalysis]) -> dict[str, list[ModuleAnalysis]]:
-    """Modules that share a line: each alone, those of one place in the block, or all."""
+    """Modules that share a line: each alone, those of a layer or of similar ones, or all."""
     if len(modules) <= FEW:
         return {module.path: [module] for module in modules}
-    for names in (
-        [module.layer for module in modules],
-        [module.layer.rpartition(".")[2] for module in modules],
-    ):
-        groups: dict[str, list[ModuleAnalysis]] = {}
-        for name, module in zip(names, modules, strict=True):
-            groups.setdefault(name, []).append(module)
-        if len(groups) <= 2 * FEW:
-            return groups
-    return {"all modules": list(modules)}
+    return group_modules(modules, 2 * FEW)
 
 
 def _relative(
@@ -274,62 +257,3 @@ def _log_weights(axes: Axes, statistics: TensorStatistics) -> None:
         axes.set_xlabel(
             f"log₁₀(|w| + 1e-8)\nat −8: exact zeros, {zeros} of all", fontsize=LABEL_SIZE
         )
-
-
-def _by_layer(axes: Axes, analysis: AdapterAnalysis, figure: str) -> None:
-    """A point for A and a point for B of every module, in the order of the blocks."""
-    title = {"mean": "Mean by layer", "std": "Standard deviation by layer"}[figure]
-    modules = sorted(
-        analysis.modules.values(),
-        key=lambda module: -1 if module.block is None else module.block,
-    )
-    style_axes(axes, title, "", figure)
-    if not modules:
-        draw_empty(axes, "the adapter updates no module")
-        return
-    factors = (("A", "a_name", COLORS[0], "o"), ("B", "b_name", COLORS[1], "^"))
-    x = np.arange(len(modules))
-    size = 5.0 if len(modules) <= 40 else 3.0 if len(modules) <= 250 else 2.0
-    width = 1.0 if len(modules) <= 250 else 0.0
-    drawn = False
-    for label, name, color, marker in factors:
-        tensors = [analysis.tensors.get(getattr(module, name)) for module in modules]
-        y = [math.nan if t is None else finite(getattr(t, figure)) for t in tensors]
-        drawn = drawn or not all(math.isnan(value) for value in y)
-        axes.plot(x, y, marker=marker, markersize=size, linewidth=width, alpha=0.9,
-                  color=color, label=label, markeredgewidth=0)  # fmt: skip
-    if not drawn:
-        draw_empty(axes, "no finite statistics")
-        return
-    axes.set_xlim(-0.5 - 0.01 * len(modules), len(modules) - 0.5 + 0.01 * len(modules))
-    if figure == "mean":
-        axes.axhline(0.0, color=GUIDE, linewidth=0.8, zorder=0)
-    else:
-        axes.set_ylim(0.0, 1.06 * axes.dataLim.ymax or 1.0)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
-    axes.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
-    _layer_ticks(axes, modules)
-    legend_above(axes, axes.get_lines()[:2], enlarge=max(1.0, 5.0 / size))
-
-
-def _layer_ticks(axes: Axes, modules: Sequence[ModuleAnalysis]) -> None:
-    """Names where they fit; else the number of a block where it begins."""
-    if len(modules) <= 16:
-        names = [m.layer if m.block is None else f"{m.block}.{m.layer}" for m in modules]
-        if all(len(name) <= 3 for name in names):
-            thin_ticks(axes, "x", truncate_all(names), 16)
-        else:
-            thin_ticks(axes, "x", truncate_all(names, 26), 16, rotation=35)
-        return
-    starts: dict[str, int] = {}
-    for position, module in enumerate(modules):
-        starts.setdefault("none" if module.block is None else str(module.block), position)
-    axes.set_xlabel("block", fontsize=LABEL_SIZE)
-    if len(starts) == 1:
-        thin_ticks(axes, "x", [str(i) for i in range(len(modules))], 12)
-        axes.set_xlabel("module, in the order of the file", fontsize=LABEL_SIZE)
-        return
-    step = next(n for n in (1, 2, 4, 5, 10, 20, 50, 100, 10**9) if len(starts) / n <= 20)
-    numbered = [(label, at) for label, at in starts.items() if label != "none"]
-    kept = [(label, at) for label, at in numbered if int(label) % step == 0] or numbered[:1]
-    axes.set_xticks([at for _, at in kept], [label for label, _ in kept])

@@ -88,6 +88,18 @@ def legend_above(axes: Axes, handles: Sequence[Artist], *, enlarge: float = 1.0)
         )  # fmt: skip
 
 
+def legend_below(
+    figure: Figure, handles: Sequence[Artist], labels: Sequence[str], heading: str | None = None
+) -> None:
+    """A legend below the panels, for all of them; its labels are written as they are."""
+    legend = figure.legend(handles, ["" for _ in labels], loc="outside lower center", fontsize=8,
+                           ncols=min(4, len(labels)), frameon=False, title=heading,
+                           title_fontsize=8)  # fmt: skip
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
+
+
 def draw_empty(axes: Axes, reason: str) -> None:
     """Says in an empty panel why it is empty."""
     axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", wrap=True)
