@@ -226,17 +226,6 @@ def test_the_spectrum_is_relative_and_its_energy_ends_at_one() -> None:
         assert module.k90 == 1 or energy[module.k90 - 2] < 0.9
 
 
-def test_distributions_are_densities_of_the_histograms() -> None:
-    comparison = subject_of("three")
-    axes = comparison.plot("distributions").axes[0]
-    assert len(axes.patches) == 3
-    for patch, analysis in zip(axes.patches, comparison.analyses, strict=True):
-        values, edges, _ = patch.get_data()  # type: ignore[attr-defined]  # a StepPatch
-        assert (values * np.diff(edges)).sum() == pytest.approx(1)
-        counts = np.asarray(analysis.weights.histogram.counts)
-        np.testing.assert_allclose(values * np.diff(edges) * counts.sum(), counts, atol=1e-9)
-
-
 def test_the_cosine_plot_shows_the_matrix() -> None:
     comparison = subject_of("three")
     axes = comparison.plot("cosine").axes[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafast._analysis.records import Histogram, ModuleAnalysis, ModuleComparison
+from lorafast._analysis.records import ModuleAnalysis, ModuleComparison
 from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.palette import COLORS
 from lorafast._report.plots.cosines import (
@@ -19,12 +19,19 @@ from lorafast._report.plots.cosines import (
     draw_bar,
     draw_matrix,
 )
+from lorafast._report.plots.densities import (
+    Densities,
+    densities,
+    log_densities,
+    tensors_by_factor,
+)
 from lorafast._report.plots.draw import plot
 from lorafast._report.plots.fonts import width
 from lorafast._report.plots.style import (
     ABSENT,
     GUIDE,
     LABEL_SIZE,
+    LINES,
     TICK_SIZE,
     draw_empty,
     draw_grid,
@@ -33,20 +40,23 @@ from lorafast._report.plots.style import (
     grid_size,
     is_drawable,
     legend_above,
-    line_style,
+    legend_below,
     new_figure,
     style_axes,
     thin_ticks,
     truncate_all,
 )
+from lorafast._report.text import format_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 #: Up to so many adapters have a line each in one panel; more are drawn as rows.
 MAX_LINES = 12
+#: Where the greatest of two peaks is so many times the other, densities are logarithmic.
+STEEP = 20
+LOG_AXIS = "log₁₀(|w| + 1e-8)"
 #: Up to so many adapters the page has a table of all cosines.
 MAX_TABLE = 60
 #: Up to so many groups of adapters that share a module have rows of their own.
@@ -178,90 +188,100 @@ def _mean_pair(module: ModuleComparison) -> float:
 
 @plot(
     "distributions",
-    caption="distributions of the adapters' stored weights",
+    caption="distributions of the adapters' stored weights, those of A and B apart",
     page=True,
     file="weight_distribution_comparison.png",
 )
 def distributions(comparison: Comparison) -> Figure:
-    """The distributions of the stored weights over each other, from their histograms."""
-    figure = new_figure(13, 6.5, "Distributions of the stored weights")
-    left, right = figure.subplots(1, 2)
-    weights = [analysis.weights.histogram for analysis in comparison.analyses]
-    logs = [analysis.weights.log_histogram for analysis in comparison.analyses]
-    names = truncate_all(comparison.names)
-    if len(names) > MAX_LINES:
-        figure.suptitle(
-            "Distributions of the stored weights: density, of each adapter's own greatest (yellow)",
-            fontsize=13,
-        )
-        _rows(left, weights, names, "Distribution", "weight")
-        _rows(right, logs, None, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)")
-        return figure
-    style_axes(left, "Distribution", "weight", "density")
-    style_axes(right, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)", "density")
-    for axes, histograms in ((left, weights), (right, logs)):
-        _overlay(axes, histograms)
-    from matplotlib.lines import Line2D
+    """The distributions of the stored weights over each other, in the same bins.
 
-    handles = [Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(names))]
-    legend = figure.legend(handles, ["" for _ in names], loc="outside lower center", fontsize=9,
-                           ncols=min(4, len(names)), frameon=False)  # fmt: skip
-    for text, name, histogram in zip(legend.get_texts(), names, weights, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name if is_drawable(histogram) else f"{name} (no finite weights)")
+    A and B have panels of their own: both together are the distribution of neither. Densities are
+    logarithmic in all panels or in none.
+    """
+    names = truncate_all(comparison.names)
+    groups = tensors_by_factor(comparison.analyses) or {"A": [[] for _ in names]}
+    title = "Distributions of the stored weights"
+    is_rows = len(names) > MAX_LINES
+    if is_rows:
+        title += ": density, of each adapter's own greatest (yellow)"
+    figure = new_figure(13, 1.0 + (5.0 if len(groups) == 1 else 4.2) * len(groups), title)
+    panels = figure.subplots(len(groups), 2, squeeze=False)
+    found = [(densities(own), log_densities(own)) for own in groups.values()]
+    # A wide distribution would be a flat line below a narrow one, or below many zeros.
+    is_steep = any(
+        len(one.peaks) > 1 and one.peaks.max() > STEEP * one.peaks.min()
+        for pair in found
+        for one in pair
+        if one is not None
+    )
+    for row, (kind, pair) in enumerate(zip(groups, found, strict=True)):
+        for axes, one, what, x in zip(
+            panels[row], pair, ("Weights", "Magnitudes"), ("weight", LOG_AXIS), strict=True
+        ):
+            style_axes(axes, f"{what} of {kind}", x, "" if is_rows else "density")
+            if one is None:
+                draw_empty(axes, "no finite weights")
+                continue
+            if one.beyond:
+                axes.set_xlabel(f"{x}\nup to {format_percent(one.beyond)} of an adapter's weights "
+                                "lie beyond the axis", fontsize=LABEL_SIZE)  # fmt: skip
+            if is_rows:
+                _rows(axes, one, names if axes is panels[row, 0] else None)
+            else:
+                _overlay(axes, one, is_steep=is_steep)
+    if not is_rows and names:
+        _name_lines(figure, comparison, names)
     return figure
 
 
-def _density(histogram: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Edges, and counts over all counts and the width of the bin."""
-    edges = np.asarray(histogram.edges, dtype=float)
-    counts = np.asarray(histogram.counts, dtype=float)
-    return edges, counts / (counts.sum() * np.diff(edges))
+def _adapter_style(i: int) -> dict[str, Any]:
+    """Color and dashes of an adapter's line: any two differ in both, so that one is enough."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
 
 
-def _overlay(axes: Axes, histograms: Sequence[Histogram]) -> None:
-    drawn = [(i, *_density(h)) for i, h in enumerate(histograms) if is_drawable(h)]
-    if not drawn:
-        draw_empty(axes, "no finite weights")
-        return
-    peaks = [density.max() for _, _, density in drawn]
-    # A wide distribution would be a flat line below a narrow one.
-    if max(peaks) > 20 * min(peaks):
+def _name_lines(figure: Figure, comparison: Comparison, names: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], linewidth=1.6, **_adapter_style(i)) for i in range(len(names))]
+    labels = [
+        name if is_drawable(analysis.weights.histogram) else f"{name} (no finite weights)"
+        for name, analysis in zip(names, comparison.analyses, strict=True)
+    ]
+    legend_below(figure, handles, labels)
+
+
+def _overlay(axes: Axes, found: Densities, *, is_steep: bool) -> None:
+    """An outline for each adapter; the area of the first of two is filled."""
+    known = [i for i, row in enumerate(found.values) if np.isfinite(row).all()]
+    if is_steep:
         axes.set_yscale("log")
+        axes.tick_params(axis="y", which="both", labelsize=TICK_SIZE)
         axes.set_ylabel("density (logarithmic)", fontsize=LABEL_SIZE)
-    for i, edges, density in drawn:
-        axes.stairs(density, edges, baseline=None, linewidth=1.6, **line_style(i))
-    if axes.get_yscale() == "linear":
+        positive = found.values[np.isfinite(found.values) & (found.values > 0)]
+        top = float(positive.max())
+        axes.set_ylim(max(0.5 * float(positive.min()), top * 1e-5), 2 * top)
+    for i in known:
+        style = _adapter_style(i)
+        if len(found.values) == 2 and i == 0:
+            ground = axes.get_ylim()[0] if is_steep else 0.0
+            axes.stairs(found.values[i], found.edges, baseline=ground, fill=True, alpha=0.2,
+                        color=style["color"], linewidth=0)  # fmt: skip
+        axes.stairs(found.values[i], found.edges, baseline=None, linewidth=1.6, **style)
+    if not is_steep:
         axes.set_ylim(bottom=0.0)
 
 
-def _rows(
-    axes: Axes, histograms: Sequence[Histogram], names: Sequence[str] | None, title: str, x: str
-) -> None:
+def _rows(axes: Axes, found: Densities, names: Sequence[str] | None) -> None:
     """A row for each adapter, its density relative to its greatest as a color."""
-    style_axes(axes, title, x, "")
     axes.grid(False)
-    drawn = [h for h in histograms if is_drawable(h)]
-    if not drawn:
-        draw_empty(axes, "no finite weights")
-        return
-    low = min(h.edges[0] for h in drawn)
-    high = max(h.edges[-1] for h in drawn)
-    grid = np.linspace(low, high, 241)
-    image = np.full((len(histograms), grid.size - 1), np.nan)
-    for i, histogram in enumerate(histograms):
-        if is_drawable(histogram):
-            edges, density = _density(histogram)
-            below = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
-            share = np.diff(np.interp(grid, edges, below))
-            image[i] = share / share.max()
+    image = found.values / found.values.max(axis=1, keepdims=True)
     axes.set_facecolor(ABSENT)
-    axes.imshow(np.ma.masked_invalid(image), aspect="auto", interpolation="nearest",
-                cmap="cividis", extent=(low, high, len(histograms) - 0.5, -0.5))  # fmt: skip
+    axes.imshow(np.ma.masked_invalid(image), aspect="auto", interpolation="nearest", cmap="cividis",
+                extent=(found.edges[0], found.edges[-1], len(image) - 0.5, -0.5))  # fmt: skip
     if names is None:
         axes.set_yticks([])
     else:
-        thin_ticks(axes, "y", names, 40)
+        thin_ticks(axes, "y", names, 24)
 
 
 @plot(
