@@ -142,6 +142,16 @@ def test_densities_are_logarithmic_in_all_panels_or_in_none(tmp_path: Path) -> N
         assert {axes.get_ylabel() for axes in drawn.values()} == {words}
 
 
+@pytest.mark.parametrize(("fill", "scale"), [(None, "linear"), (0.0, "log")])
+def test_both_histograms_of_an_adapter_have_one_kind_of_axis(
+    fill: float | None, scale: str
+) -> None:
+    analysis = records.analysis(fill=fill)
+    upper = analysis.plot("overview").axes[:2]
+    assert {axes.get_yscale() for axes in upper} == {scale}
+    assert len({axes.get_ylabel() for axes in upper}) == 1
+
+
 @pytest.mark.parametrize("count", [2, 3, 12])
 def test_any_two_adapters_differ_in_color_and_in_dashes_or_in_both(count: int) -> None:
     comparison = records.comparison(

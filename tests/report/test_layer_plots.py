@@ -81,6 +81,16 @@ def test_blocks_that_an_adapter_leaves_out_keep_their_place() -> None:
         assert not any(math.isfinite(a) and math.isfinite(b) for a, b in pairwise(y))
 
 
+def test_the_heatmap_has_a_column_for_a_block_that_the_adapter_leaves_out() -> None:
+    where = {path: place for path, place in records.places(9).items() if place[0] in (2, 3, 6, 8)}
+    axes = records.analysis(where).plot("heatmap").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("2345678")
+    shown = np.ma.filled(axes.get_images()[0].get_array(), math.nan)
+    assert np.isfinite(shown).all(axis=0).tolist() == [True, True, False, False, True, False, True]
+    assert np.isnan(shown[:, [2, 3, 5]]).all()
+    assert not [text for text in axes.texts if text.get_text() == "×"]
+
+
 def test_modules_outside_of_blocks_stand_apart() -> None:
     analysis = records.analysis({**records.places(3), "lm_head": (None, "lm_head")})
     axes = panels(analysis)["Mean of B by block"]

@@ -24,6 +24,7 @@ from lorafast._report.plots.style import (
     grid_of,
     grid_size,
     is_drawable,
+    is_steep,
     legend_above,
     legend_below,
     line_style,
@@ -54,8 +55,11 @@ def overview(analysis: AdapterAnalysis) -> Figure:
     """Weights, their magnitudes, and mean and standard deviation of both factors by block."""
     figure = new_figure(14, 12, f"{truncate(analysis.name)}: stored weights")
     panels = figure.subplots(3, 2, height_ratios=[1.3, 1, 1])
-    _weights(panels[0, 0], analysis.weights)
-    _log_weights(panels[0, 1], analysis.weights)
+    # Counts are logarithmic in both panels or in none.
+    histograms = analysis.weights.histogram, analysis.weights.log_histogram
+    is_logarithmic = any(map(is_steep, histograms))
+    _weights(panels[0, 0], analysis.weights, is_logarithmic=is_logarithmic)
+    _log_weights(panels[0, 1], analysis.weights, is_logarithmic=is_logarithmic)
     draw_factors(figure, panels[1:], analysis)
     return figure
 
@@ -64,7 +68,8 @@ def overview(analysis: AdapterAnalysis) -> Figure:
 def weights(analysis: AdapterAnalysis) -> Figure:
     """The distribution of all stored weights, with mean and percentiles."""
     figure = new_figure(10, 6, f"{truncate(analysis.name)}: stored weights")
-    _weights(figure.subplots(), analysis.weights)
+    is_logarithmic = is_steep(analysis.weights.histogram)
+    _weights(figure.subplots(), analysis.weights, is_logarithmic=is_logarithmic)
     return figure
 
 
@@ -72,7 +77,8 @@ def weights(analysis: AdapterAnalysis) -> Figure:
 def log_weights(analysis: AdapterAnalysis) -> Figure:
     """The distribution of the stored weights' magnitudes."""
     figure = new_figure(10, 6, f"{truncate(analysis.name)}: magnitudes of the stored weights")
-    _log_weights(figure.subplots(), analysis.weights)
+    is_logarithmic = is_steep(analysis.weights.log_histogram)
+    _log_weights(figure.subplots(), analysis.weights, is_logarithmic=is_logarithmic)
     return figure
 
 
@@ -214,12 +220,13 @@ def _median_band(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
     return (columns + 1).astype(float), median, low, high
 
 
-def _weights(axes: Axes, statistics: TensorStatistics) -> None:
+def _weights(axes: Axes, statistics: TensorStatistics, *, is_logarithmic: bool) -> None:
     style_axes(axes, "Distribution", "weight", "count")
     if not is_drawable(statistics.histogram):
         draw_empty(axes, "no finite weights")
         return
-    axes.set_ylabel(filled_histogram(axes, statistics.histogram), fontsize=LABEL_SIZE)
+    label = filled_histogram(axes, statistics.histogram, is_logarithmic=is_logarithmic)
+    axes.set_ylabel(label, fontsize=LABEL_SIZE)
     low, high = (statistics.percentiles.get(p, math.nan) for p in (5.0, 95.0))
     axes.set_xlabel(f"weight\n{_figures(statistics)}", fontsize=LABEL_SIZE)
     style: dict[str, Any] = {"color": COLORS[3], "linewidth": 1.2}
@@ -246,12 +253,13 @@ def _figures(statistics: TensorStatistics) -> str:
     return "   ".join(parts)
 
 
-def _log_weights(axes: Axes, statistics: TensorStatistics) -> None:
+def _log_weights(axes: Axes, statistics: TensorStatistics, *, is_logarithmic: bool) -> None:
     style_axes(axes, "Distribution of magnitudes", "log₁₀(|w| + 1e-8)", "count")
     if not is_drawable(statistics.log_histogram):
         draw_empty(axes, "no finite weights")
         return
-    axes.set_ylabel(filled_histogram(axes, statistics.log_histogram), fontsize=LABEL_SIZE)
+    label = filled_histogram(axes, statistics.log_histogram, is_logarithmic=is_logarithmic)
+    axes.set_ylabel(label, fontsize=LABEL_SIZE)
     if statistics.zero_share > 0:
         zeros = format_percent(statistics.zero_share)
         axes.set_xlabel(

@@ -30,6 +30,8 @@ LABEL_SIZE = 10
 ROW_LABEL = 70
 #: Of a heatmap's cell, in inches, while the columns are few.
 CELL_WIDTH = 0.42
+#: From the first to the last block of a heatmap, so that those between them have columns.
+MOST_BLOCKS = 256
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -108,22 +110,26 @@ def draw_empty(axes: Axes, reason: str) -> None:
     axes.grid(False)
 
 
-def count_axis(axes: Axes, counts: NDArray[np.float64]) -> str:
-    """Writes counts as 20 k or 3 M; logarithmic where one bin would flatten all others.
+def is_steep(histogram: Histogram) -> bool:
+    """Whether one bin would flatten all others, as that of an untrained B's zeros does."""
+    counts = np.asarray(histogram.counts, dtype=float)
+    filled = counts[counts > 0]
+    return bool(filled.size > 2 and filled.max() > 100 * np.median(filled))
+
+
+def count_axis(axes: Axes, *, is_logarithmic: bool) -> str:
+    """Writes counts as 20 k or 3 M.
 
     Returns:
         What to label the axis with.
     """
     from matplotlib.ticker import EngFormatter, NullFormatter
 
-    filled = counts[counts > 0]
-    # An untrained B puts half of all weights into one bin.
-    steep = filled.size > 2 and filled.max() > 100 * np.median(filled)
-    if steep:
+    if is_logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
-    return "count (logarithmic)" if steep else "count"
+    return "count (logarithmic)" if is_logarithmic else "count"
 
 
 def is_drawable(histogram: Histogram) -> bool:
@@ -138,10 +144,10 @@ def is_drawable(histogram: Histogram) -> bool:
     )
 
 
-def filled_histogram(axes: Axes, histogram: Histogram) -> str:
+def filled_histogram(axes: Axes, histogram: Histogram, *, is_logarithmic: bool) -> str:
     """Draws a histogram as one filled outline; returns the label of the count axis."""
     counts = np.asarray(histogram.counts, dtype=float)
-    label = count_axis(axes, counts)
+    label = count_axis(axes, is_logarithmic=is_logarithmic)
     baseline = 0.8 if axes.get_yscale() == "log" else 0.0
     # A filled area whose lower end is 0 cannot be drawn on a logarithmic axis.
     axes.stairs(np.maximum(counts, baseline), histogram.edges, baseline=baseline, fill=True,
@@ -194,7 +200,11 @@ def grid_of(
     """
     layers = [module.layer for module in modules] if labels is None else list(labels)
     rows = list(dict.fromkeys(layers))
-    blocks: list[int | None] = [*sorted({m.block for m in modules if m.block is not None})]
+    numbers = sorted({module.block for module in modules if module.block is not None})
+    if numbers and numbers[-1] - numbers[0] < MOST_BLOCKS:
+        # Blocks without a module are columns, too.
+        numbers = list(range(numbers[0], numbers[-1] + 1))
+    blocks: list[int | None] = [*numbers]
     if any(module.block is None for module in modules):
         blocks = [None, *blocks]
     row_of = {row: i for i, row in enumerate(rows)}
