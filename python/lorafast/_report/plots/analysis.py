@@ -102,7 +102,7 @@ def heatmap(analysis: AdapterAnalysis) -> Figure:
     figure = new_figure(*grid_size(rows, columns), title)
     axes = figure.subplots()
     if not modules:
-        draw_empty(axes, "the adapter updates no module")
+        draw_empty(axes, "there is no module whose update is measured")
         return figure
     draw_grid(figure, axes, grid, colors=colormaps["cividis"], scale=_norm_scale(values),
               label="‖ΔW‖ (Frobenius)")  # fmt: skip

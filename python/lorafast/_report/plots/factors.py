@@ -68,7 +68,7 @@ def draw_factors(figure: Figure, panels: NDArray[np.object_], analysis: AdapterA
                 if (tensor := analysis.tensors.get(getattr(module, field))) is not None
             }
             if not modules:
-                draw_empty(axes, "the adapter updates no module")
+                draw_empty(axes, "there is no module whose update is measured")
             elif all(map(math.isnan, known.values())):
                 draw_empty(axes, "no finite statistics")
             elif is_single:
