@@ -12,7 +12,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
+
+    import pandas
+    import polars
+
+    T = TypeVar("T")
 
 #: Of `to_dict` and `to_json`; raised when a field changes its meaning or goes away.
 SCHEMA_VERSION = 2
@@ -22,14 +27,25 @@ READ_VERSIONS = (1, SCHEMA_VERSION)
 
 #: For a view and the name of a result's class, the module and its function.
 VIEWS = {
+    ("line", "object"): ("_report.lines", "line"),
+    ("text", "object"): ("_report.lines", "value_text"),
     ("text", "AdapterAnalysis"): ("_report.lines", "analysis_text"),
+    ("text", "AdapterListing"): ("_report.lines", "listing_text"),
+    ("text", "CheckpointListing"): ("_report.lines", "listing_text"),
     ("text", "Comparison"): ("_report.lines", "comparison_text"),
+    ("text", "Duplicates"): ("_report.lines", "duplicates_text"),
+    ("text", "Fleet"): ("_report.lines", "fleet_text"),
     ("text", "Lineage"): ("_report.lines", "lineage_text"),
-    ("notebook", "AdapterAnalysis"): ("_report.lines", "notebook_findings"),
-    ("notebook", "Comparison"): ("_report.lines", "notebook_findings"),
-    ("notebook", "Result"): ("_report.lines", "notebook_line"),
-    ("notebook", "MergeReport"): ("_report.lines", "notebook_page"),
-    ("notebook", "SubtractReport"): ("_report.lines", "notebook_page"),
+    ("text", "MergePlan"): ("_report.lines", "plan_text"),
+    ("text", "MergeReport"): ("_report.lines", "merge_text"),
+    ("text", "Similarity"): ("_report.lines", "similarity_text"),
+    ("text", "SubtractReport"): ("_report.lines", "subtract_text"),
+    ("text", "Table"): ("_report.lines", "table_text"),
+    ("text", "Trajectory"): ("_report.lines", "trajectory_text"),
+    ("text", "Verification"): ("_report.lines", "verification_text"),
+    ("combination", "Lineage"): ("_report.lines", "combination_text"),
+    ("notebook", "object"): ("_report.notebook", "page"),
+    ("notebook", "Table"): ("_report.notebook", "table_page"),
     ("markdown", "AdapterAnalysis"): ("_report.markdown", "analysis_page"),
     ("markdown", "Comparison"): ("_report.markdown", "comparison_page"),
     ("markdown", "MergeReport"): ("_report.merge", "merge_page"),
@@ -41,10 +57,8 @@ VIEWS = {
     ("plot", "AdapterAnalysis"): ("_report.plots.draw", "draw"),
     ("plot", "Comparison"): ("_report.plots.draw", "draw"),
     ("plot", "Similarity"): ("_report.plots.similarity", "clustered"),
-    ("pandas", "AdapterAnalysis"): ("_report.frames", "analysis_pandas"),
-    ("pandas", "Comparison"): ("_report.frames", "comparison_pandas"),
-    ("polars", "AdapterAnalysis"): ("_report.frames", "analysis_polars"),
-    ("polars", "Comparison"): ("_report.frames", "comparison_polars"),
+    ("pandas", "FramedResult"): ("_report.frames", "to_pandas"),
+    ("polars", "FramedResult"): ("_report.frames", "to_polars"),
 }
 
 
@@ -52,7 +66,7 @@ def view(kind: str, result: object) -> Callable[..., Any]:
     """The function that makes a view of a result, which is its first argument.
 
     Args:
-        kind: text, notebook, markdown, card, html, plot, pandas or polars.
+        kind: line, text, combination, notebook, markdown, card, html, plot, pandas or polars.
         result: an object of a class in `VIEWS`, or of one derived from it.
     """
     from importlib import import_module
@@ -63,6 +77,49 @@ def view(kind: str, result: object) -> Callable[..., Any]:
     return function
 
 
+def _line(value: object) -> str:
+    """The `__repr__` of a value: one line, whatever it holds."""
+    text: str = view("line", value)(value)
+    return text
+
+
+def _page(value: object) -> str:
+    """The `_repr_html_` of a value, which a notebook shows."""
+    text: str = view("notebook", value)(value)
+    return text
+
+
+def shown(record: type[T]) -> type[T]:
+    """Gives a record a `__repr__` of one line, and the `_repr_html_` that a notebook shows."""
+    record.__repr__ = _line  # type: ignore[method-assign]
+    record._repr_html_ = _page  # type: ignore[attr-defined]
+    return record
+
+
+# Containers of records are as long as a model has modules or tensors. Whoever looks at one wants to
+# see what it holds, and not all of it. `Any` is a text, for `typing` is not imported.
+@shown
+class RecordDict(dict["Any", "Any"]):
+    """A dictionary of which a part is shown."""
+
+    __slots__ = ()
+
+
+@shown
+class RecordList(list["Any"]):
+    """A list of which a part is shown."""
+
+    __slots__ = ()
+
+
+@shown
+class RecordTuple(tuple["Any", ...]):
+    """A tuple of which a part is shown."""
+
+    __slots__ = ()
+
+
+@shown
 class Result:
     """What every result can be turned into.
 
@@ -109,7 +166,33 @@ class Result:
 
         atomic.write(expand(path), self.to_json() + "\n")
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        text: str = view("notebook", self)(self)
-        return text
+    if TYPE_CHECKING:
+
+        def _repr_html_(self) -> str: ...
+
+
+class FramedResult(Result):
+    """A result with a table of its parts: a row for each, and columns of numbers and texts."""
+
+    __slots__ = ()
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The parts as a data frame, a row for each.
+
+        Columns have names in snake_case, floats are float64 with NaN where there is none, and
+        whole numbers that may be missing are pandas' Int64.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        frame: pandas.DataFrame = view("pandas", self)(self)
+        return frame
+
+    def to_polars(self) -> polars.DataFrame:
+        """The parts as a data frame, a row for each; the columns are those of `to_pandas`.
+
+        Raises:
+            MissingDependencyError: polars is not installed.
+        """
+        frame: polars.DataFrame = view("polars", self)(self)
+        return frame

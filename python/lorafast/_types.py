@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 #: A path, or where one is taken a hub id.
 Source = str | os.PathLike[str]
-#: `True` for a bar on a terminal, elsewhere a line every ten seconds; or what is called with
-#: (done, total).
+#: `True` for a bar on a terminal or in a notebook, elsewhere a line every ten seconds; or what is
+#: called with (done, total).
 Progress = bool | Callable[[int, int], object]
 
 #: How several adapters are combined.
@@ -30,6 +30,13 @@ TokenizerChoice = Literal["auto", "base", "adapter"]
 
 #: How much a scan finds.
 Metrics = Literal["full", "headers", "moments", "spectra"]
+#: The plots of an analysis.
+AnalysisPlot = Literal["overview", "weights", "log_weights", "layers", "heatmap", "spectrum"]
+#: The plots of a comparison.
+ComparisonPlot = Literal["cosine", "modules", "distributions", "adapters"]
+#: The tables of a comparison.
+ComparisonTable = Literal["pairs", "modules"]
+
 #: The tables of a fleet.
 TableName = Literal["adapters", "modules", "findings"]
 #: How much a finding matters.

@@ -206,9 +206,14 @@ def test_everything_survives_json(tmp_path: Path) -> None:
 def test_a_table_has_a_row_for_each_module(tmp_path: Path) -> None:
     pytest.importorskip("pandas")
     paths = [write_factors(tmp_path / str(i), factors) for i, factors in enumerate(related(6))]
-    frame = lorafast.compare(paths).to_pandas()
+    comparison = lorafast.compare(paths)
+    frame = comparison.to_pandas()
     assert frame["path"].tolist() == list(SHAPES)
-    assert frame["rank 1"].tolist() == [6, 5]
+    assert frame["second_rank"].tolist() == [6, 5]
+    assert frame["cosine"].tolist() == [m.cosine[0, 1] for m in comparison.modules.values()]
+    apart = comparison.to_pandas("modules")
+    assert apart["path"].tolist() == [path for path in SHAPES for _ in paths]
+    assert apart["adapter"].tolist() == comparison.names * len(SHAPES)
 
 
 # Properties

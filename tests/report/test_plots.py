@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 import pickle
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lorafast
 import numpy as np
@@ -23,6 +24,7 @@ from lorafast._report.directory import write_plots
 from lorafast._report.plots import draw, style
 from lorafast._report.plots.draw import plots_of
 from lorafast._report.plots.png import DOTS_PER_INCH, png, save
+from lorafast._types import AnalysisPlot, ComparisonPlot
 from support import records
 
 # Made when a test asks for them: to collect the tests takes none.
@@ -143,6 +145,64 @@ def test_without_matplotlib_the_error_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(lorafast.MissingDependencyError, match="pip install matplotlib"):
         subject_of("small").plot("overview")
+
+
+@pytest.mark.parametrize(
+    ("subject", "kinds"), [("AdapterAnalysis", AnalysisPlot), ("Comparison", ComparisonPlot)]
+)
+def test_kinds_are_a_literal_with_a_default_and_documented(subject: str, kinds: Any) -> None:
+    known = plots_of(subject)
+    assert get_args(kinds) == tuple(known)
+    plot = getattr(lorafast, subject).plot
+    default = inspect.signature(plot).parameters["kind"].default
+    assert default in known
+    for kind in known:
+        assert f'- "{kind}": ' in plot.__doc__
+    name = "small" if subject == "AdapterAnalysis" else "three"
+    assert png(subject_of(name).plot()) == png(subject_of(name).plot(default))
+
+
+AXES_OF = [("small", kind) for kind in plots_of("AdapterAnalysis")]
+AXES_OF += [(name, kind) for name in ("three", "thirteen") for kind in plots_of("Comparison")]
+
+
+@pytest.mark.parametrize(("name", "kind"), AXES_OF)
+def test_a_plot_is_drawn_into_axes_that_are_given(name: str, kind: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([1, 2], [3, 4])
+    alone = subject_of(name).plot(kind)
+    assert subject_of(name).plot(kind, ax=right) is figure
+    figure.canvas.draw()
+    # As many axes as the plot has for itself, beside those that it was not given.
+    assert len(figure.axes) == 1 + len(alone.axes)
+    assert figure.axes[0] is left
+    assert len(left.lines) == 1
+    drawn = [box for axes in figure.axes[1:] if (box := axes.get_tightbbox()) is not None]
+    middle = figure.bbox.width / 2
+    assert all(box.x0 > middle - 60 for box in drawn), "it stays in its half"
+    if len([axes for axes in alone.axes if axes.get_label() != "<colorbar>"]) == 1:
+        assert right in figure.axes, "the axes are the caller's own"
+    for one, other in zip(alone.axes, figure.axes[1:], strict=True):
+        assert len(one.lines) == len(other.lines)
+        assert len(one.images) == len(other.images)
+
+
+def test_what_does_not_fit_into_axes_is_an_error() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_axes((0.1, 0.1, 0.8, 0.8))
+    subject_of("small").plot("weights", ax=axes)
+    with pytest.raises(ValueError, match=r"several panels.*plt\.subplots"):
+        subject_of("small").plot("overview", ax=axes)
+    with pytest.raises(TypeError, match="matplotlib's axes, not int"):
+        subject_of("small").plot("weights", ax=3)
+    with pytest.raises(TypeError, match="matplotlib's axes, not ndarray"):
+        subject_of("small").plot("weights", ax=Figure().subplots(1, 2))
+    # An error leaves no axes behind for the next plot.
+    assert subject_of("small").plot("weights") is not axes.figure
 
 
 def test_pyplot_and_global_settings_are_left_alone() -> None:

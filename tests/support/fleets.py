@@ -8,6 +8,7 @@ from typing import Any
 
 import lorafast
 import numpy as np
+from lorafast._io.plain import to_plain
 
 from support.files import tensor
 from support.handmade import adapter_tensors, make_adapter
@@ -41,4 +42,8 @@ def tables(fleet: lorafast.Fleet) -> dict[str, Any]:
         for column in fleet.table(name)  # type: ignore[arg-type]
     }
     # NaN is not itself, but repr says what it is.
-    return {"tables": repr(found), "findings": repr(fleet.findings), "errors": fleet.errors}
+    return {
+        "tables": repr(found),
+        "findings": repr([to_plain(item) for item in fleet.findings]),
+        "errors": fleet.errors,
+    }

@@ -71,7 +71,8 @@ def analyze(
         histogram_bins: bins of every histogram, from 1 to 65536.
         entries: also look at the entries of every ΔW; takes out × in × rank operations a module.
         threads: worker threads; one for each core if `None`.
-        progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
 
     Returns:
         The analysis; its findings are what to look at first.
@@ -125,7 +126,8 @@ def compare(
         names: a distinct name for each; their directories' names if `None`, with as many of the
             parents' before them as tell them apart.
         threads: worker threads; one for each core if `None`.
-        progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
 
     Returns:
         The comparison. Modules that only some of the adapters have are in `modules` and `only_in`.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorafast import _core
 from lorafast._deprecation import warn_renamed
+from lorafast._results import shown
 
 if TYPE_CHECKING:
     from lorafast._types import Matrix, Severity
@@ -59,6 +60,7 @@ class _Critical(str):
 _CRITICAL = _Critical("critical")
 
 
+@shown
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Something that an expert would point at.
@@ -93,6 +95,7 @@ class Finding:
         return self.value
 
 
+@shown
 @dataclass(frozen=True)
 class Histogram:
     """Counts between edges; the last bin contains its upper edge, as `numpy.histogram`.
@@ -106,6 +109,7 @@ class Histogram:
     counts: list[int]
 
 
+@shown
 @dataclass(frozen=True)
 class TensorStatistics:
     """Statistics of stored values: of one tensor, or of all together.
@@ -154,6 +158,7 @@ class TensorStatistics:
     log_histogram: Histogram
 
 
+@shown
 @dataclass(frozen=True)
 class EntryStatistics:
     """Statistics of the entries of ΔW itself, computed tile by tile in float32.
@@ -181,6 +186,7 @@ class EntryStatistics:
     histogram: Histogram
 
 
+@shown
 @dataclass(frozen=True)
 @_with_metrics
 class ModuleAnalysis:
@@ -248,6 +254,7 @@ class ModuleAnalysis:
     entries: EntryStatistics | None = None
 
 
+@shown
 @dataclass(frozen=True)
 class PairComparison:
     """Two adapters' updates of one module.
@@ -289,6 +296,7 @@ class PairComparison:
     input_angles: list[float]
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class ModuleComparison:
     """One module in each of N adapters.

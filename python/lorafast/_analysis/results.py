@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorafast._results import Result, view
+from lorafast._results import FramedResult, RecordDict, RecordList, view
 
 if TYPE_CHECKING:
     import pandas
     import polars
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lorafast._analysis.records import (
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
         ModuleComparison,
         TensorStatistics,
     )
-    from lorafast._types import Matrix
+    from lorafast._types import AnalysisPlot, ComparisonPlot, ComparisonTable, Matrix
 
 
-class _Measured(Result):
+class _Measured(FramedResult):
     """What an analysis and a comparison can be turned into beside what every result can."""
 
     def to_markdown(self) -> str:
@@ -32,44 +33,6 @@ class _Measured(Result):
     def to_html(self) -> str:
         """The report with its plots as one HTML document that loads nothing from elsewhere."""
         text: str = view("html", self)(self)
-        return text
-
-    def plot(self, kind: str) -> Figure:
-        """Draws one plot.
-
-        Args:
-            kind: what to draw; an unknown kind is answered with the list of those there are.
-
-        Returns:
-            A matplotlib Figure that belongs to no window.
-
-        Raises:
-            ValueError: there is no such plot.
-            MissingDependencyError: matplotlib is not installed.
-        """
-        figure: Figure = view("plot", self)(self, kind)
-        return figure
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """A table with a row for each module.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
-        frame: pandas.DataFrame = view("pandas", self)(self)
-        return frame
-
-    def to_polars(self) -> polars.DataFrame:
-        """A table with a row for each module.
-
-        Raises:
-            MissingDependencyError: polars is not installed.
-        """
-        frame: polars.DataFrame = view("polars", self)(self)
-        return frame
-
-    def __repr__(self) -> str:
-        text: str = view("text", self)(self)
         return text
 
 
@@ -102,6 +65,37 @@ class AdapterAnalysis(_Measured):
     tensors: dict[str, TensorStatistics]
     modules: dict[str, ModuleAnalysis]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "findings", RecordList(self.findings))
+        object.__setattr__(self, "tensors", RecordDict(self.tensors))
+        object.__setattr__(self, "modules", RecordDict(self.modules))
+
+    def plot(self, kind: AnalysisPlot = "overview", *, ax: Axes | None = None) -> Figure:
+        """Draws one plot.
+
+        Args:
+            kind: what to draw:
+
+                - "overview": distribution of the stored weights and of their magnitudes, mean and
+                  standard deviation by layer, in four panels;
+                - "weights": the distribution of the stored weights;
+                - "log_weights": the distribution of their magnitudes;
+                - "layers": mean and standard deviation of the stored factors by layer;
+                - "heatmap": ‖ΔW‖ by block and module;
+                - "spectrum": singular values of the updates, and their cumulative energy.
+            ax: matplotlib's axes to draw into. A plot of several panels takes their place in the
+                figure. A new figure is made if `None`.
+
+        Returns:
+            A matplotlib Figure that belongs to no window, or the one of `ax`.
+
+        Raises:
+            ValueError: there is no such plot, or it does not fit into `ax`.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        figure: Figure = view("plot", self)(self, kind, ax)
+        return figure
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(_Measured):
@@ -125,6 +119,62 @@ class Comparison(_Measured):
     modules: dict[str, ModuleComparison]
     only_in: dict[str, list[str]]
     findings: list[Finding] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "analyses", RecordList(self.analyses))
+        object.__setattr__(self, "modules", RecordDict(self.modules))
+        object.__setattr__(self, "only_in", RecordDict(self.only_in))
+        object.__setattr__(self, "findings", RecordList(self.findings))
+
+    def plot(self, kind: ComparisonPlot = "cosine", *, ax: Axes | None = None) -> Figure:
+        """Draws one plot.
+
+        Args:
+            kind: what to draw:
+
+                - "cosine": the cosine of the updates of each two adapters;
+                - "modules": the cosine of the updates by block and module;
+                - "distributions": the distributions of the adapters' stored weights;
+                - "adapters": number of parameters, mean, standard deviation and range of each.
+            ax: matplotlib's axes to draw into. A plot of several panels takes their place in the
+                figure. A new figure is made if `None`.
+
+        Returns:
+            A matplotlib Figure that belongs to no window, or the one of `ax`.
+
+        Raises:
+            ValueError: there is no such plot, or it does not fit into `ax`.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        figure: Figure = view("plot", self)(self, kind, ax)
+        return figure
+
+    def to_pandas(self, table: ComparisonTable = "pairs") -> pandas.DataFrame:
+        """A table as a data frame with columns in snake_case, and floats as float64.
+
+        Args:
+            table: "pairs" has a row for each module and pair of adapters that both have it;
+                "modules" one for each module and adapter that has it.
+
+        Raises:
+            ValueError: there is no such table.
+            MissingDependencyError: pandas is not installed.
+        """
+        frame: pandas.DataFrame = view("pandas", self)(self, table)
+        return frame
+
+    def to_polars(self, table: ComparisonTable = "pairs") -> polars.DataFrame:
+        """A table as a data frame; tables and columns are those of `to_pandas`.
+
+        Args:
+            table: likewise.
+
+        Raises:
+            ValueError: there is no such table.
+            MissingDependencyError: polars is not installed.
+        """
+        frame: polars.DataFrame = view("polars", self)(self, table)
+        return frame
 
 
 # What users see, and what a pickle names.

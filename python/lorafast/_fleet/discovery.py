@@ -14,6 +14,7 @@ from lorafast._errors import AdapterError, CheckpointError
 from lorafast._io.paths import expand, find
 from lorafast._io.sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lorafast._io.strangers import read_header, reason_of
+from lorafast._results import shown
 from lorafast._types import Source
 
 #: Any of these makes the directory that it lies in an adapter, even if the others are missing.
@@ -37,6 +38,7 @@ ADAPTER_NAMES = re.compile(
 PIECES = re.compile(r"\d+|\D+")
 
 
+@shown
 @dataclass(frozen=True)
 class ScanError:
     """Something that could not be read.

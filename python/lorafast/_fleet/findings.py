@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lorafast._analysis import findings
 from lorafast._analysis.records import Finding
 from lorafast._fleet.table import Table
+from lorafast._results import shown
 
 #: ‖ΔW‖ this many times above or below the median of the adapters of its base.
 NORM_OUTLIER = 10.0
@@ -28,6 +29,7 @@ KINDS = findings.KINDS | {
 }
 
 
+@shown
 @dataclass(frozen=True, slots=True)
 class FleetFinding:
     """Something to look at in one adapter of a fleet.

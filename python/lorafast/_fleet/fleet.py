@@ -92,12 +92,6 @@ class Fleet(Result):
         names: list[str] = self.adapters["name"].tolist()
         return names
 
-    def __repr__(self) -> str:
-        parts = [f"{len(self):,} adapters", f"{self.modules.rows:,} modules"]
-        if self.errors:
-            parts.append(f"{len(self.errors):,} errors")
-        return f"<Fleet {', '.join(parts)}>"
-
     def table(self, name: TableName = "adapters") -> Table:
         """One of the three tables by its name.
 

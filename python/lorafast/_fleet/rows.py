@@ -11,10 +11,12 @@ from lorafast._analysis.records import Finding
 from lorafast._fleet.discovery import ScanError
 from lorafast._fleet.findings import FleetFinding
 from lorafast._fleet.table import Table
+from lorafast._results import shown
 
 T = TypeVar("T")
 
 
+@shown
 class Rows(Sequence[T]):
     """The rows of a table as values. Like a list, but fixed."""
 
@@ -59,9 +61,6 @@ class Rows(Sequence[T]):
 
     def __radd__(self, other: Sequence[T]) -> list[T]:
         return [*other, *self]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
 
 
 class FindingList(Rows[FleetFinding]):

@@ -58,7 +58,8 @@ def scan(
             stored factors; "spectra" the singular values of each update s·B·A and what follows
             from them; "full" both.
         threads: worker threads; one for each core if `None`.
-        progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
         cache: a directory (made if it is not there) that keeps what was found. Only adapters that
             are not in it, or whose weights or config have changed since by size, time or
             identity, are read; a scan that was interrupted goes on where it was. What it knows of

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafast import _core
+from lorafast._results import shown
 from lorafast._types import TableName
 
 #: The tables of a fleet.
@@ -23,6 +24,7 @@ def utf8(text: str) -> str:
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
+@shown
 class Table:
     """Columns by name, each a NumPy array with a value a row. To be used as a mapping.
 
@@ -88,9 +90,6 @@ class Table:
         """A column, or something else where there is none of that name."""
         known = self._core.names
         return self[name] if name in known else default
-
-    def __repr__(self) -> str:
-        return f"Table({self.rows:,} rows: {', '.join(self)})"
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         """The table for any library that speaks Arrow's C stream interface, without a copy."""

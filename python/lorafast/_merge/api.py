@@ -183,8 +183,8 @@ def merge(
             only models have. Whatever else lies there stays, weights with a warning; an adapter
             there is an error. The older model is deleted when the new one is in its place, and is
             back in its place where that fails.
-        progress: `True` draws a bar on a terminal, and elsewhere writes a line every ten seconds; a
-            callable is called with the bytes done and the bytes in all.
+        progress: `True` draws a bar on a terminal or in a notebook, and elsewhere writes a line
+            every ten seconds; a callable is called with the bytes done and the bytes in all.
         allow: a field, or fields, of an adapter's config that are unknown and known not to change
             the result.
         compat: "peft" gives what PEFT's `merge_and_unload` gives where that is not what was

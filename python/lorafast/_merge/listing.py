@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from lorafast._results import RecordTuple, shown
+
 if TYPE_CHECKING:
     from lorafast import _core
 
 
+@shown
 class ListedFile(NamedTuple):
     """A file of weights."""
 
@@ -18,6 +21,7 @@ class ListedFile(NamedTuple):
     tensors: int
 
 
+@shown
 class ListedTensor(NamedTuple):
     """A tensor, by its file's header."""
 
@@ -28,6 +32,7 @@ class ListedTensor(NamedTuple):
     file: str
 
 
+@shown
 class ListedModule(NamedTuple):
     """A module that an adapter changes; the shape is (out, in)."""
 
@@ -39,6 +44,7 @@ class ListedModule(NamedTuple):
     shape: tuple[int, ...]
 
 
+@shown
 class Use(NamedTuple):
     """What a merge makes of a tensor or of a field of the config."""
 
@@ -56,6 +62,7 @@ class Use(NamedTuple):
         return self.use
 
 
+@shown
 class Listing(Mapping[str, Any]):
     """What `CheckpointListing` and `AdapterListing` share.
 
@@ -83,7 +90,7 @@ class Listing(Mapping[str, Any]):
     @cached_property
     def files(self) -> tuple[ListedFile, ...]:
         """The files of weights."""
-        return tuple(ListedFile(**file) for file in self._plain["files"])
+        return RecordTuple(ListedFile(**file) for file in self._plain["files"])
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -95,7 +102,7 @@ class Listing(Mapping[str, Any]):
         """Every tensor of every file, in order."""
         plain = self._plain["tensors"]
         # The fields are the dictionary's keys, which a test holds against the stub.
-        return tuple(
+        return RecordTuple(
             ListedTensor(**{**tensor, "shape": tuple(tensor["shape"])})  # type: ignore[arg-type]
             for tensor in plain
         )
@@ -118,7 +125,7 @@ class Listing(Mapping[str, Any]):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What to know before using it."""
-        return tuple(self._plain["warnings"])
+        return RecordTuple(self._plain["warnings"])
 
     def to_dict(self) -> _core.Listing:
         """Everything as plain objects."""
@@ -148,13 +155,6 @@ class Listing(Mapping[str, Any]):
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be deleted")
-
-    def __repr__(self) -> str:
-        tensors, files = len(self._plain["tensors"]), len(self._plain["files"])
-        return (
-            f"<{type(self).__name__}: {self.path}; {tensors} tensor{'s' * (tensors != 1)} in "
-            f"{files} file{'s' * (files != 1)}, {self.total_parameters:,} parameters>"
-        )
 
 
 class CheckpointListing(Listing):
@@ -209,7 +209,7 @@ class AdapterListing(Listing):
     def modules(self) -> tuple[ListedModule, ...]:
         """The modules that it changes, with their ranks and scales."""
         # As for the tensors: the fields are the dictionary's keys.
-        return tuple(
+        return RecordTuple(
             ListedModule(**{**module, "shape": tuple(module["shape"])})  # type: ignore[arg-type]
             for module in self._summary["modules"]
         )
@@ -217,17 +217,17 @@ class AdapterListing(Listing):
     @property
     def features(self) -> tuple[str, ...]:
         """What in it cannot be merged."""
-        return tuple(self._summary["features"])
+        return RecordTuple(self._summary["features"])
 
     @cached_property
     def fields_use(self) -> tuple[Use, ...]:
         """What a merge makes of every field of the config."""
-        return tuple(Use(**use) for use in self._summary["coverage"]["fields"])
+        return RecordTuple(Use(**use) for use in self._summary["coverage"]["fields"])
 
     @cached_property
     def tensors_use(self) -> tuple[Use, ...]:
         """What a merge makes of every tensor."""
-        return tuple(Use(**use) for use in self._summary["coverage"]["tensors"])
+        return RecordTuple(Use(**use) for use in self._summary["coverage"]["tensors"])
 
 
 # What users see, and what a pickle names.

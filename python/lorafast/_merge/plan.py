@@ -22,7 +22,7 @@ from lorafast._io.sources import (
 from lorafast._merge.options import ExecutionOptions
 from lorafast._merge.provenance import identify, unique_names
 from lorafast._options import pick
-from lorafast._results import Result, view
+from lorafast._results import RecordDict, RecordList, RecordTuple, Result, shown, view
 
 if TYPE_CHECKING:
     from lorafast._core import OutputLock, PlanDescription, Summary
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FINISHED = "the output was finished before that"
 
 
+@shown
 class WrittenShard(NamedTuple):
     """A shard that a part of a plan wrote.
 
@@ -51,6 +52,7 @@ class WrittenShard(NamedTuple):
     sha256: str
 
 
+@shown
 class PlanPart(NamedTuple):
     """Some shards of a merge, which any process can write that has the same inputs.
 
@@ -158,7 +160,7 @@ class MergePlan(Result):
         """Every tensor of the output, with its action and its updates."""
         from lorafast._merge.planned import planned_tensor
 
-        return tuple(map(planned_tensor, self._description["tensors"]))
+        return RecordTuple(map(planned_tensor, self._description["tensors"]))
 
     # A dictionary whose keys are known is one for mypy only where nobody may add others.
     def to_dict(self) -> PlanDescription:  # type: ignore[override]
@@ -173,15 +175,6 @@ class MergePlan(Result):
         import json
 
         return json.dumps(self._description, indent=2)
-
-    def __repr__(self) -> str:
-        adapters = len(self.adapters)
-        return (
-            f"<MergePlan: {adapters} adapter{'s' * (adapters != 1)} into {self.base}; "
-            f"{self.tensors_merged + self.tensors_replaced + self.tensors_repeated} tensors "
-            f"change, {self.tensors_copied} are copied, "
-            f"{self.tensors_cast} cast; {self.bytes_to_write / 1e9:.2f} GB to write>"
-        )
 
     def execute(
         self,
@@ -383,14 +376,14 @@ class MergePlan(Result):
             groups=_groups(description),
             warnings=[*self.warnings, *summary["warnings"]],
             notes=[*self.notes, *notes],
-            fallbacks=fallbacks,
-            side_files=summary["side_files"],
-            file_origins=summary["file_origins"],
+            fallbacks=RecordDict(fallbacks),
+            side_files=RecordList(summary["side_files"]),
+            file_origins=RecordDict(summary["file_origins"]),
             sources=_sources(self._description, summary),
             rounding=summary["rounding"],
-            left_out=summary["left_out"],
-            coverage=[adapter["coverage"] for adapter in description["adapters"]],
-            weight_files=sorted({tensor["shard"] for tensor in description["tensors"]}),
+            left_out=RecordList(summary["left_out"]),
+            coverage=RecordList(adapter["coverage"] for adapter in description["adapters"]),
+            weight_files=RecordList(sorted({tensor["shard"] for tensor in description["tensors"]})),
         )
 
     def _verified(
@@ -409,7 +402,7 @@ class MergePlan(Result):
             result.warnings.append(unverified(result.output_path, error))
             return result, None
         result.warnings.extend(checked.warnings)
-        result = result._replace(verification=checked.to_dict())
+        result = result._replace(verification=RecordDict(checked.to_dict()))
         return result, None if checked.ok else checked.problems[0]
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorafast._results import shown
+
 if TYPE_CHECKING:
     from lorafast import _core
 
 
+@shown
 class UpdatePart(NamedTuple):
     """Which part of a module's product an update takes, and where it lies.
 
@@ -24,6 +27,7 @@ class UpdatePart(NamedTuple):
     rows: range | None = None
 
 
+@shown
 class Update(NamedTuple):
     """What one adapter does to one tensor.
 
@@ -55,6 +59,7 @@ class Update(NamedTuple):
     stage: int = 0
 
 
+@shown
 class PlannedTensor(NamedTuple):
     """A tensor of the output, and what becomes of it.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lorafast._errors import LorafastError
 from lorafast._io.paths import expand
-from lorafast._results import Result, view
+from lorafast._results import Result, shown, view
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -126,6 +126,7 @@ class _MergeReportFields(NamedTuple):
     verification: dict[str, Any] | None = None
 
 
+@shown
 class MergeReport(_MergeReportFields, OutputReport):
     """What a merge did, and from what.
 
@@ -189,7 +190,14 @@ class MergeReport(_MergeReportFields, OutputReport):
         """Every field as plain objects."""
         from copy import deepcopy
 
-        return deepcopy(self._asdict())
+        return {name: deepcopy(_plain(value)) for name, value in self._asdict().items()}
+
+
+def _plain(value: Any) -> Any:
+    """A container of which a part is shown, as what it is apart from that."""
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, list) else value
 
 
 def write_afterwards(report: OutputReport, output: str) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafast import _core
 from lorafast._errors import OutputError, VerificationError
 from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand, is_directory, resolved
+from lorafast._io.plain import fields_of
 from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, locate
 from lorafast._merge.plan import MergePlan, make_plan
 from lorafast._merge.report import AFTERWARDS, OutputReport, unmeasured, write_afterwards
 from lorafast._merge.verify import verify_plan
+from lorafast._results import RecordDict, RecordList
 
 if TYPE_CHECKING:
     from lorafast._core import Coverage
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 LOST = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SubtractReport(OutputReport):
     """What a subtraction gave back, and how near that is to the base.
 
@@ -94,6 +96,13 @@ class SubtractReport(OutputReport):
         base = [] if self.original is None else [self.original]
         return [self.merged, *base, *self.adapters, self.output_path]
 
+    def __post_init__(self) -> None:
+        for name in ("proof", "verification"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else RecordDict(value))
+        for name in ("coverage", "side_files", "left_out"):
+            object.__setattr__(self, name, RecordList(getattr(self, name)))
+
     def exactness(self) -> str:
         """How near the result is to the base, in words."""
         if not self.exact and self.bound is None:
@@ -113,7 +122,7 @@ class SubtractReport(OutputReport):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain objects."""
-        return asdict(self)
+        return fields_of(self)
 
 
 def subtract_adapters(

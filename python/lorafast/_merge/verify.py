@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafast._io.plain import fields_of
 from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, locate
-from lorafast._results import Result
+from lorafast._results import RecordList, Result
 
 if TYPE_CHECKING:
     from lorafast import _core
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lorafast._types import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification(Result):
     """What a verification found.
 
@@ -52,6 +53,10 @@ class Verification(Result):
     adapters: list[_core.AdapterRounding]
     untouched: list[_core.Untouched]
 
+    def __post_init__(self) -> None:
+        for name in ("problems", "warnings", "rounding", "adapters", "untouched"):
+            object.__setattr__(self, name, RecordList(getattr(self, name)))
+
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
@@ -59,18 +64,11 @@ class Verification(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, and `ok`, as plain objects."""
-        return {"ok": self.ok, **asdict(self)}
+        return {"ok": self.ok, **fields_of(self)}
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
-
-    def __repr__(self) -> str:
-        verdict = "ok" if self.ok else f"{len(self.problems)} problems: {self.problems[0]}"
-        return (
-            f"<Verification: {verdict}; {self.tensors_merged} tensors computed again, "
-            f"{self.tensors_copied + self.tensors_replaced} compared>"
-        )
 
 
 def verify_plan(

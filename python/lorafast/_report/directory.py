@@ -129,11 +129,11 @@ def write_plots(
         MissingDependencyError: matplotlib is not installed.
     """
     from lorafast._report.plots import png
-    from lorafast._report.plots.draw import plots_of
+    from lorafast._report.plots.draw import draw, plots_of
 
     directory.mkdir(parents=True, exist_ok=True)
     return [
-        Path(png.save(subject.plot(plot.kind), directory / plot.file.format(name=stem)))
+        Path(png.save(draw(subject, plot.kind), directory / plot.file.format(name=stem)))
         for plot in plots_of(subject).values()
         if plot.file is not None
     ]

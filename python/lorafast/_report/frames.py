@@ -1,91 +1,93 @@
-"""Analyses and comparisons as data frames, a row for each module."""
+"""Results as data frames, a row for each of their parts."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import math
 from typing import TYPE_CHECKING, Any
 
-from lorafast._analysis.records import ModuleAnalysis
-from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._errors import missing
+from lorafast._fleet.table import utf8
+from lorafast._report.rows import Kind, rows_of
 
 if TYPE_CHECKING:
     import pandas
     import polars
 
-#: Fields of a module that are no single value; the first becomes two columns.
-NESTED = ("shape", "singular_values", "entries")
+    from lorafast._results import FramedResult
+
+#: What pandas calls a column's type; whole numbers that may be missing are its own Int64.
+PANDAS: dict[Kind, Any] = {"integer": "int64", "float": "float64", "boolean": "bool"}
 
 
-def analysis_pandas(analysis: AdapterAnalysis) -> pandas.DataFrame:
-    """The table of an analysis in pandas."""
-    return _pandas(_analysis_rows(analysis))
+def to_pandas(result: FramedResult, table: str | None = None) -> pandas.DataFrame:
+    """A table of a result in pandas.
 
+    Args:
+        result: the result.
+        table: which of its tables, where it has several.
 
-def comparison_pandas(comparison: Comparison) -> pandas.DataFrame:
-    """The table of a comparison in pandas."""
-    return _pandas(_comparison_rows(comparison))
-
-
-def analysis_polars(analysis: AdapterAnalysis) -> polars.DataFrame:
-    """The table of an analysis in polars."""
-    return _polars(_analysis_rows(analysis))
-
-
-def comparison_polars(comparison: Comparison) -> polars.DataFrame:
-    """The table of a comparison in polars."""
-    return _polars(_comparison_rows(comparison))
-
-
-def _analysis_rows(analysis: AdapterAnalysis) -> list[dict[str, Any]]:
-    return [_module_row(module) for module in analysis.modules.values()]
-
-
-def _comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    return [_comparison_row(comparison, path) for path in comparison.modules]
-
-
-def _module_row(module: ModuleAnalysis) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for field in fields(module):
-        if field.name == "shape":
-            row["out_features"], row["in_features"] = module.shape
-        elif field.name not in NESTED:
-            row[field.name] = getattr(module, field.name)
-    return row
-
-
-def _comparison_row(comparison: Comparison, path: str) -> dict[str, Any]:
-    module = comparison.modules[path]
-    row: dict[str, Any] = {
-        "path": path,
-        "out_features": module.shape[0],
-        "in_features": module.shape[1],
-    }
-    for position, name in enumerate(comparison.names):
-        row[f"norm {name}"] = module.norms[position]
-        row[f"rank {name}"] = module.ranks[position]
-    for i, first in enumerate(comparison.names):
-        for j in range(i + 1, len(comparison.names)):
-            pair = f"{first} · {comparison.names[j]}"
-            row[f"cosine {pair}"] = float(module.cosine[i, j])
-            row[f"subspace {pair}"] = float(module.subspace[i, j])
-            row[f"sign agreement {pair}"] = float(module.sign_agreement[i, j])
-    return row
-
-
-def _pandas(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    Raises:
+        ValueError: there is no such table.
+        MissingDependencyError: pandas is not installed.
+    """
+    columns = _columns(result, table)
     try:
         import pandas
     except ImportError as error:
         raise missing("pandas", "pandas", "make a DataFrame") from error
-    return pandas.DataFrame(rows)
+    made = {}
+    for name, (kind, values) in columns.items():
+        if kind == "text":
+            made[name] = pandas.Series(values, dtype=object).infer_objects()
+        else:
+            is_nullable = kind == "integer" and None in values
+            made[name] = pandas.Series(values, dtype="Int64" if is_nullable else PANDAS[kind])
+    return pandas.DataFrame(made)
 
 
-def _polars(rows: list[dict[str, Any]]) -> polars.DataFrame:
+def to_polars(result: FramedResult, table: str | None = None) -> polars.DataFrame:
+    """A table of a result in polars.
+
+    Args:
+        result: the result.
+        table: which of its tables, where it has several.
+
+    Raises:
+        ValueError: there is no such table.
+        MissingDependencyError: polars is not installed.
+    """
+    columns = _columns(result, table)
     try:
         import polars
     except ImportError as error:
         raise missing("polars", "polars", "make a DataFrame") from error
-    # The whole column decides its type: the first module may lack what a later one has.
-    return polars.DataFrame(rows, infer_schema_length=None)
+    kinds = {
+        "text": polars.String,
+        "integer": polars.Int64,
+        "float": polars.Float64,
+        "boolean": polars.Boolean,
+    }
+    return polars.DataFrame(
+        [polars.Series(name, values, kinds[kind]) for name, (kind, values) in columns.items()]
+    )
+
+
+def _columns(result: FramedResult, table: str | None) -> dict[str, tuple[Kind, list[Any]]]:
+    """The columns, each with what it holds; a float that is not there is NaN."""
+    found = rows_of(result, table)
+    if found.whole is not None:
+        whole = found.whole()
+        return {name: (kind, whole[name]) for name, kind in found.columns.items()}
+    columns: dict[str, tuple[Kind, list[Any]]] = {
+        name: (kind, []) for name, kind in found.columns.items()
+    }
+    for row in found.rows:
+        for (kind, values), found_value in zip(columns.values(), row, strict=True):
+            value = found_value
+            if value is None and kind == "float":
+                value = math.nan
+            elif kind == "text" and value is not None:
+                # Names of files may be no UTF-8, which columns of texts are.
+                value = utf8(value)
+            values.append(value)
+    return columns

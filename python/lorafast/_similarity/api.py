@@ -75,8 +75,8 @@ def similarity(
             seconds. The same call goes on where an earlier one was interrupted; what is finished
             is not computed again. It may be deleted at any time.
         threads: worker threads; one for each core if `None`.
-        progress: `True` for a bar on a terminal, or a callable that is given (done, total)
-            multiplications.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) multiplications.
         device: where products are made: "cpu", or by torch on "cuda" or "cuda:N" ("auto": on a
             CUDA device where there is one; "torch:cpu" to compare backends). There they agree with
             the CPU's to the precision's rounding, not to the bit, and are not kept in a cache.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from lorafast._fleet.discovery import ScanError
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
-from lorafast._results import Result
+from lorafast._results import FramedResult, RecordList, shown
 from lorafast._similarity.collection import Adapters, Collected, collected
 from lorafast._types import Progress
 
@@ -42,6 +42,7 @@ LEADING = 4
 CHUNK = 100_000
 
 
+@shown
 @dataclass(frozen=True)
 class Evidence:
     """What makes an adapter one of its group.
@@ -58,6 +59,7 @@ class Evidence:
     figures: dict[str, float | str]
 
 
+@shown
 @dataclass(frozen=True)
 class DuplicateGroup:
     """Adapters that are one update.
@@ -80,7 +82,7 @@ class DuplicateGroup:
 
 
 @dataclass(frozen=True, repr=False)
-class Duplicates(Result, Sequence[DuplicateGroup]):
+class Duplicates(FramedResult, Sequence[DuplicateGroup]):
     """The groups that were found: a sequence, the closest tiers first.
 
     Attributes:
@@ -99,6 +101,10 @@ class Duplicates(Result, Sequence[DuplicateGroup]):
 
     _kind = "duplicates"
 
+    def __post_init__(self) -> None:
+        for name in ("groups", "names", "paths", "errors", "notes"):
+            object.__setattr__(self, name, RecordList(getattr(self, name)))
+
     def __len__(self) -> int:
         return len(self.groups)
 
@@ -111,12 +117,6 @@ class Duplicates(Result, Sequence[DuplicateGroup]):
 
     def __iter__(self) -> Iterator[DuplicateGroup]:
         return iter(self.groups)
-
-    def __repr__(self) -> str:
-        return (
-            f"<Duplicates: {len(self):,} groups, {self.redundant:,} of {len(self.names):,} "
-            "adapters could go>"
-        )
 
     @property
     def redundant(self) -> int:
@@ -137,7 +137,7 @@ class Duplicates(Result, Sequence[DuplicateGroup]):
                 for group in self.groups
             ],
             "errors": to_plain(self.errors),
-            "notes": self.notes,
+            "notes": to_plain(self.notes),
         }
 
 
@@ -172,7 +172,8 @@ def duplicates(
         adapters: directories, which are searched; adapters; globs; any number of these; or a
             fleet.
         threads: worker threads; one for each core if `None`.
-        progress: `True` for a bar on a terminal, or a callable that is given (done, total) bytes.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
 
     Returns:
         The groups, the closest tiers first. Adapters that cannot be read are in `errors`.

@@ -13,7 +13,7 @@ from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
-from lorafast._results import Result, view
+from lorafast._results import FramedResult, RecordDict, RecordList, view
 from lorafast._similarity.collection import Adapters, found_by, opened
 from lorafast._similarity.options import MEMORY
 from lorafast._types import Progress, Source
@@ -37,7 +37,7 @@ STACKED_RANKS = 256
 
 
 @dataclass(frozen=True, repr=False)
-class Lineage(Result):
+class Lineage(FramedResult):
     """An adapter's update as a combination of others'. Made by `lorafast.lineage`.
 
     Attributes:
@@ -67,13 +67,15 @@ class Lineage(Result):
 
     _kind = "lineage"
 
+    def __post_init__(self) -> None:
+        for name in ("names", "coefficients", "cosines", "contributions", "dependent"):
+            object.__setattr__(self, name, RecordDict(getattr(self, name)))
+        object.__setattr__(self, "errors", RecordList(self.errors))
+
     def __str__(self) -> str:
         """The combination in words: `0.70·A + 0.30·B, residual 0.2 %`."""
-        text: str = view("text", self)(self)
+        text: str = view("combination", self)(self)
         return text
-
-    def __repr__(self) -> str:
-        return f"<Lineage of {self.name}: {self}>"
 
     def _plain(self) -> dict[str, Any]:
         return {
@@ -119,8 +121,8 @@ def lineage(
         candidates: directories, which are searched; adapters; globs; any number of these; or a
             fleet. The target itself is left out where it is among them.
         threads: worker threads; one for each core if `None`.
-        progress: `True` for a bar on a terminal, or a callable that is given (done, total)
-            multiplications.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) multiplications.
 
     Returns:
         Weights and residual.

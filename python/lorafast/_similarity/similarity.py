@@ -14,10 +14,11 @@ from lorafast._io import atomic
 from lorafast._io.paths import expand, open_plain
 from lorafast._io.plain import to_plain
 from lorafast._io.strangers import parse_json
-from lorafast._results import READ_VERSIONS, Result, view
+from lorafast._results import READ_VERSIONS, FramedResult, RecordDict, RecordList, view
 
 if TYPE_CHECKING:
     import numpy
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
@@ -28,7 +29,7 @@ NO_SIMILARITY = (KeyError, TypeError, ValueError, AttributeError, EOFError, NotI
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Similarity(Result):
+class Similarity(FramedResult):
     """How similar many adapters' updates are. Made by `lorafast.similarity`.
 
     The product of two adapters is ⟨X, Y⟩ = Σ ⟨ΔW, ΔW′⟩ over the modules that both have; what one
@@ -71,16 +72,15 @@ class Similarity(Result):
     # A matrix of thousands of rows is no reading.
     _indent = None
 
+    def __post_init__(self) -> None:
+        for name in ("names", "paths", "modules", "errors", "notes"):
+            object.__setattr__(self, name, RecordList(getattr(self, name)))
+        object.__setattr__(self, "groups", RecordDict(self.groups))
+        if self.per_module is not None:
+            object.__setattr__(self, "per_module", RecordDict(self.per_module))
+
     def __len__(self) -> int:
         return len(self.names)
-
-    def __repr__(self) -> str:
-        parts = [f"{len(self):,} adapters", f"{self.metric}", f"{len(self.modules):,} modules"]
-        if len(self.groups) > 1:
-            parts.append(f"{len(self.groups)} bases")
-        if self.errors:
-            parts.append(f"{len(self.errors):,} errors")
-        return f"<Similarity of {', '.join(parts)}>"
 
     @property
     def shared(self) -> NDArray[numpy.int64]:
@@ -185,19 +185,22 @@ class Similarity(Result):
         found = clusters(matrix, list(self.groups.values()), threshold, count, method)
         return [[self.names[at] for at in cluster] for cluster in found]
 
-    def plot(self, *, method: Method = "average") -> Figure:
+    def plot(self, *, method: Method = "average", ax: Axes | None = None) -> Figure:
         """The matrix as a heatmap, similar adapters side by side, with the tree that orders it.
 
         Args:
             method: how the distance of two clusters follows from their members', as SciPy's.
+            ax: matplotlib's axes whose place in their figure the plot takes. A new figure is made
+                if `None`.
 
         Returns:
-            A matplotlib Figure that belongs to no window.
+            A matplotlib Figure that belongs to no window, or the one of `ax`.
 
         Raises:
+            ValueError: the plot does not fit into `ax`.
             MissingDependencyError: matplotlib or SciPy is not installed.
         """
-        figure: Figure = view("plot", self)(self, method)
+        figure: Figure = view("plot", self)(self, method, ax)
         return figure
 
     def split(self) -> dict[str, Similarity]:
@@ -249,17 +252,17 @@ class Similarity(Result):
         return {
             "metric": self.metric,
             "precision": self.precision,
-            "names": self.names,
+            "names": to_plain(self.names),
             "paths": to_plain(self.paths),
             "matrix": self.matrix.tolist(),
             "norms": self.norms.tolist(),
-            "groups": self.groups,
-            "modules": self.modules,
+            "groups": to_plain(self.groups),
+            "modules": to_plain(self.modules),
             "presence": self.presence.tolist(),
             "per_module": self.per_module
             and {name: matrix.tolist() for name, matrix in self.per_module.items()},
             "errors": to_plain(self.errors),
-            "notes": self.notes,
+            "notes": to_plain(self.notes),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

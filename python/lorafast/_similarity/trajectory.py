@@ -13,7 +13,7 @@ from lorafast._fleet.discovery import ScanError, natural
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
 from lorafast._options import check_choices, pick
-from lorafast._results import Result
+from lorafast._results import FramedResult, RecordList, shown
 from lorafast._similarity.collection import Adapters, collected
 from lorafast._similarity.lineage import _gram
 from lorafast._similarity.options import TrajectoryOptions
@@ -28,6 +28,7 @@ STARTS = 8
 LONGEST_PIECE = 3
 
 
+@shown
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint on the way of a run.
@@ -58,7 +59,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, repr=False)
-class Trajectory(Result):
+class Trajectory(FramedResult):
     """Checkpoints in their order. Made by `lorafast.trajectory`.
 
     Attributes:
@@ -77,6 +78,10 @@ class Trajectory(Result):
 
     _kind = "trajectory"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", RecordList(self.steps))
+        object.__setattr__(self, "errors", RecordList(self.errors))
+
     @property
     def order(self) -> list[Path]:
         """The checkpoints' paths in order."""
@@ -86,9 +91,6 @@ class Trajectory(Result):
     def names(self) -> list[str]:
         """Their names in order."""
         return [step.name for step in self.steps]
-
-    def __repr__(self) -> str:
-        return f"<Trajectory of {len(self.steps)} checkpoints: {' → '.join(self.names)}>"
 
     def _plain(self) -> dict[str, Any]:
         return {
@@ -119,8 +121,8 @@ def trajectory(
             number of these; or a fleet.
         by: what the order follows: "update"; "name", the numbers in the paths; or "given".
         threads: worker threads; one for each core if `None`.
-        progress: `True` for a bar on a terminal, or a callable that is given (done, total) of
-            each of two parts.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) of each of two parts.
 
     Returns:
         The checkpoints in order. Those that cannot be read are in `errors`.

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import NumericError, PlanError
+from lorafast._results import shown
 from lorafast._torch.device import exact_products, host_buffer
 from lorafast._torch.module_plan import Change, ModulePlan, Parameter
 from lorafast._torch.program import Program
@@ -24,6 +25,7 @@ Keep = Literal["cpu", "device"] | None
 TILE_ELEMENTS = {"cuda": 4 << 20, "cpu": 1 << 18}
 
 
+@shown
 @dataclass(frozen=True)
 class Restoration:
     """How near to what they were the weights are after `unmerge`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorafast._errors import LorafastError, PlanError
+from lorafast._results import shown
 from lorafast._torch import in_place
 from lorafast._torch.device import import_torch
 from lorafast._torch.in_place import Changed, Keep, Parted, Restoration
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lorafast._types import Source, Strategy
 
 
+@shown
 @dataclass
 class MergedModule:
     """Adapters that are merged into a module. Made by `lorafast.torch.merge_into`.

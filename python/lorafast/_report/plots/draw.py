@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafast._errors import MissingDependencyError
 from lorafast._report import plots
+from lorafast._report.plots.canvas import drawn
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lorafast._analysis.results import AdapterAnalysis, Comparison
@@ -109,18 +111,19 @@ def plots_of(result: str | AdapterAnalysis | Comparison) -> dict[str, Plot]:
     return dict(next(_PLOTS[name] for name in names if name in _PLOTS))
 
 
-def draw(result: AdapterAnalysis | Comparison, kind: str) -> Figure:
+def draw(result: AdapterAnalysis | Comparison, kind: str, ax: Axes | None = None) -> Figure:
     """Draws one plot of a result.
 
     Args:
         result: what to draw.
         kind: the name of one of its plots.
+        ax: the axes to draw into; a new figure is made if `None`.
 
     Returns:
-        A matplotlib Figure that belongs to no window; a notebook shows it.
+        A matplotlib Figure that belongs to no window, or the one of `ax`; a notebook shows it.
 
     Raises:
-        ValueError: there is no such plot.
+        ValueError: there is no such plot, or it does not fit into `ax`.
         MissingDependencyError: matplotlib is not installed.
     """
     known = plots_of(result)
@@ -135,6 +138,6 @@ def draw(result: AdapterAnalysis | Comparison, kind: str) -> Figure:
         ) from error
     from lorafast._report.plots.fonts import use_fonts
 
-    figure = known[kind].draw(result)
+    figure = drawn(lambda: known[kind].draw(result), ax)
     use_fonts(figure)
     return figure

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorafast._report.plots.canvas import drawn
 from lorafast._report.plots.cosines import WRITTEN, draw_bar, draw_matrix
 from lorafast._report.plots.fonts import use_fonts, width
 from lorafast._report.plots.style import (
@@ -29,8 +30,20 @@ NAME = 36
 LABEL_HEIGHT = 0.16
 
 
-def clustered(similarity: Similarity, method: str) -> Figure:
-    """Draws the cosines, similar adapters side by side, with the dendrogram of each base."""
+def clustered(similarity: Similarity, method: str, ax: Axes | None = None) -> Figure:
+    """Draws the cosines, similar adapters side by side, with the dendrogram of each base.
+
+    Args:
+        similarity: what to draw.
+        method: how the distance of two clusters follows from their members'.
+        ax: the axes whose place the plot takes; a new figure is made if `None`.
+    """
+    figure = drawn(lambda: _clustered(similarity, method), ax)
+    use_fonts(figure)
+    return figure
+
+
+def _clustered(similarity: Similarity, method: str) -> Figure:
     matrix = cosines(similarity.metric, similarity.matrix, similarity.norms)
     order, trees = _order(similarity, matrix, method)
     count = len(order)
@@ -59,7 +72,6 @@ def clustered(similarity: Similarity, method: str) -> Figure:
         text.set(va="center")
     _dendrograms(left, trees, count)
     draw_bar(figure, right, image, words, shrink=0.6, fraction=0.04)
-    use_fonts(figure)
     return figure
 
 

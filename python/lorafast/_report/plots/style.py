@@ -10,6 +10,7 @@ import numpy as np
 
 from lorafast._analysis.records import Histogram, ModuleAnalysis
 from lorafast._report.palette import COLORS
+from lorafast._report.plots import canvas
 from lorafast._report.plots.fonts import drawable, shorten, width
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ MOST_BLOCKS = 256
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure with a title, of a size in inches."""
+    """An empty figure with a title, of a size in inches; or the axes that a caller gave."""
+    place = canvas.of_axes(title)
+    if place is not None:
+        return place
     from lorafast._report.plots.figure import PlotFigure
 
     figure = PlotFigure(figsize=(width, height), layout="constrained")
