@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
 
+import lorafast
 import pytest
 from lorafast._fleet.progress import Follow, follower
-from lorafast._io.progress import callback, pace
+from lorafast._io.progress import Report, callback, pace
+from support.handmade import make_adapter, make_base
 
 
 class Terminal(io.StringIO):
@@ -94,3 +100,107 @@ def test_no_bar_is_drawn_into_a_file() -> None:
         for done in range(10):
             report(done, 10)
     assert shown.getvalue() == ""
+
+
+class Shell:
+    """What IPython's `get_ipython` gives: a kernel's shell, or one of a terminal."""
+
+    def __init__(self, *, kernel: bool) -> None:
+        if kernel:
+            self.kernel = object()
+
+
+class Cell:
+    """The output of a notebook's cell, as `IPython.display` writes it."""
+
+    def __init__(self) -> None:
+        self.shown: list[dict[str, str]] = []
+
+    def display(self, data: dict[str, str], *, raw: bool, display_id: bool) -> Cell:
+        assert raw
+        assert display_id
+        self.shown.append(data)
+        return self
+
+    def update(self, data: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.shown.append(data)
+
+
+@contextmanager
+def notebook(monkeypatch: pytest.MonkeyPatch, *, kernel: bool = True) -> Iterator[Cell]:
+    cell, ipython, display = Cell(), ModuleType("IPython"), ModuleType("IPython.display")
+    ipython.get_ipython = lambda: Shell(kernel=kernel)  # type: ignore[attr-defined]
+    display.display = cell.display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("lorafast._io.notebook_bar.SECONDS_A_PICTURE", 0.0)
+    yield cell
+
+
+def _fail(report: Report | None) -> None:
+    """Half of some work, and its end."""
+    assert report is not None
+    report(1, 2)
+    report(1, 0 // 0)
+
+
+def test_a_notebook_has_a_bar_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = io.StringIO()
+    with notebook(monkeypatch) as cell, redirect_stderr(error):
+        with callback(True, label="<merging>") as report:
+            assert report is not None
+            report(0, 4_000_000_000)
+            report(1_000_000_000, 4_000_000_000)
+        with pytest.raises(ZeroDivisionError), callback(True, label="verifying") as report:
+            _fail(report)
+        with pace(True, "comparing", 40, "pairs") as report:
+            assert report is not None
+            report(500, 1000)
+        with follower(True) as follow:
+            follow.begin(12)
+            follow.read(50, 100)
+    assert error.getvalue() == ""
+    texts = [shown["text/plain"] for shown in cell.shown]
+    assert texts[0] == "<merging>:"
+    assert "<merging>: 25% 1.0 of 4.0 GB" in texts
+    assert texts[3].startswith("<merging>: 100% 4.0 of 4.0 GB · ")
+    assert "verifying: 50% stopped" in texts
+    assert any(text.startswith("comparing: 50% 20 of 40 pairs") for text in texts)
+    assert "scanning: looking for adapters" in texts
+    for shown in cell.shown:
+        ElementTree.fromstring(shown["text/html"])
+    assert '<progress max="1" value="0.250"></progress>' in cell.shown[2]["text/html"]
+
+
+def test_a_notebook_draws_few_pictures_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    with notebook(monkeypatch) as cell:
+        monkeypatch.setattr("lorafast._io.notebook_bar.SECONDS_A_PICTURE", 60.0)
+        with callback(True) as report:
+            assert report is not None
+            for done in range(1000):
+                report(done, 1000)
+    assert len(cell.shown) == 2
+
+
+def test_ipython_on_a_terminal_has_the_terminals_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        notebook(monkeypatch, kernel=False) as cell,
+        terminal() as shown,
+        callback(True, label="merging") as report,
+    ):
+        assert report is not None
+        report(5, 10)
+    assert cell.shown == []
+    assert "merging" in shown.getvalue()
+
+
+def test_a_merge_in_a_notebook_shows_its_bar(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter")
+    with notebook(monkeypatch) as cell:
+        lorafast.merge(base, adapter, tmp_path / "silent")
+        assert cell.shown == []
+        lorafast.merge(base, adapter, tmp_path / "out", progress=True)
+    assert cell.shown[-1]["text/plain"].startswith("merging: 100%")

@@ -64,8 +64,8 @@ def follower(progress: bool | Report) -> Iterator[Follow]:
     """What hears of a scan's progress.
 
     Args:
-        progress: a callable is given (done, total) bytes; `True` draws a bar on standard error if
-            that is a terminal, and else writes a line there every ten seconds; anything else is
+        progress: a callable is given (done, total) bytes; `True` draws a bar in a notebook or on a
+            terminal, and else writes a line on standard error every ten seconds; anything else is
             silence.
     """
     follow = _Counted()

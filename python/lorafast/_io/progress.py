@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, or whatever the caller wants to hear of it."""
+"""Progress of a long job: a bar on a terminal or in a notebook, or what the caller wants of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ SECONDS_A_LINE = 10.0
 Note = Callable[[int, int | None], str]
 
 
+def in_notebook() -> bool:
+    """Whether this is a kernel of Jupyter, whose cells show HTML."""
+    # Nobody but a kernel has imported IPython's shell by itself.
+    ipython = sys.modules.get("IPython")
+    if ipython is None:
+        return False
+    shell = ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
 @contextmanager
 def callback(
     progress: bool | Report, *, label: str = "merging", note: Note | None = None
@@ -20,8 +30,9 @@ def callback(
     """What the core is to call with (done, total).
 
     Args:
-        progress: a callable is passed on; `True` draws a bar on standard error if that is a
-            terminal, and else writes a line there every ten seconds; anything else is silence.
+        progress: a callable is passed on; `True` draws a bar in a notebook's cell, or on standard
+            error if that is a terminal, and else writes a line there every ten seconds; anything
+            else is silence.
         label: the word before the bar.
         note: what stands beside it; bytes and their rate if `None`.
     """
@@ -30,6 +41,12 @@ def callback(
         return
     if not progress:
         yield None
+        return
+    if in_notebook():
+        from lorafast._io.notebook_bar import notebook_bar
+
+        with notebook_bar(label, note or _gigabytes) as report:
+            yield report
         return
     if not sys.stderr.isatty():
         yield _lines(label, note)
@@ -58,6 +75,11 @@ def callback(
         )
 
 
+def _gigabytes(done: int, total: int | None) -> str:
+    """What stands beside a bar of bytes."""
+    return "" if total is None else f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+
+
 def _lines(label: str, note: Note | None) -> Report:
     """A line of plain text on standard error every ten seconds, for logs."""
     import time
@@ -71,7 +93,7 @@ def _lines(label: str, note: Note | None) -> Report:
             return
         last = now
         share = done / total if total else 1.0
-        text = note(done, total) if note else f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        text = (note or _gigabytes)(done, total)
         print(f"{label}: {share:.0%}, {text}, {now - start:.0f} s", file=sys.stderr, flush=True)
 
     return report
