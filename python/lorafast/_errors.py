@@ -104,5 +104,5 @@ def missing(package: str, extra: str, purpose: str) -> MissingDependencyError:
         purpose: what it is needed for, to end the sentence "… is needed to".
     """
     return MissingDependencyError(
-        f"{package} is needed to {purpose}; install it with: pip install 'lorafast[{extra}]'"
+        f'{package} is needed to {purpose}; install it with: pip install "lorafast[{extra}]"'
     )

@@ -25,8 +25,16 @@ from lorafast._analysis import api as analysis_api
 from lorafast._analysis.names import names_of, numbered
 from lorafast._analysis.options import AnalysisOptions
 from lorafast._errors import LorafastError, MissingDependencyError
+from lorafast._io.packages import require
 from lorafast._io.paths import expand, resolved
-from lorafast._io.sources import ADAPTER_PATTERNS, BASE_PATTERNS, locate
+from lorafast._io.sources import (
+    ADAPTER_PATTERNS,
+    BASE_PATTERNS,
+    as_list,
+    device_needs,
+    locate,
+    readers_needs,
+)
 from lorafast._io.strangers import read_json
 from lorafast._report.directory import (
     ANALYSIS_DIRECTORY,
@@ -141,9 +149,11 @@ class LoRAAnalyzer:
 
         if output_name in ("", ".", "..") or Path(output_name).name != output_name:
             raise ValueError(f"output_name {output_name!r} must be the name of one directory")
+        sources = as_list(adapters)
+        needs = readers_needs(base_model, *sources) | device_needs(self.device)
         if not save_safetensors:
-            merged_files.require_torch()
-        sources = _as_list(adapters)
+            needs |= merged_files.PICKLE_NEEDS
+        require(needs)
         output = self.merge_dir / output_name
         given = None if weights is None else [float(weight) for weight in weights]
         planned = plan(
@@ -227,7 +237,7 @@ class LoRAAnalyzer:
             ValueError: there are fewer than two adapters.
             LorafastError, OSError: as `lorafast.compare`.
         """
-        sources = _as_list(adapters)
+        sources = as_list(adapters)
         names = names_of(sources)
         located = [self._locate(source, ADAPTER_PATTERNS) for source in sources]
         comparison = analysis_api.compare(located, names=names)
@@ -357,10 +367,6 @@ def compare_lora_adapters(
 ) -> dict[str, Any]:
     """`LoRAAnalyzer(output_dir).compare_adapters(adapters)`."""
     return LoRAAnalyzer(output_dir).compare_adapters(adapters, save_plots=save_plots)
-
-
-def _as_list(adapters: Source | Sequence[Source]) -> list[Source]:
-    return [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
 
 
 def _neurotrain_report(results: Mapping[str, Any]) -> str:

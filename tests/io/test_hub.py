@@ -67,7 +67,7 @@ def test_offline_names_the_path(tmp_path: Path) -> None:
 
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(lorafast.MissingDependencyError, match=r"pip install 'lorafast\[hub\]'"):
+    with pytest.raises(lorafast.MissingDependencyError, match=r'pip install "lorafast\[hub\]"'):
         lorafast.inspect("owner/base")
     # A plain name is a mistyped path more often than one of the few ids without an owner.
     with pytest.raises(FileNotFoundError):

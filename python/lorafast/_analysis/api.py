@@ -28,6 +28,7 @@ from lorafast._io.sources import (
     BASE_PATTERNS,
     core_source,
     locate,
+    require_readers,
 )
 from lorafast._options import pick
 
@@ -97,6 +98,7 @@ def analyze_named(adapter: Source, name: str, options: AnalysisOptions) -> Adapt
             f"histogram_bins must be from 1 to {MAX_BINS}, not {options.histogram_bins}"
         )
     check_threads(options.threads)
+    require_readers(adapter, options.base)
     base_path = None if options.base is None else locate(options.base, BASE_PATTERNS)
     source = core_source(locate(adapter, ADAPTER_PATTERNS))
     with callback(options.progress, label="analyzing") as report:
@@ -149,6 +151,7 @@ def compare(
         raise ValueError(f"{len(chosen)} names were given for {len(sources)} adapters")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"the adapters' names are not distinct: {', '.join(chosen)}")
+    require_readers(*sources)
     with unchanged([locate(source, ADAPTER_PATTERNS) for source in sources]):
         analyses = [
             analyze_named(source, name, options.of_analysis())

@@ -34,8 +34,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     outcome.add_argument(
         "--plots",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw plots into the output directory (default: yes)",
+        help="draw plots into the output directory (default: yes, where matplotlib is installed)",
     )
     outcome.add_argument(
         "--format",
@@ -44,6 +43,17 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "is printed in place of the tables",
     )
     return outcome
+
+
+def require_packages(arguments: argparse.Namespace, *sources: str | None) -> None:
+    """Ask for everything that adapters, base and plots need, before any of them is read."""
+    from lorafast._io.packages import require
+    from lorafast._io.sources import readers_needs
+
+    needs = readers_needs(*sources)
+    if arguments.plots and arguments.output is not None:
+        needs["matplotlib"] = f"draw plots into {arguments.output}"
+    require(needs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +82,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     from lorafast._analysis.names import names_of
 
     options = AnalysisOptions(**chosen(arguments, options_in(AnalysisOptions)))
+    require_packages(arguments, *arguments.adapters, arguments.base)
     failures = Failures()
     analyses: list[AdapterAnalysis] = []
     for adapter, name in zip(arguments.adapters, names_of(arguments.adapters), strict=True):
@@ -102,7 +113,7 @@ def _write(
     stems = file_stems([analysis.name for analysis in analyses])
     for stem, analysis in zip(stems, analyses, strict=True):
         write_analysis(output / ANALYSIS_DIRECTORY, stem, analysis)
-        if arguments.plots:
+        if arguments.plots is not False:
             try:
                 directory = output / PLOT_DIRECTORY
                 write_plots(directory, analysis, stem)

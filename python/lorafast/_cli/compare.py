@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._analysis.options import CommonOptions
-from lorafast._cli.analyze import add_report_arguments, show_findings
+from lorafast._cli.analyze import add_report_arguments, require_packages, show_findings
 from lorafast._cli.command import Command
 from lorafast._cli.failures import Failures, exit_code
 from lorafast._cli.format import count_text, number_text
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     from lorafast._io.sources import ADAPTER_PATTERNS, locate
 
     names = arguments.names or names_of(arguments.adapters)
+    require_packages(arguments, *arguments.adapters)
     failures = Failures()
     sources: list[str] = []
     analyses: list[AdapterAnalysis] = []
@@ -98,7 +99,7 @@ def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Term
         write_analysis(directory, stem, analysis)
     write_comparison(directory, comparison)
     write_reports(output, [], comparison, arguments.format or "md")
-    if arguments.plots:
+    if arguments.plots is not False:
         try:
             pictures = output / PLOT_DIRECTORY
             write_plots(pictures, comparison)

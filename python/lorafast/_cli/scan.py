@@ -61,7 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Scan, write what was asked for, and show findings, errors, and what the fleet is made of."""
     import lorafast
+    from lorafast._io.packages import require
 
+    needs = {}
+    if arguments.output is not None:
+        needs["pyarrow"] = f"write Parquet files into {arguments.output}"
+    if arguments.html:
+        needs["plotly"] = "draw the charts of a page"
+    require(needs)
     started = time.perf_counter()
     fleet = lorafast.scan(arguments.paths, **chosen(arguments, options_in(ScanOptions)))
     seconds = time.perf_counter() - started

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     import lorafast
 
     options = chosen(arguments, options_in(SimilarityOptions))
+    _require_packages(arguments)
     similarity = lorafast.similarity(arguments.adapters, **options)
     warn_of_errors(similarity.errors, terminal)
     if arguments.output is not None:
@@ -75,6 +76,18 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         terminal.line()
         terminal.line(f"Written to {arguments.output}")
     return 0
+
+
+def _require_packages(arguments: argparse.Namespace) -> None:
+    """Ask for everything that the picture and the device need, before the first adapter is read."""
+    from lorafast._io.packages import require
+    from lorafast._io.sources import device_needs
+
+    needs = {}
+    if arguments.output is not None and Path(arguments.output).suffix in PICTURES:
+        draw = f"draw {arguments.output}"
+        needs = {"matplotlib": draw, "scipy": "cluster the adapters in it"}
+    require(needs | device_needs(arguments.device))
 
 
 def warn_of_errors(errors: list[ScanError], terminal: Terminal) -> None:

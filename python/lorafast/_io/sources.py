@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,10 @@ from lorafast._errors import (
 )
 from lorafast._io.paths import expand, find, is_directory, open_plain
 from lorafast._io.torch_tensors import dtype_name, memory_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lorafast._types import Source
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -50,6 +54,8 @@ NamedTensor = tuple[str, str, list[int], memoryview | Callable[[], memoryview] |
 ModuleBase = tuple[str, str, list[NamedTensor]]
 #: An adapter as the core opens it: a path; or that, the file of its weights, and what reads it.
 CoreSource = Path | tuple[Path, Path, Callable[[], list[NamedTensor]]]
+#: What the hub's client is needed for.
+_FETCH = "fetch {!r}, which is no path here, from the hub"
 #: `name` or `owner/name`, as the hub allows it.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -84,11 +90,9 @@ def locate(
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
-        if "/" not in text or os.path.lexists(Path(text).parent):
+        if not _is_of_the_hub(source):
             raise not_found from None
-        raise missing(
-            "huggingface_hub", "hub", f"fetch {text!r}, which is no path here, from the hub"
-        ) from not_found
+        raise missing("huggingface_hub", "hub", _FETCH.format(text)) from not_found
     try:
         fetched = huggingface_hub.snapshot_download(
             text, allow_patterns=patterns, local_files_only=local_files_only
@@ -106,6 +110,68 @@ def locate(
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LorafastError(f"{text}: could not be fetched from the hub: {reason}") from error
+
+
+def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
+    """Adapters, of which one may be given by itself."""
+    return [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+
+
+def require_readers(*sources: Source | ModuleBase | None, device: str = "cpu") -> None:
+    """Makes sure that what reading bases and adapters takes is installed, before any is read.
+
+    Args:
+        sources: as for `readers_needs`.
+        device: where products are made, by its name.
+
+    Raises:
+        MissingDependencyError: packages are missing; the message names all of them.
+    """
+    needs = readers_needs(*sources) | device_needs(device)
+    if needs:
+        from lorafast._io.packages import require
+
+        require(needs)
+
+
+def readers_needs(*sources: Source | ModuleBase | None) -> dict[str, str]:
+    """The packages that reading some bases and adapters takes, and what each is needed for.
+
+    What is there is looked at by name alone; what is not, and is no hub id, is left to whoever
+    opens it. A loaded module, and `None`, take nothing.
+    """
+    needs: dict[str, str] = {}
+    for source in sources:
+        if isinstance(source, str | os.PathLike):
+            needs = _needs_of(source) | needs
+    return needs
+
+
+def device_needs(device: str) -> dict[str, str]:
+    """The packages that computing on a device takes, and what for."""
+    takes_torch = str(device).startswith(("cuda", "torch:"))
+    return {"torch": f"compute on {device!r}"} if takes_torch else {}
+
+
+def _needs_of(source: str | os.PathLike[str]) -> dict[str, str]:
+    """The packages that reading a base or an adapter takes, and what for."""
+    path = Path(expand(source))
+    try:
+        if find(path) is not None:
+            pickle = path / PICKLED_WEIGHTS
+            return {"torch": f"read {pickle}"} if has_only_pickle(path) else {}
+    except OSError:
+        return {}
+    if _is_of_the_hub(source):
+        return {"huggingface_hub": _FETCH.format(os.fspath(source))}
+    return {}
+
+
+def _is_of_the_hub(source: str | os.PathLike[str]) -> bool:
+    """Whether what is no path here is a hub id with an owner, rather than a mistyped path."""
+    text = os.fspath(source)
+    is_id = isinstance(source, str) and HUB_ID.fullmatch(text) is not None
+    return is_id and "/" in text and not os.path.lexists(Path(text).parent)
 
 
 def has_only_pickle(adapter: Path) -> bool:

@@ -221,7 +221,7 @@ def merge(
     arguments = locals()
     options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
     execution.memory()
-    return make_plan(base, adapters, options).carry_out(output, execution)
+    return make_plan(base, adapters, options, device=device).carry_out(output, execution)
 
 
 def plan(
@@ -296,10 +296,12 @@ def verify(
     options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
     from lorafast._io.device_names import check_merge_name
     from lorafast._io.limits import check_threads
+    from lorafast._io.sources import as_list, require_readers
     from lorafast._merge.verify import verify_plan
 
     check_threads(threads)
     check_merge_name(device)
+    require_readers(base, *as_list(adapters), merged)
     prepared = make_plan(base, adapters, options)
     return verify_plan(prepared.core, merged, execution, full=full)
 

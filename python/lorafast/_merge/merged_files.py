@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafast._errors import missing
 from lorafast._io import atomic
 from lorafast._io.paths import is_file
 from lorafast._merge.report import write_afterwards
@@ -19,6 +18,8 @@ INDEX = "model.safetensors.index.json"
 #: What lists the model's files; the core writes it.
 MANIFEST = "lorafast_manifest.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+#: The packages that pickles take, and what for.
+PICKLE_NEEDS = {"torch": "write .bin files (save_safetensors=False)"}
 
 #: The files that the tokenizers of transformers save.
 TOKENIZER_FILES = (
@@ -38,14 +39,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-def require_torch() -> None:
-    """Raises what says how to install torch, where it is missing."""
-    try:
-        import torch  # noqa: F401  # only its absence is asked for
-    except ImportError as error:
-        raise missing("torch", "torch", "write .bin files (save_safetensors=False)") from error
 
 
 def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -16,8 +15,10 @@ from lorafast._io.paths import expand
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
+    as_list,
     core_source,
     locate,
+    require_readers,
 )
 from lorafast._merge.options import ExecutionOptions
 from lorafast._merge.provenance import identify, unique_names
@@ -427,12 +428,16 @@ def make_plan(
     options: Combination,
     *,
     subtract: bool = False,
+    device: str = "cpu",
 ) -> MergePlan:
-    """`lorafast.plan`; with `subtract`, adapters are taken out of `base`, a merged model."""
+    """`lorafast.plan`; with `subtract`, adapters are taken out of `base`, a merged model.
+
+    What the `device` needs is asked for before anything is read.
+    """
     core_options = options.to_core()
     core_options["subtract"] = subtract
-    if isinstance(adapters, str | os.PathLike):
-        adapters = [adapters]
+    adapters = as_list(adapters)
+    require_readers(base, *adapters, device=device)
     located = base if isinstance(base, tuple) else locate(base, BASE_PATTERNS)
     sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
     try:

@@ -13,7 +13,7 @@ from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand, is_directory, resolved
 from lorafast._io.plain import fields_of
 from lorafast._io.progress import callback
-from lorafast._io.sources import BASE_PATTERNS, locate
+from lorafast._io.sources import BASE_PATTERNS, as_list, locate, require_readers
 from lorafast._merge.plan import MergePlan, make_plan
 from lorafast._merge.report import AFTERWARDS, OutputReport, unmeasured, write_afterwards
 from lorafast._merge.verify import verify_plan
@@ -139,6 +139,7 @@ def subtract_adapters(
     output = expand(output)
     dtype = options.to_core()["dtype"]
     proof = None
+    require_readers(merged, *as_list(adapters), original)
     prepared = make_plan(
         merged if original is None else original,
         adapters,

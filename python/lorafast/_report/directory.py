@@ -131,12 +131,14 @@ def write_plots(
     from lorafast._report.plots import png
     from lorafast._report.plots.draw import draw, plots_of
 
-    directory.mkdir(parents=True, exist_ok=True)
-    return [
-        Path(png.save(draw(subject, plot.kind), directory / plot.file.format(name=stem)))
-        for plot in plots_of(subject).values()
-        if plot.file is not None
-    ]
+    written = []
+    for plot in plots_of(subject).values():
+        if plot.file is not None:
+            figure = draw(subject, plot.kind)
+            # Only now: without matplotlib there is no directory either.
+            directory.mkdir(parents=True, exist_ok=True)
+            written.append(Path(png.save(figure, directory / plot.file.format(name=stem))))
+    return written
 
 
 def read_directory(directory: Path) -> tuple[list[AdapterAnalysis], Comparison | None]:
