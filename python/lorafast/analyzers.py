@@ -145,7 +145,6 @@ class LoRAAnalyzer:
         from lorafast._merge import merged_files
         from lorafast._merge.api import plan
         from lorafast._merge.options import ExecutionOptions
-        from lorafast._merge.report import write_afterwards
 
         if output_name in ("", ".", "..") or Path(output_name).name != output_name:
             raise ValueError(f"output_name {output_name!r} must be the name of one directory")
@@ -164,13 +163,13 @@ class LoRAAnalyzer:
             dtype="auto" if merge_dtype is None else str(merge_dtype).removeprefix("torch."),
         )
         execution = ExecutionOptions(device=self.device, overwrite=True)
-        with planned.carried_out(output, execution) as merged:
-            report = merged
-            write_afterwards(report, report.output_path)
-            if not save_tokenizer:
-                report = merged_files.remove_tokenizer(output, report)
-            if not save_safetensors:
-                merged_files.rewrite_as_pickles(output, report)
+        report = merged_files.carry_out(
+            planned,
+            output,
+            execution,
+            save_tokenizer=save_tokenizer,
+            save_safetensors=save_safetensors,
+        )
         info = {
             "base_model": os.fspath(base_model),
             "adapters": [os.fspath(adapter) for adapter in sources],

@@ -63,6 +63,8 @@ COMMANDS = [
     ("scan runs --html", {"plotly"}, "fleet"),
     ("merge -b base -a pickled -o out", {"torch"}, "torch"),
     ("merge -b base -a runs/0 -o out --device cuda", {"torch"}, "torch"),
+    ("merge -b owner/base -a runs/0 -o out --no-safetensors",
+     {"huggingface_hub", "torch"}, "hub,torch"),
     ("merge -b owner/base -a pickled -o out", {"huggingface_hub", "torch"}, "hub,torch"),
     ("merge -b owner/base -a pickled --dry-run", {"huggingface_hub", "torch"}, "hub,torch"),
     ("verify --base base --adapters pickled --merged base", {"torch"}, "torch"),

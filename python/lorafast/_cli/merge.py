@@ -17,8 +17,11 @@ from lorafast._cli.format import (
     plural,
     seconds_text,
 )
+from lorafast._cli.neurotrain import add_neurotrain_arguments
 from lorafast._cli.options import add_options, chosen
+from lorafast._io.sources import offline
 from lorafast._merge.api import options_of
+from lorafast._merge.plan import make_plan
 
 if TYPE_CHECKING:
     import argparse
@@ -75,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check everything and print the plan: what changes, at which scale; write nothing",
     )
     add_options(parser, options_of("merge"), how, outcome)
+    add_neurotrain_arguments(parser, inputs, outcome)
     outcome.add_argument(
         "--json", action="store_true", help="print the report, or the plan, as JSON and no table"
     )
@@ -87,10 +91,11 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Merge, or with --dry-run plan, and show the result."""
     if arguments.output is None and not arguments.dry_run:
         arguments.parser.error("the following arguments are required: --output (or --dry-run)")
-    if arguments.dry_run:
-        _dry_run(arguments, terminal)
-    else:
-        _merge(arguments, terminal)
+    with offline() if arguments.local_files_only else contextlib.nullcontext():
+        if arguments.dry_run:
+            _dry_run(arguments, terminal)
+        else:
+            _merge(arguments, terminal)
     return 0
 
 
@@ -123,13 +128,36 @@ def _merge(arguments: argparse.Namespace, terminal: Terminal) -> None:
     import lorafast
 
     adapters, options = inputs_of(arguments, "merge")
-    report = lorafast.merge(arguments.base, adapters, arguments.output, **options)
+    if arguments.save_safetensors:
+        report = lorafast.merge(arguments.base, adapters, arguments.output, **options)
+    else:
+        report = _merge_into_pickles(arguments, adapters, options)
     if arguments.json:
         terminal.json(report.to_dict())
     else:
         show_report(report, terminal)
     for warning in report.warnings:
         terminal.warn(warning)
+
+
+def _merge_into_pickles(
+    arguments: argparse.Namespace, adapters: list[str], options: dict[str, Any]
+) -> MergeReport:
+    from lorafast._merge import merged_files
+    from lorafast._merge.api import MergeOptions
+    from lorafast._merge.options import ExecutionOptions
+    from lorafast._options import pick
+
+    execution = pick(ExecutionOptions, options)
+    execution.memory()
+    plan = make_plan(
+        arguments.base,
+        adapters,
+        pick(MergeOptions, options),
+        device=execution.device,
+        needs=merged_files.PICKLE_NEEDS,
+    )
+    return merged_files.carry_out(plan, arguments.output, execution, save_safetensors=False)
 
 
 def show_report(report: MergeReport, terminal: Terminal) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +62,20 @@ _FETCH = "fetch {!r}, which is no path here, from the hub"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+# What is merged passes through public functions that have no such option.
+_OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within it, hub ids are taken from the local cache, and the hub is never asked."""
+    token = _OFFLINE.set(True)
+    try:
+        yield
+    finally:
+        _OFFLINE.reset(token)
+
+
 def locate(
     source: str | os.PathLike[str], patterns: list[str], *, local_files_only: bool = False
 ) -> Path:
@@ -95,7 +111,9 @@ def locate(
         raise missing("huggingface_hub", "hub", _FETCH.format(text)) from not_found
     try:
         fetched = huggingface_hub.snapshot_download(
-            text, allow_patterns=patterns, local_files_only=local_files_only
+            text,
+            allow_patterns=patterns,
+            local_files_only=local_files_only or _OFFLINE.get(),
         )
         return Path(fetched)
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
@@ -117,21 +135,26 @@ def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
 
 
-def require_readers(*sources: Source | ModuleBase | None, device: str = "cpu") -> None:
+def require_readers(
+    *sources: Source | ModuleBase | None,
+    device: str = "cpu",
+    needs: Mapping[str, str] | None = None,
+) -> None:
     """Makes sure that what reading bases and adapters takes is installed, before any is read.
 
     Args:
         sources: as for `readers_needs`.
         device: where products are made, by its name.
+        needs: further packages that are asked for, and what for.
 
     Raises:
         MissingDependencyError: packages are missing; the message names all of them.
     """
-    needs = readers_needs(*sources) | device_needs(device)
-    if needs:
+    known = readers_needs(*sources) | device_needs(device) | dict(needs or {})
+    if known:
         from lorafast._io.packages import require
 
-        require(needs)
+        require(known)
 
 
 def readers_needs(*sources: Source | ModuleBase | None) -> dict[str, str]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast._io import atomic
-from lorafast._io.paths import is_file
+from lorafast._io.paths import expand, is_file
 from lorafast._merge.report import write_afterwards
 
 if TYPE_CHECKING:
+    from lorafast._merge.options import ExecutionOptions
+    from lorafast._merge.plan import MergePlan
     from lorafast._merge.report import MergeReport
+    from lorafast._types import Source
 
 INDEX = "model.safetensors.index.json"
 #: What lists the model's files; the core writes it.
@@ -41,7 +44,42 @@ TOKENIZER_FILES = (
 )
 
 
-def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
+def carry_out(
+    plan: MergePlan,
+    output: Source,
+    execution: ExecutionOptions,
+    *,
+    save_tokenizer: bool = True,
+    save_safetensors: bool = True,
+) -> MergeReport:
+    """Carries a plan out, and changes the files while other merges are kept out of the output.
+
+    Args:
+        plan: the plan.
+        output: the directory to write.
+        execution: how it is carried out.
+        save_tokenizer: keep the tokenizer's files.
+        save_safetensors: `False` writes `.bin` files through torch instead.
+
+    Returns:
+        The report of the files as they are in the end.
+
+    Raises:
+        LorafastError, OSError: as `lorafast.merge`; or a file cannot be written or removed.
+    """
+    model = Path(expand(output))
+    with plan.carried_out(output, execution) as merged:
+        report = merged
+        if execution.report:
+            write_afterwards(report, report.output_path)
+        if not save_tokenizer:
+            report = remove_tokenizer(model, report, write=execution.report)
+        if not save_safetensors:
+            report = rewrite_as_pickles(model, report, write=execution.report)
+    return report
+
+
+def remove_tokenizer(model: Path, report: MergeReport, *, write: bool = True) -> MergeReport:
     """Removes the tokenizer's files from a merged model, and from its report.
 
     Only what the merge itself has put there is removed: others may keep files beside a model.
@@ -49,9 +87,10 @@ def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
     Args:
         model: the merged model.
         report: that of the merge.
+        write: write the report without them into the model.
 
     Returns:
-        The report without them, which is written too.
+        The report without them.
 
     Raises:
         OSError: one cannot be removed.
@@ -66,11 +105,12 @@ def remove_tokenizer(model: Path, report: MergeReport) -> MergeReport:
     _amend_manifest(model, removed=removed, added=[])
     kept = [name for name in report.side_files if name not in removed]
     shorter = report._replace(side_files=kept)
-    write_afterwards(shorter, str(model))
+    if write:
+        write_afterwards(shorter, str(model))
     return shorter
 
 
-def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
+def rewrite_as_pickles(model: Path, report: MergeReport, *, write: bool = True) -> MergeReport:
     """Replaces a model's safetensors shards by torch's `.bin` files, one shard in memory at a time.
 
     Only tensors go into them, so that `torch.load(…, weights_only=True)` reads them. Files of
@@ -79,9 +119,10 @@ def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
     Args:
         model: the merged model.
         report: that of the merge.
+        write: write the report with the new files into the model.
 
     Returns:
-        The report with the new files, which is written too.
+        The report with the new files.
 
     Raises:
         OSError: a file cannot be written or removed.
@@ -113,7 +154,8 @@ def rewrite_as_pickles(model: Path, report: MergeReport) -> MergeReport:
         added.append(PICKLE_INDEX)
     _amend_manifest(model, removed=[*shards, INDEX], added=added)
     changed = report._replace(weight_files=sorted(names.values()))
-    write_afterwards(changed, str(model))
+    if write:
+        write_afterwards(changed, str(model))
     return changed
 
 

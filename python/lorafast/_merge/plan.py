@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from time import strftime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafast import _core
@@ -384,6 +385,7 @@ class MergePlan(Result):
             rounding=summary["rounding"],
             left_out=RecordList(summary["left_out"]),
             coverage=RecordList(adapter["coverage"] for adapter in description["adapters"]),
+            timestamp=strftime("%Y-%m-%d %H:%M:%S"),
             weight_files=RecordList(sorted({tensor["shard"] for tensor in description["tensors"]})),
         )
 
@@ -429,15 +431,22 @@ def make_plan(
     *,
     subtract: bool = False,
     device: str = "cpu",
+    needs: Mapping[str, str] | None = None,
 ) -> MergePlan:
-    """`lorafast.plan`; with `subtract`, adapters are taken out of `base`, a merged model.
+    """`lorafast.plan`, after it was seen that every package is there.
 
-    What the `device` needs is asked for before anything is read.
+    Args:
+        base: the base.
+        adapters: the adapters.
+        options: how they are merged.
+        subtract: take the adapters out of `base`, a merged model.
+        device: where products will be made.
+        needs: further packages that the merge will take, and what for.
     """
     core_options = options.to_core()
     core_options["subtract"] = subtract
     adapters = as_list(adapters)
-    require_readers(base, *adapters, device=device)
+    require_readers(base, *adapters, device=device, needs=needs)
     located = base if isinstance(base, tuple) else locate(base, BASE_PATTERNS)
     sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
     try:

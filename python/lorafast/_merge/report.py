@@ -124,6 +124,7 @@ class _MergeReportFields(NamedTuple):
     sources: list[dict[str, Any]]
     rounding: RoundingLoss | None = None
     verification: dict[str, Any] | None = None
+    timestamp: str | None = None
 
 
 @shown
@@ -175,6 +176,7 @@ class MergeReport(_MergeReportFields, OutputReport):
             away: `lost`, ‖written - exact‖ / ‖exact - base‖; `unmoved`, the share of the weights
             that should move and are the base's; `values`, how many were looked at: all that were
             quantised again, and a sample of those of 16 bits. A fifth and more is a warning.
+        timestamp: when it was finished, in local time.
     """
 
     __slots__ = ()
@@ -187,10 +189,16 @@ class MergeReport(_MergeReportFields, OutputReport):
         return [self.base, *self.adapters, self.output_path]
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as plain objects."""
+        """Every field as plain objects, some of them under the names of NeuroTrain's report too."""
         from copy import deepcopy
 
-        return {name: deepcopy(_plain(value)) for name, value in self._asdict().items()}
+        plain = {name: deepcopy(_plain(value)) for name, value in self._asdict().items()}
+        others = {
+            "base_model": self.base,
+            "merge_strategy": self.strategy,
+            "merge_dtype": self.dtype,
+        }
+        return plain | others
 
 
 def _plain(value: Any) -> Any:
