@@ -186,7 +186,7 @@ impl Tokenizer {
     }
 
     /// Those of its settings that change how texts are encoded or where they end.
-    pub fn settings(&self) -> BTreeMap<&'static str, Value> {
+    pub fn encoding_settings(&self) -> BTreeMap<&'static str, Value> {
         let map = self.object("special_tokens_map.json").unwrap_or_default();
         let of = |name: &'static str| {
             let value = self.setting(name).or_else(|| map.get(name).cloned())?;
@@ -303,7 +303,7 @@ mod tests {
             assert_eq!(alone.templates(), other.templates());
         }
         assert!(!alone.has_tokens());
-        let end = |text| tokenizer(&[("tokenizer_config.json", text)]).settings();
+        let end = |text| tokenizer(&[("tokenizer_config.json", text)]).encoding_settings();
         assert_eq!(end(r#"{"eos_token": "e"}"#), end(r#"{"eos_token": {"content": "e"}}"#));
         assert_ne!(end(r#"{"eos_token": "e"}"#), end(r#"{"eos_token": "f"}"#));
     }

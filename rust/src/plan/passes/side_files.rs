@@ -378,8 +378,8 @@ fn warn_of_differences(
             format!("{label}: its chat template is not the base's, which the output has; {way}")
         });
     }
-    let own = own.map(Tokenizer::settings).unwrap_or_default();
-    for (name, value) in candidate.tokenizer.settings() {
+    let own = own.map(Tokenizer::encoding_settings).unwrap_or_default();
+    for (name, value) in candidate.tokenizer.encoding_settings() {
         if let Some(before) = own.get(name).filter(|before| **before != value) {
             messages.warn(format!(
                 "{label}: the {name} of its tokenizer is {value}, but {before} of the base's, \
