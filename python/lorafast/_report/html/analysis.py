@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from operator import attrgetter
+from collections.abc import Callable, Sequence
 
 from lorafast._analysis.records import METRICS, ModuleAnalysis, TensorStatistics
 from lorafast._analysis.results import AdapterAnalysis
@@ -14,14 +14,15 @@ from lorafast._report.html.elements import (
     definitions,
     document,
     element,
-    findings,
     folded,
     natural,
-    plots,
+    row_ids,
     section,
+    shown,
     table,
 )
-from lorafast._report.text import format_value
+from lorafast._report.html.findings import Found, Targets, findings
+from lorafast._report.html.pictures import plots
 
 #: Points of a spectrum in a table's row.
 SPARK_POINTS = 32
@@ -40,7 +41,7 @@ def spark(module: ModuleAnalysis) -> Html:
     """The spectrum as a line of the size of a word."""
     values = module.singular_values
     if not values or not all(map(math.isfinite, values)) or values[0] <= 0:
-        return Html("–")
+        return Html("")
     width, height = 84, 20
     step = max(1, math.ceil(len(values) / SPARK_POINTS))
     kept = values[::step]
@@ -62,9 +63,19 @@ def spark(module: ModuleAnalysis) -> Html:
     )
 
 
+def _metric(name: str) -> Callable[[ModuleAnalysis], float | None]:
+    """A metric of a module, of which there are none where the update is not finite."""
+
+    def value(module: ModuleAnalysis) -> float | None:
+        found: float | None = getattr(module, name)
+        return None if math.isnan(module.frobenius_norm) else found
+
+    return value
+
+
 #: A column for each metric of the core.
 METRIC_COLUMNS: list[Column[ModuleAnalysis]] = [
-    Column(metric["symbol"], f"{metric['doc'][:1].upper()}{metric['doc'][1:]}.", attrgetter(name))
+    Column(metric["symbol"], f"{metric['doc'][:1].upper()}{metric['doc'][1:]}.", _metric(name))
     for name, metric in METRICS.items()
 ]
 MODULE_COLUMNS: list[Column[ModuleAnalysis]] = [
@@ -109,22 +120,24 @@ TENSOR_COLUMNS: list[Column[tuple[str, TensorStatistics]]] = [
 
 def page(analysis: AdapterAnalysis) -> str:
     """The report of one adapter."""
+    modules = sorted(analysis.modules.values(), key=lambda module: natural(module.path))
+    tensors = sorted(analysis.tensors.items(), key=lambda item: natural(item[0]))
+    module_ids = row_ids("module", len(modules))
+    tensor_ids = row_ids("tensor", len(tensors))
+    rows = {name: row for (name, _), row in zip(tensors, tensor_ids, strict=True)}
+    rows |= {module.path: row for module, row in zip(modules, module_ids, strict=True)}
     return document(
         f"Adapter {analysis.name}",
         element("p", element("code", str(analysis.path)), class_="quiet"),
-        findings([(None, finding) for finding in analysis.findings]),
+        findings([Found(None, finding) for finding in analysis.findings], Targets(modules=rows)),
         section("Summary", summary(analysis)),
         plots(analysis),
-        section("Modules", modules_table(list(analysis.modules.values()))),
+        section("Modules", modules_table(modules, module_ids)),
         section(
             "Stored tensors",
             folded(
                 f"Statistics of {len(analysis.tensors):,} tensors",
-                table(
-                    sorted(analysis.tensors.items(), key=lambda item: natural(item[0])),
-                    TENSOR_COLUMNS,
-                    "tensors",
-                ),
+                table(tensors, TENSOR_COLUMNS, "tensors", tensor_ids),
             ),
         ),
         section("Configuration", folded("adapter_config.json", element("pre", _json(analysis)))),
@@ -134,30 +147,28 @@ def page(analysis: AdapterAnalysis) -> str:
 def summary(analysis: AdapterAnalysis) -> Html:
     """The figures of the whole adapter, and of all its stored weights."""
     weights = analysis.weights
+    ends = (weights.min, weights.max)
+    zeros = shown(100 * weights.zero_share)
     items = [
-        (SUMMARY_WORDS.get(key, key.replace("_", " ")), format_value(value))
+        (SUMMARY_WORDS.get(key, key.replace("_", " ")), shown(value))
         for key, value in analysis.summary.items()
     ]
     items += [
-        ("mean of the weights", format_value(weights.mean)),
-        ("standard deviation", format_value(weights.std)),
-        (
-            "least and greatest weight",
-            f"{format_value(weights.min)} to {format_value(weights.max)}",
-        ),
-        ("zeros", f"{format_value(100 * weights.zero_share)} %"),
-        ("not finite", format_value(weights.non_finite)),
+        ("mean of the weights", shown(weights.mean)),
+        ("standard deviation", shown(weights.std)),
+        ("least and greatest weight", " to ".join(filter(None, map(shown, ends)))),
+        ("zeros", f"{zeros} %" if zeros else ""),
+        ("not finite", shown(weights.non_finite)),
     ]
     items += [
-        (f"percentile {format_value(percent)}", format_value(value))
+        (f"percentile {shown(percent)}", shown(value))
         for percent, value in weights.percentiles.items()
     ]
     return definitions(items)
 
 
-def modules_table(modules: list[ModuleAnalysis]) -> Html:
+def modules_table(modules: Sequence[ModuleAnalysis], ids: Sequence[str]) -> Html:
     """A row a module; columns that hold nothing are left out."""
-    modules = sorted(modules, key=lambda module: natural(module.path))
     columns = [
         column
         for column in MODULE_COLUMNS
@@ -165,7 +176,7 @@ def modules_table(modules: list[ModuleAnalysis]) -> Html:
     ]
     if any(module.entries is not None for module in modules):
         columns += ENTRY_COLUMNS
-    return table(modules, columns, "modules")
+    return table(modules, columns, "modules", ids)
 
 
 def _json(analysis: AdapterAnalysis) -> str:

@@ -5,7 +5,10 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   // Some colors would hardly be seen on a dark ground.
   const onDark = Object.entries(JSON.parse(element.dataset.onDark));
-  const read = () => JSON.parse(dark.matches
+  // Paper is white whatever the screen; its width in pixels is that of a page of A4, or of half.
+  let printing = false;
+  const PAPER = { wide: 640, half: 310 };
+  const read = () => JSON.parse(dark.matches && !printing
     ? onDark.reduce((text, [light, color]) => text.replaceAll(light, color), given) : given);
   let charts = read();
   // Below this width names would leave no room for the cells of the matrix.
@@ -25,14 +28,17 @@
   const config = { displaylogo: false, responsive: true, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]] };
   const laidOut = (chart, place) => {
     const { axis, layout } = theme();
-    const narrow = chart.traces[0].names && place.clientWidth < NAMES;
+    const width = printing ? (place.closest(".wide") ? PAPER.wide : PAPER.half) : place.clientWidth;
+    const narrow = chart.traces[0].names && width < NAMES;
     const named = narrow ? { showticklabels: false } : {};
     // Its cells are squares; what is higher than wide would be empty.
-    const height = narrow ? Math.min(chart.height, place.clientWidth) : chart.height;
+    const height = narrow ? Math.min(chart.height, width)
+      : printing ? Math.min(chart.height, PAPER.wide) : chart.height;
     place.style.height = height + "px";
     return {
       ...layout,
       height,
+      ...(printing ? { width } : {}),
       margin: { l: 60, r: 20, t: 30, b: 50 },
       legend: { orientation: "h", y: -0.27 },
       ...chart.layout,
@@ -50,19 +56,33 @@
       output.innerHTML = "<b>" + trace.names[y] + "</b> and <b>" + trace.names[x] + "</b>: " + value;
     });
   };
+  // Zooming is for a pointer: its buttons are no tab stops.
+  const quiet = (place) => {
+    for (const button of place.querySelectorAll(".modebar-btn")) button.tabIndex = -1;
+  };
   charts.forEach((chart, index) => {
     const place = document.getElementById("chart-" + index);
     Plotly.newPlot(place, chart.traces, laidOut(chart, place), config);
+    quiet(place);
     if (chart.traces[0].names) follow(place, chart.traces[0]);
   });
   const draw = () => charts.forEach((chart, index) => {
     const place = document.getElementById("chart-" + index);
     Plotly.react(place, chart.traces, laidOut(chart, place), config);
+    quiet(place);
   });
   dark.addEventListener("change", () => {
     charts = read();
     draw();
   });
+  const print = (now) => {
+    printing = now;
+    document.documentElement.classList.toggle("printing", now);
+    charts = read();
+    draw();
+  };
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
   let width = innerWidth;
   addEventListener("resize", () => {
     if ((width < NAMES) !== (innerWidth < NAMES)) draw();

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,16 +13,20 @@ from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.html.elements import (
     Column,
     Html,
+    Section,
     document,
     element,
-    findings,
     folded,
     join,
     natural,
-    plots,
+    roving,
+    row_ids,
     section,
     table,
 )
+from lorafast._report.html.findings import Found, Targets, findings
+from lorafast._report.html.pictures import plots
+from lorafast._report.html.subsets import architectures_of, subset
 from lorafast._report.palette import NEGATIVE, POSITIVE, cosine_end
 from lorafast._report.plots.comparison import MAX_TABLE
 from lorafast._report.text import format_value
@@ -67,34 +71,81 @@ def page(comparison: Comparison) -> str:
     """The report of several adapters."""
     pairs = list(zip(comparison.names, comparison.analyses, strict=True))
     modules = sorted(comparison.modules.values(), key=lambda module: natural(module.path))
-    found = [(None, finding) for finding in comparison.findings]
+    found = [Found(None, finding) for finding in comparison.findings]
+    found += [Found(name, finding) for name, a in pairs for finding in a.findings]
+    adapter_ids = row_ids("adapter", len(pairs))
+    module_ids = row_ids("module", len(modules))
+    cosines = section("Cosine of the updates", _matrices(comparison))
+    only_in = _only_in(comparison)
+    targets = Targets(
+        adapters=dict(zip(comparison.names, adapter_ids, strict=True)),
+        modules=_rows_of_modules(pairs, modules, module_ids),
+        kinds={
+            **dict.fromkeys(("duplicate", "opposite"), (cosines.identifier, "to the cosines")),
+            "different_modules": (only_in.identifier, "to the modules"),
+        },
+    )
     return document(
         f"Comparison of {len(pairs)} adapters",
-        findings([*found, *((name, one) for name, a in pairs for one in a.findings)]),
-        section("Adapters", table(pairs, ADAPTER_COLUMNS, "adapters")),
-        section("Cosine of the updates", _matrix(comparison)),
+        findings(found, targets),
+        section("Adapters", table(pairs, ADAPTER_COLUMNS, "adapters", adapter_ids)),
+        cosines,
         plots(comparison),
-        section("Modules", table(modules, _columns(comparison), "modules")),
-        _only_in(comparison),
+        section("Modules", table(modules, _columns(comparison), "modules", module_ids)),
+        only_in,
     )
 
 
-def _matrix(comparison: Comparison) -> Html:
-    """The cosines as a table of colors, each with both names on hover."""
+def _rows_of_modules(
+    pairs: Sequence[tuple[str, AdapterAnalysis]],
+    modules: Sequence[ModuleComparison],
+    ids: Sequence[str],
+) -> dict[str, str]:
+    """The ids of the rows of modules, by their paths and by the names of their tensors."""
+    rows = {module.path: row for module, row in zip(modules, ids, strict=True)}
+    tensors = {
+        tensor: rows[path]
+        for _, analysis in pairs
+        for path, module in analysis.modules.items()
+        if path in rows
+        for tensor in (module.a_name, module.b_name)
+    }
+    return {**tensors, **rows}
+
+
+def _matrices(comparison: Comparison) -> Html:
+    """The cosines of the adapters of each architecture, which have none across them."""
+    found = architectures_of(comparison)
     explained = element(
         "p",
         "⟨X, Y⟩/(‖X‖·‖Y‖) of the whole updates: 1 the same direction, 0 nothing in common, "
         "−1 opposite. A module that only one adapter has is zero in the other.",
         class_="quiet",
     )
+    if len(found) < 2:
+        return join([explained, _matrix(comparison)])
+    apart = "Adapters of different architectures have no modules in common: each has its own table."
+    parts = [explained, element("p", apart, class_="quiet")]
+    for architecture in found:
+        parts.append(element("h3", architecture.label))
+        if len(architecture.members) > 1:
+            parts.append(_matrix(subset(comparison, architecture.members), architecture.label))
+        else:
+            name = comparison.names[architecture.members[0]]
+            parts.append(element("p", element("b", name), " is the only one of its architecture."))
+    return join(parts)
+
+
+def _matrix(comparison: Comparison, label: str = "all adapters") -> Html:
+    """The cosines as a table of colors, each with both names on hover."""
     names = comparison.names
     end = cosine_end(comparison.cosine)
     if len(names) > MAX_TABLE:
-        return join([explained, element("p", "The matrix is among the plots.")])
+        return element("p", "The matrix is among the plots.")
     short = len(names) > 8
     head = element(
         "tr",
-        element("th", ""),
+        element("td"),
         *(
             element("th", str(i + 1) if short else name, title=name, scope="col")
             for i, name in enumerate(names)
@@ -112,7 +163,9 @@ def _matrix(comparison: Comparison) -> Html:
         for i, name in enumerate(names)
     ]
     grid = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
-    return join([explained, element("div", grid, class_="scroll", tabindex="0")])
+    return element(
+        "div", grid, class_="scroll", tabindex="0", role="region", aria_label=f"Cosines of {label}"
+    )
 
 
 #: Of a cell's color: with no more of it, the text of both themes has enough contrast.
@@ -129,7 +182,7 @@ def _cosine_cell(value: float, pair: str, end: float, is_itself: bool) -> Html:
         is_itself: whether the two are one adapter, whose cosine tells nothing.
     """
     if not math.isfinite(value):
-        return element("td", "–", title=f"{pair}: undefined, a zero or non-finite update")
+        return element("td", title=f"{pair}: undefined, a zero or non-finite update")
     red, green, blue = bytes.fromhex((POSITIVE if value >= 0 else NEGATIVE).removeprefix("#"))
     opacity = MAX_OPACITY * min(1.0, abs(value) / end)
     return element(
@@ -211,7 +264,7 @@ def _rank_column(i: int, name: str) -> Column[ModuleComparison]:
     return Column(f"r {name}", f"Rank of the update in {name}.", lambda m: m.ranks[i])
 
 
-def _only_in(comparison: Comparison) -> Html:
+def _only_in(comparison: Comparison) -> Section:
     """The modules that some adapters have and others lack, adapter by adapter."""
     lists = [
         folded(
@@ -222,4 +275,6 @@ def _only_in(comparison: Comparison) -> Html:
         if paths
     ]
     text = "Every adapter updates the same modules."
-    return section("Modules not in all adapters", *(lists or [element("p", text)]))
+    return section(
+        "Modules not in all adapters", roving("div", *lists) if lists else element("p", text)
+    )

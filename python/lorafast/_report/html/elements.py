@@ -1,30 +1,22 @@
-"""Elements of every page: HTML as nested calls that escape by themselves, tables, findings."""
+"""Elements of every page: HTML as nested calls that escape by themselves, tables, sections."""
 
 from __future__ import annotations
 
-import base64
 import html
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from lorafast._analysis.findings import group_findings
-from lorafast._analysis.records import Finding
-from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._core import __version__
-from lorafast._errors import MissingDependencyError
-from lorafast._report.plots.draw import draw, plots_of
-from lorafast._report.plots.png import png
 from lorafast._report.text import format_value
 
 Row = TypeVar("Row")
 
-VOID = frozenset({"meta", "img", "input", "polyline"})
-#: Kinds of findings beyond these are folded away.
-MAX_FINDINGS = 40
+VOID = frozenset({"meta", "img", "input", "polyline", "wbr"})
 #: Nothing from outside may be loaded, whatever a name in a file holds.
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -67,6 +59,39 @@ def join(parts: Iterable[str], separator: str = "") -> Html:
     )
 
 
+class Section(Html):
+    """A part of a page under a heading, which the page's table of contents leads to."""
+
+    def __new__(cls, title: str, *content: str) -> Section:
+        """Makes the section; its id is its title in lower case."""
+        identifier = re.sub(r"\W+", "-", title.lower())
+        made = super().__new__(
+            cls, element("section", element("h2", title), *content, id=identifier)
+        )
+        made.heading, made.identifier = title, identifier
+        return made
+
+    heading: str
+    identifier: str
+
+
+def roving(name: str, *children: str, **attributes: str | float | bool | None) -> Html:
+    """An element with a single tab stop: the arrow keys move among its links and buttons."""
+    numbers = itertools.chain([0], itertools.repeat(-1))
+    # A "<" in a text or an attribute is escaped.
+    inner = re.sub(
+        r"<(?:a|summary|button)(?=[ >])",
+        lambda tag: f'{tag[0]} tabindex="{next(numbers)}"',
+        join(children),
+    )
+    return element(name, Html(inner), class_="roving", **attributes)
+
+
+def breakable(name: str) -> Html:
+    """A name in which a line may end after a dot, a slash, a hyphen or an underscore."""
+    return join(re.split(r"(?<=[./_-])(?=[^./_-])", name), "<wbr>")
+
+
 @dataclass(frozen=True)
 class Column(Generic[Row]):
     """A column of a table.
@@ -84,25 +109,40 @@ class Column(Generic[Row]):
     sortable: bool = True
 
 
+def shown(value: Any) -> str:
+    """A value as a page has it: nothing for what was not measured."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return format_value(value)
+
+
+def row_ids(noun: str, count: int) -> list[str]:
+    """The ids of a table's rows, by which findings and addresses lead to them."""
+    return [f"{noun}-{number}" for number in range(1, count + 1)]
+
+
 def _cell(value: float | str | None) -> Html:
     if isinstance(value, Html):
         return element("td", value)
     if isinstance(value, str):
-        return element("td", value, class_="text")
-    # What has no order, as NaN, has no value to sort by and stays at the end.
+        return element("td", breakable(value), class_="text")
+    # What was not measured is blank, has no value to sort by and stays at the end.
     key = "" if value is None or math.isnan(value) else repr(float(value))
-    return element("td", format_value(value), data_value=key)
+    return element("td", shown(value), data_value=key)
 
 
-def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Html:
+def table(
+    rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str, ids: Sequence[str] = ()
+) -> Html:
     """A table that can be sorted by a click on a heading and filtered by words.
 
     Args:
         rows: what the columns take their values from.
         columns: at least one; the first heads the row.
         noun: what a row is, in the plural.
+        ids: as `row_ids` makes them, one for each row; without them nothing links to rows.
     """
-    head = element(
+    head = roving(
         "tr",
         *(
             element(
@@ -116,7 +156,10 @@ def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Htm
         ),
     )
     body = join(
-        (element("tr", *(_cell(column.value(row)) for column in columns)) for row in rows),
+        (
+            element("tr", *(_cell(column.value(row)) for column in columns), id=identifier)
+            for row, identifier in zip(rows, ids or itertools.repeat(None), strict=False)
+        ),
         "\n",
     )
     label = f"Show only {noun} with all of these words"
@@ -133,11 +176,11 @@ def table(rows: Sequence[Row], columns: Sequence[Column[Row]], noun: str) -> Htm
             "div",
             element("table", element("thead", head), element("tbody", body)),
             class_="scroll",
-            tabindex="0",
         ),
         folded(
             "What the columns mean",
             definitions((column.title, column.meaning) for column in columns),
+            class_="columns",
         ),
         class_="sortable",
     )
@@ -151,14 +194,14 @@ def definitions(items: Iterable[tuple[str, str]]) -> Html:
     )
 
 
-def folded(summary: str, *content: str, open_: bool = False) -> Html:
+def folded(summary: str, *content: str, class_: str | None = None) -> Html:
     """Content that opens on a click."""
-    return element("details", element("summary", summary), *content, open="open" if open_ else None)
+    return element("details", element("summary", summary), *content, class_=class_)
 
 
-def section(title: str, *content: str) -> Html:
+def section(title: str, *content: str) -> Section:
     """A part of the page under a heading."""
-    return element("section", element("h2", title), *content)
+    return Section(title, *content)
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -168,67 +211,6 @@ def natural(text: str) -> tuple[tuple[int, int, str], ...]:
         for part in re.split(r"(\d+)", text)
         if part
     )
-
-
-def findings_section(entries: Sequence[Html]) -> Html:
-    """The findings of a page, each as `finding_entry` makes it; what is too much is folded away."""
-    if not entries:
-        return section("Findings", element("p", "Nothing out of the ordinary was found."))
-    shown = element("ul", *entries[:MAX_FINDINGS], class_="findings")
-    rest = entries[MAX_FINDINGS:]
-    if rest:
-        hidden = element("ul", *rest, class_="findings")
-        shown = join([shown, folded(f"{len(rest):,} more kinds of findings", hidden)])
-    return section("Findings", shown)
-
-
-def finding_entry(severity: str, *content: str) -> Html:
-    """Findings of one kind, under their severity."""
-    return element("li", element("span", severity, class_="badge"), " ", *content, class_=severity)
-
-
-def finding_line(finding: Finding, *after: str) -> Html:
-    """The module and the reason of a finding."""
-    module = () if finding.module is None else (element("code", finding.module), " ")
-    return join([*module, finding.reason, *after])
-
-
-def findings(items: Sequence[tuple[str | None, Finding]]) -> Html:
-    """The findings, each with the adapter it is about where there are several."""
-    groups = group_findings(items, lambda item: item[1], lambda item: item[0])
-    return findings_section([_finding_group(group) for group in groups])
-
-
-def _finding_group(group: Sequence[tuple[str | None, Finding]]) -> Html:
-    """Findings of one kind in one adapter: the first of many, the others folded away."""
-    adapter, first = group[0]
-    rest = [element("li", _finding(finding)) for _, finding in group[1:]]
-    more = [folded(f"{len(rest):,} more of this kind", element("ul", *rest))] if rest else []
-    name = () if adapter is None else (element("b", adapter), ": ")
-    return finding_entry(first.severity, *name, _finding(first), *more)
-
-
-def _finding(finding: Finding) -> Html:
-    value = "" if finding.value is None else f" · {format_value(finding.value)}"
-    kind = finding.kind.replace("_", " ")
-    return finding_line(finding, " ", element("small", f"{kind}{value}"))
-
-
-def plots(subject: AdapterAnalysis | Comparison) -> Html:
-    """The plots of a result's page, each with what it shows, or why there are none."""
-    pictures = []
-    for plot in plots_of(subject).values():
-        if not plot.page(subject):
-            continue
-        try:
-            drawn = png(draw(subject, plot.kind))
-        except MissingDependencyError as error:
-            return section("Plots", element("p", f"There are no plots here: {error}."))
-        source = "data:image/png;base64," + base64.b64encode(drawn).decode("ascii")
-        caption = plot.caption[0].upper() + plot.caption[1:]
-        image = element("img", src=source, alt=caption)
-        pictures.append(element("figure", image, element("figcaption", caption)))
-    return section("Plots", *pictures)
 
 
 def asset(name: str) -> Html:
@@ -252,10 +234,27 @@ def document(title: str, *content: str, class_: str | None = None) -> str:
         element("title", title),
         element("style", asset("style.css")),
     )
-    footer = element("footer", element("p", f"lorafast {__version__}"))
+    contents = element(
+        "nav",
+        element(
+            "ul",
+            *(
+                element("li", element("a", part.heading, href=f"#{part.identifier}"))
+                for part in content
+                if isinstance(part, Section)
+            ),
+        ),
+        aria_label="Contents",
+    )
+    footer = element(
+        "footer",
+        element("p", "Among the findings and the headings of a table the arrow keys move.",
+                class_="keys"),
+        element("p", f"lorafast {__version__}"),
+    )  # fmt: skip
     body = element(
         "body",
-        element("main", element("h1", title), *content, class_=class_),
+        element("main", element("h1", title), contents, *content, class_=class_),
         footer,
         element("script", asset("script.js")),
     )

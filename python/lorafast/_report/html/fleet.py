@@ -11,31 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafast._analysis.findings import group_findings
 from lorafast._errors import LorafastError, missing
-from lorafast._fleet.findings import KINDS, listed
+from lorafast._fleet.table import NOTHING
 from lorafast._report import palette
-from lorafast._report.html import fleet_charts
+from lorafast._report.html import fleet_charts, fleet_groups
+from lorafast._report.html.chart import Chart
 from lorafast._report.html.elements import (
     Column,
     Html,
     asset,
+    breakable,
     definitions,
     document,
     element,
-    finding_entry,
-    finding_line,
-    findings_section,
     folded,
-    join,
+    row_ids,
     section,
     table,
 )
+from lorafast._report.html.findings import Found, Targets, findings
 from lorafast._report.lines import findings_text
 
 if TYPE_CHECKING:
     from lorafast._fleet.discovery import ScanError
-    from lorafast._fleet.findings import FleetFinding
     from lorafast._fleet.fleet import Fleet
 
 #: Entries of a list that are not folded away.
@@ -55,22 +53,23 @@ def page(fleet: Fleet, similarity: Any) -> str:
         MissingDependencyError: plotly is not installed.
     """
     library = _plotly()
-    charts = fleet_charts.charts(fleet)
-    matrix = _matrix(fleet, similarity)
-    if isinstance(matrix, fleet_charts.Chart):
-        charts.append(matrix)
+    matrices, notes = _similarity(fleet, similarity)
+    charts = [*fleet_charts.charts(fleet), *matrices]
     drawn = [(chart, _place(index, chart)) for index, chart in enumerate(charts)]
     pictures = [place for chart, place in drawn if not chart.wide]
     wide = [place for chart, place in drawn if chart.wide]
-    note = [element("p", matrix, class_="quiet")] if isinstance(matrix, str) else []
+    said = [element("p", note, class_="quiet") for note in notes]
+    ids = row_ids("adapter", len(fleet))
+    rows = dict(zip(fleet.names, ids, strict=True))
+    found = [(item.adapter, item.finding, item.count) for item in fleet.findings]
     return document(
         f"A fleet of {len(fleet):,} adapters",
         _summary(fleet),
-        _findings(fleet),
+        findings([Found(*item) for item in found], Targets(adapters=rows)),
         _errors(fleet.errors),
         section("Distributions", element("div", *pictures, class_="charts")) if pictures else "",
-        section("Similarity", *wide, *note) if wide or note else "",
-        section("Adapters", table(_rows(fleet), _columns(fleet), "adapters")),
+        section("Similarity", *wide, *said) if wide or said else "",
+        section("Adapters", table(_rows(fleet), _columns(fleet), "adapters", ids)),
         element(
             "script",
             _data(charts),
@@ -93,7 +92,7 @@ def _plotly() -> Html:
         raise missing("plotly", "charts", "draw the charts of a page") from error
 
 
-def _data(charts: Sequence[fleet_charts.Chart]) -> Html:
+def _data(charts: Sequence[Chart]) -> Html:
     plain = [
         {"traces": chart.traces, "layout": chart.layout, "height": chart.height} for chart in charts
     ]
@@ -101,7 +100,7 @@ def _data(charts: Sequence[fleet_charts.Chart]) -> Html:
     return Html(json.dumps(plain, allow_nan=False).replace("<", "\\u003c"))
 
 
-def _place(index: int, chart: fleet_charts.Chart) -> Html:
+def _place(index: int, chart: Chart) -> Html:
     parts = [
         element("h3", chart.title),
         element("p", chart.caption, class_="quiet"),
@@ -109,29 +108,36 @@ def _place(index: int, chart: fleet_charts.Chart) -> Html:
     ]
     if chart.wide:
         parts.insert(2, element("output", "Point at a cell to see the pair and its cosine."))
-    return element("div", *parts, class_="chart wide" if chart.wide else "chart")
+    return element(
+        "div",
+        *parts,
+        class_="chart wide" if chart.wide else "chart",
+        role="group",
+        aria_label=chart.title,
+    )
 
 
-def _matrix(fleet: Fleet, similarity: Any) -> fleet_charts.Chart | str | None:
-    """The matrix, or a sentence about why there is none."""
+def _similarity(fleet: Fleet, similarity: Any) -> tuple[list[Chart], list[str]]:
+    """A matrix for each group of adapters that have cosines with each other, and what to say."""
     if isinstance(similarity, str):
         if len(fleet) < 2:
-            return None
+            return [], []
         if len(fleet) > COMPARED_UNASKED:
-            return (
+            note = (
                 f"More than {COMPARED_UNASKED:,} adapters are compared only when it is asked for: "
                 "to_html(similarity=lorafast.similarity(fleet))."
             )
+            return [], [note]
         from lorafast._similarity import api
 
         try:
-            # Those of another base have nothing to be compared by, and leave their cells empty.
+            # Those of another base have nothing to be compared by: each base has its own matrix.
             similarity = api.similarity(fleet, group_by_base=True)
         except (LorafastError, ValueError, OSError) as error:
-            return f"The adapters were not compared with each other: {error}"
+            return [], [f"The adapters were not compared with each other: {error}"]
     if similarity is None:
-        return None
-    return fleet_charts.matrix(list(similarity.names), np.asarray(similarity.matrix))
+        return [], []
+    return fleet_groups.matrices(fleet, list(similarity.names), np.asarray(similarity.matrix))
 
 
 def _summary(fleet: Fleet) -> Html:
@@ -151,39 +157,6 @@ def _summary(fleet: Fleet) -> Html:
         ("looked at", {"headers": "headers alone"}.get(fleet.metrics, fleet.metrics)),
     ]
     return section("Summary", definitions(facts))
-
-
-def _findings(fleet: Fleet) -> Html:
-    groups = group_findings(fleet.findings, lambda item: item.finding)
-    return findings_section([_finding_group(group) for group in groups])
-
-
-def _finding_group(items: Sequence[FleetFinding]) -> Html:
-    """Findings of one kind in any number of adapters."""
-    kind = items[0].finding.kind
-    adapters = list(dict.fromkeys(item.adapter for item in items if item.adapter is not None))
-    meaning = KINDS.get(kind, kind.replace("_", " "))
-    # A formula is not written with another letter.
-    first = meaning[:1].upper() if meaning[:1].isascii() else meaning[:1]
-    head: list[str] = [element("b", first + meaning[1:])]
-    if adapters:
-        head.append(f": {listed(adapters)}" if len(items) > 1 else "")
-    body: list[str] = []
-    if len(items) == 1:
-        body.append(join([". " if items[0].adapter is None else ": ", _finding(items[0])]))
-    else:
-        entries = [element("li", _finding(item)) for item in items[:MAX_LISTED]]
-        if len(items) > MAX_LISTED:
-            entries.append(element("li", f"and {len(items) - MAX_LISTED:,} more"))
-        body.append(folded(f"all {len(items):,}", element("ul", *entries)))
-    return finding_entry(items[0].finding.severity, *head, *body)
-
-
-def _finding(item: FleetFinding) -> Html:
-    name = () if item.adapter is None else (element("b", item.adapter), ": ")
-    many = f" ({item.count:,} of these in this adapter)"
-    more = (element("small", many),) if item.count > 1 else ()
-    return join([*name, finding_line(item.finding, *more)])
 
 
 def _errors(errors: Sequence[ScanError]) -> str:
@@ -219,10 +192,14 @@ def _columns(fleet: Fleet) -> list[Column[Row]]:
         Column[Row](
             "adapter",
             "Its directory's name, with as many of the parents' as tell it from the others.",
-            lambda row: element("span", row["name"], title=row["path"]),
+            lambda row: element("span", breakable(row["name"]), title=row["path"]),
         ),
         of_text("base", "base", "base_model_name_or_path of its config."),
-        of("rank", "r", "The rank that most of its modules have."),
+        Column[Row](
+            "r",
+            "The rank that most of its modules have.",
+            lambda row: None if row["rank"] == NOTHING else row["rank"],
+        ),
         of("alpha", "α", "The alpha that most of its modules have."),
         of("scaling", "s", "The scale that most of its modules have: α/r, or α/√r for rsLoRA."),
         of("modules", "modules", "Modules with a low-rank update."),

@@ -6,11 +6,9 @@ ten.
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,9 @@ from numpy.typing import NDArray
 
 from lorafast._fleet.table import Table
 from lorafast._report import palette
-from lorafast._report.text import ABSENT
+from lorafast._report.html import chart
+from lorafast._report.html.chart import Chart, numbers, text
+from lorafast._report.html.fleet_places import layers_of, places
 
 if TYPE_CHECKING:
     from lorafast._fleet.fleet import Fleet
@@ -26,44 +26,17 @@ if TYPE_CHECKING:
 #: Without the black, which would not be seen on a dark ground.
 COLORS = palette.COLORS[:-1]
 BINS = 40
+#: Different values that have a bar each; more are counted in bins.
+MAX_BARS = 24
 #: Points of a scatter plot; more are one blot and make the page slow.
 MAX_POINTS = 5000
 #: Bases with a color of their own; the others share one.
 MAX_BASES = len(COLORS) - 1
-#: Rows or columns of a chart by layer or block that stay readable.
-MAX_LAYERS = 24
-MAX_BLOCKS = 128
 #: Cells along a side of the matrix; beyond, neighbours in its order are averaged.
 MAX_CELLS = 500
 #: Names along the matrix that can be read.
 MAX_NAMES = 60
 OTHERS = "other bases"
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart.
-
-    Attributes:
-        title: its heading.
-        caption: what is seen, in a sentence.
-        traces: plotly's data.
-        layout: plotly's layout beside what all charts share.
-        height: in pixels.
-        wide: whether it takes the page's whole width.
-    """
-
-    title: str
-    caption: str
-    traces: list[dict[str, Any]]
-    layout: dict[str, Any] = field(default_factory=dict)
-    height: int = 340
-    wide: bool = False
-
-
-def text(value: str | None) -> str:
-    """A name as plotly shows it as it is: its texts are a little HTML."""
-    return ABSENT if value is None else html.escape(value, quote=False)
 
 
 def charts(fleet: Fleet) -> list[Chart]:
@@ -75,7 +48,7 @@ def charts(fleet: Fleet) -> list[Chart]:
             _scatter(fleet.adapters),
             _spectra(fleet.modules),
             _use_of_rank(fleet.modules),
-            _places(fleet.modules),
+            *places(fleet),
         ]
     if "zero_share" in fleet.adapters:
         made.append(_weights(fleet.adapters))
@@ -95,38 +68,33 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
     if high - low < 1e-6:
         low, high = low - 0.5, high + 0.5
     counts, edges = np.histogram(powers, bins=BINS, range=(low, high))
-    bars = 10 ** ((edges[:-1] + edges[1:]) / 2)
+    bars = 10**edges
     hover = [
         f"{10**start:.4g} to {10**end:.4g}<br>{count:,} adapters"
         for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
     trace = {
         "type": "bar",
-        "x": _numbers(bars),
+        "x": numbers(bars[:-1]),
         "y": counts.tolist(),
-        "width": _numbers(10 ** edges[1:] - 10 ** edges[:-1]),
+        "width": numbers(np.diff(bars)),
+        "offset": 0,
         "marker": {"color": COLORS[0]},
         "hovertext": hover,
         "hoverinfo": "text",
     }
     layout = {
-        "xaxis": {**_logarithmic(low, high), "title": {"text": axis}},
+        "xaxis": {**chart.logarithmic(low, high), "title": {"text": axis}},
         "yaxis": _counted(counts),
         "bargap": 0.03,
     }
     return Chart(title, caption, [trace], layout)
 
 
-def _logarithmic(low: float, high: float) -> dict[str, Any]:
-    """An axis from one power of ten to another, with ticks at 1, 2 and 5 where there are many."""
-    # Without a format what stands between powers is one small digit: 2 for 20.
-    ticks = {"dtick": "D2" if high - low < 3 else 1, "tickformat": "~g"} if high - low > 1 else {}
-    return {"type": "log", **ticks}
-
-
 def _counted(counts: NDArray[Any]) -> dict[str, Any]:
     """An axis of numbers of adapters, of which there are no halves."""
-    return {"title": {"text": "adapters"}, **({"dtick": 1} if counts.max() <= 5 else {})}
+    ticks = {"dtick": 1} if counts.max() <= 5 else {}
+    return {"title": {"text": "adapters"}, **ticks, "range": chart.from_zero(float(counts.max()))}
 
 
 def _norms(adapters: Table) -> Chart | None:
@@ -161,8 +129,8 @@ def _scatter(adapters: Table) -> Chart | None:
                 "type": "scatter",
                 "mode": "markers",
                 "name": group,
-                "x": _numbers(norms[here]),
-                "y": _numbers(ranks[here]),
+                "x": numbers(norms[here]),
+                "y": numbers(ranks[here]),
                 "text": [text(names[p]) for p in here],
                 "hovertemplate": "<b>%{text}</b><br>‖ΔW‖ %{x:.4g}<br>"
                 "mean effective rank %{y:.3g}<extra></extra>",
@@ -171,8 +139,11 @@ def _scatter(adapters: Table) -> Chart | None:
         )
     low, high = np.log10([norms[drawn].min(), norms[drawn].max()]).tolist()
     layout = {
-        "xaxis": {**_logarithmic(low, high), "title": {"text": "‖ΔW‖"}},
-        "yaxis": {"title": {"text": "mean effective rank"}, "rangemode": "tozero"},
+        "xaxis": {**chart.logarithmic(low, high), "title": {"text": "‖ΔW‖"}},
+        "yaxis": {
+            "title": {"text": "mean effective rank"},
+            "range": chart.from_zero(float(ranks[drawn].max())),
+        },
         "hovermode": "closest",
         "showlegend": len(groups) > 1,
     }
@@ -226,9 +197,13 @@ def _spectra(modules: Table) -> Chart | None:
     layout = {
         "xaxis": {
             "title": {"text": "k"},
-            **(_logarithmic(0, math.log10(longest)) if longest > 32 else {}),
+            **(
+                chart.logarithmic(0, float(np.log10(longest)))
+                if longest > 32
+                else {"range": chart.linear(1, longest), "dtick": chart.whole(longest)}
+            ),
         },
-        "yaxis": {"title": {"text": "σₖ/σ₁"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "σₖ/σ₁"}, "range": chart.from_zero(max(bands["90 %"]))},
         "hovermode": "x unified",
         "showlegend": False,
     }
@@ -239,20 +214,12 @@ def _spectra(modules: Table) -> Chart | None:
     return Chart("Spectra", caption, traces, layout)
 
 
-def _layers(modules: Table) -> list[tuple[str, NDArray[Any]]]:
-    """The rows of each of the most frequent layers, in the order in which these come."""
-    codes, texts = modules.coded("layer")
-    counts = np.bincount(codes, minlength=len(texts))
-    kept = sorted(np.argsort(-counts, kind="stable")[:MAX_LAYERS].tolist())
-    return [(texts[code], np.flatnonzero(codes == code)) for code in kept]
-
-
 def _use_of_rank(modules: Table) -> Chart | None:
     share = modules["effective_rank"] / np.minimum(
         modules["rank"], np.minimum(modules["out_features"], modules["in_features"])
     )
     rows = []
-    for layer, here in _layers(modules):
+    for layer, here in layers_of(modules):
         values = share[here]
         values = values[np.isfinite(values)]
         if len(values):
@@ -265,7 +232,7 @@ def _use_of_rank(modules: Table) -> Chart | None:
         "orientation": "h",
         "y": [text(layer) for layer, _ in rows],
         **{
-            key: _numbers(quantiles[:, place])
+            key: numbers(quantiles[:, place])
             for place, key in enumerate(("lowerfence", "q1", "median", "q3", "upperfence"))
         },
         "marker": {"color": COLORS[2]},
@@ -275,7 +242,11 @@ def _use_of_rank(modules: Table) -> Chart | None:
     }
     layout = {
         "xaxis": {"title": {"text": "effective rank / rank"}, "range": [0, 1.02]},
-        "yaxis": {"automargin": True, "autorange": "reversed", "type": "category"},
+        "yaxis": {
+            "automargin": True,
+            "range": chart.categories(len(rows), down=True),
+            "type": "category",
+        },
     }
     caption = (
         "How much of the rank the updates use, by layer: quartiles, and whiskers from 5 % to 95 % "
@@ -284,52 +255,13 @@ def _use_of_rank(modules: Table) -> Chart | None:
     return Chart("Use of the rank", caption, [trace], layout, height=max(340, 90 + 22 * len(rows)))
 
 
-def _places(modules: Table) -> Chart | None:
-    blocks, norms = modules["block"], modules["frobenius_norm"]
-    inside = (blocks >= 0) & (blocks < MAX_BLOCKS) & np.isfinite(norms)
-    if not inside.any():
-        return None
-    width = int(blocks[inside].max()) + 1
-    groups = [(layer, here[inside[here]]) for layer, here in _layers(modules)]
-    groups = [(layer, here) for layer, here in groups if len(here)]
-    grid = np.full((len(groups), width), math.nan)
-    for row, (_, here) in enumerate(groups):
-        order = here[np.argsort(blocks[here], kind="stable")]
-        edges = np.flatnonzero(np.diff(blocks[order])) + 1
-        for part in np.split(order, edges):
-            grid[row, int(blocks[part[0]])] = np.median(norms[part])
-    trace = {
-        "type": "heatmap",
-        "z": [_numbers(row) for row in grid],
-        "x": list(range(width)),
-        "y": [text(layer) for layer, _ in groups],
-        "colorscale": "Viridis",
-        "colorbar": {"title": {"text": "‖ΔW‖"}, "thickness": 12},
-        "hovertemplate": "block %{x}<br>%{y}<br>median ‖ΔW‖ %{z:.4g}<extra></extra>",
-        "xgap": 1,
-        "ygap": 1,
-    }
-    layout = {
-        "xaxis": {"title": {"text": "block"}, "constrain": "domain"},
-        "yaxis": {"automargin": True, "autorange": "reversed", "type": "category"},
-    }
-    caption = "The median of ‖ΔW‖ over all adapters that have the module."
-    return Chart(
-        "Where the fleet changes the model",
-        caption,
-        [trace],
-        layout,
-        height=max(340, 110 + 24 * len(groups)),
-    )
-
-
 def _counts(adapters: Table, column: str, title: str, caption: str) -> Chart | None:
     values = adapters[column]
     values = values[np.isfinite(values) & (values != -1)]
     if not len(values):
         return None
     found, counts = np.unique(values, return_counts=True)
-    if len(found) > MAX_LAYERS:
+    if len(found) > MAX_BARS:
         return _log_histogram(values, title, caption, column)
     trace = {
         "type": "bar",
@@ -394,7 +326,7 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     }
     trace = {
         "type": "heatmap",
-        "z": [_numbers(row, 5) for row in ordered],
+        "z": [numbers(row, 5) for row in ordered],
         "x": positions,
         "y": positions,
         "zmin": -end,
@@ -407,8 +339,8 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
         "hoverinfo": "none",
     }
     layout: dict[str, Any] = {
-        "xaxis": {**ticks, "tickangle": -60},
-        "yaxis": {**ticks, "autorange": "reversed", "scaleanchor": "x"},
+        "xaxis": {**ticks, "tickangle": -60, "range": chart.categories(len(labels))},
+        "yaxis": {**ticks, "range": chart.categories(len(labels), down=True), "scaleanchor": "x"},
         "plot_bgcolor": GAP,
     }
     return Chart(
@@ -470,11 +402,3 @@ def similar_order(cosine: NDArray[Any]) -> NDArray[np.int64]:
     if count <= MAX_CELLS:
         tree = optimal_leaf_ordering(tree, condensed)
     return np.asarray(leaves_list(tree), dtype=np.int64)
-
-
-def _numbers(values: NDArray[Any] | Sequence[float], digits: int = 6) -> list[float | None]:
-    """Numbers in as many digits as can be seen; what is not finite is nothing."""
-    return [
-        float(f"{value:.{digits}g}") if math.isfinite(value) else None
-        for value in np.asarray(values, dtype=np.float64).tolist()
-    ]

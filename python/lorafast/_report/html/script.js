@@ -49,3 +49,62 @@ for (const part of document.querySelectorAll(".sortable")) {
       + output.dataset.noun;
   });
 }
+// A list or a row of headings is one tab stop: the arrow keys move in it.
+for (const part of document.querySelectorAll(".roving")) {
+  const keys = part.tagName === "TR"
+    ? { ArrowRight: 1, ArrowLeft: -1 } // up and down scroll the table
+    : { ArrowDown: 1, ArrowUp: -1, ArrowRight: 1, ArrowLeft: -1 };
+  const items = () => Array.from(part.querySelectorAll("a, summary, button"))
+    .filter((item) => item.getClientRects().length);
+  const stop = (chosen) => {
+    for (const item of part.querySelectorAll("[tabindex='0']")) item.tabIndex = -1;
+    if (chosen) chosen.tabIndex = 0;
+  };
+  part.addEventListener("focusin", (event) => {
+    if (items().includes(event.target)) stop(event.target);
+  });
+  part.addEventListener("toggle", () => {
+    const shown = items();
+    if (!shown.some((item) => item.tabIndex === 0)) stop(shown[0]);
+  }, true);
+  part.addEventListener("keydown", (event) => {
+    const shown = items();
+    const place = shown.indexOf(event.target);
+    const next = event.key === "Home" ? 0 : event.key === "End" ? shown.length - 1
+      : event.key in keys ? place + keys[event.key] : -1;
+    if (place < 0 || !shown[next] || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    shown[next].focus();
+  });
+}
+// A row that a finding leads to may be folded away, or filtered out.
+const reveal = () => {
+  const target = document.getElementById(location.hash.slice(1));
+  if (!target) return;
+  for (let part = target; part; part = part.parentElement) {
+    if (part.tagName === "DETAILS") part.open = true;
+  }
+  const filter = target.hidden && target.closest(".sortable").querySelector("input");
+  if (filter) {
+    filter.value = "";
+    filter.dispatchEvent(new Event("input"));
+  }
+  target.scrollIntoView({ block: target.tagName === "TR" ? "center" : "start" });
+};
+addEventListener("hashchange", reveal);
+document.addEventListener("click", (event) => {
+  // The address does not change where a link is followed twice.
+  const link = event.target.closest("a");
+  if (link && link.hash === location.hash) reveal();
+});
+if (location.hash) reveal();
+// On paper nothing can be opened, or pointed at.
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = Array.from(document.querySelectorAll(".findings details, .columns")).filter((one) => !one.open);
+  for (const one of opened) one.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const one of opened) one.open = false;
+  opened = [];
+});

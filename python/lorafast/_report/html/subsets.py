@@ -1,0 +1,67 @@
+"""Comparisons cut down to the adapters of one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafast._analysis.architectures import Architecture, architectures
+
+if TYPE_CHECKING:
+    from lorafast._analysis.records import ModuleComparison
+    from lorafast._analysis.results import Comparison
+
+#: What a comparison of modules has for each two adapters.
+MATRICES = ("cosine", "sign_agreement", "subspace", "subspace_expected")
+
+
+def architectures_of(comparison: Comparison) -> list[Architecture]:
+    """The architectures of the adapters compared.
+
+    Bases of other names do not keep adapters apart here: whoever compares two adapters wants their
+    cosine wherever there is one.
+    """
+    shapes: list[dict[Any, Any]] = [{} for _ in comparison.names]
+    for path, module in comparison.modules.items():
+        for position, (own, analysis) in enumerate(zip(shapes, comparison.analyses, strict=True)):
+            if module.present[position]:
+                known = analysis.modules.get(path)
+                own[path] = module.shape if known is None else known.shape
+    bases = [analysis.config.get("base_model_name_or_path") for analysis in comparison.analyses]
+    return architectures([base if isinstance(base, str) else None for base in bases], shapes)
+
+
+def subset(comparison: Comparison, members: Sequence[int]) -> Comparison:
+    """The comparison of some of its adapters alone, with the modules that one of them has."""
+    members = list(members)
+    names = [comparison.names[member] for member in members]
+    return replace(
+        comparison,
+        names=names,
+        analyses=[comparison.analyses[member] for member in members],
+        cosine=_cut(comparison.cosine, members),
+        modules={
+            path: _of_members(module, members)
+            for path, module in comparison.modules.items()
+            if any(module.present[member] for member in members)
+        },
+        only_in={name: comparison.only_in.get(name, []) for name in names},
+        findings=[],
+    )
+
+
+def _of_members(module: ModuleComparison, members: list[int]) -> ModuleComparison:
+    matrices: dict[str, Any] = {name: _cut(getattr(module, name), members) for name in MATRICES}
+    lists: dict[str, Any] = {
+        name: [getattr(module, name)[member] for member in members]
+        for name in ("present", "norms", "ranks")
+    }
+    return replace(module, **lists, **matrices, pairs=[])
+
+
+def _cut(matrix: Any, members: list[int]) -> Any:
+    """Rows and columns of a matrix, if there is one."""
+    return None if matrix is None else np.asarray(matrix)[np.ix_(members, members)]
