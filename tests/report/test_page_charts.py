@@ -136,7 +136,7 @@ def test_of_many_architectures_the_largest_are_drawn(
     monkeypatch.setattr(fleet_groups, "MAX_HEATMAPS", 2)
     charts = fleet_places.places(fleet)
     assert len(charts) == 2
-    assert all("Of 3 architectures the 2 of most adapters are drawn." in c.caption for c in charts)
+    assert all("Of 3 architectures those of most adapters are drawn." in c.caption for c in charts)
     matrices, notes = fleet_groups.matrices(fleet, fleet.names, np.ones((12, 12)))
     assert len(matrices) == 2
     assert notes == ["1 smaller groups, of 4 adapters, are not drawn."]
@@ -158,8 +158,8 @@ def test_a_comparison_has_a_matrix_for_each_architecture() -> None:
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
     assert len([caption for caption in captions if "block and module" in caption]) == 2
     assert len(set(captions)) == len(captions)
-    assert "no modules in common" in text
-    assert "no modules in common" not in page_of("comparison")
+    assert "of different architectures are not compared" in text
+    assert "of different architectures are not compared" not in page_of("comparison")
 
 
 def test_adapters_of_bases_of_one_shape_are_compared_in_one_matrix() -> None:
@@ -168,4 +168,4 @@ def test_adapters_of_bases_of_one_shape_are_compared_in_one_matrix() -> None:
     ]
     text = records.comparison(runs).to_html()
     assert "run-0 × run-1" in text
-    assert "no modules in common" not in text
+    assert "of different architectures are not compared" not in text

@@ -74,12 +74,9 @@ def logarithmic(low: float, high: float) -> dict[str, Any]:
         low: the power of ten that it begins with.
         high: the power of ten that it ends with.
     """
-    if high - low > 1:
-        # Without a format what stands between powers is one small digit: 2 for 20.
-        ticks = {"dtick": "D2" if high - low < 3 else 1, "tickformat": "~g"}
-    else:
-        ticks = {"nticks": 6}
-    return {"type": "log", **ticks, "range": linear(low, high)}
+    ticks = {"dtick": "D2" if high - low < 3 else 1} if high - low > 1 else {"nticks": 6}
+    # Without a format what stands between powers is one small digit: 2 for 20.
+    return {"type": "log", **ticks, "tickformat": "~g", "range": linear(low, high)}
 
 
 def whole(width: int) -> int:

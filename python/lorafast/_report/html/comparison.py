@@ -114,7 +114,7 @@ def _rows_of_modules(
 
 
 def _matrices(comparison: Comparison) -> Html:
-    """The cosines of the adapters of each architecture, which have none across them."""
+    """The cosines of the adapters of each architecture, which means nothing across them."""
     found = architectures_of(comparison)
     explained = element(
         "p",
@@ -124,7 +124,7 @@ def _matrices(comparison: Comparison) -> Html:
     )
     if len(found) < 2:
         return join([explained, _matrix(comparison)])
-    apart = "Adapters of different architectures have no modules in common: each has its own table."
+    apart = "Adapters of different architectures are not compared: each of these has its own table."
     parts = [explained, element("p", apart, class_="quiet")]
     for architecture in found:
         parts.append(element("h3", architecture.label))

@@ -65,23 +65,20 @@ def places(fleet: Fleet) -> list[Chart]:
     """For each architecture the norms of its adapters by layer and block."""
     found = architectures_of(fleet, by_base=True)
     member_of = np.repeat(np.arange(len(fleet)), fleet.adapters["modules"])
-    made = []
+    made: list[Chart] = []
     for architecture in found:
         chart = _places_of(fleet.modules, np.isin(member_of, architecture.members))
-        if chart is not None:
-            made.append((architecture, chart))
-    if len(found) < 2:
-        return [chart for _, chart in made]
-    left = len(made) - MAX_HEATMAPS
-    more = f" Of {len(made):,} architectures the {MAX_HEATMAPS} of most adapters are drawn."
-    return [
-        replace(
-            chart,
-            title=f"{chart.title}: {architecture.label}",
-            caption=_caption(len(architecture.members)) + (more if left > 0 else ""),
-        )
-        for architecture, chart in made[:MAX_HEATMAPS]
-    ]
+        if chart is None or len(found) < 2:
+            made += [] if chart is None else [chart]
+            continue
+        title = f"{chart.title}: {architecture.label}"
+        made.append(replace(chart, title=title, caption=_caption(len(architecture.members))))
+        if len(made) == MAX_HEATMAPS:
+            break
+    if len(found) <= MAX_HEATMAPS:
+        return made
+    more = f" Of {len(found):,} architectures those of most adapters are drawn."
+    return [replace(chart, caption=chart.caption + more) for chart in made]
 
 
 def _caption(count: int) -> str:
