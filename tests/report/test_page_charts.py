@@ -139,7 +139,7 @@ def test_of_many_architectures_the_largest_are_drawn(
     assert all("Of 3 architectures those of most adapters are drawn." in c.caption for c in charts)
     matrices, notes = fleet_groups.matrices(fleet, fleet.names, np.ones((12, 12)))
     assert len(matrices) == 2
-    assert notes == ["1 smaller groups, of 4 adapters, are not drawn."]
+    assert notes == ["1 smaller group is not drawn: 4 adapters in all."]
 
 
 def test_the_names_of_another_similarity_are_taken_as_they_are(fleet: lorafast.Fleet) -> None:

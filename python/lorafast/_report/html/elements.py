@@ -248,7 +248,7 @@ def document(title: str, *content: str, class_: str | None = None) -> str:
     )
     footer = element(
         "footer",
-        element("p", "Among the findings and the headings of a table the arrow keys move.",
+        element("p", "The arrow keys move among findings, and among the headings of a table.",
                 class_="keys"),
         element("p", f"lorafast {__version__}"),
     )  # fmt: skip

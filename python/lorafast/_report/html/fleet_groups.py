@@ -54,7 +54,8 @@ def matrices(
     left = several[MAX_HEATMAPS:]
     if left:
         count = sum(map(len, left))
-        notes.append(f"{len(left):,} smaller groups, of {count:,} adapters, are not drawn.")
+        groups_are = "group is" if len(left) == 1 else "groups are"
+        notes.append(f"{len(left):,} smaller {groups_are} not drawn: {count:,} adapters in all.")
     if alone:
         who = listed([names[position] for position in alone])
         verb = "has" if len(alone) == 1 else "have"
