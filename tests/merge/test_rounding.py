@@ -69,3 +69,16 @@ def test_a_merge_measures_what_rounding_takes_away(
     assert warned == (report.rounding["lost"] >= 0.2)
     checked = lorafast.verify(base, adapter, tmp_path / "out")
     assert report.rounding["lost"] == pytest.approx(checked.lost, rel=0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-2])
+def test_so_does_one_that_torch_makes(tmp_path: Path, size: float) -> None:
+    pytest.importorskip("torch")
+    base = make_base(tmp_path / "base", modules=WIDE, dtype="BF16")
+    adapter = make_adapter(tmp_path / "adapter", factors(size))
+    ours = lorafast.merge(base, adapter, tmp_path / "cpu").rounding
+    theirs = lorafast.merge(base, adapter, tmp_path / "torch", device="torch:cpu").rounding
+    assert ours is not None
+    assert theirs is not None
+    assert theirs["values"] == len(WIDE) * SHAPE[1]
+    assert theirs["lost"] == pytest.approx(ours["lost"], rel=0.2, abs=0.01)

@@ -172,10 +172,10 @@ class MergeReport(_MergeReportFields, OutputReport):
         sources: base and adapters: `role`, `name` (the id on the hub, or what the directory is
             called), `revision` on the hub, and `header_sha256` of the base's shards or `sha256` of
             the adapter's weights file.
-        rounding: where weights of fewer than 32 bits were merged on the CPU, what rounding took
-            away: `lost`, ‖written - exact‖ / ‖exact - base‖; `unmoved`, the share of the weights
-            that should move and are the base's; `values`, how many were looked at: all that were
-            quantised again, and a sample of those of 16 bits. A fifth and more is a warning.
+        rounding: where weights of fewer than 32 bits were merged, what rounding took away: `lost`,
+            ‖written - exact‖ / ‖exact - base‖; `unmoved`, the share of the weights that should move
+            and are the base's; `values`, how many were looked at: all that were quantised again,
+            and a sample of those of 16 bits. A fifth and more is a warning.
         timestamp: when it was finished, in local time.
     """
 

@@ -8,15 +8,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use super::compute::{self, Computer};
+use super::compute::{self, Buffers, Computer};
 use super::queue::{self, Work};
 use super::rewrite;
-use super::rounding::RoundingSums;
+use super::rounding::{self, RoundingSums};
 use super::{Job, Options, Output, Summary};
 use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
-use crate::plan::{CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, SideFiles};
+use crate::plan::{
+    CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, SideFiles, Update, UpdateKind,
+};
 use crate::storage::local::{self, Stamp};
 use crate::storage::sink::{Committed, Destination, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::{LocalFile, Source};
@@ -207,10 +209,45 @@ impl Session {
         job.run(&self.pool)?;
         let mut rounding = self.rounding.lock().unwrap_or_else(PoisonError::into_inner);
         rounding.add(&job.rounding());
+        if let WorkFilter::Without(ids) = filter {
+            rounding.add(&self.rounding_of(inputs, plan, ids, task)?);
+        }
         if !matches!(filter, WorkFilter::Only(_)) {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
         }
         Ok(())
+    }
+
+    /// What rounding does to the first row of each of some tensors that somebody else makes. Where
+    /// more than products is added, making it could take the whole tensor, and nothing is measured.
+    fn rounding_of(
+        &self,
+        inputs: &Inputs,
+        plan: &Plan,
+        ids: &HashSet<TensorId>,
+        task: &Task,
+    ) -> Result<RoundingSums> {
+        let computer = Computer { inputs, set: self.set, task };
+        let (mut buffers, mut sums) = (Buffers::default(), RoundingSums::default());
+        for (shard, tensor) in ids {
+            task.check()?;
+            let tensor = &plan.shards[*shard].tensors[*tensor];
+            let adds = |update: &Update| {
+                update.kind == UpdateKind::LowRank && update.residual.is_none()
+            };
+            let first = 0..1;
+            if rounding::is_sampled(tensor, &first) && tensor.updates().iter().all(adds) {
+                let prepared = computer.prepare(tensor)?;
+                computer.merge_measured(
+                    tensor,
+                    &prepared,
+                    &first,
+                    &mut buffers,
+                    Some(&mut sums),
+                )?;
+            }
+        }
+        Ok(sums)
     }
 
     /// Notes the adapters' digests, where no run finds them.
