@@ -264,6 +264,7 @@ class AdapterSummary(TypedDict):
     peft_version: str | None
     modules: list[ListedModule]
     features: list[str]
+    notes: list[str]
     coverage: Coverage
 
 @type_check_only

@@ -229,6 +229,8 @@ pub struct Contents {
     pub rows: Vec<TrainedRows>,
     /// The tensors that belong to no module and no parameter, with the part each plays.
     pub others: Vec<(String, Role)>,
+    /// What was made of its names that a user would want to know.
+    pub notes: Vec<String>,
     /// What the factors mean.
     pub semantics: Semantics,
     /// How modules are named.
@@ -302,6 +304,11 @@ impl Adapter {
         &self.contents.others
     }
 
+    /// What was made of its names that a user would want to know.
+    pub fn notes(&self) -> &[String] {
+        &self.contents.notes
+    }
+
     /// What its factors mean.
     pub fn semantics(&self) -> &Semantics {
         &self.contents.semantics
@@ -333,6 +340,7 @@ impl Adapter {
             saved: contents.saved.clone(),
             rows: contents.rows.clone(),
             others: contents.others.clone(),
+            notes: contents.notes.clone(),
             semantics: contents.semantics.clone(),
             grammar,
             fields: contents.fields.clone(),

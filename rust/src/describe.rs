@@ -262,6 +262,7 @@ pub fn adapter(adapter: &Adapter) -> Listing {
         (adapter.summary().iter()).map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     summary.insert("modules".into(), serde_json::to_value(modules).unwrap_or(Value::Null));
     summary.insert("features".into(), Value::from(adapter.obstacles(&[])));
+    summary.insert("notes".into(), Value::from(adapter.notes()));
     let coverage = serde_json::to_value(adapter.coverage(&[])).unwrap_or(Value::Null);
     summary.insert("coverage".into(), coverage);
     listing.config = Some(adapter.settings().clone());

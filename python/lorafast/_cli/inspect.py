@@ -86,6 +86,8 @@ def _show_summary(contents: Listing, terminal: Terminal) -> None:
         facts["modules"] = f"{len(adapter['modules']):,}"
         if adapter["features"]:
             facts["features"] = ", ".join(adapter["features"])
+        if adapter["notes"]:
+            facts["names"] = "; ".join(adapter["notes"])
     elif contents["config"] is not None:
         config = contents["config"]
         architectures = config.get("architectures") or [config.get("model_type", "")]

@@ -23,9 +23,10 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
         `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
         `config`, `warnings`; of a checkpoint `quantised` (how many weights are stored how); of an
         adapter `type`, `base`, `r`, `alpha`, `rslora`, `peft_version`, `modules` (name, kind, rank,
-        alpha, scaling, shape (out, in)), `features` (what in it cannot be merged), and of every
-        tensor and every config field its `name`, `use` (used, not_needed, refused) and `reason`
-        (`tensors_use`, `fields_use`). `to_dict` and `to_json` have all of it.
+        alpha, scaling, shape (out, in)), `features` (what in it cannot be merged), `notes` (what
+        was left out of its names), and of every tensor and every config field its `name`, `use`
+        (used, not_needed, refused) and `reason` (`tensors_use`, `fields_use`). `to_dict` and
+        `to_json` have all of it.
 
     Raises:
         FileNotFoundError: the path is not there.

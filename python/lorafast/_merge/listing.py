@@ -219,6 +219,11 @@ class AdapterListing(Listing):
         """What in it cannot be merged."""
         return RecordTuple(self._summary["features"])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out of its names: an adapter's name in the keys, modules of trainers."""
+        return tuple(self._summary["notes"])
+
     @cached_property
     def fields_use(self) -> tuple[Use, ...]:
         """What a merge makes of every field of the config."""

@@ -33,9 +33,9 @@ pub fn analyze_adapter(
     let options = analysis::Options { percentiles, bins, entries };
     let analysis = job::run(py, progress, |task| {
         let pool = build_pool(threads)?;
-        let adapter = adapter.0.open(task)?;
         let open = |base| Checkpoint::open_with(base, task);
         let base = base.as_deref().map(open).transpose()?;
+        let adapter = adapter.0.open_for(base.as_ref(), task)?;
         analysis::analyze(&adapter, base.as_ref(), &options, &pool, task)
     })?;
     to_object(py, &analysis)

@@ -21,8 +21,9 @@ use crate::{job, operands};
 
 fn open_inputs(base: &Base, adapters: &[AdapterSource], task: &Task) -> lorafast::Result<Inputs> {
     let base = Arc::new(base.open(task)?);
-    let adapters = adapters.iter().map(|adapter| adapter.open(task).map(Arc::new));
-    Ok(Inputs { base, adapters: adapters.collect::<lorafast::Result<_>>()? })
+    let adapters = adapters.iter().map(|adapter| adapter.open_for(Some(&base), task).map(Arc::new));
+    let adapters = adapters.collect::<lorafast::Result<_>>()?;
+    Ok(Inputs { base, adapters })
 }
 
 /// Opens base and adapters and plans their merge. `options` are [`plan::Options`] as plain objects.

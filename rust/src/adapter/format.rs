@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Adapter, formats};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::directory::{self, LocalDirectory};
@@ -95,8 +96,17 @@ impl AdapterSource {
     /// # Errors
     /// Those of [`Format::read`].
     pub fn open(&self, task: &Task) -> Result<Adapter> {
+        self.open_for(None, task)
+    }
+
+    /// Opens the adapter for a base, which tells the names of its own modules from those that
+    /// training tools put around them.
+    ///
+    /// # Errors
+    /// Those of [`Format::read`].
+    pub fn open_for(&self, base: Option<&Checkpoint>, task: &Task) -> Result<Adapter> {
         task.check()?;
-        let place = Place::find(self)?;
+        let place = Place { base, ..Place::find(self)? };
         format_of(&place)?.read(&place, task)
     }
 
@@ -155,23 +165,25 @@ pub struct Place<'a> {
     pub store: Arc<dyn Store>,
     /// The name of its weights, where these were asked for and no directory.
     pub file: Option<String>,
+    /// The base that it is opened for, where there is one.
+    pub base: Option<&'a Checkpoint>,
 }
 
 impl<'a> Place<'a> {
     fn find(source: &'a AdapterSource) -> Result<Self> {
         if let Some(store) = &source.store {
-            return Ok(Self { source, store: store.clone(), file: None });
+            return Ok(Self { source, store: store.clone(), file: None, base: None });
         }
         let path = source.path.as_path();
         let failed = |error: Error| error.of(Owner::Adapter);
         match local::find(path).map_err(failed)? {
             Some(metadata) if metadata.is_dir() => {
                 let store = Arc::new(LocalDirectory(path.to_path_buf()));
-                Ok(Self { source, store, file: None })
+                Ok(Self { source, store, file: None, base: None })
             }
             Some(_) => {
                 let (store, name) = directory::of_file(path);
-                Ok(Self { source, store: Arc::new(store), file: Some(name) })
+                Ok(Self { source, store: Arc::new(store), file: Some(name), base: None })
             }
             None => Err(Error::io(path, local::absence_of(path))),
         }

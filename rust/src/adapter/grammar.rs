@@ -32,7 +32,8 @@ pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Option<Adapter> {
         return None;
     }
     let schemes = schemes(base);
-    let bare: Vec<_> = adapter.modules().keys().map(|key| (key, candidates(key))).collect();
+    let flattened = adapter.modules().values().map(|module| module.path.as_str());
+    let bare: Vec<_> = flattened.map(|path| (path, candidates(path))).collect();
     let explained = |scheme: &Scheme<'_>| {
         let is_known = |names: &Vec<&str>| names.iter().any(|name| scheme.contains_key(*name));
         bare.iter().filter(|(_, names)| is_known(names)).count()
@@ -50,8 +51,8 @@ pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Option<Adapter> {
         names.iter().find_map(|name| scheme.get(*name).copied().flatten())
     };
     let mut modules = IndexMap::with_capacity(bare.len());
-    for ((key, module), (_, names)) in adapter.modules().iter().zip(&bare) {
-        let path = path_of(names).unwrap_or(key).to_owned();
+    for ((key, module), (path, names)) in adapter.modules().iter().zip(&bare) {
+        let path = path_of(names).unwrap_or(path).to_owned();
         modules.insert(key.clone(), Module { path, ..module.clone() });
     }
     Some(adapter.with_modules(modules, Grammar::Dotted))

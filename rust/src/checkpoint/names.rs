@@ -4,3 +4,4 @@ pub mod endings;
 pub mod orientation;
 pub mod prefix;
 pub mod renames;
+pub mod wrappers;

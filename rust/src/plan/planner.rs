@@ -44,7 +44,8 @@ fn add_adapter(
     }
     let is_mapped = problems.is_empty();
     problems.iter().for_each(|problem| draft.messages.problem(format!("{label}: {problem}")));
-    names.describe().iter().for_each(|note| draft.messages.note(format!("{label}: {note}")));
+    let notes = adapter.adapter.notes().iter().cloned().chain(names.describe());
+    notes.for_each(|note| draft.messages.note(format!("{label}: {note}")));
     // Replacements first: what the adapter adds, it adds to its own tensors. Of those, first the
     // modules that were trained apart from what they shared.
     for trained_apart in [true, false] {

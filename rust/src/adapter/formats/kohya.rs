@@ -1,6 +1,7 @@
 //! kohya's plain LoRA: one safetensors file whose keys name flattened modules
 //! (`lora_unet_down_blocks_0_….lora_down.weight`), with each module's alpha beside its factors.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use serde_json::{Map, Value};
 use crate::adapter::deltas::LowRank;
 use crate::adapter::format::{Format, Place};
 use crate::adapter::{Adapter, Contents, Grammar, Initialization, LayerKind, Module, Semantics};
+use crate::checkpoint::names::wrappers;
 use crate::error::{Error, Owner, Result};
 use crate::limits;
 use crate::parallel::task::Task;
@@ -124,11 +126,25 @@ impl Format for Kohya {
             }
         }
         let mut modules = IndexMap::with_capacity(parts.len());
+        let mut paths = HashMap::new();
+        let mut is_wrapped = false;
         for (key, parts) in parts {
             task.check()?;
             let module = parts.module(key).map_err(broken)??;
+            is_wrapped |= module.path != key;
+            if let Some(other) = paths.insert(module.path.clone(), key) {
+                return Err(broken(format!(
+                    "has both {other} and {key}, which are one module without what training tools \
+                     put into its name; keep the one that was meant"
+                )));
+            }
             modules.insert(key.to_owned(), module);
         }
+        let notes = is_wrapped.then(|| {
+            "its names have what training tools put around a model's modules (_orig_mod and the \
+             like); it was left out"
+                .to_owned()
+        });
         let metadata = &file.header().metadata;
         let settings: Map<String, Value> =
             metadata.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
@@ -144,6 +160,7 @@ impl Format for Kohya {
             saved: Vec::new(),
             rows: Vec::new(),
             others: Vec::new(),
+            notes: notes.into_iter().collect(),
             semantics,
             grammar: Grammar::Flattened,
             fields: Vec::new(),
@@ -248,7 +265,7 @@ impl Parts {
         let kind = if a.shape.len() == 2 { LayerKind::Linear } else { LayerKind::Convolution };
         Ok(Ok(Module {
             key: key.to_owned(),
-            path: key.to_owned(),
+            path: wrappers::strip_flattened(key).into_owned(),
             parameters: Vec::new(),
             kind,
             delta: Arc::new(LowRank { a, b, diagonal: None }),

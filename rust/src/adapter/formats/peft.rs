@@ -1,6 +1,7 @@
 //! PEFT's LoRA: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
 pub mod config;
+mod key_names;
 mod keys;
 mod write;
 
@@ -11,6 +12,7 @@ use config::PeftConfig;
 
 use crate::adapter::format::{Format, Place};
 use crate::adapter::{Adapter, Contents, Grammar, coverage};
+use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::local::{self, Stamp};
@@ -54,15 +56,16 @@ impl Format for Peft {
         let config = PeftConfig::parse(&config_path, &text)?;
         let file = Arc::new(open_weights(place)?);
         let fields = config.uses();
-        let sorted = keys::sort(&file, &config, task).map_err(|error| {
-            // Factors that do not pair up are no damage where the config says why.
-            match coverage::refused(&fields).as_slice() {
-                [] => error,
-                _ if matches!(error, Error::Cancelled) => error,
-                obstacles => Error::unsupported(path, obstacles.join("; ")),
-            }
-        })?;
-        let keys::Sorted { modules, saved, rows, others } = sorted;
+        let sorted =
+            keys::sort(&file, &config, Wrappers::of(place.base), task).map_err(|error| {
+                // Factors that do not pair up are no damage where the config says why.
+                match coverage::refused(&fields).as_slice() {
+                    [] => error,
+                    _ if matches!(error, Error::Cancelled) => error,
+                    obstacles => Error::unsupported(path, obstacles.join("; ")),
+                }
+            })?;
+        let keys::Sorted { modules, saved, rows, others, notes } = sorted;
         Ok(Adapter::new(Contents {
             path: path.to_path_buf(),
             format: self.name(),
@@ -71,6 +74,7 @@ impl Format for Peft {
             saved,
             rows,
             others,
+            notes,
             semantics: config.semantics(),
             grammar: Grammar::Dotted,
             fields,

@@ -158,12 +158,13 @@ impl PeftConfig {
     }
 
     /// The rank of the module at `path` (without `base_model.model.`): the first pattern in the
-    /// order of the file that matches, or `r`.
+    /// order of the file that matches, or `r`. Patterns that know the path by what training tools
+    /// put into it match it as it is `written`.
     ///
     /// # Errors
     /// [`Error::Adapter`] if the config's patterns take more steps than they may.
-    pub fn rank_of(&self, path: &str) -> Result<u64> {
-        let found = self.rank_patterns.first_match(&self.path, path)?;
+    pub fn rank_of(&self, path: &str, written: &str) -> Result<u64> {
+        let found = self.rank_patterns.value_of(&self.path, path, written)?;
         Ok(found.copied().unwrap_or(self.rank))
     }
 
@@ -171,8 +172,8 @@ impl PeftConfig {
     ///
     /// # Errors
     /// [`Error::Adapter`] if the config's patterns take more steps than they may.
-    pub fn alpha_of(&self, path: &str) -> Result<f64> {
-        let found = self.alpha_patterns.first_match(&self.path, path)?;
+    pub fn alpha_of(&self, path: &str, written: &str) -> Result<f64> {
+        let found = self.alpha_patterns.value_of(&self.path, path, written)?;
         Ok(found.copied().unwrap_or(self.alpha))
     }
 
@@ -213,6 +214,14 @@ impl PeftConfig {
 }
 
 impl<T> Table<T> {
+    /// The value of the first pattern that matches a path, or else the path as it is written.
+    fn value_of(&self, config: &Path, path: &str, written: &str) -> Result<Option<&T>> {
+        match self.first_match(config, path)? {
+            None if written != path => self.first_match(config, written),
+            found => Ok(found),
+        }
+    }
+
     fn first_match(&self, config: &Path, path: &str) -> Result<Option<&T>> {
         let found = self.patterns.first_match(path);
         let found = found.map_err(|fault| refuse_pattern(config, self.field, &self.keys, fault))?;

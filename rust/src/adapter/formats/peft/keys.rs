@@ -5,15 +5,14 @@ use indexmap::IndexMap;
 use std::sync::Arc;
 
 use super::config::PeftConfig;
+use super::key_names::{Key, KeyReader, NamedPath, Part};
 use crate::adapter::deltas::{BlockDiagonal, Experts, Grouped, LowRank, SharedReads};
 use crate::adapter::{Delta, LayerKind, Module, Parameter, Role, Saved, TrainedRows};
+use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::parallel::task::Task;
 use crate::tensor::safetensors::{Tensor, TensorFile, TensorInfo};
-
-/// PEFT's wrapper around the user's model; not part of any module's name.
-const PREFIX: &str = "base_model.model.";
 
 /// Every tensor of a file in its place.
 pub(super) struct Sorted {
@@ -21,104 +20,14 @@ pub(super) struct Sorted {
     pub saved: Vec<Saved>,
     pub rows: Vec<TrainedRows>,
     pub others: Vec<(String, Role)>,
-}
-
-/// A module's part in a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    A,
-    B,
-    EmbeddingA,
-    EmbeddingB,
-    Magnitude,
-    Bias,
-    Diagonal,
-}
-
-/// The endings of keys that belong to a module. Saved files leave the adapter's name out; files
-/// made by hand sometimes keep it.
-const ENDINGS: [(&str, Part); 15] = [
-    (".lora_A.weight", Part::A),
-    (".lora_A.default.weight", Part::A),
-    (".lora_B.weight", Part::B),
-    (".lora_B.default.weight", Part::B),
-    (".lora_embedding_A", Part::EmbeddingA),
-    (".lora_embedding_A.default", Part::EmbeddingA),
-    (".lora_embedding_B", Part::EmbeddingB),
-    (".lora_embedding_B.default", Part::EmbeddingB),
-    (".lora_magnitude_vector", Part::Magnitude),
-    (".lora_magnitude_vector.weight", Part::Magnitude),
-    (".lora_magnitude_vector.default.weight", Part::Magnitude),
-    (".lora_B.bias", Part::Bias),
-    (".lora_B.default.bias", Part::Bias),
-    (".lora_diag", Part::Diagonal),
-    (".lora_diag.default", Part::Diagonal),
-];
-
-/// The endings of trained rows of an embedding.
-const ROW_ENDINGS: [&str; 2] =
-    [".token_adapter.trainable_tokens_delta", ".token_adapter.trainable_tokens_delta.default"];
-
-/// The keys of a module's A, B, magnitude and bias, as PEFT saves them.
-pub(super) fn names_of(path: &str, embedding: bool) -> [String; 4] {
-    let endings = match embedding {
-        true => {
-            [".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector", ".lora_B.bias"]
-        }
-        false => [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_B.bias"],
-    };
-    endings.map(|ending| format!("{PREFIX}{path}{ending}"))
-}
-
-/// What a key of the file names.
-enum Key {
-    Module(String, Part),
-    Rows(String),
-    Saved(String),
-    Other(Role),
-}
-
-fn classify(name: &str) -> Key {
-    let path = name.strip_prefix(PREFIX).unwrap_or(name);
-    for (ending, part) in ENDINGS {
-        if let Some(module) = path.strip_suffix(ending).filter(|module| !module.is_empty()) {
-            return Key::Module(module.to_owned(), part);
-        }
-    }
-    if let Some(module) = ROW_ENDINGS.iter().find_map(|ending| path.strip_suffix(ending)) {
-        Key::Rows(unwrapped(module))
-    } else if ["lora_velora_embed", "lora_monteclora_sampler", ".original_module."]
-        .iter()
-        .any(|leftover| path.contains(leftover))
-    {
-        Key::Other(Role::TrainingOnly)
-    } else {
-        Key::Saved(unwrapped(path))
-    }
-}
-
-/// A path without the wrappers that PEFT puts around modules; they are not part of the model's own
-/// names.
-fn unwrapped(path: &str) -> String {
-    let wrappers = ["base_layer", "modules_to_save", "token_adapter"];
-    let mut kept: Vec<&str> = Vec::new();
-    let mut follows = false;
-    for part in path.split('.') {
-        // `default` is the adapter's name, which only follows a wrapper.
-        if follows && part == "default" {
-            continue;
-        }
-        follows = part == "modules_to_save";
-        if !wrappers.contains(&part) {
-            kept.push(part);
-        }
-    }
-    kept.join(".")
+    /// What was left out of names.
+    pub notes: Vec<String>,
 }
 
 /// The tensors of one module, as they are found.
 #[derive(Default)]
 struct Parts {
+    path: Option<NamedPath>,
     embedding: bool,
     a: Option<Tensor>,
     b: Option<Tensor>,
@@ -128,25 +37,37 @@ struct Parts {
 }
 
 /// Puts every tensor in its place, pairs the factors up and checks each pair against the config.
-pub(super) fn sort(file: &Arc<TensorFile>, config: &PeftConfig, task: &Task) -> Result<Sorted> {
+pub(super) fn sort(
+    file: &Arc<TensorFile>,
+    config: &PeftConfig,
+    wrappers: Wrappers<'_>,
+    task: &Task,
+) -> Result<Sorted> {
     let mut all = IndexMap::<String, Parts>::new();
-    let mut saved = IndexMap::<String, Tensor>::new();
-    let mut rows = Vec::new();
+    let mut saved = IndexMap::<String, Saved>::new();
+    let mut rows = IndexMap::<String, TrainedRows>::new();
     let mut others = Vec::new();
     let broken = |message: String| Error::adapter(file.path(), message);
+    let names = file.header().tensors.iter().map(|tensor| tensor.name.as_str());
+    let mut reader = KeyReader::new(wrappers, names).map_err(broken)?;
     for info in &file.header().tensors {
         task.check()?;
         let tensor = &Tensor::new(file.clone(), info.clone());
-        let (module, part) = match classify(&tensor.name) {
-            Key::Module(module, part) => (module, part),
+        let (module, path, part) = match reader.read(&tensor.name) {
+            Key::Module { key, path, part } => (key, path, part),
             Key::Saved(path) => {
-                match saved.get(&path) {
-                    None => drop(saved.insert(path, tensor.clone())),
+                match saved.get(&path.path) {
+                    None => {
+                        let trained_apart = config.saves_module_of(&path.path)
+                            || config.saves_module_of(&path.written);
+                        let (path, tensor) = (path.path, tensor.clone());
+                        saved.insert(path.clone(), Saved { path, tensor, trained_apart });
+                    }
                     // PEFT writes the biases of saved modules twice under bias = "all".
-                    Some(other) if is_repeated(other, tensor)? => {
+                    Some(Saved { tensor: other, .. }) if is_repeated(other, tensor)? => {
                         others.push((tensor.name.clone(), Role::Repeated));
                     }
-                    Some(other) => {
+                    Some(Saved { path, tensor: other, .. }) => {
                         return Err(broken(format!(
                             "tensors {} and {} differ, but both are the parameter {path}",
                             other.name, tensor.name
@@ -156,7 +77,14 @@ pub(super) fn sort(file: &Arc<TensorFile>, config: &PeftConfig, task: &Task) -> 
                 continue;
             }
             Key::Rows(path) => {
-                rows.push(trained_rows(path, tensor, config).map_err(broken)?);
+                let new = trained_rows(path, tensor, config).map_err(broken)?;
+                if let Some(other) = rows.get(&new.path) {
+                    return Err(broken(format!(
+                        "tensors {} and {} are both the trained rows of {}",
+                        other.tensor.name, tensor.name, new.path
+                    )));
+                }
+                rows.insert(new.path.clone(), new);
                 continue;
             }
             Key::Other(role) => {
@@ -171,6 +99,7 @@ pub(super) fn sort(file: &Arc<TensorFile>, config: &PeftConfig, task: &Task) -> 
             )));
         }
         let parts = all.entry(module).or_default();
+        let path = &*parts.path.get_or_insert(path);
         parts.embedding |= matches!(part, Part::EmbeddingA | Part::EmbeddingB);
         let slot = match part {
             Part::A | Part::EmbeddingA => &mut parts.a,
@@ -181,8 +110,8 @@ pub(super) fn sort(file: &Arc<TensorFile>, config: &PeftConfig, task: &Task) -> 
         };
         if let Some(other) = slot.replace(tensor.clone()) {
             return Err(broken(format!(
-                "tensors {} and {} are the same part of one module",
-                other.name, tensor.name
+                "tensors {} and {} are the same part of one module, {}; keep the one that was meant",
+                other.name, tensor.name, path.path
             )));
         }
     }
@@ -196,16 +125,22 @@ pub(super) fn sort(file: &Arc<TensorFile>, config: &PeftConfig, task: &Task) -> 
     if file.header().tensors.is_empty() {
         return Err(broken("holds no tensors".into()));
     }
-    let saved = saved.into_iter().map(|(path, tensor)| {
-        let trained_apart = config.saves_module_of(&path);
-        Saved { path, tensor, trained_apart }
-    });
-    Ok(Sorted { modules, saved: saved.collect(), rows, others })
+    let (saved, rows) = (saved.into_values().collect(), rows.into_values().collect());
+    Ok(Sorted { modules, saved, rows, others, notes: reader.notes() })
 }
 
-fn trained_rows(path: String, tensor: &Tensor, config: &PeftConfig) -> Result<TrainedRows, String> {
+fn trained_rows(
+    path: NamedPath,
+    tensor: &Tensor,
+    config: &PeftConfig,
+) -> Result<TrainedRows, String> {
     let name = &tensor.name;
-    let rows = config.features().tokens.as_ref().and_then(|tokens| tokens.rows_of(&path));
+    let NamedPath { path, written } = path;
+    let rows = config
+        .features()
+        .tokens
+        .as_ref()
+        .and_then(|tokens| tokens.rows_of(&path).or_else(|| tokens.rows_of(&written)));
     let Some(rows) = rows else {
         return Err(format!(
             "has {name}, but trainable_token_indices in its config does not say which rows they are"
@@ -240,7 +175,7 @@ fn assemble(
     shared: &Arc<SharedReads>,
 ) -> Result<Module> {
     let broken = |message: String| Error::adapter(file.path(), message);
-    let Parts { embedding, a, b, magnitude, bias, diagonal } = parts;
+    let Parts { path, embedding, a, b, magnitude, bias, diagonal } = parts;
     let (a, b) = match (a, b) {
         (Some(a), Some(b)) => (a, b),
         (Some(a), None) => return Err(broken(format!("has {} but not its lora_B", a.name))),
@@ -249,10 +184,13 @@ fn assemble(
             return Err(broken(format!("has parts of the module {key} but not its factors")));
         }
     };
-    let path = unwrapped(key);
+    let Some(known_as) = path else {
+        return Err(broken(format!("has the module {key} without a path")));
+    };
+    let path = known_as.path.clone();
     let features = config.features();
     let parameters = match embedding {
-        false => parameters_of(&path, config)?,
+        false => parameters_of(&known_as, config)?,
         true => Vec::new(),
     };
     let parts = features.enabled_parts.as_ref().filter(|_| a.shape.len() == 2 && !embedding);
@@ -268,7 +206,7 @@ fn assemble(
     if b.shape[2..].iter().any(|extent| *extent != 1) {
         return Err(broken(format!("{} has shape {:?}; its kernel must be 1", b.name, b.shape)));
     }
-    let (named, expected) = expected_rank(&path, &parameters, a.shape[0], config)?;
+    let (named, expected) = expected_rank(&known_as, &parameters, a.shape[0], config)?;
     let form = match parts {
         Some(parts) => Form::Parts(parts.clone()),
         None if a.shape[0] != expected && !parameters.is_empty() => Form::Experts,
@@ -312,7 +250,7 @@ fn assemble(
         (false, 2) => LayerKind::Linear,
         (false, _) => LayerKind::Convolution,
     };
-    let alpha = config.alpha_of(&named)?;
+    let alpha = config.alpha_of(&named.path, &named.written)?;
     let scaling = config.scaling(alpha, expected);
     if let (Some(diagonal), true) = (&diagonal, form != Form::Plain) {
         return Err(broken(format!(
@@ -365,26 +303,32 @@ fn assemble(
 /// know a parameter by its own name; which of several it is, only the base can tell, so that this
 /// is the first whose rank fits.
 fn expected_rank(
-    path: &str,
+    path: &NamedPath,
     parameters: &[Parameter],
     rows: u64,
     config: &PeftConfig,
-) -> Result<(String, u64)> {
+) -> Result<(NamedPath, u64)> {
     match parameters.iter().find(|parameter| rows.is_multiple_of(parameter.rank)) {
-        Some(parameter) => Ok((format!("{path}.{}", parameter.name), parameter.rank)),
-        None => Ok((path.to_owned(), config.rank_of(path)?)),
+        Some(parameter) => Ok((path.parameter(&parameter.name), parameter.rank)),
+        None => Ok((path.clone(), config.rank_of(&path.path, &path.written)?)),
     }
 }
 
 /// The parameters that a module's factors may belong to, with the rank and the scale that the
 /// config gives each.
-fn parameters_of(path: &str, config: &PeftConfig) -> Result<Vec<Parameter>> {
-    let names = config.features().target_parameters.of_module(path);
-    let names = names.map_err(|message| Error::adapter(config.path(), message))?;
+fn parameters_of(path: &NamedPath, config: &PeftConfig) -> Result<Vec<Parameter>> {
+    let of_module = |path: &str| {
+        let names = config.features().target_parameters.of_module(path);
+        names.map_err(|message| Error::adapter(config.path(), message))
+    };
+    let mut names = of_module(&path.path)?;
+    if names.is_empty() && path.written != path.path {
+        names = of_module(&path.written)?;
+    }
     let parameter = |name: &str| {
-        let known_as = format!("{path}.{name}");
-        let rank = config.rank_of(&known_as)?;
-        let scaling = config.scaling(config.alpha_of(&known_as)?, rank);
+        let NamedPath { path, written } = path.parameter(name);
+        let rank = config.rank_of(&path, &written)?;
+        let scaling = config.scaling(config.alpha_of(&path, &written)?, rank);
         Ok(Parameter { name: name.to_owned(), rank, scaling })
     };
     names.into_iter().map(parameter).collect()

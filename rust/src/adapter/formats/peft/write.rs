@@ -6,7 +6,7 @@ use std::path::Path;
 use indexmap::IndexMap;
 use serde_json::{Map, Value, json};
 
-use super::{WEIGHTS, config, keys};
+use super::{WEIGHTS, config, key_names};
 use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
 use crate::error::{Error, Result};
 use crate::storage::local;
@@ -54,7 +54,7 @@ fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
             return Err(refused(adapter, &what));
         };
         let embedding = module.kind == LayerKind::Embedding;
-        let [name_a, name_b, magnitude, bias] = keys::names_of(&module.path, embedding);
+        let [name_a, name_b, magnitude, bias] = key_names::names_of(&module.path, embedding);
         tensors.push((name_a, a.clone()));
         tensors.push((name_b, b.clone()));
         tensors.extend(module.magnitude.iter().map(|tensor| (magnitude.clone(), tensor.clone())));
