@@ -6,6 +6,7 @@ pub mod coverage;
 pub mod delta;
 pub mod deltas;
 pub mod factors;
+pub mod foreign;
 pub mod format;
 pub mod formats;
 pub mod grammar;

@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::adapter::deltas::LowRank;
 use crate::adapter::format::{Format, Place};
-use crate::adapter::{Adapter, Contents, Grammar, Initialization, LayerKind, Module, Semantics};
+use crate::adapter::{
+    Adapter, Contents, Grammar, Initialization, LayerKind, Module, Semantics, foreign,
+};
 use crate::checkpoint::names::wrappers;
 use crate::error::{Error, Owner, Result};
 use crate::limits;
@@ -110,11 +112,20 @@ impl Format for Kohya {
             let Some((module, part)) = split(&tensor.name) else {
                 return Err(Error::unsupported(
                     &weights,
-                    format!(
-                        "holds {}, which is no part of a plain LoRA of kohya's (lora_down, \
-                         lora_up, alpha)",
-                        tensor.name
-                    ),
+                    match foreign::part_by_key(&tensor.name) {
+                        Some(what) => {
+                            format!(
+                                "holds {}, {what}; it is no part of a plain LoRA of kohya's, and \
+                                 not read yet",
+                                tensor.name
+                            )
+                        }
+                        None => format!(
+                            "holds {}, which is no part of a plain LoRA of kohya's (lora_down, \
+                             lora_up, alpha)",
+                            tensor.name
+                        ),
+                    },
                 ));
             };
             let tensor = Tensor::new(file.clone(), tensor.clone());
@@ -130,6 +141,11 @@ impl Format for Kohya {
         let mut is_wrapped = false;
         for (key, parts) in parts {
             task.check()?;
+            if let (Some(down), Some(up)) = (&parts.down, &parts.up)
+                && let Some(found) = foreign::experts(down, up, None)
+            {
+                return Err(Error::unsupported(&weights, found));
+            }
             let module = parts.module(key).map_err(broken)??;
             is_wrapped |= module.path != key;
             if let Some(other) = paths.insert(module.path.clone(), key) {

@@ -242,9 +242,9 @@ impl<'k> Factor<'k> {
         let end: Vec<_> =
             parts[position + 1..].iter().copied().filter(|part| !is_wrapper(part)).collect();
         let (part, adapter) = match (parts[position], end.as_slice()) {
-            ("lora_A", ["weight"]) => (Part::A, None),
+            ("lora_A", [] | ["weight"]) => (Part::A, None),
             ("lora_A", [adapter, "weight"]) => (Part::A, Some(*adapter)),
-            ("lora_B", ["weight"]) => (Part::B, None),
+            ("lora_B", [] | ["weight"]) => (Part::B, None),
             ("lora_B", [adapter, "weight"]) => (Part::B, Some(*adapter)),
             ("lora_B", ["bias"]) => (Part::Bias, None),
             ("lora_B", [adapter, "bias"]) => (Part::Bias, Some(*adapter)),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::config::PeftConfig;
 use super::key_names::{Key, KeyReader, NamedPath, Part};
 use crate::adapter::deltas::{BlockDiagonal, Experts, Grouped, LowRank, SharedReads};
-use crate::adapter::{Delta, LayerKind, Module, Parameter, Role, Saved, TrainedRows};
+use crate::adapter::{Delta, LayerKind, Module, Parameter, Role, Saved, TrainedRows, foreign};
 use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Result};
 use crate::limits;
@@ -58,6 +58,14 @@ pub(super) fn sort(
             Key::Saved(path) => {
                 match saved.get(&path.path) {
                     None => {
+                        if let Some(what) = foreign::part_by_key(&tensor.name)
+                            .filter(|_| !config.saves_module_of(&path.path))
+                        {
+                            return Err(Error::unsupported(
+                                file.path(),
+                                format!("holds {}, {what}; it is not read yet", tensor.name),
+                            ));
+                        }
                         let trained_apart = config.saves_module_of(&path.path)
                             || config.saves_module_of(&path.written);
                         let (path, tensor) = (path.path, tensor.clone());
@@ -193,6 +201,14 @@ fn assemble(
         false => parameters_of(&known_as, config)?,
         true => Vec::new(),
     };
+    if !embedding && features.enabled_parts.is_none() {
+        let rank = config.rank_of(&known_as.path, &known_as.written)?;
+        let found = foreign::experts(&a, &b, Some(rank));
+        let found = found.or_else(|| foreign::transposed(&a, &b, rank));
+        if let Some(found) = found {
+            return Err(Error::unsupported(file.path(), found));
+        }
+    }
     let parts = features.enabled_parts.as_ref().filter(|_| a.shape.len() == 2 && !embedding);
     if a.shape.len() < 2 || b.shape.len() != a.shape.len() + usize::from(parts.is_some()) {
         return Err(broken(format!(
