@@ -4,4 +4,5 @@ pub mod endings;
 pub mod orientation;
 pub mod prefix;
 pub mod renames;
+pub mod towers;
 pub mod wrappers;

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use indexmap::IndexMap;
 
 use crate::checkpoint::names::renames::NameIndex;
+use crate::checkpoint::names::towers::{TextTower, TowerFit};
 use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
@@ -21,6 +22,16 @@ pub enum PrefixChange {
     Strip(String),
     /// The base's names begin with this, the adapter's do not.
     Add(String),
+    /// The names of the text tower begin so in the adapter and so in the base; all others are the
+    /// same.
+    Tower {
+        /// In the adapter.
+        own: String,
+        /// In the base.
+        base: String,
+        /// The part of the base's config that tells of the tower; none, where it is all of the base.
+        config: Option<&'static str>,
+    },
 }
 
 impl PrefixChange {
@@ -31,6 +42,10 @@ impl PrefixChange {
             Self::Same => parameter.to_owned(),
             Self::Strip(prefix) => parameter.strip_prefix(prefix.as_str())?.to_owned(),
             Self::Add(prefix) => format!("{prefix}{parameter}"),
+            Self::Tower { own, base, .. } => match parameter.strip_prefix(own.as_str()) {
+                Some(rest) => format!("{base}{rest}"),
+                None => parameter.to_owned(),
+            },
         })
     }
 
@@ -44,6 +59,14 @@ impl PrefixChange {
             Self::Add(prefix) => {
                 Some(format!("the base's names begin with {prefix:?}, which its own do not have"))
             }
+            Self::Tower { own, base, config: Some(config) } => Some(format!(
+                "its names begin with {own:?}, and those of the base's text tower with {base:?}, \
+                 which the base's config describes ({config}); it was merged into that tower"
+            )),
+            Self::Tower { own, base, config: None } => Some(format!(
+                "its names of a text tower begin with {own:?}, and those of the base, which is a \
+                 language model alone by its config, with {base:?}"
+            )),
         }
     }
 }
@@ -93,6 +116,14 @@ pub fn find_prefix_change(
     let best = candidates.iter().rev().max_by_key(|(_, count)| *count);
     let (change, count) = best
         .map_or((PrefixChange::Same, same), |(best, count)| (PrefixChange::clone(best), *count));
+    let is_only = candidates.iter().filter(|(_, other)| *other == count).count() == 1;
+    if (count < parameters.len() || !is_only)
+        && let Some(tower) = base.text_tower()
+        && let Some(fit) = tower.fit(parameters, base)
+        && (fit.count > count || fit.count == count && count == parameters.len())
+    {
+        return match_tower(parameters, base, tower, fit, task);
+    }
     let mut hints = Hints { base, known: HashMap::new() };
     let mut problems = Vec::new();
     for parameter in parameters.iter().filter(|parameter| !fits(&change, parameter)) {
@@ -111,6 +142,36 @@ pub fn find_prefix_change(
             equal.join(", or "),
             noun = base.base().noun()
         ));
+    }
+    Ok(PrefixMatch { change, problems })
+}
+
+/// The names of the text tower that the base has under another prefix.
+fn match_tower(
+    parameters: &[String],
+    base: &NameIndex<'_>,
+    tower: &TextTower,
+    fit: TowerFit,
+    task: &Task,
+) -> Result<PrefixMatch> {
+    let TowerFit { own, rival, .. } = fit;
+    let mut problems = Vec::new();
+    if let Some(rival) = rival {
+        problems.push(format!(
+            "its modules ({own}…) fit the text tower of the {noun} ({}…) and {rival}… as well, by \
+             names and shapes; nothing tells which was trained, so rename the adapter's modules to \
+             those of the one that was meant",
+            tower.prefix,
+            noun = base.base().noun()
+        ));
+    }
+    let change = PrefixChange::Tower { own, base: tower.prefix.clone(), config: tower.config };
+    let mut hints = Hints { base, known: HashMap::new() };
+    for parameter in parameters {
+        task.check()?;
+        if !change.apply(parameter).is_some_and(|name| base.has(&name)) {
+            problems.push(hints.complain(parameter));
+        }
     }
     Ok(PrefixMatch { change, problems })
 }

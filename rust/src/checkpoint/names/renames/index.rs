@@ -9,6 +9,7 @@ use indexmap::IndexMap;
 use super::{Canonical, Renames, SliceIndex};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::endings::Backwards;
+use crate::checkpoint::names::towers::TextTower;
 use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
@@ -31,6 +32,8 @@ pub struct NameIndex<'a> {
     renamed: Option<Renamed>,
     /// The canonical names by their ends; made when they are asked for.
     backwards: OnceLock<Backwards>,
+    /// Where its language model lies; found when it is asked for.
+    text_tower: OnceLock<Option<TextTower>>,
 }
 
 #[derive(Debug, Clone)]
@@ -42,7 +45,7 @@ struct Renamed {
 impl<'a> NameIndex<'a> {
     /// The names as they stand.
     pub fn plain(base: &'a Checkpoint) -> Self {
-        Self { base, renamed: None, backwards: OnceLock::new() }
+        Self { base, renamed: None, backwards: OnceLock::new(), text_tower: OnceLock::new() }
     }
 
     /// The canonical names under some rules.
@@ -58,7 +61,7 @@ impl<'a> NameIndex<'a> {
             tensors.entry(canonical).or_default().push(stored);
         }
         let renamed = Some(Renamed { renames, tensors });
-        Ok(Self { base, renamed, backwards: OnceLock::new() })
+        Ok(Self { base, renamed, backwards: OnceLock::new(), text_tower: OnceLock::new() })
     }
 
     /// The checkpoint.
@@ -96,6 +99,16 @@ impl<'a> NameIndex<'a> {
         key.map_or("", String::as_str)
     }
 
+    /// The canonical names, in their order.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        (0..self.count()).map(|position| self.key(position))
+    }
+
+    /// Where the base's language model lies, if its config tells.
+    pub fn text_tower(&self) -> Option<&TextTower> {
+        self.text_tower.get_or_init(|| TextTower::find(self)).as_ref()
+    }
+
     /// The position of a canonical name.
     fn position(&self, canonical: &str) -> Option<usize> {
         match &self.renamed {
@@ -115,12 +128,17 @@ impl<'a> NameIndex<'a> {
         self.positions_ending_in(text).into_iter().map(|position| self.key(position))
     }
 
-    /// The first canonical name that differs from this one by a leading part, of either.
+    /// The first canonical name that differs from this one by a leading part, of either, or by the
+    /// name of the text tower.
     pub fn with_other_prefix(&self, canonical: &str) -> Option<&str> {
         let cuts = canonical.match_indices('.').take(limits::LEADING_PARTS);
         let shorter = cuts.filter_map(|(dot, _)| self.position(&canonical[dot + 1..])).min();
         let longer = self.positions_ending_in(&format!(".{canonical}")).first().copied();
-        let first = [shorter, longer].into_iter().flatten().min()?;
+        let in_tower = || {
+            let (_, name) = self.text_tower()?.locate(canonical, self)?;
+            self.position(&name)
+        };
+        let first = [shorter, longer].into_iter().flatten().min().or_else(in_tower)?;
         Some(self.key(first))
     }
 
