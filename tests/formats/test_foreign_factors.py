@@ -48,7 +48,7 @@ def test_experts_in_one_tensor_are_called_so(tmp_path: Path, layout: str, end: s
         assert all(words in str(error.value) for words in says)
     scanned = lorafast.scan(adapter)
     assert len(scanned.errors) == 1
-    assert "factors of 8 experts" in str(scanned.errors[0])
+    assert "factors of 8 experts" in scanned.errors[0].reason
 
 
 def test_a_rank_of_one_is_told_from_a_convolution(tmp_path: Path) -> None:
