@@ -589,3 +589,23 @@ def test_a_bin_leaves_no_temporary_files(
         gc.collect()
     assert not list(scratch.iterdir())
     assert not [w for w in caught if issubclass(w.category, ResourceWarning)]
+
+
+@pytest.mark.parametrize("wrapper", ["", "modules_to_save."])
+def test_a_lora_on_a_head_that_the_adapter_brings_is_refused_for_that(
+    wrapper: str, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base")
+    score = f"{PREFIX}score.{wrapper}"
+    whole = f"{score}base_layer.weight" if wrapper else f"{score}weight"
+    tensors = adapter_tensors() | {
+        f"{score}lora_A.weight": tensor(np.ones((4, 20))),
+        f"{score}lora_B.weight": tensor(np.ones((3, 4))),
+        whole: tensor(np.ones((3, 20))),
+    }
+    adapter = make_adapter(tmp_path / "adapter", tensors, modules_to_save=["score"])
+    with pytest.raises(lorafast.PlanError) as raised:
+        lorafast.plan(base, adapter)
+    (problem,) = raised.value.problems
+    assert "its module score is saved whole and has a LoRA as well" in problem
+    assert "the base has no score.weight" in problem

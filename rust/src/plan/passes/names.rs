@@ -1,5 +1,7 @@
 //! The pass that maps an adapter's names to the base's.
 
+use std::collections::HashSet;
+
 use indexmap::IndexMap;
 
 use super::targets::{self, FoundTargets, Target};
@@ -67,21 +69,36 @@ fn map_by<'a>(
     // A head that shares the embeddings' tensor has none of its own to be found by.
     let known = |parameter: &String| context.name_in_tie(parameter).is_none();
     let canonical = |parameter: String| names.canonical(&parameter).name;
+    let whole_paths: HashSet<_> = adapter.saved().iter().map(|saved| saved.path.as_str()).collect();
     let whole = adapter.saved().iter().map(|saved| saved.path.clone());
     let rows = adapter.trained_rows().iter().map(|rows| format!("{}.weight", rows.path));
     let saved: Vec<String> = whole.chain(rows).collect();
+    // A weight that the adapter saves whole need not be in the base, whatever else is on it.
+    let is_saved = |parameter: &String| whole_paths.contains(parameter.as_str());
     let prefix = if targets.is_empty() {
         // Saved parameters need not be in the base; each is asked for below.
         let parameters: Vec<_> = saved.iter().cloned().map(canonical).collect();
         prefix::find_prefix_change(&parameters, &names, context.task)?.change
     } else {
         let parameters = targets.values().map(|target| target.parameter.clone());
-        let parameters: Vec<_> = parameters.filter(known).map(canonical).collect();
+        let parameters = parameters.filter(known).filter(|parameter| !is_saved(parameter));
+        let parameters: Vec<_> = parameters.map(canonical).collect();
         let found = prefix::find_prefix_change(&parameters, &names, context.task)?;
         problems.extend(found.problems);
         found.change
     };
     let names = NameMap::new(names, prefix);
+    let brought = targets.values().map(|target| &target.parameter);
+    let brought = brought.filter(|path| is_saved(path) && known(path) && !names.has(path));
+    problems.extend(brought.map(|parameter| {
+        let module = parameter.strip_suffix(".weight").unwrap_or(parameter);
+        format!(
+            "its module {module} is saved whole and has a LoRA as well, and the {} has no \
+             {parameter}: an update of what the adapter itself brings cannot be merged; merge the LoRA \
+             into that module before it is saved, or keep the module out of target_modules",
+            context.base.noun()
+        )
+    }));
     let unmatched_saved = saved.iter().filter(|path| known(path) && !names.has(path)).count();
     let unmatched_modules = (adapter.modules().values())
         .filter(|module| {
