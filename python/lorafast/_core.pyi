@@ -29,6 +29,8 @@ __all__ = [
     "assemble_shards",
     "build_info",
     "compare_adapters",
+    "holds_adapter",
+    "identify_path",
     "list_adapter",
     "list_checkpoint",
     "module_metrics",
@@ -153,6 +155,8 @@ def names_fit(
 def list_checkpoint(path: str | os.PathLike[str]) -> Listing: ...
 def list_adapter(adapter: _AdapterSource) -> Listing: ...
 def adapter_format(path: str | os.PathLike[str]) -> AdapterFormat | None: ...
+def holds_adapter(path: str | os.PathLike[str]) -> bool: ...
+def identify_path(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
     adapter: _AdapterSource,
     *,
@@ -162,6 +166,8 @@ def analyze_adapter(
     entries: bool,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
+    alpha: float | None = None,
+    scale: float | None = None,
 ) -> Analysis: ...
 def compare_adapters(
     adapters: Sequence[_AdapterSource],

@@ -23,6 +23,8 @@ class Use(TypedDict):
 class Coverage(TypedDict):
     fields: list[Use]
     tensors: list[Use]
+    #: Files of weights in the adapter's directory.
+    files: list[Use]
 
 @type_check_only
 class Range(TypedDict):
@@ -249,8 +251,10 @@ class ListedModule(TypedDict):
     name: str
     kind: LayerKind
     rank: int
-    alpha: float
-    scaling: float
+    #: `None` where nothing tells it.
+    alpha: float | None
+    #: Likewise.
+    scaling: float | None
     #: Outputs and inputs.
     shape: list[int]
 

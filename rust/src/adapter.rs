@@ -5,6 +5,7 @@
 pub mod coverage;
 pub mod delta;
 pub mod deltas;
+pub mod directory;
 pub mod factors;
 pub mod foreign;
 pub mod format;
@@ -22,12 +23,12 @@ use serde_json::{Map, Value};
 
 pub use coverage::{Coverage, PartUse, Usage};
 pub use delta::{Delta, Expert};
+pub use directory::Directory;
 pub use semantics::{Initialization, Semantics, TransposedExperts};
 
 use crate::error::{Owner, Result};
 use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local::Stamp;
-use crate::storage::store::Store;
 use crate::tensor::safetensors::{Tensor, TensorFile, check_path};
 use factors::Pair;
 use zero::ZeroCause;
@@ -242,10 +243,10 @@ pub struct Contents {
     pub settings: Map<String, Value>,
     /// What describes it to a person, for listings.
     pub summary: IndexMap<&'static str, Value>,
-    /// The directory that it lies in, with what belongs to it beside its weights.
-    pub directory: Option<Arc<dyn Store>>,
     /// The files that it was read from beside the tensors', and what each was then.
     pub read_from: Vec<(PathBuf, Stamp)>,
+    /// The directory that is the adapter's, where it is more than one file.
+    pub directory: Option<Directory>,
 }
 
 /// A read adapter.
@@ -263,11 +264,6 @@ impl Adapter {
     /// The path that was opened: what messages call it.
     pub fn path(&self) -> &Path {
         &self.contents.path
-    }
-
-    /// The directory that it lies in, with what belongs to it beside its weights.
-    pub fn directory(&self) -> Option<&dyn Store> {
-        self.contents.directory.as_deref()
     }
 
     /// The name of the format that it was read from.
@@ -315,6 +311,11 @@ impl Adapter {
         &self.contents.semantics
     }
 
+    /// The directory that is the adapter's, where it is more than one file.
+    pub fn directory(&self) -> Option<&Directory> {
+        self.contents.directory.as_ref()
+    }
+
     /// How its modules are named.
     pub fn grammar(&self) -> Grammar {
         self.contents.grammar
@@ -347,13 +348,17 @@ impl Adapter {
             fields: contents.fields.clone(),
             settings: contents.settings.clone(),
             summary: contents.summary.clone(),
-            directory: contents.directory.clone(),
             read_from: contents.read_from.clone(),
+            directory: contents.directory.clone(),
         })
     }
 
-    /// What becomes of every settings field and every tensor. Fields named in `allow` are let pass.
-    pub fn coverage(&self, allow: &[String]) -> Coverage {
+    /// What becomes of every settings field, every tensor, and every file of weights in its directory.
+    /// Fields and files named in `allow` are let pass.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if the directory cannot be listed.
+    pub fn coverage(&self, allow: &[String]) -> Result<Coverage> {
         let mut known = IndexMap::<&str, (Usage, String)>::new();
         for module in self.modules().values() {
             for (what, tensor) in module.tensors() {
@@ -375,7 +380,14 @@ impl Adapter {
             let unknown = || (Usage::Refused, "has no known part".to_owned());
             PartUse::new(tensor.name.as_str(), usage.unwrap_or_else(unknown))
         });
-        Coverage { tensors: tensors.collect(), fields: self.fields(allow) }
+        let (tensors, fields) = (tensors.collect(), self.fields(allow));
+        Ok(Coverage { fields, tensors, files: self.files(allow)? })
+    }
+
+    /// What becomes of every file of weights in its directory. Those named in `allow` are let pass.
+    fn files(&self, allow: &[String]) -> Result<Vec<PartUse>> {
+        let files = self.directory().map_or(Ok(Vec::new()), Directory::weights);
+        Ok(coverage::allowed(&files.map_err(directory::of_adapter)?, allow))
     }
 
     /// What becomes of every settings field. Fields named in `allow` are let pass.
@@ -383,10 +395,19 @@ impl Adapter {
         coverage::allowed(&self.contents.fields, allow)
     }
 
-    /// Everything in the adapter that cannot be merged, in words that name the feature. Fields
-    /// named in `allow` are let pass.
+    /// Everything in the adapter's settings that cannot be merged, in words that name the feature.
+    /// Fields named in `allow` are let pass.
     pub fn obstacles(&self, allow: &[String]) -> Vec<String> {
         coverage::refused(&self.fields(allow))
+    }
+
+    /// The files of weights in its directory that a merge would leave out, each in words that say so.
+    /// Those named in `allow` are let pass.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if the directory cannot be listed.
+    pub fn files_left_out(&self, allow: &[String]) -> Result<Vec<String>> {
+        Ok(coverage::refused(&self.files(allow)?))
     }
 
     /// The SHA-256 of what its tensors were read from, in hexadecimal.

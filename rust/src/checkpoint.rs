@@ -19,6 +19,7 @@ use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::directory::{self, LocalDirectory};
 use crate::storage::file_names::shard_of;
+use crate::storage::identify;
 use crate::storage::local;
 use crate::storage::memory::InMemory;
 use crate::storage::staging;
@@ -90,9 +91,16 @@ impl Checkpoint {
         }
         let (directory, name) = directory::of_file(path);
         if !name.ends_with(".safetensors") {
+            let found = identify::of_file(&directory, &name);
             return Err(Error::checkpoint(
                 path,
-                "is not a .safetensors file; give a model directory or a .safetensors file",
+                match found.filter(|found| !found.is_safetensors()) {
+                    Some(found) => found.sentence(),
+                    None => {
+                        "is not a .safetensors file; give a model directory or a .safetensors file"
+                            .to_owned()
+                    }
+                },
             ));
         }
         let mut warnings = Vec::new();
@@ -104,7 +112,7 @@ impl Checkpoint {
             Self::of_files(Arc::new(directory), Files { shards: vec![name], index: None }, task)?;
         file.path = path.to_path_buf();
         file.is_directory = false;
-        file.warnings = warnings;
+        file.warnings.extend(warnings);
         Ok(file)
     }
 
@@ -129,12 +137,15 @@ impl Checkpoint {
         };
         let shards = files.shards.into_iter().map(open).collect::<Result<Vec<_>>>()?;
         let tensors = gather(&shards)?;
-        let warnings = match &files.index {
+        let mut warnings = match &files.index {
             Some(index) => {
                 index::check_index(&store.path(&index.file_name), index, &shards, &tensors)?
             }
             None => Vec::new(),
         };
+        warnings.extend(shards.iter().filter_map(|Shard { file, .. }| {
+            Some(format!("{}: {}", file.path().display(), file.header().left_empty()?))
+        }));
         let config = read_config(&*store)?;
         Ok(Self {
             path: store.root().to_path_buf(),
@@ -399,8 +410,10 @@ mod tests {
     fn what_is_no_model_is_named() {
         let directory = tempfile::tempdir().expect("a directory");
         let root = directory.path();
-        assert!(complaint(root).contains("holds no model"));
-        fs::write(root.join("pytorch_model.bin"), "").expect("written");
+        assert!(complaint(root).contains("is an empty directory"));
+        fs::write(root.join("pytorch_model.bin"), "<html>").expect("written");
+        assert!(complaint(root).contains("pytorch_model.bin is an HTML page"));
+        fs::write(root.join("pytorch_model.bin"), b"\x80\x02}q\x01.").expect("written");
         assert!(complaint(root).contains("as .bin files"));
         write_shard(&root.join("one.safetensors"), &["x"]);
         assert!(Checkpoint::open(root).is_ok());

@@ -4,11 +4,14 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Coverage};
+use crate::adapter::coverage::PartUse;
+use crate::adapter::formats::unread::Unread;
+use crate::adapter::{Adapter, Coverage, Usage};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::QuantizedWeights;
+use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Origin, Plan, PlannedChange, Strategy, Update};
-use crate::tensor::safetensors::TensorFile;
+use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
 /// An adapter within a plan.
 #[derive(Debug, Serialize)]
@@ -152,8 +155,10 @@ struct ListedModule {
     name: String,
     kind: &'static str,
     rank: u64,
-    alpha: f64,
-    scaling: f64,
+    /// `None` where nothing tells it.
+    alpha: Option<f64>,
+    /// Likewise.
+    scaling: Option<f64>,
     shape: [u64; 2],
 }
 
@@ -239,7 +244,10 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
 }
 
 /// Lists an adapter.
-pub fn adapter(adapter: &Adapter) -> Listing {
+///
+/// # Errors
+/// [`crate::Error::Io`] if its directory cannot be listed.
+pub fn adapter(adapter: &Adapter) -> Result<Listing> {
     let name = last_part(adapter.file().path());
     let mut listing = Listing::new(
         "adapter",
@@ -253,19 +261,42 @@ pub fn adapter(adapter: &Adapter) -> Listing {
             name: module.path.clone(),
             kind: module.kind.name(),
             rank: module.rank,
-            alpha: module.alpha,
-            scaling: module.scaling,
+            alpha: Some(module.alpha).filter(|alpha| !alpha.is_nan()),
+            scaling: Some(module.scaling).filter(|scaling| !scaling.is_nan()),
             shape: [module.outputs(), module.inputs()],
         })
         .collect();
     let mut summary: Map<String, Value> =
         (adapter.summary().iter()).map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     summary.insert("modules".into(), serde_json::to_value(modules).unwrap_or(Value::Null));
-    summary.insert("features".into(), Value::from(adapter.obstacles(&[])));
+    let mut features = adapter.obstacles(&[]);
+    features.extend(adapter.files_left_out(&[])?);
+    summary.insert("features".into(), Value::from(features));
     summary.insert("notes".into(), Value::from(adapter.notes()));
-    let coverage = serde_json::to_value(adapter.coverage(&[])).unwrap_or(Value::Null);
+    let coverage = serde_json::to_value(adapter.coverage(&[])?).unwrap_or(Value::Null);
     summary.insert("coverage".into(), coverage);
     listing.config = Some(adapter.settings().clone());
+    listing.adapter = Some(summary);
+    Ok(listing)
+}
+
+/// Lists an adapter of a format that cannot be read: its tensors, and what it is.
+pub fn unread_adapter(unread: &Unread) -> Listing {
+    let file = &unread.file;
+    let name = last_part(file.path());
+    let files = std::iter::once((name.as_str(), file.as_ref()));
+    let mut listing = Listing::new("adapter", &unread.path, files);
+    let refused = |tensor: &TensorInfo| {
+        let reason = "is of a format that cannot be read";
+        PartUse::new(tensor.name.as_str(), (Usage::Refused, reason))
+    };
+    let tensors = file.header().tensors.iter().map(refused).collect();
+    let coverage = Coverage { tensors, fields: Vec::new(), files: Vec::new() };
+    let mut summary: Map<String, Value> =
+        unread.summary().into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    summary.insert("modules".into(), Value::Array(Vec::new()));
+    summary.insert("features".into(), Value::from(vec![unread.identity.sentence()]));
+    summary.insert("coverage".into(), serde_json::to_value(coverage).unwrap_or(Value::Null));
     listing.adapter = Some(summary);
     listing
 }

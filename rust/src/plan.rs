@@ -16,6 +16,7 @@ mod value;
 
 use std::sync::Arc;
 
+use crate::adapter::formats::recognize;
 use crate::adapter::{Adapter, grammar, zero};
 use crate::error::{Error, Result, shorten_all};
 use crate::parallel::task::Task;
@@ -95,7 +96,9 @@ impl Plan {
         task.check()?;
         let context = Context::new(inputs, &options, task)?;
         let mut draft = planner::draft(&context, &weights)?;
-        let (mut notes, of_adapters) = std::mem::take(&mut draft.messages).finish()?;
+        let (mut notes, of_adapters) = std::mem::take(&mut draft.messages)
+            .finish()
+            .map_err(|error| explained_by_the_base(inputs, error))?;
         let mut config_changes = draft.config_changes.clone();
         if let Some(ReplicatedInputs { replication, .. }) = &replicated {
             notes.push(format!(
@@ -123,7 +126,7 @@ impl Plan {
         task.check()?;
         let shards = layout::plan_shards(inputs, &options, draft, &context.quantized);
         task.check()?;
-        let coverage = coverage::resolve(inputs, &options.allow, &shards, &ignored);
+        let coverage = coverage::resolve(inputs, &options.allow, &shards, &ignored)?;
         Ok(Self {
             options,
             weights,
@@ -153,12 +156,38 @@ fn named_like_the_base(inputs: &Inputs) -> Option<Inputs> {
     changed.then(|| Inputs { base: inputs.base.clone(), adapters })
 }
 
+/// Why nothing fits, where the base is no model or was saved without its values.
+fn explained_by_the_base(inputs: &Inputs, error: Error) -> Error {
+    if !matches!(error, Error::Plan(_)) {
+        return error;
+    }
+    let base = &inputs.base;
+    if let Some(message) = base.shards().iter().find_map(|shard| shard.file.header().left_empty()) {
+        return Error::checkpoint(base.path(), message);
+    }
+    let kind = match base.shards() {
+        [only] => recognize::kind_of(&only.file),
+        _ => None,
+    };
+    match kind {
+        Some(kind) => Error::checkpoint(
+            base.path(),
+            format!("is {}, not a base model; give it as an adapter", kind.what()),
+        ),
+        None => error,
+    }
+}
+
 /// Refuses, adapter by adapter, whatever cannot be merged.
 fn refuse_obstacles(inputs: &Inputs, allow: &[String]) -> Result<()> {
-    let refused: Vec<_> = (inputs.adapters.iter())
-        .map(|adapter| (adapter.path(), adapter.obstacles(allow)))
-        .filter(|(_, obstacles)| !obstacles.is_empty())
-        .collect();
+    let mut refused = Vec::new();
+    for adapter in &inputs.adapters {
+        let mut obstacles = adapter.obstacles(allow);
+        obstacles.extend(adapter.files_left_out(allow)?);
+        if !obstacles.is_empty() {
+            refused.push((adapter.path(), obstacles));
+        }
+    }
     let [(path, obstacles), rest @ ..] = refused.as_slice() else {
         return Ok(());
     };

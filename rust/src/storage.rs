@@ -3,6 +3,7 @@
 pub(crate) mod digest;
 pub mod directory;
 pub mod file_names;
+pub mod identify;
 pub mod local;
 pub mod memory;
 pub mod sink;

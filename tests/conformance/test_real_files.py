@@ -25,15 +25,15 @@ MODULE = "layers.0.q_proj"
 MERGED = {"bloom_legacy", "gpt2_cls", "gpt2_mycguo", "tiny_lora", "peft_repo__2026-03-16"}
 # The part of a folder's name -> words of the refusal.
 REFUSED = {
-    "cloneofsimo_examples": ["adapter_config.json"],
-    "diffusers_repo": ["adapter_config.json"],
-    "lycoris_lokr": ["adapter_config.json"],
+    "cloneofsimo_examples": ["cloneofsimo"],
+    "diffusers_repo": ["diffusers' older names"],
+    "lycoris_lokr": ["a LoKr of LyCORIS"],
     "mlx_test_dpo": ["MLX"],
     "peft_repo__2023-08-07": ["IA3"],
     "peft_repo__2026-01-21": ["peft_type"],
     "peft_repo__2026-08-05": ["peft_type"],
-    "sam_lora_ranks": ["adapter_config.json"],
-    "sd15_catund": ["adapter_config.json"],
+    "sam_lora_ranks": ["Sam_LoRA"],
+    "sd15_catund": ["diffusers' attention processors"],
 }
 
 

@@ -45,7 +45,7 @@ def test_broken_adapters_are_records_and_the_others_are_read(tmp_path: Path) -> 
     assert "adapter_config.json" in reasons["json"]
     assert reasons["bare"].startswith("holds no adapter_config.json")
     assert "no adapter_model.safetensors" in reasons["empty"]
-    assert "adapter_model.bin: cannot be read" in reasons["pickle"]
+    assert "adapter_model.bin: is a text, no weights" in reasons["pickle"]
     assert reasons["nowhere"] == "No such file or directory"
 
 

@@ -147,7 +147,7 @@ def test_json_that_is_deep_or_none_is_a_sentence(tmp_path: Path) -> None:
         parse_json(b"\xff", "x.json", lorafast.AdapterError)
     for content in (b"", b"\1\0\0", (1 << 62).to_bytes(8, "little"), encode("[]", b"")):
         (tmp_path / "x.safetensors").write_bytes(content)
-        with pytest.raises(lorafast.CheckpointError, match="is no safetensors file"):
+        with pytest.raises(lorafast.CheckpointError, match=r"is (no safetensors|an empty) file"):
             read_header(tmp_path / "x.safetensors")
 
 

@@ -75,6 +75,7 @@ def test_no_text_of_a_merges_report_is_markup() -> None:
             {
                 "fields": [{"name": ATTACK, "use": "not_needed", "reason": ATTACK}],
                 "tensors": [{"name": ATTACK, "use": "not_needed", "reason": ATTACK}],
+                "files": [{"name": ATTACK, "use": "not_needed", "reason": ATTACK}] * 2,
             }
         ],
         "fallbacks": {ATTACK: [ATTACK]},

@@ -56,6 +56,8 @@ def analyze(
     base: Source | None = None,
     histogram_bins: int = 50,
     entries: bool = False,
+    alpha: float | None = None,
+    scale: float | None = None,
     threads: int | None = None,
     progress: Progress = False,
 ) -> AdapterAnalysis:
@@ -71,6 +73,10 @@ def analyze(
             `.safetensors` file or a hub id.
         histogram_bins: bins of every histogram, from 1 to 65536.
         entries: also look at the entries of every ΔW; takes out × in × rank operations a module.
+        alpha: of weights whose `adapter_config.json` is not there: each module's scale is this over
+            its rank. Without it and `scale`, what depends on the scale (norms, singular values) is
+            NaN, and a finding says so.
+        scale: likewise, the scale itself.
         threads: worker threads; one for each core if `None`.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
@@ -97,6 +103,11 @@ def analyze_named(adapter: Source, name: str, options: AnalysisOptions) -> Adapt
         raise ValueError(
             f"histogram_bins must be from 1 to {MAX_BINS}, not {options.histogram_bins}"
         )
+    for name_of, value in (("alpha", options.alpha), ("scale", options.scale)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name_of} must be a finite number, not {value}")
+    if options.alpha is not None and options.scale is not None:
+        raise ValueError("alpha and scale say the same; give one of them")
     check_threads(options.threads)
     require_readers(adapter, options.base)
     base_path = None if options.base is None else locate(options.base, BASE_PATTERNS)
@@ -110,6 +121,8 @@ def analyze_named(adapter: Source, name: str, options: AnalysisOptions) -> Adapt
             entries=options.entries,
             threads=options.threads,
             progress=report,
+            alpha=options.alpha,
+            scale=options.scale,
         )
     return _adapter_analysis(found, name)
 

@@ -163,7 +163,7 @@ def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
         elif scaling < 0:
             reason = f"{what}: it subtracts what was trained."
             yield Finding("warning", "unusual_scale", where, scaling, reason)
-        elif not low <= scaling <= high:
+        elif not low <= scaling <= high and not math.isnan(scaling):
             reason = f"{what}; usual are {low:g} to {high:g}."
             yield Finding("warning", "unusual_scale", where, scaling, reason)
         if rank > LARGEST_ORDINARY_RANK:

@@ -18,6 +18,14 @@ class AnalysisOptions(NamedTuple):
         int, Flag("bins of histograms (default: 50)", metavar="N", name="bins")
     ] = 50
     entries: Annotated[bool, Flag("also look at every entry of every update")] = False
+    alpha: Annotated[
+        float | None,
+        Flag("alpha of weights without their config: each scale is alpha / rank", metavar="A"),
+    ] = None
+    scale: Annotated[
+        float | None,
+        Flag("scale of weights without their config, in alpha's place", metavar="S"),
+    ] = None
     threads: Annotated[int | None, THREADS] = None
     progress: Annotated[Progress, Flag(None)] = False
 

@@ -158,6 +158,8 @@ def _all_as_json(analyses: list[AdapterAnalysis], failures: Failures) -> dict[st
 def show_analysis(analysis: AdapterAnalysis, terminal: Terminal) -> None:
     """Print findings, what the adapter is, and its largest updates."""
     summary, weights = analysis.summary, analysis.weights
+    # Of weights without their config the scale may not be known.
+    scaled = bool(summary["scalings"]) or not analysis.modules
     terminal.heading(f"{analysis.name}: {plural(summary['modules'], 'module')}")
     show_findings(analysis.findings, terminal)
     terminal.facts(
@@ -167,11 +169,14 @@ def show_analysis(analysis: AdapterAnalysis, terminal: Terminal) -> None:
             "parameters": f"{count_text(summary['total_parameters'])}, "
             f"{bytes_text(summary['total_bytes'])}, {', '.join(summary['dtypes'])}",
             "rank": ", ".join(map(str, summary["ranks"])) or "none",
-            "scale": ", ".join(map(number_text, summary["scalings"][:6])) or "none",
+            "scale": ", ".join(map(number_text, summary["scalings"][:6]))
+            or ("none" if scaled else "not known"),
             "weights": f"mean {weights.mean:.4g}, std {weights.std:.4g}, "
             f"from {weights.min:.4g} to {weights.max:.4g}",
             "norm of ΔW": f"{summary['frobenius_norm']:.4g}, largest σ "
-            f"{summary['max_spectral_norm']:.4g}",
+            f"{summary['max_spectral_norm']:.4g}"
+            if scaled
+            else "not known without the scale",
         }
     )
     # What is not a number stands first: it is what to look at.
@@ -190,11 +195,12 @@ def show_analysis(analysis: AdapterAnalysis, terminal: Terminal) -> None:
     columns += [Column(name, number=True) for name in ("σ₁", "stable", "effective", "k₉₉")]
     rows = []
     for module in modules[:MAX_MODULES]:
-        row = [module.path, str(module.rank), f"{module.frobenius_norm:.4g}"]
+        row = [module.path, str(module.rank), f"{module.frobenius_norm:.4g}" if scaled else ""]
         if relative:
-            row.append("" if module.relative_norm is None else f"{module.relative_norm:.4g}")
+            is_known = scaled and module.relative_norm is not None
+            row.append(f"{module.relative_norm:.4g}" if is_known else "")
         row += [
-            f"{module.spectral_norm:.4g}",
+            f"{module.spectral_norm:.4g}" if scaled else "",
             f"{module.stable_rank:.3g}",
             f"{module.effective_rank:.3g}",
             str(module.k99),

@@ -211,8 +211,8 @@ def _show_modules(modules: Sequence[ListedModule], terminal: Terminal) -> None:
             str(count),
             pattern,
             str(rank),
-            number_text(alpha),
-            number_text(scaling),
+            "" if alpha is None else number_text(alpha),
+            "" if scaling is None else number_text(scaling),
             shape_text(list(shape)),
         )
         for (rank, alpha, scaling, shape), names in groups.items()

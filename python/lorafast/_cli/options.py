@@ -103,6 +103,8 @@ def _settings(option: Option) -> dict[str, Any]:
         settings |= {"type": float, "default": float(option.default // option.flag.unit)}
     elif int in option.members and str not in option.members:
         settings["type"] = int
+    elif float in option.members:
+        settings["type"] = float
     return settings
 
 

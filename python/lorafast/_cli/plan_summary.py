@@ -52,7 +52,7 @@ def show_plan(plan: PlanDescription, terminal: Terminal) -> None:
 
 
 def show_coverage(coverage: Coverage, terminal: Terminal, *, fields: bool) -> None:
-    """Print what becomes of an adapter's tensors and config fields, and of which not all is used.
+    """Print what becomes of an adapter's tensors, config fields and files, and what is not used.
 
     Args:
         coverage: as a plan or a listing has it.
@@ -60,8 +60,8 @@ def show_coverage(coverage: Coverage, terminal: Terminal, *, fields: bool) -> No
         fields: list the config fields that are not used as well as the tensors.
     """
     terminal.line(f"  {summary_text(coverage)}")
-    entries = coverage if fields else {"tensors": coverage["tensors"], "fields": []}
-    rows = [(use, names_text(names), reason) for use, reason, names in left_over(entries)]
+    shown: Coverage = coverage if fields else {**coverage, "fields": []}
+    rows = [(use, names_text(names), reason) for use, reason, names in left_over(shown)]
     if rows:
         terminal.table((Column("use"), Column("names"), Column("reason")), rows)
 

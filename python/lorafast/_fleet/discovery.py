@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorafast import _core
 from lorafast._errors import AdapterError, CheckpointError
 from lorafast._io.paths import expand, find
-from lorafast._io.sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
+from lorafast._io.sources import CONFIG, LEFTOVERS, PICKLED_WEIGHTS, PICKLES, WEIGHTS, what_is
 from lorafast._io.strangers import read_header, reason_of
 from lorafast._results import shown
 from lorafast._types import Source
@@ -21,14 +22,6 @@ from lorafast._types import Source
 MARKS = frozenset({CONFIG, WEIGHTS, PICKLED_WEIGHTS})
 #: What makes a directory a model's, whose weights files are none of adapters.
 MODEL_MARKS = ("config.json", "model_index.json")
-#: Weights of adapters that other programs save without a config.
-PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
-#: What lies beside them in the directory of a training run.
-LEFTOVERS = re.compile(
-    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|pytorch_model|model)\b.*"
-    r"|.*(optim|sched)_states.*",
-    re.IGNORECASE,
-)
 #: In the tensors' names of adapters, whatever saved them.
 ADAPTER_NAMES = re.compile(
     r"lora|hada_w|lokr_w|ia3|oft_|vera_lambda|:(up|down)\b|\.alpha\b|dora_scale", re.IGNORECASE
@@ -99,16 +92,18 @@ def discover(paths: Source | Iterable[Source]) -> Discovery:
             what = "Nothing matches" if _is_glob(source) else "No such file or directory"
             errors.append(ScanError(Path(source), what))
         for path in matches:
-            search.add(path)
+            search.add(path, named=len(sources) == 1 and path == Path(expand(source)))
     if missing == len(sources):
         raise FileNotFoundError(2, errors[0].reason, os.fspath(sources[0]))
     found = Discovery(search.adapters, errors, search.searched)
     if not found.adapters and not found.errors:
         names = ", ".join(os.fspath(source) for source in sources[:3])
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
-        raise AdapterError(
-            f"{names}{more}: no adapter was found; one is a directory with {CONFIG} and {WEIGHTS}"
-        )
+        # Of one directory it can be said what it is instead.
+        found_there = _core.identify_path(expand(sources[0])) if len(sources) == 1 else None
+        one_is = f"one is a directory with {CONFIG} and {WEIGHTS}"
+        of = f"; it {found_there}" if found_there else f"; {one_is}"
+        raise AdapterError(f"{names}{more}: no adapter was found{of}")
     return found
 
 
@@ -156,8 +151,8 @@ class _Search:
         self._visited: set[int] = set()
         self._taken: set[int] = set()
 
-    def add(self, path: Path) -> None:
-        """What a path is, or what lies below it."""
+    def add(self, path: Path, *, named: bool) -> None:
+        """What a path is, or what lies below it; `named` is the one that was asked for."""
         try:
             found = find(path)
             if found is None:
@@ -176,6 +171,8 @@ class _Search:
             adapters = [os.fspath(path)]
         else:
             # What a glob sweeps in beside the adapters is not meant.
+            if named:
+                self._errors.append(ScanError(path, what_is(path)))
             return
         for adapter in adapters:
             if self._is_new(adapter):

@@ -28,26 +28,25 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
+#: Endings of weights that torch's pickles hold.
+PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 #: What is fetched for a base: safetensors weights, and everything small beside them.
 BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
-#: The weights and their config, and what else belongs to an adapter: its tokenizer, its configs.
+#: An adapter's files; weights that trainers save beside them, which are part of it; its tokenizer
+#: and its configs.
 ADAPTER_PATTERNS = [
-    CONFIG,
-    WEIGHTS,
-    PICKLED_WEIGHTS,
-    "config.json",
-    "generation_config.json",
-    "*processor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "*.tiktoken",
-    "*.spm",
-    "*.model",
+    *(CONFIG, WEIGHTS, PICKLED_WEIGHTS),
+    *("non_lora_trainables.*", "mm_projector.*", "value_head.*", "v_head.*", "new_embeddings.*"),
+    *("config.json", "generation_config.json", "*processor_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("chat_template.*", "*.tiktoken", "*.spm", "*.model"),
 ]
+#: What lies beside weights in the directory of a training run.
+LEFTOVERS = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|pytorch_model|model)\b.*"
+    r"|.*(optim|sched|model)_states.*",
+    re.IGNORECASE,
+)
 #: Name, dtype (a safetensors name), shape, and the bytes, or what returns them, or `None` where
 #: there are none to read.
 NamedTensor = tuple[str, str, list[int], memoryview | Callable[[], memoryview] | None]
@@ -206,6 +205,24 @@ def has_only_pickle(adapter: Path) -> bool:
     return find(adapter / PICKLED_WEIGHTS) is not None and find(adapter / WEIGHTS) is None
 
 
+def is_pickle(file: Path) -> bool:
+    """Whether a file is one of weights that torch has to read, by its name."""
+    return file.suffix.lower() in PICKLES and not is_directory(file)
+
+
+def _lone_pickle(directory: Path) -> Path | None:
+    """The only weights of a directory that has no config, if they are a pickle."""
+    marks = (CONFIG, WEIGHTS, PICKLED_WEIGHTS, "config.json", "model_index.json")
+    if not is_directory(directory) or any(find(directory / mark) is not None for mark in marks):
+        return None
+    weights = [
+        each
+        for each in directory.iterdir()
+        if each.suffix.lower() in PICKLES | {".safetensors"} and not LEFTOVERS.fullmatch(each.name)
+    ]
+    return weights[0] if len(weights) == 1 and is_pickle(weights[0]) else None
+
+
 def core_source(adapter: Path) -> CoreSource:
     """An adapter as the core opens it: its path, or with it what reads its pickled weights.
 
@@ -215,9 +232,14 @@ def core_source(adapter: Path) -> CoreSource:
     Raises:
         OSError: what is there leads nowhere or may not be looked at.
     """
-    if not has_only_pickle(adapter):
+    if is_pickle(adapter):
+        pickle = adapter
+    elif (lone := _lone_pickle(adapter)) is not None:
+        return lone, lone, partial(read_pickle, lone)
+    elif has_only_pickle(adapter):
+        pickle = adapter / PICKLED_WEIGHTS
+    else:
         return adapter
-    pickle = adapter / PICKLED_WEIGHTS
     return adapter, pickle, partial(read_pickle, pickle)
 
 
@@ -226,9 +248,16 @@ def read_pickle(pickle: Path) -> list[NamedTensor]:
 
     Raises:
         MissingDependencyError: torch is not installed.
-        AdapterError: the pickle holds something other than tensors, or is no plain file.
+        AdapterError: the file is no pickle, the pickle holds something other than tensors, or it is
+            no plain file.
         OSError: it cannot be read.
     """
+    with open_plain(pickle, AdapterError) as file:
+        beginning = file.read(2)
+    if not beginning.startswith((b"PK", b"\x80")):
+        found = _core.identify_path(pickle)
+        if found is not None:
+            raise AdapterError(f"{pickle}: {found}")
     try:
         import torch
     except ImportError as error:
@@ -243,7 +272,7 @@ def read_pickle(pickle: Path) -> list[NamedTensor]:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise AdapterError(f"{pickle}: cannot be read as plain tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise AdapterError(f"{pickle}: holds something other than a mapping of tensors")
+        raise AdapterError(f"{pickle}: {_other_than_tensors(state)}")
     tensors: list[NamedTensor] = []
     for name, tensor in state.items():
         dtype = dtype_name(tensor.dtype)
@@ -255,13 +284,46 @@ def read_pickle(pickle: Path) -> list[NamedTensor]:
     return tensors
 
 
+def _other_than_tensors(state: object) -> str:
+    """What a pickle holds that is no mapping of names to tensors."""
+    import torch
+
+    if isinstance(state, list) and state and all(isinstance(t, torch.Tensor) for t in state):
+        return (
+            f"is a list of {len(state)} tensors without names, as cloneofsimo's lora saved a LoRA "
+            "in 2022, which cannot be read yet; convert it to PEFT's or to kohya's plain LoRA"
+        )
+    if isinstance(state, dict):
+        names = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+        nested = [name for name in names if isinstance(state[name], dict)]
+        of = f"such as {nested[0]}" if nested else f"such as {names[0]}"
+        return (
+            f"holds more than a mapping of names to tensors ({of}), as a checkpoint of training "
+            "does; save its tensors alone as safetensors"
+        )
+    return (
+        f"holds an object of the type {type(state).__name__} and no mapping of names to tensors; "
+        "save its tensors as safetensors"
+    )
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a path is an adapter's rather than a model's.
 
     Raises:
-        CheckpointError: it is neither a directory nor a safetensors file.
+        CheckpointError: it is neither a directory nor a file of weights.
         OSError: something there leads nowhere or may not be looked at.
     """
+    if is_pickle(path) or _lone_pickle(path) is not None:
+        return True
     if not is_directory(path) and path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: is neither a directory nor a .safetensors file")
-    return path.name == WEIGHTS or _core.adapter_format(path) is not None
+        raise CheckpointError(f"{path}: {what_is(path)}")
+    return _core.holds_adapter(path)
+
+
+def what_is(path: Path) -> str:
+    """What a path is that is neither an adapter nor a model, as a message about it."""
+    if path.name == CONFIG:
+        return "is the config of an adapter; give the directory that it lies in"
+    found = _core.identify_path(path)
+    return "is neither a directory nor a .safetensors file" if found is None else found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lorafast import _core
 from lorafast._errors import CheckpointError, LorafastError, raise_interruption
 from lorafast._io.paths import StrPath, open_plain
 
@@ -58,7 +59,8 @@ def read_header(path: StrPath, error: type[LorafastError] = CheckpointError) -> 
         length = int.from_bytes(file.read(8), "little")
         size = os.fstat(file.fileno()).st_size
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise error(f"{os.fspath(path)}: is no safetensors file: it has no header")
+            found = _core.identify_path(path)
+            raise error(f"{os.fspath(path)}: {found or 'is no safetensors file: it has no header'}")
         header = parse_json(file.read(length), path, error)
     if not isinstance(header, dict):
         raise error(f"{os.fspath(path)}: is no safetensors file: its header is no JSON object")

@@ -66,8 +66,9 @@ class MergeOptions(NamedTuple):
     allow: Annotated[
         str | Sequence[str],
         Flag(
-            "unknown fields of an adapter's config that are known not to change the result",
-            metavar="FIELD",
+            "what to merge without: unknown fields of an adapter's config that do not change the "
+            "result, and files of weights beside the adapter's own",
+            metavar="NAME",
         ),
     ] = ()
     compat: Annotated[
@@ -185,8 +186,9 @@ def merge(
             back in its place where that fails.
         progress: `True` draws a bar on a terminal or in a notebook, and elsewhere writes a line
             every ten seconds; a callable is called with the bytes done and the bytes in all.
-        allow: a field, or fields, of an adapter's config that are unknown and known not to change
-            the result.
+        allow: what to merge without, by name: fields of an adapter's config that are unknown and
+            known not to change the result, and files of weights in its directory beside its own
+            (`value_head.bin`), which would else be left out silently and are refused.
         compat: "peft" gives what PEFT's `merge_and_unload` gives where that is not what was
             trained: an update of one of two tied layers changes both, replicated layers gather
             every replica's updates. The

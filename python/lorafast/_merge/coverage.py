@@ -20,9 +20,11 @@ def counts_text(entries: Sequence[Use]) -> str:
 
 
 def summary_text(coverage: Coverage) -> str:
-    """One line for both: tensors and config fields."""
+    """One line for tensors, config fields, and files where there is more than the adapter's."""
     tensors, fields = counts_text(coverage["tensors"]), counts_text(coverage["fields"])
-    return f"tensors: {tensors}; config fields: {fields}"
+    text = f"tensors: {tensors}; config fields: {fields}"
+    files = coverage["files"]
+    return f"{text}; files of weights: {counts_text(files)}" if len(files) > 1 else text
 
 
 def left_over(coverage: Coverage) -> list[tuple[str, str, list[str]]]:
@@ -31,7 +33,7 @@ def left_over(coverage: Coverage) -> list[tuple[str, str, list[str]]]:
     Fields that are not set are left out.
     """
     groups: dict[tuple[str, str], list[str]] = {}
-    for entry in [*coverage["tensors"], *coverage["fields"]]:
+    for entry in [*coverage["tensors"], *coverage["fields"], *coverage["files"]]:
         if entry["use"] != "used" and entry["reason"] != UNSET:
             key = (USES[entry["use"]], entry["reason"])
             groups.setdefault(key, []).append(entry["name"])

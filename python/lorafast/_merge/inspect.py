@@ -16,7 +16,8 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
     """Lists what a checkpoint or an adapter holds, from its headers alone.
 
     Args:
-        path: a model's or an adapter's directory, a `.safetensors` file, or a hub id.
+        path: a model's or an adapter's directory, a `.safetensors` file, a pickle of an adapter's
+            weights, or a hub id.
 
     Returns:
         A frozen value: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
@@ -24,9 +25,11 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
         `config`, `warnings`; of a checkpoint `quantised` (how many weights are stored how); of an
         adapter `type`, `base`, `r`, `alpha`, `rslora`, `peft_version`, `modules` (name, kind, rank,
         alpha, scaling, shape (out, in)), `features` (what in it cannot be merged), `notes` (what
-        was left out of its names), and of every tensor and every config field its `name`, `use`
-        (used, not_needed, refused) and `reason` (`tensors_use`, `fields_use`). `to_dict` and
-        `to_json` have all of it.
+        was left out of its names), and of every tensor, every config field and every file of
+        weights in its directory its `name`, `use` (used, not_needed, refused) and `reason`
+        (`tensors_use`, `fields_use`, `files_use`). Of an adapter without its config alphas and
+        scales are `None`; one of a format that cannot be read has no modules, and `type` says what
+        it is. `to_dict` and `to_json` have all of it.
 
     Raises:
         FileNotFoundError: the path is not there.

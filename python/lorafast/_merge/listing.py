@@ -34,19 +34,22 @@ class ListedTensor(NamedTuple):
 
 @shown
 class ListedModule(NamedTuple):
-    """A module that an adapter changes; the shape is (out, in)."""
+    """A module that an adapter changes; the shape is (out, in).
+
+    Alpha and scaling are `None` where the adapter's config is not there.
+    """
 
     name: str
     kind: str
     rank: int
-    alpha: float
-    scaling: float
+    alpha: float | None
+    scaling: float | None
     shape: tuple[int, ...]
 
 
 @shown
 class Use(NamedTuple):
-    """What a merge makes of a tensor or of a field of the config."""
+    """What a merge makes of a tensor, of a field of the config, or of a file of weights."""
 
     name: str
     use: str
@@ -228,6 +231,11 @@ class AdapterListing(Listing):
     def fields_use(self) -> tuple[Use, ...]:
         """What a merge makes of every field of the config."""
         return RecordTuple(Use(**use) for use in self._summary["coverage"]["fields"])
+
+    @cached_property
+    def files_use(self) -> tuple[Use, ...]:
+        """What a merge makes of every file of weights in the adapter's directory."""
+        return tuple(Use(**use) for use in self._summary["coverage"]["files"])
 
     @cached_property
     def tensors_use(self) -> tuple[Use, ...]:

@@ -162,8 +162,9 @@ class MergeReport(_MergeReportFields, OutputReport):
         left_out: what lies in the base's directory and was not carried over, folders with a
             slash: other weights, hidden files, folders with models of their own, links that lead
             out of the model, and what no model needs.
-        coverage: for each adapter `fields` and `tensors`: the `name` of every config field and of
-            every tensor, its `use` (used, not_needed) and the `reason`.
+        coverage: for each adapter `fields`, `tensors` and `files`: the `name` of every config
+            field, of every tensor, and of every file of weights in the adapter's directory, its
+            `use` (used, not_needed) and the `reason`.
         verification: what `lorafast.verify` found afterwards, where it was asked for.
         fallbacks: on a device, for each reason the tensors that the CPU merged.
         weight_files: the files of weights that were written.

@@ -57,7 +57,7 @@ class SubtractReport(OutputReport):
         threads: worker threads.
         versions: of lorafast.
         adapter_sha256: of each adapter's weights file, by the adapter's path.
-        coverage: for each adapter what became of every config field and every tensor.
+        coverage: for each adapter what became of every config field, tensor and file of weights.
         warnings: what to know before using the result.
         notes: how adapters were made to fit where it was not plain.
         side_files: files carried over beside the weights.

@@ -63,7 +63,7 @@ def merge_page(report: MergeReport) -> str:
         for group in report.groups
     )
     lines += ["", "## Scales", "", *table(headers, scales, right=False)]
-    lines += ["", "## What became of every tensor and config field", ""]
+    lines += ["", "## What became of every tensor, config field and file of weights", ""]
     for position, coverage in enumerate(report.coverage):
         lines.append(f"- adapter {position}: {summary_text(coverage)}")
         lines += [

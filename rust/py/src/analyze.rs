@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use lorafast::Error;
 use lorafast::adapter::Adapter;
+use lorafast::adapter::format::GivenScale;
 use lorafast::checkpoint::Checkpoint;
 use lorafast::measure::analysis::{self, stored};
 use lorafast::parallel::task::build_pool;
@@ -15,10 +17,10 @@ use crate::convert::to_object;
 use crate::job;
 use crate::sources::Source;
 
-/// Measures an adapter; a base gives the norms of the weights that it changes. Returns plain
-/// objects.
+/// Measures an adapter; a base gives the norms of the weights that it changes, and an alpha or a scale
+/// what its config would tell, where that is not there. Returns plain objects.
 #[pyfunction]
-#[pyo3(signature = (adapter, *, base, percentiles, bins, entries, threads, progress))]
+#[pyo3(signature = (adapter, *, base, percentiles, bins, entries, threads, progress, alpha=None, scale=None))]
 #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn analyze_adapter(
     py: Python<'_>,
@@ -29,13 +31,27 @@ pub fn analyze_adapter(
     entries: bool,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
+    alpha: Option<f64>,
+    scale: Option<f64>,
 ) -> PyResult<Py<PyAny>> {
+    let given = match (alpha, scale) {
+        (Some(alpha), _) => GivenScale::Alpha(alpha),
+        (None, Some(scale)) => GivenScale::Factor(scale),
+        (None, None) => GivenScale::Unknown,
+    };
     let options = analysis::Options { percentiles, bins, entries };
     let analysis = job::run(py, progress, |task| {
         let pool = build_pool(threads)?;
         let open = |base| Checkpoint::open_with(base, task);
         let base = base.as_deref().map(open).transpose()?;
-        let adapter = adapter.0.open_for(base.as_ref(), task)?;
+        let adapter = adapter.0.with_scale(given).open_for(base.as_ref(), task)?;
+        if given != GivenScale::Unknown && !adapter.semantics().scale_is_given {
+            return Err(Error::Argument(format!(
+                "{}: tells its scale itself; alpha and scale are for an adapter whose config is not \
+                 there",
+                adapter.path().display()
+            )));
+        }
         analysis::analyze(&adapter, base.as_ref(), &options, &pool, task)
     })?;
     to_object(py, &analysis)

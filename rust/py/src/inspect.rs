@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use lorafast::adapter::format::AdapterSource;
+use lorafast::adapter::format::{AdapterSource, Found, GivenScale};
 use lorafast::checkpoint::Checkpoint;
 use lorafast::describe;
+use lorafast::error::Owner;
 use lorafast::kernel::InstructionSet;
 use lorafast::parallel::task::Task;
+use lorafast::storage::directory::{self, LocalDirectory};
+use lorafast::storage::{identify, local};
 
 use crate::convert::to_object;
 use crate::job;
@@ -26,21 +29,50 @@ pub fn list_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
     to_object(py, &job::run(py, None, list)?)
 }
 
-/// Lists an adapter from its header and config, as plain objects.
+/// Lists an adapter from its header and config, as plain objects; of one that cannot be read, or lacks its
+/// config, what its header says.
 #[pyfunction]
 pub fn list_adapter(py: Python<'_>, adapter: Source) -> PyResult<Py<PyAny>> {
-    let list = |task: &Task| {
-        let adapter = adapter.0.open(task)?;
-        let listing = describe::adapter(&adapter);
-        adapter.check_unchanged().map(|()| listing)
+    let list = |task: &Task| match adapter.0.clone().with_scale(GivenScale::Unknown).look(task)? {
+        Found::Adapter(adapter) => {
+            let listing = describe::adapter(&adapter)?;
+            adapter.check_unchanged().map(|()| listing)
+        }
+        Found::Unread(unread) => {
+            let listing = describe::unread_adapter(&unread);
+            unread.file.check_unchanged().map(|()| listing)
+        }
     };
     to_object(py, &job::run(py, None, list)?)
 }
 
-/// The name of the format of what lies at a path, if it is an adapter's.
+/// The name of the format of what lies at a path, if it is an adapter's that can be read.
 #[pyfunction]
 pub fn adapter_format(py: Python<'_>, path: PathBuf) -> PyResult<Option<&'static str>> {
     job::run(py, None, |_| AdapterSource::at(&path).format())
+}
+
+/// Whether an adapter lies at a path, of whatever format.
+#[pyfunction]
+pub fn holds_adapter(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
+    job::run(py, None, |_| AdapterSource::at(&path).is_adapter())
+}
+
+/// What a file is by its first bytes, as a sentence without a subject; of a directory, by the names in
+/// it where an adapter was looked for. `None` where neither tells.
+#[pyfunction]
+pub fn identify_path(py: Python<'_>, path: PathBuf) -> PyResult<Option<String>> {
+    let identify = |_: &Task| {
+        let found = match local::is_directory(&path) {
+            true => identify::of_folder(&LocalDirectory(path.clone()), Owner::Adapter),
+            false => {
+                let (store, name) = directory::of_file(&path);
+                identify::of_file(&store, &name)
+            }
+        };
+        Ok(found.map(|found| found.sentence()))
+    };
+    job::run(py, None, identify)
 }
 
 /// How this binary was built and what it uses of this processor.

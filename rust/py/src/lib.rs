@@ -29,7 +29,9 @@ mod _core {
     #[pymodule_export]
     use super::fleet::{FleetTables, ScannedAdapter, module_metrics, scan_adapters};
     #[pymodule_export]
-    use super::inspect::{adapter_format, build_info, list_adapter, list_checkpoint};
+    use super::inspect::{
+        adapter_format, build_info, holds_adapter, identify_path, list_adapter, list_checkpoint,
+    };
     #[pymodule_export]
     use super::parts::{assemble_shards, plan_digest, plan_groups, plan_shard_bytes, write_shards};
     #[pymodule_export]

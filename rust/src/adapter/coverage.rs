@@ -1,4 +1,4 @@
-//! What becomes of each config field and each tensor of an adapter: used, not needed, or refused.
+//! What becomes of each config field, each tensor and each file of an adapter: used, not needed, or refused.
 
 use serde::Serialize;
 
@@ -14,10 +14,10 @@ pub enum Usage {
     Refused,
 }
 
-/// One config field or tensor, and what becomes of it.
+/// One config field, tensor or file, and what becomes of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PartUse {
-    /// The field's or tensor's name.
+    /// The field's, tensor's or file's name.
     pub name: String,
     /// What becomes of it.
     #[serde(rename = "use")]
@@ -57,4 +57,6 @@ pub struct Coverage {
     pub fields: Vec<PartUse>,
     /// Every tensor.
     pub tensors: Vec<PartUse>,
+    /// Every file of weights in the adapter's directory.
+    pub files: Vec<PartUse>,
 }

@@ -64,6 +64,20 @@ impl fmt::Debug for Pickle {
     }
 }
 
+/// What tells the scale of an adapter whose config is not there.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub enum GivenScale {
+    /// Nothing does, and the adapter is refused.
+    #[default]
+    Refused,
+    /// Nothing does, and alphas and scales are NaN: for who looks at what needs none.
+    Unknown,
+    /// Each module's scale is this over its rank.
+    Alpha(f64),
+    /// Each module has this scale.
+    Factor(f64),
+}
+
 /// Where an adapter is opened from.
 #[derive(Debug, Clone)]
 pub struct AdapterSource {
@@ -73,17 +87,19 @@ pub struct AdapterSource {
     pub store: Option<Arc<dyn Store>>,
     /// What holds its weights, where that is no safetensors file.
     pub pickle: Option<Pickle>,
+    /// What tells its scale, where its config is not there.
+    pub scale: GivenScale,
 }
 
 impl AdapterSource {
     /// Of an adapter whose weights are a safetensors file.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), store: None, pickle: None }
+        Self { path: path.into(), store: None, pickle: None, scale: GivenScale::Refused }
     }
 
     /// Of an adapter whose files are a store's.
     pub fn in_store(store: Arc<dyn Store>) -> Self {
-        Self { path: store.root().to_path_buf(), store: Some(store), pickle: None }
+        Self { store: Some(store.clone()), ..Self::at(store.root()) }
     }
 
     /// Of an adapter whose weights somebody else has to read.
@@ -91,10 +107,16 @@ impl AdapterSource {
         Self { pickle: Some(pickle), ..Self::at(path) }
     }
 
+    /// The same with what tells the scale where its config is not there.
+    #[must_use]
+    pub fn with_scale(self, scale: GivenScale) -> Self {
+        Self { scale, ..self }
+    }
+
     /// Opens the adapter, in whatever format it is.
     ///
     /// # Errors
-    /// Those of [`Format::read`].
+    /// Those of [`Format::read`]; what is there, where that is of no format that can be read.
     pub fn open(&self, task: &Task) -> Result<Adapter> {
         self.open_for(None, task)
     }
@@ -103,11 +125,39 @@ impl AdapterSource {
     /// training tools put around them.
     ///
     /// # Errors
-    /// Those of [`Format::read`].
+    /// Those of [`AdapterSource::open`].
     pub fn open_for(&self, base: Option<&Checkpoint>, task: &Task) -> Result<Adapter> {
+        match self.look_for(base, task)? {
+            Found::Adapter(adapter) => Ok(*adapter),
+            Found::Unread(unread) => Err(unread.refusal()),
+        }
+    }
+
+    /// Opens the adapter, or tells what it is where it is of a format that cannot be read.
+    ///
+    /// # Errors
+    /// Those of [`Format::read`]; what is there, where that is no adapter.
+    pub fn look(&self, task: &Task) -> Result<Found> {
+        self.look_for(None, task)
+    }
+
+    fn look_for(&self, base: Option<&Checkpoint>, task: &Task) -> Result<Found> {
         task.check()?;
         let place = Place { base, ..Place::find(self)? };
-        format_of(&place)?.read(&place, task)
+        match format_of(&place)? {
+            Some(format) => format.read(&place, task).map(|adapter| Found::Adapter(adapter.into())),
+            None => formats::unread::look(&place, task),
+        }
+    }
+
+    /// Whether an adapter lies there, of whatever format, by names and headers alone; an adapter's
+    /// files count as one even if they cannot be read.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if something is not there or cannot be looked at.
+    pub fn is_adapter(&self) -> Result<bool> {
+        let place = Place::find(self)?;
+        Ok(format_of(&place)?.is_some() || formats::unread::is_adapter(&place)?)
     }
 
     /// The name of its format; `None` where no format knows what lies there.
@@ -115,21 +165,14 @@ impl AdapterSource {
     /// # Errors
     /// [`Error::Io`] if something is not there or cannot be looked at.
     pub fn format(&self) -> Result<Option<&'static str>> {
-        let place = Place::find(self)?;
-        for format in FORMATS {
-            if format.detect(&place)? {
-                return Ok(Some(format.name()));
-            }
-        }
-        Ok(None)
+        Ok(format_of(&Place::find(self)?)?.map(Format::name))
     }
 
     /// The bytes of its weights, as far as that is known before it is opened.
     pub fn expected_bytes(&self) -> u64 {
         let weights = match &self.pickle {
             Some(pickle) => Ok(pickle.path.clone()),
-            None => Place::find(self)
-                .and_then(|place| Ok(place.store.path(&format_of(&place)?.weights(&place)))),
+            None => Place::find(self).and_then(|place| Ok(place.store.path(&weights_of(&place)?))),
         };
         let metadata = weights.ok().and_then(|weights| local::metadata(&weights).ok());
         metadata.map_or(0, |metadata| metadata.len())
@@ -146,14 +189,28 @@ impl Adapter {
     }
 }
 
-/// The format of what lies there; where it is none, the first one, which says what is missing.
-fn format_of(place: &Place<'_>) -> Result<&'static dyn Format> {
+/// What lies where an adapter was looked for.
+#[derive(Debug)]
+pub enum Found {
+    /// An adapter, read.
+    Adapter(Box<Adapter>),
+    /// An adapter of a format that is known by name only.
+    Unread(formats::unread::Unread),
+}
+
+/// The format of what lies there, if it is one that can be read.
+fn format_of(place: &Place<'_>) -> Result<Option<&'static dyn Format>> {
     for format in FORMATS {
         if format.detect(place)? {
-            return Ok(*format);
+            return Ok(Some(*format));
         }
     }
-    Ok(FORMATS[0])
+    Ok(None)
+}
+
+/// The name of the file of weights; empty where no format knows it.
+fn weights_of(place: &Place<'_>) -> Result<String> {
+    Ok(format_of(place)?.map_or_else(String::new, |format| format.weights(place)))
 }
 
 /// What lies where an adapter was asked for.

@@ -2,6 +2,8 @@
 
 pub mod kohya;
 pub mod peft;
+pub mod recognize;
+pub mod unread;
 
 #[cfg(test)]
 mod tests;

@@ -37,6 +37,8 @@ pub enum TransposedExperts {
 /// What an adapter's factors mean. The default is that of a format that says nothing of it.
 #[derive(Debug, Clone, Default)]
 pub struct Semantics {
+    /// Whether its scales are not its own, but what was given or left open, as its config is not there.
+    pub scale_is_given: bool,
     /// How the factors began.
     pub initialization: Initialization,
     /// The layers of the base that make up the model, as ranges without their ends.

@@ -62,7 +62,7 @@ fn every_key_has_its_place() {
     assert_eq!(roles, [Role::TrainingOnly]);
     let [rows] = adapter.trained_rows() else { panic!("one tensor of rows") };
     assert_eq!((rows.path.as_str(), rows.rows.as_slice()), ("wte", &[4, 0][..]));
-    let coverage = adapter.coverage(&[]);
+    let coverage = adapter.coverage(&[]).expect("listed");
     let usages: Vec<_> = coverage.tensors.iter().map(|tensor| tensor.usage).collect();
     assert_eq!(usages.iter().filter(|usage| **usage == Usage::Used).count(), 15);
     assert_eq!(usages[13], Usage::NotNeeded);
@@ -136,11 +136,14 @@ fn what_is_missing_is_said() {
     let directory = tempfile::tempdir().expect("a directory");
     let root = directory.path();
     let open = || Adapter::open(root).expect_err("no adapter").to_string();
-    assert!(open().contains("holds no adapter_config.json; it is no PEFT adapter"));
+    assert!(open().contains("is an empty directory"));
     fs::write(root.join("config.json"), "{}").expect("written");
-    assert!(open().contains("looks like a whole model"));
+    assert!(open().contains("is a directory without weights, with 1 entry (config.json)"));
+    fs::write(root.join("model.safetensors"), "").expect("written");
+    assert!(open().contains("is a whole model, not an adapter"));
     write_adapter(&root.join("inner"), &[("x", 4, 6)], "");
-    assert!(open().contains("its folder inner does"));
+    assert!(open().contains("give that folder, inner"));
+    fs::remove_file(root.join("model.safetensors")).expect("removed");
     write_adapter(root, &[("x", 4, 6)], "");
     assert!(Adapter::open(root).is_ok());
     fs::remove_file(root.join(WEIGHTS)).expect("removed");

@@ -7,8 +7,9 @@ use indexmap::IndexMap;
 use serde_json::Value;
 
 use super::{Location, Shard, read_object};
-use crate::error::{Error, Result};
-use crate::storage::file_names::{ADAPTER_FILES, shard_of};
+use crate::error::{Error, Owner, Result};
+use crate::storage::file_names::{ADAPTER_FILES, holds_weights, shard_of};
+use crate::storage::identify;
 use crate::storage::store::Store;
 
 /// The file names under which libraries save a whole model, in the order in which transformers
@@ -71,18 +72,7 @@ pub(super) fn find_files(store: &dyn Store) -> Result<Files> {
             )),
             _ => Ok(single(name)),
         },
-        ([], []) if names.iter().any(|name| name.ends_with(".bin") || name.ends_with(".pth")) => {
-            refuse(
-                "holds its weights as .bin files; save it with safe_serialization first \
-                 (load and save_pretrained in transformers)"
-                    .into(),
-            )
-        }
-        ([], []) => refuse(
-            "holds no model: neither model.safetensors nor model.safetensors.index.json \
-             nor another .safetensors file"
-                .into(),
-        ),
+        ([], []) => refuse(of_no_weights(store, &names)),
         ([], several) => refuse(format!(
             "holds {} .safetensors files but no index that says which belong together: {}; \
              give one of the files, or add model.safetensors.index.json",
@@ -95,6 +85,41 @@ pub(super) fn find_files(store: &dyn Store) -> Result<Files> {
             several.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
         )),
     }
+}
+
+/// What a directory without safetensors files is, and what to do.
+fn of_no_weights(store: &dyn Store, names: &[String]) -> String {
+    let (weights, others): (Vec<_>, Vec<_>) =
+        names.iter().filter(|name| holds_weights(name)).partition(|name| {
+            [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending))
+        });
+    if let [first, ..] = weights.as_slice() {
+        // A pointer, a page or an archive under the name of a pickle.
+        let found = identify::of_file(store, first).filter(|found| !found.is_pickle());
+        return match found {
+            Some(found) => {
+                format!("is no model that can be read: {first} is {}; {}", found.what, found.advice)
+            }
+            None => format!(
+                "holds its weights as {} files ({first}); save it with safe_serialization first \
+                 (load and save_pretrained in transformers)",
+                &first[first.rfind('.').unwrap_or(0)..]
+            ),
+        };
+    }
+    if let Some(found) = identify::of_folder(store, Owner::Checkpoint) {
+        return found.sentence();
+    }
+    let others: Vec<_> = others.into_iter().take(4).map(String::as_str).collect();
+    if !others.is_empty() {
+        return format!(
+            "holds its weights in a form that cannot be read ({}); give them as safetensors files",
+            others.join(", ")
+        );
+    }
+    "holds no model: neither model.safetensors nor model.safetensors.index.json nor another \
+     .safetensors file"
+        .to_owned()
 }
 
 fn read_index(store: &dyn Store, name: &str) -> Result<Files> {

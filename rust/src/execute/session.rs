@@ -232,9 +232,8 @@ impl Session {
         for (shard, tensor) in ids {
             task.check()?;
             let tensor = &plan.shards[*shard].tensors[*tensor];
-            let adds = |update: &Update| {
-                update.kind == UpdateKind::LowRank && update.residual.is_none()
-            };
+            let adds =
+                |update: &Update| update.kind == UpdateKind::LowRank && update.residual.is_none();
             let first = 0..1;
             if rounding::is_sampled(tensor, &first) && tensor.updates().iter().all(adds) {
                 let prepared = computer.prepare(tensor)?;

@@ -181,7 +181,9 @@ impl<'b> Factors<'b> {
         let (b, a) = room[..all].split_at_mut(first);
         stored_b.read_into(0, b)?;
         stored_a.read_into(0, a)?;
-        let (scaling, elements) = (module.scaling, [left, right]);
+        // Of an update whose scale nothing tells, what does not depend on it.
+        let scaling = if module.scaling.is_nan() { 1.0 } else { module.scaling };
+        let elements = [left, right];
         Ok(Some(Self { extents, scaling, elements, b, a }))
     }
 
@@ -292,6 +294,13 @@ fn summary_of(modules: &[ModuleAnalysis]) -> AdapterSummary {
 pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
     let mut features = adapter.obstacles(&[]);
     let modules = || adapter.modules().values();
+    if modules().any(|module| module.scaling.is_nan()) {
+        features.push(
+            "its scale is not known, so that norms, singular values and whatever else depends on it \
+             are blank; give its alpha or its scale (--alpha, --scale)"
+                .to_owned(),
+        );
+    }
     let magnitudes = modules().filter(|module| module.magnitude.is_some()).count();
     if magnitudes > 0 {
         features.push(format!(
@@ -396,6 +405,11 @@ fn measure(
         None
     };
     let (a, b) = module.delta.plain().expect("its extents are those of two factors");
+    let (mut spectrum, mut entries) = (spectrum, entries);
+    if module.scaling.is_nan() {
+        spectrum.blank_what_is_scaled();
+        entries = None;
+    }
     Ok(ModuleAnalysis {
         path: module.path.clone(),
         kind: module.kind.name(),

@@ -67,6 +67,14 @@ pub struct Spectrum {
 }
 
 impl Spectrum {
+    /// Puts NaN in the place of every figure that is multiplied where the update is.
+    pub fn blank_what_is_scaled(&mut self) {
+        self.singular_values.fill(f64::NAN);
+        self.frobenius_norm = f64::NAN;
+        self.spectral_norm = f64::NAN;
+        self.entry_mean = f64::NAN;
+    }
+
     /// Measures an update.
     pub fn of(update: &Update<'_>) -> Self {
         let (core, entry_mean) = gram_core(update);

@@ -63,7 +63,9 @@ impl ShapeSummary {
         ranks.sort_unstable();
         ranks.dedup();
         let distinct = |value: fn(&Shape) -> f64| {
-            let mut values = ascending(shapes.iter().map(value).collect());
+            // NaN is of an adapter of which nothing tells the scale.
+            let known = shapes.iter().map(value).filter(|value| !value.is_nan());
+            let mut values = ascending(known.collect());
             values.dedup();
             values
         };

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::options::Options;
 use super::update::Update;
-use crate::adapter::{Adapter, Coverage};
+use crate::adapter::{Adapter, Coverage, Directory};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::Quantized;
 use crate::error::Result;
@@ -278,9 +278,10 @@ impl SideFile {
     pub fn store<'a>(&self, inputs: &'a Inputs) -> &'a dyn Store {
         match self.origin {
             FileOrigin::Base => inputs.base.store(),
-            FileOrigin::Adapter(position) => {
-                inputs.adapters[position].directory().expect("a file of its directory")
-            }
+            FileOrigin::Adapter(position) => inputs.adapters[position]
+                .directory()
+                .map(Directory::store)
+                .expect("a file of its directory"),
         }
     }
 }

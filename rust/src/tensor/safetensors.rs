@@ -21,6 +21,7 @@ pub use header::{Header, TensorInfo};
 
 use crate::error::{Error, Owner, Result};
 use crate::storage::digest::{hexadecimal, sha256_of};
+use crate::storage::identify;
 use crate::storage::local::Stamp;
 use crate::storage::memory::{Bytes, Memory};
 use crate::storage::source::{self, LocalFile, Source};
@@ -102,7 +103,11 @@ impl TensorFile {
     }
 
     fn from_source(path: &Path, owner: Owner, source: Box<dyn Source>) -> Result<Self> {
-        let broken = |message: String| owner.broken(path, message);
+        // What is no safetensors file at all is called what it is.
+        let broken = |message: String| {
+            let found = identify::of_source(&*source).filter(|found| !found.is_safetensors());
+            owner.broken(path, found.map_or(message, |found| found.sentence()))
+        };
         let (stamp, size) = (source.stamp(), source.stamp().length);
         if size < PREFIX {
             return Err(broken(format!(

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
+use super::recognize;
 use crate::adapter::deltas::LowRank;
 use crate::adapter::format::{Format, Place};
 use crate::adapter::{
-    Adapter, Contents, Grammar, Initialization, LayerKind, Module, Semantics, foreign,
+    Adapter, Contents, Directory, Grammar, Initialization, LayerKind, Module, Semantics, foreign,
 };
 use crate::checkpoint::names::wrappers;
 use crate::error::{Error, Owner, Result};
@@ -105,6 +106,7 @@ impl Format for Kohya {
         let name = self.weights(place);
         let weights = place.store.path(&name);
         let file = Arc::new(TensorFile::open_in(&*place.store, &name, Owner::Adapter)?);
+        recognize::check_gathered(&file)?;
         let broken = |message: String| Error::adapter(&weights, message);
         let mut parts = IndexMap::<&str, Parts>::new();
         for tensor in &file.header().tensors {
@@ -182,8 +184,12 @@ impl Format for Kohya {
             fields: Vec::new(),
             settings,
             summary,
-            directory: place.file.is_none().then(|| place.store.clone()),
             read_from: Vec::new(),
+            // A file that was asked for may lie among others.
+            directory: match place.file {
+                None => Some(Directory::new(place.store.clone(), None, name)),
+                Some(_) => None,
+            },
         }))
     }
 }

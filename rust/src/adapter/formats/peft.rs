@@ -5,18 +5,20 @@ mod key_names;
 mod keys;
 mod write;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use config::PeftConfig;
 
-use crate::adapter::format::{Format, Place};
-use crate::adapter::{Adapter, Contents, Grammar, coverage};
+use super::recognize::{self, Kind};
+use super::unread;
+use crate::adapter::format::{Format, Pickle, Place};
+use crate::adapter::{Adapter, Contents, Directory, Grammar, coverage};
 use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::local::{self, Stamp};
-use crate::storage::store::Store;
+use crate::storage::{file_names, identify};
 use crate::tensor::safetensors::TensorFile;
 
 /// The file of the weights.
@@ -33,8 +35,14 @@ impl Format for Peft {
         "peft"
     }
 
+    /// By the config. A file that only lies beside one, by its tensors as well.
     fn detect(&self, place: &Place<'_>) -> Result<bool> {
-        place.has(config::FILE_NAME)
+        let belongs = match &place.file {
+            None => true,
+            Some(_) if place.source.pickle.is_some() => true,
+            Some(file) => file == WEIGHTS || unread::may_be_of_peft(place, file),
+        };
+        Ok(belongs && place.has(config::FILE_NAME)?)
     }
 
     fn weights(&self, place: &Place<'_>) -> String {
@@ -46,79 +54,137 @@ impl Format for Peft {
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
-        let path = place.path();
         let config_path = place.store.path(config::FILE_NAME);
-        if !place.has(config::FILE_NAME)? {
-            return Err(Error::adapter(path, no_config(&*place.store)));
-        }
         let read = place.store.read_small(config::FILE_NAME);
         let (text, stamp) = read.map_err(|error| error.of(Owner::Adapter))?;
         let config = PeftConfig::parse(&config_path, &text)?;
         let file = Arc::new(open_weights(place)?);
-        let fields = config.uses();
-        let sorted =
-            keys::sort(&file, &config, Wrappers::of(place.base), task).map_err(|error| {
-                // Factors that do not pair up are no damage where the config says why.
-                match coverage::refused(&fields).as_slice() {
-                    [] => error,
-                    _ if matches!(error, Error::Cancelled) => error,
-                    obstacles => Error::unsupported(path, obstacles.join("; ")),
-                }
-            })?;
-        let keys::Sorted { modules, saved, rows, others, notes } = sorted;
-        Ok(Adapter::new(Contents {
-            path: path.to_path_buf(),
-            format: self.name(),
-            file,
-            modules,
-            saved,
-            rows,
-            others,
-            notes,
-            semantics: config.semantics(),
-            grammar: Grammar::Dotted,
-            fields,
-            summary: config::summary(&config),
-            settings: config.into_raw(),
-            directory: Some(place.store.clone()),
-            read_from: match place.source.store {
-                None => vec![(config_path, stamp)],
-                Some(_) => Vec::new(),
-            },
-        }))
+        // Of others beside PEFT's own, the tensor is named that does not belong there.
+        if let Some(Kind::Other(found)) = recognize::kind_of(&file)
+            && !recognize::has_factors_of_peft(&file)
+        {
+            return Err(Error::unsupported(file.path(), found.sentence()));
+        }
+        let read_from = match place.source.store {
+            None => vec![(config_path, stamp)],
+            Some(_) => Vec::new(),
+        };
+        assemble(place, config, file, read_from, task)
     }
+}
+
+/// Reads weights whose config is not there: ranks are those of the factors, scales those that were
+/// given.
+///
+/// # Errors
+/// As [`Format::read`].
+pub(super) fn read_without_config(
+    place: &Place<'_>,
+    file: Arc<TensorFile>,
+    task: &Task,
+) -> Result<Adapter> {
+    let config = PeftConfig::missing(file.path(), place.source.scale);
+    assemble(place, config, file, Vec::new(), task)
+}
+
+fn assemble(
+    place: &Place<'_>,
+    config: PeftConfig,
+    file: Arc<TensorFile>,
+    read_from: Vec<(PathBuf, Stamp)>,
+    task: &Task,
+) -> Result<Adapter> {
+    let path = place.path();
+    recognize::check_gathered(&file)?;
+    let fields = config.uses();
+    let sorted = keys::sort(&file, &config, Wrappers::of(place.base), task).map_err(|error| {
+        // Factors that do not pair up are no damage where the config says why.
+        match coverage::refused(&fields).as_slice() {
+            [] => error,
+            _ if config.is_missing() || matches!(error, Error::Cancelled) => error,
+            obstacles => Error::unsupported(path, obstacles.join("; ")),
+        }
+    })?;
+    let keys::Sorted { modules, saved, rows, others, notes } = sorted;
+    let summary = config::summary(&config, &modules);
+    Ok(Adapter::new(Contents {
+        path: path.to_path_buf(),
+        format: Peft.name(),
+        file,
+        modules,
+        saved,
+        rows,
+        others,
+        notes,
+        semantics: config.semantics(),
+        grammar: Grammar::Dotted,
+        fields,
+        summary,
+        settings: config.into_raw(),
+        read_from,
+        directory: directory_of(place),
+    }))
+}
+
+/// The directory that belongs to the adapter: the one that was asked for, or the one of a file under
+/// PEFT's own names. A file under another name may lie among others.
+fn directory_of(place: &Place<'_>) -> Option<Directory> {
+    let weights = match (&place.file, &place.source.pickle) {
+        (Some(file), _) => file.clone(),
+        (None, Some(pickle)) => pickle.path.file_name()?.to_str()?.to_owned(),
+        (None, None) => WEIGHTS.to_owned(),
+    };
+    let own = place.file.is_none() || [WEIGHTS, PICKLED_WEIGHTS].contains(&weights.as_str());
+    own.then(|| Directory::new(place.store.clone(), Some(config::FILE_NAME), weights))
 }
 
 fn open_weights(place: &Place<'_>) -> Result<TensorFile> {
     let path = place.path();
     if let Some(pickle) = &place.source.pickle {
-        let (_, metadata) = local::open(&pickle.path).map_err(|error| error.of(Owner::Adapter))?;
-        let stamp = Stamp::of(&metadata);
-        return TensorFile::in_memory(&pickle.path, Owner::Adapter, (pickle.load)()?, Some(stamp));
+        return open_pickle(pickle);
     }
     let weights = Peft.weights(place);
     if !place.has(&weights)? {
-        let message = if place.has(PICKLED_WEIGHTS)? {
-            format!("holds its weights as {PICKLED_WEIGHTS}, which needs torch to be read")
-        } else {
-            format!("holds a config but no {WEIGHTS}; fetch the adapter again")
-        };
-        return Err(Error::adapter(path, message));
+        return Err(Error::adapter(path, no_weights(place)?));
     }
     TensorFile::open_in(&*place.store, &weights, Owner::Adapter)
 }
 
-fn no_config(store: &dyn Store) -> String {
-    let file = config::FILE_NAME;
-    let nested = store
-        .list()
-        .ok()
-        .and_then(|names| names.into_iter().find(|name| store.is_file(&format!("{name}/{file}"))));
-    match nested {
-        Some(name) => format!("holds no {file}, but its folder {name} does; give that folder"),
-        None if store.is_file("config.json") => {
-            format!("holds no {file}; it looks like a whole model, not an adapter")
-        }
-        None => format!("holds no {file}; it is no PEFT adapter"),
+/// The tensors of weights that somebody else reads.
+///
+/// # Errors
+/// [`Error::Io`] if they are not there, what the reader raises, [`Error::Adapter`].
+pub(super) fn open_pickle(pickle: &Pickle) -> Result<TensorFile> {
+    let (_, metadata) = local::open(&pickle.path).map_err(|error| error.of(Owner::Adapter))?;
+    let stamp = Stamp::of(&metadata);
+    TensorFile::in_memory(&pickle.path, Owner::Adapter, (pickle.load)()?, Some(stamp))
+}
+
+/// What a directory has in the place of the weights that its config belongs to.
+fn no_weights(place: &Place<'_>) -> Result<String> {
+    if place.has(PICKLED_WEIGHTS)? {
+        return Ok(format!("holds its weights as {PICKLED_WEIGHTS}, which needs torch to be read"));
     }
+    let mut names = place.store.list().unwrap_or_default();
+    names.retain(|name| file_names::holds_weights(name) && !identify::state_of_training(name));
+    names.sort();
+    Ok(match names.as_slice() {
+        [] => format!("holds a config but no {WEIGHTS}; fetch the adapter again"),
+        [only] => {
+            let found = match only.ends_with(".safetensors") {
+                true => unread::kind_in(place, only),
+                false => identify::of_file(&*place.store, only).map(|found| found.what),
+            };
+            let what = found.map_or(String::new(), |what| format!(", which is {what}"));
+            format!(
+                "holds a config but no {WEIGHTS}, only {only}{what}; if those are the adapter's \
+                 weights, give that file"
+            )
+        }
+        several => format!(
+            "holds a config but no {WEIGHTS}, only {}; if one of these is the adapter's weights, \
+             give that file",
+            several.join(", ")
+        ),
+    })
 }

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::adapter::{Adapter, Coverage, Usage};
+use crate::error::Result;
 use crate::plan::draft::IgnoredTensors;
 use crate::plan::update::{Update, UpdateKind};
 use crate::plan::value::{Inputs, Origin, PlannedShard};
@@ -21,14 +22,17 @@ pub(in crate::plan) fn tensors_of<'a>(adapter: &'a Adapter, update: &'a Update) 
     tensors.map(|tensor| tensor.name.as_str()).chain(update.base_override.as_deref()).collect()
 }
 
-/// What becomes of the fields and tensors of every adapter. A tensor counts as used where some tensor
-/// of the output is made from it, and not otherwise.
+/// What becomes of the fields, tensors and files of every adapter. A tensor counts as used where some
+/// tensor of the output is made from it, and not otherwise.
+///
+/// # Errors
+/// [`crate::Error::Io`] if an adapter's directory cannot be listed.
 pub(in crate::plan) fn resolve(
     inputs: &Inputs,
     allow: &[String],
     shards: &[PlannedShard],
     ignored: &IgnoredTensors,
-) -> Vec<Coverage> {
+) -> Result<Vec<Coverage>> {
     let mut used = HashSet::<(usize, &str)>::new();
     for tensor in shards.iter().flat_map(|shard| &shard.tensors) {
         if let Origin::Adapter(adapter) = tensor.origin {
@@ -44,7 +48,7 @@ pub(in crate::plan) fn resolve(
         reasons.entry((ignored.adapter, &ignored.tensor)).or_insert(&ignored.reason);
     }
     let of_adapter = |(position, adapter): (usize, &std::sync::Arc<Adapter>)| {
-        let mut coverage = adapter.coverage(allow);
+        let mut coverage = adapter.coverage(allow)?;
         for tensor in &mut coverage.tensors {
             if tensor.usage != Usage::Used || used.contains(&(position, &tensor.name)) {
                 continue;
@@ -53,7 +57,7 @@ pub(in crate::plan) fn resolve(
             tensor.usage = Usage::NotNeeded;
             tensor.reason = known.unwrap_or("the result is the same without it").to_owned();
         }
-        coverage
+        Ok(coverage)
     };
     inputs.adapters.iter().enumerate().map(of_adapter).collect()
 }

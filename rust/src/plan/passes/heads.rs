@@ -4,7 +4,7 @@
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Directory};
 use crate::checkpoint::heads::{self, Task};
 use crate::error::Result;
 use crate::plan::context::Context;
@@ -79,7 +79,9 @@ fn has_names(config: &Map<String, Value>, labels: u64) -> bool {
 /// The labels' names in the config of a model that lies beside an adapter, where it has that many.
 fn names_beside(adapter: &Adapter, labels: u64) -> Result<Option<IndexMap<String, Value>>> {
     const CONFIG: &str = "config.json";
-    let Some(directory) = adapter.directory().filter(|directory| directory.is_file(CONFIG)) else {
+    let Some(directory) =
+        adapter.directory().map(Directory::store).filter(|directory| directory.is_file(CONFIG))
+    else {
         return Ok(None);
     };
     let (text, _) = directory.read_small(CONFIG)?;

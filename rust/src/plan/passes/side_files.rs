@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::adapter::Directory;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::side_files;
 use crate::checkpoint::tokenizer::{self, Tokenizer, Vocabulary};
@@ -88,7 +89,7 @@ pub(in crate::plan) fn resolve(
         }
     }
     for adapter in &context.inputs.adapters {
-        let Some(directory) = adapter.directory() else { continue };
+        let Some(directory) = adapter.directory().map(Directory::store) else { continue };
         for name in CONFIGS {
             if differs(context.base.store(), directory, name)? {
                 messages.warn(format!(
@@ -127,7 +128,7 @@ struct Candidate<'a> {
 fn tokenizers(context: &Context<'_>) -> Result<Vec<(usize, Tokenizer)>> {
     let mut found = Vec::new();
     for (position, adapter) in context.inputs.adapters.iter().enumerate() {
-        if let Some(directory) = adapter.directory()
+        if let Some(directory) = adapter.directory().map(Directory::store)
             && let Some(tokenizer) = Tokenizer::read(directory)?
         {
             found.push((position, tokenizer));
@@ -146,7 +147,7 @@ fn candidates<'a>(
     let mut own_vocabulary = None;
     for (position, tokenizer) in tokenizers {
         let adapter = &context.inputs.adapters[position];
-        let Some(directory) = adapter.directory() else { continue };
+        let Some(directory) = adapter.directory().map(Directory::store) else { continue };
         let same_files = own.is_some_and(|own| own.has_same_files(&tokenizer));
         let vocabulary = if same_files { Vocabulary::default() } else { tokenizer.vocabulary() };
         let is_same = same_files

@@ -66,6 +66,24 @@ impl Header {
         self.tensors.last().map_or(0, |tensor| tensor.range.end)
     }
 
+    /// What is wrong with weights that were saved under DeepSpeed's ZeRO-3 without being gathered:
+    /// each process has a part of them, and what stands for them in the module has the shape [0].
+    pub fn left_empty(&self) -> Option<String> {
+        // Biases and tables of quantized layers can be empty for other reasons.
+        let is_weight = |name: &str| name.ends_with(".weight") || name.contains(".lora_");
+        let is_left = |tensor: &&TensorInfo| tensor.shape == [0] && is_weight(&tensor.name);
+        let first = self.tensors.iter().find(is_left)?;
+        Some(format!(
+            "holds no values in {} of its {} tensors (the first: {}, of shape [0]): it was saved under \
+             DeepSpeed's ZeRO-3, which splits weights over processes, without gathering them; save it \
+             again with stage3_gather_16bit_weights_on_model_save, or make it from the training's \
+             checkpoint with zero_to_fp32.py",
+            self.tensors.iter().filter(is_left).count(),
+            self.tensors.len(),
+            first.name
+        ))
+    }
+
     /// Encodes length prefix and header, padded with spaces so that the data begins at a multiple
     /// of eight bytes, as the reference implementation writes it.
     pub fn encode(&self) -> Vec<u8> {
@@ -271,7 +289,8 @@ impl<'de> Deserialize<'de> for RawHeader {
                             return Err(M::Error::custom("__metadata__ stands in it twice"));
                         }
                         metadata_seen = true;
-                        header.metadata = map.next_value()?;
+                        // mlx writes null where there is none, which the reference reads as well.
+                        header.metadata = map.next_value::<Option<_>>()?.unwrap_or_default();
                         continue;
                     }
                     if header.positions.find(&name, &header.tensors).is_some() {

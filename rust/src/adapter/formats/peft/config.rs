@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
+use crate::adapter::Module;
+use crate::adapter::format::GivenScale;
 use crate::adapter::semantics::Semantics;
 use crate::checkpoint::heads::Task;
 use crate::checkpoint::names::endings::Endings;
@@ -46,6 +48,8 @@ pub struct PeftConfig {
     lora_bias: bool,
     features: Features,
     saved_modules: Endings,
+    /// What tells scales, where there is no config.
+    missing: Option<GivenScale>,
 }
 
 impl PeftConfig {
@@ -112,8 +116,29 @@ impl PeftConfig {
             lora_bias,
             features,
             saved_modules,
+            missing: None,
             raw,
         })
+    }
+
+    /// What stands for a config that is not there: ranks are those of the factors.
+    pub fn missing(path: &Path, scale: GivenScale) -> Self {
+        let raw = Map::from_iter([
+            ("peft_type".to_owned(), Value::from("LORA")),
+            ("r".to_owned(), Value::from(1)),
+            ("lora_alpha".to_owned(), Value::from(1)),
+        ]);
+        let config = Self::from_fields(path, raw).expect("a plain config");
+        let alpha = match scale {
+            GivenScale::Alpha(alpha) => alpha,
+            _ => f64::NAN,
+        };
+        Self { raw: Map::new(), alpha, missing: Some(scale), ..config }
+    }
+
+    /// Whether it only stands for one that is not there.
+    pub fn is_missing(&self) -> bool {
+        self.missing.is_some()
     }
 
     /// Where the config lies.
@@ -180,6 +205,9 @@ impl PeftConfig {
     /// The factor s of ΔW = s·B·A for a module of that alpha and rank: α/r, or α/√r for rsLoRA
     /// (Kalajdzievski 2023, arXiv:2312.03732).
     pub fn scaling(&self, alpha: f64, rank: u64) -> f64 {
+        if let Some(GivenScale::Factor(scale)) = self.missing {
+            return scale;
+        }
         let rank = rank as f64;
         alpha / if self.rank_stabilized { rank.sqrt() } else { rank }
     }
@@ -188,6 +216,7 @@ impl PeftConfig {
     pub fn semantics(&self) -> Semantics {
         let base = self.raw.get("base_model_name_or_path").and_then(Value::as_str).map(str::trim);
         Semantics {
+            scale_is_given: self.is_missing(),
             initialization: self.features.initialization,
             layer_replication: self.features.layer_replication.clone(),
             ties_weights: self.raw.get("ensure_weight_tying").and_then(Value::as_bool)
@@ -336,16 +365,28 @@ fn task_of(name: &str) -> Option<Task> {
 }
 
 /// The fields that describe an adapter to a person, for listings.
-pub fn summary(config: &PeftConfig) -> IndexMap<&'static str, Value> {
+pub fn summary(
+    config: &PeftConfig,
+    modules: &IndexMap<String, Module>,
+) -> IndexMap<&'static str, Value> {
     let field = |name: &str| config.raw.get(name).cloned().unwrap_or(Value::Null);
-    IndexMap::from([
+    let mut summary = IndexMap::from([
         ("type", field("peft_type")),
         ("base", field("base_model_name_or_path")),
         ("r", field("r")),
         ("alpha", field("lora_alpha")),
         ("rslora", Value::Bool(config.rank_stabilized)),
         ("peft_version", field("peft_version")),
-    ])
+    ]);
+    if config.is_missing() {
+        summary.insert("type", "LORA".into());
+        let first = modules.values().next().map(|module| module.rank);
+        let common = first.filter(|rank| modules.values().all(|module| module.rank == *rank));
+        summary.insert("r", common.map_or(Value::Null, Value::from));
+        let alpha = Some(config.alpha).filter(|alpha| alpha.is_finite());
+        summary.insert("alpha", alpha.map_or(Value::Null, Value::from));
+    }
+    summary
 }
 
 #[cfg(test)]

@@ -238,7 +238,7 @@ fn assemble(
             limits::EXPERTS
         )));
     }
-    if config.uses_dora() != magnitude.is_some() {
+    if !config.is_missing() && config.uses_dora() != magnitude.is_some() {
         return Err(broken(match magnitude {
             Some(magnitude) => {
                 format!("has the magnitude {} but its config does not set use_dora", magnitude.name)
@@ -247,7 +247,7 @@ fn assemble(
         }));
     }
     // Embeddings have no biases, whatever the config says.
-    if !embedding && config.has_lora_bias() != bias.is_some() {
+    if !config.is_missing() && !embedding && config.has_lora_bias() != bias.is_some() {
         return Err(broken(match bias {
             Some(bias) => format!("has {} but its config does not set lora_bias", bias.name),
             None => format!("sets lora_bias in its config but has no bias of lora_B for {path}"),
@@ -266,8 +266,11 @@ fn assemble(
         (false, 2) => LayerKind::Linear,
         (false, _) => LayerKind::Convolution,
     };
-    let alpha = config.alpha_of(&named.path, &named.written)?;
+    let mut alpha = config.alpha_of(&named.path, &named.written)?;
     let scaling = config.scaling(alpha, expected);
+    if config.is_missing() {
+        alpha = scaling * expected as f64;
+    }
     if let (Some(diagonal), true) = (&diagonal, form != Form::Plain) {
         return Err(broken(format!(
             "has {} between factors that are no plain pair of matrices",
@@ -326,6 +329,7 @@ fn expected_rank(
 ) -> Result<(NamedPath, u64)> {
     match parameters.iter().find(|parameter| rows.is_multiple_of(parameter.rank)) {
         Some(parameter) => Ok((path.parameter(&parameter.name), parameter.rank)),
+        None if config.is_missing() => Ok((path.clone(), rows)),
         None => Ok((path.clone(), config.rank_of(&path.path, &path.written)?)),
     }
 }

@@ -84,7 +84,12 @@ impl PeftConfig {
         let part = |(field, value): (&String, &Value)| {
             PartUse::new(field.as_str(), self.usage_of(field, value))
         };
-        self.raw.iter().map(part).collect()
+        let mut uses: Vec<_> = self.raw.iter().map(part).collect();
+        if self.is_missing() {
+            let reason = format!("has no {}, which tells its scale and its kind", super::FILE_NAME);
+            uses.push(PartUse::new(super::FILE_NAME, (Refused, reason)));
+        }
+        uses
     }
 
     fn usage_of(&self, field: &str, value: &Value) -> (Usage, String) {
