@@ -422,6 +422,7 @@ class Member(TypedDict):
     ranks: list[int]
     bytes: int
     left_out: list[str]
+    family: int
 
 @type_check_only
 class Signature(TypedDict):

@@ -2,6 +2,7 @@
 //! embeddings, and what all of them mean. It knows no format and no path of a file: tensors read
 //! themselves, wherever their bytes are.
 
+pub mod alignment;
 pub mod coverage;
 pub mod delta;
 pub mod deltas;
@@ -110,6 +111,12 @@ impl Module {
     /// adapter says: blocks of several products count together.
     pub fn product_rank(&self, rank: u64) -> u64 {
         if self.delta.holds_experts() { rank } else { self.delta.rank() }
+    }
+
+    /// How often its product is added. PEFT adds that of the output projection of a
+    /// MultiheadAttention twice, in training as in merging.
+    pub fn repeats(&self) -> f64 {
+        if self.key.ends_with(".base_layer.out_proj") { 2.0 } else { 1.0 }
     }
 
     /// The products that it holds: one, or one for each expert.

@@ -295,6 +295,7 @@ pub fn unread_adapter(unread: &Unread) -> Listing {
     let mut summary: Map<String, Value> =
         unread.summary().into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     summary.insert("modules".into(), Value::Array(Vec::new()));
+    summary.insert("notes".into(), Value::Array(Vec::new()));
     summary.insert("features".into(), Value::from(vec![unread.identity.sentence()]));
     summary.insert("coverage".into(), serde_json::to_value(coverage).unwrap_or(Value::Null));
     listing.adapter = Some(summary);

@@ -88,7 +88,7 @@ def analyze(
         FileNotFoundError: the adapter or the base is not there.
         ValueError: an argument is outside its domain.
         AdapterError: the adapter is broken, or (UnsupportedAdapterError) is no LoRA.
-        PlanError: the base has no weight for one of the adapter's modules.
+        PlanError: the base has nothing for one of the adapter's modules.
         MissingDependencyError: the weights are a pickle and torch is not installed.
     """
     options = pick(AnalysisOptions, locals())
@@ -135,6 +135,10 @@ def compare(
     progress: Progress = False,
 ) -> Comparison:
     """Compares adapters of one model, of any ranks and scales, and analyses each of them.
+
+    Modules are brought together whatever each adapter calls them, as in `lorafast.similarity`.
+    Where nothing tells which modules of two adapters are the same, their cosine is NaN and a
+    finding says why.
 
     Args:
         adapters: two or more, each as for `analyze`.

@@ -105,8 +105,9 @@ class Comparison(_Measured):
         names: a distinct name for each adapter, in the order given.
         analyses: the analysis of each.
         cosine: N×N, of the whole updates: Σ⟨X, Y⟩ over the modules that both have, over the norms
-            of the whole adapters; modules that only one has are zero in the other.
-        modules: each module of any adapter by its path.
+            of the whole adapters; modules that only one has are zero in the other. NaN where
+            nothing tells which modules of two adapters are the same.
+        modules: each module of any adapter by its path in the first that has it.
         only_in: for each adapter's name, modules that it has and not all the others have.
         findings: what to know of the comparison itself.
     """

@@ -15,6 +15,7 @@ from lorafast._cli.format import count_text, number_text
 from lorafast._cli.options import add_options, chosen
 from lorafast._cli.terminal import Column
 from lorafast._options import options_in
+from lorafast._report.text import format_cosine
 
 if TYPE_CHECKING:
     from lorafast import AdapterAnalysis, Comparison
@@ -155,7 +156,7 @@ def show_comparison(comparison: Comparison, terminal: Terminal) -> None:
     terminal.table(
         columns,
         [
-            (str(i + 1), *(f"{comparison.cosine[i, j]:z.4f}" for j in range(count)))
+            (str(i + 1), *(format_cosine(float(comparison.cosine[i, j])) for j in range(count)))
             for i in range(count)
         ],
     )

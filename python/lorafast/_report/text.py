@@ -33,8 +33,8 @@ def format_number(value: float | None, digits: int = 4, *, nan: str = ABSENT) ->
 
 
 def format_cosine(value: float | None) -> str:
-    """A cosine in four decimals."""
-    return ABSENT if value is None else f"{value:z.4f}"
+    """A cosine in four decimals; a dash where there is none."""
+    return ABSENT if value is None or math.isnan(value) else f"{value:z.4f}"
 
 
 def format_range(values: Iterable[float]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lorafast._errors import LorafastError
 from lorafast._options import check_choices, pick
+from lorafast._similarity.collection import apart
 from lorafast._similarity.options import MEMORY, SimilarityOptions
 from lorafast._similarity.similarity import Similarity
 from lorafast._types import Metric, Precision, Progress
@@ -52,6 +53,11 @@ def similarity(
     Figures are of the low-rank updates s·B·A. What an adapter does beside them (DoRA's
     magnitudes, biases, saved modules, trained rows) is no part of them; `notes` says where there
     is any. Embeddings and convolutions count as the matrices that their factors make.
+
+    Modules are brought together whatever each adapter calls them: with the prefixes of the class
+    that was loaded, a trainer's wrappers, the names of another release of transformers, experts
+    one by one or stacked. Where nothing tells which modules of two adapters are the same, they
+    have no figure, and `notes` says why; where they change other modules of one model, it is 0.
 
     Memory is `memory` bytes for factors, and 16·N² for the result (times one and the number of
     modules with `per_module`); few files are open at a time. The figures are the same whatever
@@ -111,6 +117,7 @@ def similarity(
     groups = dict(found.core.groups(options.ignore_base))
     if len(groups) > 1 and not options.group_by_base:
         raise LorafastError(_several_bases(groups, found.names, options.ignore_base))
+    groups = _comparable(groups, found)
     positions = list(groups.values())
     summed_in = options.precision
     if summed_in == "auto":
@@ -155,6 +162,18 @@ def similarity(
     own = tables if options.per_module else None
     similar = _similarity(found, groups, matrix, own, metric=options.metric, precision=summed_in)
     return replace(similar, seconds=seconds)
+
+
+def _comparable(groups: Mapping[str, Sequence[int]], found: Collected) -> dict[str, list[int]]:
+    """The groups, each cut into adapters whose modules are known to be one model's."""
+    parts: dict[str, list[int]] = {}
+    for base, members in groups.items():
+        families: dict[int, list[int]] = {}
+        for at in members:
+            families.setdefault(found.members[at]["family"], []).append(at)
+        for number, family in enumerate(families.values(), 1):
+            parts[base if number == 1 else f"{base}, other modules {number}"] = family
+    return parts
 
 
 def _several_bases(groups: Mapping[str, Sequence[int]], names: Sequence[str], ignored: bool) -> str:
@@ -247,7 +266,7 @@ def _notes(
     norms: NDArray[numpy.float64],
     presence: NDArray[numpy.bool_],
 ) -> list[str]:
-    notes = []
+    notes = apart(found, groups.values())
     lacking = []
     for members in groups.values():
         wanted = presence[list(members)].any(axis=0).sum()

@@ -142,6 +142,35 @@ def _nothing(errors: Sequence[ScanError]) -> str:
     return f"no adapter could be read; {first.path}: {first.reason}{rest}"
 
 
+def apart(found: Collected, groups: Iterable[Sequence[int]]) -> list[str]:
+    """Which groups of adapters are not comparable, and why: a sentence for each two of them.
+
+    Those that are of different bases are apart for that.
+    """
+    notes = []
+    known = [members for members in groups if members]
+    for place, members in enumerate(known):
+        for others in known[place + 1 :]:
+            reason = found.core.reason_apart(members[0], others[0])
+            if reason is not None:
+                one, other = (_and_others(found, group) for group in (members, others))
+                notes.append(f"{one} cannot be compared with {other}: {reason}")
+    return notes
+
+
+def _and_others(found: Collected, members: Sequence[int]) -> str:
+    name, more = found.names[members[0]], len(members) - 1
+    return f"{name} and {more} other{'s' * (more > 1)}" if more else name
+
+
+def families(found: Collected) -> list[list[int]]:
+    """The positions of the adapters that can be compared with each other."""
+    known: dict[int, list[int]] = {}
+    for at, member in enumerate(found.members):
+        known.setdefault(member["family"], []).append(at)
+    return list(known.values())
+
+
 def errors_text(errors: Sequence[ScanError]) -> str:
     """How many adapters were left out, and why the first of them."""
     noun = "adapter" if len(errors) == 1 else "adapters"

@@ -11,7 +11,7 @@ from lorafast._fleet.discovery import ScanError
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
 from lorafast._results import FramedResult, RecordList, shown
-from lorafast._similarity.collection import Adapters, Collected, collected
+from lorafast._similarity.collection import Adapters, Collected, apart, collected, families
 from lorafast._types import Progress
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ def duplicates(
 
     - `same_bytes`: the weights files are the same to the byte, and the configs give the same
       scales.
-    - `same_tensors`: the same tensors in another order, with another prefix or other metadata.
+    - `same_tensors`: the same tensors in another order, with other metadata, or under other names
+      of the same modules (another prefix, another release of transformers).
     - `same_update`: the same ΔW in other factors (B·G, G⁻¹·A), with alpha moved into the factors,
       or in another dtype.
     - `scaled`: Y = c·X for one number c.
@@ -236,7 +237,7 @@ class _Search:
         classes = self._stars(classes, edges, "same_update", self._same_update, self._by_precision)
         classes = self._stars(classes, edges, "scaled", self._scaled, self._by_precision)
         self._stars(classes, edges, "truncated", self._truncated, self._by_rank)
-        notes = []
+        notes = apart(self.found, families(self.found))
         if odd:
             names = ", ".join(self.found.names[at] for at in odd[:3])
             notes.append(

@@ -110,7 +110,8 @@ def lineage(
     Least squares on the exact Gram matrix of the updates s·B·A, in float64, whatever the ranks,
     scales and factorisations. A target that was mixed of the candidates comes out with their
     weights and a residual of what rounding did; what it does not share with any of them is the
-    residual. Modules that only one adapter has are zero in the others.
+    residual. Modules that only one adapter has are zero in the others; which are the same is told
+    as by `lorafast.similarity`, and a candidate of which nothing tells it is an error.
 
     Candidates that say the same (duplicates, or a mixture of others) make the weights ambiguous.
     They are taken in the order given, and one that has nothing of its own beside those before
@@ -195,6 +196,10 @@ def _of_one_shape(
     wanted = {modules[at][0]: modules[at][1:] for at in members[0]["modules"]}
     usable = []
     for at in range(1, len(paths)):
+        reason = core.reason_apart(0, at)
+        if reason is not None:
+            errors.append(ScanError(paths[at], f"is not comparable with the target: {reason}"))
+            continue
         own = (modules[module] for module in members[at]["modules"])
         clash = next((m for m in own if wanted.get(m[0], m[1:]) != m[1:]), None)
         if clash is None:

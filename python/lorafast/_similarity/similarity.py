@@ -41,9 +41,11 @@ class Similarity(FramedResult):
         names: a distinct name for each of the N adapters.
         paths: where each lies.
         matrix: N×N float64: ⟨X, Y⟩/(‖X‖·‖Y‖), or ⟨X, Y⟩. NaN where an adapter is not finite, and
-            for cosines where one is zero; NaN for adapters of different bases.
+            for cosines where one is zero; NaN for adapters of different bases, and where nothing
+            tells which of their modules are the same (`notes` says why).
         norms: ‖X‖ of each, float64.
-        groups: for each base the positions of its adapters; one entry unless they were split.
+        groups: for each base the positions of its adapters, those apart that are not comparable
+            with the others; one entry unless they were split.
         modules: the modules that any of them updates.
         presence: N×P, whether the adapter has the module.
         per_module: for each module the matrix of its updates alone, where it was asked for; NaN

@@ -14,7 +14,7 @@ from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
 from lorafast._options import check_choices, pick
 from lorafast._results import FramedResult, RecordList, shown
-from lorafast._similarity.collection import Adapters, collected
+from lorafast._similarity.collection import Adapters, collected, families
 from lorafast._similarity.lineage import _gram
 from lorafast._similarity.options import TrajectoryOptions
 from lorafast._types import By, Progress
@@ -131,8 +131,8 @@ def trajectory(
         ValueError: an argument is outside its domain.
         FileNotFoundError: no path is there.
         AdapterError: no checkpoint can be read, or one was changed meanwhile.
-        LorafastError: the checkpoints update weights of different shapes, or one of them is not
-            finite.
+        LorafastError: the checkpoints update weights of different shapes, nothing tells which of
+            their modules are the same, or one of them is not finite.
     """
     import numpy as np
 
@@ -144,6 +144,13 @@ def trajectory(
         raise LorafastError(
             f"the checkpoints are of {len(groups)} models, by the shapes of their updates "
             f"(among them {firsts}); give those of one run"
+        )
+    (first, *_), *others = families(found)
+    if others:
+        reason = found.core.reason_apart(first, others[0][0])
+        raise LorafastError(
+            f"{found.paths[first]} and {found.paths[others[0][0]]} are not comparable: {reason}; "
+            "give the checkpoints of one run"
         )
     count = len(found.paths)
     gram = _gram(found.core, list(range(count)), count, threads, progress)

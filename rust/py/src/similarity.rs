@@ -81,6 +81,7 @@ impl Collection {
             item.set_item("ranks", member.ranks())?;
             item.set_item("bytes", member.bytes())?;
             item.set_item("left_out", member.left_out())?;
+            item.set_item("family", member.family())?;
             members.append(item)?;
         }
         Ok(members.into_any().unbind())
@@ -96,6 +97,11 @@ impl Collection {
     fn groups(&self, by_shape_alone: bool) -> Vec<(String, Vec<usize>)> {
         let groups = self.inner.groups(by_shape_alone).into_iter();
         groups.map(|group| (group.base, group.members)).collect()
+    }
+
+    /// Why two members are not comparable, in words; none where they are.
+    fn reason_apart(&self, x: usize, y: usize) -> Option<&str> {
+        self.inner.reason_apart(x, y)
     }
 
     /// Multiplications that the products within groups take.

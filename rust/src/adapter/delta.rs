@@ -53,7 +53,7 @@ pub trait Delta: Debug + Send + Sync {
 
 /// One of the experts whose factors a module holds together, as PEFT's `target_parameters` do:
 /// of A (count·r, in) the rows e·r to (e+1)·r, of B (out, r·count) the columns k·count + e.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct Expert {
     /// Which one.
     pub index: u64,

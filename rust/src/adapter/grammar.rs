@@ -22,6 +22,8 @@ const PREFIXES: [&str; 11] = [
     "lycoris_",
     "lora_",
 ];
+/// Those of a component of which a model has one.
+const CONTAINERS: [&str; 4] = ["lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_"];
 /// How many leading parts of the base's names an adapter may leave out.
 const DEPTH: usize = 3;
 
@@ -84,8 +86,13 @@ fn schemes(base: &Checkpoint) -> IndexMap<&str, Scheme<'_>> {
     schemes
 }
 
+/// A flattened name without what stands before the names of a model of which an adapter has one.
+pub(super) fn without_container(key: &str) -> &str {
+    CONTAINERS.iter().find_map(|prefix| key.strip_prefix(prefix)).unwrap_or(key)
+}
+
 /// A flattened name, as it stands and without what stands before it.
-fn candidates(key: &str) -> Vec<&str> {
+pub(super) fn candidates(key: &str) -> Vec<&str> {
     let bare = PREFIXES.iter().filter_map(|prefix| key.strip_prefix(prefix));
     std::iter::once(key).chain(bare).collect()
 }

@@ -1,5 +1,6 @@
 //! Names of parameters: an adapter's and a base's, brought together.
 
+pub mod common;
 pub mod endings;
 pub mod orientation;
 pub mod prefix;

@@ -3,6 +3,7 @@
 //! All figures have the same bits whatever the number of threads. Progress is counted in bytes
 //! read.
 
+mod base;
 mod compare;
 pub mod stored;
 
@@ -13,20 +14,18 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use base::{Weights, base_norm, find_weights};
 pub use compare::{Comparison, ModuleComparison, PairComparison, compare};
 
-use crate::adapter::{Adapter, Module, grammar};
+use crate::adapter::{Adapter, Initialization};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::names::prefix;
-use crate::checkpoint::names::renames::{NameIndex, Renames};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::measure::entries::{EntryStatistics, scan_entries};
 use crate::measure::metrics::{self, Shape};
 use crate::measure::places::places;
-use crate::measure::spectrum::{Spectrum, Update, Values};
-use crate::measure::statistics::{
-    Bins, ElementType, InFile, Request, Summary, Tensor, describe, describe_each, with_room,
-};
+use crate::measure::products::{Product, products_of};
+use crate::measure::spectrum::{Spectrum, Update};
+use crate::measure::statistics::{Bins, InFile, Request, Summary, describe_each, with_room};
 use crate::measure::summary::{ShapeSummary, UpdateSummary};
 use crate::parallel::task::Task;
 use crate::tensor::safetensors::TensorInfo;
@@ -81,7 +80,7 @@ pub struct BaseNorm {
 /// One module's update ΔW = s·B·A.
 #[derive(Debug, Clone, Serialize)]
 pub struct ModuleAnalysis {
-    /// The module's path in the model.
+    /// The module's path in the model; of a parameter that holds experts, with the expert's index.
     pub path: String,
     /// linear, embedding or convolution.
     pub kind: &'static str,
@@ -144,70 +143,6 @@ pub struct AdapterSummary {
     pub updates: UpdateSummary,
 }
 
-/// The extents (m, n, r) of a module's ΔW = B·A, both factors flattened to matrices; `None` if
-/// the factors are not shaped as those of a LoRA.
-pub(crate) fn extents(module: &Module) -> Option<(usize, usize, usize)> {
-    let (a, b) = module.delta.plain()?;
-    let (rows, rank) = (b.shape[0], module.rank);
-    // A grouped or depthwise kernel in B would not be a plain product.
-    let is_plain = b.elements() == rows * rank;
-    is_plain.then_some((rows as usize, (a.elements() / rank) as usize, rank as usize))
-}
-
-/// A module's factors as they lie in the file, read.
-struct Factors<'b> {
-    extents: (usize, usize, usize),
-    scaling: f64,
-    elements: [ElementType; 2],
-    b: &'b [u8],
-    a: &'b [u8],
-}
-
-impl<'b> Factors<'b> {
-    /// Of a module that can be measured, in a buffer that grows as needed.
-    fn read(module: &Module, room: &'b mut Vec<u8>) -> Result<Option<Self>> {
-        let (Some(extents), Some((stored_a, stored_b))) = (extents(module), module.delta.plain())
-        else {
-            return Ok(None);
-        };
-        let element = |tensor: &TensorInfo| ElementType::from_dtype(&tensor.dtype);
-        let (Some(left), Some(right)) = (element(stored_b), element(stored_a)) else {
-            return Ok(None);
-        };
-        let (first, all) = (stored_b.bytes() as usize, factor_bytes(module) as usize);
-        if room.len() < all {
-            room.resize(all, 0);
-        }
-        let (b, a) = room[..all].split_at_mut(first);
-        stored_b.read_into(0, b)?;
-        stored_a.read_into(0, a)?;
-        // Of an update whose scale nothing tells, what does not depend on it.
-        let scaling = if module.scaling.is_nan() { 1.0 } else { module.scaling };
-        let elements = [left, right];
-        Ok(Some(Self { extents, scaling, elements, b, a }))
-    }
-
-    /// The update that they make.
-    fn update(&self) -> Result<Update<'b>> {
-        let (rows, columns, rank) = self.extents;
-        let left = Values::Stored(Tensor::new(self.b, self.elements[0])?);
-        let right = Values::Stored(Tensor::new(self.a, self.elements[1])?);
-        Update::new(rows, columns, rank, left, right, self.scaling)
-    }
-}
-
-pub(crate) fn unmeasured(module: &Module) -> String {
-    let tensors = module.delta.tensors();
-    let factors: Vec<_> = (tensors.iter().take(2).rev())
-        .map(|(_, tensor)| format!("{} of shape {:?}", tensor.name, tensor.shape))
-        .collect();
-    format!(
-        "module {} is not measured: its factors {} are no plain product of matrices",
-        module.path,
-        factors.join(" and ")
-    )
-}
-
 pub(crate) fn without_statistics(tensor: &TensorInfo) -> String {
     format!(
         "tensor {} has the type {}, of which there are no statistics",
@@ -218,9 +153,9 @@ pub(crate) fn without_statistics(tensor: &TensorInfo) -> String {
 /// Measures an adapter, on the given threads.
 ///
 /// # Errors
-/// [`Error::Argument`] for unusable bins or percentiles, [`Error::Plan`] where the base has no
-/// weight for a module, [`Error::Adapter`] or [`Error::Checkpoint`] if a file changed meanwhile,
-/// [`Error::Io`], [`Error::Cancelled`].
+/// [`crate::Error::Argument`] for unusable bins or percentiles, [`crate::Error::Plan`] where the base has nothing
+/// for a module, [`crate::Error::Adapter`] or [`crate::Error::Checkpoint`] if a file changed meanwhile,
+/// [`crate::Error::Io`], [`crate::Error::Cancelled`].
 pub fn analyze(
     adapter: &Adapter,
     base: Option<&Checkpoint>,
@@ -229,32 +164,25 @@ pub fn analyze(
     task: &Task,
 ) -> Result<Analysis> {
     let weights = base.map(|base| find_weights(adapter, base, task)).transpose()?;
-    task.expect(work(adapter, weights.as_deref(), options));
+    task.expect(work(adapter, weights.as_ref(), options));
     pool.install(|| {
         let mut notes = Vec::new();
         let (tensors, all) = tensors(adapter, options, task, &mut notes)?;
-        let modules: Vec<_> = adapter.modules().values().enumerate().collect();
-        let measured: Vec<Option<ModuleAnalysis>> = modules
+        let mut modules: Vec<ModuleAnalysis> = products_of(adapter)
             .par_iter()
-            .map(|(position, module)| {
+            .map(|product| {
                 task.check()?;
-                let weight = weights.as_ref().map(|weights| &weights[*position]);
+                let weights = weights.as_ref().map(|found| &found.by_module);
+                let weight = weights.and_then(|found| found.get(product.module.key.as_str()));
                 with_room(|room| {
-                    let Some(factors) = Factors::read(module, room)? else {
-                        return Ok(None);
-                    };
-                    measure(module, &factors.update()?, base.zip(weight), options, task).map(Some)
+                    let factors = product.read(room)?;
+                    measure(*product, &factors.update()?, base.zip(weight), options, task)
                 })
             })
             .collect::<Result<_>>()?;
         adapter.check_unchanged()?;
         base.map_or(Ok(()), Checkpoint::check_unchanged)?;
-        for ((_, module), measured) in modules.iter().zip(&measured) {
-            if measured.is_none() {
-                notes.push(unmeasured(module));
-            }
-        }
-        let mut modules: Vec<_> = measured.into_iter().flatten().collect();
+        notes.extend(weights.into_iter().flat_map(|found| found.notes));
         let paths: Vec<_> = modules.iter().map(|module| module.path.clone()).collect();
         for (module, place) in modules.iter_mut().zip(places(&paths)) {
             (module.block, module.layer) = (place.block, place.layer);
@@ -293,6 +221,13 @@ fn summary_of(modules: &[ModuleAnalysis]) -> AdapterSummary {
 /// What the figures of s·B·A do not tell of an adapter.
 pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
     let mut features = adapter.obstacles(&[]);
+    if adapter.semantics().initialization != Initialization::Plain {
+        features.push(
+            "the factors began with components taken out of the base's weights, which a merge \
+             takes out as well; figures are of s·B·A alone"
+                .to_owned(),
+        );
+    }
     let modules = || adapter.modules().values();
     if modules().any(|module| module.scaling.is_nan()) {
         features.push(
@@ -332,21 +267,19 @@ pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
 }
 
 /// The bytes that an analysis reads.
-fn work(adapter: &Adapter, weights: Option<&[TensorInfo]>, options: &Options) -> u64 {
+fn work(adapter: &Adapter, weights: Option<&Weights<'_>>, options: &Options) -> u64 {
     let own = adapter.file().header().data_bytes();
-    let base: u64 = weights.into_iter().flatten().map(TensorInfo::bytes).sum();
+    let base: u64 = weights.map_or(0, |found| found.by_module.values().map(|w| w.bytes()).sum());
+    let products = products_of(adapter);
     let entries: u64 =
-        if options.entries { adapter.modules().values().map(entry_work).sum() } else { 0 };
-    own + adapter.modules().values().map(factor_bytes).sum::<u64>() + base + entries
-}
-
-fn factor_bytes(module: &Module) -> u64 {
-    module.delta.plain().map_or(0, |(a, b)| a.bytes() + b.bytes())
+        if options.entries { products.iter().copied().map(entry_work).sum() } else { 0 };
+    own + products.iter().map(|product| product.bytes()).sum::<u64>() + base + entries
 }
 
 /// What streaming over a ΔW counts as, in bytes: it is never read, but takes its time.
-fn entry_work(module: &Module) -> u64 {
-    extents(module).map_or(0, |(rows, columns, _)| (rows * columns) as u64 * 4)
+fn entry_work(product: Product<'_>) -> u64 {
+    let (rows, columns, _) = product.extents();
+    (rows * columns) as u64 * 4
 }
 
 fn tensors(
@@ -383,14 +316,15 @@ fn tensors(
 }
 
 fn measure(
-    module: &Module,
+    product: Product<'_>,
     update: &Update<'_>,
     base: Option<(&Checkpoint, &TensorInfo)>,
     options: &Options,
     task: &Task,
 ) -> Result<ModuleAnalysis> {
+    let module = product.module;
     let spectrum = Spectrum::of(update);
-    task.advance(factor_bytes(module));
+    task.advance(product.bytes());
     let base = base.map(|(base, weight)| base_norm(base, weight, task)).transpose()?;
     let entries = if options.entries {
         task.check()?;
@@ -398,108 +332,35 @@ fn measure(
         let typical = spectrum.frobenius_norm / count.sqrt();
         // Of an update that is not finite nothing is small.
         let threshold = if typical.is_finite() { SMALL_ENTRY * typical } else { 0.0 };
+        // What rounding leaves of a product that is zero is none of its entries.
+        let is_zero = spectrum.spectral_norm == 0.0;
+        let update = if is_zero { &update.scaled(0.0) } else { update };
         let statistics = scan_entries(update, &Bins::Automatic(options.bins), threshold)?;
-        task.advance(entry_work(module));
+        task.advance(entry_work(product));
         Some(EntryAnalysis { threshold, statistics })
     } else {
         None
     };
-    let (a, b) = module.delta.plain().expect("its extents are those of two factors");
     let (mut spectrum, mut entries) = (spectrum, entries);
     if module.scaling.is_nan() {
         spectrum.blank_what_is_scaled();
         entries = None;
     }
+    let tensors = module.delta.tensors();
     Ok(ModuleAnalysis {
-        path: module.path.clone(),
+        path: product.name(),
         kind: module.kind.name(),
         // Its place shows beside the others' alone.
         block: None,
         layer: String::new(),
         shape: [update.rows(), update.columns()],
-        rank: module.rank,
+        rank: product.extents().2 as u64,
         alpha: module.alpha,
         scaling: module.scaling,
-        a_name: a.name.clone(),
-        b_name: b.name.clone(),
+        a_name: tensors[0].1.name.clone(),
+        b_name: tensors[1].1.name.clone(),
         spectrum,
         base,
         entries,
     })
-}
-
-/// The base's weight of each module.
-fn find_weights(adapter: &Adapter, base: &Checkpoint, task: &Task) -> Result<Vec<TensorInfo>> {
-    let named = grammar::resolve(adapter, base);
-    let adapter = named.as_ref().unwrap_or(adapter);
-    let mut parameters: Vec<_> =
-        adapter.modules().values().map(|module| format!("{}.weight", module.path)).collect();
-    let mut names = NameIndex::plain(base);
-    let mut fit = prefix::find_prefix_change(&parameters, &names, task)?;
-    if !fit.problems.is_empty()
-        && let Some(renames) = Renames::built_in(base)
-    {
-        let renamed = NameIndex::renamed(base, renames, task)?;
-        // A piece of a stored tensor has no norm of its own there.
-        let canonical = parameters.iter().map(|parameter| renamed.canonical(parameter));
-        let whole = canonical.filter(|one| one.slice.is_none()).map(|one| one.name);
-        let whole: Vec<_> = whole.collect();
-        let other = prefix::find_prefix_change(&whole, &renamed, task)?;
-        if whole.len() == parameters.len() && other.problems.is_empty() {
-            (names, fit, parameters) = (renamed, other, whole);
-        }
-    }
-    let mut problems = fit.problems;
-    let mut weights = Vec::new();
-    if problems.is_empty() {
-        for (module, parameter) in adapter.modules().values().zip(&parameters) {
-            let name = fit.change.apply(parameter).unwrap_or_default();
-            let name = names.whole(&name).unwrap_or(&name);
-            match weight_of(module, name, base) {
-                Ok(weight) => weights.push(weight),
-                Err(problem) => problems.push(problem),
-            }
-        }
-    }
-    if problems.is_empty() {
-        return Ok(weights);
-    }
-    let path = adapter.path().display();
-    Err(Error::Plan(problems.iter().map(|problem| format!("{path}: {problem}")).collect()))
-}
-
-fn weight_of(module: &Module, name: &str, base: &Checkpoint) -> Result<TensorInfo, String> {
-    let Some(weight) = base.tensor(name) else {
-        return Err(format!("its module {} has no weight in the base", module.path));
-    };
-    if !weight.dtype.is_mergeable() {
-        return Err(format!(
-            "its module {} changes {name}, which the base stores as {}; \
-             a norm can only be compared with a floating-point weight's",
-            module.path, weight.dtype
-        ));
-    }
-    match extents(module) {
-        Some((rows, columns, _)) if weight.elements() != rows as u64 * columns as u64 => {
-            Err(format!(
-                "its module {} updates a weight of shape [{rows}, {columns}], \
-                 but the base's is {:?}",
-                module.path, weight.shape
-            ))
-        }
-        _ => Ok(weight.clone()),
-    }
-}
-
-fn base_norm(base: &Checkpoint, weight: &TensorInfo, task: &Task) -> Result<BaseNorm> {
-    task.check()?;
-    let shard = base.tensors()[&weight.name].shard;
-    let stored = InFile::new(&base.shards()[shard].file, weight).ok_or_else(|| {
-        Error::Argument(format!("there are no statistics of the type {}", weight.dtype))
-    })?;
-    let summary = describe(&[stored], &Request::default())?;
-    task.advance(weight.bytes());
-    // Statistics leave NaN and infinities out; a norm that did would mislead.
-    let norm = if summary.non_finite == 0 { summary.l2_norm } else { f64::NAN };
-    Ok(BaseNorm { tensor: weight.name.clone(), norm })
 }

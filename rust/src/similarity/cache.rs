@@ -11,7 +11,7 @@ use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local;
 
 /// Changes with what the files hold and with the arithmetic.
-const VERSION: &str = "lorafast products 1";
+const VERSION: &str = "lorafast products 2";
 const DIGEST: usize = 32;
 
 /// A directory of blocks that belong to one collection under one set of options.
@@ -31,6 +31,10 @@ impl Cache {
         for member in &collection.members {
             text += &member.identity;
             text.push('\n');
+            // Which modules are the same depends on all members.
+            for piece in &member.pieces {
+                text += &format!("{} {} {:?}", piece.module, piece.is_transposed, piece.outputs);
+            }
         }
         for block in blocks {
             text += &format!("{:?}\n", block.members());

@@ -1,12 +1,15 @@
 //! Collections of adapters, none of them open: where the factors of each lie.
 
+use std::collections::HashSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use indexmap::IndexMap;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use crate::adapter::alignment::{Alignment, Identity, Layout, MemberNames, Part, Unit};
 use crate::adapter::format::AdapterSource;
 use crate::adapter::{Adapter, Expert, Module};
 use crate::error::{Error, Owner, Result};
@@ -16,10 +19,12 @@ use crate::storage::local::{self, File, Stamp};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Tensor, TensorFile};
 
-/// A module that adapters update, told apart by its name and shape.
+/// A module that adapters update, told apart by the name that its family has for it, and by its
+/// shape.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct ModuleInfo {
-    /// Its path in the model; of a parameter that holds experts, with the expert's index.
+    /// Its path in the first adapter that has it; of a parameter that holds experts, with the
+    /// expert's index.
     pub name: String,
     /// m, the outputs of ΔW.
     pub rows: usize,
@@ -52,6 +57,10 @@ pub(super) struct Piece {
     pub rank: usize,
     pub scale: f64,
     pub source: Source,
+    /// Whether the product is transposed for it.
+    pub is_transposed: bool,
+    /// The outputs of the (transposed) product that it is; all, if none.
+    pub outputs: Option<Range<usize>>,
 }
 
 /// What a member's factors are read from, at the positions that it remembers.
@@ -71,6 +80,7 @@ pub struct Member {
     pub(super) base: Option<String>,
     pub(super) pieces: Vec<Piece>,
     pub(super) left_out: Vec<String>,
+    pub(super) names: Arc<MemberNames>,
     /// Changes with everything that the products depend on.
     pub(super) identity: String,
 }
@@ -107,6 +117,11 @@ impl Member {
         ranks.sort_unstable();
         ranks.dedup();
         ranks
+    }
+
+    /// The family of adapters that it can be compared with: whose modules have common names.
+    pub fn family(&self) -> usize {
+        self.names.family
     }
 
     /// What it does beside low-rank updates, in words.
@@ -156,6 +171,9 @@ impl Member {
 pub struct Collection {
     pub(super) members: Vec<Member>,
     pub(super) modules: Vec<ModuleInfo>,
+    /// What each module is told apart by, beside its shape.
+    pub(super) identities: Vec<(usize, Identity)>,
+    alignment: Alignment,
 }
 
 impl Collection {
@@ -171,37 +189,62 @@ impl Collection {
         task: &Task,
     ) -> Result<(Self, Vec<(usize, Error)>)> {
         task.expect(sources.len() as u64);
+        // Most of many adapters have the same layout.
+        let layouts = Mutex::new(HashSet::new());
         let opened: Vec<Result<Opened>> = pool.install(|| {
             sources
                 .par_iter()
                 .map(|source| {
                     task.check()?;
-                    let opened = Opened::read(source, task);
+                    let opened = Opened::read(source, &layouts, task);
                     task.advance(1);
                     opened
                 })
                 .collect()
         });
         task.check()?;
-        let mut positions = IndexMap::<ModuleInfo, usize>::new();
-        let mut members = Vec::new();
+        let mut readable = Vec::new();
         let mut failures = Vec::new();
         for (position, opened) in opened.into_iter().enumerate() {
             match opened {
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => failures.push((position, error)),
-                Ok(Opened { mut member, modules }) => {
-                    for (piece, module) in member.pieces.iter_mut().zip(modules) {
-                        let next = positions.len();
-                        piece.module = *positions.entry(module).or_insert(next);
-                    }
-                    member.pieces.sort_by_key(|piece| piece.module);
-                    members.push(member);
-                }
+                Ok(opened) => readable.push(opened),
             }
         }
-        let modules = positions.into_keys().collect();
-        Ok((Self { members, modules }, failures))
+        let layouts: Vec<&Layout> = readable.iter().map(|opened| &*opened.layout).collect();
+        let alignment = Alignment::of(&layouts, task)?;
+        let mut positions = IndexMap::<(usize, Identity, [u64; 2]), usize>::new();
+        let mut members = Vec::with_capacity(readable.len());
+        for (opened, names) in readable.into_iter().zip(&alignment.members) {
+            let mut member = Member { names: Arc::clone(names), ..opened.member };
+            let piece = |unit: &Unit| {
+                let key = (names.family, unit.identity.clone(), unit.shape);
+                let next = positions.len();
+                let outputs = unit.outputs.clone();
+                Piece {
+                    module: *positions.entry(key).or_insert(next),
+                    is_transposed: unit.is_transposed,
+                    outputs: outputs.map(|rows| rows.start as usize..rows.end as usize),
+                    ..opened.pieces[unit.part].clone()
+                }
+            };
+            member.pieces = names.units.iter().map(piece).collect();
+            member.pieces.sort_by_key(|piece| piece.module);
+            members.push(member);
+        }
+        let (mut modules, mut identities) = (Vec::new(), Vec::new());
+        for (family, identity, [rows, columns]) in positions.into_keys() {
+            let (rows, columns) = (rows as usize, columns as usize);
+            modules.push(ModuleInfo { name: alignment.label(family, &identity), rows, columns });
+            identities.push((family, identity));
+        }
+        Ok((Self { members, modules, identities, alignment }, failures))
+    }
+
+    /// Why two members are not comparable, in words; `None` where they are.
+    pub fn reason_apart(&self, x: usize, y: usize) -> Option<&str> {
+        self.alignment.reason(x, y)
     }
 
     /// The adapters that could be read, in the order given.
@@ -218,35 +261,33 @@ impl Collection {
 /// One adapter as it is first met.
 struct Opened {
     member: Member,
-    modules: Vec<ModuleInfo>,
+    layout: Arc<Layout>,
+    /// The products of the layout's parts.
+    pieces: Vec<Piece>,
 }
 
 impl Opened {
-    fn read(source: &AdapterSource, task: &Task) -> Result<Self> {
+    fn read(
+        source: &AdapterSource,
+        layouts: &Mutex<HashSet<Arc<Layout>>>,
+        task: &Task,
+    ) -> Result<Self> {
         let adapter = source.open(task)?;
         let file = adapter.file().path().to_path_buf();
         let stamp = adapter.file().stamp();
-        let mut pieces = Vec::new();
-        let mut modules = Vec::new();
-        for (key, module) in adapter.modules() {
-            let (rows, columns) = (module.outputs() as usize, module.inputs() as usize);
-            // A parameter of experts is named by its wrappers, which its module's path leaves out.
-            let path = if module.parameters.is_empty() { &module.path } else { key };
-            let rank = module.product_rank(module.rank);
-            for expert in module.products() {
-                let name = match expert {
-                    Some(Expert { index, .. }) => format!("{path}[{index}]"),
-                    None => path.clone(),
-                };
-                modules.push(ModuleInfo { name, rows, columns });
-                pieces.push(Piece {
-                    module: 0,
-                    rank: rank as usize,
-                    scale: module.scaling,
-                    source: source_of(key, module, expert),
-                });
+        let layout = shared(layouts, Layout::of(&adapter));
+        let piece = |part: &Part| {
+            let module = &adapter.modules()[&part.key];
+            Piece {
+                module: 0,
+                rank: module.product_rank(module.rank) as usize,
+                scale: module.scaling * module.repeats(),
+                source: source_of(&part.key, module, part.expert),
+                is_transposed: false,
+                outputs: None,
             }
-        }
+        };
+        let pieces = layout.parts.iter().map(piece).collect();
         let identity = identity_of(&adapter, source, stamp)?;
         adapter.check_unchanged()?;
         let member = Member {
@@ -254,12 +295,24 @@ impl Opened {
             file,
             stamp,
             base: adapter.semantics().base.clone(),
-            pieces,
+            pieces: Vec::new(),
             left_out: left_out(&adapter),
+            names: Arc::default(),
             identity,
         };
-        Ok(Self { member, modules })
+        Ok(Self { member, layout, pieces })
     }
+}
+
+/// The layout among these that is the same.
+fn shared(layouts: &Mutex<HashSet<Arc<Layout>>>, layout: Layout) -> Arc<Layout> {
+    let mut known = layouts.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(same) = known.get(&layout) {
+        return Arc::clone(same);
+    }
+    let layout = Arc::new(layout);
+    known.insert(Arc::clone(&layout));
+    layout
 }
 
 fn source_of(key: &str, module: &Module, expert: Option<Expert>) -> Source {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use serde::Serialize;
 
 use super::collection::Collection;
+use crate::adapter::alignment::{Identity, base_key};
 
 /// Adapters that can be compared: what they update has the same shapes, and their configs name
 /// the same base.
@@ -21,7 +22,7 @@ pub struct Group {
 struct Growing {
     key: Option<String>,
     base: Option<String>,
-    shapes: HashMap<String, (usize, usize)>,
+    shapes: HashMap<(usize, Identity), (usize, usize)>,
     members: Vec<usize>,
 }
 
@@ -33,7 +34,7 @@ impl Collection {
     pub fn groups(&self, by_shape_alone: bool) -> Vec<Group> {
         let mut groups: Vec<Growing> = Vec::new();
         let keys: Vec<Option<String>> = (self.members.iter())
-            .map(|member| member.base().filter(|_| !by_shape_alone).map(key_of))
+            .map(|member| member.base().filter(|_| !by_shape_alone).map(base_key))
             .collect();
         let mut named: Vec<&String> = keys.iter().flatten().collect();
         named.sort_unstable();
@@ -56,7 +57,8 @@ impl Collection {
             }
             for piece in &member.pieces {
                 let module = &self.modules[piece.module];
-                group.shapes.insert(module.name.clone(), (module.rows, module.columns));
+                let identity = self.identities[piece.module].clone();
+                group.shapes.insert(identity, (module.rows, module.columns));
             }
         }
         let mut taken = HashMap::<String, usize>::new();
@@ -69,17 +71,11 @@ impl Collection {
         groups.into_iter().map(label).collect()
     }
 
-    fn fits(&self, shapes: &HashMap<String, (usize, usize)>, member: usize) -> bool {
+    fn fits(&self, shapes: &HashMap<(usize, Identity), (usize, usize)>, member: usize) -> bool {
         self.members[member].pieces.iter().all(|piece| {
             let module = &self.modules[piece.module];
-            let known = shapes.get(&module.name);
+            let known = shapes.get(&self.identities[piece.module]);
             known.is_none_or(|known| *known == (module.rows, module.columns))
         })
     }
-}
-
-fn key_of(base: &str) -> String {
-    let trimmed = base.trim_end_matches(['/', '\\']);
-    let last = trimmed.rsplit(['/', '\\']).next().unwrap_or(trimmed);
-    last.to_lowercase()
 }

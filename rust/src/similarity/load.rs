@@ -191,6 +191,29 @@ pub(super) struct Factors<T> {
     pub scale: f64,
 }
 
+impl<T: Copy> Factors<T> {
+    /// Those of the part of the product that a piece is.
+    fn part(self, piece: &Piece) -> Self {
+        let rank = piece.rank.max(1);
+        let (mut b, a) = match piece.is_transposed {
+            false => (self.b, self.a),
+            true => (transposed(&self.a, rank), transposed(&self.b, self.b.len() / rank)),
+        };
+        if let Some(rows) = &piece.outputs {
+            b = b[rows.start * rank..rows.end * rank].to_vec();
+        }
+        Self { b, a, scale: self.scale }
+    }
+}
+
+/// The transpose of a row-major matrix of so many rows.
+fn transposed<T: Copy>(matrix: &[T], rows: usize) -> Vec<T> {
+    let columns = matrix.len() / rows.max(1);
+    (0..columns)
+        .flat_map(|column| (0..rows).map(move |row| matrix[row * columns + column]))
+        .collect()
+}
+
 impl Factors<f64> {
     /// The update that they make.
     ///
@@ -222,7 +245,8 @@ impl<'a> Reader<'a> {
         self.member.check_unchanged(&self.weights)?;
         let (b, left) = b.into_numbers();
         let (a, right) = a.into_numbers();
-        Ok(Factors { b, a, scale: piece.scale * left * right })
+        let scale = piece.scale * left * right;
+        Ok(Factors { b, a, scale }.part(piece))
     }
 
     fn wide(&self, stored: &Stored) -> Result<Wide> {

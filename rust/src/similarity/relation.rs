@@ -10,6 +10,7 @@ use super::collection::{Collection, Member, Piece};
 use super::load::Reader;
 use super::signature::numerical_rank;
 use crate::adapter::Adapter;
+use crate::adapter::alignment::MemberNames;
 use crate::error::Result;
 use crate::measure::overlap::{difference_norm, inner_product};
 use crate::measure::spectrum::{Term, Update, Values, decompose_update, frobenius_norm, values_of};
@@ -213,22 +214,24 @@ pub fn combination_norm(
 /// What two adapters do beside low-rank updates and not alike. Values count as the same within
 /// the rounding of the coarser of their types.
 fn other_difference(x: &Member, y: &Member) -> Result<Option<String>> {
+    let names = [&x.names, &y.names];
     let (x, y) = (x.open()?, y.open()?);
-    let difference = difference_of_others(&x, &y)?;
+    let (ours, theirs) = (others(&x, names[0]), others(&y, names[1]));
+    let difference = difference_of_others(&ours, &theirs)?;
     x.check_unchanged()?;
     y.check_unchanged()?;
     Ok(difference)
 }
 
-fn difference_of_others(x: &Adapter, y: &Adapter) -> Result<Option<String>> {
-    let (ours, theirs) = (others(x), others(y));
-    let missing = |a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>| {
-        a.keys().find(|name| !b.contains_key(*name)).cloned()
-    };
-    if let Some(name) = missing(&ours, &theirs).or_else(|| missing(&theirs, &ours)) {
+/// Tensors by the names that their adapters' family has for them.
+type Others = BTreeMap<String, Tensor>;
+
+fn difference_of_others(ours: &Others, theirs: &Others) -> Result<Option<String>> {
+    let missing = |a: &Others, b: &Others| a.keys().find(|name| !b.contains_key(*name)).cloned();
+    if let Some(name) = missing(ours, theirs).or_else(|| missing(theirs, ours)) {
         return Ok(Some(format!("only one of them has {name}")));
     }
-    for (name, tensor) in &ours {
+    for (name, tensor) in ours {
         let other = &theirs[name];
         if tensor.elements() != other.elements() {
             return Ok(Some(format!("they have {name} of different shapes")));
@@ -255,25 +258,25 @@ fn difference_of_others(x: &Adapter, y: &Adapter) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Everything that an adapter does beside low-rank updates, by a name that no prefix changes.
-fn others(adapter: &Adapter) -> BTreeMap<String, Tensor> {
+/// Everything that an adapter does beside low-rank updates.
+fn others(adapter: &Adapter, names: &MemberNames) -> Others {
     let mut others = BTreeMap::new();
     for module in adapter.modules().values() {
+        let name = names.of_module(&module.key);
         if let Some(magnitude) = &module.magnitude {
-            others.insert(format!("the magnitude of {}", module.path), magnitude.clone());
+            others.insert(format!("the magnitude of {name}"), magnitude.clone());
         }
         if let Some(bias) = &module.bias {
-            others.insert(format!("the bias of {}", module.path), bias.clone());
+            others.insert(format!("the bias of {name}"), bias.clone());
         }
     }
     for saved in adapter.saved() {
-        others.insert(saved.path.clone(), saved.tensor.clone());
+        others.insert(names.of_parameter(&saved.path), saved.tensor.clone());
     }
     for rows in adapter.trained_rows() {
-        others.insert(
-            format!("the trained rows {:?} of {}", rows.rows, rows.path),
-            rows.tensor.clone(),
-        );
+        // A module's name as a parameter's, without which nothing would be left of some.
+        let name = names.of_parameter(&format!("{}.weight", rows.path));
+        others.insert(format!("the trained rows {:?} of {name}", rows.rows), rows.tensor.clone());
     }
     others
 }

@@ -9,7 +9,8 @@ use sha2::{Digest, Sha256};
 
 use super::collection::Collection;
 use super::load::{Factors, Reader};
-use crate::adapter::Adapter;
+use crate::adapter::alignment::MemberNames;
+use crate::adapter::{Adapter, Module};
 use crate::error::Result;
 use crate::measure::spectrum::values_of;
 use crate::parallel::task::Task;
@@ -31,10 +32,10 @@ const SLACK: f64 = 64.0;
 pub struct Signature {
     /// SHA-256 of the weights file.
     pub file: String,
-    /// SHA-256 of every tensor's part, type, shape and bytes, whatever their order, their names'
-    /// prefix, and the header around them.
+    /// SHA-256 of every tensor's part, type, shape and bytes, whatever their order, what their
+    /// modules are called, and the header around them.
     pub tensors: String,
-    /// SHA-256 of the modules' scales.
+    /// SHA-256 of the modules' scales, and of the layers that are repeated.
     pub scales: String,
     /// Whether no factor and no scale is NaN or infinite.
     pub is_finite: bool,
@@ -75,12 +76,12 @@ pub fn signature(collection: &Collection, member: usize) -> Result<Signature> {
         }
     }
     let adapter = member.open()?;
-    let (file, tensors) = (adapter.sha256()?, digest_of_tensors(&adapter)?);
+    let (file, tensors) = (adapter.sha256()?, digest_of_tensors(&adapter, &member.names)?);
     adapter.check_unchanged()?;
     Ok(Signature {
         file,
         tensors,
-        scales: digest_of_scales(&adapter),
+        scales: digest_of_scales(&adapter, &member.names),
         is_finite,
         norm: squares.sqrt(),
         tolerance: errors.sqrt(),
@@ -195,7 +196,7 @@ impl Format {
 }
 
 /// What the file says of each tensor but where it lies, in an order of its own.
-fn digest_of_tensors(adapter: &Adapter) -> Result<String> {
+fn digest_of_tensors(adapter: &Adapter, names: &MemberNames) -> Result<String> {
     let digest = |part: String, tensor: &Tensor| -> Result<Vec<u8>> {
         let mut hasher = Sha256::new();
         hasher.update(format!("{part}\n{} {:?}\n", tensor.dtype, tensor.shape));
@@ -210,7 +211,8 @@ fn digest_of_tensors(adapter: &Adapter) -> Result<String> {
     for module in adapter.modules().values() {
         for (part, tensor) in module.tensors() {
             known.insert(tensor.name.as_str());
-            digests.push(digest(format!("{} {part}", module.path), tensor)?);
+            let name = names.of_module(&module.key);
+            digests.push(digest(format!("{name} {part}"), tensor)?);
         }
     }
     for tensor in &adapter.file().header().tensors {
@@ -223,11 +225,12 @@ fn digest_of_tensors(adapter: &Adapter) -> Result<String> {
     Ok(sha256_of_bytes(&digests.concat()))
 }
 
-fn digest_of_scales(adapter: &Adapter) -> String {
-    let scale = |module: &crate::adapter::Module| {
-        format!("{} {:e} {}\n", module.path, module.scaling, module.delta.form())
+fn digest_of_scales(adapter: &Adapter, names: &MemberNames) -> String {
+    let scale = |module: &Module| {
+        format!("{} {:e} {}\n", names.of_module(&module.key), module.scaling, module.delta.form())
     };
     let mut scales: Vec<String> = adapter.modules().values().map(scale).collect();
     scales.sort_unstable();
+    scales.push(format!("{:?}", adapter.semantics().layer_replication));
     sha256_of_bytes(scales.concat().as_bytes())
 }

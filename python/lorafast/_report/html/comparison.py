@@ -170,6 +170,8 @@ def _matrix(comparison: Comparison, label: str = "all adapters") -> Html:
 
 #: Of a cell's color: with no more of it, the text of both themes has enough contrast.
 MAX_OPACITY = 0.62
+#: Why two adapters have no cosine.
+UNDEFINED = "an update is zero or not finite, or nothing tells which modules are the same"
 
 
 def _cosine_cell(value: float, pair: str, end: float, is_itself: bool) -> Html:
@@ -182,7 +184,7 @@ def _cosine_cell(value: float, pair: str, end: float, is_itself: bool) -> Html:
         is_itself: whether the two are one adapter, whose cosine tells nothing.
     """
     if not math.isfinite(value):
-        return element("td", title=f"{pair}: undefined, a zero or non-finite update")
+        return element("td", title=f"{pair}: undefined, {UNDEFINED}")
     red, green, blue = bytes.fromhex((POSITIVE if value >= 0 else NEGATIVE).removeprefix("#"))
     opacity = MAX_OPACITY * min(1.0, abs(value) / end)
     return element(

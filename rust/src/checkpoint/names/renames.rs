@@ -137,6 +137,12 @@ impl Renames {
         Some(Self::new(&rules).expect("the built-in rules are sound"))
     }
 
+    /// The built-in rules of all families together, for names of which nothing tells the model: all
+    /// but those that change leading parts alone.
+    pub fn of_all_families() -> Self {
+        Self::new(&families::rules_of_all()).expect("the built-in rules are sound")
+    }
+
     /// Rules from outside, as JSON.
     ///
     /// # Errors

@@ -1,16 +1,19 @@
 //! What several adapters have in common, module by module.
 
+use std::collections::HashMap;
+
 use indexmap::IndexMap;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{Factors, factor_bytes, unmeasured};
-use crate::adapter::{Adapter, Module};
+use crate::adapter::Adapter;
+use crate::adapter::alignment::{Alignment, Identity, Layout, Unit};
 use crate::error::Result;
 use crate::measure::overlap::{
     SIGN_SAMPLES, SingularBases, SubspaceSimilarity, cosine_of, difference_norm, inner_product,
     sign_agreement,
 };
+use crate::measure::products::{PartFactors, Product, products_of};
 use crate::measure::spectrum::{Update, frobenius_norm};
 use crate::parallel::task::Task;
 
@@ -50,7 +53,7 @@ pub struct PairComparison {
 /// One module in each of the adapters.
 #[derive(Debug, Clone, Serialize)]
 pub struct ModuleComparison {
-    /// Its path.
+    /// Its path in the first adapter that has it.
     pub path: String,
     /// (out, in) of ΔW in the first adapter that has it.
     pub shape: [usize; 2],
@@ -66,7 +69,8 @@ pub struct ModuleComparison {
 #[derive(Debug, Clone, Serialize)]
 pub struct Comparison {
     /// Cosines of the whole updates, a row for each adapter. What only one has is zero in the
-    /// other. NaN where a module has different shapes, or an adapter is zero or not finite.
+    /// other. NaN where a module has different shapes, an adapter is zero or not finite, or nothing
+    /// tells which modules of two adapters are the same.
     pub cosine: Vec<Vec<f64>>,
     /// Every module of any adapter, in the order in which they are first met.
     pub modules: Vec<ModuleComparison>,
@@ -80,17 +84,31 @@ pub struct Comparison {
 /// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`],
 /// [`crate::Error::Cancelled`].
 pub fn compare(adapters: &[&Adapter], pool: &rayon::ThreadPool, task: &Task) -> Result<Comparison> {
-    let mut paths = IndexMap::<&str, Vec<Option<&Module>>>::new();
-    for (position, adapter) in adapters.iter().enumerate() {
-        for (path, module) in adapter.modules() {
-            paths.entry(path).or_insert_with(|| vec![None; adapters.len()])[position] =
-                Some(module);
+    let layouts: Vec<_> = adapters.iter().map(|adapter| Layout::of(adapter)).collect();
+    let alignment = Alignment::of(&layouts.iter().collect::<Vec<_>>(), task)?;
+    let products: Vec<_> = adapters.iter().map(|adapter| products_of(adapter)).collect();
+    let mut units = IndexMap::<(usize, &Identity), Vec<Option<Part<'_>>>>::new();
+    for (position, names) in alignment.members.iter().enumerate() {
+        for unit in &names.units {
+            let members = units.entry((names.family, &unit.identity));
+            let members = members.or_insert_with(|| vec![None; adapters.len()]);
+            members[position] = Some(Part { product: products[position][unit.part], unit });
         }
     }
-    task.expect(paths.values().map(|members| bytes_of(members)).sum());
-    let paths: Vec<_> = paths.into_iter().collect();
+    task.expect(units.values().map(|members| bytes_of(members)).sum());
+    let mut labels = HashMap::<String, usize>::new();
+    let units: Vec<_> = units
+        .into_iter()
+        .map(|((family, identity), members)| {
+            let label = alignment.label(family, identity);
+            let count = labels.entry(label.clone()).or_default();
+            *count += 1;
+            // One name in adapters that are not comparable.
+            (if *count > 1 { format!("{label} ({count})") } else { label }, members)
+        })
+        .collect();
     let compared: Vec<Compared> = pool.install(|| {
-        paths
+        units
             .par_iter()
             .map(|(path, members)| {
                 let compared = compare_module(path, adapters, members, task)?;
@@ -103,7 +121,14 @@ pub fn compare(adapters: &[&Adapter], pool: &rayon::ThreadPool, task: &Task) -> 
     let count = adapters.len();
     let mut products = vec![vec![0.0; count]; count];
     let mut modules = Vec::with_capacity(compared.len());
-    let mut notes = Vec::new();
+    let mut notes = notes_of(adapters, &alignment);
+    for (x, row) in products.iter_mut().enumerate() {
+        for (y, product) in row.iter_mut().enumerate() {
+            if alignment.reason(x, y).is_some() {
+                *product = f64::NAN;
+            }
+        }
+    }
     for Compared { module, notes: own, clashes } in compared {
         for (position, norm) in module.norms.iter().enumerate() {
             products[position][position] += norm.map_or(0.0, |norm| norm * norm);
@@ -137,8 +162,49 @@ fn itself(norm: f64) -> f64 {
     if norm.is_finite() && norm > 0.0 { 1.0 } else { f64::NAN }
 }
 
-fn bytes_of(members: &[Option<&Module>]) -> u64 {
-    members.iter().flatten().map(|module| factor_bytes(module)).sum()
+/// Which adapters are not comparable, and why: a note for each two families of them.
+fn notes_of(adapters: &[&Adapter], alignment: &Alignment) -> Vec<String> {
+    let mut pairs = IndexMap::<(usize, usize), Vec<(usize, usize)>>::new();
+    let family = |member: usize| alignment.members[member].family;
+    for x in 0..adapters.len() {
+        for y in (x + 1..adapters.len()).filter(|y| family(*y) != family(x)) {
+            let key = (family(x).min(family(y)), family(x).max(family(y)));
+            pairs.entry(key).or_default().push((x, y));
+        }
+    }
+    let note = |pairs: &Vec<(usize, usize)>| {
+        let (x, y) = pairs[0];
+        let more = match pairs.len() - 1 {
+            0 => String::new(),
+            1 => " (nor is another pair)".to_owned(),
+            more => format!(" (nor are {more} other pairs)"),
+        };
+        format!(
+            "the adapters {} and {} are not comparable{more}: {}",
+            adapters[x].path().display(),
+            adapters[y].path().display(),
+            alignment.reason(x, y).unwrap_or_default()
+        )
+    };
+    pairs.values().map(note).collect()
+}
+
+/// An adapter's product that is, or holds, one of the modules that are compared.
+#[derive(Debug, Clone, Copy)]
+struct Part<'a> {
+    product: Product<'a>,
+    unit: &'a Unit,
+}
+
+impl Part<'_> {
+    /// What it is of the whole product, where it is less or lies otherwise.
+    fn is_whole(&self) -> bool {
+        !self.unit.is_transposed && self.unit.outputs.is_none()
+    }
+}
+
+fn bytes_of(members: &[Option<Part<'_>>]) -> u64 {
+    members.iter().flatten().map(|part| part.product.bytes()).sum()
 }
 
 struct Compared {
@@ -158,27 +224,30 @@ struct Member<'a> {
 fn compare_module(
     path: &str,
     adapters: &[&Adapter],
-    modules: &[Option<&Module>],
+    parts: &[Option<Part<'_>>],
     task: &Task,
 ) -> Result<Compared> {
     let mut notes = Vec::new();
     let mut factors = Vec::new();
+    let mut cut: Vec<Option<PartFactors>> = Vec::new();
     let mut rooms = vec![Vec::new(); adapters.len()];
-    let pairs = adapters.iter().zip(modules).zip(&mut rooms).enumerate();
-    for (position, ((adapter, module), room)) in pairs {
-        let Some(module) = module else { continue };
+    for (position, (part, room)) in parts.iter().zip(&mut rooms).enumerate() {
+        let Some(part) = part else { continue };
         task.check()?;
-        match Factors::read(module, room)? {
-            Some(read) => factors.push((position, read)),
-            None => notes.push(format!("{}: {}", adapter.path().display(), unmeasured(module))),
-        }
+        let read = part.product.read(room)?;
+        let Unit { is_transposed, outputs, .. } = part.unit;
+        let own = (!part.is_whole()).then(|| read.part(*is_transposed, outputs.as_ref()));
+        cut.push(own.transpose()?);
+        factors.push((position, read));
     }
     let mut members = Vec::new();
     let mut norms = vec![None; adapters.len()];
-    for (position, factors) in &factors {
+    for ((position, factors), cut) in factors.iter().zip(&cut) {
         task.check()?;
-        let (position, update) = (*position, factors.update()?);
-        let norm = frobenius_norm(&update);
+        let update = cut.as_ref().map_or_else(|| factors.update(), PartFactors::update)?;
+        let (position, norm) = (*position, frobenius_norm(&update));
+        // What rounding leaves of a product that is zero has no direction.
+        let update = if norm == 0.0 { update.scaled(0.0) } else { update };
         norms[position] = Some(norm);
         members.push(Member { position, update, norm, bases: None });
     }
@@ -211,7 +280,8 @@ fn compare_module(
             }
         }
     }
-    let ranks = modules.iter().map(|module| module.map(|module| module.rank)).collect();
+    let rank = |part: &Option<Part<'_>>| part.map(|part| part.product.extents().2 as u64);
+    let ranks = parts.iter().map(rank).collect();
     let module = ModuleComparison { path: path.to_owned(), shape, norms, ranks, pairs };
     Ok(Compared { module, notes, clashes })
 }

@@ -1,12 +1,12 @@
 //! The factors that have a spectrum, read for whoever decomposes them elsewhere.
 
 use crate::adapter::Adapter;
+use crate::adapter::factors::Pair;
 use crate::error::Result;
-use crate::measure::statistics::ElementType;
+use crate::measure::products::products_of;
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::Tensor;
 
-/// The factors of one module, as they are stored.
+/// The factors of one product, as they are stored or as what is stored makes them.
 #[derive(Debug, Clone)]
 pub struct StoredFactors {
     /// m, n and r.
@@ -19,24 +19,18 @@ pub struct StoredFactors {
     pub a: (Dtype, Vec<u8>),
 }
 
-/// The factors of every module that has a spectrum, in the adapter's order.
+/// The factors of every product, in the adapter's order.
 ///
 /// # Errors
 /// [`Error::Adapter`](crate::Error::Adapter) if the file changed meanwhile,
 /// [`Error::Io`](crate::Error::Io).
 pub fn stored_factors(adapter: &Adapter) -> Result<Vec<StoredFactors>> {
-    let read = |tensor: &Tensor| -> Result<(Dtype, Vec<u8>)> {
-        Ok((tensor.dtype.clone(), tensor.read()?))
-    };
     let mut found = Vec::new();
-    for module in adapter.modules().values() {
-        let Some((a, b)) = module.delta.plain() else { continue };
-        let measurable =
-            [a, b].iter().all(|tensor| ElementType::from_dtype(&tensor.dtype).is_some());
-        if let Some(extents) = super::extents(module).filter(|_| measurable) {
-            let (a, b) = (read(a)?, read(b)?);
-            found.push(StoredFactors { extents, scaling: module.scaling, b, a });
-        }
+    for product in products_of(adapter) {
+        let Pair { a, a_dtype, b, b_dtype, .. } =
+            product.module.pair(product.expert, None, None)?;
+        let (extents, scaling) = (product.extents(), product.scaling());
+        found.push(StoredFactors { extents, scaling, b: (b_dtype, b), a: (a_dtype, a) });
     }
     adapter.check_unchanged()?;
     Ok(found)

@@ -161,6 +161,6 @@ fn a_cancelled_analysis_stops() {
     let task = Task::new();
     task.cancel();
     let result = analyze(&adapter, None, &options(), &pool, &task);
-    assert!(matches!(result, Err(Error::Cancelled)));
-    assert!(matches!(compare(&[&adapter, &adapter], &pool, &task), Err(Error::Cancelled)));
+    assert!(matches!(result, Err(crate::Error::Cancelled)));
+    assert!(matches!(compare(&[&adapter, &adapter], &pool, &task), Err(crate::Error::Cancelled)));
 }

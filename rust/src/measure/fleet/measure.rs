@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::read::{digest, read, room};
 use super::record::{Counts, Modules, Record, Texts};
 use super::{Level, NonFinite, Scanned};
-use crate::adapter::Adapter;
 use crate::adapter::format::AdapterSource;
+use crate::adapter::{Adapter, Expert};
 use crate::error::{Error, Result};
 use crate::measure::analysis;
 use crate::measure::metrics::Shape;
+use crate::measure::products::Product;
 use crate::measure::spectrum::{Spectrum, Update, Values};
 use crate::measure::statistics::{
     ElementType, Moments, SEGMENT, Summary, Tensor, segment_moments, summary_of,
@@ -31,18 +32,18 @@ const PART: usize = SEGMENT << 6;
 pub enum Unit {
     /// The digest of the file.
     Digest,
-    /// A module: the moments of its factors, and its spectrum.
+    /// A module's product: the moments of its factors, and its spectrum.
     Module(usize),
     /// Elements from this one on of a tensor that is no factor.
     Part { tensor: usize, start: usize },
 }
 
-/// A module that can be measured.
+/// A product of a module.
 struct Factors {
-    /// Its position in the adapter.
+    /// The module's position in the adapter.
     module: usize,
-    /// (m, n, r).
-    extents: (usize, usize, usize),
+    /// Which of the module's products.
+    expert: Option<Expert>,
     /// The positions of A and B in the header.
     tensors: [usize; 2],
 }
@@ -94,17 +95,12 @@ impl Open {
         let mut is_factor = vec![false; tensors.len()];
         let mut modules = Vec::new();
         for (index, module) in adapter.modules().values().enumerate() {
-            let measurable =
-                analysis::extents(module).zip(module.delta.plain()).filter(|(_, (a, b))| {
-                    [a, b].iter().all(|tensor| ElementType::from_dtype(&tensor.dtype).is_some())
-                });
-            let Some((extents, (a, b))) = measurable else {
-                notes.push(analysis::unmeasured(module));
-                continue;
-            };
-            let tensors = [a, b].map(|tensor| positions[tensor.name.as_str()]);
+            let parts = module.delta.tensors();
+            let tensors = [0, 1].map(|part| positions[parts[part].1.name.as_str()]);
             tensors.iter().for_each(|tensor| is_factor[*tensor] = true);
-            modules.push(Factors { module: index, extents, tensors });
+            for expert in module.products() {
+                modules.push(Factors { module: index, expert, tensors });
+            }
         }
         let mut units = Vec::new();
         if level.reads_data() {
@@ -138,6 +134,11 @@ impl Open {
     /// The position of its source.
     pub fn position(&self) -> usize {
         self.position
+    }
+
+    fn product(&self, position: usize) -> Product<'_> {
+        let Factors { module, expert, .. } = self.modules[position];
+        Product { module: &self.adapter.modules()[module], expert }
     }
 
     /// All units, in the order in which they are best begun.
@@ -205,11 +206,17 @@ impl Open {
             Unit::Module(module) => {
                 let [a, b] = self.modules[module].tensors.map(|tensor| self.info(tensor));
                 let (size, all) = (a.bytes() as usize, (a.bytes() + b.bytes()) as usize);
-                let (first, second) = room(buffer, all).split_at_mut(size);
-                adapter.file().read_into(a, 0, first)?;
-                adapter.file().read_into(b, 0, second)?;
-                self.measure_module(module, view(a, first)?, view(b, second)?)?;
-                task.advance(all as u64);
+                let product = self.product(module);
+                // Of many products in two tensors each is read for itself.
+                if product.expert.is_some_and(|expert| expert.index > 0) {
+                    self.measure_spectrum(module, None)?;
+                } else {
+                    let (first, second) = room(buffer, all).split_at_mut(size);
+                    adapter.file().read_into(a, 0, first)?;
+                    adapter.file().read_into(b, 0, second)?;
+                    self.measure_module(module, view(a, first)?, view(b, second)?)?;
+                    task.advance(all as u64);
+                }
             }
             Unit::Part { tensor, start } => {
                 let info = self.info(tensor);
@@ -231,22 +238,36 @@ impl Open {
         Ok(())
     }
 
+    /// What is to be found of a product; of several in two tensors, that of the tensors with the
+    /// first.
     fn measure_module(&self, module: usize, a: Tensor<'_>, b: Tensor<'_>) -> Result<()> {
-        let Factors { module: index, extents: (rows, columns, rank), tensors } =
-            self.modules[module];
-        if self.level.moments {
+        let Factors { expert, tensors, .. } = self.modules[module];
+        if self.level.moments && expert.is_none_or(|expert| expert.index == 0) {
             for (tensor, values) in tensors.into_iter().zip([a, b]) {
                 self.keep_moments(tensor, 0, values);
             }
         }
-        if self.level.spectra {
-            let (left, right) = (Values::Stored(b), Values::Stored(a));
-            let scaling = self.adapter.modules()[index].scaling;
-            let spectrum = Spectrum::of(&Update::new(rows, columns, rank, left, right, scaling)?);
-            self.keep(|findings| {
-                findings.spectra.insert(module, spectrum);
-            });
+        let is_plain = self.product(module).module.delta.plain().is_some();
+        self.measure_spectrum(module, is_plain.then_some([a, b]))
+    }
+
+    /// The spectrum of a product with these factors, or with those that its tensors make.
+    fn measure_spectrum(&self, module: usize, plain: Option<[Tensor<'_>; 2]>) -> Result<()> {
+        if !self.level.spectra {
+            return Ok(());
         }
+        let product = self.product(module);
+        let spectrum = match plain {
+            Some([a, b]) => {
+                let (rows, columns, rank) = product.extents();
+                let (left, right) = (Values::Stored(b), Values::Stored(a));
+                Spectrum::of(&Update::new(rows, columns, rank, left, right, product.scaling())?)
+            }
+            None => Spectrum::of(&product.read(&mut Vec::new())?.update()?),
+        };
+        self.keep(|findings| {
+            findings.spectra.insert(module, spectrum);
+        });
         Ok(())
     }
 
@@ -341,8 +362,9 @@ impl Open {
         let mut modules = Modules::default();
         let mut shapes = Vec::with_capacity(self.modules.len());
         for (position, factors) in self.modules.iter().enumerate() {
-            let module = &self.adapter.modules()[factors.module];
-            let (rows, columns, rank) = factors.extents;
+            let product = self.product(position);
+            let module = product.module;
+            let (rows, columns, rank) = product.extents();
             let (alpha, scaling) = (module.alpha, module.scaling);
             let shape = Shape { rows, columns, rank, alpha, scaling };
             let moments = match factors.tensors.map(|tensor| summaries.get(&tensor)) {
@@ -350,7 +372,7 @@ impl Open {
                 _ => None,
             };
             let kind = module.kind.name();
-            modules.push(&module.path, kind, &shape, moments, spectra.get(&position));
+            modules.push(&product.name(), kind, &shape, moments, spectra.get(&position));
             shapes.push(shape);
         }
         let in_order: Vec<_> = (0..self.modules.len()).filter_map(|at| spectra.get(&at)).collect();

@@ -27,7 +27,7 @@ pub(super) fn residual_of(
     };
     let is_linear = module.kind == LayerKind::Linear;
     let is_layer = is_linear && target.layout.is_none() && target.parameter.ends_with(".weight");
-    if !is_layer || !module.delta.is_low_rank() || targeted.repeats() != 1.0 {
+    if !is_layer || !module.delta.is_low_rank() || targeted.module.repeats() != 1.0 {
         return Err(format!(
             "its module {path} is no plain linear layer, and how its initialisation changed \
              the base is not known (init_lora_weights, kasa_config); convert it in training"

@@ -54,13 +54,7 @@ impl TargetedModule<'_> {
 
     /// The factor on its product.
     pub fn scale(&self) -> f64 {
-        self.target.scale * self.repeats()
-    }
-
-    /// How often its product is added. PEFT adds that of the output projection of a
-    /// MultiheadAttention twice, in training as in merging.
-    pub fn repeats(&self) -> f64 {
-        if self.module.key.ends_with(".base_layer.out_proj") { 2.0 } else { 1.0 }
+        self.target.scale * self.module.repeats()
     }
 }
 

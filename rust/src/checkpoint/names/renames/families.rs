@@ -172,6 +172,29 @@ pub(super) fn rules(model_type: &str) -> Option<Vec<Rule>> {
     Some(rules)
 }
 
+/// The rules of all families, those that change leading parts alone left out: which of these a name
+/// had before is not to be told without its model. A name that one family's rules change first is
+/// none of another's.
+pub(super) fn rules_of_all() -> Vec<Rule> {
+    let one_of_each_list = [GATED[0], VISION[0]];
+    let families = [
+        // Its routers lie in what the rules of Mixtral's rename.
+        &["granitemoe", "mixtral", "phimoe", "nemotron_h", "aria_text", "lfm2_moe", "jamba"][..],
+        &["dinov2", "gpt_neox"],
+        &one_of_each_list,
+    ];
+    let mut all = Vec::<Rule>::new();
+    for rule in families.concat().into_iter().flat_map(|name| rules(name).unwrap_or_default()) {
+        let is_of_a_whole_name = rule.targets.iter().any(|target| target == "lm_head.");
+        let is_leading = rule.sources.iter().any(|source| source.starts_with('^'));
+        if (!is_leading || is_of_a_whole_name) && !all.contains(&rule) {
+            all.push(rule);
+        }
+    }
+    all.push(rename(r"^(.*vision_tower\.)vision_model\.", r"\1"));
+    all
+}
+
 /// Every model type that the table knows.
 #[cfg(test)]
 pub(super) fn known() -> impl Iterator<Item = &'static str> {
