@@ -73,9 +73,41 @@ def test_every_cause_is_said_by_all(tmp_path: Path, cause: str, dtype: str) -> N
     outcome = lorafast.verify(base, adapter, tmp_path / "out")
     assert outcome.ok
     assert warning in outcome.warnings
-    if cause != "cancelled":  # An analysis measures what rounding leaves of that.
-        kinds = {finding.kind for finding in lorafast.analyze(adapter).findings}
-        assert kinds & {"untrained", "zero_scale"}
+    analysis = lorafast.analyze(adapter, entries=True)
+    assert {finding.kind for finding in analysis.findings} & {"untrained", "zero_scale"}
+    for module in analysis.modules.values():
+        assert not any(module.singular_values)
+        assert (module.frobenius_norm, module.stable_rank, module.k90) == (0.0, 0.0, 0)
+        assert module.numerical_rank == 0
+        assert module.entries is not None
+        assert module.entries.max_abs == 0.0
+    fleet = lorafast.scan(adapter)
+    assert set(fleet.findings.table["kind"].tolist()) & {"untrained", "zero_scale"}
+    assert fleet.modules["frobenius_norm"].max() == 0.0
+    assert fleet.modules["effective_rank"].max() == 0.0
+
+
+def test_what_cancels_has_no_direction(tmp_path: Path) -> None:
+    """A number made of what rounding left would be none of the update's."""
+    zero, other = make(tmp_path, "cancelled"), make_adapter(tmp_path / "other")
+    assert np.isnan(lorafast.compare([zero, other]).cosine[0, 1])
+    similar = lorafast.similarity([zero, other])
+    assert np.isnan(similar.matrix[0, 1])
+    assert similar.norms[0] == 0.0
+    found = lorafast.lineage(other, [zero])
+    assert list(found.dependent) == [zero]
+
+
+def test_what_nearly_cancels_is_an_update(tmp_path: Path) -> None:
+    tensors = adapter_tensors(dtype="F32")
+    cancel(tensors)
+    a = tensors[factor("A")].float64()
+    a[0, 0] *= 1 + 2.0**-20
+    tensors[factor("A")] = tensor(a, "F32")
+    analysis = lorafast.analyze(make_adapter(tmp_path / "adapter", tensors))
+    dense = tensors[factor("B")].float64() @ tensors[factor("A")].float64()
+    own = analysis.modules[FIRST]
+    assert own.spectral_norm == pytest.approx(own.scaling * np.linalg.norm(dense, 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("cause", ["B", "A", "apart", "cancelled"])
@@ -88,8 +120,7 @@ def test_some_modules(tmp_path: Path, cause: str) -> None:
     plan = lorafast.plan(make_base(tmp_path / "base"), adapter)
     (warning,) = [each for each in plan.warnings if "change nothing" in each]
     assert f"1 of {len(MODULES)} modules (the first: {FIRST})" in warning
-    if cause != "cancelled":
-        assert "zero_update" in {finding.kind for finding in lorafast.analyze(adapter).findings}
+    assert "zero_update" in {finding.kind for finding in lorafast.analyze(adapter).findings}
 
 
 def test_a_weight_of_zero(tmp_path: Path) -> None:

@@ -183,8 +183,8 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
     if finite and not alive:
         if any(module.scaling != 0 for module in finite.values()):
             reason = (
-                "Every update is zero, as before the first step of training; merging it changes "
-                "nothing."
+                "Every update is zero, as before the first step of training or where factors "
+                "cancel; merging it changes nothing."
             )
             yield Finding("critical", "untrained", None, 0.0, reason)
         return

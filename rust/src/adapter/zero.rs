@@ -124,28 +124,59 @@ fn tells(a: &Tensor, b: &Tensor) -> Result<bool> {
 fn is_zero_product(module: &Module) -> Result<bool> {
     let pair = module.pair(None, None, None)?;
     let (a, b) = (widen_f64(&pair.a_dtype, &pair.a), widen_f64(&pair.b_dtype, &pair.b));
+    Ok(vanishes([pair.outputs, pair.inputs, pair.rank], &|index| b[index], &|index| a[index]))
+}
+
+/// Whether nothing but rounding is left of a product of (outputs, inputs, rank), whose factors are
+/// given by the position of each element, row after row: it takes vectors of random numbers to zero.
+pub fn vanishes(
+    [outputs, inputs, rank]: [usize; 3],
+    b: &dyn Fn(usize) -> f64,
+    a: &dyn Fn(usize) -> f64,
+) -> bool {
+    if is_beyond_zero([outputs, inputs, rank], b, a) {
+        return false;
+    }
     let mut state = 1u64;
     let mut random = || {
         state = state.wrapping_mul(MULTIPLIER).wrapping_add(INCREMENT);
         (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     };
     for _ in 0..2 {
-        let vector: Vec<f64> = (0..pair.inputs).map(|_| random()).collect();
-        let dot = |row: &[f64]| row.iter().zip(&vector).map(|(x, y)| x * y).sum::<f64>();
-        let size = |row: &[f64]| row.iter().zip(&vector).map(|(x, y)| (x * y).abs()).sum::<f64>();
+        let vector: Vec<f64> = (0..inputs).map(|_| random()).collect();
+        let terms =
+            |k: usize| vector.iter().enumerate().map(move |(column, x)| a(k * inputs + column) * x);
         let middle: Vec<(f64, f64)> =
-            a.chunks_exact(pair.inputs).map(|row| (dot(row), size(row))).collect();
-        for row in b.chunks_exact(pair.rank) {
-            let terms = row.iter().zip(&middle);
+            (0..rank).map(|k| (terms(k).sum(), terms(k).map(f64::abs).sum())).collect();
+        for row in 0..outputs {
+            let terms = middle.iter().enumerate().map(|(k, term)| (b(row * rank + k), term));
             let (sum, bound) = terms.fold((0.0, 0.0), |(sum, bound), (x, (value, size))| {
                 (sum + x * value, bound + (x * size).abs())
             });
-            if is_beyond_rounding(sum, pair.inputs + pair.rank, bound) {
-                return Ok(false);
+            if is_beyond_rounding(sum, inputs + rank, bound) {
+                return false;
             }
         }
     }
-    Ok(true)
+    true
+}
+
+/// Whether a few elements of a product tell already that it is not zero, as they nearly always do.
+fn is_beyond_zero(
+    [outputs, inputs, rank]: [usize; 3],
+    b: &dyn Fn(usize) -> f64,
+    a: &dyn Fn(usize) -> f64,
+) -> bool {
+    let rows = 0..outputs.min(ROWS as usize);
+    let Some(row) = rows.into_iter().find(|row| (0..rank).any(|k| b(row * rank + k) != 0.0)) else {
+        return false;
+    };
+    (0..inputs.min(COLUMNS as usize)).any(|column| {
+        let terms = (0..rank).map(|k| b(row * rank + k) * a(k * inputs + column));
+        let (sum, bound) =
+            terms.fold((0.0, 0.0), |(sum, bound), term| (sum + term, bound + f64::abs(term)));
+        is_beyond_rounding(sum, rank, bound)
+    })
 }
 
 /// Whether a sum of so many terms, whose sizes add up to `bound`, is more than rounding may have made

@@ -15,6 +15,7 @@ mod tests;
 
 pub use update::{Term, Update, Values};
 
+use crate::adapter::zero;
 use crate::linalg::{
     Decomposition, Matrix, Reflectors, decompose, gram_and_sums, gram_factor,
     leading_singular_values, singular_values, triangular_factor,
@@ -34,8 +35,8 @@ const SHARE_TOLERANCE: f64 = 1e-9;
 /// The singular values of ΔW and the figures made of them. All are of ΔW with its scale.
 ///
 /// Of an update with NaN or infinity in its factors or scale, every figure is NaN and every
-/// count 0. Of a zero update (B never trained), norms, ranks and counts are 0 and the condition
-/// number is infinite.
+/// count 0. Of a zero update (B never trained, or factors that cancel but for rounding), norms,
+/// ranks and counts are 0 and the condition number is infinite.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spectrum {
     /// σ, descending: min(rank, m, n) of them, the others of ΔW being zero.
@@ -77,8 +78,12 @@ impl Spectrum {
 
     /// Measures an update.
     pub fn of(update: &Update<'_>) -> Self {
-        let (core, entry_mean) = gram_core(update);
-        Self::from_values(update.rows(), update.columns(), values_from(core, update), entry_mean)
+        let (core, bound, entry_mean) = gram_core(update);
+        let mut values = values_from(core, update);
+        if is_rounding(values.first().copied().unwrap_or(0.0), bound, update) {
+            values.fill(0.0);
+        }
+        Self::from_values(update.rows(), update.columns(), values, entry_mean)
     }
 
     /// Whether the update was free of NaN and infinities.
@@ -181,8 +186,9 @@ enum Core {
     IllConditioned,
 }
 
-/// The core and the mean of the entries, for which the factors are read once.
-fn gram_core(update: &Update<'_>) -> (Core, f64) {
+/// The core, what ‖ΔW‖ could at most be, and the mean of the entries, for which the factors are read
+/// once.
+fn gram_core(update: &Update<'_>) -> (Core, f64, f64) {
     let scales = update.scales();
     let (left, left_sums) = gram_and_sums(&update.left());
     let (right, right_sums) = gram_and_sums(&update.right());
@@ -192,6 +198,8 @@ fn gram_core(update: &Update<'_>) -> (Core, f64) {
     let is_finite = left_trace.is_finite()
         && right_trace.is_finite()
         && scales.iter().all(|scale| scale.is_finite());
+    let sizes = |k: usize| left.get(k, k).sqrt() * right.get(k, k).sqrt();
+    let bound = scales.iter().enumerate().map(|(k, scale)| scale.abs() * sizes(k)).sum();
     let core = if !is_finite {
         Core::NotFinite
     } else if left_trace == 0.0 || right_trace == 0.0 || scales.iter().all(|&scale| scale == 0.0) {
@@ -204,12 +212,37 @@ fn gram_core(update: &Update<'_>) -> (Core, f64) {
             _ => Core::IllConditioned,
         }
     };
-    (core, mean)
+    (core, bound, mean)
+}
+
+/// Whether a norm of an update is what rounding leaves of one product that is zero, though its
+/// factors are not. `bound` is Σ‖b_k‖‖a_k‖ of the columns and rows of the factors, with the scale.
+fn is_rounding(norm: f64, bound: f64, update: &Update<'_>) -> bool {
+    let [term] = update.terms() else { return false };
+    let (rows, columns, rank) = (update.rows(), update.columns(), term.rank);
+    let terms = rows.max(columns) + rank;
+    // Only what may be so is looked at again.
+    let may_be = norm > 0.0 && norm <= terms as f64 * f64::EPSILON * bound;
+    if !may_be {
+        return false;
+    }
+    let read = |values: &Values<'_>, length| {
+        let mut read = vec![0.0; length];
+        values.read(0, &mut read);
+        read
+    };
+    let (b, a) = (read(&term.left, rows * rank), read(&term.right, rank * columns));
+    zero::vanishes([rows, columns, rank], &|index| b[index], &|index| a[index])
 }
 
 /// All singular values, descending.
 pub(crate) fn values_of(update: &Update<'_>) -> Vec<f64> {
-    values_from(gram_core(update).0, update)
+    let (core, bound, _) = gram_core(update);
+    let mut values = values_from(core, update);
+    if is_rounding(values.first().copied().unwrap_or(0.0), bound, update) {
+        values.fill(0.0);
+    }
+    values
 }
 
 fn values_from(core: Core, update: &Update<'_>) -> Vec<f64> {
@@ -237,7 +270,8 @@ fn values_from(core: Core, update: &Update<'_>) -> Vec<f64> {
 
 /// ‖ΔW‖_F; NaN of an update that is not finite.
 pub fn frobenius_norm(update: &Update<'_>) -> f64 {
-    match gram_core(update).0 {
+    let (core, bound, _) = gram_core(update);
+    let norm = match core {
         Core::NotFinite => f64::NAN,
         Core::Zero => 0.0,
         Core::Small(core) => norm(&core),
@@ -246,7 +280,8 @@ pub fn frobenius_norm(update: &Update<'_>) -> f64 {
             let right = triangular_factor(&update.right());
             norm(&left.scaled_product(&update.scales(), &right))
         }
-    }
+    };
+    if is_rounding(norm, bound, update) { 0.0 } else { norm }
 }
 
 fn norm(matrix: &Matrix) -> f64 {

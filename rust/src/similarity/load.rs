@@ -1,6 +1,7 @@
 //! Factors read from their files, in the number type and the order that products want.
 
 use super::collection::{Member, Piece, Source, Stored, Weights};
+use crate::adapter::zero;
 use crate::error::{Owner, Result};
 use crate::kernel::convert::widen_f64;
 use crate::kernel::vector::vectorized;
@@ -245,7 +246,13 @@ impl<'a> Reader<'a> {
         self.member.check_unchanged(&self.weights)?;
         let (b, left) = b.into_numbers();
         let (a, right) = a.into_numbers();
-        let scale = piece.scale * left * right;
+        let rank = piece.rank.max(1);
+        let shape = [b.len() / rank, a.len() / rank, piece.rank];
+        let (of_b, of_a): (&[T], &[T]) = (&b, &a);
+        // What rounding would leave of a product that is zero has no direction.
+        let is_zero =
+            zero::vanishes(shape, &|index| of_b[index].to_f64(), &|index| of_a[index].to_f64());
+        let scale = if is_zero { 0.0 } else { piece.scale * left * right };
         Ok(Factors { b, a, scale }.part(piece))
     }
 

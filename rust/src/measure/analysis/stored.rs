@@ -2,7 +2,9 @@
 
 use crate::adapter::Adapter;
 use crate::adapter::factors::Pair;
+use crate::adapter::zero;
 use crate::error::Result;
+use crate::kernel::convert::widen_f64;
 use crate::measure::products::products_of;
 use crate::tensor::dtype::Dtype;
 
@@ -29,7 +31,13 @@ pub fn stored_factors(adapter: &Adapter) -> Result<Vec<StoredFactors>> {
     for product in products_of(adapter) {
         let Pair { a, a_dtype, b, b_dtype, .. } =
             product.module.pair(product.expert, None, None)?;
-        let (extents, scaling) = (product.extents(), product.scaling());
+        let (extents, mut scaling) = (product.extents(), product.scaling());
+        let (left, right) = (widen_f64(&b_dtype, &b), widen_f64(&a_dtype, &a));
+        let shape = [extents.0, extents.1, extents.2];
+        // What rounding would leave of a product that is zero is none of its spectrum.
+        if zero::vanishes(shape, &|index| left[index], &|index| right[index]) {
+            scaling = 0.0;
+        }
         found.push(StoredFactors { extents, scaling, b: (b_dtype, b), a: (a_dtype, a) });
     }
     adapter.check_unchanged()?;
