@@ -13,7 +13,7 @@ from typing import Any
 
 import lorafast
 import pytest
-from lorafast._analysis.options import AnalysisOptions, CommonOptions
+from lorafast._analysis.options import AnalysisOptions, CommonOptions, CompareOptions
 from lorafast._cli.main import main
 from lorafast._cli.options import chosen
 from lorafast._cli.similarity import add_arguments as similarity_arguments
@@ -26,7 +26,7 @@ from support.options import check_flags, check_signature
 #: The table of each function, which is a command as well.
 TABLES: dict[str, type[Any]] = {
     "analyze": AnalysisOptions,
-    "compare": CommonOptions,
+    "compare": CompareOptions,
     "duplicates": CommonOptions,
     "lineage": CommonOptions,
     "scan": ScanOptions,
@@ -109,5 +109,7 @@ def test_a_command_passes_on_what_it_was_given(
 
     monkeypatch.setattr(lorafast, "scan", hear)
     words = ["--metrics", "headers", "--threads", "1", "--cache", str(tmp_path / "cache")]
+    words += ["--exclude", "old", "--exclude", "tmp/*"]
     assert main(["scan", str(tmp_path / "adapter"), *words, "--quiet"]) == 0
-    assert heard == ScanOptions("headers", str(tmp_path / "cache"), 1)._asdict()
+    expected = ScanOptions("headers", ["old", "tmp/*"], str(tmp_path / "cache"), 1)
+    assert heard == expected._asdict()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         TensorStatistics,
     )
     from lorafast._analysis.results import AdapterAnalysis, Comparison
+    from lorafast._fleet.difference import AdapterChange, FindingChange, ScanDiff, scan_diff
     from lorafast._fleet.discovery import ScanError
     from lorafast._fleet.findings import FleetFinding
     from lorafast._fleet.fleet import Fleet
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterAnalysis",
+    "AdapterChange",
     "AdapterError",
     "AdapterListing",
     "Checkpoint",
@@ -77,6 +79,7 @@ __all__ = [
     "EntryStatistics",
     "Evidence",
     "Finding",
+    "FindingChange",
     "Fleet",
     "FleetFinding",
     "Histogram",
@@ -93,6 +96,7 @@ __all__ = [
     "PlanError",
     "PlanPart",
     "PlannedTensor",
+    "ScanDiff",
     "ScanError",
     "Similarity",
     "SubtractReport",
@@ -114,6 +118,7 @@ __all__ = [
     "plan",
     "recover",
     "scan",
+    "scan_diff",
     "similarity",
     "subtract",
     "trajectory",
@@ -134,6 +139,7 @@ _HOMES = {
         "PairComparison",
         "TensorStatistics",
     ),
+    "_fleet.difference": ("AdapterChange", "FindingChange", "ScanDiff", "scan_diff"),
     "_fleet.discovery": ("ScanError",),
     "_fleet.findings": ("FleetFinding",),
     "_fleet.fleet": ("Fleet",),

@@ -172,6 +172,7 @@ def analyze_adapter(
 def compare_adapters(
     adapters: Sequence[_AdapterSource],
     *,
+    modules: bool,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> AdapterComparison: ...

@@ -42,6 +42,8 @@ class Flag(NamedTuple):
     """Its letter, if it has one."""
     older_name: str | None = None
     """A flag that the command understands as well and does not show."""
+    repeated: bool = False
+    """Whether the flag of a sequence takes one item, and is given again for each other."""
     unit: int | None = None
     """How many of the option's units make one of the flag's, which is given as a decimal."""
 

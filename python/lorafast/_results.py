@@ -38,6 +38,7 @@ VIEWS = {
     ("text", "Lineage"): ("_report.lines", "lineage_text"),
     ("text", "MergePlan"): ("_report.lines", "plan_text"),
     ("text", "MergeReport"): ("_report.lines", "merge_text"),
+    ("text", "ScanDiff"): ("_report.lines", "scan_diff_text"),
     ("text", "Similarity"): ("_report.lines", "similarity_text"),
     ("text", "SubtractReport"): ("_report.lines", "subtract_text"),
     ("text", "Table"): ("_report.lines", "table_text"),
@@ -146,11 +147,13 @@ class Result:
 
     def to_json(self) -> str:
         """`to_dict` as strict JSON: NaN and infinities, which JSON does not have, become null."""
+        from lorafast._io.plain import json_text, without_non_finite
+
+        if self._indent is not None:
+            return json_text(self.to_dict())
         import json
 
-        from lorafast._io.plain import without_non_finite
-
-        return json.dumps(without_non_finite(self.to_dict()), indent=self._indent, allow_nan=False)
+        return json.dumps(without_non_finite(self.to_dict()), allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json` into a file, whole or not at all.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy
     from numpy.typing import NDArray
 
@@ -15,6 +17,19 @@ if TYPE_CHECKING:
 
 #: A path, or where one is taken a hub id.
 Source = str | os.PathLike[str]
+
+
+@runtime_checkable
+class HasPaths(Protocol):
+    """What is needed of a fleet: where its adapters lie and what they are called."""
+
+    @property
+    def paths(self) -> list[Path]: ...
+
+    @property
+    def names(self) -> list[str]: ...
+
+
 #: `True` for a bar on a terminal or in a notebook, elsewhere a line every ten seconds; or what is
 #: called with (done, total).
 Progress = bool | Callable[[int, int], object]

@@ -26,7 +26,7 @@ from lorafast._analysis.names import names_of, numbered
 from lorafast._analysis.options import AnalysisOptions
 from lorafast._errors import LorafastError, MissingDependencyError
 from lorafast._io.packages import require
-from lorafast._io.paths import expand, resolved
+from lorafast._io.paths import expand
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
@@ -268,7 +268,7 @@ class LoRAAnalyzer:
 
     def _name(self, adapter: Source) -> str:
         """A name that no other adapter in this output directory has, the same each time."""
-        key = _identity(adapter)
+        key = _given(adapter)
         if key not in self._names:
             # Those that were named first keep their names, since files are named after them.
             (short,) = names_of([key])
@@ -291,7 +291,7 @@ class LoRAAnalyzer:
         (stem,) = file_stems([name])
         try:
             written = read_json(self.analysis_dir / f"{stem}_analysis.json")
-            return _identity(written["adapter_path"])
+            return _given(written["adapter_path"])
         except (LorafastError, OSError, ValueError, KeyError, TypeError):
             # Not there, or nothing that an analyzer wrote.
             return None
@@ -303,10 +303,10 @@ class LoRAAnalyzer:
             warnings.warn(f"no pictures were drawn: {error}", stacklevel=3)
 
 
-def _identity(adapter: Source) -> str:
-    """What tells an adapter from others: its whole path, or its hub id."""
+def _given(adapter: Source) -> str:
+    """What tells an adapter from others: its whole path with links as given, or its hub id."""
     path = expand(adapter)
-    return str(resolved(path)) if os.path.lexists(path) else os.fspath(adapter)
+    return os.path.abspath(path) if os.path.lexists(path) else os.fspath(adapter)  # noqa: PTH100
 
 
 class UnifiedAnalyzer:

@@ -198,6 +198,34 @@ fn cut(text: &str, kept: usize) -> String {
     format!("{}…{} ({count} characters)", &text[..begin], &text[end..])
 }
 
+/// A number with its noun: `1 module`, `2 modules`.
+#[must_use]
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+/// The form of a verb that goes with a number: `agree(count, "has", "have")`.
+#[must_use]
+pub fn agree<'a>(count: usize, one: &'a str, several: &'a str) -> &'a str {
+    if count == 1 { one } else { several }
+}
+
+/// A word with its article: `a LOKR`, `an IA3`.
+#[must_use]
+pub fn with_article(word: &str) -> String {
+    let letters: String = word.chars().take_while(char::is_ascii_alphabetic).collect();
+    // The letters of short abbreviations are named one by one: "aitch", "ex".
+    let is_spelled = letters.len() <= 3
+        && !letters.is_empty()
+        && letters.chars().all(|letter| letter.is_ascii_uppercase());
+    // So is an X before a consonant.
+    let is_x =
+        matches!(letters.as_bytes(), [b'X' | b'x', next, ..] if !b"AEIOUYaeiouy".contains(next));
+    let vowels = if is_spelled { "AEFHILMNORSX" } else { "AEIOaeio" };
+    let begins_with_vowel = word.chars().next().is_some_and(|first| vowels.contains(first));
+    format!("{} {word}", if begins_with_vowel || is_x { "an" } else { "a" })
+}
+
 /// The most problems that one message spells out; the error itself carries all of them.
 const PROBLEMS_IN_MESSAGE: usize = 8;
 
@@ -205,7 +233,7 @@ fn list_problems(problems: &[String]) -> String {
     match problems {
         [only] => shortened(only).into_owned(),
         _ => {
-            let mut text = format!("{} problems", problems.len());
+            let mut text = counted(problems.len(), "problem");
             for problem in problems.iter().take(PROBLEMS_IN_MESSAGE) {
                 text.push_str("\n  - ");
                 text.push_str(&shortened(problem));
@@ -248,5 +276,17 @@ mod tests {
         let message = Error::Plan((0..10).map(|i| format!("p{i}")).collect()).to_string();
         assert!(message.starts_with("10 problems\n  - p0\n"));
         assert!(message.ends_with("- p7\n  - and 2 more"));
+    }
+
+    #[test]
+    fn numbers_verbs_and_articles_agree() {
+        assert_eq!([1, 2].map(|count| counted(count, "module")), ["1 module", "2 modules"]);
+        assert_eq!([0, 1, 2].map(|count| agree(count, "is", "are")), ["are", "is", "are"]);
+        for word in ["IA3", "ADALORA", "OFT", "LN_TUNING", "HRA", "XLORA", "adapter"] {
+            assert_eq!(with_article(word), format!("an {word}"));
+        }
+        for word in ["LOKR", "VERA", "BOFT", "C3A", "FOURIERFT", "P_TUNING", "module", ""] {
+            assert_eq!(with_article(word), format!("a {word}"));
+        }
     }
 }

@@ -165,14 +165,19 @@ def test_names_tell_adapters_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_names_are_those_of_true_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_those_of_the_paths_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = (make_adapter(tmp_path / "runs" / name) for name in ("one", "two"))
     link = tmp_path / "other"
     link.symlink_to(first, target_is_directory=True)
     (tmp_path / "linked").symlink_to(tmp_path / "runs", target_is_directory=True)
     below = tmp_path / "linked" / "two"
-    assert names_of([link, second]) == ["one", "two"]
-    assert names_of([below, second, link]) == ["two", "two_2", "one"]
+    assert names_of([link, second]) == ["other", "two"]
+    assert names_of([below, second, link]) == ["linked_two", "runs_two", "other"]
+    assert names_of([link / "adapter_model.safetensors"]) == ["other"]
+    (tmp_path / "style.safetensors").symlink_to(first / "adapter_model.safetensors")
+    assert names_of([tmp_path / "style.safetensors", first]) == ["style", "one"]
     monkeypatch.chdir(first)
     assert names_of([".", "../two", f"{first}/", "../two/."]) == ["one", "two", "one_2", "two_2"]
 

@@ -181,6 +181,25 @@ def test_a_later_analyzer_does_not_overwrite_an_earlier_ones_files(tmp_path: Pat
     }
 
 
+def test_a_linked_adapter_is_called_as_it_was_given(
+    analyzer: lorafast.LoRAAnalyzer, tmp_path: Path, style: Path, facts: Path
+) -> None:
+    """As links into a store of blobs are, whose names say nothing."""
+    links = [tmp_path / "links" / name for name in ("a-style", "b-facts")]
+    links[0].parent.mkdir()
+    for link, target in zip(links, (style, facts), strict=True):
+        link.symlink_to(target, target_is_directory=True)
+    result = analyzer.compare_adapters([str(link) for link in links], save_plots=False)
+    assert list(result["comparison_data"]) == ["a-style", "b-facts"]
+    alone = lorafast.LoRAAnalyzer(tmp_path / "alone")
+    for path in (links[0], style, links[0]):
+        alone.analyze_lora_weights(path, save_plots=False)
+    files = names_in(alone.analysis_dir)
+    assert files == ["a-style_analysis.json", "style_analysis.json"]
+    assert lorafast.analyze(links[1]).name == "b-facts"
+    assert lorafast.compare(links).names == ["a-style", "b-facts"]
+
+
 def test_the_report_has_the_sections(analyzer: lorafast.LoRAAnalyzer, style: Path) -> None:
     text = analyzer.generate_report(analyzer.analyze_lora_weights(style, save_plots=False))
     assert (analyzer.analysis_dir / "analysis_report.md").read_text() == text

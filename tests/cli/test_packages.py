@@ -48,6 +48,8 @@ def folder(tmp_path: Path) -> Path:
         make_adapter(tmp_path / "runs" / str(seed))
     pickled = make_adapter(tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "adapters.parquet").touch()
     return tmp_path
 
 
@@ -61,6 +63,8 @@ COMMANDS = [
     ("scan runs --output out", {"pyarrow"}, "fleet"),
     ("scan runs --output out --html", {"pyarrow", "plotly"}, "fleet"),
     ("scan runs --html", {"plotly"}, "fleet"),
+    ("scan runs --against saved", {"pyarrow"}, "fleet"),
+    ("scan runs --against saved/adapters.parquet --html", {"pyarrow", "plotly"}, "fleet"),
     ("merge -b base -a pickled -o out", {"torch"}, "torch"),
     ("merge -b base -a runs/0 -o out --device cuda", {"torch"}, "torch"),
     ("merge -b owner/base -a runs/0 -o out --no-safetensors",
@@ -119,6 +123,9 @@ def test_a_picture_needs_its_own_packages_alone(
     for ending in ("npz", "json", "csv"):
         assert main(["similarity", runs, "--output", str(folder / f"x.{ending}")]) == 0
     assert main(["scan", runs]) == 0
+    earlier = folder / "earlier.json"
+    lorafast.scan(runs).save(earlier)
+    assert main(["scan", runs, "--against", str(earlier)]) == 0
     assert "is needed" not in capsys.readouterr().err
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import lorafast
+import numpy as np
 import pytest
 from lorafast._cli.main import main
-from support.handmade import make_adapter
+from support.files import Tensor, tensor
+from support.handmade import adapter_tensors, make_adapter
 
 
 @pytest.fixture
@@ -26,7 +28,9 @@ def test_the_summary_says_what_there_is_and_what_is_wrong(
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0] == "3 adapters, 12 modules"
-    assert any(line.startswith(f"  {fleet}/other: adapter_config.json: is a IA3") for line in lines)
+    assert any(
+        line.startswith(f"  {fleet}/other: adapter_config.json: is an IA3") for line in lines
+    )
     assert lines[-1].split()[:3] == ["base", "4", "3"]
     assert captured.err == "warning: 1 adapter could not be read\n"
 
@@ -80,3 +84,84 @@ def test_nothing_to_read_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no adapter was found")
     make_adapter(tmp_path / "other", peft_type="IA3")
     assert main(["scan", str(tmp_path)]) == 1
+
+
+@pytest.fixture
+def findings(tmp_path: Path) -> Path:
+    """An adapter without findings, one with a warning, and one with a critical finding."""
+    root = tmp_path / "checked"
+    make_adapter(root / "good", random_adapter())
+    make_adapter(root / "odd" / "warned", random_adapter(), lora_alpha=400)
+    tensors = random_adapter()
+    for name, value in tensors.items():
+        if ".lora_B." in name:
+            tensors[name] = tensor(np.zeros(value.shape), "F32")
+    make_adapter(root / "bad" / "untrained", tensors)
+    return root
+
+
+def random_adapter() -> dict[str, Tensor]:
+    """Factors that nothing is to be said of."""
+    return {
+        name: tensor(np.random.default_rng(seed).normal(size=value.shape), "F32")
+        for seed, (name, value) in enumerate(adapter_tensors().items())
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([], 0),
+        (["--check"], 3),
+        (["--check=critical"], 3),
+        (["--check=warning"], 3),
+        (["--check", "--exclude", "bad"], 0),
+        (["--check=critical", "--exclude", "untrained"], 0),
+        (["--check=warning", "--exclude", "untrained"], 3),
+        (["--check=warning", "--exclude", "bad", "--exclude", "odd/*"], 0),
+        (["--fail-on-errors"], 0),
+    ],
+)
+def test_the_exit_code_says_whether_there_are_findings(
+    findings: Path, words: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scan", str(findings), *words]) == code
+    # A bare one takes nothing of what follows it.
+    assert main(["scan", *words, str(findings)]) == code
+    assert capsys.readouterr().err == ""
+
+
+def test_adapters_that_cannot_be_read_fail_where_that_is_asked_for(
+    findings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(findings / "broken", config="{")
+    assert main(["scan", str(findings)]) == 0
+    assert main(["scan", str(findings), "--check"]) == 3
+    assert main(["scan", str(findings), "--fail-on-errors"]) == 1
+    assert main(["scan", str(findings), "--fail-on-errors", "--check=warning", "--json"]) == 1
+    assert main(["scan", str(findings), "--fail-on-errors", "--exclude", "broken"]) == 0
+    assert "1 adapter could not be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--check=note", "--check="])
+def test_another_level_is_a_wrong_flag(
+    findings: Path, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scan", str(findings), word]) == 2
+    assert "--check=critical" in capsys.readouterr().err
+
+
+def test_a_level_behind_a_blank_is_no_directory(
+    findings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scan", str(findings), "--check", "warning"]) == 2
+    capsys.readouterr()
+    assert main(["scan", "--check", "warning", str(findings)]) == 2
+    assert "--check=warning" in capsys.readouterr().err
+
+
+def test_the_help_says_what_the_exit_codes_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Exit code: 0; 1 if no adapter can be read" in text
+    assert "--exclude PATTERN" in text

@@ -57,6 +57,24 @@ def test_the_nearest_of_each(folder: Path, capsys: Capture) -> None:
     assert rows[place + 1][1:] == ["mix"]
 
 
+def test_the_nearest_of_one_by_name_or_path(folder: Path, capsys: Capture) -> None:
+    for spelling in ("one", str(folder / "one"), f"{folder}/./one/"):
+        assert main(["similarity", str(folder), "--of", spelling, "--nearest", "1"]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert rows[-1] == ["one", "1.0000", "one-again"]
+    assert main(["similarity", str(folder), "--of", "one", "--of", "mix", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["nearest"]
+    assert list(found) == ["one", "mix"]
+    assert len(found["mix"]) == 3
+    assert main(["similarity", str(folder), "--of", "onne"]) == 1
+    assert "no adapter 'onne' is among the 4; did you mean 'one'?" in capsys.readouterr().err
+
+
+def test_a_target_may_be_named_as_a_candidate_is(folder: Path, capsys: Capture) -> None:
+    assert main(["lineage", "mix", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("mix ≈ 0.70·one + 0.30·two")
+
+
 def test_similar_as_json(folder: Path, capsys: Capture) -> None:
     assert main(["similarity", str(folder), "--json", "--nearest", "1"]) == 0
     plain = json.loads(capsys.readouterr().out)
@@ -169,3 +187,33 @@ def test_quiet_and_threads(folder: Path, capsys: Capture) -> None:
     assert capsys.readouterr() == ("", "")
     assert main(["duplicates", str(folder), "--threads", "0"]) == 1
     assert "threads is 0; it is 1 to 1024" in capsys.readouterr().err
+
+
+def test_what_is_made_of_nothing_else_has_no_formula(tmp_path: Path, capsys: Capture) -> None:
+    for seed, name in enumerate(("one", "two", "three")):
+        write_factors(tmp_path / name, random_factors({"q": (300, 200, 2)}, seed))
+    assert main(["lineage", str(tmp_path / "one"), str(tmp_path)]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "one: nothing of these, residual 100 %"
+
+
+def test_ignored_bases_are_all_named(tmp_path: Path, capsys: Capture) -> None:
+    for seed, base in enumerate(("hub/llama", "hub/qwen", "hub/llama", None)):
+        factors = random_factors(SHAPES, seed)
+        write_factors(tmp_path / f"a{seed}", factors, base_model_name_or_path=base)
+    found = lorafast.similarity(tmp_path, ignore_base=True)
+    assert found.groups == {"hub/llama, hub/qwen, no base named": [0, 1, 2, 3]}
+    (note,) = found.notes
+    assert note == (
+        "4 adapters of 3 bases are compared as of one: hub/llama (2), hub/qwen (1), "
+        "no base named (1)"
+    )
+    found.save(tmp_path / "saved.npz")
+    assert lorafast.Similarity.load(tmp_path / "saved.npz").notes == [note]
+    assert main(["similarity", str(tmp_path), "--ignore-base"]) == 0
+    printed = capsys.readouterr().out
+    assert "base hub/llama, hub/qwen, no base named  4 adapters" in printed
+    assert note in printed
+    one = lorafast.similarity([tmp_path / "a0", tmp_path / "a2"], ignore_base=True)
+    assert list(one.groups) == ["hub/llama"]
+    assert one.notes == []

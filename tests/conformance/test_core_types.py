@@ -73,7 +73,7 @@ def carry_out_and_measure(tmp_path: Path, holds: Callable[[Any, str], None]) -> 
         adapters[0], base=base, percentiles=[50.0], bins=4, entries=True, threads=1, progress=None
     )
     holds(analysis, "Analysis")
-    compared = _core.compare_adapters(adapters, threads=1, progress=None)
+    compared = _core.compare_adapters(adapters, modules=True, threads=1, progress=None)
     holds(compared, "AdapterComparison")
     collection, failures = _core.open_collection(adapters, threads=1, progress=None)
     assert failures == []

@@ -162,7 +162,7 @@ def test_names_are_told_apart_by_their_parents(tmp_path: Path) -> None:
         *("runs_x", "style", "style_x", "w"),
     ]
     links = [tmp_path / "link" / "final", tmp_path / "whole", tmp_path / "link" / ".." / "a"]
-    assert names_of(links) == ["final", "other", "a"]
+    assert names_of(links) == ["final", "whole", "a"]
     assert names_of([Path(os.path.relpath(paths[3])), Path("/")]) == ["a", "adapter"]
     assert names_of([tmp_path / "runs" / "gone"]) == ["gone"]
     cases = names_of([tmp_path / "runs" / "x", tmp_path / "runs" / "X"])

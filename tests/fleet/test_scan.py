@@ -145,7 +145,7 @@ def test_adapters_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for name in ("north/final", "south/final", "south/old"):
         make_adapter(tmp_path / name)
     fleet = lorafast.scan(tmp_path)
-    assert fleet.names == ["north_final", "south_final", "old"]
+    assert fleet.names == ["north/final", "south/final", "south/old"]
     assert set(fleet.modules["adapter"]) == set(fleet.names)
 
 

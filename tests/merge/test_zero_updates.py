@@ -118,7 +118,7 @@ def test_some_modules(tmp_path: Path, cause: str) -> None:
     mixed = whole | {factor(name): tensors[factor(name)] for name in "AB"}
     adapter = make_adapter(tmp_path / "adapter", mixed)
     plan = lorafast.plan(make_base(tmp_path / "base"), adapter)
-    (warning,) = [each for each in plan.warnings if "change nothing" in each]
+    (warning,) = [each for each in plan.warnings if "changes nothing" in each]
     assert f"1 of {len(MODULES)} modules (the first: {FIRST})" in warning
     assert "zero_update" in {finding.kind for finding in lorafast.analyze(adapter).findings}
 

@@ -66,7 +66,7 @@ def test_the_page_is_whole_and_loads_nothing(fleet: lorafast.Fleet) -> None:
         *("Summary", "Findings", "Could not be read", "Distributions", "Similarity", "Adapters")
     ]
     assert text.index("NaN or infinity") < text.index("<h2>Distributions")
-    assert "is a IA3 adapter" in text
+    assert "is an IA3 adapter" in text
     assert ATTACK not in page
 
 
@@ -109,7 +109,7 @@ def test_every_level_has_a_page(fleet: lorafast.Fleet, metrics: Any) -> None:
 def test_a_fleet_of_errors_has_a_page(tmp_path: Path) -> None:
     make_adapter(tmp_path / "broken", peft_type="IA3")
     page = without_scripts(lorafast.scan(tmp_path).to_html())
-    assert "is a IA3 adapter" in page
+    assert "is an IA3 adapter" in page
 
 
 def test_plotly_is_asked_for_where_it_is_missing(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lorafast
 import numpy as np
 import pytest
+from lorafast._analysis.records import PAIR_MATRICES, not_compared
 from lorafast._report.html import fleet_charts, fleet_groups
 from support import records
 from support.files import tensor
@@ -17,6 +19,7 @@ from support.handmade import make_adapter
 from support.pages import (
     analysis,
     every_chart,
+    of_two_architectures,
     page_of,
     write_fleet,
 )
@@ -156,7 +159,7 @@ def test_a_comparison_has_a_matrix_for_each_architecture() -> None:
         assert f"{own}-0 × {own}-1" in table
         assert f"{other}-" not in table
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
-    assert len([caption for caption in captions if "block and module" in caption]) == 2
+    assert len([caption for caption in captions if "block and layer" in caption]) == 2
     assert len(set(captions)) == len(captions)
     assert "of different architectures are not compared" in text
     assert "of different architectures are not compared" not in page_of("comparison")
@@ -169,3 +172,17 @@ def test_adapters_of_bases_of_one_shape_are_compared_in_one_matrix() -> None:
     text = records.comparison(runs).to_html()
     assert "run-0 × run-1" in text
     assert "of different architectures are not compared" not in text
+
+
+def test_of_each_architecture_only_what_was_compared_is_shown() -> None:
+    whole = of_two_architectures()
+    modules = {
+        path: replace(module, **dict.fromkeys(PAIR_MATRICES, not_compared(len(whole.names))))
+        for path, module in whole.modules.items()
+    }
+    text = replace(whole, modules=modules, modules_compared=False).to_html()
+    assert len(re.findall('<table class="matrix">', text)) == 2
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert captions
+    assert not [caption for caption in captions if "block and layer" in caption]
+    assert text.count("The updates of single modules were not compared") == 1

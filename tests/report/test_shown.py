@@ -66,6 +66,16 @@ def one_of_each(folder: Path) -> Iterator[tuple[str, Any]]:
     yield "Fleet", fleet
     yield "FleetFinding", fleet.findings[0]
     yield "ScanError", fleet.errors[0]
+    untrained = {
+        name: records_zero(value) if "lora_B" in name else value
+        for name, value in adapter_tensors(MANY).items()
+    }
+    make_adapter(folder / "later" / "copy", untrained)
+    make_adapter(folder / "later" / ODD, peft_type="IA3")
+    difference = lorafast.scan_diff(fleet, lorafast.scan(folder / "later"))
+    yield "ScanDiff", difference
+    yield "AdapterChange", difference.changed[0]
+    yield "FindingChange", difference.changed[0].findings[0]
     yield "Similarity", lorafast.similarity(folder / "fleet", per_module=True)
     found = lorafast.duplicates(folder / "fleet")
     yield "Duplicates", found

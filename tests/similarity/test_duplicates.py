@@ -326,8 +326,52 @@ def test_untrained_adapters_are_one(tmp_path: Path, factors: Factors) -> None:
         write_factors(tmp_path / f"a{seed}", zero)
     write_factors(tmp_path / "b", factors)
     group = only_group(tmp_path)
-    assert (group.tier, group.names) == ("same_update", ["a0", "a1", "a2"])
+    assert (group.tier, group.names) == ("zero_update", ["a0", "a1", "a2"])
     assert "zero" in group.evidence[0].text
+
+
+def test_untrained_adapters_of_different_bases_are_none(tmp_path: Path) -> None:
+    """Nothing is nothing on one base alone, whatever tells the bases apart."""
+
+    def zero(name: str, seed: int, base: str | None, shapes: Any = SHAPES) -> None:
+        factors = {p: (0 * b, a) for p, (b, a) in random_factors(shapes, seed).items()}
+        write_factors(tmp_path / name, factors, base_model_name_or_path=base)
+
+    zero("a1", 1, "hub/llama")
+    zero("b1", 2, "hub/qwen")
+    zero("c1", 3, "hub/mistral")
+    assert groups(lorafast.duplicates(tmp_path)) == []
+    # The same file for another model: it is as empty, and says nothing of it.
+    zero("b2", 1, "hub/qwen")
+    zero("a2", 4, "/models/Llama/")
+    # Another base of the same name, by its shapes.
+    zero("d1", 5, "hub/llama", {p: (m + 1, n, r) for p, (m, n, r) in SHAPES.items()})
+    # Others of its modules.
+    zero("a3", 6, "hub/llama", {"layers.0.other": (9, 8, 2)})
+    found = lorafast.duplicates(tmp_path)
+    assert groups(found) == [("zero_update", ["a1", "a2", "a3"]), ("zero_update", ["b1", "b2"])]
+    assert found.to_dict()["groups"][0]["meaning"].startswith(
+        "a low-rank update of zero on the same"
+    )
+    # A copy is one, and so are trained ones whatever base they name.
+    shutil.copytree(tmp_path / "c1", tmp_path / "c2")
+    write_factors(tmp_path / "t1", random_factors(SHAPES, 9), base_model_name_or_path="hub/llama")
+    write_factors(tmp_path / "t2", random_factors(SHAPES, 9), base_model_name_or_path="hub/copy")
+    tiers = [group.tier for group in lorafast.duplicates(tmp_path)]
+    assert tiers == ["same_bytes", "same_bytes", "zero_update", "zero_update"]
+
+
+def test_saved_modules_alone_are_held_against_each_other(tmp_path: Path) -> None:
+    """Their low-rank updates are zero, which does not make them untrained."""
+    zero = {p: (0 * b, a) for p, (b, a) in random_factors(SHAPES, 1).items()}
+    head = np.random.default_rng(0).normal(size=(3, 4))
+    for at, values in enumerate((head, head, 2 * head)):
+        others = {f"{PREFIX}score.weight": tensor(values, ("F64", "F32", "F64")[at])}
+        factors = {p: (b, (at + 1) * a) for p, (b, a) in zero.items()}
+        write_factors(tmp_path / f"a{at}", factors, others=others, modules_to_save=["score"])
+    group = only_group(tmp_path)
+    assert (group.tier, group.names) == ("zero_update", ["a0", "a1"])
+    assert "never trained" not in group.evidence[0].text
 
 
 def test_what_is_not_finite_is_compared_byte_by_byte(tmp_path: Path, factors: Factors) -> None:
@@ -347,7 +391,7 @@ def test_broken_adapters_and_clashing_names(tmp_path: Path, factors: Factors) ->
     broken = write_factors(tmp_path / "z", factors)
     (broken / "adapter_config.json").write_text("{")
     found = lorafast.duplicates(tmp_path)
-    assert groups(found) == [("same_bytes", ["x_final", "y_final"])]
+    assert groups(found) == [("same_bytes", ["x/final", "y/final"])]
     assert [error.path for error in found.errors] == [tmp_path / "z"]
 
 

@@ -131,7 +131,36 @@ def test_nothing_in_common(tmp_path: Path, parts: list[Factors]) -> None:
     write_factors(tmp_path / "elsewhere", random_factors({"layers.9.q": (8, 8, 2)}))
     alone = lorafast.lineage(tmp_path / "elsewhere", [tmp_path / "A"])
     assert alone.residual == 1.0
-    assert str(alone) == "none of the candidates, residual 100 %"
+    assert str(alone) == "nothing of these, residual 100 %"
+
+
+@pytest.mark.parametrize(
+    ("share", "related", "text"),
+    [
+        (0.06, False, "nothing of these, residual 99.8 %"),
+        (0.14, False, "nothing of these, residual 99 %"),
+        (0.15, True, "0.15·A + something else, residual 98.9 %"),
+        (0.8, True, "0.80·A + something else, residual 60 %"),
+        (0.9, True, "0.90·A, residual 43.6 %"),
+        (-0.9, True, "−0.90·A, residual 43.6 %"),
+    ],
+)
+def test_a_combination_that_explains_next_to_nothing_is_none(
+    tmp_path: Path, share: float, related: bool, text: str
+) -> None:
+    """Orthogonal updates of norm 1, of which the target has a share and a rest."""
+    part, rest = ({"q": (np.eye(6)[:, [at]], np.eye(5)[[at]])} for at in (0, 1))
+    write_factors(tmp_path / "A", part)
+    target = mixed([(share, part), (math.sqrt(1 - share**2), rest)])
+    write_factors(tmp_path / "target", target)
+    found = lorafast.lineage(tmp_path / "target", [tmp_path / "A"])
+    assert str(found) == text
+    assert found.related is related
+    assert found.explained == pytest.approx(share**2, abs=1e-12)
+    # The figures are there in any case.
+    assert found.coefficients[tmp_path / "A"] == pytest.approx(share)
+    plain = json.loads(found.to_json())
+    assert (plain["text"], plain["related"]) == (text, related)
 
 
 def test_the_target_is_no_candidate_of_its_own(tmp_path: Path, parts: list[Factors]) -> None:

@@ -124,8 +124,10 @@ def test_a_zero_and_an_infinite_adapter_have_no_cosine_and_harm_no_other(tmp_pat
     np.testing.assert_allclose(found.matrix[:2, :2], expected, atol=1e-12)
     assert np.isnan(found.matrix[2:]).all()
     assert np.isnan(found.matrix[:, 2:]).all()
-    assert any("1 adapter (c) are zero" in note for note in found.notes)
-    assert any("1 adapter (d) hold NaN" in note for note in found.notes)
+    assert any(
+        "1 adapter (c) is zero (never trained) and has no cosine" in note for note in found.notes
+    )
+    assert any("1 adapter (d) holds NaN" in note for note in found.notes)
     assert found.nearest("a") == [("b", found.matrix[0, 1])]
     assert sorted(map(sorted, found.clusters(threshold=-1.0))) == [["a", "b"], ["c"], ["d"]]
 
@@ -281,8 +283,8 @@ def test_two_adapters_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for number, run in enumerate(("run-1", "run-2")):
         write_factors(tmp_path / run / "final", random_factors(SHAPES, number))
     found = lorafast.similarity(tmp_path)
-    assert found.names == ["run-1_final", "run-2_final"]
-    assert found.nearest("run-1_final")[0][0] == "run-2_final"
+    assert found.names == ["run-1/final", "run-2/final"]
+    assert found.nearest("run-1/final")[0][0] == "run-2/final"
 
 
 def test_a_broken_adapter_is_an_error_among_the_good(tmp_path: Path) -> None:

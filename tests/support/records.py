@@ -14,7 +14,7 @@ from lorafast._analysis.records import (
     ModuleComparison,
     TensorStatistics,
 )
-from lorafast._analysis.results import AdapterAnalysis, Comparison
+from lorafast._analysis.results import AdapterAnalysis, Comparison, places_of
 
 #: The seven projections of a block of a Llama.
 LLAMA = (
@@ -214,6 +214,7 @@ def comparison(analyses: Sequence[AdapterAnalysis], seed: int = 0) -> Comparison
 
     paths = list(dict.fromkeys(path for one in analyses for path in one.modules))
     modules = {}
+    found = places_of(analyses)
     for path in paths:
         records = [one.modules.get(path) for one in analyses]
         present = [record is not None for record in records]
@@ -229,6 +230,8 @@ def comparison(analyses: Sequence[AdapterAnalysis], seed: int = 0) -> Comparison
             subspace=np.abs(matrix),
             subspace_expected=np.full((n, n), 0.33),
             pairs=[],
+            block=found[path].block,
+            layer=found[path].layer,
         )
     names = [one.name for one in analyses]
     return Comparison(

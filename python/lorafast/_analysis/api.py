@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 from lorafast import _core
 from lorafast._analysis.findings import findings_of_adapter, findings_of_comparison
 from lorafast._analysis.names import names_of
-from lorafast._analysis.options import AnalysisOptions, CommonOptions
+from lorafast._analysis.options import AnalysisOptions, CompareOptions
 from lorafast._analysis.records import (
     METRICS,
+    PAIR_MATRICES,
     EntryStatistics,
     Histogram,
     ModuleAnalysis,
     ModuleComparison,
     PairComparison,
     TensorStatistics,
+    not_compared,
 )
-from lorafast._analysis.results import AdapterAnalysis, Comparison
+from lorafast._analysis.results import AdapterAnalysis, Comparison, places_of
 from lorafast._io.changes import unchanged
 from lorafast._io.limits import check_threads
 from lorafast._io.sources import (
@@ -31,6 +33,7 @@ from lorafast._io.sources import (
     require_readers,
 )
 from lorafast._options import pick
+from lorafast._types import HasPaths
 
 if TYPE_CHECKING:
     from lorafast._types import Matrix, Progress, Source
@@ -128,9 +131,10 @@ def analyze_named(adapter: Source, name: str, options: AnalysisOptions) -> Adapt
 
 
 def compare(
-    adapters: Sequence[Source],
+    adapters: Sequence[Source] | HasPaths,
     *,
     names: Sequence[str] | None = None,
+    modules: bool | None = None,
     threads: int | None = None,
     progress: Progress = False,
 ) -> Comparison:
@@ -141,9 +145,12 @@ def compare(
     finding says why.
 
     Args:
-        adapters: two or more, each as for `analyze`.
+        adapters: two or more, each as for `analyze`; or a fleet.
         names: a distinct name for each; their directories' names if `None`, with as many of the
-            parents' before them as tell them apart.
+            parents' before them as tell them apart, or those that they have in the fleet.
+        modules: also compare the updates of each module, pair by pair; up to ten adapters if
+            `None`. N adapters have N²/2 pairs, each with subspaces, angles and signs of every
+            module; the cosines of the whole updates are there in any case.
         threads: worker threads; one for each core if `None`.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
@@ -157,10 +164,14 @@ def compare(
         AdapterError: an adapter is broken, or (UnsupportedAdapterError) is no LoRA.
         MissingDependencyError: some weights are a pickle and torch is not installed.
     """
-    options = pick(CommonOptions, locals())
+    options = pick(CompareOptions, locals())
     if isinstance(adapters, str | os.PathLike):
         raise ValueError("adapters must be a sequence of paths, not one path")
-    sources = list(adapters)
+    if isinstance(adapters, HasPaths):
+        sources: list[Source] = list(adapters.paths)
+        names = adapters.names if names is None else names
+    else:
+        sources = list(adapters)
     if len(sources) < 2:
         raise ValueError(f"a comparison needs two adapters or more, not {len(sources)}")
     chosen = names_of(sources) if names is None else list(names)
@@ -178,7 +189,7 @@ def compare(
 
 
 def compare_analyzed(
-    adapters: Sequence[Source], analyses: Sequence[AdapterAnalysis], options: CommonOptions
+    adapters: Sequence[Source], analyses: Sequence[AdapterAnalysis], options: CompareOptions
 ) -> Comparison:
     """Compares adapters whose analyses, under distinct names, there are already."""
     from lorafast._io.progress import callback
@@ -186,8 +197,11 @@ def compare_analyzed(
     names = [analysis.name for analysis in analyses]
     sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
     with callback(options.progress, label="comparing") as report:
-        found = _core.compare_adapters(sources, threads=options.threads, progress=report)
-    return _comparison(found, names, analyses)
+        has_pairs = options.compares_modules(len(sources))
+        found = _core.compare_adapters(
+            sources, modules=has_pairs, threads=options.threads, progress=report
+        )
+    return _comparison(found, names, analyses, has_pairs)
 
 
 def _adapter_analysis(found: Mapping[str, Any], name: str) -> AdapterAnalysis:
@@ -253,12 +267,19 @@ def _summary(found: Mapping[str, Any], tensors: int, weights: TensorStatistics) 
 
 
 def _comparison(
-    found: Mapping[str, Any], names: list[str], analyses: Sequence[AdapterAnalysis]
+    found: Mapping[str, Any],
+    names: list[str],
+    analyses: Sequence[AdapterAnalysis],
+    has_pairs: bool,
 ) -> Comparison:
     import numpy as np
 
     count = len(names)
-    modules = {item["path"]: _module_comparison(item, count) for item in found["modules"]}
+    places = places_of(analyses)
+    modules = {
+        item["path"]: _module_comparison(item, count, places.get(item["path"]), has_pairs)
+        for item in found["modules"]
+    }
     only_in: dict[str, list[str]] = {
         name: [
             path
@@ -274,10 +295,13 @@ def _comparison(
         modules=modules,
         only_in=only_in,
         findings=findings_of_comparison(names, found["cosine"], only_in, found["notes"]),
+        modules_compared=has_pairs,
     )
 
 
-def _module_comparison(item: Mapping[str, Any], count: int) -> ModuleComparison:
+def _module_comparison(
+    item: Mapping[str, Any], count: int, place: ModuleAnalysis | None, has_pairs: bool
+) -> ModuleComparison:
     pairs = [
         PairComparison(
             sizes=(pair["sizes"][0], pair["sizes"][1]),
@@ -302,15 +326,23 @@ def _module_comparison(item: Mapping[str, Any], count: int) -> ModuleComparison:
         return grid[-1][-1] if grid and grid[-1] else math.nan
 
     rows, columns = item["shape"]
+    if has_pairs:
+        matrices = {
+            "cosine": symmetric(lambda pair: pair.cosine),
+            "sign_agreement": symmetric(lambda pair: pair.sign_agreement),
+            "subspace": symmetric(lambda pair: last(pair.output_phi)),
+            "subspace_expected": symmetric(lambda pair: last(pair.output_expected), itself=False),
+        }
+    else:
+        matrices = dict.fromkeys(PAIR_MATRICES, not_compared(count))
     return ModuleComparison(
         path=item["path"],
         shape=(rows, columns),
         present=[rank is not None for rank in item["ranks"]],
         norms=norms,
         ranks=item["ranks"],
-        cosine=symmetric(lambda pair: pair.cosine),
-        sign_agreement=symmetric(lambda pair: pair.sign_agreement),
-        subspace=symmetric(lambda pair: last(pair.output_phi)),
-        subspace_expected=symmetric(lambda pair: last(pair.output_expected), itself=False),
         pairs=pairs,
+        block=None if place is None else place.block,
+        layer=item["path"] if place is None else place.layer,
+        **matrices,
     )

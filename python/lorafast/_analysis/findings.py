@@ -13,6 +13,7 @@ from typing import TypeVar, get_args
 
 from lorafast._analysis.records import Finding, ModuleAnalysis, TensorStatistics
 from lorafast._types import Severity
+from lorafast._words import agree, plural
 
 Item = TypeVar("Item")
 
@@ -143,8 +144,9 @@ def _of_tensors(tensors: dict[str, TensorStatistics]) -> Iterable[Finding]:
                 "non_finite",
                 name,
                 float(statistics.non_finite),
-                f"{statistics.non_finite:,} of {statistics.count:,} values of {name} are NaN or "
-                "infinite; whatever it is merged into breaks.",
+                f"{statistics.non_finite:,} of {plural(statistics.count, 'value')} of {name} "
+                f"{agree(statistics.non_finite, 'is', 'are')} NaN or infinite; whatever it is "
+                "merged into breaks.",
             )
 
 
@@ -154,8 +156,12 @@ def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
         groups.setdefault((module.alpha, module.rank, module.scaling), []).append(path)
     for (alpha, rank, scaling), paths in groups.items():
         where = None if len(paths) == len(modules) else paths[0]
-        who = "Every module" if where is None else f"{len(paths)} modules (the first: {paths[0]})"
-        what = f"{who} has alpha {alpha:g} and rank {rank}, a scale of {scaling:g}"
+        # Of one module the finding is about that one.
+        several = f"{plural(len(paths), 'module')} (the first: {paths[0]})"
+        who = f"{several} have" if where is not None and len(paths) > 1 else "It has"
+        if where is None:
+            who = "Every module has" if len(paths) > 1 else "The only module has"
+        what = f"{who} alpha {alpha:g} and rank {rank}, a scale of {scaling:g}"
         low, high = ORDINARY_SCALING
         if scaling == 0:
             reason = f"{what}: the update is zero whatever was trained."
@@ -167,7 +173,7 @@ def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
             reason = f"{what}; usual are {low:g} to {high:g}."
             yield Finding("warning", "unusual_scale", where, scaling, reason)
         if rank > LARGEST_ORDINARY_RANK:
-            reason = f"{who} has rank {rank}; more than {LARGEST_ORDINARY_RANK} is rare."
+            reason = f"{who} rank {rank}; more than {LARGEST_ORDINARY_RANK} is rare."
             yield Finding("warning", "unusual_rank", where, float(rank), reason)
     for path, module in modules.items():
         if module.rank > min(module.shape):
@@ -218,7 +224,7 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
             yield Finding("warning", "spectral_outlier", path, ratio, reason)
         part = squares[path] / energy
         if part > DOMINANT_SHARE:
-            reason = f"This one of {len(alive)} modules carries {part:.1%} of Σ‖ΔW‖²."
+            reason = f"This one of {plural(len(alive), 'module')} carries {part:.1%} of Σ‖ΔW‖²."
             yield Finding("warning", "dominant_module", path, part, reason)
 
 
@@ -229,14 +235,15 @@ def _of_ranks(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
             continue
         if module.k99 <= UNUSED_RANK_SHARE * possible:
             reason = (
-                f"{module.k99} of {possible} directions hold 99 % of the energy; "
+                f"{module.k99} of {possible} directions {agree(module.k99, 'holds', 'hold')} 99 % "
+                "of the energy; "
                 "a smaller rank would do."
             )
             yield Finding("note", "unused_rank", path, float(module.k99), reason)
         elif module.k90 >= EXHAUSTED_RANK_SHARE * possible:
             reason = (
-                f"{module.k90} of {possible} directions are needed for 90 % of the energy; "
-                "a larger rank might fit better."
+                f"{module.k90} of {possible} directions {agree(module.k90, 'is', 'are')} needed "
+                "for 90 % of the energy; a larger rank might fit better."
             )
             yield Finding("note", "exhausted_rank", path, float(module.k90), reason)
 
@@ -263,7 +270,7 @@ def findings_of_comparison(
     for name, paths in only_in.items():
         if paths:
             reason = (
-                f"{name} has {len(paths)} modules that not all the others have "
+                f"{name} has {plural(len(paths), 'module')} that not all the others have "
                 f"(the first: {paths[0]})."
             )
             found.append(Finding("note", "different_modules", None, float(len(paths)), reason))

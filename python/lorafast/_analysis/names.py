@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafast._io.paths import expand, resolved
+from lorafast._io.paths import expand
 from lorafast._io.sources import PICKLED_WEIGHTS, WEIGHTS
 
 if TYPE_CHECKING:
     from lorafast._types import Source
 
-#: Directories whose parts are remembered at a time.
-REMEMBERED = 1024
-
 
 def names_of(adapters: Sequence[Source]) -> list[str]:
     """A distinct name for each adapter: its directory's, and parents' where those are the same.
 
-    Compared without regard to case, since files are named after them.
+    Directories are those of the path that was given: a link has its own name, not that of what it
+    leads to. Names are compared without regard to case, since files are named after them.
     """
-    parts = list(map(_Parts(), adapters))
+    parts = list(map(_parts, adapters))
     depths = [1] * len(parts)
     while True:
         names = [
@@ -57,37 +54,72 @@ def numbered(names: Sequence[str]) -> list[str]:
     return result
 
 
-class _Parts:
-    """The parts of the real path of an adapter, with most of it known from the one before."""
+def position_of(adapter: Source, names: Sequence[str], paths: Sequence[Path]) -> int:
+    """Where a member stands, by its name below the root or by its path, however that is spelled.
 
-    def __init__(self) -> None:
-        self._folders: dict[str, tuple[str, ...]] = {}
+    Args:
+        adapter: the name or the path.
+        names: the members' names.
+        paths: where each lies.
 
-    def __call__(self, adapter: Source) -> tuple[str, ...]:
-        path = expand(adapter)
-        try:
-            mode = os.lstat(path).st_mode
-        except (OSError, ValueError):
-            # A hub id.
-            return tuple(part for part in os.fspath(adapter).split("/") if part)
-        # Here for thousands of texts; a Path takes four times as long.
-        folder, last = os.path.split(path)
-        if not folder or last in ("", ".", "..") or not stat.S_ISDIR(mode):
-            return _named_after(resolved(path))
-        if folder not in self._folders:
-            if len(self._folders) == REMEMBERED:
-                self._folders.clear()
-            self._folders[folder] = _parts_of(resolved(folder))
-        return (*self._folders[folder], last)
-
-
-def _named_after(path: Path) -> tuple[str, ...]:
-    """The parts of what a path is named after; weights that stand alone lose their ending."""
-    if path.is_file():
-        usual = path.name in (WEIGHTS, PICKLED_WEIGHTS)
-        path = path.parent if usual else path.with_suffix("")
-    return _parts_of(path)
+    Raises:
+        KeyError: it is none of them.
+    """
+    text = os.fspath(adapter)
+    for name in (text, os.path.normpath(text).replace(os.sep, "/")):
+        if name in names:
+            return names.index(name)
+    own = [os.path.abspath(path) for path in paths]  # noqa: PTH100
+    whole = os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
+    if whole in own:
+        return own.index(whole)
+    real = [os.path.realpath(path) for path in own]
+    target = os.path.realpath(whole)
+    if target in real:
+        return real.index(target)
+    raise KeyError(f"no adapter {text!r} is among the {len(names):,}{_suggestion(text, names)}")
 
 
-def _parts_of(path: Path) -> tuple[str, ...]:
-    return tuple(part for part in path.parts if part != path.anchor)
+def _suggestion(text: str, names: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(text, names, n=1) if len(names) <= 10_000 else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """Names as a picture has them: without the directories at either end that all of them share.
+
+    Of `runs/a/final` and `runs/b/final` there are left `a` and `b`. Labels are distinct where
+    names are.
+    """
+    parts = [name.split("/") for name in names]
+    # Something is left of each.
+    room = min(map(len, parts), default=1) - 1
+    if len(set(names)) < 2:
+        return list(names)
+    first = _shared(parts, room)
+    last = _shared([own[::-1] for own in parts], room - first)
+    return ["/".join(own[first : len(own) - last]) for own in parts]
+
+
+def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
+    """How many of the first parts all have in common, up to a number."""
+    count = 0
+    while count < most and len({own[count] for own in parts}) == 1:
+        count += 1
+    return count
+
+
+def _parts(adapter: Source) -> tuple[str, ...]:
+    """The parts of the path that an adapter is named after, links not followed."""
+    path = expand(adapter)
+    if not os.path.lexists(path):
+        # A hub id.
+        return tuple(part for part in os.fspath(adapter).split("/") if part)
+    whole = Path(os.path.abspath(path))  # noqa: PTH100 (links stay as they are)
+    if whole.is_file():
+        # Weights that stand alone lose their ending.
+        usual = whole.name in (WEIGHTS, PICKLED_WEIGHTS)
+        whole = whole.parent if usual else whole.with_suffix("")
+    return tuple(part for part in whole.parts if part != whole.anchor)

@@ -6,6 +6,10 @@ from typing import Annotated, NamedTuple
 from lorafast._options import THREADS, Flag
 from lorafast._types import Progress, Source
 
+#: Modules of more adapters than this are compared pair by pair only when it is asked for: their
+#: number grows with the square of the adapters'.
+MODULES_UNASKED = 10
+
 
 class AnalysisOptions(NamedTuple):
     """What an analysis measures, and how."""
@@ -30,12 +34,30 @@ class AnalysisOptions(NamedTuple):
     progress: Annotated[Progress, Flag(None)] = False
 
 
-class CommonOptions(NamedTuple):
-    """How adapters are read, where there is nothing else to choose."""
+class CompareOptions(NamedTuple):
+    """What a comparison tells, and how adapters are read."""
 
+    modules: Annotated[
+        bool | None,
+        Flag(
+            "also compare the updates of each module, pair by pair: subspaces, angles, signs "
+            f"(default: of up to {MODULES_UNASKED} adapters)"
+        ),
+    ] = None
     threads: Annotated[int | None, THREADS] = None
     progress: Annotated[Progress, Flag(None)] = False
 
     def of_analysis(self) -> AnalysisOptions:
         """Those of an analysis that is made in the same way."""
-        return AnalysisOptions(**self._asdict())
+        return AnalysisOptions(threads=self.threads, progress=self.progress)
+
+    def compares_modules(self, adapters: int) -> bool:
+        """Whether the pairs of each module are told of, for a number of adapters."""
+        return adapters <= MODULES_UNASKED if self.modules is None else self.modules
+
+
+class CommonOptions(NamedTuple):
+    """How adapters are read, where there is nothing else to choose."""
+
+    threads: Annotated[int | None, THREADS] = None
+    progress: Annotated[Progress, Flag(None)] = False

@@ -313,6 +313,11 @@ class ModuleComparison:
         subspace_expected: N×N, its expectation for random subspaces of these ranks; NaN on the
             diagonal.
         pairs: the pairs of adapters that both have the module, in order.
+        block: the index of the block that it lies in; `None` outside of blocks.
+        layer: the path within the block.
+
+    Where modules were not compared (`Comparison.modules_compared`) the matrices are NaN, and there
+    are no pairs.
     """
 
     path: str
@@ -325,6 +330,19 @@ class ModuleComparison:
     subspace: Matrix
     subspace_expected: Matrix
     pairs: list[PairComparison]
+    block: int | None = None
+    layer: str = ""
+
+
+#: The fields of a module's comparison that are matrices of pairs.
+PAIR_MATRICES = ("cosine", "sign_agreement", "subspace", "subspace_expected")
+
+
+def not_compared(count: int) -> Matrix:
+    """N×N of NaN, which takes no memory and cannot be written to."""
+    import numpy as np
+
+    return np.broadcast_to(np.float64(np.nan), (count, count))
 
 
 # What users see, and what a pickle names, whichever function made it.

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafast._analysis.names import position_of
+from lorafast._analysis.records import PAIR_MATRICES
+from lorafast._io.plain import fields_of
 from lorafast._results import FramedResult, RecordDict, RecordList, view
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas
     import polars
     from matplotlib.axes import Axes
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
         ModuleComparison,
         TensorStatistics,
     )
-    from lorafast._types import AnalysisPlot, ComparisonPlot, ComparisonTable, Matrix
+    from lorafast._types import AnalysisPlot, ComparisonPlot, ComparisonTable, Matrix, Source
 
 
 class _Measured(FramedResult):
@@ -81,7 +87,7 @@ class AdapterAnalysis(_Measured):
                 - "weights": the distribution of the stored weights;
                 - "log_weights": the distribution of their magnitudes;
                 - "layers": mean and standard deviation of the stored factors by layer;
-                - "heatmap": ‖ΔW‖ by block and module;
+                - "heatmap": ‖ΔW‖ by block and layer;
                 - "spectrum": singular values of the updates, and their cumulative energy.
             ax: matplotlib's axes to draw into. A plot of several panels takes their place in the
                 figure. A new figure is made if `None`.
@@ -110,6 +116,10 @@ class Comparison(_Measured):
         modules: each module of any adapter by its path in the first that has it.
         only_in: for each adapter's name, modules that it has and not all the others have.
         findings: what to know of the comparison itself.
+        modules_compared: whether the updates of each module were compared, pair by pair.
+
+    `to_dict` has each adapter's summary, findings and weights taken together, and none of what its
+    own analysis has of tensors and modules.
     """
 
     _kind = "comparison"
@@ -120,6 +130,24 @@ class Comparison(_Measured):
     modules: dict[str, ModuleComparison]
     only_in: dict[str, list[str]]
     findings: list[Finding] = field(default_factory=list)
+    modules_compared: bool = True
+
+    def _plain(self) -> dict[str, Any]:
+        kept = {"name", "path", "config", "summary", "findings", "weights"}
+        pairs = set() if self.modules_compared else {"pairs", *PAIR_MATRICES}
+        return {
+            **fields_of(self, {"analyses", "modules"}),
+            "analyses": [fields_of(own, set(vars(own)) - kept) for own in self.analyses],
+            "modules": {path: fields_of(own, pairs) for path, own in self.modules.items()},
+        }
+
+    def position(self, adapter: Source) -> int:
+        """Where an adapter stands in `names`, by its name or by its path.
+
+        Raises:
+            KeyError: it is none of those compared.
+        """
+        return position_of(adapter, self.names, [Path(own.path) for own in self.analyses])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "analyses", RecordList(self.analyses))
@@ -134,7 +162,8 @@ class Comparison(_Measured):
             kind: what to draw:
 
                 - "cosine": the cosine of the updates of each two adapters;
-                - "modules": the cosine of the updates by block and module;
+                - "modules": the cosine of the updates by block and layer, where modules were
+                  compared;
                 - "distributions": the distributions of the adapters' stored weights;
                 - "adapters": number of parameters, mean, standard deviation and range of each.
             ax: matplotlib's axes to draw into. A plot of several panels takes their place in the
@@ -144,7 +173,8 @@ class Comparison(_Measured):
             A matplotlib Figure that belongs to no window, or the one of `ax`.
 
         Raises:
-            ValueError: there is no such plot, or it does not fit into `ax`.
+            ValueError: there is no such plot, what it shows was not computed, or it does not
+                fit into `ax`.
             MissingDependencyError: matplotlib is not installed.
         """
         figure: Figure = view("plot", self)(self, kind, ax)
@@ -158,7 +188,7 @@ class Comparison(_Measured):
                 "modules" one for each module and adapter that has it.
 
         Raises:
-            ValueError: there is no such table.
+            ValueError: there is no such table, or its pairs were not compared.
             MissingDependencyError: pandas is not installed.
         """
         frame: pandas.DataFrame = view("pandas", self)(self, table)
@@ -171,11 +201,22 @@ class Comparison(_Measured):
             table: likewise.
 
         Raises:
-            ValueError: there is no such table.
+            ValueError: there is no such table, or its pairs were not compared.
             MissingDependencyError: polars is not installed.
         """
         frame: polars.DataFrame = view("polars", self)(self, table)
         return frame
+
+
+def places_of(analyses: Iterable[AdapterAnalysis]) -> dict[str, ModuleAnalysis]:
+    """A module of each path, for its block and layer: of the adapter that has the most modules.
+
+    Layers are named so that those of one adapter are told apart (an encoder's from a decoder's).
+    """
+    places: dict[str, ModuleAnalysis] = {}
+    for analysis in sorted(analyses, key=lambda one: len(one.modules)):
+        places.update(analysis.modules)
+    return places
 
 
 # What users see, and what a pickle names.

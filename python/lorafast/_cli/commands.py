@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lorafast._cli.command import Command
 
-#: The commands, each a module of this package under its name.
+#: The commands, each a module of this package under its name, with underscores.
 NAMES = (
     "merge",
     "verify",
@@ -18,6 +18,7 @@ NAMES = (
     "analyze",
     "compare",
     "scan",
+    "scan-diff",
     "similarity",
     "duplicates",
     "lineage",
@@ -36,5 +37,5 @@ def commands(argv: list[str]) -> list[Command]:
 
 
 def _command(name: str) -> Command:
-    command: Command = import_module(f"lorafast._cli.{name}").COMMAND
+    command: Command = import_module(f"lorafast._cli.{name.replace('-', '_')}").COMMAND
     return command

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafast._analysis.options import CommonOptions
+from lorafast._analysis.options import CompareOptions
 from lorafast._cli.analyze import add_report_arguments, require_packages, show_findings
 from lorafast._cli.command import Command
 from lorafast._cli.failures import Failures, exit_code
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="a name for each (default: their directories')"
     )
-    add_options(parser, options_in(CommonOptions))
+    add_options(parser, options_in(CompareOptions))
     outcome = add_report_arguments(parser)
     outcome.add_argument("--json", action="store_true", help="print everything as JSON")
     outcome.add_argument(
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     failures = Failures()
     sources: list[str] = []
     analyses: list[AdapterAnalysis] = []
-    options = CommonOptions(**chosen(arguments, options_in(CommonOptions)))
+    options = CompareOptions(**chosen(arguments, options_in(CompareOptions)))
     with ExitStack() as held:
         for adapter, name in zip(arguments.adapters, names, strict=True):
             with failures.of(adapter, fatal=False), ExitStack() as own:
@@ -162,6 +162,11 @@ def show_comparison(comparison: Comparison, terminal: Terminal) -> None:
     )
     if len(comparison.names) > count:
         terminal.line(f"  and {len(comparison.names) - count} more; --json has all of them")
+    if not comparison.modules_compared:
+        from lorafast._report.text import NO_PAIRS
+
+        terminal.line()
+        terminal.line(NO_PAIRS)
 
 
 def _span(values: list[float]) -> str:
@@ -176,7 +181,8 @@ COMMAND = Command(
     name="compare",
     summary="compare adapters of one model: cosines, subspaces, norms",
     description="Compare the updates of two or more adapters, of any ranks and scales: exact\n"
-    "cosines for each module and in all, shared subspaces, agreement of signs.",
+    "cosines of the whole updates, and for up to ten adapters (or with --modules) of each module,\n"
+    "with shared subspaces and agreement of signs.",
     examples=(
         "lorafast compare style facts tone",
         "lorafast compare run-1/checkpoint-500 run-2/checkpoint-500 --output runs/comparison",

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from lorafast._words import plural
+
+__all__ = [
+    "bytes_text",
+    "count_text",
+    "dtype_text",
+    "number_text",
+    "plural",
+    "seconds_text",
+    "shape_text",
+]
+
 
 def bytes_text(count: float) -> str:
     """Return a number of bytes in decimal units, as `ls --si` and the progress bar count them."""
@@ -41,11 +53,6 @@ def seconds_text(seconds: float) -> str:
 def shape_text(shape: list[int]) -> str:
     """Return `1024 × 256`, or `scalar` for a tensor without dimensions."""
     return " × ".join(map(str, shape)) or "scalar"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return `1 tensor`, `2 tensors`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def dtype_text(dtype: str) -> str:

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _show(lineage: Lineage, terminal: Terminal) -> None:
-    terminal.heading(f"{lineage.name} ≈ {lineage}")
+    terminal.heading(f"{lineage.name}{' ≈' if lineage.related else ':'} {lineage}")
     terminal.line()
     paths = sorted(lineage.coefficients, key=lambda path: -abs(lineage.contributions[path]))
     terminal.table(
@@ -91,7 +91,8 @@ COMMAND = Command(
     name="lineage",
     summary="find what an adapter was mixed of",
     description="Write an adapter's update as the combination of candidates that is nearest to\n"
-    "it, by least squares.",
+    "it, by least squares. Where that leaves more than 99 % of its norm, the adapter is made of\n"
+    "nothing of these.",
     examples=(
         "lorafast lineage mixed style facts",
         "lorafast lineage unknown adapters/",

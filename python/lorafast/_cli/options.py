@@ -89,6 +89,8 @@ def _settings(option: Option) -> dict[str, Any]:
     """What argparse has to know of an option's type."""
     if isinstance(option.default, bool):
         return {"action": "store_false" if option.default else "store_true"}
+    if option.default is None and bool in option.members:
+        return {"action": "store_const", "const": True, "default": None}
     settings: dict[str, Any] = {"default": option.default}
     if option.flag.metavar is not None:
         settings["metavar"] = option.flag.metavar
@@ -96,7 +98,10 @@ def _settings(option: Option) -> dict[str, Any]:
         settings["choices"] = option.choices
     elif option.items is not None:
         default = None if option.default is None else list(option.default)
-        settings |= {"nargs": "+", "action": "extend", "type": option.items, "default": default}
+        several = (
+            {"action": "append"} if option.flag.repeated else {"nargs": "+", "action": "extend"}
+        )
+        settings |= {**several, "type": option.items, "default": default}
     elif option.flag.check is not None:
         settings["type"] = _type(option.flag.check)
     elif option.flag.unit is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,6 @@ from lorafast._fleet.options import ScanOptions
 from lorafast._options import options_in
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
     from lorafast._cli.terminal import Terminal
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from lorafast._fleet.findings import FleetFinding
     from lorafast._fleet.fleet import Fleet
 
+EXIT_ERROR = 1
+#: As `lorafast analyze --check` ends.
+EXIT_FINDINGS = 3
+#: The severities that can be asked for.
+CHECKED = ("critical", "warning")
 PAGE = "fleet.html"
 MAX_FINDINGS = 12
 MAX_ERRORS = 8
@@ -51,19 +57,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"write the page {PAGE} too, into --output or else into the current directory",
     )
     outcome.add_argument(
-        "--json", action="store_true", help="print the adapters' table, findings and errors as JSON"
+        "--against",
+        metavar="OLD",
+        help="also show what has changed since an earlier scan: a JSON file of --json, or a "
+        "directory of --output",
+    )
+    outcome.add_argument(
+        "--json",
+        action="store_true",
+        help="print the adapters' table, findings and errors as JSON; with --against what has "
+        "changed",
     )
     outcome.add_argument(
         "--quiet", action="store_true", help="print errors only, and --json's JSON"
     )
+    status = parser.add_argument_group("exit code")
+    # Spelled out, so that the word behind a bare one is a directory and no level.
+    status.add_argument(
+        *("--check", *(f"--check={level}" for level in CHECKED)),
+        dest="check",
+        nargs=0,
+        action=_Check,
+        help=f"exit with {EXIT_FINDINGS} where there is a finding of that severity or a greater "
+        "one (default: critical)",
+    )
+    status.add_argument(
+        "--fail-on-errors",
+        action="store_true",
+        help=f"exit with {EXIT_ERROR} where an adapter cannot be read, whatever else there is",
+    )
+
+
+class _Check(argparse.Action):
+    """The severity that a flag names behind its equals sign; critical without one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep the severity."""
+        del parser, values
+        setattr(namespace, self.dest, str(option_string).partition("=")[2] or "critical")
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Scan, write what was asked for, and show findings, errors, and what the fleet is made of."""
     import lorafast
+    from lorafast._fleet.difference import is_parquet
     from lorafast._io.packages import require
 
+    for word in arguments.paths:
+        if arguments.check and word in CHECKED and not os.path.lexists(word):
+            arguments.parser.error(f"--check takes its level behind an equals sign: --check={word}")
     needs = {}
+    if arguments.against is not None and is_parquet(arguments.against):
+        needs["pyarrow"] = f"read the scan in {arguments.against}"
     if arguments.output is not None:
         needs["pyarrow"] = f"write Parquet files into {arguments.output}"
     if arguments.html:
@@ -72,16 +123,35 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     started = time.perf_counter()
     fleet = lorafast.scan(arguments.paths, **chosen(arguments, options_in(ScanOptions)))
     seconds = time.perf_counter() - started
+    # Before it is written, perhaps over the earlier one.
+    changed = None if arguments.against is None else lorafast.scan_diff(arguments.against, fleet)
     written = _write(fleet, arguments)
     if arguments.json:
-        terminal.json(fleet.to_dict())
+        terminal.json((fleet if changed is None else changed).to_dict())
     else:
         _show(fleet, seconds, terminal)
+        if changed is not None:
+            from lorafast._cli.scan_diff import show
+
+            terminal.line()
+            show(changed, terminal)
         if written:
             terminal.line()
             for path in written:
                 terminal.line(f"Written to {path}")
-    return 0 if len(fleet) else 1
+    if not len(fleet) or (arguments.fail_on_errors and fleet.errors):
+        return EXIT_ERROR
+    return EXIT_FINDINGS if _has_findings(fleet, arguments.check) else 0
+
+
+def _has_findings(fleet: Fleet, level: str | None) -> bool:
+    """Whether there is a finding of some severity, or of a greater one."""
+    from lorafast._analysis.findings import SEVERITIES
+
+    if level is None:
+        return False
+    enough = set(map(str, SEVERITIES[: SEVERITIES.index(level) + 1]))
+    return not enough.isdisjoint(map(str, fleet.findings.table["severity"]))
 
 
 def _write(fleet: Fleet, arguments: argparse.Namespace) -> list[Path]:
@@ -195,13 +265,18 @@ COMMAND = Command(
     summary="measure every adapter below some directories",
     description="Search directories for adapters and measure all of them at once: norms, ranks\n"
     "and spectra of every module, and what deserves attention. An adapter that cannot be read is\n"
-    "listed with the reason and does not keep the others from being read; the exit code is 1\n"
-    "only if none can be read.",
+    "listed with the reason and does not keep the others from being read. Adapters are named by\n"
+    "their paths below the directory that is searched.\n\n"
+    "Exit code: 0; 1 if no adapter can be read, or with --fail-on-errors if one cannot; otherwise\n"
+    "3 with --check where there is such a finding.",
     examples=(
         "lorafast scan runs",
         "lorafast scan 'runs/*/final' --output fleet --html",
         "lorafast scan runs --cache ~/.cache/lorafast --metrics spectra",
+        "lorafast scan runs --exclude 'checkpoint-*' --exclude old/",
+        "lorafast scan runs --check=warning --fail-on-errors --quiet   # in a pipeline",
         "lorafast scan runs --json | jq '.errors'",
+        "lorafast scan runs --against last-week.json",
     ),
     add_arguments=add_arguments,
     run=run,

@@ -15,12 +15,16 @@ from lorafast._options import options_in
 from lorafast._similarity.options import SimilarityOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lorafast import Similarity
     from lorafast._cli.terminal import Terminal
     from lorafast._fleet.discovery import ScanError
     from lorafast._options import Table
 
 MAX_PAIRS = 20
+#: How many are shown of one adapter, where nothing else is said.
+NEAREST = 5
 MAX_ERRORS = 3
 PICTURES = (".png", ".svg", ".pdf")
 ENDINGS = (".npz", ".json", ".csv", *PICTURES)
@@ -42,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nearest", type=int, metavar="K", help="show the K most similar of each adapter"
     )
     parser.add_argument(
+        "--of",
+        action="append",
+        metavar="ADAPTER",
+        help="show the most similar of this one alone, by its path or its name; may be repeated",
+    )
+    parser.add_argument(
         "--output",
         metavar="FILE",
         help="write the matrix: .npz (everything, for Similarity.load), .csv, .json, or the "
@@ -54,6 +64,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Compare the adapters, show the result, and write it where that was asked for."""
     if arguments.nearest is not None and arguments.nearest < 1:
         arguments.parser.error("--nearest must be at least 1")
+    if arguments.of and arguments.nearest is None:
+        arguments.nearest = NEAREST
     if arguments.output is not None and Path(arguments.output).suffix not in ENDINGS:
         arguments.parser.error(f"--output must end in one of {', '.join(ENDINGS)}")
     if not 0 < arguments.memory < math.inf:
@@ -68,10 +80,12 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         from lorafast._io.paths import expand
 
         _write(similarity, Path(expand(arguments.output)))
+    # One that is not there is told before anything is printed.
+    shown = [similarity.names[_place(similarity, adapter)] for adapter in arguments.of or ()]
     if arguments.json:
-        terminal.json(_plain(similarity, arguments.nearest))
+        terminal.json(_plain(similarity, arguments.nearest, shown or similarity.names))
         return 0
-    _show(similarity, arguments.nearest, terminal)
+    _show(similarity, arguments.nearest, shown or similarity.names, terminal)
     if arguments.output is not None:
         terminal.line()
         terminal.line(f"Written to {arguments.output}")
@@ -98,12 +112,26 @@ def warn_of_errors(errors: list[ScanError], terminal: Terminal) -> None:
         terminal.warn(f"left out {len(errors) - MAX_ERRORS} more")
 
 
-def _plain(similarity: Similarity, nearest: int | None) -> dict[str, object]:
+def _place(similarity: Similarity, adapter: str) -> int:
+    """Where an adapter stands that a command line names.
+
+    Raises:
+        LorafastError: it is none of those compared.
+    """
+    from lorafast._errors import LorafastError
+
+    try:
+        return similarity.position(adapter)
+    except KeyError as error:
+        raise LorafastError(str(error.args[0])) from None
+
+
+def _plain(similarity: Similarity, nearest: int | None, names: Sequence[str]) -> dict[str, object]:
     plain = similarity.to_dict()
     if nearest is not None:
         plain["nearest"] = {
             name: [{"name": other, "cosine": cosine} for other, cosine in found]
-            for name in similarity.names
+            for name in names
             for found in [similarity.nearest(name, nearest)]
         }
     return plain
@@ -139,7 +167,9 @@ def _csv(similarity: Similarity) -> str:
     return text.getvalue()
 
 
-def _show(similarity: Similarity, nearest: int | None, terminal: Terminal) -> None:
+def _show(
+    similarity: Similarity, nearest: int | None, names: Sequence[str], terminal: Terminal
+) -> None:
     count = len(similarity)
     terminal.heading(f"Similarity of {plural(count, 'adapter')}")
     facts = {
@@ -156,9 +186,9 @@ def _show(similarity: Similarity, nearest: int | None, terminal: Terminal) -> No
     if nearest is not None:
         columns = [Column("adapter"), Column("cosine", number=True), Column("nearest")]
         rows = []
-        for name in similarity.names:
-            for place, (other, cosine) in enumerate(similarity.nearest(name, nearest)):
-                rows.append((name if place == 0 else "", f"{cosine:z.4f}", other))
+        for name in names:
+            for rank, (other, cosine) in enumerate(similarity.nearest(name, nearest)):
+                rows.append((name if rank == 0 else "", f"{cosine:z.4f}", other))
         terminal.table(columns, rows)
         return
     shown = similarity.pairs(MAX_PAIRS)
@@ -192,6 +222,7 @@ COMMAND = Command(
     examples=(
         "lorafast similarity adapters/",
         "lorafast similarity adapters/ --nearest 3 --output similarity.npz",
+        "lorafast similarity adapters/ --of adapters/style",
         "lorafast similarity team-a/ team-b/ --group-by-base --output similarity.png",
     ),
     add_arguments=add_arguments,

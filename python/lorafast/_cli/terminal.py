@@ -77,12 +77,9 @@ class Terminal:
 
     def json(self, value: Any) -> None:
         """Print a value as strict JSON: the whole of stdout, --quiet or not."""
-        import json
+        from lorafast._io.plain import json_text
 
-        from lorafast._io.plain import without_non_finite
-
-        json.dump(without_non_finite(value), sys.stdout, indent=2)
-        print()
+        print(json_text(value))
 
     def document(self, text: str) -> None:
         """Print a whole report, which is made to be safe to print: --quiet or not."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorafast._cli.command import Command
-from lorafast._cli.format import count_text
+from lorafast._cli.format import count_text, plural
 from lorafast._cli.merge import add_input_arguments, inputs_of
 from lorafast._cli.options import add_options
 from lorafast._merge.api import options_of
+from lorafast._words import agree
 
 if TYPE_CHECKING:
     import argparse
@@ -61,21 +62,24 @@ def show(outcome: lorafast.Verification, terminal: Terminal) -> None:
     if outcome.ok:
         terminal.heading("The merge is right")
     else:
-        terminal.problem(f"{len(outcome.problems)} problems: the merge is not what it should be")
+        terminal.problem(
+            f"{plural(len(outcome.problems), 'problem')}: the merge is not what it should be"
+        )
         for problem in outcome.problems[:SHOWN]:
             terminal.problem(f"  {problem}")
         if len(outcome.problems) > SHOWN:
             terminal.problem(f"  and {len(outcome.problems) - SHOWN} more")
-    compared = f"{outcome.tensors_copied:,} tensors that no adapter changes"
+    compared = f"{plural(outcome.tensors_copied, 'tensor')} that no adapter changes"
     if outcome.tensors_replaced:
-        compared += f", {outcome.tensors_replaced:,} that are replaced"
+        replaced = outcome.tensors_replaced
+        compared += f", {replaced:,} that {agree(replaced, 'is', 'are')} replaced"
     lost = f"{outcome.lost:.2%} of the change; {outcome.unmoved:.2%} of the weights did not move"
     if len(outcome.adapters) > 1:
         shares = (f"{entry['adapter']} {entry['lost']:.2%}" for entry in outcome.adapters)
         lost += f" (as a share of each adapter's own change: {', '.join(shares)})"
     terminal.facts(
         {
-            "computed again": f"{outcome.tensors_merged:,} tensors, "
+            "computed again": f"{plural(outcome.tensors_merged, 'tensor')}, "
             f"{outcome.rows_exact:,} of their rows in float64 as well",
             "compared": compared,
             "weights in all": count_text(outcome.elements),

@@ -6,12 +6,14 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafast import _core
 from lorafast._errors import AdapterError, CheckpointError
+from lorafast._fleet.exclude import Exclusion
+from lorafast._fleet.members import common_root
 from lorafast._io.paths import expand, find
 from lorafast._io.sources import CONFIG, LEFTOVERS, PICKLED_WEIGHTS, PICKLES, WEIGHTS, what_is
 from lorafast._io.strangers import read_header, reason_of
@@ -55,14 +57,17 @@ class Discovery:
             objects take five times the memory.
         errors: what could not be looked into, or was named and is not there.
         searched: the directories that were searched with all below them.
+        root: the directory that names are paths below: the one that was given, that of a glob or
+            of a file, and of several what holds them all.
     """
 
     adapters: list[str]
     errors: list[ScanError] = field(default_factory=list)
     searched: list[Path] = field(default_factory=list)
+    root: str = os.curdir
 
 
-def discover(paths: Source | Iterable[Source]) -> Discovery:
+def discover(paths: Source | Iterable[Source], exclude: Sequence[str] = ()) -> Discovery:
     """Finds adapters.
 
     A directory is searched with all that lies below it, links followed; what is reached in two
@@ -73,9 +78,10 @@ def discover(paths: Source | Iterable[Source]) -> Discovery:
     Args:
         paths: directories, adapters, weights files, globs (`runs/*/final`, `**` for any depth), or
             any number of these.
+        exclude: patterns of paths below the root that are left out, with all below them.
 
     Raises:
-        ValueError: no path was given.
+        ValueError: no path was given, or a pattern is empty.
         FileNotFoundError: the only path, or every path, is not there.
         AdapterError: there is no adapter, and nothing that went wrong explains it.
     """
@@ -83,7 +89,9 @@ def discover(paths: Source | Iterable[Source]) -> Discovery:
     if not sources:
         raise ValueError("no path was given; name a directory that holds adapters")
     errors: list[ScanError] = []
-    search = _Search(errors)
+    root = common_root([_root_of(source) for source in sources])
+    excluded = Exclusion(exclude, root)
+    search = _Search(errors, excluded)
     missing = 0
     for source in sources:
         matches = _expand(source)
@@ -95,15 +103,16 @@ def discover(paths: Source | Iterable[Source]) -> Discovery:
             search.add(path, named=len(sources) == 1 and path == Path(expand(source)))
     if missing == len(sources):
         raise FileNotFoundError(2, errors[0].reason, os.fspath(sources[0]))
-    found = Discovery(search.adapters, errors, search.searched)
+    found = Discovery(search.adapters, errors, search.searched, root)
     if not found.adapters and not found.errors:
         names = ", ".join(os.fspath(source) for source in sources[:3])
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
         # Of one directory it can be said what it is instead.
         found_there = _core.identify_path(expand(sources[0])) if len(sources) == 1 else None
+        beside = " beside what is excluded" if excluded else ""
         one_is = f"one is a directory with {CONFIG} and {WEIGHTS}"
         of = f"; it {found_there}" if found_there else f"; {one_is}"
-        raise AdapterError(f"{names}{more}: no adapter was found{of}")
+        raise AdapterError(f"{names}{more}: no adapter was found{beside}{of}")
     return found
 
 
@@ -129,6 +138,18 @@ def _is_glob(source: Source) -> bool:
     return glob.has_magic(os.fspath(source))
 
 
+def _root_of(source: Source) -> str:
+    """The directory that a source's adapters are named below."""
+    path = expand(source)
+    if os.path.isdir(path):  # noqa: PTH112
+        return path
+    if not os.path.lexists(path) and glob.has_magic(path):
+        while glob.has_magic(path):
+            path = os.path.dirname(path)  # noqa: PTH120
+        return path or os.curdir
+    return os.path.dirname(path) or os.curdir  # noqa: PTH120 (a text, as what is made of it)
+
+
 def _expand(source: Source) -> list[Path]:
     """The paths that a source names. One that is there is itself, whatever its characters."""
     path = Path(expand(source))
@@ -144,10 +165,11 @@ def _expand(source: Source) -> list[Path]:
 class _Search:
     """One walk over everything that was named; remembers where it has been."""
 
-    def __init__(self, errors: list[ScanError]) -> None:
+    def __init__(self, errors: list[ScanError], excluded: Exclusion) -> None:
         self.adapters: list[str] = []
         self.searched: list[Path] = []
         self._errors = errors
+        self._excluded = excluded
         self._visited: set[int] = set()
         self._taken: set[int] = set()
 
@@ -161,12 +183,17 @@ class _Search:
         except OSError as error:
             self._errors.append(ScanError(path, reason_of(error)))
             return
-        if stat.S_ISDIR(found.st_mode):
+        is_directory = stat.S_ISDIR(found.st_mode)
+        if self._excluded(os.fspath(path), is_directory=is_directory):
+            return
+        if is_directory:
             # Thousands of paths are texts, which take a fifth of the memory and of the time.
             adapters = sorted(self._walk(os.fspath(path)), key=natural)
             self.searched.append(path)
         elif path.name in MARKS:
             adapters = [os.fspath(path.parent)]
+            if self._excluded(adapters[0], is_directory=True):
+                return
         elif path.suffix in PICKLES | {".safetensors"}:
             adapters = [os.fspath(path)]
         else:
@@ -210,7 +237,8 @@ class _Search:
                 if _is_directory(entry):
                     if not entry.name.startswith("."):
                         below = entry.path.removeprefix(f".{os.sep}")
-                        (links if entry.is_symlink() else waiting).append(below)
+                        if not self._excluded(below, is_directory=True):
+                            (links if entry.is_symlink() else waiting).append(below)
                 else:
                     files.append(entry.name)
             yield from self._adapters_in(directory, files)
@@ -223,6 +251,10 @@ class _Search:
         for name in files:
             suffix = Path(name).suffix.lower()
             path = Path(directory, name)
+            if suffix not in {".safetensors", *PICKLES}:
+                continue
+            if self._excluded(os.fspath(path), is_directory=False):
+                continue
             if suffix == ".safetensors":
                 try:
                     if _names_an_adapter(path):
@@ -231,7 +263,7 @@ class _Search:
                     if not is_model:
                         reason = reason_of(error).removeprefix(f"{path}: ")
                         self._errors.append(ScanError(path, reason))
-            elif suffix in PICKLES and not is_model and not LEFTOVERS.fullmatch(name):
+            elif not is_model and not LEFTOVERS.fullmatch(name):
                 yield os.fspath(path)
 
 

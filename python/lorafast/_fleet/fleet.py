@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafast._analysis.names import position_of
 from lorafast._errors import OutputError, missing
 from lorafast._fleet.entry import SCHEMA_VERSION
 from lorafast._fleet.table import NOTHING, TABLES, Table
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from lorafast._fleet.rows import ErrorList, FindingList
-    from lorafast._types import Metrics, TableName
+    from lorafast._types import Metrics, Source, TableName
 
 #: Columns of whole numbers in which -1 stands for nothing.
 NULLABLE = ("block",)
@@ -63,6 +64,8 @@ class Fleet(Result):
         bytes_read: bytes of the weights files that were not taken from the cache; with "headers"
             that is their size, of which only the headers were read.
         remembered: adapters that were taken from the cache.
+        root: the directory that names are paths below: the one that was scanned, and of several
+            what holds them all.
     """
 
     metrics: Metrics
@@ -72,6 +75,7 @@ class Fleet(Result):
     errors: ErrorList
     bytes_read: int
     remembered: int
+    root: Path = Path()
 
     _kind = "fleet"
 
@@ -85,12 +89,42 @@ class Fleet(Result):
 
     @property
     def names(self) -> list[str]:
-        """A distinct name for each adapter.
+        """A distinct name for each adapter: its path below `root`, with slashes.
 
-        Its directory's, with as many of the parents' before it as tell it apart from the others.
+        An adapter that is the root itself has the root's own name.
         """
         names: list[str] = self.adapters["name"].tolist()
         return names
+
+    def position(self, adapter: Source) -> int:
+        """The row of an adapter, by its name or by its path, however that is spelled.
+
+        Raises:
+            KeyError: it is none of the fleet's.
+        """
+        return position_of(adapter, self.names, self.paths)
+
+    def __getitem__(self, adapter: Source) -> dict[str, Any]:
+        """What the table has of one adapter, by its name or by its path.
+
+        Raises:
+            KeyError: it is none of the fleet's.
+        """
+        row = self.position(adapter)
+        return {**self.adapters.row(row), "findings": self.adapters["findings"][row]}
+
+    def __contains__(self, adapter: object) -> bool:
+        if not isinstance(adapter, str | os.PathLike):
+            return False
+        try:
+            self.position(adapter)
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        """The adapters' names."""
+        return iter(self.names)
 
     def table(self, name: TableName = "adapters") -> Table:
         """One of the three tables by its name.
@@ -176,7 +210,9 @@ class Fleet(Result):
             return lambda file: pyarrow.parquet.write_table(table, file, compression="zstd")
 
         errors = [{"path": os.fspath(error.path), "reason": error.reason} for error in self.errors]
-        text = json.dumps({"schema_version": SCHEMA_VERSION, "errors": errors}, indent=2)
+        about: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "metrics": self.metrics}
+        about |= {"root": os.fspath(self.root), "errors": errors}
+        text = json.dumps(about, indent=2)
         files: list[tuple[str, Callable[[BinaryIO], object]]] = [
             *((f"{name}.parquet", save(table)) for name, table in tables.items()),
             ("errors.json", lambda file: file.write(text.encode())),
@@ -194,6 +230,7 @@ class Fleet(Result):
         columns = {name: self.adapters[name].tolist() for name in self.adapters}
         return {
             "metrics": self.metrics,
+            "root": os.fspath(self.root),
             "adapters": [
                 dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
             ],

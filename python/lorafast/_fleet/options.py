@@ -2,6 +2,7 @@
 
 # Annotations are evaluated here, as the flags are read from them.
 import os
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 from lorafast._options import THREADS, Flag, device_flag
@@ -18,6 +19,16 @@ class ScanOptions(NamedTuple):
             "spectra at the singular values of the updates (default: full, both)"
         ),
     ] = "full"
+    exclude: Annotated[
+        Sequence[str],
+        Flag(
+            "leave out what matches a pattern, with all below it: a name at any depth "
+            "(checkpoint-*), or with a slash a path below the directory that is searched (old/*); "
+            "may be repeated",
+            metavar="PATTERN",
+            repeated=True,
+        ),
+    ] = ()
     cache: Annotated[
         str | os.PathLike[str] | None,
         Flag(

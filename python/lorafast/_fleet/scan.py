@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lorafast import _core
-from lorafast._analysis.names import names_of, numbered
 from lorafast._analysis.records import Finding
 from lorafast._errors import raise_interruption
 from lorafast._fleet import cache as cache_files
@@ -18,11 +17,13 @@ from lorafast._fleet.discovery import ScanError, discover
 from lorafast._fleet.entry import SCHEMA_VERSION, findings_of
 from lorafast._fleet.findings import of_fleet
 from lorafast._fleet.fleet import Fleet
+from lorafast._fleet.members import names_below
 from lorafast._fleet.options import ScanOptions
 from lorafast._fleet.progress import Follow, follower
 from lorafast._fleet.rows import ErrorList, FindingList
-from lorafast._fleet.table import Table, utf8
+from lorafast._fleet.table import Table
 from lorafast._io.limits import check_threads
+from lorafast._io.plain import utf8
 from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import reason_of
 from lorafast._options import check_choices, pick
@@ -38,6 +39,7 @@ def scan(
     paths: Source | Iterable[Source],
     *,
     metrics: Metrics = "full",
+    exclude: Sequence[str] = (),
     threads: int | None = None,
     progress: bool | Callable[[int, int], object] = False,
     cache: str | os.PathLike[str] | None = None,
@@ -57,6 +59,9 @@ def scan(
         metrics: how much to find: "headers" reads no weights; "moments" the statistics of the
             stored factors; "spectra" the singular values of each update s·B·A and what follows
             from them; "full" both.
+        exclude: patterns of what is left out, and of all that lies below it: the name of a file or
+            a directory at any depth (`checkpoint-*`), or with a slash a path below the root
+            (`old/*`, `**/tmp/*`), which may also be absolute.
         threads: worker threads; one for each core if `None`.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
@@ -73,7 +78,7 @@ def scan(
         The fleet: tables of adapters and of modules, findings, and errors.
 
     Raises:
-        ValueError: an argument is outside its domain, or no path was given.
+        ValueError: an argument is outside its domain, no path was given, or a pattern is empty.
         FileNotFoundError: no path is there.
         AdapterError: the paths hold no adapter at all.
         OSError: the cache's directory cannot be made. A cache that is damaged, or cannot be read or
@@ -90,8 +95,8 @@ def _scan(paths: Source | Iterable[Source], options: ScanOptions, follow: Follow
     check_choices(options)
     check_threads(options.threads)
     place = analysis_device(options.device, options.cache)
-    found = discover(paths)
-    scanning = _Scanning(found.adapters, options, follow)
+    found = discover(paths, options.exclude)
+    scanning = _Scanning(found.adapters, found.root, options, follow)
     if options.metrics in {"full", "spectra"}:
         scanning.device = place
     with ExitStack() as stack:
@@ -110,8 +115,11 @@ def _scan(paths: Source | Iterable[Source], options: ScanOptions, follow: Follow
 class _Scanning:
     """One scan under way. Positions are those of the adapters that were found."""
 
-    def __init__(self, adapters: Sequence[str], options: ScanOptions, follow: Follow) -> None:
+    def __init__(
+        self, adapters: Sequence[str], root: str, options: ScanOptions, follow: Follow
+    ) -> None:
         self._adapters = adapters
+        self._root = root
         self._options = options
         self._follow = follow
         #: Where spectra are found, if not by the core.
@@ -164,9 +172,7 @@ class _Scanning:
         """All that was found. Nothing can be added any more."""
         tables = self._tables
         here = [self._adapters[position] for position in tables.positions()]
-        names = [utf8(name) for name in names_of(here)]
-        if len(set(names)) < len(names):
-            names = numbered(names)
+        names = names_below(self._root, here)
         core = tables.finish(list(map(utf8, here)), names)
         adapters, modules = (Table(core[0], _no_utf8(here)), Table(core[1]))
         # What only the whole fleet shows comes after what was found in single adapters.
@@ -182,6 +188,7 @@ class _Scanning:
             errors=ErrorList(Table(tables.errors(), _no_utf8(failed))),
             bytes_read=self._bytes_read,
             remembered=self._remembered,
+            root=Path(self._root),
         )
 
     def _scan(self, positions: Sequence[int], items: Sequence[Item]) -> None:

@@ -19,11 +19,6 @@ TABLES: tuple[TableName, ...] = ("adapters", "modules", "findings")
 NOTHING = -1
 
 
-def utf8(text: str) -> str:
-    """A text that can be UTF-8; bytes of a file's name that are none are written as escapes."""
-    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
-
-
 @shown
 class Table:
     """Columns by name, each a NumPy array with a value a row. To be used as a mapping.

@@ -11,9 +11,9 @@ visualizations/{name}_weight_analysis.png   and other pictures
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from lorafast._analysis.names import numbered
 from lorafast._errors import LorafastError
 from lorafast._io import atomic
 from lorafast._io.paths import find
-from lorafast._io.plain import without_non_finite
+from lorafast._io.plain import json_text
 from lorafast._io.strangers import read_json, reason_of
 from lorafast._report.serialize import from_plain
 
@@ -81,8 +81,7 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_json(path: Path, value: Any) -> Path:
     """Writes strict JSON: NaN and infinities as null."""
-    text = json.dumps(without_non_finite(value), indent=2, allow_nan=False, default=str)
-    return write_text(path, text + "\n")
+    return write_text(path, json_text(value, default=str) + "\n")
 
 
 def write_analysis(
@@ -155,6 +154,10 @@ def read_directory(directory: Path) -> tuple[list[AdapterAnalysis], Comparison |
     comparison: Any = None
     if find(folder / COMPARISON_JSON) is not None:
         comparison = _read(folder / COMPARISON_JSON)
+        # What stands in a file of its own is not in the comparison's.
+        known = {(own.name, own.path): own for own in analyses}
+        own = [known.get((each.name, each.path), each) for each in comparison.analyses]
+        comparison = replace(comparison, analyses=own)
     if not analyses and comparison is None:
         raise LorafastError(
             f"{directory}: holds no {ANALYSIS_DIRECTORY}/*{ANALYSIS_SUFFIX}; "

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import missing
-from lorafast._fleet.table import utf8
+from lorafast._io.plain import utf8
 from lorafast._report.rows import Kind, rows_of
 
 if TYPE_CHECKING:

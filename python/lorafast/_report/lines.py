@@ -9,12 +9,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lorafast._analysis.findings import finding_counts
+from lorafast._analysis.names import labels_of
 from lorafast._report.text import format_residual
 from lorafast._results import view
+from lorafast._words import plural
 
 if TYPE_CHECKING:
     from lorafast._analysis.records import Finding
     from lorafast._analysis.results import AdapterAnalysis, Comparison
+    from lorafast._fleet.difference import ScanDiff
     from lorafast._fleet.fleet import Fleet
     from lorafast._fleet.table import Table
     from lorafast._merge.listing import AdapterListing, CheckpointListing
@@ -64,11 +67,6 @@ def clipped(text: str, room: int = NAME) -> str:
         return text
     tail = (room - 1) * 2 // 3
     return f"{text[: room - 1 - tail]}…{text[-tail:]}"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 tensor`, `2,000 tensors`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def is_record(value: object) -> bool:
@@ -218,18 +216,26 @@ def combination_text(lineage: Lineage, terms: int = MAX_TERMS, room: int | None 
         terms: how many are named.
         room: characters of a name; all of them if `None`.
     """
+    from lorafast._similarity.lineage import PARTLY
+
+    residual = f"residual {format_residual(lineage.residual)}"
+    if not lineage.related:
+        return f"nothing of these, {residual}"
     shares = lineage.contributions
     paths = [path for path, share in shares.items() if abs(share) >= WORTH_A_WORD]
     paths.sort(key=lambda path: -abs(shares[path]))
+    labels = dict(zip(lineage.names, labels_of(list(lineage.names.values())), strict=True))
     text = ""
     for path in paths[:terms]:
         weight = lineage.coefficients[path]
         sign = ("−" if weight < 0 else "") if not text else (" − " if weight < 0 else " + ")
-        name = lineage.names[path]
+        name = labels[path]
         text += f"{sign}{abs(weight):.2f}·{name if room is None else clipped(name, room)}"
     if len(paths) > terms:
         text += f" and {len(paths) - terms} more"
-    return f"{text or 'none of the candidates'}, residual {format_residual(lineage.residual)}"
+    if lineage.residual > PARTLY:
+        text += " + something else"
+    return f"{text}, {residual}"
 
 
 def plan_text(plan: MergePlan) -> str:
@@ -288,33 +294,38 @@ def listing_text(listing: AdapterListing | CheckpointListing) -> str:
 
 def fleet_text(fleet: Fleet) -> str:
     """How many adapters and modules, and what could not be read."""
-    parts = [f"{len(fleet):,} adapters", f"{fleet.modules.rows:,} modules"]
+    parts = [plural(len(fleet), "adapter"), plural(fleet.modules.rows, "module")]
     if fleet.errors:
-        parts.append(f"{len(fleet.errors):,} errors")
+        parts.append(plural(len(fleet.errors), "error"))
     return f"<Fleet {', '.join(parts)}>"
+
+
+def scan_diff_text(found: ScanDiff) -> str:
+    """Which scans, and how many adapters have changed."""
+    return f"<ScanDiff {clipped(found.before, 40)} → {clipped(found.after, 40)}: {found.summary}>"
 
 
 def table_text(table: Table) -> str:
     """How many rows, and the columns."""
-    return f"Table({table.rows:,} rows: {', '.join(table)})"
+    return f"Table({plural(table.rows, 'row')}: {', '.join(table)})"
 
 
 def similarity_text(similarity: Similarity) -> str:
     """How many adapters, and what was measured of them."""
-    parts = [f"{len(similarity):,} adapters", f"{similarity.metric}"]
-    parts.append(f"{len(similarity.modules):,} modules")
+    parts = [plural(len(similarity), "adapter"), f"{similarity.metric}"]
+    parts.append(plural(len(similarity.modules), "module"))
     if len(similarity.groups) > 1:
         parts.append(f"{len(similarity.groups)} bases")
     if similarity.errors:
-        parts.append(f"{len(similarity.errors):,} errors")
+        parts.append(plural(len(similarity.errors), "error"))
     return f"<Similarity of {', '.join(parts)}>"
 
 
 def duplicates_text(found: Duplicates) -> str:
     """How many groups, and how many adapters could go."""
     return (
-        f"<Duplicates: {len(found):,} groups, {found.redundant:,} of {len(found.names):,} "
-        "adapters could go>"
+        f"<Duplicates: {plural(len(found), 'group')}, {found.redundant:,} of "
+        f"{plural(len(found.names), 'adapter')} could go>"
     )
 
 

@@ -14,7 +14,7 @@ from lorafast._analysis.findings import KINDS, one_of_each_kind
 from lorafast._analysis.records import Finding, ModuleAnalysis, ModuleComparison
 from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.cells import LONGEST_REASON, cell, code, table
-from lorafast._report.text import ABSENT, format_number, format_range
+from lorafast._report.text import ABSENT, NO_PAIRS, format_number, format_range
 
 #: Rows of the tables, so that the page stays under 200 lines.
 MAX_FINDINGS = 20
@@ -211,7 +211,9 @@ def _comparison(comparison: Comparison) -> list[str]:
     if len(names) > len(shown):
         lines += ["", f"{len(names) - len(shown)} more adapters are left out here."]
     shared = {path: module for path, module in comparison.modules.items() if module.pairs}
-    if shared:
+    if not comparison.modules_compared:
+        lines += ["", NO_PAIRS]
+    elif shared:
         lines += ["", "## Modules of the most aligned updates", "", *_modules(shared)]
     for name, paths in list(comparison.only_in.items())[:MAX_ADAPTERS]:
         if paths:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from lorafast._report.lines import clipped, fields_of, is_record, line, plural, short
+from lorafast._report.lines import clipped, fields_of, is_record, line, short
 from lorafast._report.rows import PARTS, rows_of
+from lorafast._words import plural
 
 if TYPE_CHECKING:
     from lorafast._fleet.table import Table
@@ -117,7 +118,7 @@ def _parts(value: Any) -> tuple[str, Sequence[str], Iterable[Sequence[str]], int
     if kind == "Similarity":
         is_few = MATRIX < len(value) <= SIMILAR
         pairs = [
-            [clipped(one, CELL), clipped(other, CELL), f"{figure:.4f}"]
+            [clipped(one, CELL), clipped(other, CELL), f"{figure:z.4f}"]
             for one, other, figure in (value.pairs(ROWS) if is_few else ())
         ]
         return "most similar", ("first", "second", value.metric), pairs, len(pairs)
@@ -139,7 +140,7 @@ def _add_matrix(made: _Page, value: Any) -> None:
     if names is None or getattr(matrix, "ndim", 0) != 2 or len(names) > MATRIX:
         return
     heads = [clipped(name, 24) for name in names]
-    rows = ([heads[at], *(f"{number:.4f}" for number in matrix[at])] for at in range(len(names)))
+    rows = ([heads[at], *(f"{number:z.4f}" for number in matrix[at])] for at in range(len(names)))
     made.add_table(getattr(value, "metric", "cosine"), ("", *heads), rows, len(names))
 
 
@@ -259,6 +260,9 @@ def _notice(notice: Any) -> str:
     if hasattr(notice, "finding"):
         adapter = "" if notice.adapter is None else f"{_escaped(notice.adapter)}: "
         return f"{adapter}{_notice(notice.finding)}"
+    if hasattr(notice, "before"):
+        counts = f"of {plural(notice.before, 'module')} before, of {notice.after:,} now"
+        return f"<b>{_escaped(notice.severity)}</b> {_escaped(notice.kind)}: {counts}"
     if hasattr(notice, "severity"):
         module = f" {_escaped(notice.module)}" if notice.module else ""
         return f"<b>{_escaped(notice.severity)}</b>{module} {_escaped(notice.reason)}"

@@ -88,7 +88,7 @@ def _compared(comparison: Comparison, table: ComparisonTable = "pairs") -> Rows:
     """A row for each module and pair of adapters that both have it, or for each module and adapter.
 
     Raises:
-        ValueError: there is no such table.
+        ValueError: there is no such table, or its pairs were not compared.
     """
     if table == "modules":
         return Rows(
@@ -103,6 +103,11 @@ def _compared(comparison: Comparison, table: ComparisonTable = "pairs") -> Rows:
         )  # fmt: skip
     if table != "pairs":
         raise ValueError(f"table must be 'pairs' or 'modules', not {table!r}")
+    if not comparison.modules_compared:
+        raise ValueError(
+            "the table 'pairs' needs the pairs of each module, which were not compared; "
+            "compare(…, modules=True) does that, and table='modules' has ranks and norms"
+        )
     return Rows(
         {"path": "text", "out_features": "integer", "in_features": "integer",
          "first": "text", "second": "text", "first_rank": "integer", "second_rank": "integer",

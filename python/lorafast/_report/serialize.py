@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafast._analysis.records import (
+    PAIR_MATRICES,
     EntryStatistics,
     Finding,
     Histogram,
@@ -15,8 +16,9 @@ from lorafast._analysis.records import (
     ModuleComparison,
     PairComparison,
     TensorStatistics,
+    not_compared,
 )
-from lorafast._analysis.results import AdapterAnalysis, Comparison
+from lorafast._analysis.results import AdapterAnalysis, Comparison, places_of
 from lorafast._errors import LorafastError
 from lorafast._results import READ_VERSIONS
 
@@ -123,28 +125,42 @@ def module_analysis(plain: Mapping[str, Any]) -> ModuleAnalysis:
 
 
 def _comparison(plain: Mapping[str, Any]) -> Comparison:
+    # Of an adapter whose own analysis stands elsewhere there is the summary.
+    analyses = [_analysis({"tensors": {}, "modules": {}, **item}) for item in plain["analyses"]]
+    places = places_of(analyses)
     return Comparison(
         names=plain["names"],
-        analyses=[_analysis(item) for item in plain["analyses"]],
+        analyses=analyses,
         cosine=matrix(plain["cosine"]),
-        modules={path: _module_comparison(item) for path, item in plain["modules"].items()},
+        modules={
+            path: _module_comparison(item, len(plain["names"]), places.get(path))
+            for path, item in plain["modules"].items()
+        },
         only_in=plain["only_in"],
         findings=_findings(plain),
+        modules_compared=plain.get("modules_compared", True),
     )
 
 
-def _module_comparison(plain: Mapping[str, Any]) -> ModuleComparison:
+def _module_comparison(
+    plain: Mapping[str, Any], count: int, place: ModuleAnalysis | None
+) -> ModuleComparison:
     rows, columns = plain["shape"]
-    matrices = ("cosine", "sign_agreement", "subspace", "subspace_expected")
     return _build(
         ModuleComparison,
         plain,
         shape=(rows, columns),
         pairs=[
             _build(PairComparison, pair, sizes=(pair["sizes"][0], pair["sizes"][1]))
-            for pair in plain["pairs"]
+            for pair in plain.get("pairs", ())
         ],
-        **{name: matrix(plain[name]) for name in matrices},
+        # Earlier versions had them in the adapters' analyses alone.
+        block=plain.get("block", None if place is None else place.block),
+        layer=plain.get("layer", plain["path"] if place is None else place.layer),
+        **{
+            name: matrix(plain[name]) if name in plain else not_compared(count)
+            for name in PAIR_MATRICES
+        },
     )
 
 

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 #: Stands where there is no number.
 ABSENT = "–"
+#: Said of a comparison of many adapters.
+NO_PAIRS = (
+    "The updates of single modules were not compared; that is done for up to ten adapters, and "
+    "for more with --modules, or modules=True in Python."
+)
 
 
 def format_number(value: float | None, digits: int = 4, *, nan: str = ABSENT) -> str:

@@ -6,17 +6,20 @@ import math
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafast._analysis.names import numbered
 from lorafast._errors import LorafastError
 from lorafast._options import check_choices, pick
 from lorafast._similarity.collection import apart
 from lorafast._similarity.options import MEMORY, SimilarityOptions
 from lorafast._similarity.similarity import Similarity
 from lorafast._types import Metric, Precision, Progress
+from lorafast._words import agree, plural
 
 if TYPE_CHECKING:
     import numpy
@@ -115,6 +118,9 @@ def similarity(
     found = collected(adapters, options.threads, options.progress)
     seconds = {"opening": time.perf_counter() - begin}
     groups = dict(found.core.groups(options.ignore_base))
+    ignored = _ignored_bases(found, groups) if options.ignore_base else []
+    if ignored:
+        groups = _with_all_bases(found, groups)
     if len(groups) > 1 and not options.group_by_base:
         raise LorafastError(_several_bases(groups, found.names, options.ignore_base))
     groups = _comparable(groups, found)
@@ -160,7 +166,15 @@ def similarity(
             matrix = _square(whole, count)
             tables = [_square(table, count) for table in modules]
     own = tables if options.per_module else None
-    similar = _similarity(found, groups, matrix, own, metric=options.metric, precision=summed_in)
+    similar = _similarity(
+        found,
+        groups,
+        matrix,
+        own,
+        metric=options.metric,
+        precision=summed_in,
+        ignored=ignored,
+    )
     return replace(similar, seconds=seconds)
 
 
@@ -191,6 +205,33 @@ def _several_bases(groups: Mapping[str, Sequence[int]], names: Sequence[str], ig
     return f"the adapters belong to {len(groups)} bases: {'; '.join(parts)}; {hint}"
 
 
+def _bases(found: Collected, members: Sequence[int]) -> dict[str, int]:
+    """The bases that some adapters name, each with how many of them do, the most common first."""
+    named = (found.members[at]["base"] or "no base named" for at in members)
+    return dict(Counter(named).most_common())
+
+
+def _with_all_bases(found: Collected, groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Groups of one shape under the names of all bases in each."""
+    named = [(list(_bases(found, members)), label) for label, members in groups.items()]
+    labels = [_listed(bases) if len(bases) > 1 else label for bases, label in named]
+    return dict(zip(numbered(labels), map(list, groups.values()), strict=True))
+
+
+def _ignored_bases(found: Collected, groups: Mapping[str, Sequence[int]]) -> list[str]:
+    """What to know where adapters of several bases are compared as of one."""
+    notes = []
+    for members in groups.values():
+        bases = _bases(found, members)
+        if len(bases) > 1:
+            counted = [f"{base} ({count:,})" for base, count in bases.items()]
+            notes.append(
+                f"{plural(len(members), 'adapter')} of {len(bases)} bases are compared as of one: "
+                f"{_listed(counted)}"
+            )
+    return notes
+
+
 def _similarity(
     found: Collected,
     groups: dict[str, list[int]],
@@ -199,6 +240,7 @@ def _similarity(
     *,
     metric: Metric,
     precision: str,
+    ignored: Sequence[str],
 ) -> Similarity:
     import numpy as np
 
@@ -236,7 +278,7 @@ def _similarity(
         presence=presence,
         per_module=per_module,
         errors=found.errors,
-        notes=_notes(found, groups, norms, presence),
+        notes=[*ignored, *_notes(found, groups, norms, presence)],
     )
 
 
@@ -272,27 +314,36 @@ def _notes(
         wanted = presence[list(members)].any(axis=0).sum()
         lacking += [found.names[at] for at in members if presence[at].sum() < wanted]
     if lacking:
+        verb = agree(len(lacking), "lacks", "lack")
         notes.append(
-            f"{_some(lacking)} of {len(found.names)} lack modules that others have; what is not "
+            f"{_some(lacking)} of {len(found.names)} {verb} modules that others have; what is not "
             "shared counts as zero (`shared` has the numbers)"
         )
     left_out = [at for at, member in enumerate(found.members) if member["left_out"]]
     if left_out:
         example = ", ".join(found.members[left_out[0]]["left_out"])
         notes.append(
-            f"{_some([found.names[at] for at in left_out])} do more than add low-rank updates, "
+            f"{_some([found.names[at] for at in left_out])} "
+            f"{agree(len(left_out), 'does', 'do')} more than add low-rank updates, "
             f"which is no part of the figures ({found.names[left_out[0]]}: {example})"
         )
     zero = [name for name, norm in zip(found.names, norms, strict=True) if norm == 0]
     if zero:
-        notes.append(f"{_some(zero)} are zero (never trained) and have no cosine")
+        verbs = agree(len(zero), "is", "are"), agree(len(zero), "has", "have")
+        notes.append(f"{_some(zero)} {verbs[0]} zero (never trained) and {verbs[1]} no cosine")
     odd = [name for name, norm in zip(found.names, norms, strict=True) if not math.isfinite(norm)]
     if odd:
-        notes.append(f"{_some(odd)} hold NaN or infinity and have no figures")
+        verbs = agree(len(odd), "holds", "hold"), agree(len(odd), "has", "have")
+        notes.append(f"{_some(odd)} {verbs[0]} NaN or infinity and {verbs[1]} no figures")
     return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     more = ", …" if len(names) > 3 else ""
-    return f"{len(names)} adapter{'s' * (len(names) > 1)} ({shown}{more})"
+    return f"{plural(len(names), 'adapter')} ({shown}{more})"

@@ -6,29 +6,16 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from lorafast import _core
-from lorafast._analysis.names import names_of
 from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError, discover
+from lorafast._fleet.members import names_below
 from lorafast._io.limits import check_threads
 from lorafast._io.progress import pace
 from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import gate, reason_of
-from lorafast._types import Progress, Source
-
-
-@runtime_checkable
-class HasPaths(Protocol):
-    """What is needed of a fleet: where its adapters lie and what they are called."""
-
-    @property
-    def paths(self) -> list[Path]: ...
-
-    @property
-    def names(self) -> list[str]: ...
-
+from lorafast._types import HasPaths, Progress, Source
 
 #: Directories, adapters, globs, any number of these, or a fleet.
 Adapters = Source | Iterable[Source] | HasPaths
@@ -65,8 +52,8 @@ def collected(adapters: Adapters, threads: int | None, progress: Progress) -> Co
     return opened(found, errors, names, threads, progress=progress)
 
 
-def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str] | None]:
-    """Adapters' paths, what could not be looked into, and names where a fleet gives them.
+def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str]]:
+    """Adapters' paths, what could not be looked into, and the names: paths below the root.
 
     Raises:
         ValueError: no path was given.
@@ -78,13 +65,14 @@ def found_by(adapters: Adapters) -> tuple[list[Path], list[ScanError], list[str]
             raise AdapterError("the fleet holds no adapter that could be read")
         return list(adapters.paths), [], list(adapters.names)
     discovery = discover(adapters)
-    return list(map(Path, discovery.adapters)), list(discovery.errors), None
+    names = names_below(discovery.root, discovery.adapters)
+    return list(map(Path, discovery.adapters)), list(discovery.errors), names
 
 
 def opened(
     found: Sequence[Path],
     errors: list[ScanError],
-    names: Sequence[str] | None,
+    names: Sequence[str],
     threads: int | None,
     *,
     progress: Progress,
@@ -108,8 +96,7 @@ def opened(
     kept = [place for at, place in enumerate(positions) if at not in failed]
     if not kept:
         raise AdapterError(_nothing(errors))
-    paths = [found[place] for place in kept]
-    chosen = names_of(paths) if names is None else [names[place] for place in kept]
+    paths, chosen = [found[place] for place in kept], [names[place] for place in kept]
     return Collected(core, paths, chosen, core.members(), errors)
 
 
@@ -169,11 +156,3 @@ def families(found: Collected) -> list[list[int]]:
     for at, member in enumerate(found.members):
         known.setdefault(member["family"], []).append(at)
     return list(known.values())
-
-
-def errors_text(errors: Sequence[ScanError]) -> str:
-    """How many adapters were left out, and why the first of them."""
-    noun = "adapter" if len(errors) == 1 else "adapters"
-    return (
-        f"{len(errors)} {noun} could not be read and left out; {errors[0].path}: {errors[0].reason}"
-    )

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from lorafast._analysis.names import position_of
 from lorafast._fleet.discovery import ScanError
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
 from lorafast._results import FramedResult, RecordList, shown
 from lorafast._similarity.collection import Adapters, Collected, apart, collected, families
-from lorafast._types import Progress
+from lorafast._types import Progress, Source
+from lorafast._words import agree, plural
 
 if TYPE_CHECKING:
     import numpy
@@ -20,12 +22,13 @@ if TYPE_CHECKING:
 
     from lorafast import _core
 
-Tier = Literal["same_bytes", "same_tensors", "same_update", "scaled", "truncated"]
+Tier = Literal["same_bytes", "same_tensors", "zero_update", "same_update", "scaled", "truncated"]
 
 #: From the closest to the loosest, with what each says.
 TIERS: dict[Tier, str] = {
     "same_bytes": "the same weights file, with the same scales",
     "same_tensors": "the same tensors under another header",
+    "zero_update": "a low-rank update of zero on the same base, and all else the same",
     "same_update": "the same ΔW: other factors, scale in the factors, or another dtype",
     "scaled": "the same ΔW times a number",
     "truncated": "the leading singular values of the same ΔW",
@@ -118,6 +121,18 @@ class Duplicates(FramedResult, Sequence[DuplicateGroup]):
     def __iter__(self) -> Iterator[DuplicateGroup]:
         return iter(self.groups)
 
+    def group_of(self, adapter: Source) -> DuplicateGroup | None:
+        """The closest group that an adapter is in, if it is in one.
+
+        Args:
+            adapter: its name or its path.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        path = self.paths[position_of(adapter, self.names, self.paths)]
+        return next((group for group in self.groups if path in group.members), None)
+
     @property
     def redundant(self) -> int:
         """How many adapters would be left out if only the first of each group were kept."""
@@ -152,6 +167,9 @@ def duplicates(
       scales.
     - `same_tensors`: the same tensors in another order, with other metadata, or under other names
       of the same modules (another prefix, another release of transformers).
+    - `zero_update`: ΔW is zero, on the same base. A base is known by the last part of the name that
+      `adapter_config.json` gives it, and by the shapes of what is updated; of different bases
+      not even copies of an update of zero are one.
     - `same_update`: the same ΔW in other factors (B·G, G⁻¹·A), with alpha moved into the factors,
       or in another dtype.
     - `scaled`: Y = c·X for one number c.
@@ -224,15 +242,22 @@ class _Search:
         self.leading: dict[int, NDArray[numpy.float64]] = {}
         self.known: dict[tuple[int, int], _core.Relation] = {}
         self.errors = list(found.errors)
+        #: Of each adapter the number of its base.
+        self.bases = {
+            at: number
+            for number, (_, members) in enumerate(found.core.groups(False))
+            for at in members
+        }
 
     def run(self, progress: Progress) -> Duplicates:
         self._sign(progress)
-        classes = self._same_digest(
-            list(self.signatures), "same_bytes", lambda own: (own.file, own.scales)
-        )
-        classes = self._same_digest(classes, "same_tensors", lambda own: (own.tensors, own.scales))
+        classes = self._same_digest(list(self.signatures), "same_bytes", lambda own: own.file)
+        classes = self._same_digest(classes, "same_tensors", lambda own: own.tensors)
         odd = [at for at in classes if not self.signatures[at].is_finite]
         classes = [at for at in classes if self.signatures[at].is_finite]
+        zero = [at for at in classes if self.signatures[at].norm == 0]
+        self._stars(zero, self._of_one_base(zero), "zero_update", self._zero, self._by_precision)
+        classes = [at for at in classes if self.signatures[at].norm > 0]
         edges = self._candidates(classes)
         classes = self._stars(classes, edges, "same_update", self._same_update, self._by_precision)
         classes = self._stars(classes, edges, "scaled", self._scaled, self._by_precision)
@@ -241,7 +266,8 @@ class _Search:
         if odd:
             names = ", ".join(self.found.names[at] for at in odd[:3])
             notes.append(
-                f"{len(odd)} adapters hold NaN or infinity and were compared byte by byte only "
+                f"{plural(len(odd), 'adapter')} {agree(len(odd), 'holds', 'hold')} NaN or infinity "
+                f"and {agree(len(odd), 'was', 'were')} compared byte by byte only "
                 f"({names}{', …' if len(odd) > 3 else ''})"
             )
         return Duplicates(self.groups, self.found.names, self.found.paths, self.errors, notes)
@@ -265,13 +291,16 @@ class _Search:
         self.groups.append(DuplicateGroup(tier, paths, names, evidence))
 
     def _same_digest(
-        self, classes: list[int], tier: Tier, key: Callable[[_Signature], tuple[str, str]]
+        self, classes: list[int], tier: Tier, digest_of: Callable[[_Signature], str]
     ) -> list[int]:
-        """Groups what has one digest; returns the first of each."""
-        by_digest: dict[tuple[str, str], list[int]] = {}
+        """Groups what has one digest and the same scales; returns the first of each."""
+        by_digest: dict[tuple[str, str, int], list[int]] = {}
         for at in classes:
-            by_digest.setdefault(key(self.signatures[at]), []).append(at)
-        for (digest, _), members in by_digest.items():
+            own = self.signatures[at]
+            # What was never trained says nothing but which base it is for.
+            base = self.bases[at] if own.norm == 0 else -1
+            by_digest.setdefault((digest_of(own), own.scales, base), []).append(at)
+        for (digest, *_), members in by_digest.items():
             if len(members) > 1:
                 what = "weights files" if tier == "same_bytes" else "tensors"
                 text = f"the {what} have the SHA-256 {digest[:16]}…, and the scales are the same"
@@ -281,15 +310,19 @@ class _Search:
                 self._add(tier, members, evidence)
         return [members[0] for members in by_digest.values()]
 
+    def _of_one_base(self, classes: list[int]) -> dict[int, set[int]]:
+        """For each adapter the others of its base."""
+        members: dict[int, set[int]] = {}
+        for at in classes:
+            members.setdefault(self.bases[at], set()).add(at)
+        return {at: members[self.bases[at]] - {at} for at in classes}
+
     def _candidates(self, classes: list[int]) -> dict[int, set[int]]:
         """Pairs whose leading singular values allow that they are one update, scaled or shorter."""
         import numpy as np
 
         edges: dict[int, set[int]] = {at: set() for at in classes}
-        zero = [at for at in classes if self.signatures[at].norm == 0]
-        for at in zero:
-            edges[at] = set(zero) - {at}
-        usable = [at for at in classes if self.signatures[at].norm > 0]
+        usable = classes
         if len(usable) < 2:
             return edges
         values = np.stack([self.leading[at] for at in usable])
@@ -363,15 +396,20 @@ class _Search:
         rounding = math.hypot(factor * x_signature.tolerance, y_signature.tolerance)
         return rounding + FLOOR * y_signature.norm
 
+    def _zero(self, x: int, y: int) -> Evidence | None:
+        if self.known[x, y]["other_difference"] is not None:
+            return None
+        text = "both updates are zero (never trained)"
+        if self.found.members[y]["left_out"]:
+            # As of an adapter that has saved modules alone.
+            text = "both low-rank updates are zero, and what they do beside them is the same"
+        return Evidence(self.found.paths[y], text, {"difference": 0.0})
+
     def _same_update(self, x: int, y: int) -> Evidence | None:
         relation = self.known[x, y]
         if relation["other_difference"] is not None:
             return None
         path, norm = self.found.paths[y], relation["norms"][1]
-        if norm == 0:
-            if relation["norms"][0] > 0:
-                return None
-            return Evidence(path, "both updates are zero (never trained)", {"difference": 0.0})
         tolerance = self._tolerance(x, y, 1.0)
         if not relation["difference"] <= tolerance:
             return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import AdapterError
 from lorafast._fleet.discovery import ScanError
+from lorafast._fleet.members import ByMember
+from lorafast._io.paths import expand
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
 from lorafast._results import FramedResult, RecordDict, RecordList, view
@@ -34,6 +36,11 @@ NOTHING = 1e-7
 SMALL = 1e-3
 #: … while the ranks of all terms together stay below this.
 STACKED_RANKS = 256
+#: Above this residual the nearest combination has less than 2 % of the target's Σσ²: the target is
+#: made of nothing among the candidates.
+UNRELATED = 0.99
+#: Above this one, more than a quarter of Σσ² comes from elsewhere, and words say so.
+PARTLY = 0.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,9 +51,11 @@ class Lineage(FramedResult):
         target: where the adapter lies.
         name: its name.
         names: a distinct name for each candidate, by its path.
-        coefficients: for each candidate's path wᵢ of Σ wᵢ·Xᵢ, the combination that is nearest to
-            the target in the Frobenius norm; 0 for those in `dependent`.
-        residual: ‖T − Σ wᵢ·Xᵢ‖/‖T‖: 0 for a mixture, 1 for something unrelated.
+        coefficients: for each candidate's path (its name finds it too) wᵢ of Σ wᵢ·Xᵢ, the
+            combination that is nearest to the target in the Frobenius norm; 0 for those in
+            `dependent`.
+        residual: ‖T − Σ wᵢ·Xᵢ‖/‖T‖: 0 for a mixture, 1 for something unrelated. Above 0.99
+            (`related` is false) the combination has less than 2 % of ‖T‖², and is none.
         cosines: of the target with each candidate, by its path.
         contributions: wᵢ·‖Xᵢ‖/‖T‖ of each, by its path.
         dependent: candidates that are combinations of those before them, as far as rounding can
@@ -69,11 +78,26 @@ class Lineage(FramedResult):
 
     def __post_init__(self) -> None:
         for name in ("names", "coefficients", "cosines", "contributions", "dependent"):
-            object.__setattr__(self, name, RecordDict(getattr(self, name)))
+            values = getattr(self, name)
+            if not isinstance(values, ByMember):
+                object.__setattr__(self, name, RecordDict(values))
         object.__setattr__(self, "errors", RecordList(self.errors))
 
+    @property
+    def explained(self) -> float:
+        """The share of ‖T‖² that the combination has: 1 − residual²."""
+        return 1.0 - self.residual**2
+
+    @property
+    def related(self) -> bool:
+        """Whether the target has anything of the candidates: a residual of at most 99 %."""
+        return self.residual <= UNRELATED
+
     def __str__(self) -> str:
-        """The combination in words: `0.70·A + 0.30·B, residual 0.2 %`."""
+        """The combination in words: `0.70·A + 0.30·B, residual 0.2 %`.
+
+        Above a residual of 99 % it is `nothing of these`, above 50 % it ends in `something else`.
+        """
         text: str = view("combination", self)(self)
         return text
 
@@ -83,6 +107,8 @@ class Lineage(FramedResult):
             "name": self.name,
             "text": str(self),
             "residual": self.residual,
+            "explained": self.explained,
+            "related": self.related,
             "candidates": [
                 {
                     "path": os.fspath(path),
@@ -118,7 +144,7 @@ def lineage(
     it, beyond what rounding of the stored factors explains, is put into `dependent`.
 
     Args:
-        target: the adapter: a directory or a weights file.
+        target: the adapter: a directory, a weights file, or a candidate's name.
         candidates: directories, which are searched; adapters; globs; any number of these; or a
             fleet. The target itself is left out where it is among them.
         threads: worker threads; one for each core if `None`.
@@ -134,24 +160,26 @@ def lineage(
         AdapterError: the target, or every candidate, cannot be read; or the target is zero or
             not finite.
     """
-    (targets, target_errors, _), (others, errors, names) = found_by([target]), found_by(candidates)
+    others, errors, names = found_by(candidates)
+    targets, target_errors, target_names = found_by([_path_of(target, names, others)])
     if len(targets) != 1:
         if target_errors and not targets:
             raise AdapterError(f"{target_errors[0].path}: {target_errors[0].reason}")
         raise ValueError(f"{target}: holds {len(targets)} adapters; name one of them")
     own = targets[0].resolve()
     kept = [at for at, path in enumerate(others) if path.resolve() != own]
+    # Among the candidates it has its name there; else its own, but if that is a candidate's.
+    own_name = next((names[at] for at in range(len(others)) if at not in kept), target_names[0])
+    if own_name in (names[at] for at in kept):
+        own_name = os.fspath(targets[0])
     if not kept:
         raise ValueError("there is no candidate beside the target itself")
-    chosen = None if names is None else ["", *(names[at] for at in kept)]
+    chosen = [own_name, *(names[at] for at in kept)]
     paths = [targets[0], *(others[at] for at in kept)]
     found = opened(paths, errors, chosen, threads, progress=progress)
     if found.paths[0] != targets[0]:
         reason = next(error.reason for error in errors if error.path == targets[0])
         raise AdapterError(f"{targets[0]}: {reason}")
-    if chosen is not None:
-        # A fleet has no name for an adapter that is none of it.
-        found.names[0] = targets[0].name
     usable = [0, *_of_one_shape(found.core, errors, found.paths)]
     if len(usable) < 2:
         raise AdapterError(
@@ -167,24 +195,33 @@ def lineage(
     dependent = solution.dependent([found.names[at] for at in usable])
     norms = solution.norms
     places = {found.paths[at]: place for place, at in enumerate(usable) if place}
-    with_cosine = {
-        path: float(gram[0, place] / (norms[0] * norms[place])) if norms[place] else math.nan
-        for path, place in places.items()
-    }
+
+    def of_each(values: Iterable[float]) -> ByMember[float]:
+        return ByMember(zip(labels, map(float, values), strict=True), list(labels.values()))
+
     return Lineage(
         target=targets[0],
         name=found.names[0],
         names=labels,
-        coefficients={path: float(solution.weights[place]) for path, place in places.items()},
+        coefficients=of_each(solution.weights[place] for place in places.values()),
         residual=solution.residual(),
-        cosines=with_cosine,
-        contributions={
-            path: float(solution.weights[place] * norms[place] / norms[0])
-            for path, place in places.items()
-        },
+        cosines=of_each(
+            gram[0, place] / (norms[0] * norms[place]) if norms[place] else math.nan
+            for place in places.values()
+        ),
+        contributions=of_each(
+            solution.weights[place] * norms[place] / norms[0] for place in places.values()
+        ),
         dependent={path: dependent[place] for path, place in places.items() if place in dependent},
         errors=errors,
     )
+
+
+def _path_of(target: Source, names: Sequence[str], paths: Sequence[Path]) -> Source:
+    """Where the target lies; one that is not there may be a candidate's name."""
+    if not os.path.lexists(expand(target)) and os.fspath(target) in names:
+        return paths[names.index(os.fspath(target))]
+    return target
 
 
 def _of_one_shape(

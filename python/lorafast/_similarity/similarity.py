@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafast._analysis.names import position_of
 from lorafast._errors import LorafastError
 from lorafast._fleet.discovery import ScanError
 from lorafast._io import atomic
@@ -109,13 +110,7 @@ class Similarity(FramedResult):
         Raises:
             KeyError: there is none of that name.
         """
-        if isinstance(adapter, str) and adapter in self.names:
-            return self.names.index(adapter)
-        path = Path(adapter)
-        for position, own in enumerate(self.paths):
-            if own == path or own.resolve() == path.resolve():
-                return position
-        raise KeyError(f"no adapter {os.fspath(adapter)!r} is among the {len(self)}")
+        return position_of(adapter, self.names, self.paths)
 
     def nearest(self, adapter: str | os.PathLike[str], k: int = 5) -> list[tuple[str, float]]:
         """The adapters most similar to one, the most similar first.

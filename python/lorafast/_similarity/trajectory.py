@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafast._analysis.names import position_of
 from lorafast._errors import LorafastError
 from lorafast._fleet.discovery import ScanError, natural
 from lorafast._io.plain import to_plain
@@ -17,7 +18,7 @@ from lorafast._results import FramedResult, RecordList, shown
 from lorafast._similarity.collection import Adapters, collected, families
 from lorafast._similarity.lineage import _gram
 from lorafast._similarity.options import TrajectoryOptions
-from lorafast._types import By, Progress
+from lorafast._types import By, Progress, Source
 
 if TYPE_CHECKING:
     from lorafast._types import Matrix
@@ -91,6 +92,14 @@ class Trajectory(FramedResult):
     def names(self) -> list[str]:
         """Their names in order."""
         return [step.name for step in self.steps]
+
+    def step(self, checkpoint: Source) -> Checkpoint:
+        """A checkpoint by its name or its path.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        return self.steps[position_of(checkpoint, self.names, self.order)]
 
     def _plain(self) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from lorafast._torch.device import import_torch
 from lorafast._torch.in_place import Changed, Keep, Parted, Restoration
 from lorafast._torch.module_plan import ModulePlan, plan_module, unwrap
 from lorafast._torch.program import Program
+from lorafast._words import with_article
 
 if TYPE_CHECKING:
     import torch
@@ -259,7 +260,7 @@ def merge_into(
     if keep not in ("cpu", "device", None):
         raise ValueError(f"keep is {keep!r}; it is 'cpu', 'device' or None")
     if not isinstance(module, torch.nn.Module):
-        raise ValueError(f"module is a {type(module).__name__}, not a torch.nn.Module")
+        raise ValueError(f"module is {with_article(type(module).__name__)}, not a torch.nn.Module")
     plain = unwrap(module)
     plan = plan_module(plain, adapters, strategy=strategy, weights=weights, originals={})
     changed = in_place.prepare(plan, keep, {})

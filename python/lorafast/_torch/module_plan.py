@@ -19,6 +19,7 @@ from lorafast import _core
 from lorafast._errors import PlanError
 from lorafast._io.sources import ADAPTER_PATTERNS, locate
 from lorafast._io.torch_tensors import dtype_name, memory_of
+from lorafast._words import with_article
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +149,7 @@ def _obstacle(tensor: torch.Tensor) -> str | None:
     elif tensor.device.type not in {"cpu", "cuda"}:
         obstacle = f"is on the device {tensor.device}; move the model to the CPU or to CUDA"
     elif type(tensor) not in {torch.Tensor, torch.nn.Parameter} and kind != "Buffer":
-        obstacle = f"is a {kind}, which is no plain tensor; load the model without it"
+        obstacle = f"is {with_article(kind)}, which is no plain tensor; load the model without it"
     elif tensor.is_inference() and not torch.is_inference_mode_enabled():
         obstacle = "is an inference tensor; merge under torch.inference_mode()"
     elif dtype not in MERGEABLE:

@@ -59,10 +59,11 @@ pub fn analyze_adapter(
 
 /// Compares any number of adapters. Returns plain objects.
 #[pyfunction]
-#[pyo3(signature = (adapters, *, threads, progress))]
+#[pyo3(signature = (adapters, *, modules, threads, progress))]
 pub fn compare_adapters(
     py: Python<'_>,
     adapters: Vec<Source>,
+    modules: bool,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Py<PyAny>> {
@@ -73,7 +74,7 @@ pub fn compare_adapters(
             .map(|adapter| adapter.0.open(task))
             .collect::<lorafast::Result<Vec<_>>>()?;
         let adapters: Vec<&Adapter> = adapters.iter().collect();
-        analysis::compare(&adapters, &pool, task)
+        analysis::compare(&adapters, modules, &pool, task)
     })?;
     to_object(py, &comparison)
 }

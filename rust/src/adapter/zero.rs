@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use indexmap::IndexMap;
 
 use super::{Adapter, Module};
-use crate::error::Result;
+use crate::error::{Result, agree, counted};
 use crate::kernel::convert::widen_f64;
 use crate::tensor::safetensors::Tensor;
 
@@ -85,13 +85,19 @@ pub fn warnings(adapter: &Adapter) -> Result<Vec<String>> {
         // As before the first step of training.
         let untrained = cause == ZeroCause::Tensor("the second factor");
         format!(
-            "{}: {} in {} of {} modules (the first: {}); they {}change nothing",
+            "{}: {} in {} of {} (the first: {}); {} {}{} nothing",
             adapter.path().display(),
             cause.describe(),
             paths.len(),
-            adapter.modules().len(),
+            counted(adapter.modules().len(), "module"),
             paths[0],
-            if untrained { "were never trained and " } else { "" }
+            agree(paths.len(), "it", "they"),
+            match (untrained, paths.len()) {
+                (false, _) => "",
+                (true, 1) => "was never trained and ",
+                (true, _) => "were never trained and ",
+            },
+            agree(paths.len(), "changes", "change"),
         )
     };
     Ok(causes.into_iter().map(warning).collect())

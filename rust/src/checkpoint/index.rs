@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 use serde_json::Value;
 
 use super::{Location, Shard, read_object};
-use crate::error::{Error, Owner, Result};
+use crate::error::{Error, Owner, Result, agree, counted};
 use crate::storage::file_names::{ADAPTER_FILES, holds_weights, shard_of};
 use crate::storage::identify;
 use crate::storage::store::Store;
@@ -215,10 +215,12 @@ pub(super) fn check_index(
     Ok(match unlisted.as_slice() {
         [] => Vec::new(),
         [first, ..] => vec![format!(
-            "{}: {} tensors stand in the shards but not in the index (the first: {first}); \
-             they are carried over and listed in the output's index",
+            "{}: {} {} in the shards but not in the index (the first: {first}); {} carried over \
+             and listed in the output's index",
             path.display(),
-            unlisted.len(),
+            counted(unlisted.len(), "tensor"),
+            agree(unlisted.len(), "stands", "stand"),
+            agree(unlisted.len(), "it is", "they are"),
         )],
     })
 }

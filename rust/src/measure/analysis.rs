@@ -19,7 +19,7 @@ pub use compare::{Comparison, ModuleComparison, PairComparison, compare};
 
 use crate::adapter::{Adapter, Initialization};
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::error::{Result, agree, counted};
 use crate::measure::entries::{EntryStatistics, scan_entries};
 use crate::measure::metrics::{self, Shape};
 use crate::measure::places::places;
@@ -239,28 +239,39 @@ pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
     let magnitudes = modules().filter(|module| module.magnitude.is_some()).count();
     if magnitudes > 0 {
         features.push(format!(
-            "{magnitudes} modules have a DoRA magnitude, which rescales the whole weight; \
-             figures are of s·B·A alone"
+            "{} {} a DoRA magnitude, which rescales the whole weight; figures are of s·B·A alone",
+            counted(magnitudes, "module"),
+            agree(magnitudes, "has", "have"),
         ));
     }
     let biases = modules().filter(|module| module.bias.is_some()).count();
     if biases > 0 {
-        features.push(format!("{biases} modules have a bias of lora_B beside s·B·A"));
+        features.push(format!(
+            "{} {} a bias of lora_B beside s·B·A",
+            counted(biases, "module"),
+            agree(biases, "has", "have"),
+        ));
     }
     if let Some(first) = adapter.trained_rows().first() {
         let rows: usize = adapter.trained_rows().iter().map(|rows| rows.rows.len()).sum();
         features.push(format!(
-            "{rows} rows of embeddings were trained whole (the first: of {}); they are in the \
-             tensors' statistics, not among the modules",
-            first.path
+            "{} of embeddings {} trained whole (the first: of {}); {} in the tensors' \
+             statistics, not among the modules",
+            counted(rows, "row"),
+            agree(rows, "was", "were"),
+            first.path,
+            agree(rows, "it is", "they are"),
         ));
     }
+    let saved = adapter.saved().len();
     if let Some(first) = adapter.saved().first() {
         features.push(format!(
-            "{} parameters were trained whole (the first: {}); they are in the tensors' \
-             statistics, not among the modules",
-            adapter.saved().len(),
-            first.path
+            "{} {} trained whole (the first: {}); {} in the tensors' statistics, not among the \
+             modules",
+            counted(saved, "parameter"),
+            agree(saved, "was", "were"),
+            first.path,
+            agree(saved, "it is", "they are"),
         ));
     }
     features

@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::ExpertLayout;
 use crate::checkpoint::names::renames::Renames;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, agree, counted};
 use crate::tensor::dtype::Dtype;
 
 /// How several adapters are combined.
@@ -166,8 +166,10 @@ pub(super) fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>>
         (Strategy::Weighted, Some(weights)) => {
             if weights.len() != adapters {
                 return Err(Error::Argument(format!(
-                    "{} weights were given for {adapters} adapters; give one for each",
-                    weights.len()
+                    "{} {} given for {}; give as many weights as adapters",
+                    counted(weights.len(), "weight"),
+                    agree(weights.len(), "was", "were"),
+                    counted(adapters, "adapter"),
                 )));
             }
             if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {

@@ -23,6 +23,7 @@ from lorafast._report.html.elements import (
 )
 from lorafast._report.html.findings import Found, Targets, findings
 from lorafast._report.html.pictures import plots
+from lorafast._words import plural
 
 #: Points of a spectrum in a table's row.
 SPARK_POINTS = 32
@@ -136,7 +137,7 @@ def page(analysis: AdapterAnalysis) -> str:
         section(
             "Stored tensors",
             folded(
-                f"Statistics of {len(analysis.tensors):,} tensors",
+                f"Statistics of {plural(len(analysis.tensors), 'tensor')}",
                 table(tensors, TENSOR_COLUMNS, "tensors", tensor_ids),
             ),
         ),

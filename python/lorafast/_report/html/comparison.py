@@ -29,7 +29,7 @@ from lorafast._report.html.pictures import plots
 from lorafast._report.html.subsets import architectures_of, subset
 from lorafast._report.palette import NEGATIVE, POSITIVE, cosine_end
 from lorafast._report.plots.comparison import MAX_TABLE
-from lorafast._report.text import format_value
+from lorafast._report.text import NO_PAIRS, format_value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +46,7 @@ CHANCE = "What φ is expected to be for random subspaces: max(rᵢ, rⱼ)/d."
 
 ADAPTER_COLUMNS: list[Column[tuple[str, AdapterAnalysis]]] = [
     Column("adapter", "Name of the adapter.", lambda a: a[0]),
-    Column("modules", "Modules that it updates.", lambda a: len(a[1].modules)),
+    Column("modules", "Modules that it updates.", lambda a: a[1].summary["modules"]),
     Column("parameters", "Stored values.", lambda a: a[1].weights.count),
     Column("‖ΔW‖", "Frobenius norm of all updates together: √Σ‖ΔW‖².",
            lambda a: _number(a[1].summary.get("frobenius_norm"))),
@@ -91,9 +91,20 @@ def page(comparison: Comparison) -> str:
         section("Adapters", table(pairs, ADAPTER_COLUMNS, "adapters", adapter_ids)),
         cosines,
         plots(comparison),
-        section("Modules", table(modules, _columns(comparison), "modules", module_ids)),
+        section(
+            "Modules",
+            _note(comparison),
+            table(modules, _columns(comparison), "modules", module_ids),
+        ),
         only_in,
     )
+
+
+def _note(comparison: Comparison) -> str:
+    """Why there are no cosines of modules, where there are none."""
+    if comparison.modules_compared:
+        return ""
+    return element("p", NO_PAIRS, class_="quiet")
 
 
 def _rows_of_modules(
@@ -210,7 +221,9 @@ def _columns(comparison: Comparison) -> list[Column[ModuleComparison]]:
             _pair_column("least cosine", f"Least over pairs: {COSINE}", "cosine", np.min),
             _pair_column("greatest cosine", f"Greatest over pairs: {COSINE}", "cosine", np.max),
         ]
-    if len(names) > 1:
+    if not comparison.modules_compared:
+        columns = columns[:2] + [each for each in columns[2:] if "cosine" not in each.title]
+    elif len(names) > 1:
         of = "" if len(names) == 2 else "Mean over pairs: "
         columns += [
             _pair_column("mean cosine" if of else "cosine", of + COSINE, "cosine", np.mean),

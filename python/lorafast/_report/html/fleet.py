@@ -31,6 +31,7 @@ from lorafast._report.html.elements import (
 )
 from lorafast._report.html.findings import Found, Targets, findings
 from lorafast._report.lines import findings_text
+from lorafast._words import plural
 
 if TYPE_CHECKING:
     from lorafast._fleet.discovery import ScanError
@@ -63,7 +64,7 @@ def page(fleet: Fleet, similarity: Any) -> str:
     rows = dict(zip(fleet.names, ids, strict=True))
     found = [(item.adapter, item.finding, item.count) for item in fleet.findings]
     return document(
-        f"A fleet of {len(fleet):,} adapters",
+        f"A fleet of {plural(len(fleet), 'adapter')}",
         _summary(fleet),
         findings([Found(*item) for item in found], Targets(adapters=rows)),
         _errors(fleet.errors),
@@ -191,7 +192,7 @@ def _columns(fleet: Fleet) -> list[Column[Row]]:
     columns = [
         Column[Row](
             "adapter",
-            "Its directory's name, with as many of the parents' as tell it from the others.",
+            "Its path below the directory that was scanned.",
             lambda row: element("span", breakable(row["name"]), title=row["path"]),
         ),
         of_text("base", "base", "base_model_name_or_path of its config."),

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafast._analysis.names import labels_of
 from lorafast._fleet.table import Table
 from lorafast._report import palette
 from lorafast._report.html import chart
 from lorafast._report.html.chart import Chart, numbers, text
 from lorafast._report.html.fleet_places import layers_of, places
+from lorafast._words import plural
 
 if TYPE_CHECKING:
     from lorafast._fleet.fleet import Fleet
@@ -70,7 +72,7 @@ def _log_histogram(values: NDArray[Any], title: str, caption: str, axis: str) ->
     counts, edges = np.histogram(powers, bins=BINS, range=(low, high))
     bars = 10**edges
     hover = [
-        f"{10**start:.4g} to {10**end:.4g}<br>{count:,} adapters"
+        f"{10**start:.4g} to {10**end:.4g}<br>{plural(count, 'adapter')}"
         for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
     trace = {
@@ -291,6 +293,7 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     # What every adapter has with itself would outshine the rest.
     ordered[np.diag_indices(len(ordered))] = math.nan
     labels = [text(names[position]) for position in order.tolist()]
+    short = labels_of(names)
     caption = "Cosine of the updates of each pair, in the order of a hierarchical clustering."
     end = palette.cosine_end(ordered)
     if end < 1:
@@ -315,7 +318,7 @@ def matrix(names: Sequence[str], cosine: NDArray[Any]) -> Chart:
     ticks = {
         "showticklabels": has_names,
         "tickvals": positions if has_names else [],
-        "ticktext": [text(_short(names[position])) for position in order.tolist()]
+        "ticktext": [text(_short(short[position])) for position in order.tolist()]
         if has_names
         else [],
         "automargin": True,

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafast._analysis.architectures import Architecture, architectures
+from lorafast._analysis.records import PAIR_MATRICES, not_compared
 
 if TYPE_CHECKING:
     from lorafast._analysis.records import ModuleComparison
     from lorafast._analysis.results import Comparison
-
-#: What a comparison of modules has for each two adapters.
-MATRICES = ("cosine", "sign_agreement", "subspace", "subspace_expected")
 
 
 def architectures_of(comparison: Comparison) -> list[Architecture]:
@@ -44,7 +42,7 @@ def subset(comparison: Comparison, members: Sequence[int]) -> Comparison:
         analyses=[comparison.analyses[member] for member in members],
         cosine=_cut(comparison.cosine, members),
         modules={
-            path: _of_members(module, members)
+            path: _of_members(module, members, has_pairs=comparison.modules_compared)
             for path, module in comparison.modules.items()
             if any(module.present[member] for member in members)
         },
@@ -53,8 +51,12 @@ def subset(comparison: Comparison, members: Sequence[int]) -> Comparison:
     )
 
 
-def _of_members(module: ModuleComparison, members: list[int]) -> ModuleComparison:
-    matrices: dict[str, Any] = {name: _cut(getattr(module, name), members) for name in MATRICES}
+def _of_members(
+    module: ModuleComparison, members: list[int], *, has_pairs: bool
+) -> ModuleComparison:
+    matrices: dict[str, Any] = dict.fromkeys(PAIR_MATRICES, not_compared(len(members)))
+    if has_pairs:
+        matrices = {name: _cut(getattr(module, name), members) for name in PAIR_MATRICES}
     lists: dict[str, Any] = {
         name: [getattr(module, name)[member] for member in members]
         for name in ("present", "norms", "ranks")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafast._analysis.records import ModuleAnalysis, ModuleComparison
+from lorafast._analysis.names import labels_of
+from lorafast._analysis.records import ModuleComparison
 from lorafast._analysis.results import AdapterAnalysis, Comparison
 from lorafast._report.palette import COLORS
 from lorafast._report.plots.cosines import (
@@ -83,7 +84,7 @@ def cosine(comparison: Comparison) -> Figure:
     if n < 2:
         draw_empty(axes, "there are no two adapters to compare")
         return figure
-    names = truncate_all(comparison.names, 24)
+    names = truncate_all(labels_of(comparison.names), 24)
     image, words = draw_matrix(axes, comparison.cosine, size=9 if n <= 8 else 7, aspect="equal")
     thin_ticks(axes, "y", names, 50)
     thin_ticks(axes, "x", names, 50, rotation=45 if n <= 24 else 90)
@@ -94,7 +95,12 @@ def cosine(comparison: Comparison) -> Figure:
     return figure
 
 
-@plot("modules", caption="cosine of the updates by block and layer", page=True)
+def _has_modules(comparison: Comparison) -> bool:
+    """Whether the updates of each module were compared."""
+    return comparison.modules_compared
+
+
+@plot("modules", caption="cosine of the updates by block and layer", page=_has_modules)
 def modules(comparison: Comparison) -> Figure:
     """The cosine of the updates of each module, the mean over pairs where there are several.
 
@@ -103,49 +109,42 @@ def modules(comparison: Comparison) -> Figure:
     """
     several = len(comparison.names) > 2
     title = "Mean cosine of the updates of each two adapters" if several else "Cosine of updates"
-    places = _places(comparison)
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for path, module in comparison.modules.items():
-        if path in places and sum(module.present) > 1:
-            groups.setdefault(_compared(module), []).append(path)
+    if not comparison.modules_compared:
+        raise ValueError(
+            "the plot 'modules' needs the modules' cosines, which were not computed; "
+            "compare(…, modules=True) does"
+        )
+    groups: dict[tuple[int, ...], list[ModuleComparison]] = {}
+    for module in comparison.modules.values():
+        if sum(module.present) > 1:
+            groups.setdefault(_compared(module), []).append(module)
     ordered = sorted(groups.items(), key=lambda group: -len(group[0]))
     largest = sorted(ordered, key=lambda group: -len(group[1]))[:MAX_GROUPS]
     kept = [group for group in ordered if group in largest]
-    paths = [path for _, members in kept for path in members]
+    shared = [module for _, members in kept for module in members]
     labels = [
-        f"{places[path].layer}{of}"
+        f"{module.layer}{of}"
         for (_, members), of in zip(kept, _of_adapters(comparison, kept), strict=True)
-        for path in members
+        for module in members
     ]
-    values = [_mean_pair(comparison.modules[path]) for path in paths]
-    grid = grid_of([places[path] for path in paths], values, labels)
+    values = list(map(_mean_pair, shared))
+    grid = grid_of(shared, values, labels)
     rows, columns, _, _ = grid
     figure = new_figure(*grid_size(rows, columns), f"{title}, by module")
     axes = figure.subplots()
-    if not paths:
+    if not shared:
         draw_empty(axes, "no module is in two of the adapters")
         return figure
     scale = cosine_scale(values)
     draw_grid(figure, axes, grid, colors=cosine_colors(), scale=scale, label=cosine_label(scale),
               number=cosine_number(scale))  # fmt: skip
-    left_out = sum(map(len, groups.values())) - len(paths)
+    left_out = sum(map(len, groups.values())) - len(shared)
     if left_out:
         axes.set_xlabel(
             f"block\n{left_out:,} modules that yet other adapters share are left out",
             fontsize=LABEL_SIZE,
         )
     return figure
-
-
-def _places(comparison: Comparison) -> dict[str, ModuleAnalysis]:
-    """A module of each path, for its block and layer: of the adapter that has the most modules.
-
-    Layers are named so that those of one adapter are told apart (an encoder's from a decoder's).
-    """
-    places: dict[str, ModuleAnalysis] = {}
-    for analysis in sorted(comparison.analyses, key=lambda one: len(one.modules)):
-        places.update(analysis.modules)
-    return places
 
 
 def _compared(module: ModuleComparison) -> tuple[int, ...]:
@@ -157,10 +156,10 @@ def _compared(module: ModuleComparison) -> tuple[int, ...]:
 
 
 def _of_adapters(
-    comparison: Comparison, groups: Sequence[tuple[tuple[int, ...], list[str]]]
+    comparison: Comparison, groups: Sequence[tuple[tuple[int, ...], list[ModuleComparison]]]
 ) -> list[str]:
     """For each group of adapters, what to write behind a layer: nothing where it is all of them."""
-    names = truncate_all(comparison.names, 16)
+    names = truncate_all(labels_of(comparison.names), 16)
     texts = []
     for members, _ in groups:
         lacking = [name for i, name in enumerate(names) if i not in members]
@@ -198,7 +197,7 @@ def distributions(comparison: Comparison) -> Figure:
     A and B have panels of their own: both together are the distribution of neither. Densities are
     logarithmic in all panels or in none.
     """
-    names = truncate_all(comparison.names)
+    names = truncate_all(labels_of(comparison.names))
     groups = tensors_by_factor(comparison.analyses) or {"A": [[] for _ in names]}
     title = "Distributions of the stored weights"
     is_rows = len(names) > MAX_LINES
@@ -294,7 +293,7 @@ def adapters(comparison: Comparison) -> Figure:
     """Number of parameters, mean, standard deviation and range of each adapter's weights."""
     from matplotlib.ticker import EngFormatter
 
-    names = truncate_all(comparison.names, 24)
+    names = truncate_all(labels_of(comparison.names), 24)
     statistics = [analysis.weights for analysis in comparison.analyses]
     figure = new_figure(14, 10, "Adapters side by side: stored weights")
     panels = figure.subplots(2, 2)

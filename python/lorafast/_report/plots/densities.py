@@ -189,7 +189,13 @@ def _inside_bins(
 def tensors_by_factor(
     analyses: Sequence[AdapterAnalysis],
 ) -> dict[str, list[list[TensorStatistics]]]:
-    """The tensors of each adapter by what they are: those of A, of B, and all others."""
+    """The tensors of each adapter by what they are: those of A, of B, and all others.
+
+    All of an adapter's are taken together where there are no single ones of it, as in the JSON of a
+    comparison.
+    """
+    if any(analysis.weights.count and not analysis.tensors for analysis in analyses):
+        return {"A and B": [[analysis.weights] for analysis in analyses]}
     found: dict[str, list[list[TensorStatistics]]] = {
         kind: [[] for _ in analyses] for kind in ("A", "B", "other tensors")
     }

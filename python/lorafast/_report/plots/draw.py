@@ -3,7 +3,7 @@
 A plot is a function of a result with the decorator `plot`, in any module of this package:
 
 ```python
-@plot("heatmap", caption="‖ΔW‖ by block and module", page=True, file="{name}_heatmap.png")
+@plot("heatmap", caption="‖ΔW‖ by block and layer", page=True, file="{name}_heatmap.png")
 def heatmap(analysis: AdapterAnalysis) -> Figure: ...
 ```
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorafast._analysis.names import labels_of
 from lorafast._report.plots.canvas import drawn
 from lorafast._report.plots.cosines import WRITTEN, draw_bar, draw_matrix
 from lorafast._report.plots.fonts import use_fonts, width
@@ -56,11 +57,12 @@ def _clustered(similarity: Similarity, method: str) -> Figure:
     ]
     if reasons:
         title += f" (none: {', or '.join(reasons)})"
-    names = truncate_all([similarity.names[at] for at in order], NAME)
-    labels = 0.075 * max(map(width, names), default=0)
-    figure = new_figure(side + labels + 3.2, side + labels + 1.0, title)
+    labels = labels_of(similarity.names)
+    names = truncate_all([labels[at] for at in order], NAME)
+    room = 0.075 * max(map(width, names), default=0)
+    figure = new_figure(side + room + 3.2, side + room + 1.0, title)
     left, right = figure.subplots(
-        1, 2, width_ratios=[1.4, side + labels], gridspec_kw={"wspace": 0.0}
+        1, 2, width_ratios=[1.4, side + room], gridspec_kw={"wspace": 0.0}
     )
     image, words = draw_matrix(right, shown, size=7, aspect="auto")
     right.yaxis.tick_right()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafast._analysis.records import Histogram, ModuleAnalysis
+from lorafast._analysis.records import Histogram, ModuleAnalysis, ModuleComparison
 from lorafast._report.palette import COLORS
 from lorafast._report.plots import canvas
 from lorafast._report.plots.fonts import drawable, shorten, width
@@ -186,7 +186,7 @@ def thin_ticks(
 
 
 def grid_of(
-    modules: Sequence[ModuleAnalysis],
+    modules: Sequence[ModuleAnalysis | ModuleComparison],
     values: Sequence[float | None],
     labels: Sequence[str] | None = None,
 ) -> tuple[list[str], list[str], NDArray[np.float64], NDArray[np.bool_]]:

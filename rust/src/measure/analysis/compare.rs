@@ -61,7 +61,8 @@ pub struct ModuleComparison {
     pub norms: Vec<Option<f64>>,
     /// r in each adapter.
     pub ranks: Vec<Option<u64>>,
-    /// The pairs of adapters that both have it in one shape, in order.
+    /// The pairs of adapters that both have it in one shape, in order; none where modules are not
+    /// compared one by one.
     pub pairs: Vec<PairComparison>,
 }
 
@@ -80,10 +81,19 @@ pub struct Comparison {
 
 /// Compares any number of adapters, on the given threads. Progress is counted in bytes.
 ///
+/// With `modules` the pairs of each module are told of, which for N adapters are N²/2 times the
+/// modules; the cosines of the whole updates need their inner products alone.
+///
 /// # Errors
 /// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`],
 /// [`crate::Error::Cancelled`].
-pub fn compare(adapters: &[&Adapter], pool: &rayon::ThreadPool, task: &Task) -> Result<Comparison> {
+pub fn compare(
+    adapters: &[&Adapter],
+    modules: bool,
+    pool: &rayon::ThreadPool,
+    task: &Task,
+) -> Result<Comparison> {
+    let tells_pairs = modules;
     let layouts: Vec<_> = adapters.iter().map(|adapter| Layout::of(adapter)).collect();
     let alignment = Alignment::of(&layouts.iter().collect::<Vec<_>>(), task)?;
     let products: Vec<_> = adapters.iter().map(|adapter| products_of(adapter)).collect();
@@ -111,7 +121,7 @@ pub fn compare(adapters: &[&Adapter], pool: &rayon::ThreadPool, task: &Task) -> 
         units
             .par_iter()
             .map(|(path, members)| {
-                let compared = compare_module(path, adapters, members, task)?;
+                let compared = compare_module(path, adapters, members, tells_pairs, task)?;
                 task.advance(bytes_of(members));
                 Ok(compared)
             })
@@ -129,12 +139,15 @@ pub fn compare(adapters: &[&Adapter], pool: &rayon::ThreadPool, task: &Task) -> 
             }
         }
     }
-    for Compared { module, notes: own, clashes } in compared {
+    for Compared { mut module, notes: own, clashes } in compared {
         for (position, norm) in module.norms.iter().enumerate() {
             products[position][position] += norm.map_or(0.0, |norm| norm * norm);
         }
         for pair in &module.pairs {
             products[pair.first][pair.second] += pair.inner_product;
+        }
+        if !tells_pairs {
+            module.pairs = Vec::new();
         }
         for (first, second) in clashes {
             products[first][second] = f64::NAN;
@@ -225,6 +238,7 @@ fn compare_module(
     path: &str,
     adapters: &[&Adapter],
     parts: &[Option<Part<'_>>],
+    tells_pairs: bool,
     task: &Task,
 ) -> Result<Compared> {
     let mut notes = Vec::new();
@@ -252,7 +266,7 @@ fn compare_module(
         members.push(Member { position, update, norm, bases: None });
     }
     let shape = members.first().map_or([0, 0], |m| [m.update.rows(), m.update.columns()]);
-    if members.len() > 1 {
+    if tells_pairs && members.len() > 1 {
         for member in &mut members {
             task.check()?;
             member.bases = SingularBases::of(&member.update);
@@ -264,9 +278,12 @@ fn compare_module(
         for y in &members[index + 1..] {
             task.check()?;
             if (x.update.rows(), x.update.columns()) == (y.update.rows(), y.update.columns()) {
-                pairs.push(compare_pair(x, y)?);
+                pairs.push(compare_pair(x, y, tells_pairs)?);
             } else {
                 clashes.push((x.position, y.position));
+                if !tells_pairs && clashes.len() > 1 {
+                    continue;
+                }
                 notes.push(format!(
                     "module {path} updates a weight of shape [{}, {}] in {} but of shape [{}, {}] \
                      in {}; they were not made for one model",
@@ -286,19 +303,17 @@ fn compare_module(
     Ok(Compared { module, notes, clashes })
 }
 
-fn compare_pair(x: &Member<'_>, y: &Member<'_>) -> Result<PairComparison> {
+/// What two updates have in common; of what is not told of, the inner product alone.
+fn compare_pair(x: &Member<'_>, y: &Member<'_>, is_told: bool) -> Result<PairComparison> {
     let product = inner_product(&x.update, &y.update)?;
-    let difference = difference_norm(&x.update, &y.update)?;
-    // One seed for all: what is drawn depends on nothing but the shape.
-    let signs = sign_agreement(&x.update, &y.update, SIGN_SAMPLES, 0)?;
     let mut pair = PairComparison {
         first: x.position,
         second: y.position,
         inner_product: product,
         cosine: cosine_of(product, [x.norm, y.norm]),
-        relative_difference: difference / x.norm.max(y.norm),
-        sign_agreement: signs.share,
-        sign_sampled: signs.sampled,
+        relative_difference: f64::NAN,
+        sign_agreement: f64::NAN,
+        sign_sampled: false,
         sizes: [Vec::new(), Vec::new()],
         output_phi: Vec::new(),
         output_expected: Vec::new(),
@@ -307,6 +322,13 @@ fn compare_pair(x: &Member<'_>, y: &Member<'_>) -> Result<PairComparison> {
         output_angles: Vec::new(),
         input_angles: Vec::new(),
     };
+    if !is_told {
+        return Ok(pair);
+    }
+    pair.relative_difference = difference_norm(&x.update, &y.update)? / x.norm.max(y.norm);
+    // One seed for all: what is drawn depends on nothing but the shape.
+    let signs = sign_agreement(&x.update, &y.update, SIGN_SAMPLES, 0)?;
+    (pair.sign_agreement, pair.sign_sampled) = (signs.share, signs.sampled);
     if let (Some(left), Some(right)) = (&x.bases, &y.bases) {
         pair.sizes = [sizes(left.rank()), sizes(right.rank())];
         let output = left.left_similarity(right)?;

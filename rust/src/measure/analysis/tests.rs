@@ -39,7 +39,7 @@ fn figures_do_not_depend_on_the_number_of_threads() {
     assert_eq!(text(&single), text(&run(&one, None, 4).expect("analysed")));
     let compared = |threads| {
         let pool = build_pool(Some(threads)).expect("a pool");
-        compare(&[&one, &two], &pool, &Task::new()).expect("compared")
+        compare(&[&one, &two], true, &pool, &Task::new()).expect("compared")
     };
     assert_eq!(text(&compared(1)), text(&compared(4)));
 }
@@ -133,7 +133,7 @@ fn a_comparison_pairs_modules_by_name_whatever_their_order_and_rank() {
     );
     let two = open(&other);
     let pool = build_pool(Some(2)).expect("a pool");
-    let compared = compare(&[&one, &two, &one], &pool, &Task::new()).expect("compared");
+    let compared = compare(&[&one, &two, &one], true, &pool, &Task::new()).expect("compared");
     let paths: Vec<_> = compared.modules.iter().map(|module| module.path.as_str()).collect();
     assert_eq!(paths, ["layers.0.q", "layers.1.q", "layers.9.q"]);
     // The same values in the first module: one update.
@@ -151,6 +151,12 @@ fn a_comparison_pairs_modules_by_name_whatever_their_order_and_rank() {
     assert!(compared.notes.iter().any(|note| note.contains("layers.1.q")));
     let third = &compared.modules[2];
     assert_eq!(third.ranks, [None, Some(2), None]);
+    // Without the pairs of modules all else is the same; a clash is told of once.
+    let less = compare(&[&one, &two, &one], false, &pool, &Task::new()).expect("compared");
+    assert!(less.modules.iter().all(|module| module.pairs.is_empty()));
+    assert_eq!(format!("{:?}", less.cosine), format!("{:?}", compared.cosine));
+    assert_eq!(less.modules[1].norms, compared.modules[1].norms);
+    assert_eq!((less.notes.len(), compared.notes.len()), (1, 2));
 }
 
 #[test]
@@ -162,5 +168,6 @@ fn a_cancelled_analysis_stops() {
     task.cancel();
     let result = analyze(&adapter, None, &options(), &pool, &task);
     assert!(matches!(result, Err(crate::Error::Cancelled)));
-    assert!(matches!(compare(&[&adapter, &adapter], &pool, &task), Err(crate::Error::Cancelled)));
+    let result = compare(&[&adapter, &adapter], true, &pool, &task);
+    assert!(matches!(result, Err(crate::Error::Cancelled)));
 }

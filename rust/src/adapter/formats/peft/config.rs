@@ -15,7 +15,7 @@ use crate::adapter::format::GivenScale;
 use crate::adapter::semantics::Semantics;
 use crate::checkpoint::heads::Task;
 use crate::checkpoint::names::endings::Endings;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, with_article};
 use crate::limits;
 
 use features::{Features, Version};
@@ -79,7 +79,10 @@ impl PeftConfig {
             Some(other) => {
                 return Err(Error::unsupported(
                     path,
-                    format!("is a {other} adapter (peft_type); only LoRA adapters can be merged"),
+                    format!(
+                        "is {} adapter (peft_type); only LoRA adapters can be merged",
+                        with_article(other)
+                    ),
                 ));
             }
             None if raw.contains_key("fine_tune_type") => {
