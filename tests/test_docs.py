@@ -150,7 +150,8 @@ NAMED = re.compile(r"`([\w./*{},-]+(?:\.(?:py|rs|md|toml|json|pyi|js|css|txt)|/)
 #: What lorafast or others write, and what is no file of this project.
 WRITTEN = re.compile(
     r"(adapter_config|adapter_model|merge_report|subtract_report|config|tokenizer\w*|model|commit|"
-    r"hf_quant_config|lorafast_manifest|generation_config|special_tokens_map|modules|gpu|\w*index)"
+    r"hf_quant_config|lorafast_manifest|generation_config|special_tokens_map|modules|gpu|\w*index|"
+    r"README\.base)"
     r"(\.\w+)*\.(json|md)$|^(\.|transformer|unet|analysis/|plots/|runs/|/)"
 )
 
