@@ -104,6 +104,10 @@ fn factors_that_do_not_belong_together_are_named() {
     assert!(adapter(root, &[a, b(&[4, 1])], blocks).is_ok());
     assert!(complaint(root, &[a, b(&[4, 2])], blocks).contains("has rank 2"));
     assert!(complaint(root, &[a, b(&[5, 1])], blocks).contains("cut into the config's blocks"));
+    // As wide as their rank, and of half as many columns: the config tells, not the shapes.
+    let square = [("x.lora_A.weight", &[2u64, 2][..]), b(&[2, 1])];
+    assert!(adapter(root, &square, blocks).is_ok());
+    assert!(complaint(root, &square, "").contains("transposes of factors of rank 2"));
     let kasa = r#", "kasa_config": {}"#;
     assert!(complaint(root, &[a, b(&[4, 2])], kasa).contains("no lora_diag for x"));
     let diagonal = |shape: &'static [u64]| ("x.lora_diag", shape);

@@ -86,13 +86,13 @@ impl TextTower {
     /// Whether names that begin so can be a language model's: of a base of several towers, those that
     /// do not name another; of a base that is nothing else, those that say so.
     fn can_be(&self, own: &str) -> bool {
-        let parts: Vec<_> = own.split_terminator('.').collect();
-        let names_other = |part: &&&str| OTHER_TOWERS.iter().any(|other| part.contains(other));
-        let is_plain = |part: &&str| !part.bytes().all(|byte| byte.is_ascii_digit());
-        if parts.iter().find(names_other).is_some() || !parts.iter().all(is_plain) {
+        let mut parts = own.split_terminator('.');
+        let names_other = |part: &str| OTHER_TOWERS.iter().any(|other| part.contains(other));
+        let is_number = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
+        if parts.clone().any(|part| names_other(part) || is_number(part)) {
             return false;
         }
-        self.config.is_some() || parts.iter().any(|part| TEXT_TOWERS.contains(part))
+        self.config.is_some() || parts.any(|part| TEXT_TOWERS.contains(&part))
     }
 
     /// How parameters fit the tower under the beginning that most of their names have in its place.

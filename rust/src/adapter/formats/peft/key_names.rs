@@ -150,7 +150,7 @@ impl<'a> KeyReader<'a> {
         }
         let is_leftover =
             |part: &&str| TRAINING_ONLY.iter().any(|leftover| part.contains(leftover));
-        if parts.iter().any(|part| is_leftover(part))
+        if parts.iter().any(is_leftover)
             || parts.split_last().is_some_and(|(_, path)| path.contains(&"original_module"))
         {
             return Key::Other(Role::TrainingOnly);

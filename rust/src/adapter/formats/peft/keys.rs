@@ -204,7 +204,9 @@ fn assemble(
     if !embedding && features.enabled_parts.is_none() {
         let rank = config.rank_of(&known_as.path, &known_as.written)?;
         let found = foreign::experts(&a, &b, Some(rank));
-        let found = found.or_else(|| foreign::transposed(&a, &b, rank));
+        let is_plain = parameters.is_empty() && features.block_diagonal.is_none();
+        let transposed = || foreign::transposed(&a, &b, rank).filter(|_| is_plain);
+        let found = found.or_else(transposed);
         if let Some(found) = found {
             return Err(Error::unsupported(file.path(), found));
         }

@@ -20,8 +20,8 @@ fn patterns_match_as_in_peft() {
             "alpha_pattern": {"layers.1.self_attn.q_proj": 1.5, "q_proj": 3}}"#,
     )
     .expect("sound");
-    let rank = |path: &str| config.rank_of(path).expect("few steps");
-    let alpha = |path: &str| config.alpha_of(path).expect("few steps");
+    let rank = |path: &str| config.rank_of(path, path).expect("few steps");
+    let alpha = |path: &str| config.alpha_of(path, path).expect("few steps");
     assert_eq!(rank("model.layers.7.self_attn.q_proj"), 4);
     assert_eq!(rank("q_proj"), 4);
     assert_eq!(rank("model.layers.7.self_attn.qq_proj"), 8);
