@@ -338,3 +338,20 @@ def test_the_cache_of_products_knows_which_modules_are_the_same(tmp_path: Path) 
         expected = lorafast.similarity([one, other]).matrix
         assert np.array_equal(found.matrix, expected)
         assert found.matrix[0, 1] != 0.0
+
+
+def test_heads_stand_beside_the_model_that_has_a_prefix(tmp_path: Path) -> None:
+    """A LoRA on a head, and a head that is saved whole, have no prefix in either."""
+    names = {"bert.encoder.layer.0.query": "encoder.layer.0.query", "lm_head": "lm_head"}
+    factors = random_factors(dict.fromkeys(names, (16, 16, 2)), 1)
+    others = random_factors(dict.fromkeys(names, (16, 16, 2)), 2)
+    head = {f"{PREFIX}classifier.weight": tensor(np.ones((2, 16)), "F64")}
+    made = [
+        write_factors(tmp_path / name, own, others=head, modules_to_save=["classifier"])
+        for name, own in (
+            ("one", factors),
+            ("other", renamed(factors, names.__getitem__)),
+            ("unrelated", others),
+        )
+    ]
+    checks(made[0], made[1], made[2])

@@ -26,11 +26,15 @@ use indexmap::IndexMap;
 pub use family::{Identity, Unit};
 pub use layout::{Layout, Part, base_key};
 
-use crate::checkpoint::names::common::{self, CommonNames};
+use crate::checkpoint::names::common::{self, CommonName, CommonNames};
 use crate::error::Result;
 use crate::parallel::task::Task;
 use family::{Change, Family, Joining};
 use parameter::names_of;
+
+/// What the names of heads begin with.
+const HEADS: [&str; 6] =
+    ["lm_head.", "score.", "classifier.", "qa_outputs.", "v_head.", "value_head."];
 
 /// The names of adapters with one layout in their family.
 #[derive(Debug, Clone, Default)]
@@ -52,8 +56,12 @@ impl MemberNames {
 
     /// The family's name of a parameter that is no module's.
     pub fn of_parameter(&self, parameter: &str) -> String {
-        let full = CommonNames::default().of(parameter).full;
-        common::without_containers(&self.change.apply(&full)).to_owned()
+        let CommonName { full, bare, .. } = CommonNames::default().of(parameter);
+        match &self.change {
+            // A head stands beside the model that has a prefix.
+            Change::Add(_) if HEADS.iter().any(|head| bare.starts_with(head)) => bare,
+            change => common::without_containers(&change.apply(&full)).to_owned(),
+        }
     }
 }
 

@@ -72,6 +72,8 @@ pub struct Unit {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Joining {
     pub change: Change,
+    /// The layout's parts whose names are the family's as they stand, such as heads.
+    kept: HashSet<usize>,
     /// Of flattened names: the family's, by the layout's part.
     flattened: Targets,
 }
@@ -82,6 +84,7 @@ impl Joining {
         match (&self.change, self.flattened.get(&part)) {
             (_, Some(name)) => name.clone(),
             (Change::Same, None) => name.bare.clone(),
+            _ if self.kept.contains(&part) => name.bare.clone(),
             (change, None) => common::without_containers(&change.apply(&name.full)).to_owned(),
         }
     }
@@ -138,11 +141,13 @@ impl Family {
         }
         let (mut is_shared, mut is_within_blocks) = (false, false);
         let mut left = Vec::new();
-        for (part, one) in layout.parts.iter().zip(named) {
+        let mut kept = HashSet::new();
+        for (position, (part, one)) in layout.parts.iter().zip(named).enumerate() {
             match self.parameters.get(&one.name.bare).map(|known| known.lie(one)) {
                 Some(Err(Misfit::Unknown)) => return Err(unknown_lie(part)),
                 Some(_) => {
                     is_shared = true;
+                    kept.insert(position);
                     is_within_blocks |= block_of(&one.name.bare).is_some();
                 }
                 None => left.push(one),
@@ -153,7 +158,7 @@ impl Family {
             match self.changes(&left).as_slice() {
                 [] => {}
                 [change] => {
-                    return Ok(Joining { change: change.clone(), flattened: HashMap::new() });
+                    return Ok(Joining { change: change.clone(), kept, ..Joining::default() });
                 }
                 [one, other, ..] => {
                     return Err(format!(
@@ -261,7 +266,7 @@ impl Family {
         found.retain(|joined| joined.len() == most);
         match found.len() {
             0 => Err(self.nothing_shared(layout)),
-            1 => Ok(Joining { change: Change::Same, flattened: found.remove(0) }),
+            1 => Ok(Joining { flattened: found.remove(0), ..Joining::default() }),
             _ => Err(format!(
                 "the flattened names of the one ({} and others) fit those of the other in several \
                  ways",
@@ -331,7 +336,10 @@ impl Family {
             if !self.identities.insert(identity) || layout.is_flattened {
                 continue;
             }
-            let full = joining.change.apply(&one.name.full);
+            let full = match joining.kept.contains(&position) {
+                true => one.name.full.clone(),
+                false => joining.change.apply(&one.name.full),
+            };
             let cuts = full.match_indices('.').map(|(dot, _)| dot + 1).take(limits::LEADING_PARTS);
             for cut in std::iter::once(0).chain(cuts) {
                 if !is_plain(full[..cut].trim_end_matches('.')) {

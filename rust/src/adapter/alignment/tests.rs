@@ -39,7 +39,7 @@ fn names(alignment: &Alignment, member: usize) -> Vec<String> {
 fn prefixes_are_brought_together_known_or_not() {
     for prefixes in [
         ["model.", "", "model.language_model.", "language_model.model."],
-        ["thinker.model.", "model.", "", "thinker."],
+        ["thinker.model.", "model.", "", "thinker.model."],
         ["bert.encoder.", "encoder.", "encoder.", "bert.encoder."],
         ["transformer.", "_orig_mod.transformer.", "", "base_model.transformer."],
     ] {
