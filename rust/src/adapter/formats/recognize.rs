@@ -112,16 +112,15 @@ pub fn kind_of(file: &TensorFile) -> Option<Kind> {
     if has_factors_of_peft(file) {
         return Some(Kind::PeftLora);
     }
-    if let Some(key) = keys().find(|key| key.to_lowercase().contains("lora")) {
-        let what = format!("an adapter in names that are not known (such as {key})");
-        return Some(Kind::Unsure(Identity::new(what, CONVERT)));
-    }
-    of_peft().then(|| {
-        Kind::Unsure(Identity::new(
-            "an adapter of PEFT's without low-rank factors and without its config",
+    if of_peft() {
+        return Some(Kind::Unsure(Identity::new(
+            "an adapter of PEFT's other than a plain LoRA, without its config",
             "give the directory that has its config",
-        ))
-    })
+        )));
+    }
+    let key = keys().find(|key| key.to_lowercase().contains("lora"))?;
+    let what = format!("an adapter in names that are not known (such as {key})");
+    Some(Kind::Unsure(Identity::new(what, CONVERT)))
 }
 
 /// Whether any key is of a factor as PEFT names it.
@@ -219,7 +218,7 @@ mod tests {
             ("blk.0.attn_q.weight.lora_a", "GGUF"),
             ("layers.0.attn.q_proj.lora_a.weight", "torchtune"),
             ("w_a_000", "Sam_LoRA"),
-            ("base_model.unilora_theta_d", "an adapter of PEFT's without low-rank"),
+            ("base_model.unilora_theta_d", "an adapter of PEFT's other than"),
             ("x.lora_V", "names that are not known (such as x.lora_V)"),
         ] {
             assert!(what(key).contains(name), "{key}: {}", what(key));
