@@ -13,7 +13,7 @@ from lorafast._cli.main import main
 from matrix import Entry, Feature, lora
 from support.files import read_checkpoint, write_safetensors
 from support.models import VOCABULARY, Models
-from test_heads import HEADS
+from test_heads import HEADS, TASKS
 from test_matrix import make_adapters
 from test_replication import settings as replicated
 from test_ties import BASES, HEAD
@@ -96,8 +96,8 @@ def test_heads_that_were_tied(tmp_path: Path, toys: Toys, name: str, layout: str
 def test_heads_that_the_base_lacks(tmp_path: Path, toys: Toys, name: str) -> None:
     kind, class_name, target = HEADS[name]
     base = toys.base(kind)
-    task = "TOKEN_CLS" if "Token" in class_name else "SEQ_CLS"
-    settings = {"num_labels": 3, "pad_token_id": 1}
+    task = next(task for word, task in TASKS.items() if f"For{word}" in class_name)
+    settings = {"num_labels": 2 if "Question" in class_name else 3, "pad_token_id": 1}
     adapter = toys.adapter(
         f"told-{name}".replace(" ", "_"),
         base,

@@ -275,7 +275,7 @@ def test_the_hub_s_cache_is_told_with_the_snapshot_to_give(tmp_path: Path) -> No
     with pytest.raises(lorafast.CheckpointError, match="snapshots/abc"):
         lorafast.inspect(cache)
     assert lorafast.inspect(cache / "snapshots" / "abc").kind == "adapter"
-    assert lorafast.scan(cache).names == ["abc"]
+    assert lorafast.scan(cache).names == ["snapshots/abc"]
     (cache / "blobs" / f"blob-{WEIGHTS}").unlink()
     for said in messages_of_missing(cache / "snapshots" / "abc"):
         assert "blobs/" in said

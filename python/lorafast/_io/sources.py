@@ -213,7 +213,8 @@ def is_pickle(file: Path) -> bool:
 def _lone_pickle(directory: Path) -> Path | None:
     """The only weights of a directory that has no config, if they are a pickle."""
     marks = (CONFIG, WEIGHTS, PICKLED_WEIGHTS, "config.json", "model_index.json")
-    if not is_directory(directory) or any(find(directory / mark) is not None for mark in marks):
+    # A link that leads nowhere is a mark, too, and is told of by who opens it.
+    if not is_directory(directory) or any(os.path.lexists(directory / mark) for mark in marks):
         return None
     weights = [
         each
