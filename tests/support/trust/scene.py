@@ -17,7 +17,14 @@ from support.trust.command import Argument, Outcome, lorafast
 STAGING = ".lorafast-partial"
 MANIFEST = "lorafast_manifest.json"
 #: Files that tell of a merge and hold times: compared by what they say, not by their bytes.
-REPORTS = ("merge_report.json", "merge_report.md", "subtract_report.json", "subtract_report.md")
+REPORTS = (
+    "merge_report.json",
+    "merge_report.md",
+    "subtract_report.json",
+    "subtract_report.md",
+    # The card calls the inputs by the names of their directories, which differ between scenes.
+    "README.md",
+)
 #: Others' files in an output that is overwritten.
 BYSTANDERS = {"notes.txt": b"mine", "style-lora.safetensors": b"another's adapter"}
 
