@@ -276,12 +276,16 @@ def test_two_ways_are_not_comparable(tmp_path: Path) -> None:
     not_comparable(one, other, "in several ways")
 
 
-def test_towers_of_one_model_are_not_taken_for_one(tmp_path: Path) -> None:
-    one, other = pair(
-        tmp_path,
-        {"text_model.encoder.layers.0.self_attn.q_proj": (16, 16, 2)},
-        {"vision_model.encoder.layers.0.self_attn.q_proj": (16, 16, 2)},
-    )
+@pytest.mark.parametrize(
+    "towers",
+    [
+        ("text_model.encoder.layers.0.self_attn", "vision_model.encoder.layers.0.self_attn"),
+        ("language_model.model.layers.0.self_attn", "vision_tower.layers.0.self_attn"),
+        ("model.encoder.layers.0.self_attn", "model.decoder.layers.0.self_attn"),
+    ],
+)
+def test_towers_of_one_model_are_not_taken_for_one(tmp_path: Path, towers: tuple[str, str]) -> None:
+    one, other = pair(tmp_path, *({f"{tower}.q_proj": (16, 16, 2)} for tower in towers))
     not_comparable(one, other, "no module of the one is known to be one of the other")
 
 

@@ -90,7 +90,7 @@ impl Alignment {
         let mut named = Vec::with_capacity(distinct.len());
         for layout in distinct.keys() {
             task.check()?;
-            named.push(names_of(layout, &mut names));
+            named.push(names_of(layout, &mut names, task)?);
         }
         // What tells most comes first: names with dots, in the smallest pieces.
         let mut order: Vec<usize> = (0..distinct.len()).collect();

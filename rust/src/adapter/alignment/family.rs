@@ -1,16 +1,21 @@
 //! Adapters whose modules have common names: what each of these is, and whether another adapter's
 //! belong to them.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use indexmap::IndexMap;
+use indexmap::{IndexMap, IndexSet};
 
 use super::layout::{Layout, Part};
 use super::parameter::{Lie, Misfit, Named, Parameter};
 use crate::adapter::grammar;
 use crate::checkpoint::names::common::{self, CommonName};
-use crate::limits;
+
+/// How many leading parts of names may be what two adapters differ by; models have up to four.
+const LEADING_PARTS: usize = 8;
+/// How many changes of leading parts are held against each other.
+const CHANGES: usize = 64;
 
 /// What a product or a part of one is told apart by.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -94,10 +99,9 @@ impl Joining {
 #[derive(Debug, Default)]
 pub(super) struct Family {
     parameters: HashMap<String, Parameter>,
-    identities: HashSet<Identity>,
     /// The family's names with all of their leading parts, and those of their ends that a name
     /// with fewer leading parts may be.
-    tails: HashMap<String, Vec<String>>,
+    tails: HashMap<String, IndexSet<String>>,
     /// Modules that have others beside them, and modules with the place of their block left out.
     parents: HashSet<String>,
     elsewhere: HashSet<(String, [u64; 2])>,
@@ -196,12 +200,15 @@ impl Family {
                     _ => *targets = None,
                 }
             };
-            for (dot, _) in full.match_indices('.').take(limits::LEADING_PARTS) {
+            for (dot, _) in full.match_indices('.').take(LEADING_PARTS) {
                 let (prefix, rest) = full.split_at(dot + 1);
                 if !is_plain(prefix.trim_end_matches('.')) {
                     break;
                 }
-                if rest.contains('.') {
+                // A name as some adapter has it: without what holds a language model, that of a tower
+                // beside it would be taken for one of its own.
+                let is_whole = |longer: &IndexSet<String>| longer.contains(rest);
+                if rest.contains('.') && self.tails.get(rest).is_some_and(is_whole) {
                     vote(Change::Strip(prefix.to_owned()));
                 }
             }
@@ -212,8 +219,10 @@ impl Family {
                 }
             }
         }
-        let found: Vec<(Change, Targets)> =
+        let mut found: Vec<(Change, Targets)> =
             found.into_iter().filter_map(|(change, targets)| Some((change, targets?))).collect();
+        found.sort_by_key(|(_, targets)| Reverse(targets.len()));
+        found.truncate(CHANGES);
         // Names that differ in containers alone lead to the same modules.
         let is_covered = |place: usize| {
             let own = &found[place].1;
@@ -234,7 +243,7 @@ impl Family {
     fn joining_flattened(&self, layout: &Layout, named: &[Named]) -> Result<Joining, String> {
         let mut schemes = IndexMap::<&str, HashMap<String, Option<&str>>>::new();
         let mut fulls: Vec<_> = self.tails.iter().filter(|(full, _)| !full.is_empty()).collect();
-        fulls.sort();
+        fulls.sort_by_key(|(full, _)| full.as_str());
         for (full, longer) in fulls {
             let Some(path) = full.strip_suffix(".weight") else { continue };
             for whole in longer {
@@ -319,7 +328,6 @@ impl Family {
         }
         for (position, one) in named.iter().enumerate() {
             let bare = joining.bare(position, &one.name);
-            let identity = one.identity(&bare);
             self.parents.extend(parent_of(&bare).map(str::to_owned));
             if let Some(block) = block_of(&bare) {
                 self.blocks.insert(block.stem.to_owned());
@@ -333,22 +341,19 @@ impl Family {
                 }
                 Some(_) => {}
             }
-            if !self.identities.insert(identity) || layout.is_flattened {
+            if layout.is_flattened {
                 continue;
             }
             let full = match joining.kept.contains(&position) {
                 true => one.name.full.clone(),
                 false => joining.change.apply(&one.name.full),
             };
-            let cuts = full.match_indices('.').map(|(dot, _)| dot + 1).take(limits::LEADING_PARTS);
+            let cuts = full.match_indices('.').map(|(dot, _)| dot + 1).take(LEADING_PARTS);
             for cut in std::iter::once(0).chain(cuts) {
                 if !is_plain(full[..cut].trim_end_matches('.')) {
                     break;
                 }
-                let longer = self.tails.entry(full[cut..].to_owned()).or_default();
-                if !longer.contains(&full) {
-                    longer.push(full.clone());
-                }
+                self.tails.entry(full[cut..].to_owned()).or_default().insert(full.clone());
             }
         }
     }

@@ -8,6 +8,8 @@ use super::family::Identity;
 use super::layout::{Layout, Part};
 use crate::adapter::grammar;
 use crate::checkpoint::names::common::{self, CommonName, CommonNames};
+use crate::error::Result;
+use crate::parallel::task::Task;
 
 /// A part's name and shape.
 #[derive(Debug, Clone)]
@@ -36,7 +38,14 @@ impl Named {
 
 /// The common names of a layout's parts, in its order: those of all families, or where two of its
 /// parts would have the same one, the names as they stand.
-pub(super) fn names_of(layout: &Layout, names: &mut CommonNames) -> Vec<Named> {
+///
+/// # Errors
+/// [`crate::Error::Cancelled`].
+pub(super) fn names_of(
+    layout: &Layout,
+    names: &mut CommonNames,
+    task: &Task,
+) -> Result<Vec<Named>> {
     let mut of = |part: &Part, is_plain: bool| {
         let name = match &part.parameter {
             Some(key) if layout.is_flattened && !is_plain => CommonName {
@@ -56,12 +65,16 @@ pub(super) fn names_of(layout: &Layout, names: &mut CommonNames) -> Vec<Named> {
             name,
         }
     };
-    let named: Vec<_> = layout.parts.iter().map(|part| of(part, false)).collect();
+    let mut named = Vec::with_capacity(layout.parts.len());
+    for part in &layout.parts {
+        task.check()?;
+        named.push(of(part, false));
+    }
     let mut seen = HashSet::new();
     if named.iter().all(|one| seen.insert(one.identity(&one.name.bare))) {
-        return named;
+        return Ok(named);
     }
-    layout.parts.iter().map(|part| of(part, true)).collect()
+    Ok(layout.parts.iter().map(|part| of(part, true)).collect())
 }
 
 /// A parameter that adapters of a family change.

@@ -6,13 +6,11 @@ use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use super::renames::{Canonical, Renames, SliceIndex};
+use super::wrappers;
 
-/// Modules that trainers put around others. They are no part of a model's own names.
-const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 /// Leading parts that hold a language model or all of a model, of which some ways of loading have
 /// more than others.
-const CONTAINERS: [&str; 6] =
-    ["module", "model", "language_model", "transformer", "backbone", "gpt_neox"];
+const CONTAINERS: [&str; 5] = ["model", "language_model", "transformer", "backbone", "gpt_neox"];
 
 /// A parameter's name in its forms.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,27 +45,18 @@ impl CommonNames {
     }
 }
 
-/// The name as it stands but for the wrappers of trainers.
+/// The name as it stands.
 pub fn as_it_stands(parameter: &str) -> CommonName {
-    let full = unwrapped(parameter);
-    CommonName { bare: full.clone(), full, slice: None }
+    CommonName { full: parameter.to_owned(), bare: parameter.to_owned(), slice: None }
 }
 
 fn common(parameter: &str) -> CommonName {
-    let unwrapped = unwrapped(parameter);
+    let unwrapped = wrappers::strip(parameter);
     let Canonical { name, slice, obstacle } = RENAMES.canonical(&unwrapped);
     // What cannot be followed has its own name.
-    let (full, slice) = if obstacle.is_none() { (name, slice) } else { (unwrapped, None) };
+    let (full, slice) =
+        if obstacle.is_none() { (name, slice) } else { (unwrapped.into_owned(), None) };
     CommonName { bare: without_containers(&full).to_owned(), full, slice }
-}
-
-/// A name without the wrappers of trainers.
-pub fn unwrapped(name: &str) -> String {
-    if !WRAPPERS.iter().any(|wrapper| name.contains(wrapper)) {
-        return name.to_owned();
-    }
-    let kept: Vec<_> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
-    kept.join(".")
 }
 
 /// A parameter's name without leading parts that hold a language model. A module and its parameter
