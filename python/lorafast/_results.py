@@ -92,6 +92,7 @@ def _page(value: object) -> str:
 
 def shown(record: type[T]) -> type[T]:
     """Gives a record a `__repr__` of one line, and the `_repr_html_` that a notebook shows."""
+    # Of any class, which need not declare them.
     record.__repr__ = _line  # type: ignore[method-assign]
     record._repr_html_ = _page  # type: ignore[attr-defined]
     return record

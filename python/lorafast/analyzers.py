@@ -306,6 +306,7 @@ class LoRAAnalyzer:
 def _given(adapter: Source) -> str:
     """What tells an adapter from others: its whole path with links as given, or its hub id."""
     path = expand(adapter)
+    # A Path would keep the dots in it.
     return os.path.abspath(path) if os.path.lexists(path) else os.fspath(adapter)  # noqa: PTH100
 
 

@@ -69,8 +69,8 @@ def position_of(adapter: Source, names: Sequence[str], paths: Sequence[Path]) ->
     for name in (text, os.path.normpath(text).replace(os.sep, "/")):
         if name in names:
             return names.index(name)
-    own = [os.path.abspath(path) for path in paths]  # noqa: PTH100
-    whole = os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
+    own = [os.path.abspath(path) for path in paths]
+    whole = os.path.abspath(os.path.expanduser(text))
     if whole in own:
         return own.index(whole)
     real = [os.path.realpath(path) for path in own]
@@ -117,7 +117,7 @@ def _parts(adapter: Source) -> tuple[str, ...]:
     if not os.path.lexists(path):
         # A hub id.
         return tuple(part for part in os.fspath(adapter).split("/") if part)
-    whole = Path(os.path.abspath(path))  # noqa: PTH100 (links stay as they are)
+    whole = Path(os.path.abspath(path))
     if whole.is_file():
         # Weights that stand alone lose their ending.
         usual = whole.name in (WEIGHTS, PICKLED_WEIGHTS)

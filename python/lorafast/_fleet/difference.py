@@ -335,7 +335,7 @@ def _of_plain(plain: Mapping[str, Any], label: str) -> _Scan:
     if root is None:
         # Of a release whose names were no paths.
         paths = [row["path"] for row in rows]
-        root = common_root([os.path.dirname(path) for path in paths] or [os.curdir])  # noqa: PTH120
+        root = common_root([os.path.dirname(path) for path in paths] or [os.curdir])
         again = dict(zip([row["name"] for row in rows], names_below(root, paths), strict=True))
     else:
         again = {row["name"]: row["name"] for row in rows}

@@ -37,7 +37,7 @@ class Exclusion:
                     "that is searched, or a name, such as 'checkpoint-*'"
                 )
         self._root = os.path.normpath(root)
-        self._top = os.path.abspath(root)  # noqa: PTH100
+        self._top = os.path.abspath(root)
         self._inside = self._top.rstrip(os.sep) + os.sep
         spelled = [own for pattern in given for own in self._spellings(pattern)]
         try:
@@ -52,7 +52,7 @@ class Exclusion:
         """Whether a path is left out, itself or by a directory above it."""
         if self._all is None:
             return False
-        whole = os.path.abspath(path)  # noqa: PTH100 (of thousands of texts)
+        whole = os.path.abspath(path)
         if not whole.startswith(self._inside):
             return False
         below = whole[len(self._inside) :].replace(os.sep, "/")

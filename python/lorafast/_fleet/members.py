@@ -24,7 +24,7 @@ def common_root(directories: Sequence[str]) -> str:
     if len(paths) == 1:
         return paths[0]
     # Nothing tells where a path that begins with dots lies but the current directory.
-    if any(os.path.isabs(path) or path.startswith(os.pardir) for path in paths):  # noqa: PTH117
+    if any(os.path.isabs(path) or path.startswith(os.pardir) for path in paths):
         paths = list(map(os.path.abspath, paths))
     try:
         return os.path.commonpath(paths) or os.curdir
@@ -43,15 +43,15 @@ def names_below(root: str, paths: Iterable[str]) -> list[str]:
         paths: what lies in it, spelled in any way.
     """
     # Here for thousands of texts; os.path.relpath takes several times as long.
-    top = os.path.abspath(root) if root else ""  # noqa: PTH100
+    top = os.path.abspath(root) if root else ""
     inside = top if top.endswith(os.sep) else top + os.sep
     names = []
     for path in paths:
-        whole = os.path.abspath(path)  # noqa: PTH100
+        whole = os.path.abspath(path)
         if not root:
             name = whole
         elif whole == top:
-            name = os.path.basename(whole) or os.curdir  # noqa: PTH119
+            name = os.path.basename(whole) or os.curdir
         elif whole.startswith(inside):
             name = whole[len(inside) :]
         else:
