@@ -49,8 +49,7 @@ def merge_card(plan: MergePlan, description: PlanDescription) -> str:
         "",
         f"# {cell(name)} with {len(adapters)} adapter{'s' * (len(adapters) != 1)} merged",
         "",
-        f"LoRA adapters were merged into {code(name)} with "
-        f"[lorafast](https://pypi.org/project/lorafast/) {cell(_version())}. "
+        f"LoRA adapters were merged into {code(name)} with lorafast {cell(_version())}. "
         "`merge_report.md` says what became of every tensor.",
         "",
     ]
