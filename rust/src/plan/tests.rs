@@ -191,7 +191,7 @@ fn an_untrained_adapter_is_a_warning() {
     write(&root.join("adapter/adapter_model.safetensors"), &tensors);
     let plan =
         Plan::new(&open(&root.join("base"), &[root.join("adapter")]), plain()).expect("fits");
-    assert!(plan.warnings[0].contains("all zero in 1 of 1 modules"), "{:?}", plan.warnings);
+    assert!(plan.warnings[0].contains("all zero in 1 of 1 module"), "{:?}", plan.warnings);
 }
 
 #[test]
@@ -204,9 +204,7 @@ fn weights_belong_to_the_weighted_strategy() {
     assert_eq!(weights(Strategy::Weighted, Some(vec![0.5, -2.0]), 2).expect("fine"), [0.5, -2.0]);
     let complaint =
         |strategy, given, count| weights(strategy, given, count).expect_err("refused").to_string();
-    assert!(
-        complaint(Strategy::Weighted, Some(vec![1.0]), 2).contains("1 weights were given for 2")
-    );
+    assert!(complaint(Strategy::Weighted, Some(vec![1.0]), 2).contains("1 weight was given for 2"));
     assert!(complaint(Strategy::Weighted, Some(vec![f64::NAN]), 1).contains("not a finite"));
     assert!(complaint(Strategy::Average, Some(vec![1.0]), 1).contains("only the strategy"));
     assert!(complaint(Strategy::Sequential, None, 0).contains("at least one"));

@@ -119,7 +119,7 @@ fn what_cannot_be_merged_is_still_measured() {
     assert_eq!(shapes, [("convolution", [8, 27]), ("embedding", [8, 30])]);
     assert_eq!(analysis.tensors.len(), 5);
     assert_eq!(analysis.weights.count, 54 + 16 + 60 + 16 + 8);
-    assert!(analysis.features.iter().any(|feature| feature.contains("rows of embeddings")));
+    assert!(analysis.features.iter().any(|feature| feature.contains("row of embeddings")));
 }
 
 #[test]
