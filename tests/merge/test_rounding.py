@@ -63,7 +63,7 @@ def test_a_merge_measures_what_rounding_takes_away(
         return
     expected = lost(base, tmp_path / "exact", tmp_path / "out")
     assert report.rounding is not None
-    # A sample of a fortieth, and changes that are themselves rounded to 16 bits.
+    # A sample of few rows, and changes that are themselves rounded to 16 bits.
     assert report.rounding["lost"] == pytest.approx(expected, rel=0.2, abs=0.01)
     warned = any("rounding takes away" in warning for warning in report.warnings)
     assert warned == (report.rounding["lost"] >= 0.2)

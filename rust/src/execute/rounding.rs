@@ -10,7 +10,7 @@ use crate::plan::PlannedTensor;
 /// From this share of the changes on, what rounding took away is a warning.
 pub const LOST: f64 = 0.2;
 /// Of the tiles of a tensor that is rounded to 16 bits, every so many gives its first row.
-const SAMPLED: usize = 4;
+const SAMPLED: usize = 16;
 
 /// What rounding took away.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
