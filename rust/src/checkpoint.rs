@@ -1,9 +1,11 @@
 //! Base models: one or more safetensors shards of a store, or a loaded module, seen as one map from
 //! name to tensor.
 
+pub mod components;
 pub mod heads;
 mod index;
 pub mod names;
+pub mod pipeline;
 pub mod quantized;
 pub mod side_files;
 pub mod tokenizer;
@@ -25,8 +27,9 @@ use crate::storage::memory::InMemory;
 use crate::storage::staging;
 use crate::storage::store::Store;
 use crate::tensor::safetensors::{NamedTensor, TensorFile, TensorInfo};
-use index::Files;
 pub use index::Index;
+use index::{Files, ShardFile};
+use pipeline::{FoundPipeline, MODEL_INDEX, Pipeline};
 
 /// What describes a model, beside its weights.
 const CONFIG: &str = "config.json";
@@ -34,14 +37,17 @@ const CONFIG: &str = "config.json";
 const LANGUAGE_MODELS: [&str; 3] = ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"];
 
 /// A JSON object, and the bytes that it was read from.
-type Object = (serde_json::Map<String, Value>, Vec<u8>);
+pub type Object = (serde_json::Map<String, Value>, Vec<u8>);
 
 /// One shard of a checkpoint.
 #[derive(Debug)]
 pub struct Shard {
     /// Its path within the checkpoint's directory.
     pub name: String,
-    /// The opened file.
+    /// What the names of its tensors begin with in the checkpoint, and not in the file: in a
+    /// pipeline the component's.
+    pub prefix: String,
+    /// The opened file, whose tensors have the checkpoint's names.
     pub file: TensorFile,
 }
 
@@ -63,16 +69,18 @@ pub struct Checkpoint {
     store: Arc<dyn Store>,
     is_directory: bool,
     shards: Arc<Vec<Shard>>,
-    index: Option<Index>,
+    indexes: Vec<Index>,
     tensors: IndexMap<String, Location>,
     /// With the bytes that it was read from.
     config: Option<Object>,
+    pipeline: Option<Arc<Pipeline>>,
     warnings: Vec<String>,
+    notes: Vec<String>,
 }
 
 impl Checkpoint {
     /// Opens a directory (`model.safetensors`, an index and its shards, or diffusers' names for
-    /// them) or a single `.safetensors` file, and checks every header.
+    /// them; or a pipeline of diffusers) or a single `.safetensors` file, and checks every header.
     ///
     /// # Errors
     /// [`Error::Io`] if something is not there, [`Error::Checkpoint`] if it is not sound.
@@ -108,8 +116,7 @@ impl Checkpoint {
             let path = path.display();
             warnings.push(format!("{path}: is shard {number} of {count}, not a whole model"));
         }
-        let mut file =
-            Self::of_files(Arc::new(directory), Files { shards: vec![name], index: None }, task)?;
+        let mut file = Self::of_files(Arc::new(directory), Files::single(&name), task)?;
         file.path = path.to_path_buf();
         file.is_directory = false;
         file.warnings.extend(warnings);
@@ -121,28 +128,44 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open_with`].
     pub fn open_in(store: Arc<dyn Store>, task: &Task) -> Result<Self> {
-        let files = index::find_files(&*store)?;
-        let mut model = Self::of_files(store, files, task)?;
+        let mut model = if store.has(MODEL_INDEX)? {
+            Self::of_pipeline(store, task)?
+        } else {
+            let files = index::find_files(&*store)?;
+            Self::of_files(store, files, task)?
+        };
         model.warnings.extend(missing_side_files(&*model.store));
+        Ok(model)
+    }
+
+    /// Opens a pipeline. What lies in the directory itself describes all of it: a config there would
+    /// be none of a component's.
+    fn of_pipeline(store: Arc<dyn Store>, task: &Task) -> Result<Self> {
+        let FoundPipeline { pipeline, files, warnings, notes } = pipeline::find(&*store)?;
+        let mut model = Self::of_files(store, files, task)?;
+        model.config = None;
+        model.pipeline = Some(Arc::new(pipeline));
+        model.warnings.extend(warnings);
+        model.notes = notes;
         Ok(model)
     }
 
     fn of_files(store: Arc<dyn Store>, files: Files, task: &Task) -> Result<Self> {
         store.check_whole()?;
         local::allow_open(files.shards.len());
-        let open = |name: String| {
+        let open = |ShardFile { name, prefix }| {
             task.check()?;
-            let file = TensorFile::open_in(&*store, &name, Owner::Checkpoint)?;
-            Ok(Shard { name, file })
+            let mut file = TensorFile::open_in(&*store, &name, Owner::Checkpoint)?;
+            file.name_under(&prefix);
+            Ok(Shard { name, prefix, file })
         };
         let shards = files.shards.into_iter().map(open).collect::<Result<Vec<_>>>()?;
         let tensors = gather(&shards)?;
-        let mut warnings = match &files.index {
-            Some(index) => {
-                index::check_index(&store.path(&index.file_name), index, &shards, &tensors)?
-            }
-            None => Vec::new(),
-        };
+        let mut warnings = Vec::new();
+        for index in &files.indexes {
+            let path = store.path(&index.file_name);
+            warnings.extend(index::check_index(&path, index, &shards, &tensors)?);
+        }
         warnings.extend(shards.iter().filter_map(|Shard { file, .. }| {
             Some(format!("{}: {}", file.path().display(), file.header().left_empty()?))
         }));
@@ -153,10 +176,12 @@ impl Checkpoint {
             store,
             is_directory: true,
             shards: Arc::new(shards),
-            index: files.index,
+            indexes: files.indexes,
             tensors,
             config,
+            pipeline: None,
             warnings,
+            notes: Vec::new(),
         })
     }
 
@@ -171,7 +196,7 @@ impl Checkpoint {
     ) -> Result<Self> {
         let path = PathBuf::from(name);
         let file = TensorFile::in_memory(&path, Owner::Checkpoint, tensors, None)?;
-        let shards = vec![Shard { name: name.to_owned(), file }];
+        let shards = vec![Shard { name: name.to_owned(), prefix: String::new(), file }];
         let tensors = gather(&shards)?;
         Ok(Self {
             store: Arc::new(InMemory { name: path.clone(), files: BTreeMap::new() }),
@@ -179,10 +204,12 @@ impl Checkpoint {
             noun: "module",
             is_directory: false,
             shards: Arc::new(shards),
-            index: None,
+            indexes: Vec::new(),
             tensors,
             config: Some((config, Vec::new())),
+            pipeline: None,
             warnings: Vec::new(),
+            notes: Vec::new(),
         })
     }
 
@@ -211,12 +238,17 @@ impl Checkpoint {
         &self.shards
     }
 
-    /// The index file, where there is one.
-    pub fn index(&self) -> Option<&Index> {
-        self.index.as_ref()
+    /// The index files: of a pipeline one for each component that has one, else at most one.
+    pub fn indexes(&self) -> &[Index] {
+        &self.indexes
     }
 
-    /// `config.json`, where there is one beside the shards.
+    /// What a pipeline says of itself, where it is one.
+    pub fn pipeline(&self) -> Option<&Pipeline> {
+        self.pipeline.as_deref()
+    }
+
+    /// `config.json`, where there is one beside the shards. A pipeline has none of its own.
     pub fn config(&self) -> Option<&serde_json::Map<String, Value>> {
         self.config.as_ref().map(|(fields, _)| fields)
     }
@@ -224,6 +256,25 @@ impl Checkpoint {
     /// `config.json` as it stood in its file when the checkpoint was opened.
     pub fn config_bytes(&self) -> Option<&[u8]> {
         self.config.as_ref().map(|(_, bytes)| bytes.as_slice())
+    }
+
+    /// The config that describes a tensor or a module: in a pipeline its component's, else the only
+    /// one.
+    pub fn config_of(&self, name: &str) -> Option<&serde_json::Map<String, Value>> {
+        let Some(pipeline) = self.pipeline() else { return self.config() };
+        let of = |part: &&pipeline::Part| name.starts_with(&part.prefix());
+        let (fields, _) = pipeline.parts.iter().find(of)?.config.as_ref()?;
+        Some(fields)
+    }
+
+    /// The name of every config, with its content, the bytes that it was read from, and what the
+    /// names of the tensors that it describes begin with.
+    pub fn configs(&self) -> Vec<(String, &Object, String)> {
+        let own = self.config.iter().map(|config| (CONFIG.to_owned(), config, String::new()));
+        let parts = self.pipeline().into_iter().flat_map(|pipeline| &pipeline.parts);
+        let of_parts = parts
+            .filter_map(|part| Some((part.config_name(), part.config.as_ref()?, part.prefix())));
+        own.chain(of_parts).collect()
     }
 
     /// Whether the config says that the output head shares the input embeddings.
@@ -253,6 +304,11 @@ impl Checkpoint {
     /// What is odd about the checkpoint without making it unusable.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// How the checkpoint was read, where that was not plain.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Every tensor by name, shard by shard in the order of its data. A model that repeats layers has
@@ -313,7 +369,7 @@ fn read_config(store: &dyn Store) -> Result<Option<Object>> {
 
 fn gather(shards: &[Shard]) -> Result<IndexMap<String, Location>> {
     let mut tensors = IndexMap::<String, Location>::new();
-    for (shard, Shard { name, file }) in shards.iter().enumerate() {
+    for (shard, Shard { name, file, .. }) in shards.iter().enumerate() {
         for (tensor, info) in file.header().tensors.iter().enumerate() {
             if let Some(first) = tensors.insert(info.name.clone(), Location { shard, tensor }) {
                 let other = &shards[first.shard].name;

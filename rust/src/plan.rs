@@ -99,6 +99,7 @@ impl Plan {
         let (mut notes, of_adapters) = std::mem::take(&mut draft.messages)
             .finish()
             .map_err(|error| explained_by_the_base(inputs, error))?;
+        notes.splice(0..0, inputs.base.notes().iter().cloned());
         let mut config_changes = draft.config_changes.clone();
         if let Some(ReplicatedInputs { replication, .. }) = &replicated {
             notes.push(format!(
@@ -126,6 +127,13 @@ impl Plan {
         task.check()?;
         let shards = layout::plan_shards(inputs, &options, draft, &context.quantized);
         task.check()?;
+        for (file, digests) in layout::outdated_digests(inputs, &shards) {
+            notes.push(format!(
+                "{file}: the base's metadata hold {} of its tensors, which would be wrong now; left \
+                 out",
+                digests.join(" and ")
+            ));
+        }
         let coverage = coverage::resolve(inputs, &options.allow, &shards, &ignored)?;
         Ok(Self {
             options,

@@ -14,7 +14,9 @@ use crate::storage::store::Store;
 
 /// The file names under which libraries save a whole model, in the order in which transformers
 /// looks for them; diffusers' come after.
-const SINGLE_FILES: [&str; 2] = ["model.safetensors", "diffusion_pytorch_model.safetensors"];
+const SINGLE_FILES: [&str; 2] = ["model.safetensors", DIFFUSERS_FILE];
+/// That of diffusers' models.
+const DIFFUSERS_FILE: &str = "diffusion_pytorch_model.safetensors";
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// The index file that maps tensors to shards.
@@ -22,29 +24,93 @@ const INDEX_SUFFIX: &str = ".safetensors.index.json";
 pub struct Index {
     /// Its name in the checkpoint's directory.
     pub file_name: String,
+    /// The folder that it lies in, with a slash at the end, and counts the names of shards from;
+    /// empty, where that is the checkpoint's directory.
+    pub folder: String,
+    /// What the names of its tensors begin with in the checkpoint, and not in it.
+    pub prefix: String,
     /// Its whole content.
     pub content: serde_json::Map<String, Value>,
     /// The same as it stands in the file.
     pub bytes: Vec<u8>,
 }
 
-/// The files of a model: its shards, and the index where there is one.
+/// A shard that belongs to a model.
+pub(super) struct ShardFile {
+    /// Its name in the checkpoint's directory.
+    pub name: String,
+    /// What the names of its tensors begin with in the checkpoint, and not in the file.
+    pub prefix: String,
+}
+
+/// The files of a model: its shards, and its indexes: of a pipeline one for each component that has
+/// one, else at most one.
+#[derive(Default)]
 pub(super) struct Files {
-    pub shards: Vec<String>,
-    pub index: Option<Index>,
+    pub shards: Vec<ShardFile>,
+    pub indexes: Vec<Index>,
+}
+
+impl Files {
+    /// One file, whose tensors keep their names.
+    pub fn single(name: &str) -> Self {
+        let shard = ShardFile { name: name.to_owned(), prefix: String::new() };
+        Self { shards: vec![shard], indexes: Vec::new() }
+    }
+
+    /// Adds those of a component, which were found from its folder.
+    pub fn add(&mut self, found: Self, folder: &str) {
+        let prefix = format!("{folder}.");
+        let within = |name: &str| format!("{folder}/{name}");
+        self.shards.extend(
+            found
+                .shards
+                .into_iter()
+                .map(|shard| ShardFile { name: within(&shard.name), prefix: prefix.clone() }),
+        );
+        self.indexes.extend(found.indexes.into_iter().map(|index| Index {
+            file_name: within(&index.file_name),
+            folder: format!("{folder}/"),
+            prefix: prefix.clone(),
+            ..index
+        }));
+    }
+}
+
+/// The variant that the name of a file of weights tells: `fp16` of `model.fp16.safetensors`.
+pub(super) fn variant_of(name: &str) -> Option<&str> {
+    let stems = SINGLE_FILES.iter().filter_map(|name| name.strip_suffix(".safetensors"));
+    let rest = stems.filter_map(|stem| name.strip_prefix(stem)).next()?;
+    let rest = rest.strip_suffix(".safetensors")?;
+    let rest = rest
+        .rsplit_once("-of-")
+        .map_or(rest, |(shard, rest)| rest.split_once('.').map_or(shard, |(_, variant)| variant));
+    let variant = rest.trim_start_matches('.').split('-').next().unwrap_or_default();
+    Some(variant).filter(|variant| !variant.is_empty())
 }
 
 /// Decides which files of a store make up the model.
 pub(super) fn find_files(store: &dyn Store) -> Result<Files> {
+    find_files_of(store, "")
+}
+
+/// The same for a model that is saved by that library, whose usual names come first.
+pub(super) fn find_files_of(store: &dyn Store, library: &str) -> Result<Files> {
     let mut names = store.list()?;
     names.sort();
     let has = |name: &str| names.iter().any(|other| other == name);
-    let single = |name: &str| Files { shards: vec![name.to_owned()], index: None };
-    for name in SINGLE_FILES {
-        if has(name) {
+    let single = |name: &str| Files::single(name);
+    let mut usual = SINGLE_FILES;
+    if library == "diffusers" {
+        usual.reverse();
+    }
+    for name in usual {
+        let index = name.replace(".safetensors", INDEX_SUFFIX);
+        // Where a model has been saved in both ways, transformers reads the one file, and diffusers
+        // the shards.
+        if has(name) && !(name == DIFFUSERS_FILE && has(&index)) {
             return Ok(single(name));
         }
-        let index = name.replace(".safetensors", INDEX_SUFFIX);
         if has(&index) {
             return read_index(store, &index);
         }
@@ -52,13 +118,6 @@ pub(super) fn find_files(store: &dyn Store) -> Result<Files> {
     let refuse = |message: String| Err(Error::checkpoint(store.root(), message));
     if ADAPTER_FILES.iter().any(|name| has(name)) {
         return refuse("is an adapter, not a base model; give it as an adapter".into());
-    }
-    if has("model_index.json") {
-        return refuse(
-            "is a diffusers pipeline; give the component that the adapter was trained on, \
-             such as its transformer/ or unet/ directory"
-                .into(),
-        );
     }
     // Variants such as model.safetensors.index.fp16.json and files under names of their own.
     let is_index = |name: &&String| name.contains(".safetensors.index") && name.ends_with(".json");
@@ -73,6 +132,11 @@ pub(super) fn find_files(store: &dyn Store) -> Result<Files> {
             _ => Ok(single(name)),
         },
         ([], []) => refuse(of_no_weights(store, &names)),
+        ([], several) if several.iter().all(|name| variant_of(name).is_some()) => refuse(format!(
+            "holds several variants of its weights and no plain one ({}); give a directory with \
+             one of them",
+            several.iter().take(4).map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
+        )),
         ([], several) => refuse(format!(
             "holds {} .safetensors files but no index that says which belong together: {}; \
              give one of the files, or add model.safetensors.index.json",
@@ -154,7 +218,10 @@ fn read_index(store: &dyn Store, name: &str) -> Result<Files> {
     }
     shards.sort();
     check_count(store, &shards)?.map_or(Ok(()), |message| Err(broken(message)))?;
-    Ok(Files { shards, index: Some(Index { file_name: name.to_owned(), content, bytes }) })
+    let (file_name, folder, prefix) = (name.to_owned(), String::new(), String::new());
+    let index = Index { file_name, folder, prefix, content, bytes };
+    let shard = |name| ShardFile { name, prefix: String::new() };
+    Ok(Files { shards: shards.into_iter().map(shard).collect(), indexes: vec![index] })
 }
 
 /// What is wrong with an index that names some shards, of whose names tell that there are more, while
@@ -194,15 +261,19 @@ pub(super) fn check_index(
     let map = index.content["weight_map"].as_object().expect("checked when it was read");
     for (tensor, shard) in map {
         let shard = shard.as_str().expect("checked when it was read");
-        match tensors.get(tensor) {
+        let name_of = |location: &Location| {
+            let name = &shards[location.shard].name;
+            name.strip_prefix(&index.folder).unwrap_or(name)
+        };
+        match tensors.get(&format!("{}{tensor}", index.prefix)) {
             None => {
                 return Err(Error::checkpoint(
                     path,
                     format!("places tensor {tensor} in {shard}, which does not hold it"),
                 ));
             }
-            Some(location) if shards[location.shard].name != shard => {
-                let actual = &shards[location.shard].name;
+            Some(location) if name_of(location) != shard => {
+                let actual = name_of(location);
                 return Err(Error::checkpoint(
                     path,
                     format!("places tensor {tensor} in {shard}, but it stands in {actual}"),
@@ -211,7 +282,8 @@ pub(super) fn check_index(
             Some(_) => {}
         }
     }
-    let unlisted: Vec<_> = tensors.keys().filter(|name| !map.contains_key(*name)).collect();
+    let own = tensors.keys().filter_map(|name| name.strip_prefix(&index.prefix));
+    let unlisted: Vec<_> = own.filter(|name| !map.contains_key(*name)).collect();
     Ok(match unlisted.as_slice() {
         [] => Vec::new(),
         [first, ..] => vec![format!(

@@ -5,7 +5,7 @@
 //! places that are nobody's business. Only files of known kinds are carried over; the rest is left
 //! out and said.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -15,7 +15,6 @@ use crate::error::{Error, Result};
 use crate::storage::file_names;
 use crate::storage::local::{self, Entry, Stamp};
 use crate::storage::staging;
-use crate::storage::store::Store;
 
 /// The files of a checkpoint's directory beside its own shards and index.
 #[derive(Debug, Default, Clone)]
@@ -89,13 +88,14 @@ pub fn list(base: &Checkpoint) -> Result<SideFiles> {
     let mut files = SideFiles::default();
     if base.is_directory() {
         let mut own: Vec<&str> = base.shards().iter().map(|shard| shard.name.as_str()).collect();
-        own.extend(base.index().map(|index| index.file_name.as_str()));
+        own.extend(base.indexes().iter().map(|index| index.file_name.as_str()));
         match base.store().as_directory() {
             Some(root) => {
-                let (homes, parts) = (homes(base, root)?, parts(base.store())?);
-                Walk { root, own, homes, parts }.folder(Path::new(""), &mut files)?;
+                let (homes, parts) = (homes(base, root)?, parts(base)?);
+                let components = components(base);
+                Walk { root, own, homes, parts, components }.folder(Path::new(""), &mut files)?;
             }
-            None => in_store(base.store(), &own, &mut files)?,
+            None => in_store(base, &own, &mut files)?,
         }
         files.carried.sort_by(|left, right| left.0.cmp(&right.0));
         files.left_out.sort();
@@ -104,12 +104,18 @@ pub fn list(base: &Checkpoint) -> Result<SideFiles> {
 }
 
 /// The side files of a store that is no directory: names with neither links nor folders.
-fn in_store(store: &dyn Store, own: &[&str], files: &mut SideFiles) -> Result<()> {
+fn in_store(base: &Checkpoint, own: &[&str], files: &mut SideFiles) -> Result<()> {
+    let (store, components) = (base.store(), components(base));
     for name in store.list()? {
-        if own.contains(&name.as_str()) || is_own(&name) {
+        let (folder, file_name) = name.rsplit_once('/').unwrap_or(("", &name));
+        if own.contains(&name.as_str()) || is_own(file_name) {
             continue;
         }
-        if is_carried(&name) && !file_names::holds_weights(&name) {
+        let is_known = match components.get(folder) {
+            Some(has_tensors) => is_carried_in_component(file_name, *has_tensors),
+            None => is_carried(file_name) && !file_names::holds_weights(file_name),
+        };
+        if is_known {
             let stamp = store.stamp(&name)?;
             files.carried.push((name, stamp));
         } else {
@@ -131,8 +137,15 @@ fn homes(base: &Checkpoint, root: &Path) -> Result<Vec<PathBuf>> {
     Ok(homes)
 }
 
+/// The folders of a pipeline's components, and whether each has tensors that are the pipeline's.
+fn components(base: &Checkpoint) -> BTreeMap<String, bool> {
+    let parts = base.pipeline().into_iter().flat_map(|pipeline| &pipeline.parts);
+    parts.map(|part| (part.folder.clone(), part.has_tensors)).collect()
+}
+
 /// The folders that a sentence model's `modules.json` names: parts of it, which may hold weights.
-fn parts(store: &dyn Store) -> Result<BTreeSet<String>> {
+fn parts(base: &Checkpoint) -> Result<BTreeSet<String>> {
+    let store = base.store();
     if !store.has(MODULES)? {
         return Ok(BTreeSet::new());
     }
@@ -148,6 +161,8 @@ struct Walk<'a> {
     own: Vec<&'a str>,
     homes: Vec<PathBuf>,
     parts: BTreeSet<String>,
+    /// Of a pipeline: the folders of components, and whether the weights in each are shards.
+    components: BTreeMap<String, bool>,
 }
 
 impl Walk<'_> {
@@ -155,6 +170,7 @@ impl Walk<'_> {
         let directory = self.root.join(below);
         // Folders below it are parts of the model, and their weights no other copies of these.
         let is_top = below.as_os_str().is_empty();
+        let component = below.to_str().and_then(|below| self.components.get(below));
         for Entry { path, name, is_directory } in local::entries_in(&directory)? {
             let file_name = match name.into_string() {
                 Ok(file_name) => file_name,
@@ -174,7 +190,12 @@ impl Walk<'_> {
                 } else {
                     files.left_out.push(format!("{name}/"));
                 }
-            } else if is_carried(&file_name) && !(is_top && file_names::holds_weights(&file_name)) {
+            } else if match component {
+                Some(has_tensors) => is_carried_in_component(&file_name, *has_tensors),
+                None => {
+                    is_carried(&file_name) && !(is_top && file_names::holds_weights(&file_name))
+                }
+            } {
                 if let Some(stamp) = self.look_at(&path, &file_name)? {
                     files.carried.push((name, stamp));
                 } else {
@@ -192,7 +213,8 @@ impl Walk<'_> {
         if name.starts_with('.') || LEFT_OUT.contains(&name) {
             return Ok(false);
         }
-        if relative.to_str().is_some_and(|relative| self.parts.contains(relative)) {
+        let is_named = |path: &str| self.parts.contains(path) || self.components.contains_key(path);
+        if relative.to_str().is_some_and(is_named) {
             return Ok(true);
         }
         let directory = self.root.join(relative);
@@ -250,6 +272,16 @@ fn is_own(name: &str) -> bool {
 fn is_index(name: &str) -> bool {
     let lower = name.to_lowercase();
     lower.contains(".index") && lower.ends_with(".json")
+}
+
+/// Whether a file in the folder of a pipeline's component belongs to it beside its shards. A component
+/// without shards keeps whatever weights it has, for the pipeline does not load without it.
+fn is_carried_in_component(name: &str, has_tensors: bool) -> bool {
+    match (file_names::holds_weights(name), has_tensors) {
+        (true, true) => false,
+        (true, false) => !name.starts_with('.'),
+        (false, _) => is_carried(name),
+    }
 }
 
 /// Whether a file is of a kind that belongs to models.

@@ -50,6 +50,8 @@ pub fn write_shards(
     let open = |shard: &crate::plan::PlannedShard| -> Result<Box<dyn Sink>> {
         let path = partial(&shard.name);
         let failed = |error| Error::io(&path, error);
+        // A component's shards lie in its folder.
+        path.parent().map_or(Ok(()), local::create_directories)?;
         let file = local::create(&path)?;
         file.set_len(shard.bytes()).map_err(failed)?;
         if !queue::copies_header(inputs, shard) {

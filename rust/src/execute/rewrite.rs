@@ -3,38 +3,97 @@
 
 use std::collections::HashSet;
 
+use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
-use crate::checkpoint::{Checkpoint, heads};
-use crate::plan::{ConfigChanges, Plan, TaskHead};
+use crate::checkpoint::{Checkpoint, Index, Object, heads};
+use crate::plan::{ConfigChanges, Inputs, Plan, PlannedTensor, TaskHead};
 
-/// The output's index: the base's, with every tensor that the shards hold and their size in bytes;
-/// its very bytes, where that changes nothing. `None` where the base has none.
-pub fn index_content(base: &Checkpoint, plan: &Plan) -> Option<(String, Vec<u8>)> {
-    let index = base.index()?;
+/// The output's indexes: the base's, each with every tensor that its shards hold and their size in
+/// bytes; its very bytes, where that changes nothing.
+pub fn index_contents(base: &Checkpoint, plan: &Plan) -> Vec<(String, Vec<u8>)> {
+    base.indexes().iter().map(|index| (index.file_name.clone(), content_of(index, plan))).collect()
+}
+
+fn content_of(index: &Index, plan: &Plan) -> Vec<u8> {
+    let own = || {
+        plan.tensors().filter_map(|(shard, tensor)| {
+            let file = shard.name.strip_prefix(&index.folder)?;
+            let name = tensor.name.strip_prefix(&index.prefix)?;
+            Some((file, name, tensor))
+        })
+    };
     let mut content = index.content.clone();
     let mut map = match content.get("weight_map") {
         Some(Value::Object(map)) => map.clone(),
         _ => Map::new(),
     };
     // What stands in no shard any more.
-    let planned: HashSet<_> = plan.tensors().map(|(_, tensor)| tensor.name.as_str()).collect();
+    let planned: HashSet<_> = own().map(|(_, name, _)| name).collect();
     map.retain(|name, _| planned.contains(name.as_str()));
-    for (shard, tensor) in plan.tensors() {
-        map.insert(tensor.name.clone(), Value::from(shard.name.clone()));
+    for (file, name, _) in own() {
+        map.insert(name.to_owned(), Value::from(file));
     }
     let mut metadata = match content.get("metadata") {
         Some(Value::Object(metadata)) => metadata.clone(),
         _ => Map::new(),
     };
-    metadata.insert("total_size".into(), Value::from(plan.tensor_bytes()));
+    let size: u64 = own().map(|(.., tensor)| tensor.target.end - tensor.target.start).sum();
+    metadata.insert("total_size".into(), Value::from(size));
     // The metadata stands first, as libraries write it.
     content.remove("weight_map");
     content.insert("metadata".into(), Value::Object(metadata));
     content.insert("weight_map".into(), Value::Object(map));
     let is_same = content == index.content;
-    let bytes = if is_same { index.bytes.clone() } else { pretty(&Value::Object(content)) };
-    Some((index.file_name.clone(), bytes))
+    if is_same { index.bytes.clone() } else { pretty(&Value::Object(content)) }
+}
+
+/// The configs of the base under their names, as the output has them.
+pub fn config_contents(inputs: &Inputs, plan: &Plan) -> IndexMap<String, Vec<u8>> {
+    let is_pipeline = inputs.base.pipeline().is_some();
+    let content = |(name, (config, bytes), prefix): (String, &Object, String)| {
+        let changes = match is_pipeline {
+            true => changes_of_component(inputs, plan, config, &prefix),
+            false => plan.config_changes.clone(),
+        };
+        let content = match changes.is_empty() {
+            true => bytes.clone(),
+            false => changed_config(config, &changes),
+        };
+        (name, content)
+    };
+    inputs.base.configs().into_iter().map(content).collect()
+}
+
+/// What a merge changes in the config of one component of a pipeline, by what it changes in the
+/// component. Of heads and ties no component's config tells, and a type is named where it was.
+fn changes_of_component(
+    inputs: &Inputs,
+    plan: &Plan,
+    config: &Map<String, Value>,
+    prefix: &str,
+) -> ConfigChanges {
+    let all = &plan.config_changes;
+    let own = || {
+        let all = plan.tensors().map(|(_, tensor)| tensor);
+        all.filter(|tensor| tensor.name.starts_with(prefix))
+    };
+    let is_cast = |tensor: &PlannedTensor| tensor.output_dtype != tensor.stored().dtype;
+    let names_dtype = ["torch_dtype", "dtype"].iter().any(|name| config.contains_key(*name));
+    let is_resized = |tensor: &PlannedTensor| {
+        let before = inputs.base.tensor(&tensor.name).and_then(|before| before.shape.first());
+        let after = tensor.source.shape.first();
+        before.is_some() && before != after && after == all.vocabulary.as_ref()
+    };
+    let is_dequantized = |tensor: &PlannedTensor| {
+        tensor.quantized.is_some() && !tensor.requantized && is_cast(tensor)
+    };
+    ConfigChanges {
+        dtype: all.dtype.clone().filter(|_| names_dtype && own().any(is_cast)),
+        vocabulary: all.vocabulary.filter(|_| own().any(is_resized)),
+        unquantized: all.unquantized && own().any(is_dequantized),
+        ..ConfigChanges::default()
+    }
 }
 
 /// The names under which configs count layers.

@@ -121,14 +121,15 @@ impl Session {
         // Before the weights: what cannot be read or written of them costs no work then. Config and
         // index, with which half-written weights would look like a model, wait in memory.
         let store = inputs.base.store();
+        let mut configs = rewrite::config_contents(inputs, plan);
         let mut last = Vec::new();
         for file in &side_files.carried {
             task.check()?;
             let (from, name) = (file.store(inputs), file.source_name());
             let source = from.open(name)?;
-            match (file.name.as_str(), inputs.base.config_bytes()) {
-                ("config.json", Some(bytes)) => {
-                    last.push((file.name.clone(), config_of(inputs, plan, bytes), source));
+            match configs.swap_remove(&file.name) {
+                Some(content) if file.origin == FileOrigin::Base => {
+                    last.push((file.name.clone(), content, source));
                 }
                 _ if source.stamp() != file.stamp => {
                     let owner = match file.origin {
@@ -144,7 +145,7 @@ impl Session {
         if let Some(card) = &options.card {
             staging.put(CARD, card.as_bytes(), None)?;
         }
-        if let Some((name, content)) = rewrite::index_content(&inputs.base, plan) {
+        for (name, content) in rewrite::index_contents(&inputs.base, plan) {
             let source = store.open(&name)?;
             last.push((name, content, source));
         }
@@ -370,16 +371,6 @@ impl Session {
     }
 }
 
-/// The config of the output, made from what the base's was when it was opened.
-fn config_of(inputs: &Inputs, plan: &Plan, bytes: &[u8]) -> Vec<u8> {
-    match inputs.base.config() {
-        Some(config) if !plan.config_changes.is_empty() => {
-            rewrite::changed_config(config, &plan.config_changes)
-        }
-        _ => bytes.to_vec(),
-    }
-}
-
 /// The files beside the weights, those of the base under another name where the output has a card
 /// of its own.
 fn beside_card(planned: &SideFiles, has_card: bool) -> SideFiles {
@@ -400,7 +391,7 @@ fn beside_card(planned: &SideFiles, has_card: bool) -> SideFiles {
 fn names(inputs: &Inputs, plan: &Plan, side_files: &SideFiles, has_card: bool) -> Vec<String> {
     let shards = plan.shards.iter().map(|shard| shard.name.clone());
     let carried = side_files.carried.iter().map(|file| file.name.clone());
-    let index = inputs.base.index().map(|index| index.file_name.clone());
+    let index = inputs.base.indexes().iter().map(|index| index.file_name.clone());
     let card = has_card.then(|| CARD.to_owned());
     shards.chain(carried).chain(index).chain(card).collect()
 }
@@ -421,7 +412,7 @@ fn read_inputs(
         let shards = base.shards().iter().map(|shard| &shard.name);
         let of_base = side_files.carried.iter().filter(|file| file.origin == FileOrigin::Base);
         let beside: Vec<_> = of_base.map(|file| file.source_name().to_owned()).collect();
-        let index = base.index().map(|index| &index.file_name);
+        let index = base.indexes().iter().map(|index| &index.file_name);
         for name in shards.chain(&beside).chain(index) {
             add(root.join(name), "the base", false);
         }

@@ -1,17 +1,26 @@
 //! The layout of the output's tensors: the base's shards, byte for byte the same layout where nothing
 //! changes its size, and a new one where something does.
 
+use std::collections::HashSet;
+
+use indexmap::IndexMap;
+
 use super::draft::{NewTensor, PlanDraft, TensorChange};
 use super::options::Options;
 use super::passes::quantized;
 use super::update::Update;
 use super::value::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
+use crate::checkpoint::Shard;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Header, TensorInfo};
 
-/// Lays out every shard. Tensors that the base does not have go into its last one, or into that of
-/// the tensor they begin as a copy of.
+/// What headers' metadata hold that depends on the file's tensors: digests of them.
+const DIGESTS: [&str; 3] = ["modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"];
+
+/// Lays out every shard. Tensors that the base does not have go into its last one (in a pipeline the
+/// last one of their component), or into that of the tensor they begin as a copy of. Components of
+/// a pipeline that nothing changes stay as they are.
 pub(super) fn plan_shards(
     inputs: &Inputs,
     options: &Options,
@@ -20,10 +29,25 @@ pub(super) fn plan_shards(
 ) -> Vec<PlannedShard> {
     let PlanDraft { mut changes, new_tensors, .. } = draft;
     let quantized = quantized::outcome(weights, &changes, options);
-    let last = inputs.base.shards().len().saturating_sub(1);
-    let home = |new: &NewTensor| new.home.unwrap_or(last);
-    (inputs.base.shards().iter().enumerate())
+    let shards = inputs.base.shards();
+    let last = |name: &str| {
+        let own = shards.iter().rposition(|shard| name.starts_with(&shard.prefix));
+        own.unwrap_or(shards.len().saturating_sub(1))
+    };
+    let home = |new: &NewTensor| new.home.unwrap_or_else(|| last(&new.name));
+    let changed: Vec<&str> = (changes.iter().filter(|(_, change)| !change.is_empty()))
+        .map(|(name, _)| name.as_str())
+        .chain(new_tensors.iter().map(|new| new.name.as_str()))
+        .collect();
+    let prefixes: HashSet<&str> = shards.iter().map(|shard| shard.prefix.as_str()).collect();
+    let touched: HashSet<&str> = (prefixes.into_iter())
+        .filter(|prefix| prefix.is_empty() || changed.iter().any(|name| name.starts_with(prefix)))
+        .collect();
+    (shards.iter().enumerate())
         .map(|(position, shard)| {
+            if !touched.contains(shard.prefix.as_str()) {
+                return carried_over(inputs, position, shard);
+            }
             let header = shard.file.header();
             let own =
                 inputs.base.tensors().iter().filter(|(_, location)| location.shard == position);
@@ -47,13 +71,61 @@ pub(super) fn plan_shards(
                     && tensor.name == tensor.source.name
             };
             if tensors.len() == header.tensors.len() && tensors.iter().all(keeps_layout) {
-                let header = shard.file.header_bytes().to_vec();
+                let is_copied = |tensor: &PlannedTensor| matches!(tensor.action, Action::Copy);
+                let has_digest = DIGESTS.iter().any(|name| header.metadata.contains_key(*name));
+                let header = if !has_digest || tensors.iter().all(is_copied) {
+                    shard.file.header_bytes().to_vec()
+                } else {
+                    encode(&tensors, header, &shard.prefix)
+                };
                 return PlannedShard { name, source, header, tensors };
             }
-            let header = lay_out(&mut tensors, header);
+            let header = lay_out(&mut tensors, header, &shard.prefix);
             PlannedShard { name, source, header, tensors }
         })
         .collect()
+}
+
+/// A shard of a component in which nothing changes.
+fn carried_over(inputs: &Inputs, position: usize, shard: &Shard) -> PlannedShard {
+    let own = inputs.base.tensors().iter().filter(|(_, location)| location.shard == position);
+    let tensors = own
+        .map(|(name, location)| {
+            let source = inputs.base.at(*location).clone();
+            PlannedTensor {
+                name: name.clone(),
+                origin: Origin::Base(position),
+                output_dtype: source.dtype.clone(),
+                target: source.range.clone(),
+                source,
+                action: Action::Copy,
+                quantized: None,
+                requantized: false,
+            }
+        })
+        .collect();
+    let header = shard.file.header_bytes().to_vec();
+    PlannedShard { name: shard.name.clone(), source: position, header, tensors }
+}
+
+/// What digests the metadata of the base's files hold that no longer hold in the output, by the files'
+/// names.
+pub(super) fn outdated_digests<'a>(
+    inputs: &'a Inputs,
+    planned: &[PlannedShard],
+) -> IndexMap<&'a str, Vec<&'static str>> {
+    let changed = inputs
+        .base
+        .shards()
+        .iter()
+        .zip(planned)
+        .filter(|(shard, planned)| planned.header != shard.file.header_bytes());
+    let digests = changed.map(|(shard, _)| {
+        let metadata = &shard.file.header().metadata;
+        let found = DIGESTS.into_iter().filter(|name| metadata.contains_key(*name));
+        (shard.name.as_str(), found.collect::<Vec<_>>())
+    });
+    digests.filter(|(_, found)| !found.is_empty()).collect()
 }
 
 fn plan_tensor(
@@ -113,7 +185,7 @@ fn action(source: &TensorInfo, output_dtype: &Dtype, updates: Vec<Update>) -> Ac
 /// Gives every tensor its range in a new file and returns that file's header. The widest elements
 /// come first, so that each tensor begins at a multiple of its element's size, which loaders rely
 /// on.
-fn lay_out(tensors: &mut [PlannedTensor], old: &Header) -> Vec<u8> {
+fn lay_out(tensors: &mut [PlannedTensor], old: &Header, prefix: &str) -> Vec<u8> {
     tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.output_dtype.bits().unwrap_or(64)));
     let mut position = 0;
     for tensor in tensors.iter_mut() {
@@ -125,13 +197,21 @@ fn lay_out(tensors: &mut [PlannedTensor], old: &Header) -> Vec<u8> {
         tensor.target = position..position + bytes;
         position += bytes;
     }
+    encode(tensors, old, prefix)
+}
+
+/// The header of tensors that have their ranges, under the names that the file gives them.
+fn encode(tensors: &[PlannedTensor], old: &Header, prefix: &str) -> Vec<u8> {
+    let stored = |name: &str| name.strip_prefix(prefix).unwrap_or(name).to_owned();
     let entries = tensors
         .iter()
         .map(|tensor| TensorInfo {
-            name: tensor.name.clone(),
+            name: stored(&tensor.name),
             range: tensor.target.clone(),
             ..tensor.written()
         })
         .collect();
-    Header { metadata: old.metadata.clone(), tensors: entries }.encode()
+    let mut metadata = old.metadata.clone();
+    metadata.retain(|name, _| !DIGESTS.contains(&name.as_str()));
+    Header { metadata, tensors: entries }.encode()
 }

@@ -31,7 +31,11 @@ impl Plan {
             add(&shard.file.size().to_le_bytes());
             add(shard.file.header_bytes());
         }
-        add(inputs.base.config_bytes().unwrap_or_default());
+        let configs = inputs.base.configs();
+        match configs.as_slice() {
+            [] => add(&[]),
+            configs => configs.iter().for_each(|(_, (_, bytes), _)| add(bytes)),
+        }
         for adapter in &inputs.adapters {
             add(adapter.identity()?.as_bytes());
         }

@@ -27,6 +27,14 @@ impl Store for LocalDirectory {
         Ok(local::paths_in(&self.0)?.into_iter().filter_map(name).collect())
     }
 
+    fn list_in(&self, folder: &str) -> Result<Vec<String>> {
+        let path = self.path(folder);
+        match local::find(&path)? {
+            Some(metadata) if metadata.is_dir() => Self(path).list(),
+            _ => Ok(Vec::new()),
+        }
+    }
+
     fn has(&self, name: &str) -> Result<bool> {
         Ok(local::find(&self.path(name))?.is_some())
     }

@@ -29,6 +29,21 @@ pub trait Store: Debug + Send + Sync {
     /// [`crate::Error::Io`] if they cannot be listed.
     fn list(&self) -> Result<Vec<String>>;
 
+    /// The names of what lies in a folder; none, where there is no such folder.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if they cannot be listed.
+    fn list_in(&self, folder: &str) -> Result<Vec<String>> {
+        let within = |name: String| {
+            let rest = name.strip_prefix(folder)?.strip_prefix('/')?;
+            Some(rest.split('/').next().unwrap_or(rest).to_owned())
+        };
+        let mut names: Vec<_> = self.list()?.into_iter().filter_map(within).collect();
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+
     /// Whether there is an entry of that name. Only "not found" is absence.
     ///
     /// # Errors
@@ -62,5 +77,54 @@ pub trait Store: Debug + Send + Sync {
     /// [`crate::Error::Checkpoint`].
     fn check_whole(&self) -> Result<()> {
         Ok(())
+    }
+}
+
+/// A folder of a store, as a store of its own.
+#[derive(Debug)]
+pub struct Folder<'a> {
+    store: &'a dyn Store,
+    name: &'a str,
+    root: PathBuf,
+}
+
+impl<'a> Folder<'a> {
+    /// The folder of that name.
+    pub fn new(store: &'a dyn Store, name: &'a str) -> Self {
+        Self { store, name, root: store.path(name) }
+    }
+
+    fn within(&self, name: &str) -> String {
+        format!("{}/{name}", self.name)
+    }
+}
+
+impl Store for Folder<'_> {
+    fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        self.store.list_in(self.name)
+    }
+
+    fn has(&self, name: &str) -> Result<bool> {
+        self.store.has(&self.within(name))
+    }
+
+    fn is_file(&self, name: &str) -> bool {
+        self.store.is_file(&self.within(name))
+    }
+
+    fn stamp(&self, name: &str) -> Result<Stamp> {
+        self.store.stamp(&self.within(name))
+    }
+
+    fn read_small(&self, name: &str) -> Result<(Vec<u8>, Stamp)> {
+        self.store.read_small(&self.within(name))
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn Source>> {
+        self.store.open(&self.within(name))
     }
 }

@@ -166,6 +166,16 @@ impl TensorFile {
         Ok(Self { path, owner, source, stamp, beginning, data_start: 0, header, positions })
     }
 
+    /// Puts something before the name of every tensor. The header's bytes stay as they are.
+    pub fn name_under(&mut self, prefix: &str) {
+        if !prefix.is_empty() {
+            for tensor in &mut self.header.tensors {
+                tensor.name.insert_str(0, prefix);
+            }
+            self.positions = Positions::of(&self.header.tensors);
+        }
+    }
+
     /// Where the file lies.
     pub fn path(&self) -> &Path {
         &self.path

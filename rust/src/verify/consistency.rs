@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::Verification;
 use crate::checkpoint::heads::{self, Task};
+use crate::checkpoint::pipeline::MODEL_INDEX;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::error::Result;
 use crate::execute::rewrite;
@@ -41,6 +42,7 @@ pub(super) fn check(
     check_tie(inputs, plan, merged, outcome)?;
     check_index(merged, outcome);
     check_config(inputs, plan, merged, outcome);
+    check_pipeline(inputs, merged, outcome);
     Ok(())
 }
 
@@ -112,16 +114,39 @@ fn check_tie(
 
 /// The index's own arithmetic; opening has held its names against the shards.
 fn check_index(merged: &Checkpoint, outcome: &mut Verification) {
-    let Some(index) = merged.index() else { return };
-    let size: u64 = merged.tensors().values().map(|location| merged.at(*location).bytes()).sum();
-    let claimed = index.content.get("metadata").and_then(|metadata| metadata.get("total_size"));
-    match claimed.and_then(Value::as_f64) {
-        Some(claimed) if claimed == size as f64 => {}
-        Some(claimed) => outcome.problems.push(format!(
-            "{}: total_size is {claimed}, but the tensors have {size} bytes",
-            index.file_name
-        )),
-        None => outcome.warnings.push(format!("{}: has no total_size", index.file_name)),
+    for index in merged.indexes() {
+        let own = merged.tensors().iter().filter(|(name, _)| name.starts_with(&index.prefix));
+        let size: u64 = own.map(|(_, location)| merged.at(*location).bytes()).sum();
+        let claimed = index.content.get("metadata").and_then(|metadata| metadata.get("total_size"));
+        match claimed.and_then(Value::as_f64) {
+            Some(claimed) if claimed == size as f64 => {}
+            Some(claimed) => outcome.problems.push(format!(
+                "{}: total_size is {claimed}, but the tensors have {size} bytes",
+                index.file_name
+            )),
+            None => outcome.warnings.push(format!("{}: has no total_size", index.file_name)),
+        }
+    }
+}
+
+/// The description of a pipeline, and its components' configs, which a pipeline does not load without.
+fn check_pipeline(inputs: &Inputs, merged: &Checkpoint, outcome: &mut Verification) {
+    if inputs.base.pipeline().is_none() || !merged.is_directory() {
+        return;
+    }
+    let Some(found) = merged.pipeline() else {
+        outcome.problems.push(format!("{MODEL_INDEX} is missing"));
+        return;
+    };
+    let names = |checkpoint: &Checkpoint| -> Vec<String> {
+        checkpoint.configs().into_iter().map(|(name, ..)| name).collect()
+    };
+    let present = names(merged);
+    let missing = names(&inputs.base).into_iter().filter(|name| !present.contains(name));
+    outcome.problems.extend(missing.map(|name| format!("{name} is missing")));
+    let listed = inputs.base.pipeline().map(|pipeline| &pipeline.content);
+    if listed.is_some_and(|listed| *listed != found.content) {
+        outcome.warnings.push(format!("{MODEL_INDEX}: is not the base's"));
     }
 }
 

@@ -46,7 +46,7 @@ fn may_be_transposed(base: &Checkpoint, module: &str, outputs: u64, flag: bool) 
     // that in a model of both kinds it is wrong for one of them.
     let bias = base.tensor(&format!("{module}.bias"));
     flag || CONV1D_LAYERS.contains(&layer)
-        || base.config().is_none_or(names_conv1d_model)
+        || base.config_of(module).is_none_or(names_conv1d_model)
         || bias.is_some_and(|bias| bias.shape == [outputs])
 }
 
@@ -54,14 +54,14 @@ fn decide_square(base: &Checkpoint, module: &str, flag: bool) -> Result<Orientat
     let layer = module.rsplit('.').next().unwrap_or(module);
     let may_be_conv1d = CONV1D_LAYERS.contains(&layer);
     if may_be_conv1d {
-        if base.config().is_some_and(names_conv1d_model) {
+        if base.config_of(module).is_some_and(names_conv1d_model) {
             return Ok(Orientation::InOut);
         }
         if let Some(orientation) = siblings(base) {
             return Ok(orientation);
         }
     }
-    if base.config().is_some() || !(may_be_conv1d || flag) {
+    if base.config_of(module).is_some() || !(may_be_conv1d || flag) {
         return Ok(Orientation::OutIn);
     }
     Err(format!(

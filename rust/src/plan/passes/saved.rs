@@ -249,9 +249,16 @@ pub(in crate::plan) fn new_tensors(
             ignored.add(earlier.adapter, &earlier.info.name, reason);
         }
         let path = context.inputs.adapters[adapter].path().display();
+        if context.base.shards().iter().all(|shard| !name.starts_with(&shard.prefix)) {
+            messages.problem(format!(
+                "{path}: brings {name}, which belongs to no component of the pipeline; rename it to \
+                 begin with the component's folder, or leave it out of the adapter"
+            ));
+            continue;
+        }
         messages.note(format!("{path}: brings {name}, which the base does not have"));
         let output_dtype = if source.dtype.is_mergeable() {
-            context.options.dtype.clone().unwrap_or_else(|| usual_dtype(context))
+            context.options.dtype.clone().unwrap_or_else(|| usual_dtype(context, &name))
         } else {
             source.dtype.clone()
         };
@@ -267,10 +274,11 @@ pub(in crate::plan) fn new_tensors(
     new_tensors
 }
 
-/// The floating-point type that most of the base's bytes have.
-fn usual_dtype(context: &Context<'_>) -> Dtype {
+/// The floating-point type that most of the base's bytes have, in a pipeline those of the component
+/// that a tensor of that name belongs to.
+fn usual_dtype(context: &Context<'_>, name: &str) -> Dtype {
     let mut bytes = IndexMap::<&Dtype, u64>::new();
-    for shard in context.base.shards() {
+    for shard in context.base.shards().iter().filter(|shard| name.starts_with(&shard.prefix)) {
         for tensor in &shard.file.header().tensors {
             if tensor.dtype.is_mergeable() {
                 *bytes.entry(&tensor.dtype).or_default() += tensor.bytes();

@@ -72,6 +72,12 @@ pub(in crate::plan) fn resolve(
         return Ok(files);
     }
     let found = tokenizers(context)?;
+    if context.base.pipeline().is_some() {
+        // Each of its tokenizers is a component of its own, which an adapter's cannot be told to
+        // stand for.
+        keep_tokenizers(context, &found, messages);
+        return Ok(files);
+    }
     let trains_rows =
         context.inputs.adapters.iter().any(|adapter| !adapter.trained_rows().is_empty());
     let is_needed = !found.is_empty() || trains_rows || rows.before != rows.after;
@@ -109,6 +115,23 @@ pub(in crate::plan) fn resolve(
 pub(in crate::plan) struct Rows {
     pub before: Option<u64>,
     pub after: Option<u64>,
+}
+
+/// Says that a pipeline keeps its own tokenizers.
+fn keep_tokenizers(context: &Context<'_>, found: &[(usize, Tokenizer)], messages: &mut Messages) {
+    for (position, _) in found {
+        let path = context.inputs.adapters[*position].path().display();
+        match context.options.tokenizer {
+            TokenizerChoice::Adapter => messages.problem(format!(
+                "{path}: its tokenizer was asked for (tokenizer=\"adapter\"), but the base is a \
+                 pipeline, whose tokenizers are components of their own; copy it into the right one \
+                 afterwards"
+            )),
+            _ => messages.note(format!(
+                "{path}: has a tokenizer; the output keeps those of the pipeline's components"
+            )),
+        }
+    }
 }
 
 /// An adapter that has a tokenizer.

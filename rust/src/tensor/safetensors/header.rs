@@ -130,7 +130,8 @@ pub(super) struct Positions {
 }
 
 impl Positions {
-    fn of(tensors: &[TensorInfo]) -> Self {
+    /// Those of tensors in this order.
+    pub fn of(tensors: &[TensorInfo]) -> Self {
         let mut positions = Self::default();
         positions.table.reserve(tensors.len(), |_| unreachable!("it is empty"));
         (0..tensors.len()).for_each(|position| positions.insert(position, tensors));
