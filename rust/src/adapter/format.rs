@@ -7,11 +7,13 @@ use std::sync::Arc;
 use super::{Adapter, formats};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Owner, Result};
+use crate::kernel::convert::{convert, for_each_f64};
 use crate::parallel::task::Task;
 use crate::storage::directory::{self, LocalDirectory};
 use crate::storage::local;
 use crate::storage::store::Store;
-use crate::tensor::safetensors::NamedTensor;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::{NamedTensor, Tensor};
 
 /// A format of adapters. Each is one file (or folder) of `formats/`, and one entry of [`FORMATS`].
 pub trait Format: Sync {
@@ -38,9 +40,49 @@ pub trait Format: Sync {
     /// updates: into a directory, or to a file, as the format has it. What is there is replaced.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with what the format cannot say, [`Error::Io`]; nothing half-written
-    /// is left under a name of the format's.
-    fn write(&self, adapter: &Adapter, target: &Path) -> Result<()>;
+    /// [`Error::Unsupported`] with what the format cannot say, [`Error::Argument`] if it needs more
+    /// than the options have, [`Error::Io`]; nothing half-written is left under a name of the
+    /// format's.
+    fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()>;
+}
+
+/// What an adapter is written for. The default is what the adapter itself says.
+#[derive(Debug, Clone, Default)]
+pub struct WriteOptions<'a> {
+    /// The base that it belongs to, for formats that need to know more of it than an adapter says.
+    pub base: Option<&'a Checkpoint>,
+    /// The element type of its tensors, where they are not to keep their own.
+    pub dtype: Option<Dtype>,
+}
+
+impl WriteOptions<'_> {
+    /// A tensor in the type that was asked for.
+    ///
+    /// # Errors
+    /// That the file changed, [`Error::Io`]; [`Error::Argument`] if a finite value is none in that
+    /// type.
+    pub fn cast(&self, tensor: &Tensor) -> Result<Tensor> {
+        let Some(dtype) = self.dtype.as_ref().filter(|dtype| **dtype != tensor.dtype) else {
+            return Ok(tensor.clone());
+        };
+        if !tensor.dtype.is_mergeable() {
+            return Ok(tensor.clone());
+        }
+        let source = tensor.read()?;
+        let mut bytes = vec![0; tensor.elements() as usize * dtype.size()];
+        if !convert(&tensor.dtype, &source, dtype, &mut bytes) {
+            let mut is_finite = true;
+            for_each_f64(&tensor.dtype, &source, |_, value| is_finite &= value.is_finite());
+            if is_finite {
+                return Err(Error::Argument(format!(
+                    "{} has values too large for {dtype}; write it in a wider type",
+                    tensor.name
+                )));
+            }
+        }
+        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+        Tensor::in_memory(tensor.file().path(), name, dtype.clone(), shape, bytes)
+    }
 }
 
 /// Every format, in the order in which they are tried.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::recognize;
 use crate::adapter::deltas::LowRank;
-use crate::adapter::format::{Format, Place};
+use crate::adapter::format::{Format, Place, WriteOptions};
 use crate::adapter::{
     Adapter, Contents, Directory, Grammar, Initialization, LayerKind, Module, Semantics, foreign,
 };
@@ -18,9 +18,8 @@ use crate::checkpoint::names::wrappers;
 use crate::error::{Error, Owner, Result};
 use crate::limits;
 use crate::parallel::task::Task;
-use crate::storage::memory::Bytes;
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::{NamedTensor, Tensor, TensorFile, write};
+use crate::tensor::safetensors::{Tensor, TensorFile, write};
 
 /// What stands before the names of modules that this writes.
 const PREFIX: &str = "lora_unet_";
@@ -65,7 +64,7 @@ impl Format for Kohya {
         }
     }
 
-    fn write(&self, adapter: &Adapter, target: &Path) -> Result<()> {
+    fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
         let refused = |what: String| {
             Error::unsupported(
                 adapter.path(),
@@ -95,8 +94,8 @@ impl Format for Kohya {
                 Grammar::Flattened => module.key.clone(),
                 Grammar::Dotted => format!("{PREFIX}{}", module.path.replace('.', "_")),
             };
-            tensors.push((format!("{key}{DOWN}"), down.clone()));
-            tensors.push((format!("{key}{UP}"), up.clone()));
+            tensors.push((format!("{key}{DOWN}"), options.cast(down)?));
+            tensors.push((format!("{key}{UP}"), options.cast(up)?));
             tensors.push((format!("{key}{ALPHA}"), alpha_of(module)?));
         }
         write::write(target, IndexMap::new(), tensors)
@@ -203,11 +202,7 @@ fn alpha_of(module: &Module) -> Result<Tensor> {
     } else {
         (Dtype::F64, alpha.to_le_bytes().to_vec())
     };
-    let name = "alpha".to_owned();
-    let bytes = Some(Bytes::Loaded(bytes));
-    let tensor = NamedTensor { name: name.clone(), dtype, shape: Vec::new(), bytes };
-    let file = TensorFile::in_memory(Path::new(&name), Owner::Adapter, vec![tensor], None)?;
-    Ok(Arc::new(file).value(&name).expect("the one that it holds"))
+    Tensor::in_memory(Path::new("alpha"), "alpha", dtype, Vec::new(), bytes)
 }
 
 /// A key's module, and the ending that tells the part.

@@ -12,7 +12,7 @@ use config::PeftConfig;
 
 use super::recognize::{self, Kind};
 use super::unread;
-use crate::adapter::format::{Format, Pickle, Place};
+use crate::adapter::format::{Format, Pickle, Place, WriteOptions};
 use crate::adapter::{Adapter, Contents, Directory, Grammar, coverage};
 use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Owner, Result};
@@ -49,8 +49,8 @@ impl Format for Peft {
         place.file.clone().unwrap_or_else(|| WEIGHTS.to_owned())
     }
 
-    fn write(&self, adapter: &Adapter, target: &Path) -> Result<()> {
-        write::write_adapter(adapter, target)
+    fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
+        write::write_adapter(adapter, target, options)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {

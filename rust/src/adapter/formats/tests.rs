@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::kohya::Kohya;
 use super::peft::Peft;
-use crate::adapter::format::{AdapterSource, Format};
+use crate::adapter::format::{AdapterSource, Format, WriteOptions};
 use crate::adapter::{Adapter, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
@@ -12,6 +12,7 @@ use crate::fixtures::{ramp, write, write_adapter};
 use crate::parallel::task::Task;
 use crate::storage::memory::InMemory;
 use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::Tensor;
 
 const MODULES: [(&str, u64, u64); 3] = [
     ("model.layers.0.q_proj", 6, 5),
@@ -20,6 +21,10 @@ const MODULES: [(&str, u64, u64); 3] = [
 ];
 const PATTERNS: &str =
     r#", "alpha_pattern": {"layers.1.q_proj": 0.1}, "base_model_name_or_path": "b""#;
+
+fn as_it_is() -> WriteOptions<'static> {
+    WriteOptions::default()
+}
 
 /// What each module adds, by its path: the scale, and the factors in f64.
 fn updates(adapter: &Adapter) -> Vec<(String, f64, Vec<f64>, Vec<f64>)> {
@@ -51,7 +56,7 @@ fn what_was_read_from_peft_s_files_is_written_as_it_was() {
     let root = directory.path();
     let first = write_adapter(&root.join("first"), &MODULES, PATTERNS);
     let adapter = Adapter::open(&first).expect("sound");
-    Peft.write(&adapter, &root.join("second")).expect("written");
+    Peft.write(&adapter, &root.join("second"), &as_it_is()).expect("written");
     let again = Adapter::open(&root.join("second")).expect("sound");
     assert_eq!(updates(&again), updates(&adapter));
     assert_eq!(again.settings(), adapter.settings());
@@ -68,17 +73,41 @@ fn peft_to_kohya_and_back_adds_the_same() {
     let first = write_adapter(&root.join("first"), &MODULES, PATTERNS);
     let adapter = Adapter::open(&first).expect("sound");
     let file = root.join("style.safetensors");
-    Kohya.write(&adapter, &file).expect("written");
+    Kohya.write(&adapter, &file, &as_it_is()).expect("written");
     let flat = Adapter::open(&file).expect("sound");
     assert_eq!(flat.format(), "kohya");
     assert!(flat.modules().contains_key("lora_unet_model_layers_0_q_proj"));
     let named = grammar::resolve(&flat, &base).expect("flattened");
     assert_eq!(updates(&named), updates(&adapter));
-    let flattened = Peft.write(&flat, &root.join("third")).expect_err("no dots");
+    let flattened = Peft.write(&flat, &root.join("third"), &as_it_is()).expect_err("no dots");
     assert!(flattened.to_string().contains("give the base"), "{flattened}");
-    Peft.write(&named, &root.join("third")).expect("written");
+    Peft.write(&named, &root.join("third"), &as_it_is()).expect("written");
     let back = Adapter::open(&root.join("third")).expect("sound");
     assert_eq!((back.format(), updates(&back)), ("peft", updates(&adapter)));
+}
+
+#[test]
+fn what_is_written_has_the_type_that_was_asked_for() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path();
+    let adapter = Adapter::open(&write_adapter(&root.join("first"), &MODULES, "")).expect("sound");
+    let options = WriteOptions { dtype: Some(Dtype::F16), ..as_it_is() };
+    Peft.write(&adapter, &root.join("peft"), &options).expect("written");
+    Kohya.write(&adapter, &root.join("kohya.safetensors"), &options).expect("written");
+    for path in ["peft", "kohya.safetensors"] {
+        let narrow = Adapter::open(&root.join(path)).expect("sound");
+        for ((_, _, own, _), (_, _, wide, _)) in updates(&narrow).iter().zip(updates(&adapter)) {
+            let rounded = |value: &f64| f64::from(half::f16::from_f64(*value));
+            assert_eq!(*own, wide.iter().map(rounded).collect::<Vec<_>>());
+        }
+        for module in narrow.modules().values() {
+            assert_eq!(module.delta.plain().expect("plain").0.dtype, Dtype::F16);
+        }
+    }
+    let tiny = WriteOptions { dtype: Some(Dtype::F16), ..as_it_is() };
+    let large = Tensor::in_memory(root, "x", Dtype::F32, vec![1], 1e6f32.to_le_bytes().to_vec());
+    let error = tiny.cast(&large.expect("one number")).expect_err("too large");
+    assert!(error.to_string().contains("x has values too large for F16"), "{error}");
 }
 
 #[test]
@@ -105,7 +134,7 @@ fn what_a_format_cannot_say_is_refused_by_name() {
     let file = root.join("style.safetensors");
     let refused = |fields: &str, name: &str| {
         let adapter = Adapter::open(&write_adapter(&root.join(name), &MODULES, fields));
-        let error = Kohya.write(&adapter.expect("sound"), &file).expect_err("refused");
+        let error = Kohya.write(&adapter.expect("sound"), &file, &as_it_is()).expect_err("refused");
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         assert!(!file.exists());
         error.to_string()

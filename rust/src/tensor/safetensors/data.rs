@@ -1,10 +1,13 @@
 //! A tensor as a value: what the header says of it, and the source of its bytes.
 
 use std::ops::{ControlFlow, Deref, Range};
+use std::path::Path;
 use std::sync::Arc;
 
-use super::{TensorFile, TensorInfo, same_bytes};
-use crate::error::Result;
+use super::{NamedTensor, TensorFile, TensorInfo, same_bytes};
+use crate::error::{Owner, Result};
+use crate::storage::memory::Bytes;
+use crate::tensor::dtype::Dtype;
 
 /// A tensor that reads itself, whether it is stored in a file or owned in memory.
 #[derive(Debug, Clone)]
@@ -25,6 +28,24 @@ impl Tensor {
     /// One of a file's tensors.
     pub fn new(file: Arc<TensorFile>, info: TensorInfo) -> Self {
         Self { file, info }
+    }
+
+    /// A tensor of an adapter's that was computed. Errors about it name `path`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Adapter`] if the bytes are not what type and shape say.
+    pub fn in_memory(
+        path: &Path,
+        name: impl Into<String>,
+        dtype: Dtype,
+        shape: Vec<u64>,
+        bytes: Vec<u8>,
+    ) -> Result<Self> {
+        let (name, bytes) = (name.into(), Some(Bytes::Loaded(bytes)));
+        let tensors = vec![NamedTensor { name, dtype, shape, bytes }];
+        let file = Arc::new(TensorFile::in_memory(path, Owner::Adapter, tensors, None)?);
+        let info = file.header().tensors[0].clone();
+        Ok(Self { file, info })
     }
 
     /// Its name, its type and its shape.

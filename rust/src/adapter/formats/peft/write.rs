@@ -7,13 +7,18 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value, json};
 
 use super::{WEIGHTS, config, key_names};
+use crate::adapter::format::WriteOptions;
 use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
 use crate::error::{Error, Result};
 use crate::storage::local;
 use crate::tensor::safetensors::{Tensor, write};
 
-pub(super) fn write_adapter(adapter: &Adapter, directory: &Path) -> Result<()> {
-    let (config, tensors) = if adapter.format() == "peft" {
+pub(super) fn write_adapter(
+    adapter: &Adapter,
+    directory: &Path,
+    options: &WriteOptions<'_>,
+) -> Result<()> {
+    let (config, mut tensors): (_, Vec<_>) = if adapter.format() == "peft" {
         let all = adapter.file().header().tensors.iter();
         let tensors =
             all.map(|info| (info.name.clone(), Tensor::new(adapter.file().clone(), info.clone())));
@@ -21,6 +26,9 @@ pub(super) fn write_adapter(adapter: &Adapter, directory: &Path) -> Result<()> {
     } else {
         (config_of(adapter)?, tensors_of(adapter)?)
     };
+    for (_, tensor) in &mut tensors {
+        *tensor = options.cast(tensor)?;
+    }
     local::create_directories(directory)?;
     let metadata = IndexMap::from([("format".to_owned(), "pt".to_owned())]);
     write::write(&directory.join(WEIGHTS), metadata, tensors)?;
