@@ -199,6 +199,8 @@ pub enum Role {
     TrainingOnly,
     /// A parameter that the file holds under another name as well.
     Repeated,
+    /// An alpha beside a scale, which counts more.
+    Overridden,
 }
 
 impl Role {
@@ -207,6 +209,7 @@ impl Role {
         match self {
             Self::TrainingOnly => "used in training only",
             Self::Repeated => "a parameter that the file holds twice",
+            Self::Overridden => "an alpha whose module has a scale as well, which counts more",
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The formats of adapters, one file or folder each.
 
 pub mod kohya;
+pub mod parts;
 pub mod peft;
 pub mod recognize;
 pub mod unread;

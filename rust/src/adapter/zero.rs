@@ -59,6 +59,10 @@ pub fn cause(module: &Module) -> Result<Option<ZeroCause>> {
         return Ok(Some(ZeroCause::Scale));
     }
     for (what, tensor) in module.product_tensors() {
+        // An alpha that is an integer; one of zero is refused.
+        if !tensor.dtype.is_mergeable() {
+            continue;
+        }
         if is_all_zero(tensor)? {
             return Ok(Some(ZeroCause::Tensor(what)));
         }

@@ -351,7 +351,7 @@ impl Computer<'_> {
             let module = adapter.modules().get(&update.module);
             for (_, part) in module.into_iter().flat_map(|module| module.tensors()) {
                 let is_odd = |values: Vec<f32>| values.iter().any(|value| !value.is_finite());
-                if part.read_f32().is_ok_and(is_odd) {
+                if part.dtype.is_mergeable() && part.read_f32().is_ok_and(is_odd) {
                     let path = adapter.path().display();
                     return format!("the NaN or infinity in {} of {path}", part.name);
                 }

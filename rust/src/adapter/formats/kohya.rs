@@ -8,15 +8,15 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
+use super::parts::{self, ModuleParts, Part, ScaleRule};
 use super::recognize;
-use crate::adapter::deltas::LowRank;
 use crate::adapter::format::{Format, Place, WriteOptions};
 use crate::adapter::{
-    Adapter, Contents, Directory, Grammar, Initialization, LayerKind, Module, Semantics, foreign,
+    Adapter, Contents, Directory, Grammar, Initialization, LayerKind, Module, Role, Semantics,
+    foreign,
 };
 use crate::checkpoint::names::wrappers;
 use crate::error::{Error, Owner, Result};
-use crate::limits;
 use crate::parallel::task::Task;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Tensor, TensorFile, write};
@@ -107,55 +107,37 @@ impl Format for Kohya {
         let file = Arc::new(TensorFile::open_in(&*place.store, &name, Owner::Adapter)?);
         recognize::check_gathered(&file)?;
         let broken = |message: String| Error::adapter(&weights, message);
-        let mut parts = IndexMap::<&str, Parts>::new();
+        let mut parts = IndexMap::<&str, ModuleParts>::new();
         for tensor in &file.header().tensors {
             task.check()?;
-            let Some((module, part)) = split(&tensor.name) else {
-                return Err(Error::unsupported(
-                    &weights,
-                    match foreign::part_by_key(&tensor.name) {
-                        Some(what) => {
-                            format!(
-                                "holds {}, {what}; it is no part of a plain LoRA of kohya's, and \
-                                 not read yet",
-                                tensor.name
-                            )
-                        }
-                        None => format!(
-                            "holds {}, which is no part of a plain LoRA of kohya's (lora_down, \
-                             lora_up, alpha)",
-                            tensor.name
-                        ),
-                    },
-                ));
+            let Some((module, part, _)) =
+                parts::split(&tensor.name).filter(|(_, part, _)| is_own(*part))
+            else {
+                return Err(Error::unsupported(&weights, stranger(&tensor.name)));
             };
-            let tensor = Tensor::new(file.clone(), tensor.clone());
-            let parts = parts.entry(module).or_default();
-            match part {
-                DOWN => parts.down = Some(tensor),
-                UP => parts.up = Some(tensor),
-                _ => parts.alpha = Some(tensor),
-            }
+            parts
+                .entry(module)
+                .or_default()
+                .add(part, Tensor::new(file.clone(), tensor.clone()))?;
         }
         let mut modules = IndexMap::with_capacity(parts.len());
         let mut paths = HashMap::new();
+        let mut others = Vec::new();
         let mut is_wrapped = false;
         for (key, parts) in parts {
             task.check()?;
-            if let (Some(down), Some(up)) = (&parts.down, &parts.up)
-                && let Some(found) = foreign::experts(down, up, None)
-            {
-                return Err(Error::unsupported(&weights, found));
-            }
-            let module = parts.module(key).map_err(broken)??;
-            is_wrapped |= module.path != key;
-            if let Some(other) = paths.insert(module.path.clone(), key) {
+            let path = wrappers::strip_flattened(key);
+            is_wrapped |= path != key;
+            if let Some(other) = paths.insert(path.clone(), key) {
                 return Err(broken(format!(
                     "has both {other} and {key}, which are one module without what training tools \
                      put into its name; keep the one that was meant"
                 )));
             }
-            modules.insert(key.to_owned(), module);
+            others.extend(parts.unused().map(|one| (one.name.clone(), Role::Overridden)));
+            for module in parts.module(key, &path, &ScaleRule::default())? {
+                modules.insert(module.key.clone(), module);
+            }
         }
         let notes = is_wrapped.then(|| {
             "its names have what training tools put around a model's modules (_orig_mod and the \
@@ -176,7 +158,7 @@ impl Format for Kohya {
             modules,
             saved: Vec::new(),
             rows: Vec::new(),
-            others: Vec::new(),
+            others,
             notes: notes.into_iter().collect(),
             semantics,
             grammar: Grammar::Flattened,
@@ -205,94 +187,20 @@ fn alpha_of(module: &Module) -> Result<Tensor> {
     Tensor::in_memory(Path::new("alpha"), "alpha", dtype, Vec::new(), bytes)
 }
 
-/// A key's module, and the ending that tells the part.
-fn split(key: &str) -> Option<(&str, &'static str)> {
-    let endings = [DOWN, UP, ALPHA];
-    let found = endings.into_iter().find_map(|end| Some((key.strip_suffix(end)?, end)));
-    found.filter(|(module, _)| !module.is_empty())
+/// Whether a part is one that can be read under kohya's names.
+fn is_own(part: Part) -> bool {
+    matches!(part, Part::Down | Part::Up | Part::Alpha)
 }
 
-/// The tensors of one module, as they are found.
-#[derive(Default)]
-struct Parts {
-    down: Option<Tensor>,
-    up: Option<Tensor>,
-    alpha: Option<Tensor>,
-}
-
-impl Parts {
-    /// The module that they make, or in words why they make none.
-    fn module(self, key: &str) -> Result<Result<Module>, String> {
-        let (a, b) = match (self.down, self.up) {
-            (Some(a), Some(b)) => (a, b),
-            (Some(a), None) => return Err(format!("has {} but not its lora_up", a.name)),
-            (None, Some(b)) => return Err(format!("has {} but not its lora_down", b.name)),
-            (None, None) => return Err(format!("has {key}{ALPHA} but not its factors")),
-        };
-        for tensor in [&a, &b].into_iter().chain(&self.alpha) {
-            if !tensor.dtype.is_mergeable() {
-                return Err(format!(
-                    "tensor {} has the type {}; a factor is of a floating-point type",
-                    tensor.name, tensor.dtype
-                ));
-            }
-        }
-        let is_pair = a.shape.len() >= 2
-            && a.shape.len() == b.shape.len()
-            && a.shape[0] == b.shape[1]
-            && b.shape[2..].iter().all(|extent| *extent == 1);
-        if !is_pair {
-            return Err(format!(
-                "{} of shape {:?} and {} of shape {:?} are no pair of factors",
-                a.name, a.shape, b.name, b.shape
-            ));
-        }
-        let rank = a.shape[0];
-        if rank == 0 || rank > limits::RANK {
-            return Err(format!(
-                "{} has rank {rank}; a rank is from 1 to {}",
-                a.name,
-                limits::RANK
-            ));
-        }
-        // Without an alpha the scale is 1.
-        let alpha = match &self.alpha {
-            None => rank as f64,
-            Some(alpha) if alpha.elements() != 1 => {
-                return Err(format!(
-                    "{} has shape {:?}; it is one number",
-                    alpha.name, alpha.shape
-                ));
-            }
-            Some(alpha) => match alpha.read_f64() {
-                Ok(values) if values[0] == 0.0 => {
-                    return Err(format!(
-                        "{} is 0, which some programs read as the rank and others as no update; \
-                         write the alpha that was meant",
-                        alpha.name
-                    ));
-                }
-                Ok(values) if values[0].is_finite() => values[0],
-                Ok(values) => {
-                    return Err(format!("{} is {}; it is a finite number", alpha.name, values[0]));
-                }
-                Err(error) => return Ok(Err(error)),
-            },
-        };
-        let kind = if a.shape.len() == 2 { LayerKind::Linear } else { LayerKind::Convolution };
-        Ok(Ok(Module {
-            key: key.to_owned(),
-            path: wrappers::strip_flattened(key).into_owned(),
-            parameters: Vec::new(),
-            kind,
-            delta: Arc::new(LowRank { a, b, diagonal: None }),
-            scale: self.alpha,
-            magnitude: None,
-            bias: None,
-            rank,
-            alpha,
-            scaling: alpha / rank as f64,
-        }))
+/// What a tensor is that is no part of any module, in words.
+fn stranger(name: &str) -> String {
+    match foreign::part_by_key(name) {
+        Some(what) => format!(
+            "holds {name}, {what}; it is no part of a plain LoRA of kohya's, and not read yet"
+        ),
+        None => format!(
+            "holds {name}, which is no part of a plain LoRA of kohya's (lora_down, lora_up, alpha)"
+        ),
     }
 }
 
