@@ -102,8 +102,8 @@ pub struct Summary {
     pub file_origins: IndexMap<String, String>,
     /// What lies in the base's directory and was not carried over, folders with a slash.
     pub left_out: Vec<String>,
-    /// What rounding took away of what the adapters change, where the output has weights of fewer than
-    /// 32 bits that were merged on the CPU.
+    /// What rounding took away of what the adapters change, where merged weights of the output have fewer
+    /// than 32 bits.
     pub rounding: Option<RoundingLoss>,
     /// What went wrong after the output was complete, and what stays in it beside the model.
     pub warnings: Vec<String>,

@@ -55,10 +55,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
                 execution.write_rows(merged["place"], 0, np.full(size, 0xFF, np.uint8))
         begin(self, plan, execution, device, **options)
 
-    def poisoned_slot(self: Any, source: int, target: int) -> Any:
-        made = slot(self, source, target)
-        made.source.fill_(0xFF)
-        made.target.fill_(0xFF)
+    def poisoned_slot(self: Any, *sizes: int) -> Any:
+        made = slot(self, *sizes)
+        for buffer in (made.source, made.target, made.exact):
+            buffer.fill_(0xFF)
         return made
 
     monkeypatch.setattr(file_merge._Merge, "__init__", poisoned_begin)

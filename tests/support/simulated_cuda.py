@@ -375,6 +375,11 @@ class Watched:
         self._note(content, "read")
         self.execution.write_rows(place, first, content)
 
+    def measure_rounding(self, place: Any, *values: Any, **how: Any) -> None:
+        for content in values:
+            self._note(content, "read")
+        self.execution.measure_rounding(place, *values, **how)
+
 
 def watch_files(patches: pytest.MonkeyPatch, files: Any) -> None:
     """Lets the checker see the rows that `_files` reads and writes, and the slots' way."""

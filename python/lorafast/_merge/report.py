@@ -176,7 +176,8 @@ class MergeReport(_MergeReportFields, OutputReport):
         rounding: where weights of fewer than 32 bits were merged, what rounding took away: `lost`,
             ‖written - exact‖ / ‖exact - base‖; `unmoved`, the share of the weights that should move
             and are the base's; `values`, how many were looked at: all that were quantised again,
-            and a sample of those of 16 bits. A fifth and more is a warning.
+            and a sample of rows of those of 16 bits, on every device. A fifth and more is a
+            warning.
         timestamp: when it was finished, in local time.
     """
 

@@ -36,6 +36,11 @@ TILE_BYTES = {"cuda": 32 << 20, "cpu": 1 << 20}
 TILES = 6
 #: Of the device's free memory, where no bound is given.
 SHARE_OF_MEMORY = 0.8
+#: Of the tiles of a run of rows with the same updates, every so many has its first row measured
+#: for what rounding takes away; as the core has it, whose tiles are smaller.
+MEASURED = 16
+#: Bytes of a value before it is rounded, as it is measured.
+EXACT_BYTES = 4
 #: How often the main thread looks at the progress of the CPU's part, in seconds.
 STEP = 0.05
 
@@ -325,6 +330,8 @@ class _Merge:
         """Rows of a tile; 0 if there is no room for one."""
         # Half is for programs, of which there are several, or one that takes more.
         left = min(self.memory // 2, self.memory - work.program.bytes)
+        if work.is_measured:
+            left -= TILES * work.columns * EXACT_BYTES
         # Each tile on its way may be on the device, and one of them is worked on.
         of_row = TILES * (work.read_bytes + work.written_bytes)
         of_row += work.columns * work.program.work_size
@@ -333,14 +340,15 @@ class _Merge:
 
     def _tiles(self, work: Work) -> Iterator[Tile]:
         for start, end in work.tensor["segments"]:
-            first = start
+            first, number = start, 0
             while first < end:
                 # Memory may have run out since.
                 rows = min(work.rows, max(1, self.limit // work.read_bytes), end - first)
-                yield Tile(work, first, rows)
-                first += rows
+                measured = work.is_measured and number % MEASURED == 0
+                yield Tile(work, first, rows, measured)
+                first, number = first + rows, number + 1
 
-    def _slot(self, source: int, target: int) -> Slot:
+    def _slot(self, source: int, target: int, exact: int) -> Slot:
         """Free buffers of at least so many bytes; waits for a tile to be written if need be."""
         import torch
 
@@ -352,11 +360,13 @@ class _Merge:
             self.slots += 1
             empty = self._buffer(0)
             finite = host_buffer(1, torch.bool, self.device)
-            slot = Slot(empty, empty, finite)
+            slot = Slot(empty, empty, finite, empty)
         if slot.source.numel() < source:
             slot.source = self._buffer(source)
         if slot.target.numel() < target:
             slot.target = self._buffer(target)
+        if slot.exact.numel() < exact:
+            slot.exact = self._buffer(exact)
         return slot
 
     def _buffer(self, size: int) -> torch.Tensor:
@@ -374,7 +384,8 @@ class _Merge:
             if tile is None:
                 continue
             size = tile.rows * tile.work.read_bytes
-            slot = self._slot(size, tile.rows * tile.work.written_bytes)
+            exact = tile.work.columns * EXACT_BYTES if tile.measured else 0
+            slot = self._slot(size, tile.rows * tile.work.written_bytes, exact)
             buffer = slot.source[:size].numpy()
             read = self.readers.submit(self.execution.read_rows, tile.place, tile.first, buffer)
             waiting.append((tile, slot, read))
@@ -438,7 +449,9 @@ class _Merge:
                 waiting += [(middle, end), (start, middle)]
                 self.limit = max(1, min(self.limit, (end - start) * work.read_bytes // 2))
                 continue
-            result, good = made
+            result, good, exact = made
+            if exact is not None:
+                self._download(exact, slot.exact[: work.columns * EXACT_BYTES].view(exact.dtype))
             finite = good if finite is None else finite & good
             self._download(result, target[start:end])
             self.tile_bytes = max(self.tile_bytes, (end - start) * work.read_bytes)
@@ -451,23 +464,29 @@ class _Merge:
         if self.on_cuda:
             slot.done = self.down.record_event()
         # Without the tensor's program, which a writer has no need of and would keep.
-        rows = Rows(tile.place, tile.first, work.dtype)
+        rows = Rows(tile.place, tile.first, work.dtype, tile.measured, work.program.only_adds)
         self.writes.append(self.writers.submit(self._write, rows, slot, target))
         self._drain(TILES - 1)
         self._report()
 
     def _tried(
         self, tile: Tile, slot: Slot, within: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Some of a tile's rows, merged, and whether all are finite; None if memory ran out."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Some of a tile's rows, merged, whether all are finite, and what rounding is measured by.
+
+        None if memory ran out.
+        """
         import torch
 
         try:
-            source = self._upload(tile, slot, within)
-            result = tile.work.program.apply(source, tile.first + within[0])
+            source, program = self._upload(tile, slot, within), tile.work.program
+            result = program.apply(source, tile.first + within[0])
             # NaN passes through to both, and this is one pass with nothing of the tile's size.
             least, most = torch.aminmax(result)
-            return result, torch.isfinite(least) & torch.isfinite(most)
+            exact = None
+            if tile.measured and within[0] == 0:
+                exact = program.before_rounding(source[:1], tile.first)[0]
+            return result, torch.isfinite(least) & torch.isfinite(most), exact
         except RuntimeError as error:
             if not ran_out(error):
                 raise
@@ -499,6 +518,15 @@ class _Merge:
                 self.execution.raise_overflow(rows.place, rows.first * target.shape[1] + index)
         content = target.view(torch.uint8).reshape(-1).numpy()
         self.execution.write_rows(rows.place, rows.first, content)
+        if rows.measured:
+            columns = target.shape[1]
+            self.execution.measure_rounding(
+                rows.place,
+                slot.source[: columns * rows.dtype.itemsize].numpy(),
+                slot.exact[: columns * EXACT_BYTES].numpy(),
+                content[: columns * target.element_size()],
+                is_change=rows.only_added,
+            )
         self.free.append(slot)
         return int(content.size)
 

@@ -191,7 +191,7 @@ class Program:
         """Bytes of scratch for each element of a tile, its own value and result left out."""
         if self.fused:
             return 0
-        buffers = 2 if not any(stage.places for stage in self.stages) else 5
+        buffers = 2 if self.only_adds else 5
         # A scan for norms of a later stage keeps W₀ beside what the stages before make of it.
         buffers += any(
             place.magnitude is not None and place.transposed
@@ -230,6 +230,25 @@ class Program:
                     total = squares if total is None else total + squares
                 assert total is not None, "an update lies on rows of its tensor"
                 place.gains = (place.weight * (place.magnitude / total.sqrt())).to(self.wide)
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether what it adds does not depend on W₀."""
+        return not any(stage.places for stage in self.stages)
+
+    def before_rounding(self, tile: torch.Tensor, first: int) -> torch.Tensor:
+        """What rows become before they are rounded, in float32; what is added if it `only_adds`.
+
+        Arguments are those of `apply`. Added to a weight in float32, a change far smaller than the
+        weight would be lost, so that it stands alone where it can.
+        """
+        import torch
+
+        rows = (first, first + len(tile))
+        owned = self.only_adds or tile.dtype != self.wide
+        start = tile.new_zeros(tile.shape, dtype=self.wide) if self.only_adds else tile
+        values = self._advance(start.to(self.wide), rows, self.stages, owned=owned)
+        return values.to(torch.float32)
 
     def apply(
         self, tile: torch.Tensor, first: int, out: torch.Tensor | None = None
@@ -317,7 +336,7 @@ class Program:
         """
         import torch
 
-        if any(stage.places for stage in self.stages):
+        if not self.only_adds:
             return None
         total = 0.0
         for stage in self.stages:

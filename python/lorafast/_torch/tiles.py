@@ -22,6 +22,8 @@ class Slot:
     source: torch.Tensor
     target: torch.Tensor
     finite: torch.Tensor
+    #: A row before it is rounded, as float32, where the tile is measured.
+    exact: torch.Tensor
     done: Any = None
 
 
@@ -59,12 +61,19 @@ class Work:
         """Of a row as it is written."""
         return self.columns * self.output.itemsize
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether what rounding takes away is measured, as the core does for 16 bits."""
+        return self.output.itemsize == 2
+
 
 @dataclass
 class Tile:
     work: Work
     first: int
     rows: int
+    #: Whether what rounding takes of its first row is measured.
+    measured: bool = False
 
     @property
     def place(self) -> Place:
@@ -73,8 +82,18 @@ class Tile:
 
 @dataclass
 class Rows:
-    """What a writer needs to know of a tile; `dtype` is the one in which it was read."""
+    """What a writer needs to know of a tile.
+
+    Attributes:
+        place: where the plan has its tensor.
+        first: its first row in that.
+        dtype: in which it was read.
+        measured: whether its slot has the first row before rounding, too.
+        only_added: whether that is what was added to W₀ alone.
+    """
 
     place: Place
     first: int
     dtype: torch.dtype
+    measured: bool = False
+    only_added: bool = False

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
-use lorafast::execute::session::{Session, TensorId, WorkFilter};
+use lorafast::execute::session::{RoundingSample, Session, TensorId, WorkFilter};
 use lorafast::execute::{Options, Summary};
 use lorafast::parallel::task::Task;
 use lorafast::plan::{self, Inputs};
@@ -169,6 +169,41 @@ impl Execution {
             // SAFETY: the caller leaves the buffer as it is until this call is over.
             let bytes = unsafe { memory.bytes() };
             self.with(|session| session.write_rows(&self.plan, place, first_row, bytes))
+        })
+        .map_err(|failure| failure.raise(py))
+    }
+
+    /// Measures what rounding took of some values of a merged tensor: `before` as `read_rows` has them,
+    /// `exact` in float32 (what is to be added to them with `is_change`), `written` as they are written.
+    #[pyo3(signature = (place, before, exact, written, *, is_change))]
+    fn measure_rounding(
+        &self,
+        py: Python<'_>,
+        place: TensorId,
+        before: &Bound<'_, PyAny>,
+        exact: &Bound<'_, PyAny>,
+        written: &Bound<'_, PyAny>,
+        is_change: bool,
+    ) -> PyResult<()> {
+        let tensor = tensor_at(&self.plan, place)?;
+        let before = Memory::of(before, false)?;
+        let exact = Memory::of(exact, false)?;
+        let written = Memory::of(written, false)?;
+        let count = whole_rows(exact.length, size_of::<f32>())?;
+        if before.length != count * tensor.source.dtype.size()
+            || written.length != count * tensor.rounded_dtype().size()
+        {
+            return Err(PyValueError::new_err("not as many values of each"));
+        }
+        py.detach(|| {
+            // SAFETY: the caller leaves the buffers as they are until this call is over.
+            let (before, exact, written) =
+                unsafe { (before.bytes(), exact.bytes(), written.bytes()) };
+            let sample = RoundingSample { before, exact, is_change, written };
+            self.with(|session| {
+                session.measure_rounding(tensor, &sample);
+                Ok(())
+            })
         })
         .map_err(|failure| failure.raise(py))
     }

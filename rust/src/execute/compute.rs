@@ -169,7 +169,8 @@ impl Computer<'_> {
         let segment = prepared.segment(rows);
         let columns = prepared.columns();
         let row = rows.start..rows.start + 1;
-        let before = sums.is_some().then(|| self.widened(from, &stored[..columns * from.size()]));
+        let before =
+            sums.is_some().then(|| widened(self.set, from, &stored[..columns * from.size()]));
         // What is to be added, or what the sum is, as far as f32 tells.
         let mut exact = Vec::new();
         let in_place = from == to && segment.only_sum().is_some();
@@ -190,7 +191,7 @@ impl Computer<'_> {
                     // The product alone, added to zeros. Its own rounding is a small share of it.
                     let mut product = vec![0; columns * from.size()];
                     kernel::merge_rows(self.set, factors, first, from, &mut product);
-                    exact = self.widened(from, &product);
+                    exact = widened(self.set, from, &product);
                 }
                 (kernel::merge_rows(self.set, factors, first, from, stored), stored)
             }
@@ -209,7 +210,7 @@ impl Computer<'_> {
             self.find_overflow(tensor, result, first)?;
         }
         if let (Some(sums), Some(before)) = (sums, before) {
-            let written = self.widened(to, &result[..columns * to.size()]);
+            let written = widened(self.set, to, &result[..columns * to.size()]);
             if in_place {
                 sums.add_changes(&before, &exact, &written);
             } else {
@@ -217,19 +218,6 @@ impl Computer<'_> {
             }
         }
         Ok(result)
-    }
-
-    /// Stored elements in f32.
-    fn widened(&self, dtype: &Dtype, stored: &[u8]) -> Vec<f32> {
-        let mut values = vec![0f32; stored.len() / dtype.size()];
-        kernel::convert(
-            self.set,
-            dtype,
-            stored,
-            &Dtype::F32,
-            bytemuck::cast_slice_mut(&mut values),
-        );
-        values
     }
 
     /// Applies updates to a tile in the accumulator's type and rounds once; whether all is finite.
@@ -359,6 +347,13 @@ impl Computer<'_> {
         }
         "the merge".into()
     }
+}
+
+/// Stored elements in f32.
+pub(super) fn widened(set: InstructionSet, dtype: &Dtype, stored: &[u8]) -> Vec<f32> {
+    let mut values = vec![0f32; stored.len() / dtype.size()];
+    kernel::convert(set, dtype, stored, &Dtype::F32, bytemuck::cast_slice_mut(&mut values));
+    values
 }
 
 pub(super) fn overflow(tensor: &PlannedTensor, index: usize, culprit: &str) -> Error {

@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use crate::plan::PlannedTensor;
+use crate::plan::{PlannedTensor, Update};
 
 /// From this share of the changes on, what rounding took away is a warning.
 pub const LOST: f64 = 0.2;
-/// Of the tiles of a tensor that is rounded to 16 bits, every so many gives its first row.
+/// Of the tiles of a tensor that is rounded to 16 bits, every so many gives its first row, and so does
+/// the first of every run of rows that the same updates change.
 const SAMPLED: usize = 16;
 
 /// What rounding took away.
@@ -26,7 +27,13 @@ pub struct RoundingLoss {
 /// Whether the first of some rows of a tensor is looked at.
 pub(super) fn is_sampled(tensor: &PlannedTensor, rows: &Range<usize>) -> bool {
     let number = rows.start / rows.len().max(1);
-    tensor.rounded_dtype().size() == 2 && number.is_multiple_of(SAMPLED)
+    let first = rows.start as u64;
+    let begins = |update: &Update| {
+        let changed = update.slice.rows.as_ref();
+        changed.is_some_and(|changed| changed.start == first || changed.end == first)
+    };
+    tensor.rounded_dtype().size() == 2
+        && (number.is_multiple_of(SAMPLED) || tensor.updates().iter().any(begins))
 }
 
 /// Sums of squares and counts.

@@ -8,20 +8,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use super::compute::{self, Buffers, Computer};
+use super::compute::{self, Computer};
 use super::queue::{self, Work};
 use super::rewrite;
-use super::rounding::{self, RoundingSums};
+use super::rounding::RoundingSums;
 use super::{Job, Options, Output, Summary};
 use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
-use crate::plan::{
-    CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, SideFiles, Update, UpdateKind,
-};
+use crate::plan::{CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, SideFiles};
 use crate::storage::local::{self, Stamp};
 use crate::storage::sink::{Committed, Destination, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::{LocalFile, Source};
+use crate::tensor::dtype::Dtype;
 
 /// A tensor of a plan: its shard's position and its own in that.
 pub type TensorId = (usize, usize);
@@ -50,6 +49,19 @@ impl WorkFilter {
             (Self::Only(ids), Some(id)) => ids.contains(&id),
         }
     }
+}
+
+/// Some values of a merged tensor before and after rounding, as bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundingSample<'a> {
+    /// W₀'s, as [`Session::read_rows`] has them.
+    pub before: &'a [u8],
+    /// The exact results, or what is to be added to W₀, in f32.
+    pub exact: &'a [u8],
+    /// Whether the exact values are what is to be added.
+    pub is_change: bool,
+    /// What is written, in the output's type.
+    pub written: &'a [u8],
 }
 
 /// A begun execution. Every step is given the inputs and the plan that it was begun with. Dropped
@@ -208,51 +220,33 @@ impl Session {
         let output = Output { directory: &self.output, files: &self.files, sync: self.sync };
         let job = Job::new(inputs, plan, output, self.set, task, filter);
         job.run(&self.pool)?;
-        let mut rounding = self.rounding.lock().unwrap_or_else(PoisonError::into_inner);
-        rounding.add(&job.rounding());
-        if let WorkFilter::Without(ids) = filter {
-            rounding.add(&self.rounding_of(inputs, plan, ids, task)?);
-        }
+        self.add_rounding(&job.rounding());
         if !matches!(filter, WorkFilter::Only(_)) {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
         }
         Ok(())
     }
 
-    /// What rounding does to the first row of each of some tensors that somebody else makes. Where
-    /// more than products is added, making it could take the whole tensor, and nothing is measured.
-    fn rounding_of(
-        &self,
-        inputs: &Inputs,
-        plan: &Plan,
-        ids: &HashSet<TensorId>,
-        task: &Task,
-    ) -> Result<RoundingSums> {
-        let computer = Computer { inputs, set: self.set, task };
-        let (mut buffers, mut sums) = (Buffers::default(), RoundingSums::default());
-        for (shard, tensor) in ids {
-            task.check()?;
-            let tensor = &plan.shards[*shard].tensors[*tensor];
-            let adds =
-                |update: &Update| update.kind == UpdateKind::LowRank && update.residual.is_none();
-            let first = 0..1;
-            if rounding::is_sampled(tensor, &first) && tensor.updates().iter().all(adds) {
-                let prepared = computer.prepare(tensor)?;
-                let measured = computer.merge_measured(
-                    tensor,
-                    &prepared,
-                    &first,
-                    &mut buffers,
-                    Some(&mut sums),
-                );
-                // Whoever makes the tensor says what is not finite in it.
-                match measured {
-                    Ok(_) | Err(Error::Numeric { .. }) => {}
-                    Err(failure) => return Err(failure),
-                }
-            }
+    /// Adds what rounding did to some values of a tensor that somebody else makes.
+    ///
+    /// # Panics
+    /// If there are not as many of each.
+    pub fn measure_rounding(&self, tensor: &PlannedTensor, sample: &RoundingSample<'_>) {
+        let before = compute::widened(self.set, &tensor.source.dtype, sample.before);
+        let exact = compute::widened(self.set, &Dtype::F32, sample.exact);
+        let written = compute::widened(self.set, tensor.rounded_dtype(), sample.written);
+        assert!(before.len() == exact.len() && written.len() == exact.len(), "as many of each");
+        let mut sums = RoundingSums::default();
+        if sample.is_change {
+            sums.add_changes(&before, &exact, &written);
+        } else {
+            sums.add_results(&before, &exact, &written);
         }
-        Ok(sums)
+        self.add_rounding(&sums);
+    }
+
+    fn add_rounding(&self, sums: &RoundingSums) {
+        self.rounding.lock().unwrap_or_else(PoisonError::into_inner).add(sums);
     }
 
     /// Notes the adapters' digests, where no run finds them.
