@@ -222,7 +222,7 @@ def parse_rust(path: tuple[str, ...], file: Path) -> RustModule:
             tokens.append("''" if token[0].startswith(("'", "b'")) else token[0])
     code = "".join(tokens)
     while test := re.search(r"#\[cfg\((?:all\()?test\b[^\]]*\]", code):
-        end = test.end() + re.search(r"[{;]", code[test.end() :]).start()  # type: ignore[union-attr]
+        end = test.end() + re.search(r"[{;]", code[test.end() :]).start()  # type: ignore[union-attr]  # a test has a body or an end
         if code[end] == ";":
             if declared := re.search(r"\bmod\s+(\w+)\s*$", code[test.end() : end]):
                 module.test_modules.add(declared[1])

@@ -154,7 +154,7 @@ def test_type_checkers_and_the_interpreter_find_the_same_names() -> None:
 
 def test_a_name_that_is_not_there() -> None:
     with pytest.raises(AttributeError, match="no attribute 'merges'"):
-        _ = lorafast.merges  # type: ignore[attr-defined]
+        _ = lorafast.merges  # type: ignore[attr-defined]  # wrong on purpose
     with pytest.raises(ImportError, match="merges"):
         exec("from lorafast import merges")
 

@@ -103,7 +103,7 @@ def test_the_values_of_a_plan_say_as_much(tmp_path: Path, name: str) -> None:
         for update, entry in zip(tensor.updates, plain["updates"], strict=True):
             values = update._asdict()
             assert values.keys() >= entry.keys()
-            assert all(values[key] == entry[key] for key in entry if key != "part")  # type: ignore[literal-required]
+            assert all(values[key] == entry[key] for key in entry if key != "part")  # type: ignore[literal-required]  # keys are the dictionary's own
             assert (update.part is None) == ("part" not in entry)
 
 
@@ -114,5 +114,5 @@ def test_a_difference_is_found() -> None:
         "BuildInfo.amx is 1, no <class 'bool'>"
     ]
     assert list(shapes.differences({**info, "odd": 1}, "BuildInfo")) == ["BuildInfo has odd"]
-    del info["amx"]  # type: ignore[misc]
+    del info["amx"]  # type: ignore[misc]  # wrong on purpose
     assert list(shapes.differences(info, "BuildInfo")) == ["BuildInfo has no amx"]

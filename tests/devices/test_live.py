@@ -417,7 +417,7 @@ def test_a_wrong_keep(adapter: Path, keep: Any) -> None:
     with pytest.raises(ValueError, match="keep"):
         live.merge_into(Model(), adapter, keep=keep)
     with pytest.raises(ValueError, match="dict"):
-        live.merge_into({}, adapter)  # type: ignore[arg-type]
+        live.merge_into({}, adapter)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_without_torch(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

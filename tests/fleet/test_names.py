@@ -144,13 +144,13 @@ def test_a_lineage_takes_names_for_its_target_and_its_values(runs: Path) -> None
         assert found.name == "north/final"
         assert found.coefficients == by_path.coefficients
         assert list(found.names.values()) == ["deep/south/final", "south/final"]
-    assert found.coefficients["south/final"] == found.coefficients[runs / "south" / "final"]  # type: ignore[index]
-    assert found.cosines["south/final"] == found.cosines[runs / "south/final"]  # type: ignore[index]
+    assert found.coefficients["south/final"] == found.coefficients[runs / "south" / "final"]  # type: ignore[index]  # by name too, which Mapping[Path, …] does not say
+    assert found.cosines["south/final"] == found.cosines[runs / "south/final"]  # type: ignore[index]  # by name too
     copied = pickle.loads(pickle.dumps(found.contributions))
     assert copied == found.contributions
     assert copied["south/final"] == found.contributions[runs / "south/final"]
     with pytest.raises(KeyError, match="no adapter 'east/final'"):
-        found.coefficients["east/final"]  # type: ignore[index]
+        found.coefficients["east/final"]  # type: ignore[index]  # by name too
     with pytest.raises(FileNotFoundError):
         lorafast.lineage("east/final", runs)
 
@@ -206,5 +206,5 @@ def test_labels_are_for_pictures_and_formulas_alone(runs: Path) -> None:
 def test_values_by_member_are_a_mapping_of_paths(tmp_path: Path) -> None:
     values = ByMember([(tmp_path / "a" / "x", 1.0), (tmp_path / "b" / "x", 2.0)], ["a/x", "b/x"])
     assert values == {tmp_path / "a" / "x": 1.0, tmp_path / "b" / "x": 2.0}
-    assert values["b/x"] == values[str(tmp_path / "b/x")] == 2.0  # type: ignore[index]
+    assert values["b/x"] == values[str(tmp_path / "b/x")] == 2.0  # type: ignore[index]  # by name too
     assert "b/x" not in list(values)

@@ -101,7 +101,7 @@ def test_nothing_to_scan_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no path"):
         lorafast.scan([])
     with pytest.raises(ValueError, match="metrics must be one of"):
-        lorafast.scan(tmp_path, metrics="most")  # type: ignore[arg-type]
+        lorafast.scan(tmp_path, metrics="most")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="threads"):
         lorafast.scan(tmp_path, threads=0)
 

@@ -51,7 +51,7 @@ def test_data_frames_hold_the_tables(tmp_path: Path) -> None:
     )
     assert pyarrow.table(fleet).num_rows == 7
     with pytest.raises(ValueError, match="table must be"):
-        fleet.to_arrow("tensors")  # type: ignore[arg-type]
+        fleet.to_arrow("tensors")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_parquet_files_hold_the_tables_and_the_errors(tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_kohya_s_names_of_a_compiled_model(tmp_path: Path) -> None:
         assert len(notes) == 1
     listed = lorafast.inspect(compiled)
     assert isinstance(listed, lorafast.AdapterListing)
-    assert listed.modules == lorafast.inspect(plain).modules  # type: ignore[union-attr]
+    assert listed.modules == lorafast.inspect(plain).modules  # type: ignore[union-attr]  # of an adapter, as above
     both = read_safetensors(plain) | read_safetensors(compiled)
     write_safetensors(tmp_path / "both.safetensors", both)
     with pytest.raises(lorafast.AdapterError, match="which are one module"):

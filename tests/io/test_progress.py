@@ -130,8 +130,8 @@ class Cell:
 @contextmanager
 def notebook(monkeypatch: pytest.MonkeyPatch, *, kernel: bool = True) -> Iterator[Cell]:
     cell, ipython, display = Cell(), ModuleType("IPython"), ModuleType("IPython.display")
-    ipython.get_ipython = lambda: Shell(kernel=kernel)  # type: ignore[attr-defined]
-    display.display = cell.display  # type: ignore[attr-defined]
+    ipython.get_ipython = lambda: Shell(kernel=kernel)  # type: ignore[attr-defined]  # a module made here
+    display.display = cell.display  # type: ignore[attr-defined]  # a module made here
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.setattr("lorafast._io.notebook_bar.SECONDS_A_PICTURE", 0.0)

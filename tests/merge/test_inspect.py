@@ -41,7 +41,7 @@ def test_by_key_it_is_what_it_was(tmp_path: Path) -> None:
     plain = listing.to_dict()
     assert dict(listing) == plain == json.loads(listing.to_json())
     assert listing["tensors"][0]["name"] == listing.tensors[0].name
-    assert listing["adapter"]["modules"][0]["rank"] == plain["adapter"]["modules"][0]["rank"]  # type: ignore[index]
+    assert listing["adapter"]["modules"][0]["rank"] == plain["adapter"]["modules"][0]["rank"]  # type: ignore[index]  # of an adapter
     assert "config" in listing
     assert listing.get("nothing") is None
     plain["warnings"].append("changed")
@@ -57,11 +57,11 @@ def test_it_is_frozen_and_survives_pickling(tmp_path: Path, what: str) -> None:
     assert again == listing
     assert again.tensors == listing.tensors
     with pytest.raises(AttributeError, match="frozen"):
-        listing.path = "elsewhere"  # type: ignore[misc]
+        listing.path = "elsewhere"  # type: ignore[misc]  # wrong on purpose
     with pytest.raises(AttributeError, match="frozen"):
         del listing.path
     with pytest.raises(AttributeError):
-        listing.tensors[0].name = "other"  # type: ignore[misc]
+        listing.tensors[0].name = "other"  # type: ignore[misc]  # wrong on purpose
 
 
 def test_the_tensors_of_a_plan(tmp_path: Path) -> None:
@@ -75,4 +75,4 @@ def test_the_tensors_of_a_plan(tmp_path: Path) -> None:
     assert (update.adapter, update.kind, update.part, update.stage) == (0, "low_rank", None, 0)
     assert pickle.loads(pickle.dumps(plan.tensors)) == plan.tensors
     with pytest.raises(AttributeError):
-        update.rank = 1  # type: ignore[misc]
+        update.rank = 1  # type: ignore[misc]  # wrong on purpose

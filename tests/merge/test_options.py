@@ -46,7 +46,7 @@ def test_options_are_frozen_and_survive_pickling() -> None:
     options = MergeOptions(weights=[1.0], strategy="weighted")
     assert pickle.loads(pickle.dumps(options)) == options
     with pytest.raises(AttributeError):
-        options.strategy = "average"  # type: ignore[misc]
+        options.strategy = "average"  # type: ignore[misc]  # wrong on purpose
 
 
 def test_what_crosses_to_the_core_is_what_the_core_knows(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_tokenizer_that_is_not_there_cannot_be_asked_for(base: Path, tmp_path:
     with pytest.raises(lorafast.PlanError, match="none of the adapters has one"):
         lorafast.plan(base, make_adapter(tmp_path / "adapter"), tokenizer="adapter")
     with pytest.raises(ValueError, match='unknown tokenizer "mine"'):
-        lorafast.plan(base, tmp_path / "adapter", tokenizer="mine")  # type: ignore[arg-type]
+        lorafast.plan(base, tmp_path / "adapter", tokenizer="mine")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_tokens_that_cannot_be_read_are_only_compared(base: Path, tmp_path: Path) -> None:

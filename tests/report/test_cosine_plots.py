@@ -140,7 +140,7 @@ def test_a_pair_without_a_cosine_is_marked_and_is_no_diagonal() -> None:
     axes = compared(cosine).plot("cosine").axes[0]
     crosses = [text.get_position() for text in axes.texts if text.get_text() == "×"]
     assert sorted(crosses) == [(0, 3), (1, 3), (2, 3), (3, 0), (3, 1), (3, 2)]
-    assert "×: no cosine" in axes.images[0].colorbar.ax.get_ylabel()  # type: ignore[union-attr]
+    assert "×: no cosine" in axes.images[0].colorbar.ax.get_ylabel()  # type: ignore[union-attr]  # a heatmap with its bar
 
 
 def test_one_adapter_has_no_cosine_to_draw() -> None:

@@ -359,7 +359,7 @@ def test_a_plot_says_by_its_parameter_what_it_is_of() -> None:
     def of_a_number(number: float) -> None: ...
 
     with pytest.raises(TypeError, match=r"'odd' is of 'float'; plots are of: AdapterAnalysis"):
-        draw.plot("odd", caption="nothing")(of_a_number)  # type: ignore[type-var]
+        draw.plot("odd", caption="nothing")(of_a_number)  # type: ignore[type-var]  # wrong on purpose
 
 
 def test_the_list_of_plots_is_known_without_matplotlib() -> None:

@@ -130,7 +130,7 @@ def test_a_finding_that_is_critical_is_severe_for_one_release() -> None:
         with pytest.warns(DeprecationWarning, match='use "critical"'):
             assert (again.severity != "severe") is False
     with pytest.warns(DeprecationWarning, match='use "critical"') as caught:
-        old = Finding("severe", "non_finite", None, math.inf, "NaN.")  # type: ignore[arg-type]
+        old = Finding("severe", "non_finite", None, math.inf, "NaN.")  # type: ignore[arg-type]  # an older word
     assert caught[0].filename == __file__
     assert old == finding
     assert old.severity == "critical"

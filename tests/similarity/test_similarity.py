@@ -194,7 +194,7 @@ def test_nearest_clusters_and_pairs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="k must be at least 1"):
         found.nearest("x0", 0)
     with pytest.raises(ValueError, match="method must be one of"):
-        found.clusters(method="ward")  # type: ignore[arg-type]
+        found.clusters(method="ward")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_the_picture_has_like_beside_like(tmp_path: Path) -> None:

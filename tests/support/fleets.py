@@ -36,10 +36,10 @@ def tables(fleet: lorafast.Fleet) -> dict[str, Any]:
     found = {
         f"{name}.{column}": [
             value.tolist() if isinstance(value, np.ndarray) else value
-            for value in fleet.table(name)[column].tolist()  # type: ignore[arg-type]
+            for value in fleet.table(name)[column].tolist()  # type: ignore[arg-type]  # a text of these
         ]
         for name in ("adapters", "modules")
-        for column in fleet.table(name)  # type: ignore[arg-type]
+        for column in fleet.table(name)  # type: ignore[arg-type]  # a text of these
     }
     # NaN is not itself, but repr says what it is.
     return {
