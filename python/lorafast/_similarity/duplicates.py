@@ -12,6 +12,7 @@ from lorafast._fleet.discovery import ScanError
 from lorafast._io.plain import to_plain
 from lorafast._io.progress import pace
 from lorafast._results import FramedResult, RecordList, shown
+from lorafast._similarity.candidates import TRUNCATION_SLACK, Signature, candidates
 from lorafast._similarity.collection import Adapters, Collected, apart, collected, families
 from lorafast._types import Progress, Source
 from lorafast._words import agree, plural
@@ -35,14 +36,6 @@ TIERS: dict[Tier, str] = {
 }
 #: Below this share of the norm, two updates are the same whatever they are stored in.
 FLOOR = 1e-12
-#: A truncation has been through a decomposition, which turns rounding into somewhat more.
-TRUNCATION_SLACK = 4.0
-#: What a comparison of singular values in float64 can tell apart.
-INVARIANT_FLOOR = 1e-6
-#: Singular values that the core keeps of each module.
-LEADING = 4
-#: Pairs that are looked at together.
-CHUNK = 100_000
 
 
 @shown
@@ -206,31 +199,6 @@ def duplicates(
     return _Search(found, threads).run(progress)
 
 
-@dataclass
-class _Signature:
-    """The core's signature, with its place."""
-
-    position: int
-    file: str
-    tensors: str
-    scales: str
-    is_finite: bool
-    norm: float
-    tolerance: float
-    rank: int
-
-    @property
-    def relative(self) -> float:
-        return self.tolerance / self.norm if self.norm else 0.0
-
-    @property
-    def coarseness(self) -> int:
-        """The decade of the relative tolerance: what is stored more precisely is kept."""
-        import math
-
-        return math.floor(math.log10(self.relative)) if self.relative > 0 else -99
-
-
 class _Search:
     """One call of `duplicates`."""
 
@@ -238,7 +206,7 @@ class _Search:
         self.found = found
         self.threads = threads
         self.groups: list[DuplicateGroup] = []
-        self.signatures: dict[int, _Signature] = {}
+        self.signatures: dict[int, Signature] = {}
         self.leading: dict[int, NDArray[numpy.float64]] = {}
         self.known: dict[tuple[int, int], _core.Relation] = {}
         self.errors = list(found.errors)
@@ -258,7 +226,7 @@ class _Search:
         zero = [at for at in classes if self.signatures[at].norm == 0]
         self._stars(zero, self._of_one_base(zero), "zero_update", self._zero, self._by_precision)
         classes = [at for at in classes if self.signatures[at].norm > 0]
-        edges = self._candidates(classes)
+        edges = candidates(classes, self.signatures, self.leading)
         classes = self._stars(classes, edges, "same_update", self._same_update, self._by_precision)
         classes = self._stars(classes, edges, "scaled", self._scaled, self._by_precision)
         self._stars(classes, edges, "truncated", self._truncated, self._by_rank)
@@ -282,7 +250,7 @@ class _Search:
             if isinstance(plain, Exception):
                 self.errors.append(ScanError(self.found.paths[at], str(plain)))
                 continue
-            self.signatures[at] = _Signature(position=at, **plain)
+            self.signatures[at] = Signature(position=at, **plain)
             self.leading[at] = np.frombuffer(leading, dtype="<f8")
 
     def _add(self, tier: Tier, members: list[int], evidence: list[Evidence]) -> None:
@@ -291,7 +259,7 @@ class _Search:
         self.groups.append(DuplicateGroup(tier, paths, names, evidence))
 
     def _same_digest(
-        self, classes: list[int], tier: Tier, digest_of: Callable[[_Signature], str]
+        self, classes: list[int], tier: Tier, digest_of: Callable[[Signature], str]
     ) -> list[int]:
         """Groups what has one digest and the same scales; returns the first of each."""
         by_digest: dict[tuple[str, str, int], list[int]] = {}
@@ -316,35 +284,6 @@ class _Search:
         for at in classes:
             members.setdefault(self.bases[at], set()).add(at)
         return {at: members[self.bases[at]] - {at} for at in classes}
-
-    def _candidates(self, classes: list[int]) -> dict[int, set[int]]:
-        """Pairs whose leading singular values allow that they are one update, scaled or shorter."""
-        import numpy as np
-
-        edges: dict[int, set[int]] = {at: set() for at in classes}
-        usable = classes
-        if len(usable) < 2:
-            return edges
-        values = np.stack([self.leading[at] for at in usable])
-        tolerance = np.array([self.signatures[at].tolerance for at in usable])
-        ranks = np.array([self.signatures[at].rank for at in usable])
-        first = values[:, ::LEADING]
-        lengths = np.linalg.norm(first, axis=1)
-        units = first / lengths[:, None]
-        allowed = 2 * TRUNCATION_SLACK * tolerance / lengths + INVARIANT_FLOOR
-        step = max(1, CHUNK // len(usable))
-        for start in range(0, len(usable), step):
-            block = slice(start, start + step)
-            squares = np.maximum(2 - 2 * units[block] @ units.T, 0.0)
-            close = np.sqrt(squares) <= allowed[block, None] + allowed[None, :]
-            rows, columns = np.nonzero(close)
-            keep = rows + start < columns
-            rows, columns = rows[keep] + start, columns[keep]
-            similar = _may_be_equal(values, tolerance, ranks, rows, columns)
-            for row, column in zip(rows[similar], columns[similar], strict=True):
-                edges[usable[row]].add(usable[column])
-                edges[usable[column]].add(usable[row])
-        return edges
 
     def _stars(
         self,
@@ -466,36 +405,6 @@ class _Search:
 def _rounding(figures: dict[str, float | str]) -> str:
     difference, tolerance = figures["difference"], figures["tolerance"]
     return f"{difference:.2g}, within rounding ({tolerance:.2g})"
-
-
-def _may_be_equal(
-    values: NDArray[numpy.float64],
-    tolerance: NDArray[numpy.float64],
-    ranks: NDArray[numpy.int64],
-    rows: NDArray[numpy.int64],
-    columns: NDArray[numpy.int64],
-) -> NDArray[numpy.bool_]:
-    """Of some pairs, whether all values that the one of lower rank has are those of the other."""
-    import numpy as np
-
-    result = np.zeros(len(rows), dtype=np.bool_)
-    step = max(1, CHUNK * 10 // values.shape[1])
-    for start in range(0, len(rows), step):
-        chosen = slice(start, start + step)
-        row, column = rows[chosen], columns[chosen]
-        swap = ranks[row] < ranks[column]
-        longer, shorter = np.where(swap, column, row), np.where(swap, row, column)
-        x, y = values[longer].copy(), values[shorter].copy()
-        firsts = np.repeat(y[:, ::LEADING], LEADING, axis=1)
-        missing = y <= 1e-6 * firsts
-        x[missing] = 0.0
-        y[missing] = 0.0
-        lengths = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            distance = np.linalg.norm(x / lengths[0][:, None] - y / lengths[1][:, None], axis=1)
-            allowed = tolerance[longer] / lengths[0] + tolerance[shorter] / lengths[1]
-        result[chosen] = distance <= 2 * TRUNCATION_SLACK * allowed + INVARIANT_FLOOR
-    return result
 
 
 def _components(nodes: set[int], edges: dict[int, set[int]]) -> list[set[int]]:
