@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from time import strftime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorafast import _core
 from lorafast._errors import PlanError, VerificationError
@@ -22,7 +22,6 @@ from lorafast._io.sources import (
     require_readers,
 )
 from lorafast._merge.options import ExecutionOptions
-from lorafast._merge.provenance import identify, unique_names
 from lorafast._options import pick
 from lorafast._results import RecordDict, RecordList, RecordTuple, Result, shown, view
 
@@ -350,7 +349,7 @@ class MergePlan(Result):
         notes: list[str],
         fallbacks: dict[str, list[str]],
     ) -> MergeReport:
-        from lorafast._merge.report import MergeReport
+        from lorafast._merge.report import MergeReport, groups_of, sources_of
 
         description = self._description
         return MergeReport(
@@ -375,13 +374,13 @@ class MergePlan(Result):
             versions={"lorafast": _core.__version__},
             adapter_sha256=dict(zip(self.adapters, summary["adapter_sha256"], strict=False)),
             base_header_sha256=summary["base_header_sha256"],
-            groups=_groups(description),
+            groups=groups_of(description),
             warnings=[*self.warnings, *summary["warnings"]],
             notes=[*self.notes, *notes],
             fallbacks=RecordDict(fallbacks),
             side_files=RecordList(summary["side_files"]),
             file_origins=RecordDict(summary["file_origins"]),
-            sources=_sources(self._description, summary),
+            sources=sources_of(self._description, summary),
             rounding=summary["rounding"],
             left_out=RecordList(summary["left_out"]),
             coverage=RecordList(adapter["coverage"] for adapter in description["adapters"]),
@@ -470,32 +469,6 @@ def _renaming_rules(base: Path | ModuleBase) -> str | None:
         return renaming_rules(json.loads(base[1]))
     config = config_of(base)
     return None if config is None else renaming_rules(config)
-
-
-def _sources(description: PlanDescription, summary: Summary) -> list[dict[str, Any]]:
-    """What was merged, by what it is called anywhere, with its revision and its digest."""
-    paths = [description["base"], *(adapter["path"] for adapter in description["adapters"])]
-    names = unique_names(paths)
-    digests: list[str | list[str]] = [summary["base_header_sha256"], *summary["adapter_sha256"]]
-    keys = ["header_sha256", *["sha256"] * len(description["adapters"])]
-    roles = ["base", *(f"adapter {place}" for place in range(len(description["adapters"])))]
-    return [
-        {"role": role, "name": names[path], "revision": identify(path).revision, key: digest}
-        for role, path, key, digest in zip(roles, paths, keys, digests, strict=True)
-    ]
-
-
-def _groups(description: PlanDescription) -> list[dict[str, Any]]:
-    """Counts the updates by adapter, rank, scale and weight."""
-    counts: dict[tuple[int, int, float, float], int] = {}
-    for tensor in description["tensors"]:
-        for update in tensor["updates"]:
-            key = (update["adapter"], update["rank"], update["scale"], update["weight"])
-            counts[key] = counts.get(key, 0) + 1
-    names = ("adapter", "rank", "scale", "weight")
-    return [
-        {**dict(zip(names, key, strict=True)), "modules": counts[key]} for key in sorted(counts)
-    ]
 
 
 # What users see, and what a pickle names.

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lorafast._errors import LorafastError
 from lorafast._io.paths import expand
+from lorafast._merge.provenance import identify, unique_names
 from lorafast._results import Result, shown, view
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Self
 
-    from lorafast._core import Coverage, RoundingLoss
+    from lorafast._core import Coverage, PlanDescription, RoundingLoss, Summary
     from lorafast._types import Source
 
 #: What reading a finished output back, or writing a report beside it, can meet.
@@ -223,6 +224,32 @@ def write_afterwards(report: OutputReport, output: str) -> None:
 def unverified(output: str, error: BaseException) -> str:
     """The warning that a finished output could not be looked at again."""
     return f"{output}: is finished, but could not be verified: {_in_words(error)}"
+
+
+def sources_of(description: PlanDescription, summary: Summary) -> list[dict[str, Any]]:
+    """What was merged, by what it is called anywhere, with its revision and its digest."""
+    paths = [description["base"], *(adapter["path"] for adapter in description["adapters"])]
+    names = unique_names(paths)
+    digests: list[str | list[str]] = [summary["base_header_sha256"], *summary["adapter_sha256"]]
+    keys = ["header_sha256", *["sha256"] * len(description["adapters"])]
+    roles = ["base", *(f"adapter {place}" for place in range(len(description["adapters"])))]
+    return [
+        {"role": role, "name": names[path], "revision": identify(path).revision, key: digest}
+        for role, path, key, digest in zip(roles, paths, keys, digests, strict=True)
+    ]
+
+
+def groups_of(description: PlanDescription) -> list[dict[str, Any]]:
+    """Counts the updates by adapter, rank, scale and weight."""
+    counts: dict[tuple[int, int, float, float], int] = {}
+    for tensor in description["tensors"]:
+        for update in tensor["updates"]:
+            key = (update["adapter"], update["rank"], update["scale"], update["weight"])
+            counts[key] = counts.get(key, 0) + 1
+    names = ("adapter", "rank", "scale", "weight")
+    return [
+        {**dict(zip(names, key, strict=True)), "modules": counts[key]} for key in sorted(counts)
+    ]
 
 
 def unmeasured(output: str, error: BaseException) -> str:
