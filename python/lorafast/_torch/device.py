@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -128,6 +128,14 @@ def host_buffer(
             if not ran_out(error):
                 raise
     return torch.empty(size, dtype=dtype, device="cpu")
+
+
+def stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a CUDA device."""
+    import torch
+
+    make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+    return make(device)
 
 
 def describe(device: torch.device) -> str:

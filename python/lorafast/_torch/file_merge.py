@@ -8,17 +8,24 @@ that is no product: copies, casts, and what stays with it, tensor by tensor.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorafast._torch.device import describe, exact_products, host_buffer, ran_out, torch_dtype
+from lorafast._torch.device import (
+    describe,
+    exact_products,
+    host_buffer,
+    ran_out,
+    stream,
+    torch_dtype,
+)
 from lorafast._torch.memory import building_bytes, workspace_bytes
 from lorafast._torch.program import Program, rounds_once
-from lorafast._torch.tiles import Place, Rows, Slot, Tile, Work
+from lorafast._torch.rest import Rest
+from lorafast._torch.tiles import EXACT_BYTES, Place, Rows, Slot, Tile, Work, tiles_of
 
 if TYPE_CHECKING:
     import os
@@ -36,11 +43,6 @@ TILE_BYTES = {"cuda": 32 << 20, "cpu": 1 << 20}
 TILES = 6
 #: Of the device's free memory, where no bound is given.
 SHARE_OF_MEMORY = 0.8
-#: Of the tiles of a run of rows with the same updates, every so many has its first row measured
-#: for what rounding takes away; as the core has it, whose tiles are smaller.
-MEASURED = 16
-#: Bytes of a value before it is rounded, as it is measured.
-EXACT_BYTES = 4
 #: How often the main thread looks at the progress of the CPU's part, in seconds.
 STEP = 0.05
 
@@ -60,10 +62,6 @@ class Outcome:
     device: str
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
     tile_bytes: int = 0
-
-
-class _Stopped(Exception):  # noqa: N818 (it never leaves this module)
-    """Ends the CPU's part."""
 
 
 def execute(
@@ -112,14 +110,6 @@ def _place(tensor: _core.ChangedTensor) -> Place:
     return tensor["place"]
 
 
-def stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of a CUDA device."""
-    import torch
-
-    make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
-    return make(device)
-
-
 class _Merge:
     def __init__(
         self,
@@ -154,9 +144,8 @@ class _Merge:
             else:
                 self.fallbacks.setdefault(reason, []).append(tensor["name"])
         self.again: set[Place] = set()
-        self.rest_done = self.written = 0
-        self.stop = False
-        self.rest_error: BaseException | None = None
+        self.rest = Rest(execution, {_place(tensor) for tensor in self.tensors})
+        self.written = 0
         workers = 4 if threads is None else max(1, min(4, threads))
         self.readers = ThreadPoolExecutor(workers, "lorafast-read")
         self.writers = ThreadPoolExecutor(workers, "lorafast-write")
@@ -168,7 +157,7 @@ class _Merge:
 
     def run(self) -> None:
         self._prove_rounding()
-        rest = threading.Thread(target=self._run_rest, name="lorafast-rest")
+        rest = self.rest
         rest.start()
         try:
             for tile, slot in self._read(self._all_tiles()):
@@ -180,11 +169,8 @@ class _Merge:
                 rest.join(STEP)
                 self._report()
             self._check_rest()
-        except BaseException:
-            self.stop = True
-            raise
         finally:
-            self.stop = self.stop or rest.is_alive()
+            rest.stop()
             self.readers.shutdown(wait=True, cancel_futures=True)
             self.writers.shutdown(wait=True, cancel_futures=True)
             rest.join()
@@ -208,27 +194,13 @@ class _Merge:
                 if not ran_out(error):
                     raise
 
-    def _run_rest(self) -> None:
-        def report(done: int, total: int) -> None:
-            if self.stop:
-                raise _Stopped
-            self.rest_done = done
-
-        places = {_place(tensor) for tensor in self.tensors}
-        try:
-            self.execution.run(places, progress=report)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self.rest_error = error
-
     def _check_rest(self) -> None:
-        if self.rest_error is not None:
-            raise self.rest_error
+        if self.rest.error is not None:
+            raise self.rest.error
 
     def _report(self) -> None:
         if self.progress is not None:
-            self.progress(min(self.rest_done + self.written, self.total), self.total)
+            self.progress(min(self.rest.done + self.written, self.total), self.total)
 
     def _with_updates(self) -> Iterator[tuple[_core.ChangedTensor, list[_core.Operands]]]:
         """Every tensor with its updates, those of the next one being read meanwhile."""
@@ -331,7 +303,7 @@ class _Merge:
         # Half is for programs, of which there are several, or one that takes more.
         left = min(self.memory // 2, self.memory - work.program.bytes)
         if work.is_measured:
-            left -= TILES * work.columns * EXACT_BYTES
+            left -= TILES * work.exact_bytes
         # Each tile on its way may be on the device, and one of them is worked on.
         of_row = TILES * (work.read_bytes + work.written_bytes)
         of_row += work.columns * work.program.work_size
@@ -339,14 +311,8 @@ class _Merge:
         return int(max(0, min(most, work.tensor["rows"])))
 
     def _tiles(self, work: Work) -> Iterator[Tile]:
-        for start, end in work.tensor["segments"]:
-            first, number = start, 0
-            while first < end:
-                # Memory may have run out since.
-                rows = min(work.rows, max(1, self.limit // work.read_bytes), end - first)
-                measured = work.is_measured and number % MEASURED == 0
-                yield Tile(work, first, rows, measured)
-                first, number = first + rows, number + 1
+        # Memory may run out on the way.
+        return tiles_of(work, lambda: min(work.rows, max(1, self.limit // work.read_bytes)))
 
     def _slot(self, source: int, target: int, exact: int) -> Slot:
         """Free buffers of at least so many bytes; waits for a tile to be written if need be."""
@@ -384,7 +350,7 @@ class _Merge:
             if tile is None:
                 continue
             size = tile.rows * tile.work.read_bytes
-            exact = tile.work.columns * EXACT_BYTES if tile.measured else 0
+            exact = tile.work.exact_bytes if tile.measured else 0
             slot = self._slot(size, tile.rows * tile.work.written_bytes, exact)
             buffer = slot.source[:size].numpy()
             read = self.readers.submit(self.execution.read_rows, tile.place, tile.first, buffer)
@@ -451,7 +417,7 @@ class _Merge:
                 continue
             result, good, exact = made
             if exact is not None:
-                self._download(exact, slot.exact[: work.columns * EXACT_BYTES].view(exact.dtype))
+                self._download(exact, slot.exact[: work.exact_bytes].view(exact.dtype))
             finite = good if finite is None else finite & good
             self._download(result, target[start:end])
             self.tile_bytes = max(self.tile_bytes, (end - start) * work.read_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
     import torch
 
     from lorafast import _core
+
+#: Of the tiles of a run of rows with the same updates, every so many has its first row measured
+#: for what rounding takes away; as the core has it, whose tiles are smaller.
+MEASURED = 16
+#: Bytes of a value before it is rounded, as it is measured.
+EXACT_BYTES = 4
 
 Place = tuple[int, int]
 
@@ -62,6 +69,11 @@ class Work:
         return self.columns * self.output.itemsize
 
     @property
+    def exact_bytes(self) -> int:
+        """Of a row before it is rounded."""
+        return self.columns * EXACT_BYTES
+
+    @property
     def is_measured(self) -> bool:
         """Whether what rounding takes away is measured, as the core does for 16 bits."""
         return self.output.itemsize == 2
@@ -78,6 +90,21 @@ class Tile:
     @property
     def place(self) -> Place:
         return self.work.place
+
+
+def tiles_of(work: Work, most: Callable[[], int]) -> Iterator[Tile]:
+    """The tiles of a tensor, none of which lies in two of its segments.
+
+    Args:
+        work: the tensor.
+        most: the rows of the next tile, at most.
+    """
+    for start, end in work.tensor["segments"]:
+        first, number = start, 0
+        while first < end:
+            rows = min(most(), end - first)
+            yield Tile(work, first, rows, work.is_measured and number % MEASURED == 0)
+            first, number = first + rows, number + 1
 
 
 @dataclass
