@@ -341,16 +341,22 @@ impl Adapter {
         &self.contents.summary
     }
 
-    /// The same adapter with its modules under other names.
-    pub fn with_modules(&self, modules: IndexMap<String, Module>, grammar: Grammar) -> Self {
+    /// The same adapter with its modules and parameters under other names.
+    pub fn renamed(
+        &self,
+        modules: IndexMap<String, Module>,
+        saved: Vec<Saved>,
+        rows: Vec<TrainedRows>,
+        grammar: Grammar,
+    ) -> Self {
         let contents = &self.contents;
         Self::new(Contents {
             path: contents.path.clone(),
             format: contents.format,
             file: contents.file.clone(),
             modules,
-            saved: contents.saved.clone(),
-            rows: contents.rows.clone(),
+            saved,
+            rows,
             others: contents.others.clone(),
             notes: contents.notes.clone(),
             semantics: contents.semantics.clone(),

@@ -42,7 +42,7 @@ pub use value::{
 /// a file changed meanwhile, or [`Error::Io`].
 pub fn names_fit(inputs: &Inputs, task: &Task) -> Result<bool> {
     let options = Options::default();
-    let named = named_like_the_base(inputs);
+    let named = named_like_the_base(inputs)?;
     let inputs = named.as_ref().unwrap_or(inputs);
     let context = Context::new(inputs, &options, task)?;
     for adapter in &inputs.adapters {
@@ -73,7 +73,7 @@ impl Plan {
         if options.subtract {
             weights.iter_mut().for_each(|weight| *weight = -*weight);
         }
-        let named = named_like_the_base(inputs);
+        let named = named_like_the_base(inputs)?;
         let inputs = named.as_ref().unwrap_or(inputs);
         refuse_obstacles(inputs, &options.allow)?;
         let repeats = |adapter: &Arc<Adapter>| adapter.semantics().layer_replication.is_some();
@@ -151,17 +151,19 @@ impl Plan {
 
 /// The inputs with adapters whose names are flattened under the base's names; `None` where all are
 /// dotted.
-fn named_like_the_base(inputs: &Inputs) -> Option<Inputs> {
+fn named_like_the_base(inputs: &Inputs) -> Result<Option<Inputs>> {
     let mut changed = false;
-    let resolve = |adapter: &Arc<Adapter>| match grammar::resolve(adapter, &inputs.base) {
-        Some(named) => {
-            changed = true;
-            Arc::new(named)
-        }
-        None => adapter.clone(),
-    };
-    let adapters = inputs.adapters.iter().map(resolve).collect();
-    changed.then(|| Inputs { base: inputs.base.clone(), adapters })
+    let mut adapters = Vec::with_capacity(inputs.adapters.len());
+    for adapter in &inputs.adapters {
+        adapters.push(match grammar::resolve(adapter, &inputs.base)? {
+            Some(named) => {
+                changed = true;
+                Arc::new(named)
+            }
+            None => adapter.clone(),
+        });
+    }
+    Ok(changed.then(|| Inputs { base: inputs.base.clone(), adapters }))
 }
 
 /// Why nothing fits, where the base is no model or was saved without its values.

@@ -1,5 +1,7 @@
 //! Flattened names of modules, brought to the base's: `a_b_c` is whichever of its modules has these
-//! letters once its dots are underscores.
+//! letters once its dots are underscores. Of a base that is a diffusion model, names of its components.
+
+mod components;
 
 use std::collections::HashMap;
 
@@ -7,6 +9,8 @@ use indexmap::IndexMap;
 
 use super::{Adapter, Grammar, Module};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::names::diffusion::DiffusionNames;
+use crate::error::Result;
 
 /// What may stand before a flattened name: the component that was trained.
 const PREFIXES: [&str; 11] = [
@@ -29,9 +33,15 @@ const DEPTH: usize = 3;
 
 /// An adapter whose modules have the base's names; `None` where they are dotted as they are. What
 /// the base does not have keeps its name, and then fits nothing.
-pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Option<Adapter> {
+///
+/// # Errors
+/// [`crate::Error::Adapter`] where names fit in several ways, or are one module twice.
+pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Result<Option<Adapter>> {
+    if let Some(names) = DiffusionNames::of(base) {
+        return components::resolve(adapter, &names);
+    }
     if adapter.grammar() == Grammar::Dotted {
-        return None;
+        return Ok(None);
     }
     let schemes = schemes(base);
     let flattened = adapter.modules().values().map(|module| module.path.as_str());
@@ -57,7 +67,8 @@ pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Option<Adapter> {
         let path = path_of(names).unwrap_or(path).to_owned();
         modules.insert(key.clone(), Module { path, ..module.clone() });
     }
-    Some(adapter.with_modules(modules, Grammar::Dotted))
+    let (saved, rows) = (adapter.saved().to_vec(), adapter.trained_rows().to_vec());
+    Ok(Some(adapter.renamed(modules, saved, rows, Grammar::Dotted)))
 }
 
 /// The base's modules by their flattened names; `None` where two of them flatten alike.

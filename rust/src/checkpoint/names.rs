@@ -1,6 +1,7 @@
 //! Names of parameters: an adapter's and a base's, brought together.
 
 pub mod common;
+pub mod diffusion;
 pub mod endings;
 pub mod orientation;
 pub mod prefix;

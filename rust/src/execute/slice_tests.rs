@@ -118,7 +118,7 @@ fn with_experts(inputs: Inputs) -> Inputs {
         let (a, b, shared) = (a.clone(), b.clone(), Arc::default());
         module.delta = Arc::new(Experts { a, b, shared });
     }
-    let adapters = vec![Arc::new(plain.with_modules(modules, plain.grammar()))];
+    let adapters = vec![Arc::new(plain.renamed(modules, Vec::new(), Vec::new(), plain.grammar()))];
     Inputs { adapters, ..inputs }
 }
 

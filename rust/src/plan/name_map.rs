@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::adapter::Adapter;
 use crate::adapter::Expert;
+use crate::checkpoint::names::diffusion::Lie;
 use crate::checkpoint::names::prefix::PrefixChange;
 use crate::checkpoint::names::renames::{IndexedTensor, NameIndex, SliceIndex};
 
@@ -31,6 +32,8 @@ struct AdapterSlice {
 pub(super) enum ParameterLocation {
     /// In a tensor of its own.
     Tensor(String),
+    /// In a tensor of its own, whose rows lie otherwise.
+    Otherwise { tensor: String, lie: Lie },
     /// In slices, each a tensor.
     Slices(Vec<StoredSlice>),
     /// With others in one tensor, in whole rows of it.
@@ -59,6 +62,10 @@ impl<'a> NameMap<'a> {
         match self.locate(parameter)? {
             Some(ParameterLocation::Tensor(name)) => Ok(Some(name)),
             None => Ok(self.prefix.apply(parameter)),
+            Some(ParameterLocation::Otherwise { tensor, .. }) => Err(format!(
+                "its {parameter} is {tensor} in the base with its rows in another order, which this \
+                 cannot be brought to"
+            )),
             Some(ParameterLocation::Slices(slices)) => Err(format!(
                 "its {parameter} is stored in {} pieces in the base ({} and others), into which \
                  this cannot be cut; merge with PEFT",
@@ -137,7 +144,16 @@ impl<'a> NameMap<'a> {
         };
         match (stored.iter().filter(is_same).collect::<Vec<_>>().as_slice(), stored) {
             ([one], _) if stored.len() == 1 || canonical.slice.is_some() => {
-                Ok(Some(ParameterLocation::Tensor(one.name.clone())))
+                let tensor = one.name.clone();
+                // What is done twice is undone.
+                let lie = match (one.lie, canonical.lie) {
+                    (one, other) if one == other => Lie::Same,
+                    (Lie::Same, lie) | (lie, _) => lie,
+                };
+                Ok(Some(match lie {
+                    Lie::Same => ParameterLocation::Tensor(tensor),
+                    lie => ParameterLocation::Otherwise { tensor, lie },
+                }))
             }
             (_, []) => Ok(None),
             ([], [one]) if one.slice.is_none() => {

@@ -8,6 +8,7 @@ use super::family::Identity;
 use super::layout::{Layout, Part};
 use crate::adapter::grammar;
 use crate::checkpoint::names::common::{self, CommonName, CommonNames};
+use crate::checkpoint::names::renames::SliceIndex;
 use crate::error::Result;
 use crate::parallel::task::Task;
 
@@ -109,7 +110,7 @@ impl Parameter {
     pub fn of(named: &Named) -> Self {
         let mut slots = vec![None; named.slots()];
         slots[named.slot()] = Some(named.shape);
-        let is_equal = named.name.slice.as_ref().is_some_and(|slice| slice.equal);
+        let is_equal = named.name.slice.as_ref().is_some_and(SliceIndex::are_equal);
         let (is_stacked, transposes) = (named.is_stacked, named.transposes);
         Self { slots, is_equal, is_stacked, transposes }
     }

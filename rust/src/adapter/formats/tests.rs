@@ -77,7 +77,7 @@ fn peft_to_kohya_and_back_adds_the_same() {
     let flat = Adapter::open(&file).expect("sound");
     assert_eq!(flat.format(), "kohya");
     assert!(flat.modules().contains_key("lora_unet_model_layers_0_q_proj"));
-    let named = grammar::resolve(&flat, &base).expect("flattened");
+    let named = grammar::resolve(&flat, &base).expect("fits").expect("flattened");
     assert_eq!(updates(&named), updates(&adapter));
     let flattened = Peft.write(&flat, &root.join("third"), &as_it_is()).expect_err("no dots");
     assert!(flattened.to_string().contains("give the base"), "{flattened}");

@@ -52,7 +52,7 @@ pub fn as_it_stands(parameter: &str) -> CommonName {
 
 fn common(parameter: &str) -> CommonName {
     let unwrapped = wrappers::strip(parameter);
-    let Canonical { name, slice, obstacle } = RENAMES.canonical(&unwrapped);
+    let Canonical { name, slice, obstacle, .. } = RENAMES.canonical(&unwrapped);
     // What cannot be followed has its own name.
     let (full, slice) =
         if obstacle.is_none() { (name, slice) } else { (unwrapped.into_owned(), None) };

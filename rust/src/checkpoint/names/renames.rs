@@ -10,11 +10,15 @@
 mod families;
 mod index;
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use fancy_regex::{Regex, RegexBuilder, escape};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::names::diffusion::{DiffusionNames, Lie};
 use crate::error::{Error, Result};
 use crate::limits;
 
@@ -75,8 +79,15 @@ pub struct SliceIndex {
     pub slot: usize,
     /// How many such parts there are.
     pub slots: usize,
-    /// Whether they are of one size.
-    pub equal: bool,
+    /// Which of them are of one size among themselves.
+    pub alike: Range<usize>,
+}
+
+impl SliceIndex {
+    /// Whether all parts are of one size.
+    pub fn are_equal(&self) -> bool {
+        self.alike == (0..self.slots)
+    }
 }
 
 /// A name that all names of a parameter come to.
@@ -86,13 +97,24 @@ pub struct Canonical {
     pub name: String,
     /// Which slice of that tensor the parameter is; all of it, if none.
     pub slice: Option<SliceIndex>,
+    /// How its rows lie to those of that tensor.
+    pub lie: Lie,
     /// What is done to the parameter that is no renaming and no cutting into rows.
     pub obstacle: Option<String>,
+}
+
+impl Canonical {
+    /// A name that is the canonical one.
+    pub fn same(name: String) -> Self {
+        Self { name, slice: None, lie: Lie::Same, obstacle: None }
+    }
 }
 
 /// The rules of one base, ready for use.
 #[derive(Debug, Clone, Default)]
 pub struct Renames {
+    /// Of a base that is a diffusion model: the names of its parameters.
+    diffusion: Option<Arc<DiffusionNames>>,
     renamings: Vec<Renaming>,
     conversions: Vec<Conversion>,
 }
@@ -119,8 +141,12 @@ struct Conversion {
 }
 
 impl Renames {
-    /// The built-in rules for a base: those of its config's model type and of the models within it.
+    /// The built-in rules for a base: those of its config's model type and of the models within it, or
+    /// the names of a diffusion model's components.
     pub fn built_in(base: &Checkpoint) -> Option<Self> {
+        if let Some(names) = DiffusionNames::of(base) {
+            return Some(Self { diffusion: Some(Arc::new(names)), ..Self::default() });
+        }
         let mut types = Vec::new();
         collect_types(base.config()?, &mut types);
         let mut rules = Vec::new();
@@ -188,7 +214,13 @@ impl Renames {
     pub fn canonical(&self, parameter: &str) -> Canonical {
         let mut name = parameter.to_owned();
         let mut obstacle = None;
-        let unknown = |name| Canonical { name, slice: None, obstacle: Some(TOO_LONG.to_owned()) };
+        if let Some(diffusion) = &self.diffusion
+            && let Some(known) = diffusion.canonical(parameter)
+        {
+            return known.clone();
+        }
+        let unknown =
+            |name| Canonical { obstacle: Some(TOO_LONG.to_owned()), ..Canonical::same(name) };
         for renaming in &self.renamings {
             match renaming.source.replace(&name, &renaming.target) {
                 Ok(None) => {}
@@ -208,10 +240,10 @@ impl Renames {
                 };
                 let slice = slice.clone().map(|slice| SliceIndex { expert, ..slice });
                 let obstacle = obstacle.or_else(|| conversion.obstacle.clone());
-                return Canonical { name: renamed, slice, obstacle };
+                return Canonical { name: renamed, slice, lie: Lie::Same, obstacle };
             }
         }
-        Canonical { name, slice: None, obstacle }
+        Canonical { obstacle, ..Canonical::same(name) }
     }
 }
 
@@ -282,7 +314,10 @@ fn conversion(rule: &Rule) -> Result<Conversion> {
     };
     let numbered = |source: &String| source.replacen("*.", r"(?<expert>\d+)\.", 1);
     let slots = |count, equal| {
-        (0..count).map(move |slot| Some(SliceIndex { expert: None, slot, slots: count, equal }))
+        let alike = if equal { 0..count } else { 0..0 };
+        (0..count).map(move |slot| {
+            Some(SliceIndex { expert: None, slot, slots: count, alike: alike.clone() })
+        })
     };
     let patterns = |sources: Vec<String>, slices: Vec<Option<SliceIndex>>| {
         let patterns = sources.iter().map(|source| pattern(source, &rule.prefixes));

@@ -26,7 +26,7 @@ pub(super) fn find_weights<'a>(
     base: &Checkpoint,
     task: &Task,
 ) -> Result<Weights<'a>> {
-    let resolved = grammar::resolve(adapter, base);
+    let resolved = grammar::resolve(adapter, base)?;
     let named = resolved.as_ref().unwrap_or(adapter);
     // The parameters of experts are no modules' weights.
     let of_weights = |(_, module): &(&String, &Module)| module.parameters.is_empty();

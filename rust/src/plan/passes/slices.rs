@@ -7,6 +7,7 @@ use super::checks::{refuse_integers, refuse_subtracting, residual_of};
 use super::quantized;
 use super::targets::TargetedModule;
 use crate::adapter::{LayerKind, Module, Saved};
+use crate::checkpoint::names::diffusion::Lie;
 use crate::checkpoint::names::renames::SliceIndex;
 use crate::plan::context::AdapterContext;
 use crate::plan::draft::TensorChanges;
@@ -146,6 +147,14 @@ fn row_copies(
     let shape = &saved.tensor.shape;
     match location {
         ParameterLocation::Tensor(_) => Ok(Vec::new()),
+        ParameterLocation::Otherwise { tensor, lie: Lie::HalvesSwapped } => {
+            let copy = |(from, to)| RowCopy { tensor: tensor.clone(), from, to };
+            Ok(swapped_halves(rows_or_elements(shape))?.into_iter().map(copy).collect())
+        }
+        ParameterLocation::Otherwise { tensor, .. } => Err(format!(
+            "its tensor {} replaces {tensor}, which is its transpose in the base",
+            saved.tensor.name
+        )),
         ParameterLocation::Slices(slices) => {
             let height = slices.iter().map(|slice| slice.rows.end).max().unwrap_or(0);
             let experts = slices.iter().filter_map(|slice| slice.expert).next();
@@ -194,6 +203,15 @@ fn fits(saved: &Saved, stored: &TensorInfo, from: &Range<u64>, to: &Range<u64>) 
     same_width && saved.tensor.dtype.is_mergeable() && within && same_height
 }
 
+/// Where each half of that many rows goes, if the halves change places.
+fn swapped_halves(rows: u64) -> Result<[(Range<u64>, Range<u64>); 2], String> {
+    let half = rows / 2;
+    if half * 2 != rows {
+        return Err(format!("has {rows} rows where two halves of equal size change places"));
+    }
+    Ok([(0..half, half..rows), (half..rows, 0..half)])
+}
+
 /// A slice of a module's product on a stored tensor, and whether it lies transposed there.
 struct PlacedProduct {
     tensor: String,
@@ -212,6 +230,27 @@ fn place_product(
     match location {
         ParameterLocation::Tensor(tensor) => {
             Ok(vec![PlacedProduct { tensor, slice: Slice::default(), transposed: false }])
+        }
+        ParameterLocation::Otherwise { tensor, lie: Lie::HalvesSwapped } => {
+            let columns = columns(adapter, &tensor);
+            let rows = adapter.plan.source(&tensor).map_or(0, |found| rows_of(&found.shape));
+            if (outputs, inputs) != (rows, columns) {
+                return Err(misfit(module, &tensor, (rows, columns)));
+            }
+            let placed = |(from, to)| PlacedProduct {
+                tensor: tensor.clone(),
+                slice: Slice { outputs: Some(from), rows: Some(to), ..Slice::default() },
+                transposed: false,
+            };
+            Ok(swapped_halves(outputs)?.into_iter().map(placed).collect())
+        }
+        ParameterLocation::Otherwise { tensor, .. } => {
+            let shape = adapter.plan.source(&tensor).map_or(&[][..], |found| &found.shape);
+            if shape != [inputs, outputs] {
+                let stored = (shape.first().copied().unwrap_or(0), columns(adapter, &tensor));
+                return Err(misfit(module, &tensor, stored));
+            }
+            Ok(vec![PlacedProduct { tensor, slice: Slice::default(), transposed: true }])
         }
         ParameterLocation::Slices(slices) => {
             let transposed = target.layout == Some(ExpertLayout::Transposed);
@@ -262,6 +301,14 @@ fn place_bias(adapter: &AdapterContext<'_>, module: &Module) -> Result<Vec<Place
         Some(ParameterLocation::Tensor(tensor)) => {
             vec![PlacedBias { tensor, slice: Slice::default() }]
         }
+        Some(ParameterLocation::Otherwise { tensor, lie: Lie::HalvesSwapped }) => {
+            let placed = |(from, to)| PlacedBias {
+                tensor: tensor.clone(),
+                slice: Slice { outputs: Some(from), rows: Some(to), ..Slice::default() },
+            };
+            swapped_halves(outputs)?.into_iter().map(placed).collect()
+        }
+        Some(ParameterLocation::Otherwise { .. }) => Vec::new(),
         Some(ParameterLocation::Slices(slices)) => {
             let end = slices.iter().map(|slice| slice.rows.end).max();
             let cut = |stored: StoredSlice| {
@@ -339,11 +386,19 @@ fn rows_of_slice(
     if slots == 1 {
         return Ok(0..height);
     }
-    if slice.equal || outputs * slots == height {
+    if slice.are_equal() || outputs * slots == height {
         return Ok(slot * height / slots..(slot + 1) * height / slots);
     }
     // Slices of several sizes: the adapter's own modules have them, if it has all of them.
-    let heights = adapter.names.own_heights(adapter.adapter, parameter, slice.slots);
+    let mut heights = adapter.names.own_heights(adapter.adapter, parameter, slice.slots);
+    if !slice.alike.is_empty() {
+        heights[slice.slot] = Some(outputs);
+        let alike = heights[slice.alike.clone()].iter().copied().flatten().next();
+        heights[slice.alike.clone()].fill(alike);
+        if let Some(rows) = rows_of_some(&heights, slice.slot, height) {
+            return Ok(rows);
+        }
+    }
     match heights.into_iter().collect::<Option<Vec<_>>>() {
         Some(heights) if heights.iter().sum::<u64>() == height => {
             let start = heights[..slice.slot].iter().sum::<u64>();
@@ -354,6 +409,20 @@ fn rows_of_slice(
              tells the sizes of the others; merge with PEFT"
         )),
     }
+}
+
+/// The rows of a part of which the size is known, where those of all parts before it are, or of all
+/// parts behind it.
+fn rows_of_some(heights: &[Option<u64>], slot: usize, height: u64) -> Option<Range<u64>> {
+    let own = heights[slot]?;
+    let sum = |parts: &[Option<u64>]| parts.iter().copied().sum::<Option<u64>>();
+    let start = match (sum(heights), sum(&heights[..slot]), sum(&heights[slot..])) {
+        (Some(all), ..) if all != height => return None,
+        (_, Some(before), _) => before,
+        (_, _, Some(from)) => height.checked_sub(from)?,
+        _ => return None,
+    };
+    (start + own <= height).then_some(start..start + own)
 }
 
 fn misfit(module: &Module, tensor: &str, (rows, columns): (u64, u64)) -> String {

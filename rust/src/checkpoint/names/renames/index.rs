@@ -8,6 +8,7 @@ use indexmap::IndexMap;
 
 use super::{Canonical, Renames, SliceIndex};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::names::diffusion::Lie;
 use crate::checkpoint::names::endings::Backwards;
 use crate::checkpoint::names::towers::TextTower;
 use crate::error::Result;
@@ -21,6 +22,8 @@ pub struct IndexedTensor {
     pub name: String,
     /// Which slice of the canonical tensor it is.
     pub slice: Option<SliceIndex>,
+    /// How its rows lie to those of the canonical tensor.
+    pub lie: Lie,
     /// Why no update can be followed to it.
     pub obstacle: Option<String>,
 }
@@ -56,8 +59,8 @@ impl<'a> NameIndex<'a> {
         let mut tensors = IndexMap::<String, Vec<IndexedTensor>>::new();
         for name in base.tensors().keys() {
             task.check()?;
-            let Canonical { name: canonical, slice, obstacle } = renames.canonical(name);
-            let stored = IndexedTensor { name: name.clone(), slice, obstacle };
+            let Canonical { name: canonical, slice, lie, obstacle } = renames.canonical(name);
+            let stored = IndexedTensor { name: name.clone(), slice, lie, obstacle };
             tensors.entry(canonical).or_default().push(stored);
         }
         let renamed = Some(Renamed { renames, tensors });
@@ -78,7 +81,7 @@ impl<'a> NameIndex<'a> {
     pub fn canonical(&self, parameter: &str) -> Canonical {
         match &self.renamed {
             Some(renamed) => renamed.renames.canonical(parameter),
-            None => Canonical { name: parameter.to_owned(), slice: None, obstacle: None },
+            None => Canonical::same(parameter.to_owned()),
         }
     }
 
@@ -155,7 +158,7 @@ impl<'a> NameIndex<'a> {
         match &self.renamed {
             None => self.base.tensor(canonical).map(|tensor| tensor.name.as_str()),
             Some(_) => match self.stored(canonical) {
-                [IndexedTensor { name, slice: None, obstacle: None }] => Some(name),
+                [IndexedTensor { name, slice: None, lie: Lie::Same, obstacle: None }] => Some(name),
                 _ => None,
             },
         }
@@ -173,8 +176,12 @@ impl<'a> NameIndex<'a> {
             return self.base.tensor(canonical).map(|tensor| tensor.shape.clone());
         }
         let stored = self.stored(canonical);
-        if let [IndexedTensor { name, slice: None, .. }] = stored {
-            return self.base.tensor(name).map(|tensor| tensor.shape.clone());
+        if let [IndexedTensor { name, slice: None, lie, .. }] = stored {
+            let mut shape = self.base.tensor(name)?.shape.clone();
+            if *lie == Lie::Transposed {
+                shape.reverse();
+            }
+            return Some(shape);
         }
         self.heights(canonical).and_then(|heights| {
             let first = self.base.tensor(&stored[0].name)?;
