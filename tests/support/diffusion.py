@@ -151,12 +151,9 @@ def in_the_authors_names(family: str, tensors: dict[str, Array]) -> dict[str, Ar
     parts: dict[str, dict[int, Array]] = {}
     for name, value in tensors.items():
         theirs, slot, _, lie = original_name(family, name, last)
-        if lie == "swap":
-            value = np.concatenate([value[len(value) // 2 :], value[: len(value) // 2]])
-        parts.setdefault(theirs, {})[slot] = value
+        half = len(value) // 2 if lie == "swap" else 0
+        parts.setdefault(theirs, {})[slot] = np.roll(value, half, axis=0)
     return {
         name: np.concatenate([found[slot] for slot in sorted(found)])
-        if len(found) > 1
-        else found[0]
         for name, found in parts.items()
     }
