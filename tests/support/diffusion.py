@@ -99,8 +99,8 @@ def converted(family: str, tensors: dict[str, Array]) -> dict[str, Array]:
     convert = getattr(converters, FAMILIES[family][2])
     given = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
     if family == "sana":
-        # A table that diffusers makes itself, and takes out of every checkpoint.
-        given["pos_embed"] = torch.zeros(1)
+        # What diffusers takes out of every checkpoint.
+        given |= {name: torch.zeros(1) for name in ("pos_embed", "y_embedder.y_embedding")}
     found = convert(given)
     return {name: value.numpy() for name, value in found.items()}
 
