@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lorafast
 import pytest
+from lorafast._cli.main import main
 from support.handmade import adapter_tensors, make_adapter, make_base
 
 
@@ -76,3 +77,54 @@ def test_the_tensors_of_a_plan(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(plan.tensors)) == plan.tensors
     with pytest.raises(AttributeError):
         update.rank = 1  # type: ignore[misc]  # wrong on purpose
+
+
+def refused(path: Path) -> str:
+    """What is said of a directory that is neither a checkpoint nor an adapter."""
+    with pytest.raises(lorafast.CheckpointError) as caught:
+        lorafast.inspect(path)
+    return str(caught.value)
+
+
+def test_a_folder_of_adapters_names_some_and_points_to_scan(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    make_adapter(runs / "a")
+    said = refused(runs)
+    assert said == (
+        f"{runs}: holds no weights itself, but 1 adapter lies below it (a); give it, or see all "
+        "with `lorafast scan`"
+    )
+    for name in "bcde":
+        make_adapter(runs / name)
+    assert "5 adapters lie below it (a, b, c, …); give one of them" in refused(runs)
+    # Scan finds them at any depth, and hidden ones nowhere.
+    make_adapter(runs / ".cache" / "f")
+    assert "5 adapters lie below it (runs/a, runs/b, runs/c, …)" in refused(tmp_path)
+    (runs / "notes.txt").write_text("all of them\n")
+    assert "5 adapters lie below it" in refused(runs)
+
+
+def test_of_other_folders_the_core_knows_more(tmp_path: Path) -> None:
+    assert "an empty directory" in refused(tmp_path)
+    for step in (500, 1000):
+        make_adapter(tmp_path / "run" / f"checkpoint-{step}")
+    assert "such as checkpoint-1000" in refused(tmp_path / "run")
+    for name in ("one", "two"):
+        make_adapter(make_base(tmp_path / "models" / name) / "adapter")
+    assert "its folders are: 2 models" in refused(tmp_path / "models")
+    # A broken checkpoint is told of, whatever lies beside its weights.
+    model = make_base(tmp_path / "model")
+    make_adapter(model / "adapter")
+    (model / "model.safetensors").write_bytes(b"none")
+    assert "adapters lie below" not in refused(model)
+
+
+def test_the_command_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        make_adapter(tmp_path / name)
+    assert main(["inspect", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 adapters lie below it (a, b); give one of them" in line
+    assert line.endswith("`lorafast scan`")

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import TYPE_CHECKING
 
 from lorafast import _core
-from lorafast._io.sources import BASE_PATTERNS, core_source, is_adapter, locate
+from lorafast._errors import CheckpointError
+from lorafast._io.paths import is_directory
+from lorafast._io.sources import (
+    BASE_PATTERNS,
+    CONFIG,
+    PICKLED_WEIGHTS,
+    PICKLES,
+    WEIGHTS,
+    core_source,
+    is_adapter,
+    locate,
+)
 from lorafast._merge.listing import AdapterListing, CheckpointListing
+from lorafast._words import agree, plural
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lorafast._types import Source
+
+#: Levels below a directory, and directories, that are looked into for adapters.
+MOST_LEVELS, MOST_LOOKED_INTO = 3, 1000
+#: Adapters that a message names.
+MOST_NAMED = 3
+#: What trainers call the directories of a run, which the core knows.
+OF_A_RUN = re.compile(r"checkpoint[-_]\d+")
 
 
 def inspect(path: Source) -> CheckpointListing | AdapterListing:
@@ -33,10 +56,73 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
 
     Raises:
         FileNotFoundError: the path is not there.
-        CheckpointError: the checkpoint is broken.
+        CheckpointError: the checkpoint is broken, or the directory holds no weights itself; where
+            adapters lie below it, the message names some.
         AdapterError: the adapter is broken or of a type that cannot be read.
     """
     local = locate(path, BASE_PATTERNS)
     if not is_adapter(local):
-        return CheckpointListing(_core.list_checkpoint(local))
+        try:
+            return CheckpointListing(_core.list_checkpoint(local))
+        except CheckpointError as error:
+            said = _adapters_below(local)
+            if said is None:
+                raise
+            raise CheckpointError(f"{local}: {said}") from error
     return AdapterListing(_core.list_adapter(core_source(local)))
+
+
+def _adapters_below(directory: Path) -> str | None:
+    """That adapters lie below a directory, which has no weights of its own, as a message about it.
+
+    Nothing is said of the directory of a training run: the core knows which of its checkpoints is
+    the last.
+    """
+    if not is_directory(directory):
+        return None
+    if any(path.suffix in {*PICKLES, ".safetensors"} for path in directory.iterdir()):
+        return None
+    found, is_all = _find_adapters(directory)
+    if not found or all(OF_A_RUN.fullmatch(name) for name in found):
+        return None
+    named = ", ".join(found[:MOST_NAMED]) + (", …" if len(found) > MOST_NAMED else "")
+    how_many = plural(len(found), "adapter") if is_all else f"more than {len(found):,} adapters"
+    count = len(found) if is_all else len(found) + 1
+    below = f"{how_many} {agree(count, 'lies', 'lie')} below it ({named})"
+    return (
+        f"holds no weights itself, but {below}; "
+        f"give {agree(count, 'it', 'one of them')}, or see all with `lorafast scan`"
+    )
+
+
+def _find_adapters(root: Path) -> tuple[list[str], bool]:
+    """The adapters below a directory, by their paths in it, and whether these are all.
+
+    Args:
+        root: the directory, which is none itself. Hidden ones in it are passed over.
+    """
+    found: list[str] = []
+    level, looked_into = [root], 0
+    for depth in range(MOST_LEVELS + 1):
+        below: list[Path] = []
+        for folder in level:
+            if looked_into == MOST_LOOKED_INTO:
+                return found, False
+            looked_into += 1
+            try:
+                with os.scandir(folder) as entries:
+                    kinds = {entry.name: entry.is_dir() for entry in entries}
+            except OSError:
+                continue  # What may not be looked into is none that can be named.
+            if depth and not kinds.keys().isdisjoint({CONFIG, WEIGHTS, PICKLED_WEIGHTS}):
+                found.append(str(folder.relative_to(root)))
+                continue
+            if depth and "config.json" in kinds:
+                continue  # A model, which the core names.
+            below += [
+                folder / name
+                for name, is_folder in sorted(kinds.items())
+                if is_folder and not name.startswith(".")
+            ]
+        level = below
+    return found, not level
