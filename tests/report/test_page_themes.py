@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from lorafast._report.html.dark import GROUND, INK, darken
 from lorafast._report.html.elements import asset
 from lorafast._report.plots.draw import draw, plots_of
+from matplotlib.colors import to_hex, to_rgb
 from support.browser import BROWSER, seen
 from support.pages import (
     Tree,
@@ -51,8 +53,6 @@ def test_each_picture_is_there_for_both_themes() -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    from matplotlib.colors import to_rgb
-
     def luminance(color: str) -> float:
         parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
         return float(np.dot(parts, (0.2126, 0.7152, 0.0722)))
@@ -86,6 +86,23 @@ def test_dark_pictures_are_legible_and_show_the_same_values(subject: Callable[[]
         for line in (line for axes in figure.axes for line in axes.lines):
             color = line.get_color()
             assert contrast(color if isinstance(color, str) else color[:3], GROUND) > 2.9
+            for marker in (line.get_markerfacecolor(), line.get_markeredgecolor()):
+                if line.get_marker() != "None" and line.get_markeredgewidth():
+                    assert contrast(to_hex(marker), GROUND) > 2.9, (kind, line.get_label())
+
+
+def test_on_a_dark_ground_a_gap_is_no_color_of_the_map_and_its_mark_is_legible() -> None:
+    from matplotlib import colormaps
+
+    figure = draw(analysis(fill={"model.layers.1.mlp.up_proj": math.nan}), "heatmap")
+    darken(figure)
+    axes = figure.axes[0]
+    (mark,) = (text for text in axes.texts if text.get_text() == "×")
+    gap = to_hex(axes.get_facecolor())
+    assert contrast(to_hex(mark.get_color()), gap) > 4.5
+    colors = colormaps["cividis"](np.linspace(0, 1, 256))[:, :3]
+    nearest = np.abs(colors - to_rgb(gap)).max(axis=1).min()
+    assert nearest > 0.12
 
 
 def test_the_dark_colors_are_those_of_the_style_sheet() -> None:
@@ -126,6 +143,7 @@ def test_on_paper_nothing_is_cut_off_or_left_folded(fleet: lorafast.Fleet, tmp_p
           filter: style(".tools input").display, contents: style("nav").display,
           scroll: style(".scroll").overflow, first: style(".sortable td").position,
           wrap: style(".sortable td").whiteSpace,
+          pages: [style("#adapters").page, style("footer").page],
           folded: document.querySelectorAll(".findings details:not([open])").length,
           widths: Array.from(document.querySelectorAll(".chart"), (chart) => [
             chart.querySelector(".main-svg").getBoundingClientRect().width,
@@ -140,6 +158,8 @@ def test_on_paper_nothing_is_cut_off_or_left_folded(fleet: lorafast.Fleet, tmp_p
     assert found["scroll"] == "visible"
     assert found["first"] == "static"
     assert found["wrap"] == "normal"
+    # On a page of another shape the footer would be alone.
+    assert found["pages"] == ["landscape", "landscape"]
     assert found["folded"] == found["back"] == 0
     # The width of A4 less its margins is 703 pixels.
     assert all(width <= (660 if wide else 320) for width, wide in found["widths"])
@@ -248,6 +268,37 @@ def test_on_a_narrow_screen_the_numbers_stay(fleet: lorafast.Fleet, tmp_path: Pa
         assert found["last"]
         assert found["stuck"]
         assert not found["wider"]
+
+
+@browser
+def test_on_a_narrow_screen_pictures_scroll_and_stay_legible(tmp_path: Path) -> None:
+    for width in (500, 1280):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        found = seen(
+            page_of("analysis"),
+            """
+            await new Promise((resolve) => setTimeout(resolve, 200));
+            seen = Array.from(document.querySelectorAll(".picture"), (part) => {
+              const image = Array.from(part.children).find((one) => one.getClientRects().length);
+              return { room: part.clientWidth, shown: image.getBoundingClientRect().width,
+                own: image.naturalWidth, stop: part.tabIndex, role: part.getAttribute("role") };
+            });
+            seen.push(document.documentElement.scrollWidth > innerWidth);
+            """,
+            folder,
+            width=width,
+        )
+        assert not found.pop()
+        assert len(found) > 2
+        for one in found:
+            if width == 500:
+                # 56rem, and no picture is made larger than it is.
+                assert one["shown"] == pytest.approx(min(one["own"] + 2, 896), abs=3)
+                assert (one["stop"], one["role"]) == (0, "group")
+            else:
+                assert one["shown"] <= one["room"] + 1
+                assert (one["stop"], one["role"]) == (-1, None)
 
 
 @browser

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 #: Text and ground of the dark theme, as the style sheet has them.
 INK, GROUND = "#e6e9ed", "#14181d"
-#: Behind the cells of a heatmap that have no value.
-GAP = "#5b6470"
-#: The least contrast of what is not text (WCAG 2.1, 1.4.11).
-CONTRAST = 3.0
+#: Behind the cells of a heatmap that have no value: darker than any grey of a color map.
+GAP = "#333b45"
+#: The least contrast of what is not text (WCAG 2.1, 1.4.11), and that of text (1.4.3).
+CONTRAST, TEXT_CONTRAST = 3.0, 4.5
 #: Channels that differ by less are a grey.
 GREY = 0.06
 
@@ -35,10 +35,14 @@ def darken(figure: Figure) -> None:
         assert isinstance(axes, Axes)
         has_cells = any(_shows_values(child) for child in axes.get_children())
         axes.patch.set_facecolor(GAP if has_cells and _is_tinted(axes) else "none")
-        kept.add(axes.patch)
+        # The color of axes is that of their patch.
+        kept.update((axes, axes.patch))
         if has_cells:
             # Black or white upon its cell; what is neither marks a cell without a value.
-            kept.update(text for text in axes.texts if _is_grey(_rgba(text.get_color())))
+            kept.update(axes.texts)
+            for text in axes.texts:
+                if not _is_grey(_rgba(text.get_color())):
+                    text.set_color(_lightened(_rgba(text.get_color()), GAP, TEXT_CONTRAST))
     for artist in figure.findobj():
         if artist in kept or _shows_values(artist):
             continue
@@ -49,6 +53,7 @@ def darken(figure: Figure) -> None:
 
 def _recolor(artist: Any) -> None:
     """Replaces whatever colors a line, a text, a patch or a collection has."""
+    written = []
     for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
         get = getattr(artist, f"get_{name}", None)
         write = getattr(artist, f"set_{name}", None)
@@ -57,7 +62,10 @@ def _recolor(artist: Any) -> None:
         value = get()
         if value is None or (isinstance(value, str) and value in {"auto", "none", "inherit"}):
             continue
-        write(_on_dark(value))
+        written.append((write, _on_dark(value)))
+    # After all are read: a marker without a color of its own has that of its line.
+    for write, value in written:
+        write(value)
 
 
 def _on_dark(value: Any) -> Any:
@@ -75,8 +83,14 @@ def _on_dark(value: Any) -> Any:
         light, dark, share = to_rgba(INK), to_rgba(GROUND), sum(color[:3]) / 3
         mixed = (a + (b - a) * share for a, b in zip(light, dark, strict=True))
         return (*tuple(mixed)[:3], alpha)
-    red, green, blue = color[:3]
-    while (_luminance((red, green, blue)) + 0.05) / (_luminance(to_rgba(GROUND)) + 0.05) < CONTRAST:
+    return _lightened(color, GROUND, CONTRAST)
+
+
+def _lightened(color: Color, ground: str, least: float) -> Color:
+    """A color made so light that it has at least some contrast to a dark ground."""
+    red, green, blue, alpha = color
+    below = _luminance(_rgba(ground)) + 0.05
+    while (_luminance((red, green, blue)) + 0.05) / below < least:
         red, green, blue = (channel + 0.05 * (1 - channel) for channel in (red, green, blue))
     return (red, green, blue, alpha)
 

@@ -120,7 +120,8 @@ def _finding(item: Found, targets: Targets) -> Html:
         parts += [targets.module(finding.module), " "]
     parts.append(finding.reason)
     known = finding.value is not None and not math.isnan(finding.value)
-    value = f" · {format_value(finding.value)}" if known else ""
+    # No line ends between the kind and its figure.
+    value = f"\xa0·\xa0{format_value(finding.value)}" if known else ""
     parts += [" ", element("small", f"{finding.kind.replace('_', ' ')}{value}")]
     if item.times > 1:
         parts.append(element("small", f" ({item.times:,} of these in this adapter)"))

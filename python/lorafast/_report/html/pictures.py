@@ -36,7 +36,9 @@ def plots(subject: AdapterAnalysis | Comparison) -> Section:
             element("img", src=light, alt=caption, class_="on-light"),
             element("img", src=_data(png(figure)), alt=caption, class_="on-dark"),
         ]
-        pictures.append(element("figure", *images, element("figcaption", caption)))
+        # Where it is narrower than its picture, it scrolls, and the script makes it a tab stop.
+        shown = element("div", *images, class_="picture")
+        pictures.append(element("figure", shown, element("figcaption", caption)))
     return section("Plots", *pictures)
 
 

@@ -98,6 +98,19 @@ document.addEventListener("click", (event) => {
   if (link && link.hash === location.hash) reveal();
 });
 if (location.hash) reveal();
+// What scrolls is a tab stop, so that keys scroll it, and nothing else of a picture is.
+const stops = () => {
+  for (const part of document.querySelectorAll(".picture")) {
+    const scrolls = part.scrollWidth > part.clientWidth;
+    const given = { tabindex: 0, role: "group", "aria-label": part.querySelector("img").alt };
+    for (const [name, value] of Object.entries(given)) {
+      if (scrolls) part.setAttribute(name, value);
+      else part.removeAttribute(name);
+    }
+  }
+};
+addEventListener("load", stops);
+addEventListener("resize", stops);
 // On paper nothing can be opened, or pointed at.
 let opened = [];
 addEventListener("beforeprint", () => {
