@@ -130,8 +130,6 @@ def _norm_scale(values: NDArray[np.float64]) -> Normalize:
 )
 def spectrum(analysis: AdapterAnalysis) -> Figure:
     """Singular values relative to the greatest, and the share of ‖ΔW‖² in the first k of them."""
-    from matplotlib.ticker import MaxNLocator
-
     figure = new_figure(13, 5.8, f"{truncate(analysis.name)}: singular values of the updates")
     left, right = figure.subplots(1, 2)
     style_axes(left, "Scree", "i", "σᵢ / σ₁")
@@ -146,8 +144,8 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
         if values.size and np.isfinite(values).all() and values[0] > 0
     }
     if not spectra:
-        draw_empty(left, "no update with a spectrum:\nall are zero or not finite")
-        draw_empty(right, "")
+        for axes in (left, right):
+            draw_empty(axes, "no update with a spectrum:\nall are zero or not finite")
         return figure
     groups = _spectrum_groups([analysis.modules[path] for path in spectra])
     longest = max(values.size for values in spectra.values())
@@ -170,8 +168,7 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
         ):
             x, _, low, high = _median_band(rows)
             axes.fill_between(x, low, high, color=ABSENT, linewidth=0, zorder=0)
-    left.set_yscale("log")
-    left.grid(True, axis="y", which="major", linewidth=0.5, alpha=0.4)
+    _ratio_axis(left)
     for share in (0.9, 0.99):
         right.axhline(share, color=GUIDE, linewidth=0.8, linestyle=":")
         right.annotate(f"{share:.0%}", (1, share), xycoords=("axes fraction", "data"), fontsize=8,
@@ -179,7 +176,7 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
                        color=GUIDE)  # fmt: skip
     right.set_ylim(0, 1.04)
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True, min_n_ticks=1))
+        axes.set_xticks(_counted(longest))
         margin = max(0.5, 0.03 * longest)
         axes.set_xlim(1 - margin, longest + margin)
     sizes = [len(groups[label]) for label in labels]
@@ -190,6 +187,30 @@ def spectrum(analysis: AdapterAnalysis) -> Figure:
         shown, heading = truncate_all(labels), None
     legend_below(figure, handles, shown, heading)
     return figure
+
+
+def _ratio_axis(axes: Axes) -> None:
+    """A logarithmic axis of ratios up to 1, with 2 and 5 of each power where these are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    # A single value of 1 would be shown between 0.1 and 10.
+    low = min(axes.get_ylim()[0], 0.5) if axes.dataLim.ymin < 1 else 0.5
+    decades = -math.log10(low)
+    axes.set_ylim(low, 10 ** (0.05 * decades))
+    if decades <= 3:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, axis="y", which="major", linewidth=0.5, alpha=0.4)
+
+
+def _counted(longest: int) -> list[int]:
+    """Ticks from 1 to the number of values: all of them, or round ones between."""
+    step = next(
+        nice for nice in (1, 2, 5, 10, 20, 50, 100, 200, 500, longest) if longest <= 16 * nice
+    )
+    return [1, *range(max(2, step), longest + 1, step)] if step > 1 else list(range(1, longest + 1))
 
 
 def _spectrum_groups(modules: Sequence[ModuleAnalysis]) -> dict[str, list[ModuleAnalysis]]:

@@ -60,6 +60,8 @@ STEEP = 20
 LOG_AXIS = "log₁₀(|w| + 1e-8)"
 #: Up to so many adapters the page has a table of all cosines.
 MAX_TABLE = 60
+#: Up to so many adapters have bars apart: of more, a bar or a gap would be less than a pixel.
+MAX_APART = 60
 #: Up to so many groups of adapters that share a module have rows of their own.
 MAX_GROUPS = 6
 
@@ -85,7 +87,9 @@ def cosine(comparison: Comparison) -> Figure:
         draw_empty(axes, "there are no two adapters to compare")
         return figure
     names = truncate_all(labels_of(comparison.names), 24)
-    image, words = draw_matrix(axes, comparison.cosine, size=9 if n <= 8 else 7, aspect="equal")
+    image, words = draw_matrix(
+        axes, _of_one_model(comparison), size=9 if n <= 8 else 7, aspect="equal"
+    )
     thin_ticks(axes, "y", names, 50)
     thin_ticks(axes, "x", names, 50, rotation=45 if n <= 24 else 90)
     if n > 24:
@@ -93,6 +97,18 @@ def cosine(comparison: Comparison) -> Figure:
             text.set(va="center")
     draw_bar(figure, axes, image, words, shrink=0.8, fraction=0.15)
     return figure
+
+
+def _of_one_model(comparison: Comparison) -> Any:
+    """The cosines, without those of adapters that have no module in common.
+
+    These are 0 whatever the adapters, and no word about them.
+    """
+    values = np.array(comparison.cosine, dtype=float)
+    if comparison.modules:
+        present = np.array([module.present for module in comparison.modules.values()], dtype=int)
+        values[present.T @ present == 0] = math.nan
+    return values
 
 
 def _has_modules(comparison: Comparison) -> bool:
@@ -298,14 +314,15 @@ def adapters(comparison: Comparison) -> Figure:
     figure = new_figure(14, 10, "Adapters side by side: stored weights")
     panels = figure.subplots(2, 2)
     x = np.arange(len(names))
+    thickness = 0.7 if len(names) <= MAX_APART else 1.0
     style_axes(panels[0, 0], "Parameters", "", "parameters")
-    panels[0, 0].bar(x, [s.count for s in statistics], width=0.7, color=COLORS[0])
+    panels[0, 0].bar(x, [s.count for s in statistics], width=thickness, color=COLORS[0])
     panels[0, 0].yaxis.set_major_formatter(EngFormatter(sep=" "))
     style_axes(panels[0, 1], "Mean", "", "mean")
-    panels[0, 1].bar(x, [finite(s.mean) for s in statistics], width=0.7, color=COLORS[0])
+    panels[0, 1].bar(x, [finite(s.mean) for s in statistics], width=thickness, color=COLORS[0])
     panels[0, 1].axhline(0.0, color=GUIDE, linewidth=0.8)
     style_axes(panels[1, 0], "Standard deviation", "", "std")
-    panels[1, 0].bar(x, [finite(s.std) for s in statistics], width=0.7, color=COLORS[0])
+    panels[1, 0].bar(x, [finite(s.std) for s in statistics], width=thickness, color=COLORS[0])
     style_axes(panels[1, 1], "Range", "", "weight")
     _ranges(panels[1, 1], comparison.analyses)
     for axes in panels.flat:
@@ -318,11 +335,12 @@ def adapters(comparison: Comparison) -> Figure:
 
 def _ranges(axes: Axes, analyses: Sequence[AdapterAnalysis]) -> None:
     """A bar from the least to the greatest weight, a thicker one between two percentiles."""
+    thin, thick = (0.12, 0.5) if len(analyses) <= MAX_APART else (1.0, 1.0)
     for i, analysis in enumerate(analyses):
         low, high = finite(analysis.weights.min), finite(analysis.weights.max)
-        axes.bar([i], [high - low], bottom=[low], width=0.12, color=COLORS[4])
+        axes.bar([i], [high - low], bottom=[low], width=thin, color=COLORS[4])
         inner = [analysis.weights.percentiles.get(p, math.nan) for p in (5.0, 95.0)]
-        axes.bar([i], [inner[1] - inner[0]], bottom=[inner[0]], width=0.5, color=COLORS[0])
+        axes.bar([i], [inner[1] - inner[0]], bottom=[inner[0]], width=thick, color=COLORS[0])
     # The lower end of a bar is no natural end of the axis here.
     axes.use_sticky_edges = False
     axes.axhline(0.0, color=GUIDE, linewidth=0.8)

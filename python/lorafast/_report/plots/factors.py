@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Up to so many lines are told apart in a panel.
 MOST_LINES = 14
+#: Blocks whose markers do not cover the lines.
+MOST_MARKED = 64
 #: Up to so many modules, each the only one of its layer, have their names below the panel.
 MOST_NAMES = 16
 MARKERS = "os^DvPX"
@@ -125,7 +127,8 @@ def _draw_lines(
     first, last = (min(blocks), max(blocks)) if blocks else (0, 0)
     # Where modules outside of any block stand, apart from the first block.
     outside = first - max(1.5, 0.07 * (last - first))
-    size = 5.0 if len(modules) <= 40 else 3.5
+    # A point between two gaps is seen by its marker alone.
+    size = 5.0 if len(modules) <= 40 else 3.5 if last - first < MOST_MARKED else 2.0
     for i, group in enumerate(groups.values()):
         values = [known.get(module.path, math.nan) for module in group]
         is_line = bool(blocks) and len({module.block for module in group}) == len(group)
@@ -144,7 +147,7 @@ def _draw_lines(
             y = np.array(values)
         style = line_style(i) if is_line else {**line_style(i), "linestyle": "none"}
         handles += axes.plot(
-            x, y, marker=MARKERS[i % len(MARKERS)], markersize=size, linewidth=1.2,
+            x, y, marker=MARKERS[i % len(MARKERS)], markersize=size, linewidth=min(1.2, size / 2.5),
             markeredgewidth=0, alpha=0.9, **style,
         )  # fmt: skip
     if blocks:

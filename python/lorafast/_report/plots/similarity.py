@@ -56,7 +56,7 @@ def _clustered(similarity: Similarity, method: str) -> Figure:
         *([] if np.isfinite(matrix.diagonal()).all() else ["of zero or non-finite updates"]),
     ]
     if reasons:
-        title += f" (none: {', or '.join(reasons)})"
+        title += f"\n(none: {', or '.join(reasons)})"
     labels = labels_of(similarity.names)
     names = truncate_all([labels[at] for at in order], NAME)
     room = 0.075 * max(map(width, names), default=0)

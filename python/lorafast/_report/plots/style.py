@@ -27,6 +27,8 @@ GUIDE = "#767676"
 
 TICK_SIZE = 8
 LABEL_SIZE = 10
+#: Width of a title's letter, in inches.
+TITLE_LETTER = 0.115
 #: Longest label of a heatmap's row, in characters.
 ROW_LABEL = 70
 #: Of a heatmap's cell, in inches, while the columns are few.
@@ -42,9 +44,18 @@ def new_figure(width: float, height: float, title: str) -> Figure:
         return place
     from lorafast._report.plots.figure import PlotFigure
 
-    figure = PlotFigure(figsize=(width, height), layout="constrained")
+    title, lines = _broken(title, width)
+    figure = PlotFigure(figsize=(width, height + 0.25 * (lines - 1)), layout="constrained")
     figure.suptitle(title, fontsize=13, parse_math=False)
     return figure
+
+
+def _broken(title: str, inches: float) -> tuple[str, int]:
+    """A title on as many lines as it needs: a long name has one of its own; how many they are."""
+    if TITLE_LETTER * width(title) <= inches or "\n" in title or ": " not in title:
+        return title, 1 + title.count("\n")
+    name, _, what = title.rpartition(": ")
+    return f"{name}:\n{what}", 2
 
 
 def truncate(name: str, limit: int = 40) -> str:
