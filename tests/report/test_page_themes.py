@@ -91,6 +91,17 @@ def test_dark_pictures_are_legible_and_show_the_same_values(subject: Callable[[]
                     assert contrast(to_hex(marker), GROUND) > 2.9, (kind, line.get_label())
 
 
+def test_the_two_bars_of_a_range_differ_in_lightness_in_both_themes() -> None:
+    figure = draw(comparison(3), "adapters")
+    for ground in ("#ffffff", GROUND):
+        if ground == GROUND:
+            darken(figure)
+        bars = {to_hex(bar.get_facecolor()) for bar in figure.axes[3].patches}
+        assert len(bars) == 2
+        assert contrast(*bars) > 1.5
+        assert all(contrast(bar, ground) >= 3 for bar in bars)
+
+
 def test_on_a_dark_ground_a_gap_is_no_color_of_the_map_and_its_mark_is_legible() -> None:
     from matplotlib import colormaps
 

@@ -60,6 +60,8 @@ STEEP = 20
 LOG_AXIS = "log₁₀(|w| + 1e-8)"
 #: Up to so many adapters the page has a table of all cosines.
 MAX_TABLE = 60
+#: Of the bars behind those of the percentiles, which it differs from on a light and a dark ground.
+OUTER = "#919191"
 #: Up to so many adapters have bars apart: of more, a bar or a gap would be less than a pixel.
 MAX_APART = 60
 #: Up to so many groups of adapters that share a module have rows of their own.
@@ -338,7 +340,7 @@ def _ranges(axes: Axes, analyses: Sequence[AdapterAnalysis]) -> None:
     thin, thick = (0.12, 0.5) if len(analyses) <= MAX_APART else (1.0, 1.0)
     for i, analysis in enumerate(analyses):
         low, high = finite(analysis.weights.min), finite(analysis.weights.max)
-        axes.bar([i], [high - low], bottom=[low], width=thin, color=COLORS[4])
+        axes.bar([i], [high - low], bottom=[low], width=thin, color=OUTER)
         inner = [analysis.weights.percentiles.get(p, math.nan) for p in (5.0, 95.0)]
         axes.bar([i], [inner[1] - inner[0]], bottom=[inner[0]], width=thick, color=COLORS[0])
     # The lower end of a bar is no natural end of the axis here.
@@ -346,7 +348,7 @@ def _ranges(axes: Axes, analyses: Sequence[AdapterAnalysis]) -> None:
     axes.axhline(0.0, color=GUIDE, linewidth=0.8)
     from matplotlib.patches import Patch
 
-    whole = Patch(color=COLORS[4], label="least to greatest")
+    whole = Patch(color=OUTER, label="least to greatest")
     legend_above(axes, [whole, Patch(color=COLORS[0], label="5th to 95th percentile")])
 
 
