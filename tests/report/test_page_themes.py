@@ -154,7 +154,10 @@ def test_on_paper_nothing_is_cut_off_or_left_folded(fleet: lorafast.Fleet, tmp_p
           filter: style(".tools input").display, contents: style("nav").display,
           scroll: style(".scroll").overflow, first: style(".sortable td").position,
           wrap: style(".sortable td").whiteSpace,
-          pages: [style("#adapters").page, style("footer").page],
+          page: style("#adapters").page,
+          footer: [style("footer").position,
+            document.querySelector("footer").getBoundingClientRect().bottom
+              <= document.querySelector("h1").getBoundingClientRect().bottom],
           folded: document.querySelectorAll(".findings details:not([open])").length,
           widths: Array.from(document.querySelectorAll(".chart"), (chart) => [
             chart.querySelector(".main-svg").getBoundingClientRect().width,
@@ -169,8 +172,9 @@ def test_on_paper_nothing_is_cut_off_or_left_folded(fleet: lorafast.Fleet, tmp_p
     assert found["scroll"] == "visible"
     assert found["first"] == "static"
     assert found["wrap"] == "normal"
-    # On a page of another shape the footer would be alone.
-    assert found["pages"] == ["landscape", "landscape"]
+    assert found["page"] == "landscape"
+    # Below a table that fills its page the footer would be alone on the next.
+    assert found["footer"] == ["absolute", True]
     assert found["folded"] == found["back"] == 0
     # The width of A4 less its margins is 703 pixels.
     assert all(width <= (660 if wide else 320) for width, wide in found["widths"])
