@@ -223,6 +223,11 @@ impl Checkpoint {
         self.noun
     }
 
+    /// Whether it is a model's files, rather than a module that is loaded.
+    pub fn is_stored(&self) -> bool {
+        self.noun == "base"
+    }
+
     /// What holds the shards and what lies beside them.
     pub fn store(&self) -> &dyn Store {
         &*self.store

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use crate::adapter::formats::recognize;
 use crate::adapter::{Adapter, grammar, zero};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, shorten_all};
 use crate::parallel::task::Task;
 
@@ -27,7 +28,7 @@ pub use options::{Compat, Options, Strategy, TokenizerChoice};
 pub(crate) use passes::quantized::dequantized_plan;
 use passes::replication::ReplicatedInputs;
 pub use passes::side_files::{CARD, CARD_OF_BASE};
-use passes::{coverage, names, replication, undo};
+use passes::{backbone, coverage, names, replication, undo};
 pub use update::{ExpertLayout, Residual, Slice, Update, UpdateKind};
 pub use value::{
     Action, ConfigChanges, FileOrigin, Inputs, Origin, Plan, PlannedChange, PlannedShard,
@@ -93,6 +94,8 @@ impl Plan {
             false => replication::apply(inputs).map_err(|problem| Error::Plan(vec![problem]))?,
         };
         let inputs = replicated.as_ref().map_or(inputs, |replicated| &replicated.inputs);
+        let renamed = if options.subtract { None } else { backbone::apply(inputs) };
+        let inputs = renamed.as_ref().map_or(inputs, |(inputs, _)| inputs);
         task.check()?;
         let context = Context::new(inputs, &options, task)?;
         let mut draft = planner::draft(&context, &weights)?;
@@ -100,6 +103,7 @@ impl Plan {
             .finish()
             .map_err(|error| explained_by_the_base(inputs, error))?;
         notes.splice(0..0, inputs.base.notes().iter().cloned());
+        notes.extend(renamed.as_ref().map(|(_, note)| note.clone()));
         let mut config_changes = draft.config_changes.clone();
         if let Some(ReplicatedInputs { replication, .. }) = &replicated {
             notes.push(format!(
@@ -147,6 +151,12 @@ impl Plan {
             coverage,
         })
     }
+}
+
+/// The base under the names that it has in the output of a plan.
+pub(crate) fn base_as_named(inputs: &Inputs, plan: &Plan) -> Arc<Checkpoint> {
+    let renamed = if plan.options.subtract { None } else { backbone::apply(inputs) };
+    renamed.map_or_else(|| inputs.base.clone(), |(renamed, _)| renamed.base)
 }
 
 /// The inputs with adapters whose names are flattened under the base's names; `None` where all are

@@ -31,7 +31,7 @@ use crate::execute::rounding::LOST as LOST_IN_ROUNDING;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::parallel::task::{self, Task};
-use crate::plan::{Action, Compat, Inputs, Plan, PlannedChange, PlannedTensor};
+use crate::plan::{Action, Compat, Inputs, Plan, PlannedChange, PlannedTensor, base_as_named};
 use crate::storage::digest::hexadecimal;
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
@@ -197,7 +197,7 @@ pub fn verify(
     };
     outcome.warnings.extend_from_slice(merged.warnings());
     outcome.warnings.extend_from_slice(&plan.zero_updates);
-    let quantized = QuantizedWeights::of(&inputs.base);
+    let quantized = QuantizedWeights::of(&base_as_named(inputs, plan));
     let (jobs, known) = matching::match_up(plan, &quantized, &merged, &mut outcome, task)?;
     consistency::check(inputs, plan, &merged, &known, &mut outcome)?;
     let pool = task::build_pool(options.threads)?;

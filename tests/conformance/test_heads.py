@@ -33,6 +33,12 @@ HEADS = {
     "Llama, a head for tokens": ("llama", "LlamaForTokenClassification", "q_proj"),
     "bare GPT-2, a head for answers": ("gpt2-backbone", "GPT2ForQuestionAnswering", "c_attn"),
     "bare BERT, a head for answers": ("bert-backbone", "BertForQuestionAnswering", "query"),
+    # Their class for answers calls `transformer` what all others call `model`; Mistral's does not.
+    "Llama, a head for answers": ("llama", "LlamaForQuestionAnswering", "q_proj"),
+    "bare Llama, a head for answers": ("llama-backbone", "LlamaForQuestionAnswering", "q_proj"),
+    "tied Qwen2, a head for answers": ("tied-qwen2", "Qwen2ForQuestionAnswering", "v_proj"),
+    "Qwen3 MoE, a head for answers": ("qwen3-moe", "Qwen3MoeForQuestionAnswering", "o_proj"),
+    "Mistral, a head for answers": ("mistral", "MistralForQuestionAnswering", "q_proj"),
 }
 TASKS = {"Token": "TOKEN_CLS", "Sequence": "SEQ_CLS", "Question": "QUESTION_ANS"}
 

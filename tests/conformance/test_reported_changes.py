@@ -36,7 +36,15 @@ def check(base: Path, adapters: Sequence[Path], output: Path) -> lorafast.MergeP
     plan = lorafast.plan(base, adapters)
     report = plan.execute(output)
     before, after = read_checkpoint(base), read_checkpoint(output)
-    different = {name for name, tensor in after.items() if before.get(name) != tensor}
+    # A class can call the base's tensor otherwise.
+    called = {
+        tensor.name: tensor.origin
+        for tensor in plan.tensors
+        if tensor.origin and tensor.adapter is None and tensor.action != "repeat"
+    }
+    different = {
+        name for name, tensor in after.items() if before.get(called.get(name, name)) != tensor
+    }
     told = {tensor.name for tensor in plan.tensors if tensor.action in CHANGED}
     # Norms that were never trained are the same in all layers.
     repeated = {tensor.name for tensor in plan.tensors if tensor.action == "repeat"}

@@ -211,7 +211,11 @@ def load_with_head(base: Path, name: str, settings: dict[str, Any]) -> Any:
     """The base's backbone with the head of another class, freshly initialised."""
     import transformers
 
-    return getattr(transformers, name).from_pretrained(base, **settings).eval()
+    kind = getattr(transformers, name)
+    if kind.base_model_prefix == "transformer":
+        # What some families call so in this class alone; it finds no `model` itself.
+        settings = {"key_mapping": {r"^model\.": "transformer."}} | settings
+    return kind.from_pretrained(base, **settings).eval()
 
 
 def make_layers(path: Path, dtype: str) -> None:
@@ -282,6 +286,44 @@ def tied_llama() -> Any:
     return LlamaForCausalLM(config)
 
 
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": support.VOCABULARY,
+    "max_position_embeddings": 64,
+}
+
+
+def llama_backbone() -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(LlamaConfig(**SMALL))
+
+
+def tied_qwen2() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True))
+
+
+def qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **SMALL, head_dim=12, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=20
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def mistral() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**SMALL))
+
+
 BERT = {
     "hidden_size": 60,
     "intermediate_size": 104,
@@ -341,6 +383,10 @@ MAKERS = {
     "experts": make_experts,
     "transposed-experts": make_transposed_experts,
     "tied-llama": saver(tied_llama),
+    "llama-backbone": saver(llama_backbone),
+    "tied-qwen2": saver(tied_qwen2),
+    "qwen3-moe": saver(qwen3_moe),
+    "mistral": saver(mistral),
     "bert-classifier": saver(bert_classifier),
     "bert-backbone": saver(bert_backbone),
     "gpt2-backbone": saver(gpt2_backbone),

@@ -39,6 +39,27 @@ const OUTPUT_LAYERS: [&str; 6] = [
     "classifier",
     "logits_proj",
 ];
+/// The model types whose class for answers calls its backbone [`BACKBONE_OF_ANSWERS`]; all other
+/// classes of theirs call it [`BACKBONE`] (`base_model_prefix` in transformers).
+const WITH_BACKBONE_OF_ANSWERS: [&str; 13] = [
+    "arcee",
+    "diffllama",
+    "exaone4",
+    "llama",
+    "ministral",
+    "nemotron",
+    "ouro",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "seed_oss",
+    "smollm3",
+];
+/// What the names of a backbone begin with in most classes of those types.
+pub const BACKBONE: &str = "model.";
+/// What they begin with in their class for answers.
+pub const BACKBONE_OF_ANSWERS: &str = "transformer.";
 
 impl Task {
     /// How the names of its classes end; nothing for those of language models.
@@ -90,6 +111,18 @@ pub fn output_layer(name: &str, shape: &[u64]) -> Option<(u64, Option<Task>)> {
     }
 }
 
+/// Whether the class for answers of a config's family calls its backbone otherwise than the others do.
+pub fn renames_backbone(config: &Map<String, Value>) -> bool {
+    let kind = config.get("model_type").and_then(Value::as_str);
+    kind.is_some_and(|kind| WITH_BACKBONE_OF_ANSWERS.contains(&kind))
+}
+
+/// The name that such a class for answers gives to a tensor of the backbone, by that of the other
+/// classes.
+pub fn name_for_answers(name: &str) -> Option<String> {
+    name.strip_prefix(BACKBONE).map(|rest| format!("{BACKBONE_OF_ANSWERS}{rest}"))
+}
+
 /// The class that a config names.
 pub fn class_of(config: &Map<String, Value>) -> Option<&str> {
     config.get("architectures")?.as_array()?.first()?.as_str()
@@ -131,6 +164,17 @@ mod tests {
             assert_eq!(task.class_of(class).as_deref(), other, "{class}");
         }
         assert_eq!(Task::Language.class_of("LlamaForCausalLM"), None);
+    }
+
+    #[test]
+    fn a_backbone_is_renamed_where_the_config_is_of_such_a_family() {
+        let of = |kind: &str| serde_json::json!({"model_type": kind}).as_object().cloned();
+        assert!(renames_backbone(&of("qwen2").unwrap()));
+        assert!(!renames_backbone(&of("mistral").unwrap()));
+        assert!(!renames_backbone(&Map::new()));
+        let name = name_for_answers("model.layers.0.mlp.up_proj.weight");
+        assert_eq!(name.as_deref(), Some("transformer.layers.0.mlp.up_proj.weight"));
+        assert_eq!(name_for_answers("lm_head.weight"), None);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use indexmap::IndexMap;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Location};
 use crate::error::{Error, Result};
 use crate::tensor::safetensors::TensorInfo;
 
@@ -39,7 +39,13 @@ impl Stored {
     /// The tensor of that name.
     pub fn find(checkpoint: &Checkpoint, name: &str) -> Option<Self> {
         let location = checkpoint.tensors().get(name)?;
-        Some(Self { shard: location.shard, tensor: checkpoint.at(*location).clone() })
+        Some(Self::under(name, checkpoint, *location))
+    }
+
+    /// The tensor at a place by the name that the checkpoint has for it, which need not be the file's.
+    fn under(name: &str, checkpoint: &Checkpoint, location: Location) -> Self {
+        let tensor = TensorInfo { name: name.to_owned(), ..checkpoint.at(location).clone() };
+        Self { shard: location.shard, tensor }
     }
 
     /// Some of its bytes.
@@ -332,7 +338,7 @@ impl QuantizedWeights {
         let mut weights =
             Self { unsupported: UnsupportedFormat::of(checkpoint), ..Self::default() };
         for (name, location) in checkpoint.tensors() {
-            let stored = Stored { shard: location.shard, tensor: checkpoint.at(*location).clone() };
+            let stored = Stored::under(name, checkpoint, *location);
             let unsupported = weights.unsupported.as_ref();
             if unsupported.is_some_and(|unsupported| unsupported.holds_tensor(name)) {
                 continue;

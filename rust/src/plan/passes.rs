@@ -1,6 +1,7 @@
 //! The passes of the planner: functions over a draft, each with what it reads and what it changes in
 //! its types. [`super::planner`] calls them, in the order that counts.
 
+pub(super) mod backbone;
 mod checks;
 pub(super) mod coverage;
 pub(super) mod dora;

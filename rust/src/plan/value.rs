@@ -11,6 +11,7 @@ use super::options::Options;
 use super::update::Update;
 use crate::adapter::{Adapter, Coverage, Directory};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::heads;
 use crate::checkpoint::quantized::Quantized;
 use crate::error::Result;
 use crate::storage::local::Stamp;
@@ -146,13 +147,18 @@ impl PlannedTensor {
         (extent(&shape[..split]), extent(&shape[split..]))
     }
 
+    /// Whether it is the base's tensor of the name that other classes of the output's family give it.
+    fn is_renamed(&self) -> bool {
+        heads::name_for_answers(&self.source.name).as_ref() == Some(&self.name)
+    }
+
     /// What becomes of it: what is written in the place of the base's tensor of that name.
     pub fn change(&self) -> PlannedChange {
         match (&self.action, self.origin) {
             (Action::Merge(_), _) => PlannedChange::Merge,
             (Action::Rescale, _) => PlannedChange::Rescale,
             (_, Origin::Adapter(_)) => PlannedChange::Replace,
-            _ if self.name != self.source.name => PlannedChange::Repeat,
+            _ if self.name != self.source.name && !self.is_renamed() => PlannedChange::Repeat,
             (Action::Copy, _) => PlannedChange::Copy,
             (Action::Cast, _) => PlannedChange::Cast,
         }

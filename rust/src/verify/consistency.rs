@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use super::Verification;
-use crate::checkpoint::heads::{self, Task};
+use crate::checkpoint::heads::{self, BACKBONE, BACKBONE_OF_ANSWERS, Task};
 use crate::checkpoint::pipeline::MODEL_INDEX;
 use crate::checkpoint::{Checkpoint, Location};
 use crate::error::Result;
@@ -179,6 +179,7 @@ fn check_config(inputs: &Inputs, plan: &Plan, merged: &Checkpoint, outcome: &mut
         ));
     }
     check_head(config, plan, merged, outcome);
+    check_backbone(config, plan, merged, outcome);
     let named = entry(config, &["dtype", "torch_dtype"]).and_then(Value::as_str);
     if let (Some(named), Some(dtype)) = (named, usual_dtype(merged))
         && dtype.torch_name() != Some(named)
@@ -214,6 +215,31 @@ fn check_head(
         outcome.problems.push(format!(
             "config.json: has {} labels, but {name} has {labels} rows",
             heads::labels_of(config)
+        ));
+    }
+}
+
+/// The names of the backbone against those that the output's class gives it.
+fn check_backbone(
+    config: &Map<String, Value>,
+    plan: &Plan,
+    merged: &Checkpoint,
+    outcome: &mut Verification,
+) {
+    if !heads::renames_backbone(config) {
+        return;
+    }
+    let planned: HashSet<&str> = plan.tensors().map(|(_, tensor)| tensor.name.as_str()).collect();
+    let is_odd = |name: &&String| {
+        let meant = heads::name_for_answers(name);
+        meant.is_some_and(|meant| planned.contains(meant.as_str()))
+            && !planned.contains(name.as_str())
+    };
+    if let Some(name) = merged.tensors().keys().find(is_odd) {
+        outcome.problems.push(format!(
+            "tensor {name}: {} calls the backbone {BACKBONE_OF_ANSWERS:?}, and does not load what \
+             begins with {BACKBONE:?}",
+            heads::class_of(config).unwrap_or("the class for question answering")
         ));
     }
 }

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use indexmap::IndexMap;
 
+use crate::checkpoint::heads::{BACKBONE, BACKBONE_OF_ANSWERS};
 use crate::checkpoint::names::renames::NameIndex;
 use crate::checkpoint::names::towers::{TextTower, TowerFit};
 use crate::error::Result;
@@ -63,12 +64,23 @@ impl PrefixChange {
                 "its names begin with {own:?}, and those of the base's text tower with {base:?}, \
                  which the base's config describes ({config}); it was merged into that tower"
             )),
+            Self::Tower { own, base, config: None } if is_of_answers(own, base) => Some(format!(
+                "its names begin with {own:?}, and the base's with {base:?}: so one and the same \
+                 backbone is called by the class for question answering and by the other classes of \
+                 the base's model type"
+            )),
             Self::Tower { own, base, config: None } => Some(format!(
                 "its names of a text tower begin with {own:?}, and those of the base, which is a \
                  language model alone by its config, with {base:?}"
             )),
         }
     }
+}
+
+/// Whether one of two beginnings is that of a class for answers, and the other that of the other
+/// classes.
+fn is_of_answers(own: &str, base: &str) -> bool {
+    [own, base] == [BACKBONE_OF_ANSWERS, BACKBONE] || [own, base] == [BACKBONE, BACKBONE_OF_ANSWERS]
 }
 
 /// How an adapter's names fit a base.

@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use super::renames::NameIndex;
+use crate::checkpoint::heads::{self, BACKBONE, BACKBONE_OF_ANSWERS};
 use crate::limits;
 
 /// The parts of configs that describe a language model within another model.
@@ -31,6 +32,8 @@ pub struct TextTower {
     pub prefix: String,
     /// The part of the config that describes it; none, where all of it does.
     pub config: Option<&'static str>,
+    /// What its names begin with in other classes of transformers for the base's model type.
+    pub in_other_classes: Option<&'static str>,
 }
 
 /// An adapter's names for a text tower that the base has under others.
@@ -63,7 +66,16 @@ impl TextTower {
         });
         let prefix = found.next()?;
         let is_alone = found.next().is_none();
-        is_alone.then(|| Self { prefix: prefix.to_owned(), config: part })
+        let in_other_classes = match prefix {
+            BACKBONE => Some(BACKBONE_OF_ANSWERS),
+            BACKBONE_OF_ANSWERS => Some(BACKBONE),
+            _ => None,
+        };
+        is_alone.then(|| Self {
+            prefix: prefix.to_owned(),
+            config: part,
+            in_other_classes: in_other_classes.filter(|_| heads::renames_backbone(config)),
+        })
     }
 
     /// The name in the tower of a parameter, and what its own name has in place of the tower's
@@ -84,8 +96,12 @@ impl TextTower {
     }
 
     /// Whether names that begin so can be a language model's: of a base of several towers, those that
-    /// do not name another; of a base that is nothing else, those that say so.
+    /// do not name another; of a base that is nothing else, those that say so, or that another class of
+    /// its family gives it.
     fn can_be(&self, own: &str) -> bool {
+        if self.in_other_classes == Some(own) {
+            return true;
+        }
         let mut parts = own.split_terminator('.');
         let names_other = |part: &str| OTHER_TOWERS.iter().any(|other| part.contains(other));
         let is_number = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
