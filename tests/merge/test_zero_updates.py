@@ -9,7 +9,7 @@ from typing import Any
 import lorafast
 import numpy as np
 import pytest
-from support.files import Tensor, tensor
+from support.files import Tensor, read_checkpoint, read_safetensors, tensor, write_safetensors
 from support.handmade import MODULES, PREFIX, adapter_tensors, make_adapter, make_base
 
 Tensors = dict[str, Tensor]
@@ -142,3 +142,185 @@ def test_what_changes_something_is_no_update_of_nothing(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "sparse", sparse)
     assert not lorafast.plan(base, adapter).warnings
     assert not {f.kind for f in lorafast.analyze(adapter).findings} & {"zero_update", "untrained"}
+
+
+R = 4
+#: The experts of a parameter.
+EXPERTS = 3
+
+
+def halves(a: Any, b: Any) -> tuple[Any, Any]:
+    """The second half of the rank takes away what the first adds."""
+    return np.concatenate([a[:2], a[:2]]), np.concatenate([b[:, :2], -b[:, :2]], axis=1)
+
+
+def groups(a: Any, b: Any) -> tuple[Any, Any]:
+    """The same in each of two groups, whose B lie below one another."""
+    halved = halves(a[:R], b)
+    return np.concatenate([halved[0], halved[0]]), halved[1]
+
+
+def rows_of_blocks(a: Any, b: Any) -> tuple[Any, Any]:
+    """The same within each of the two blocks of A, which has two rows in each."""
+    return np.repeat(a[::2], 2, axis=0), np.stack([b[:, 0], -b[:, 0], b[:, 1], -b[:, 1]], axis=1)
+
+
+def columns_of_blocks(a: Any, b: Any) -> tuple[Any, Any]:
+    """The same within each of the two blocks of B, which has two columns in each."""
+    return np.repeat(a[::2], 2, axis=0), np.stack([b[:, 0], -b[:, 0]], axis=1)
+
+
+def each_expert(a: Any, b: Any) -> tuple[Any, Any]:
+    """The same in each expert: rows of A together, columns of B apart."""
+    by_expert = a.reshape(EXPERTS, R, -1)
+    by_rank = b.reshape(-1, R, EXPERTS)
+    a = np.concatenate([by_expert[:, :2], by_expert[:, :2]], axis=1)
+    b = np.concatenate([by_rank[:, :2], -by_rank[:, :2]], axis=1)
+    return a.reshape(EXPERTS * R, -1), b.reshape(-1, R * EXPERTS)
+
+
+#: Of each kind of delta: its module, the shapes of its A and B and of the base's weight, what makes
+#: its factors cancel, and the settings of the adapter.
+DELTAS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any], Any, dict[str, Any]]]
+DELTAS = {
+    "linear": ("l.q", (R, 12), (20, R), {"l.q.weight": (20, 12)}, halves, {}),
+    "convolution": (
+        "l.conv",
+        (R, 6, 3, 3),
+        (20, R, 1, 1),
+        {"l.conv.weight": (20, 6, 3, 3)},
+        halves,
+        {},
+    ),
+    "embedding": ("embed", (R, 30), (12, R), {"embed.weight": (30, 12)}, halves, {}),
+    "two parts of a fused layer": (
+        "l.qkv",
+        (2 * R, 12),
+        (20, R, 1),
+        {"l.qkv.weight": (30, 12)},
+        groups,
+        {"enable_lora": [True, False, True], "merge_weights": False},
+    ),
+    "the second part of a fused layer": (
+        "l.qkv",
+        (R, 12),
+        (20, R, 1),
+        {"l.qkv.weight": (60, 12)},
+        halves,
+        {"enable_lora": [False, True, False], "merge_weights": False},
+    ),
+    "block-diagonal A": (
+        "l.q",
+        (R, 6),
+        (20, R),
+        {"l.q.weight": (20, 12)},
+        rows_of_blocks,
+        {"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": [], "nblocks": 2}},
+    ),
+    "block-diagonal B": (
+        "l.q",
+        (R, 12),
+        (20, R // 2),
+        {"l.q.weight": (20, 12)},
+        columns_of_blocks,
+        {"use_bdlora": {"target_modules_bd_a": [], "target_modules_bd_b": ["q"], "nblocks": 2}},
+    ),
+    "experts": (
+        "l.mlp.experts",
+        (EXPERTS * R, 12),
+        (20, EXPERTS * R),
+        {"l.mlp.experts.down_proj": (EXPERTS, 20, 12)},
+        each_expert,
+        {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.20.0"},
+    ),
+    "a parameter": (
+        "l.router",
+        (R, 12),
+        (20, R),
+        {"l.router.table": (20, 12)},
+        halves,
+        {"target_parameters": ["router.table"]},
+    ),
+}
+
+
+def make_delta(folder: Path, kind: str, dtype: str, *, cancels: bool) -> tuple[Path, Path]:
+    module, shape_a, shape_b, weights, cancelling, settings = DELTAS[kind]
+    random = np.random.default_rng(4)
+    a, b = random.normal(size=shape_a), random.normal(size=shape_b)
+    # In the type of the file, so that what cancels does so in it as well.
+    a, b = tensor(a, dtype).float64(), tensor(b, dtype).float64()
+    if cancels:
+        a, b = cancelling(a, b)
+    key = f"{PREFIX}{module}.lora_"
+    sides = ("embedding_A", "embedding_B") if module == "embed" else ("A.weight", "B.weight")
+    tensors = {
+        f"{key}{side}": tensor(value, dtype) for side, value in zip(sides, (a, b), strict=True)
+    }
+    others = {name: tensor(random.normal(size=shape)) for name, shape in weights.items()}
+    base = make_base(folder / "base", modules={}, others=others)
+    return base, make_adapter(folder / "adapter", tensors, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("kind", DELTAS)
+def test_every_delta_that_cancels(tmp_path: Path, kind: str, dtype: str) -> None:
+    base, adapter = make_delta(tmp_path, kind, dtype, cancels=True)
+    report = lorafast.merge(base, adapter, tmp_path / "out")
+    (warning,) = [each for each in report.warnings if "changes nothing" in each]
+    assert "the product of the factors is zero, though neither is, in 1 of 1 module" in warning
+    assert warning in lorafast.verify(base, adapter, tmp_path / "out").warnings
+    analysis = lorafast.analyze(adapter)
+    assert "untrained" in {finding.kind for finding in analysis.findings}
+    assert not any(module.frobenius_norm for module in analysis.modules.values())
+
+
+@pytest.mark.parametrize("kind", DELTAS)
+def test_every_delta_that_does_not_cancel(tmp_path: Path, kind: str) -> None:
+    base, adapter = make_delta(tmp_path, kind, "F32", cancels=False)
+    assert not [each for each in lorafast.plan(base, adapter).warnings if "nothing" in each]
+    kinds = {finding.kind for finding in lorafast.analyze(adapter).findings}
+    assert not kinds & {"untrained", "zero_update"}
+
+
+def test_one_expert_is_enough(tmp_path: Path) -> None:
+    """The last of them alone, and the last row of its B alone, change something."""
+    base, adapter = make_delta(tmp_path, "experts", "F32", cancels=True)
+    path = adapter / "adapter_model.safetensors"
+    tensors = read_safetensors(path)
+    key = f"{PREFIX}l.mlp.experts.lora_B.weight"
+    b = tensors[key].float64()
+    b[-1, EXPERTS - 1] += 1.0
+    write_safetensors(path, tensors | {key: tensor(b)}, {"format": "pt"})
+    assert not [each for each in lorafast.plan(base, adapter).warnings if "nothing" in each]
+    norms = [module.frobenius_norm for module in lorafast.analyze(adapter).modules.values()]
+    assert [norm > 0 for norm in norms] == [False, False, True]
+
+
+@pytest.mark.parametrize("start", ["pissa", "KaSA"])
+def test_a_start_that_changes_the_base_is_a_change(tmp_path: Path, start: str) -> None:
+    """What the start took out of the weights is gone, whatever the product adds."""
+    tensors = adapter_tensors()
+    cancel(tensors)
+    settings: dict[str, Any] = {"init_lora_weights": "pissa"}
+    if start == "KaSA":
+        settings = {"kasa_config": {}}
+        tensors |= {f"{PREFIX}{module}.lora_diag": tensor(np.ones(R)) for module in MODULES}
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", tensors, **settings)
+    report = lorafast.merge(base, adapter, tmp_path / "out")
+    assert not [each for each in report.warnings if "nothing" in each]
+    before, after = read_checkpoint(base), read_checkpoint(tmp_path / "out")
+    assert all(before[f"{module}.weight"] != after[f"{module}.weight"] for module in MODULES)
+
+
+def test_a_magnitude_beside_a_product_of_zero_is_a_change(tmp_path: Path) -> None:
+    tensors = adapter_tensors()
+    cancel(tensors)
+    for module, (rows, _) in MODULES.items():
+        tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = tensor(np.full(rows, 2.0))
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", tensors, use_dora=True)
+    report = lorafast.merge(base, adapter, tmp_path / "out")
+    assert not [each for each in report.warnings if "nothing" in each]
+    assert report.tensors_merged == len(MODULES)

@@ -35,6 +35,14 @@ pub trait Delta: Debug + Send + Sync {
     /// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`].
     fn pair(&self, expert: Option<Expert>, outputs: Option<&Range<u64>>) -> Result<Pair>;
 
+    /// The same with the first rows of B, as many as there are of so many, for whoever needs no more.
+    ///
+    /// # Errors
+    /// As [`Delta::pair`].
+    fn leading(&self, expert: Option<Expert>, rows: u64) -> Result<Pair> {
+        self.pair(expert, Some(&(0..rows.min(self.outputs()))))
+    }
+
     /// A and B, where the two stored tensors are these as they stand and nothing else is added.
     fn plain(&self) -> Option<(&Tensor, &Tensor)> {
         None

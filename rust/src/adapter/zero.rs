@@ -4,7 +4,8 @@ use std::ops::ControlFlow;
 
 use indexmap::IndexMap;
 
-use super::{Adapter, Module};
+use super::factors::Pair;
+use super::{Adapter, Initialization, Module};
 use crate::error::{Result, agree, counted};
 use crate::kernel::convert::widen_f64;
 use crate::tensor::safetensors::Tensor;
@@ -67,10 +68,43 @@ pub fn cause(module: &Module) -> Result<Option<ZeroCause>> {
             return Ok(Some(ZeroCause::Tensor(what)));
         }
     }
-    // Other forms are read whole where they are merged, and not before.
-    match module.delta.plain() {
-        Some((a, b)) if !tells(a, b)? && is_zero_product(module)? => Ok(Some(ZeroCause::Product)),
-        _ => Ok(None),
+    // A few rows nearly always tell; all is read of what they do not tell of.
+    if let Some((a, b)) = module.delta.plain() {
+        if tells(a, b)? {
+            return Ok(None);
+        }
+    } else {
+        for expert in module.products() {
+            let Factors { extents, b, a } = module.delta.leading(expert, ROWS)?.into();
+            if is_beyond_zero(extents, &|index| b[index], &|index| a[index]) {
+                return Ok(None);
+            }
+        }
+    }
+    for expert in module.products() {
+        let Factors { extents, b, a } = module.pair(expert, None, None)?.into();
+        if !vanishes(extents, &|index| b[index], &|index| a[index]) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(ZeroCause::Product))
+}
+
+/// The factors of one product in numbers.
+struct Factors {
+    /// Outputs, inputs and the rank.
+    extents: [usize; 3],
+    b: Vec<f64>,
+    a: Vec<f64>,
+}
+
+impl From<Pair> for Factors {
+    fn from(pair: Pair) -> Self {
+        Self {
+            extents: [pair.outputs, pair.inputs, pair.rank],
+            b: widen_f64(&pair.b_dtype, &pair.b),
+            a: widen_f64(&pair.a_dtype, &pair.a),
+        }
     }
 }
 
@@ -79,6 +113,10 @@ pub fn cause(module: &Module) -> Result<Option<ZeroCause>> {
 /// # Errors
 /// As [`cause`].
 pub fn warnings(adapter: &Adapter) -> Result<Vec<String>> {
+    // What the start took out of the base's weights is a change, whatever is added.
+    if adapter.semantics().initialization != Initialization::Plain {
+        return Ok(Vec::new());
+    }
     let mut causes = IndexMap::<ZeroCause, Vec<&str>>::new();
     for module in adapter.modules().values() {
         if let Some(cause) = cause(module)? {
@@ -128,13 +166,6 @@ fn tells(a: &Tensor, b: &Tensor) -> Result<bool> {
         }
     }
     Ok(sums.iter().any(|(sum, bound)| is_beyond_rounding(*sum, rank as usize, *bound)))
-}
-
-/// Whether the product takes vectors of random numbers to zero.
-fn is_zero_product(module: &Module) -> Result<bool> {
-    let pair = module.pair(None, None, None)?;
-    let (a, b) = (widen_f64(&pair.a_dtype, &pair.a), widen_f64(&pair.b_dtype, &pair.b));
-    Ok(vanishes([pair.outputs, pair.inputs, pair.rank], &|index| b[index], &|index| a[index]))
 }
 
 /// Whether nothing but rounding is left of a product of (outputs, inputs, rank), whose factors are

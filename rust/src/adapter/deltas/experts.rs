@@ -71,15 +71,39 @@ impl Delta for Experts {
         let Some(Expert { index, count }) = expert else {
             return Pair::stored(&self.a, &self.b, outputs);
         };
-        let (all_ranks, inputs) = (self.rank(), self.a.shape[1..].iter().product::<u64>());
-        let rank = all_ranks / count;
         let all = 0..self.outputs();
         let rows = outputs.unwrap_or(&all);
         let whole = self.shared.read(&self.b)?;
+        let row = self.rank() as usize * self.b.dtype.size();
+        self.part(
+            Expert { index, count },
+            &whole[rows.start as usize * row..rows.end as usize * row],
+        )
+    }
+
+    /// Of B no more than those rows, of which nobody else asks.
+    fn leading(&self, expert: Option<Expert>, rows: u64) -> Result<Pair> {
+        let rows = 0..rows.min(self.outputs());
+        match expert {
+            Some(expert) => self.part(expert, &self.b.read_rows(self.rank(), &rows)?),
+            None => Pair::stored(&self.a, &self.b, Some(&rows)),
+        }
+    }
+
+    fn holds_experts(&self) -> bool {
+        true
+    }
+}
+
+impl Experts {
+    /// One expert's factors, by whole rows of B.
+    fn part(&self, Expert { index, count }: Expert, rows: &[u8]) -> Result<Pair> {
+        let (all_ranks, inputs) = (self.rank(), self.a.shape[1..].iter().product::<u64>());
+        let rank = all_ranks / count;
         let size = self.b.dtype.size();
         let row = all_ranks as usize * size;
-        let mut b = Vec::with_capacity((rows.end - rows.start) as usize * rank as usize * size);
-        for row in whole[rows.start as usize * row..rows.end as usize * row].chunks_exact(row) {
+        let mut b = Vec::with_capacity(rows.len() / row * rank as usize * size);
+        for row in rows.chunks_exact(row) {
             for k in 0..rank {
                 let start = (k * count + index) as usize * size;
                 b.extend_from_slice(&row[start..start + size]);
@@ -91,12 +115,8 @@ impl Delta for Experts {
             b,
             b_dtype: self.b.dtype.clone(),
             rank: rank as usize,
-            outputs: (rows.end - rows.start) as usize,
+            outputs: rows.len() / row,
             inputs: inputs as usize,
         })
-    }
-
-    fn holds_experts(&self) -> bool {
-        true
     }
 }
