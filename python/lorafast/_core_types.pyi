@@ -9,7 +9,7 @@ AdapterFormat: TypeAlias = Literal["peft", "kohya"]
 #: What kind of layer a module is.
 LayerKind: TypeAlias = Literal["linear", "embedding", "convolution"]
 #: How updates change a weight.
-UpdateKind: TypeAlias = Literal["low_rank", "dora", "vector", "replace"]
+UpdateKind: TypeAlias = Literal["low_rank", "dora", "vector", "replace", "transform"]
 #: What the core's products are made with.
 InstructionSet: TypeAlias = Literal["portable", "neon", "avx2", "avx512", "avx512_bf16", "amx"]
 

@@ -12,9 +12,11 @@ pub mod foreign;
 pub mod format;
 pub mod formats;
 pub mod grammar;
+pub mod matrix;
 pub mod semantics;
 pub mod zero;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +25,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 pub use coverage::{Coverage, PartUse, Usage};
-pub use delta::{Delta, Expert};
+pub use delta::{Delta, Expert, Transform};
 pub use directory::Directory;
 pub use semantics::{Initialization, Semantics, TransposedExperts};
 
@@ -43,6 +45,10 @@ pub enum LayerKind {
     Embedding,
     /// A convolution: the inputs of the product are those of its kernel.
     Convolution,
+    /// A norm, or another layer whose weight is a vector: a product with one column.
+    Norm,
+    /// The bias of a layer, a vector as well.
+    Bias,
 }
 
 impl LayerKind {
@@ -52,6 +58,8 @@ impl LayerKind {
             Self::Linear => "linear",
             Self::Embedding => "embedding",
             Self::Convolution => "convolution",
+            Self::Norm => "norm",
+            Self::Bias => "bias",
         }
     }
 }
@@ -97,6 +105,24 @@ pub struct Module {
 }
 
 impl Module {
+    /// The name of its parameter in the layer, where it has no other.
+    pub fn leaf(&self) -> &'static str {
+        if self.kind == LayerKind::Bias { "bias" } else { "weight" }
+    }
+
+    /// What it is called beside others: its path, and of a bias that it is one.
+    pub fn title(&self) -> Cow<'_, str> {
+        match self.kind {
+            LayerKind::Bias => Cow::Owned(format!("{}.bias", self.path)),
+            _ => Cow::Borrowed(&self.path),
+        }
+    }
+
+    /// DoRA's magnitudes, of the outputs or of the inputs.
+    pub fn magnitudes(&self) -> Option<&Tensor> {
+        self.magnitude.as_ref().or_else(|| self.delta.magnitude())
+    }
+
     /// The number of outputs of the product.
     pub fn outputs(&self) -> u64 {
         self.delta.outputs()
@@ -119,10 +145,13 @@ impl Module {
         if self.key.ends_with(".base_layer.out_proj") { 2.0 } else { 1.0 }
     }
 
-    /// The products that it holds: one, or one for each expert.
+    /// The products that it holds: one, or one for each expert; none where only the base makes one.
     pub fn products(&self) -> impl Iterator<Item = Option<Expert>> {
         let experts = self.delta.holds_experts();
-        let count = if experts { self.delta.rank() / self.rank } else { 1 };
+        let count = match (experts, self.delta.has_product()) {
+            (true, _) => self.delta.rank() / self.rank,
+            (false, has_product) => u64::from(has_product),
+        };
         (0..count).map(move |index| experts.then_some(Expert { index, count }))
     }
 
@@ -199,8 +228,10 @@ pub enum Role {
     TrainingOnly,
     /// A parameter that the file holds under another name as well.
     Repeated,
-    /// An alpha beside a scale, which counts more.
-    Overridden,
+    /// An alpha that counts for nothing.
+    Unused,
+    /// A vector of a textual inversion.
+    Embedding,
 }
 
 impl Role {
@@ -209,7 +240,8 @@ impl Role {
         match self {
             Self::TrainingOnly => "used in training only",
             Self::Repeated => "a parameter that the file holds twice",
-            Self::Overridden => "an alpha whose module has a scale as well, which counts more",
+            Self::Unused => "an alpha that counts for nothing in its module",
+            Self::Embedding => "an embedding of a textual inversion, which no model's tensor takes",
         }
     }
 }
@@ -378,7 +410,7 @@ impl Adapter {
         let mut known = IndexMap::<&str, (Usage, String)>::new();
         for module in self.modules().values() {
             for (what, tensor) in module.tensors() {
-                known.insert(&tensor.name, (Usage::Used, format!("{what} of {}", module.path)));
+                known.insert(&tensor.name, (Usage::Used, format!("{what} of {}", module.title())));
             }
         }
         for saved in self.saved() {

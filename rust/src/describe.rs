@@ -258,7 +258,7 @@ pub fn adapter(adapter: &Adapter) -> Result<Listing> {
         .modules()
         .values()
         .map(|module| ListedModule {
-            name: module.path.clone(),
+            name: module.title().into_owned(),
             kind: module.kind.name(),
             rank: module.rank,
             alpha: Some(module.alpha).filter(|alpha| !alpha.is_nan()),

@@ -209,7 +209,7 @@ def fleet(folder: Path, count: int) -> Iterator[str]:
         write_factors(folder / f"other{at}", random_factors(SHAPES, at + 60),
                       base_model_name_or_path=f"other-{at}")  # fmt: skip
     for at in range(count):
-        make_adapter(folder / f"ia3-{at}", peft_type="IA3")
+        make_adapter(folder / f"ia3-{at}", peft_type="OFT")
     found = lorafast.scan(folder)
     for item in found.findings:
         yield f"{item.finding.kind}|{item.finding.reason}"

@@ -17,7 +17,7 @@ from support.handmade import adapter_tensors, make_adapter
 def fleet(tmp_path: Path) -> Path:
     for index in range(3):
         make_adapter(tmp_path / "fleet" / f"a{index}", r=4, lora_alpha=8 + index)
-    make_adapter(tmp_path / "fleet" / "other", peft_type="IA3")
+    make_adapter(tmp_path / "fleet" / "other", peft_type="OFT")
     return tmp_path / "fleet"
 
 
@@ -29,7 +29,7 @@ def test_the_summary_says_what_there_is_and_what_is_wrong(
     lines = captured.out.splitlines()
     assert lines[0] == "3 adapters, 12 modules"
     assert any(
-        line.startswith(f"  {fleet}/other: adapter_config.json: is an IA3") for line in lines
+        line.startswith(f"  {fleet}/other: adapter_config.json: is an OFT") for line in lines
     )
     assert lines[-1].split()[:3] == ["base", "4", "3"]
     assert captured.err == "warning: 1 adapter could not be read\n"
@@ -82,7 +82,7 @@ def test_every_level_can_be_shown(
 def test_nothing_to_read_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scan", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no adapter was found")
-    make_adapter(tmp_path / "other", peft_type="IA3")
+    make_adapter(tmp_path / "other", peft_type="OFT")
     assert main(["scan", str(tmp_path)]) == 1
 
 

@@ -512,5 +512,7 @@ REFUSALS = (
         "megatron_config",
         by_hand={"megatron_config": {"tensor_model_parallel_size": 2}},
     ),
-    Refusal("Types other than LoRA", lora("lin0"), "IA3", by_hand={"peft_type": "IA3"}),
+    Refusal(
+        "Types other than LoRA, LoHa, LoKr, IA3", lora("lin0"), "OFT", by_hand={"peft_type": "OFT"}
+    ),
 )

@@ -28,7 +28,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> lorafast.Fleet:
     bare = make_adapter(root / "none", base_model_name_or_path=None, modules_to_save=["head"])
     saved = {"base_model.model.head.weight": tensor(np.ones((3, 3)), "F32")}
     write_safetensors(bare / "adapter_model.safetensors", saved)
-    make_adapter(root / "broken-ß", peft_type="IA3")
+    make_adapter(root / "broken-ß", peft_type="OFT")
     return lorafast.scan(root)
 
 
@@ -114,7 +114,7 @@ def test_slices_of_what_was_taken_are_slices_of_the_columns(
 def test_empty_tables_have_the_columns_of_others(fleet: lorafast.Fleet, tmp_path: Path) -> None:
     import pyarrow
 
-    make_adapter(tmp_path / "other", peft_type="IA3")
+    make_adapter(tmp_path / "other", peft_type="OFT")
     empty = lorafast.scan(tmp_path)
     for name in TABLES:
         one, another = empty.table(name), fleet.table(name)
@@ -193,7 +193,7 @@ def test_paths_that_are_no_utf8_stay_what_they_are(tmp_path: Path) -> None:
     broken = Path(os.fsdecode(os.fsencode(tmp_path) + b"/c\xff"))
     make_adapter(tmp_path / "a")
     make_adapter(odd)
-    make_adapter(broken, peft_type="IA3")
+    make_adapter(broken, peft_type="OFT")
     fleet = lorafast.scan(tmp_path)
     for own in (fleet, pickle.loads(pickle.dumps(fleet))):
         assert own.paths == [tmp_path / "a", odd]

@@ -28,7 +28,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_scan_reads_only_what_changed(tmp_path: Path) -> None:
     fleet, cache = tmp_path / "fleet", tmp_path / "cache"
     paths = make_fleet(fleet)
-    make_adapter(fleet / "broken", peft_type="IA3")
+    make_adapter(fleet / "broken", peft_type="OFT")
     first = lorafast.scan(fleet, cache=cache)
     assert (first.remembered, first.bytes_read > 0) == (0, True)
     second = lorafast.scan(fleet, cache=cache)

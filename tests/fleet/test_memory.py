@@ -282,14 +282,14 @@ def test_findings_are_a_table(tmp_path: Path) -> None:
 
 def test_errors_are_a_sequence_of_values(tmp_path: Path) -> None:
     for index in range(12):
-        make_adapter(tmp_path / f"a{index}", **({} if index % 5 == 0 else {"peft_type": "IA3"}))
+        make_adapter(tmp_path / f"a{index}", **({} if index % 5 == 0 else {"peft_type": "OFT"}))
     fleet = lorafast.scan([tmp_path / "nowhere", tmp_path])
     found = list(fleet.errors)
     # What is no adapter comes first, then adapters in their order.
     expected = [f"a{index}" for index in range(12) if index % 5]
     assert [error.path.name for error in found] == ["nowhere", *expected]
     assert all(type(error) is lorafast.ScanError for error in found)
-    assert "IA3" in found[-1].reason
+    assert "OFT" in found[-1].reason
     assert fleet.errors == found
     assert fleet.errors != found[1:]
     assert fleet.errors[2:4] == found[2:4]

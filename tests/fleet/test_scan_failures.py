@@ -22,7 +22,7 @@ def test_broken_adapters_are_records_and_the_others_are_read(tmp_path: Path) -> 
     (short / "adapter_model.safetensors").write_bytes(weights[:-10])
     long = make_adapter(tmp_path / "long")
     (long / "adapter_model.safetensors").write_bytes(weights + b"\0" * 10)
-    make_adapter(tmp_path / "other", peft_type="IA3")
+    make_adapter(tmp_path / "other", peft_type="OFT")
     make_adapter(tmp_path / "json", config="{")
     bare = make_adapter(tmp_path / "bare")
     (bare / "adapter_config.json").unlink()
@@ -41,7 +41,7 @@ def test_broken_adapters_are_records_and_the_others_are_read(tmp_path: Path) -> 
     }
     assert reasons["short"].startswith("adapter_model.safetensors: is truncated")
     assert "10 bytes after its last tensor" in reasons["long"]
-    assert "IA3" in reasons["other"]
+    assert "OFT" in reasons["other"]
     assert "adapter_config.json" in reasons["json"]
     assert reasons["bare"].startswith("holds no adapter_config.json")
     assert "no adapter_model.safetensors" in reasons["empty"]
@@ -107,7 +107,7 @@ def test_nothing_to_scan_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_fleet_without_a_sound_adapter_has_empty_tables(tmp_path: Path) -> None:
-    make_adapter(tmp_path / "other", peft_type="IA3")
+    make_adapter(tmp_path / "other", peft_type="OFT")
     fleet = lorafast.scan(tmp_path)
     assert len(fleet) == 0
     assert len(fleet.errors) == 1

@@ -58,7 +58,7 @@ def test_parquet_files_hold_the_tables_and_the_errors(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     make_fleet(tmp_path / "fleet")
-    make_adapter(tmp_path / "fleet" / "other", peft_type="IA3")
+    make_adapter(tmp_path / "fleet" / "other", peft_type="OFT")
     fleet = lorafast.scan(tmp_path / "fleet")
     files = fleet.to_parquet(tmp_path / "out" / "deep")
     assert sorted(file.name for file in files) == sorted(

@@ -72,8 +72,8 @@ def experts(tensors: dict[str, Tensor]) -> None:
 
 # What cannot be merged: the settings, what goes into the file, a word of the message.
 UNSUPPORTED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], None] | None, str]] = {
-    "IA3": ({"peft_type": "IA3"}, None, "IA3"),
-    "LOHA": ({"peft_type": "LOHA"}, None, "LOHA"),
+    "OFT": ({"peft_type": "OFT"}, None, "OFT"),
+    "BOFT": ({"peft_type": "BOFT"}, None, "BOFT"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, None, "PROMPT_TUNING"),
     "an unknown type": ({"peft_type": "FROM_THE_FUTURE"}, None, "FROM_THE_FUTURE"),
     "LoftQ": (

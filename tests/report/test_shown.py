@@ -34,7 +34,7 @@ def one_of_each(folder: Path) -> Iterator[tuple[str, Any]]:
         for seed in range(3)
     ]
     make_adapter(folder / "fleet" / "copy", adapter_tensors(MANY, seed=0))
-    make_adapter(folder / "fleet" / "broken", peft_type="IA3")
+    make_adapter(folder / "fleet" / "broken", peft_type="OFT")
     first, second, third = adapters
     plan = lorafast.plan(base, first)
     yield "MergePlan", plan
@@ -71,7 +71,7 @@ def one_of_each(folder: Path) -> Iterator[tuple[str, Any]]:
         for name, value in adapter_tensors(MANY).items()
     }
     make_adapter(folder / "later" / "copy", untrained)
-    make_adapter(folder / "later" / ODD, peft_type="IA3")
+    make_adapter(folder / "later" / ODD, peft_type="OFT")
     difference = lorafast.scan_diff(fleet, lorafast.scan(folder / "later"))
     yield "ScanDiff", difference
     yield "AdapterChange", difference.changed[0]
@@ -265,7 +265,7 @@ def test_a_fleet_of_errors_and_one_of_nothing_are_shown(tmp_path: Path) -> None:
         check(fleet.table(typing.cast(Any, name)))
     page = check(fleet)
     assert "<td>a0</td>" in page
-    make_adapter(tmp_path / "bad" / "a", peft_type="IA3")
+    make_adapter(tmp_path / "bad" / "a", peft_type="OFT")
     check(lorafast.scan(tmp_path / "bad"))
 
 

@@ -34,7 +34,7 @@ class Update(NamedTuple):
     Attributes:
         adapter: the adapter's position.
         module: its module, or for a replacement the tensor in its file.
-        kind: low_rank, dora, vector (a bias) or replace.
+        kind: low_rank, dora, vector (a bias), replace, or transform (made of the whole weight).
         rank: the rank; 1 for a vector, 0 for a replacement.
         scale: s of s·B·A.
         weight: the adapter's weight under the strategy.

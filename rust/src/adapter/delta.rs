@@ -9,6 +9,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use super::factors::Pair;
+use super::matrix::Matrix;
 use crate::error::Result;
 use crate::tensor::safetensors::Tensor;
 
@@ -55,6 +56,55 @@ pub trait Delta: Debug + Send + Sync {
 
     /// Whether it holds the products of several experts.
     fn holds_experts(&self) -> bool {
+        false
+    }
+
+    /// Whether the rank of the product is another than what trainers call the rank.
+    fn is_expanded(&self) -> bool {
+        false
+    }
+
+    /// Whether its one input extent can be that of a convolution's inputs and kernel taken together.
+    fn may_flatten_kernel(&self) -> bool {
+        false
+    }
+
+    /// What it makes of the whole weight, where that is more than a sum with its product.
+    fn transform(&self) -> Option<&dyn Transform> {
+        None
+    }
+
+    /// Whether there is a product, so that something can be said of the update without the base.
+    fn has_product(&self) -> bool {
+        true
+    }
+
+    /// DoRA's magnitudes of the inputs, where it has some.
+    fn magnitude(&self) -> Option<&Tensor> {
+        None
+    }
+
+    /// What trainers call it, as `peft_type` has it.
+    fn algorithm(&self) -> &'static str {
+        "LORA"
+    }
+}
+
+/// What an adapter makes of a whole weight.
+pub trait Transform {
+    /// What it is, in a word for messages.
+    fn name(&self) -> &'static str;
+
+    /// Makes the new weight of the old one, (outputs, inputs) with a kernel among the inputs, or of a
+    /// layer's bias, whose elements are rows.
+    ///
+    /// # Errors
+    /// [`crate::Error::Adapter`] if a file changed meanwhile or holds what cannot be computed with,
+    /// [`crate::Error::Io`].
+    fn apply(&self, weight: &mut Matrix, scaling: f64) -> Result<()>;
+
+    /// Whether the layer's bias, where there is one, is changed in the same way.
+    fn changes_bias(&self) -> bool {
         false
     }
 }

@@ -98,6 +98,14 @@ impl Pair {
         self
     }
 
+    /// The same with these rows of B only, or with all of them.
+    pub fn rows(self, outputs: Option<&Range<u64>>) -> Self {
+        match outputs {
+            Some(rows) => self.outputs(rows.start as usize..rows.end as usize),
+            None => self,
+        }
+    }
+
     /// The same with these columns of A only.
     pub fn inputs(self, columns: Range<usize>) -> Self {
         if columns.len() == self.inputs {

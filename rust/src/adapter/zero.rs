@@ -48,7 +48,7 @@ const INCREMENT: u64 = 1_442_695_040_888_963_407;
 /// # Errors
 /// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`].
 pub fn cause(module: &Module) -> Result<Option<ZeroCause>> {
-    if module.magnitude.is_some() {
+    if module.magnitude.is_some() || module.delta.transform().is_some() {
         return Ok(None);
     }
     if let Some(bias) = &module.bias

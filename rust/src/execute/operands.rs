@@ -18,6 +18,7 @@ use super::compute::Computer;
 use super::session::TensorId;
 use super::tile;
 use crate::adapter::factors::Pair;
+use crate::adapter::matrix::Matrix;
 use crate::error::{Error, Result};
 use crate::execute::residual::Weight;
 use crate::kernel::{InstructionSet, convert};
@@ -54,7 +55,8 @@ pub struct ChangedTensor<'a> {
     pub shape: &'a [u64],
     /// How many updates it has; of a tensor that is brought whole perhaps none.
     pub updates: usize,
-    /// Whether some of it was taken out by an adapter's initialisation.
+    /// Whether all of W₀ is needed: some of it was taken out by an adapter's initialisation, or an
+    /// update is made of the whole.
     pub residual: bool,
 }
 
@@ -108,7 +110,9 @@ pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
                 replaced: is_replaced(tensor),
                 shape: &tensor.source.shape,
                 updates: tensor.updates().len(),
-                residual: tensor.updates().iter().any(|update| update.residual.is_some()),
+                residual: tensor.updates().iter().any(|update| {
+                    update.residual.is_some() || update.kind == UpdateKind::Transform
+                }),
             }
         })
         .collect()
@@ -174,7 +178,7 @@ pub fn operands(
                 .map_err(|message| Error::Numeric { tensor: tensor.name.clone(), message })?;
             products.push(Product { pair, coefficient: -residual.scale(update.scale) });
         }
-        if update.kind != UpdateKind::Replace {
+        if !matches!(update.kind, UpdateKind::Replace | UpdateKind::Transform) {
             products.push(Product { pair: update.pair(adapter)?, coefficient: update.scale });
         }
         let row_range = update.slice.rows.as_ref();
@@ -188,16 +192,37 @@ pub fn operands(
             let bytes = (first * row) as u64..((first + rows.len()) * row) as u64;
             Ok((tensor.dtype.clone(), tensor.read_range(bytes)?))
         });
+        let mut base_override = base_override.transpose()?;
+        let mut kind = update.kind;
+        if kind == UpdateKind::Transform {
+            if update.stage > 0 {
+                return Err(Error::Argument(format!(
+                    "{} is made of the whole of what other adapters leave of it, which is done on the \
+                     CPU alone (device=\"cpu\")",
+                    tensor.name
+                )));
+            }
+            let weight = match &whole {
+                Some(weight) => weight,
+                None => &*whole.insert(computer.weight(tensor)?),
+            };
+            let own = weight.values[rows.start * columns..rows.end * columns].to_vec();
+            let mut own = Matrix { rows: rows.len(), columns, values: own };
+            update.transform(adapter, &mut own)?;
+            // To whoever takes it, it is a replacement.
+            kind = UpdateKind::Replace;
+            base_override = Some((Dtype::F64, own.into_bytes()));
+        }
         let is_dora = update.kind == UpdateKind::Dora;
         result.push(Operands {
-            kind: update.kind,
+            kind,
             weight: update.weight,
             stage: update.stage,
             rows,
             transposed: update.transposed,
             products,
             magnitude: is_dora.then(|| tile::magnitude(adapter, update)).transpose()?,
-            base_override: base_override.transpose()?,
+            base_override,
         });
         // Whoever computes elsewhere never looks at the file; what he was given is of one state.
         adapter.file().check_unchanged()?;

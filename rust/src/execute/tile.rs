@@ -10,6 +10,7 @@ use std::ops::Range;
 use super::accumulator::{Real, sum_of_squares};
 use crate::adapter::Adapter;
 use crate::adapter::factors::Pair;
+use crate::adapter::matrix::Matrix;
 use crate::error::Result;
 use crate::kernel::{self, Factors, InstructionSet};
 use crate::plan::{Inputs, PlannedTensor, Update, UpdateKind};
@@ -60,6 +61,8 @@ enum Value {
         base_override: Option<AdapterRows>,
     },
     Replaced(AdapterRows),
+    /// Rows of a segment in the accumulator's type.
+    Computed(Vec<u8>),
 }
 
 /// Rows of an adapter's own tensor, from `first` on.
@@ -210,6 +213,11 @@ impl Packing<'_> {
                     let value = Value::Rescaled { factors, scales, base_override };
                     overrides.push(Override { weight: update.weight, value });
                 }
+                UpdateKind::Transform => {
+                    base_coefficient -= update.weight;
+                    let value = Value::Computed(self.transformed(segment, update, scan)?);
+                    overrides.push(Override { weight: update.weight, value });
+                }
                 UpdateKind::Replace => {
                     base_coefficient -= update.weight;
                     let value = Value::Replaced(self.adapter_rows(update, &update.module, rows));
@@ -267,6 +275,37 @@ impl Packing<'_> {
         })?;
         sums.iter_mut().for_each(|sum| *sum = sum.sqrt());
         Ok(sums)
+    }
+
+    /// What an update makes of all rows of a segment, as the stages so far leave them; in the
+    /// accumulator's type.
+    fn transformed(
+        &self,
+        segment: &Segment,
+        update: &Update,
+        scan: &mut Scan<'_>,
+    ) -> Result<Vec<u8>> {
+        let mut whole = Matrix::zeros(segment.rows.len(), self.columns);
+        scan(&mut |first_row, tile| {
+            if !segment.rows.contains(&first_row) {
+                return Ok(());
+            }
+            if *self.dtype == Dtype::F64 {
+                self.begin::<f64>(segment, None, first_row, tile)?;
+            } else {
+                self.begin::<f32>(segment, None, first_row, tile)?;
+            }
+            let start = (first_row - segment.rows.start) * self.columns;
+            kernel::convert::for_each_f64(self.dtype, tile, |index, value| {
+                whole.values[start + index] = value;
+            });
+            Ok(())
+        })?;
+        update.transform(&self.inputs.adapters[update.adapter], &mut whole)?;
+        Ok(match self.dtype {
+            Dtype::F64 => whole.into_bytes(),
+            _ => whole.values.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect(),
+        })
     }
 
     /// Turns a tile of W₀ into what the next stage of a segment is made from.
@@ -438,14 +477,25 @@ impl Stage {
                 }
                 Value::Replaced(own) => {
                     own.read(set, rows, columns, scratch)?;
-                    let weight = T::from_f64(each.weight);
-                    let pairs = result.iter_mut().zip(&*scratch);
-                    pairs.for_each(|(to, from)| *to = to.plus(from.times(weight)));
+                    add_weighted(each.weight, scratch, result);
+                }
+                Value::Computed(bytes) => {
+                    let row = columns * size_of::<T>();
+                    let bytes = &bytes[rows.start * row..rows.end * row];
+                    bytemuck::cast_slice_mut::<T, u8>(scratch).copy_from_slice(bytes);
+                    add_weighted(each.weight, scratch, result);
                 }
             }
         }
         Ok(())
     }
+}
+
+/// result += weight · values.
+fn add_weighted<T: Real>(weight: f64, values: &[T], result: &mut [T]) {
+    let weight = T::from_f64(weight);
+    let pairs = result.iter_mut().zip(values);
+    pairs.for_each(|(to, from)| *to = to.plus(from.times(weight)));
 }
 
 /// result += weight · gain · V.

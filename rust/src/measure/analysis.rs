@@ -236,12 +236,22 @@ pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
                 .to_owned(),
         );
     }
-    let magnitudes = modules().filter(|module| module.magnitude.is_some()).count();
+    let magnitudes = modules().filter(|module| module.magnitudes().is_some()).count();
     if magnitudes > 0 {
         features.push(format!(
             "{} {} a DoRA magnitude, which rescales the whole weight; figures are of s·B·A alone",
             counted(magnitudes, "module"),
             agree(magnitudes, "has", "have"),
+        ));
+    }
+    let without = modules().filter(|module| !module.delta.has_product()).count();
+    if without > 0 {
+        features.push(format!(
+            "{} {} the base's whole weight (GLoRA, IA3 or orthogonal blocks), so that there are no \
+             figures of {}",
+            counted(without, "module"),
+            agree(without, "changes", "change"),
+            agree(without, "it", "them"),
         ));
     }
     let biases = modules().filter(|module| module.bias.is_some()).count();
@@ -365,11 +375,11 @@ fn measure(
         block: None,
         layer: String::new(),
         shape: [update.rows(), update.columns()],
-        rank: product.extents().2 as u64,
+        rank: product.stored_rank() as u64,
         alpha: module.alpha,
         scaling: module.scaling,
         a_name: tensors[0].1.name.clone(),
-        b_name: tensors[1].1.name.clone(),
+        b_name: tensors.get(1).unwrap_or(&tensors[0]).1.name.clone(),
         spectrum,
         base,
         entries,

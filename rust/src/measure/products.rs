@@ -30,11 +30,12 @@ impl<'a> Product<'a> {
     /// What it is called: its module's path, with the index of an expert. A parameter of experts is
     /// named by its wrappers, which its module's path leaves out.
     pub fn name(self) -> String {
-        let Module { parameters, path, key, .. } = self.module;
-        let path = if parameters.is_empty() { path } else { key };
+        let Module { parameters, key, .. } = self.module;
+        let title = self.module.title();
+        let path: &str = if parameters.is_empty() { &title } else { key };
         match self.expert {
             Some(Expert { index, .. }) => format!("{path}[{index}]"),
-            None => path.clone(),
+            None => path.to_owned(),
         }
     }
 
@@ -43,6 +44,14 @@ impl<'a> Product<'a> {
         let module = self.module;
         let rank = module.product_rank(module.rank);
         (module.outputs() as usize, module.inputs() as usize, rank as usize)
+    }
+
+    /// The rank as trainers call it, which of a composed product is not that of its factors.
+    pub fn stored_rank(self) -> usize {
+        match self.module.delta.is_expanded() {
+            true => self.module.rank as usize,
+            false => self.extents().2,
+        }
     }
 
     /// s of s·B·A as it is added to the weight.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use crate::adapter::factors::Pair;
+use crate::adapter::matrix::Matrix;
 use crate::adapter::{Adapter, Expert};
 use crate::error::{Error, Result};
 use crate::tensor::orientation::Orientation;
@@ -129,12 +130,14 @@ pub enum UpdateKind {
     Vector,
     /// The adapter's own tensor.
     Replace,
+    /// f(W₀), made of the whole weight: GLoRA, IA³, orthogonal blocks, DoRA of the inputs.
+    Transform,
 }
 
 impl UpdateKind {
     /// Whether Wᵢ is more than W₀ with something added.
     pub fn is_override(self) -> bool {
-        matches!(self, Self::Dora | Self::Replace)
+        matches!(self, Self::Dora | Self::Replace | Self::Transform)
     }
 }
 
@@ -168,7 +171,7 @@ impl Update {
     /// [`crate::Error::Adapter`] if the file changed meanwhile, [`crate::Error::Io`].
     ///
     /// # Panics
-    /// For a replacement, or if the adapter is not the one that the update was planned from.
+    /// For what is no product, or if the adapter is not the one that the update was planned from.
     pub fn pair(&self, adapter: &Adapter) -> Result<Pair> {
         let module = &adapter.modules()[&self.module];
         let Slice { expert, outputs, inputs, .. } = &self.slice;
@@ -180,7 +183,28 @@ impl Update {
                 let bias = module.bias.as_ref().expect("planned from its bias");
                 Pair::vector(bias, outputs.as_ref())
             }
-            UpdateKind::Replace => unreachable!("a replacement is no product"),
+            UpdateKind::Replace | UpdateKind::Transform => unreachable!("it is no product"),
+        }
+    }
+
+    /// Makes of the rows on which it lies what it makes of them: all of them, as they are stored.
+    ///
+    /// # Errors
+    /// As [`Update::pair`].
+    ///
+    /// # Panics
+    /// If it is no transform of that adapter.
+    pub fn transform(&self, adapter: &Adapter, weight: &mut Matrix) -> Result<()> {
+        let module = &adapter.modules()[&self.module];
+        let transform = module.delta.transform().expect("planned from it");
+        match self.orientation() {
+            Orientation::OutIn => transform.apply(weight, self.scale),
+            Orientation::InOut => {
+                let mut turned = weight.transposed();
+                transform.apply(&mut turned, self.scale)?;
+                *weight = turned.transposed();
+                Ok(())
+            }
         }
     }
 

@@ -336,8 +336,10 @@ fn left_out(adapter: &Adapter) -> Vec<String> {
         }
     };
     let modules = || adapter.modules().values();
-    say(modules().filter(|module| module.magnitude.is_some()).count(), "DoRA magnitude");
+    say(modules().filter(|module| module.magnitudes().is_some()).count(), "DoRA magnitude");
     say(modules().filter(|module| module.bias.is_some()).count(), "bias vector");
+    let without = modules().filter(|module| !module.delta.has_product()).count();
+    say(without, "GLoRA, IA3 or orthogonal module");
     say(adapter.trained_rows().len(), "embedding of trained rows");
     say(adapter.saved().len(), "parameter saved whole");
     parts

@@ -263,8 +263,13 @@ fn others(adapter: &Adapter, names: &MemberNames) -> Others {
     let mut others = BTreeMap::new();
     for module in adapter.modules().values() {
         let name = names.of_module(&module.key);
-        if let Some(magnitude) = &module.magnitude {
+        if let Some(magnitude) = module.magnitudes() {
             others.insert(format!("the magnitude of {name}"), magnitude.clone());
+        }
+        if !module.delta.has_product() {
+            for (what, tensor) in module.tensors() {
+                others.insert(format!("{what} of {name}"), tensor.clone());
+            }
         }
         if let Some(bias) = &module.bias {
             others.insert(format!("the bias of {name}"), bias.clone());

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::adapter::matrix::Matrix;
 use crate::error::Result;
 use crate::execute::compute::Computer;
 use crate::kernel::PRODUCT_ERROR;
@@ -146,6 +147,9 @@ impl<'a> ExactRow<'a> {
                     b: widen_f64(&pair.b_dtype, &pair.b),
                 });
             }
+            if update.kind == UpdateKind::Transform {
+                term.a = this.transformed(update, &term)?;
+            }
             if update.kind == UpdateKind::Dora && update.orientation() == Orientation::InOut {
                 term.column_scales = this.column_scales(&term)?;
             }
@@ -183,6 +187,9 @@ impl<'a> ExactRow<'a> {
             term.a = widen_f64(&tensor.dtype, &tensor.read_range(bytes)?);
             return Ok(term);
         }
+        if update.kind == UpdateKind::Transform {
+            return Ok(term);
+        }
         let pair = update.pair(adapter)?;
         term.a = widen_f64(&pair.a_dtype, &pair.a);
         term.b = widen_f64(&pair.b_dtype, &pair.b);
@@ -205,6 +212,18 @@ impl<'a> ExactRow<'a> {
         let offset = row * bytes.len();
         self.computer.read(self.planned, &mut bytes, offset)?;
         Ok(widen_f64(dtype, &bytes))
+    }
+
+    /// What a transform makes of all of its rows.
+    fn transformed(&self, update: &Update, term: &Term) -> Result<Vec<f64>> {
+        let mut whole = Matrix::zeros(term.row_range.len(), self.columns);
+        for (place, row) in term.row_range.clone().enumerate() {
+            self.computer.task.check()?;
+            let start = self.row(row, &self.base(row)?, term.stage, |_, _| {}).0;
+            whole.row_mut(place).copy_from_slice(&start);
+        }
+        update.transform(&self.computer.inputs.adapters[update.adapter], &mut whole)?;
+        Ok(whole.values)
     }
 
     fn column_scales(&self, term: &Term) -> Result<Vec<f64>> {
@@ -347,7 +366,7 @@ impl<'a> ExactRow<'a> {
                     sizes[column] += term.weight.abs() * size;
                 }
             }
-            UpdateKind::Replace => {
+            UpdateKind::Replace | UpdateKind::Transform => {
                 let stored = (row - term.row_range.start) * columns;
                 for column in 0..columns {
                     let value = term.a[stored + column];

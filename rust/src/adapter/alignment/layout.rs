@@ -46,11 +46,12 @@ impl Layout {
         for (key, module) in adapter.modules() {
             let parameter = parameters.get(key.as_str());
             // A parameter of experts is named by its wrappers, which its module's path leaves out.
-            let path = if module.parameters.is_empty() { &module.path } else { key };
+            let title = module.title();
+            let path: &str = if module.parameters.is_empty() { &title } else { key };
             for expert in module.products() {
                 let name = match expert {
                     Some(Expert { index, .. }) => format!("{path}[{index}]"),
-                    None => path.clone(),
+                    None => path.to_owned(),
                 };
                 let parameter = parameter.cloned();
                 let shape = [module.outputs(), module.inputs()];
@@ -81,12 +82,12 @@ pub fn base_key(base: &str) -> String {
 
 /// The parameter that each module changes, by the module's key; none where nothing tells it.
 fn parameters(adapter: &Adapter) -> IndexMap<&str, String> {
-    let mut groups = IndexMap::<&str, Vec<&Module>>::new();
+    let mut groups = IndexMap::<(&str, &str), Vec<&Module>>::new();
     for module in adapter.modules().values() {
-        groups.entry(&module.path).or_default().push(module);
+        groups.entry((&module.path, module.leaf())).or_default().push(module);
     }
     let mut found = IndexMap::new();
-    for (path, mut modules) in groups {
+    for ((path, leaf), mut modules) in groups {
         // The innermost wrapper first, as a plan takes them.
         modules.sort_by_key(|module| std::cmp::Reverse(module.key.len()));
         let mut named: Vec<&Parameter> = modules[0].parameters.iter().collect();
@@ -98,7 +99,7 @@ fn parameters(adapter: &Adapter) -> IndexMap<&str, String> {
             continue;
         }
         match (named.as_slice(), modules.as_slice()) {
-            ([], [module]) => drop(found.insert(module.key.as_str(), format!("{path}.weight"))),
+            ([], [module]) => drop(found.insert(module.key.as_str(), format!("{path}.{leaf}"))),
             (named, modules) if named.len() == modules.len() => {
                 let pairs = modules.iter().zip(named);
                 found.extend(pairs.map(|(module, parameter)| {

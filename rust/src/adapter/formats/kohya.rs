@@ -1,5 +1,6 @@
-//! kohya's plain LoRA: one safetensors file whose keys name flattened modules
-//! (`lora_unet_down_blocks_0_….lora_down.weight`), with each module's alpha beside its factors.
+//! kohya's format: one safetensors file whose keys name flattened modules
+//! (`lora_unet_down_blocks_0_….lora_down.weight`), with each module's alpha beside its factors. What
+//! LyCORIS writes under such names is of every algorithm that it has.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,12 +9,12 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
-use super::parts::{self, ModuleParts, Part, ScaleRule};
+use super::parts::{self, ModuleParts, Part, ScaleRule, Spelling};
 use super::recognize;
 use crate::adapter::format::{Format, Place, WriteOptions};
 use crate::adapter::{
-    Adapter, Contents, Directory, Grammar, Initialization, LayerKind, Module, Role, Semantics,
-    foreign,
+    Adapter, Contents, Directory, Grammar, Initialization, LayerKind, Module, PartUse, Role,
+    Semantics, Usage,
 };
 use crate::checkpoint::names::wrappers;
 use crate::error::{Error, Owner, Result};
@@ -26,6 +27,8 @@ const PREFIX: &str = "lora_unet_";
 const DOWN: &str = ".lora_down.weight";
 const UP: &str = ".lora_up.weight";
 const ALPHA: &str = ".alpha";
+/// What the names of packed embeddings begin with.
+const EMBEDDINGS: &str = "bundle_emb.";
 
 /// kohya's format.
 #[derive(Debug)]
@@ -48,7 +51,7 @@ impl Format for Kohya {
         let Ok(file) = TensorFile::open_in(&*place.store, &weights, Owner::Adapter) else {
             return Ok(false);
         };
-        Ok(file.header().tensors.iter().any(|tensor| tensor.name.ends_with(DOWN)))
+        Ok(file.header().tensors.iter().any(|tensor| is_own(&tensor.name)))
     }
 
     /// The file that was asked for, or the one that the directory has.
@@ -107,13 +110,18 @@ impl Format for Kohya {
         let file = Arc::new(TensorFile::open_in(&*place.store, &name, Owner::Adapter)?);
         recognize::check_gathered(&file)?;
         let broken = |message: String| Error::adapter(&weights, message);
+        let mut others = Vec::new();
         let mut parts = IndexMap::<&str, ModuleParts>::new();
         for tensor in &file.header().tensors {
             task.check()?;
-            let Some((module, part, _)) =
-                parts::split(&tensor.name).filter(|(_, part, _)| is_own(*part))
-            else {
-                return Err(Error::unsupported(&weights, stranger(&tensor.name)));
+            if tensor.name.starts_with(EMBEDDINGS) {
+                others.push((tensor.name.clone(), Role::Embedding));
+                continue;
+            }
+            let Some((module, part, _)) = parts::split(&tensor.name) else {
+                let problem =
+                    format!("holds {}, which is no part of an update that is known", tensor.name);
+                return Err(Error::unsupported(&weights, problem));
             };
             parts
                 .entry(module)
@@ -122,7 +130,6 @@ impl Format for Kohya {
         }
         let mut modules = IndexMap::with_capacity(parts.len());
         let mut paths = HashMap::new();
-        let mut others = Vec::new();
         let mut is_wrapped = false;
         for (key, parts) in parts {
             task.check()?;
@@ -134,7 +141,7 @@ impl Format for Kohya {
                      put into its name; keep the one that was meant"
                 )));
             }
-            others.extend(parts.unused().map(|one| (one.name.clone(), Role::Overridden)));
+            others.extend(parts.unused().map(|one| (one.name.clone(), Role::Unused)));
             for module in parts.module(key, &path, &ScaleRule::default())? {
                 modules.insert(module.key.clone(), module);
             }
@@ -144,6 +151,13 @@ impl Format for Kohya {
              like); it was left out"
                 .to_owned()
         });
+        // Vectors of a textual inversion, which no tensor of a model takes.
+        let has_embeddings = others.iter().any(|(_, role)| *role == Role::Embedding);
+        let fields = has_embeddings.then(|| {
+            let reason = "holds embeddings of a textual inversion, which a merge leaves out";
+            PartUse::new(EMBEDDINGS.trim_end_matches('.'), (Usage::Refused, reason))
+        });
+        let fields = fields.into_iter().collect();
         let metadata = &file.header().metadata;
         let settings: Map<String, Value> =
             metadata.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
@@ -162,7 +176,7 @@ impl Format for Kohya {
             notes: notes.into_iter().collect(),
             semantics,
             grammar: Grammar::Flattened,
-            fields: Vec::new(),
+            fields,
             settings,
             summary,
             read_from: Vec::new(),
@@ -187,21 +201,16 @@ fn alpha_of(module: &Module) -> Result<Tensor> {
     Tensor::in_memory(Path::new("alpha"), "alpha", dtype, Vec::new(), bytes)
 }
 
-/// Whether a part is one that can be read under kohya's names.
-fn is_own(part: Part) -> bool {
-    matches!(part, Part::Down | Part::Up | Part::Alpha)
-}
-
-/// What a tensor is that is no part of any module, in words.
-fn stranger(name: &str) -> String {
-    match foreign::part_by_key(name) {
-        Some(what) => format!(
-            "holds {name}, {what}; it is no part of a plain LoRA of kohya's, and not read yet"
-        ),
-        None => format!(
-            "holds {name}, which is no part of a plain LoRA of kohya's (lora_down, lora_up, alpha)"
-        ),
-    }
+/// Whether a key is one of this format's, whatever the algorithm: in what is no plain LoRA, a name
+/// without dots.
+fn is_own(key: &str) -> bool {
+    parts::split(key).is_some_and(|(module, part, spelling)| match (part, spelling) {
+        (Part::Down, Spelling::Kohya) => true,
+        (Part::Difference | Part::BiasDifference, _) | (_, Spelling::Lycoris) => {
+            !module.contains('.')
+        }
+        _ => false,
+    })
 }
 
 /// What describes the adapter to a person: the rank and the alpha where all modules have the same.
@@ -209,13 +218,22 @@ fn summary(
     modules: &IndexMap<String, Module>,
     base: Option<&str>,
 ) -> IndexMap<&'static str, Value> {
-    let first = modules.values().next();
+    // The rank of a norm or a bias says nothing.
+    let is_matrix = |module: &&Module| !matches!(module.kind, LayerKind::Norm | LayerKind::Bias);
+    let measured = || modules.values().filter(is_matrix);
     let common = |of: fn(&Module) -> Value| {
-        let value = first.map_or(Value::Null, of);
-        if modules.values().all(|module| of(module) == value) { value } else { Value::Null }
+        let value = measured().next().map_or(Value::Null, of);
+        if measured().all(|module| of(module) == value) { value } else { Value::Null }
     };
+    let mut algorithms: Vec<_> = modules.values().map(|module| module.delta.algorithm()).collect();
+    algorithms.sort_unstable();
+    algorithms.dedup();
+    // Full differences of norms and biases beside another algorithm are no other one.
+    if measured().all(|module| module.delta.algorithm() != "FULL") && algorithms.len() > 1 {
+        algorithms.retain(|name| *name != "FULL");
+    }
     IndexMap::from([
-        ("type", Value::from("LORA")),
+        ("type", Value::from(algorithms.join(", "))),
         ("base", base.map_or(Value::Null, Value::from)),
         ("r", common(|module| module.rank.into())),
         ("alpha", common(|module| module.alpha.into())),

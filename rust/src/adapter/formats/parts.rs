@@ -1,11 +1,15 @@
 //! The parts of a module in files of one tensor a part, as trainers of image models write them: which
 //! part a tensor plays by the end of its name, and the modules that the parts of one make.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use crate::adapter::deltas::LowRank;
-use crate::adapter::{LayerKind, Module, foreign};
-use crate::error::{Error, Result};
+use crate::adapter::deltas::{
+    self, Difference, Generalized, HadamardSide, KroneckerSide, LowRank, Orthogonal,
+    RescaledInputs, Scaled, Tucker,
+};
+use crate::adapter::{Delta, LayerKind, Module, foreign};
+use crate::error::{Error, Result, with_article};
 use crate::limits;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::Tensor;
@@ -130,7 +134,6 @@ const ENDINGS: &[(&str, Part, Spelling)] = &[
     (".lora_down.weight", Part::Down, Spelling::Kohya),
     (".lora_up.weight", Part::Up, Spelling::Kohya),
     (".lora_mid.weight", Part::Mid, Spelling::Kohya),
-    (".lora_up.bias", Part::UpBias, Spelling::Kohya),
     (".lora_A.weight", Part::Down, Spelling::Peft),
     (".lora_B.weight", Part::Up, Spelling::Peft),
     (".lora_B.bias", Part::UpBias, Spelling::Peft),
@@ -203,6 +206,16 @@ pub fn split(key: &str) -> Option<(&str, Part, Spelling)> {
     found.min_by_key(|(module, ..)| module.len())
 }
 
+/// Whether the first extent of a part is the rank as trainers call it.
+pub fn tells_rank(part: Part) -> bool {
+    matches!(
+        part,
+        Part::Down
+            | Part::Hadamard(Hadamard::W1B)
+            | Part::Kronecker(Kronecker::W1B | Kronecker::W2B)
+    )
+}
+
 /// Where a module's scale comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct ScaleRule {
@@ -233,6 +246,8 @@ pub enum DefaultScale {
 #[derive(Debug, Default)]
 pub struct ModuleParts {
     parts: Vec<(Part, Tensor)>,
+    /// What messages call the module by: one of its factors.
+    named_by: Option<Tensor>,
 }
 
 /// What a module adds, by the parts that make it.
@@ -283,7 +298,7 @@ impl ModuleParts {
     /// # Errors
     /// [`Error::Adapter`] if that part is there already, under another spelling.
     pub fn add(&mut self, part: Part, tensor: Tensor) -> Result<()> {
-        if let Some(other) = self.get(part) {
+        if let Some(other) = self.get(part).filter(|_| !matches!(part, Part::Refused(_))) {
             let (path, name) = (tensor.file().path().to_path_buf(), &tensor.name);
             let other = &other.name;
             let problem = format!("has both {other} and {name}, which are one part of one module");
@@ -303,9 +318,17 @@ impl ModuleParts {
         &self.parts
     }
 
-    /// The tensors that are there and count for nothing: an alpha beside a scale.
+    /// The tensors that are there and count for nothing: an alpha beside a scale, or beside what has
+    /// no scale.
     pub fn unused(&self) -> impl Iterator<Item = &Tensor> {
-        self.get(Part::Alpha).filter(|_| self.get(Part::Scale).is_some()).into_iter()
+        let is_without_scale = |(part, _): &(Part, Tensor)| {
+            matches!(
+                Algorithm::of(*part),
+                Some(Algorithm::Difference | Algorithm::Norm | Algorithm::Ia3)
+            )
+        };
+        let is_idle = self.get(Part::Scale).is_some() || self.parts.iter().any(is_without_scale);
+        self.get(Part::Alpha).filter(|_| is_idle).into_iter()
     }
 
     fn take(&mut self, part: Part) -> Option<Tensor> {
@@ -319,7 +342,7 @@ impl ModuleParts {
     /// # Errors
     /// [`Error::Adapter`] if they make none, [`Error::Unsupported`] if it cannot be read,
     /// [`Error::Io`].
-    pub fn module(self, key: &str, path: &str, rule: &ScaleRule) -> Result<Vec<Module>> {
+    pub fn module(mut self, key: &str, path: &str, rule: &ScaleRule) -> Result<Vec<Module>> {
         let Some((_, first)) = self.parts.first() else { return Ok(Vec::new()) };
         let file = first.file().path().to_path_buf();
         let broken = |message: String| Error::adapter(&file, message);
@@ -336,57 +359,192 @@ impl ModuleParts {
             }
         }
         let algorithm = self.algorithm(key).map_err(broken)?;
-        match algorithm {
-            Algorithm::LowRank => self.low_rank(key, path, rule).map(|module| vec![module]),
-            other => Err(Error::unsupported(
-                &file,
-                format!("has a {} of {key}, which cannot be read yet", other.name()),
-            )),
+        let is_factor = |(part, _): &&(Part, Tensor)| Algorithm::of(*part).is_some();
+        self.named_by = self.parts.iter().find(is_factor).map(|(_, tensor)| tensor.clone());
+        let bias = self.take(Part::BiasDifference).or_else(|| self.take(Part::NormBiasDifference));
+        let mut modules = Vec::new();
+        if let Some(algorithm) = algorithm {
+            modules.extend(self.weight(algorithm, key, path, rule)?);
+        } else if let Some((_, left)) = self.parts.first() {
+            return Err(broken(format!("has {} but not its factors", left.name)));
         }
+        if let Some(bias) = bias {
+            let module = difference(bias, &format!("{key}.bias"), path, true).map_err(broken)?;
+            modules.push(module);
+        }
+        Ok(modules)
     }
 
-    /// The algorithm by the parts that are there, or in words why it is none.
-    fn algorithm(&self, key: &str) -> Result<Algorithm, String> {
+    /// The module of the weight, where there are parts of one.
+    fn weight(
+        mut self,
+        algorithm: Algorithm,
+        key: &str,
+        path: &str,
+        rule: &ScaleRule,
+    ) -> Result<Option<Module>> {
+        let file = self.parts.first().map(|(_, tensor)| tensor.file().path().to_path_buf());
+        let broken =
+            |message: String| Error::adapter(file.as_deref().unwrap_or(Path::new("")), message);
+        let magnitude = self.take(Part::Magnitude).map(|magnitude| (magnitude, false));
+        let magnitude = magnitude
+            .or_else(|| self.take(Part::OutputMagnitude).map(|magnitude| (magnitude, true)));
+        if let Some((magnitude, _)) = &magnitude
+            && !matches!(algorithm, Algorithm::LowRank | Algorithm::Hadamard | Algorithm::Kronecker)
+        {
+            let what = with_article(algorithm.name());
+            let problem = format!("has {} beside {what}, which has no magnitudes", magnitude.name);
+            return Err(broken(problem));
+        }
+        let made = match algorithm {
+            Algorithm::LowRank => self.low_rank()?,
+            Algorithm::Hadamard => self.hadamard()?,
+            Algorithm::Kronecker => self.kronecker()?,
+            Algorithm::GLora => self.generalized()?,
+            Algorithm::Ia3 => self.scaled()?,
+            Algorithm::Orthogonal => self.orthogonal()?,
+            Algorithm::Difference | Algorithm::Norm => {
+                let difference = self.take(Part::Difference);
+                let Some(tensor) = difference.or_else(|| self.take(Part::NormDifference)) else {
+                    return Ok(None);
+                };
+                return self::difference(tensor, key, path, false).map(Some).map_err(broken);
+            }
+        };
+        let Made { delta, rank, kind, has_scale } = made;
+        let (alpha, scaling) = match has_scale {
+            HasScale::Always => self.scale(rank, rule)?,
+            HasScale::InPeft if rule.scales_whole_factors => self.scale(rank, rule)?,
+            HasScale::InPeft => {
+                self.get(Part::Alpha)
+                    .map_or(Ok(()), |alpha| check_alpha(alpha, any_number(alpha)?))?;
+                (rank as f64, 1.0)
+            }
+            HasScale::Never => (rank as f64, 1.0),
+        };
+        let bias = self.take(Part::UpBias);
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.elements() != delta.outputs()) {
+            return Err(broken(format!(
+                "{} has shape {:?} but its module has {} outputs",
+                bias.name,
+                bias.shape,
+                delta.outputs()
+            )));
+        }
+        let (delta, magnitude) = match magnitude {
+            None => (delta, None),
+            Some((magnitude, is_of_outputs)) => {
+                let axis = if is_of_outputs {
+                    (magnitude.elements() == delta.outputs()).then_some(Axis::Outputs)
+                } else {
+                    axis(&magnitude, &*delta)
+                };
+                match axis {
+                    Some(Axis::Outputs) => (delta, Some(magnitude)),
+                    Some(Axis::Inputs) => {
+                        let delta: Arc<dyn Delta> = Arc::new(RescaledInputs { delta, magnitude });
+                        (delta, None)
+                    }
+                    None => {
+                        return Err(broken(format!(
+                            "{} has shape {:?}, which is neither the outputs' of its module, {}, nor \
+                             its inputs', {:?}",
+                            magnitude.name,
+                            magnitude.shape,
+                            delta.outputs(),
+                            delta.input_shape()
+                        )));
+                    }
+                }
+            }
+        };
+        let scale = self.take(Part::Scale);
+        let alpha_tensor = self.take(Part::Alpha).filter(|_| has_scale != HasScale::Never);
+        Ok(Some(Module {
+            key: key.to_owned(),
+            path: path.to_owned(),
+            parameters: Vec::new(),
+            kind,
+            delta,
+            scale: scale.or(alpha_tensor),
+            magnitude,
+            bias,
+            rank,
+            alpha,
+            scaling,
+        }))
+    }
+
+    /// The algorithm by the parts that are there, where there is more than a bias; or in words why it
+    /// is none.
+    fn algorithm(&self, key: &str) -> Result<Option<Algorithm>, String> {
         let known = || {
             let of_part = |(part, tensor): &(Part, Tensor)| {
-                Algorithm::of(*part).map(|found| (found, tensor.name.clone()))
+                Some((Algorithm::of(*part)?, tensor.name.clone()))
             };
             self.parts.iter().filter_map(of_part)
         };
-        let Some((algorithm, name)) = known().next() else {
-            return Err(format!("has {} but not its factors", self.parts[0].1.name));
-        };
+        let Some((algorithm, name)) = known().next() else { return Ok(None) };
         match known().find(|(other, _)| *other != algorithm) {
-            None => Ok(algorithm),
+            None => Ok(Some(algorithm)),
             Some((other, second)) => Err(format!(
-                "has {name} of a {} and {second} of a {} for one module, {key}; keep the one that \
-                 was meant",
-                algorithm.name(),
-                other.name()
+                "has {name}, a part of {}, and {second}, a part of {}, for one module, {key}; keep the \
+                 one that was meant",
+                with_article(algorithm.name()),
+                with_article(other.name())
             )),
         }
     }
 
-    /// A product of two matrices.
-    fn low_rank(mut self, key: &str, path: &str, rule: &ScaleRule) -> Result<Module> {
-        let file = self.parts[0].1.file().path().to_path_buf();
-        let broken = |message: String| Error::adapter(&file, message);
+    /// A part that others need.
+    fn need(&mut self, part: Part, what: &str) -> Result<Tensor> {
+        if let Some(tensor) = self.take(part) {
+            return Ok(tensor);
+        }
+        Err(lacks(self.named_by.as_ref().expect("set before any part is taken"), what))
+    }
+
+    /// A product of two matrices, with a core between them or without.
+    fn low_rank(&mut self) -> Result<Made> {
+        if self.get(Part::Down).is_none() && self.get(Part::Up).is_none() {
+            return self.need(Part::Down, "factors").map(|_| unreachable!("it is not there"));
+        }
         let (a, b) = match (self.take(Part::Down), self.take(Part::Up)) {
             (Some(a), Some(b)) => (a, b),
-            (Some(a), None) => return Err(broken(format!("has {} but not its lora_up", a.name))),
-            (None, Some(b)) => return Err(broken(format!("has {} but not its lora_down", b.name))),
-            (None, None) => {
-                let name = &self.parts[0].1.name;
-                return Err(broken(format!("has {name} but not its factors")));
-            }
+            (Some(a), None) => return Err(lacks(&a, "lora_up")),
+            (_, Some(b)) => return Err(lacks(&b, "lora_down")),
+            (None, None) => unreachable!("one of them is there"),
         };
+        let file = a.file().path().to_path_buf();
+        let broken = |message: String| Error::adapter(&file, message);
         if let Some(found) = foreign::experts(&a, &b, None) {
             return Err(Error::unsupported(&file, found));
+        }
+        let ones = |extents: &[u64]| extents.iter().all(|extent| *extent == 1);
+        if let Some(mid) = self.take(Part::Mid) {
+            let fits = mid.shape.len() >= 2
+                && a.shape.len() >= 2
+                && b.shape.len() >= 2
+                && (b.shape[1], mid.shape[1]) == (mid.shape[0], a.shape[0])
+                && ones(&a.shape[2..])
+                && ones(&b.shape[2..]);
+            if !fits {
+                return Err(broken(format!(
+                    "{} of shape {:?}, {} of shape {:?} and {} of shape {:?} are no factors with a core \
+                     between them",
+                    a.name, a.shape, mid.name, mid.shape, b.name, b.shape
+                )));
+            }
+            let rank = a.shape[0];
+            check_rank(&a, rank).map_err(broken)?;
+            check_rank(&mid, mid.shape[0]).map_err(broken)?;
+            let delta: Arc<dyn Delta> = Arc::new(Tucker { down: a, mid, up: b });
+            return Ok(Made::of(delta, rank));
         }
         let is_pair = a.shape.len() >= 2
             && a.shape.len() == b.shape.len()
             && a.shape[0] == b.shape[1]
-            && b.shape[2..].iter().all(|extent| *extent == 1);
+            && ones(&b.shape[2..]);
         if !is_pair {
             return Err(broken(format!(
                 "{} of shape {:?} and {} of shape {:?} are no pair of factors",
@@ -395,38 +553,215 @@ impl ModuleParts {
         }
         let rank = a.shape[0];
         check_rank(&a, rank).map_err(broken)?;
-        if let Some(mid) = self.get(Part::Mid) {
-            let message = format!("has {} of {key}, which cannot be read yet", mid.name);
-            return Err(Error::unsupported(&file, message));
-        }
-        if let Some((_, tensor)) = self.parts.iter().find(|(part, _)| {
-            matches!(part, Part::Magnitude | Part::OutputMagnitude | Part::BiasDifference)
-        }) {
-            let message = format!("has {} of {key}, which cannot be read yet", tensor.name);
-            return Err(Error::unsupported(&file, message));
-        }
         let kind = if a.shape.len() == 2 { LayerKind::Linear } else { LayerKind::Convolution };
-        let (alpha, scaling) = self.scale(rank, rule)?;
-        let bias = self.take(Part::UpBias);
-        if let Some(bias) = bias.as_ref().filter(|bias| bias.elements() != b.shape[0]) {
+        let delta = Arc::new(LowRank { a, b, diagonal: None });
+        Ok(Made { delta, rank, kind, has_scale: HasScale::Always })
+    }
+
+    /// LoHa.
+    fn hadamard(&mut self) -> Result<Made> {
+        use Hadamard::{T1, T2, W1A, W1B, W2A, W2B};
+        let mut side = |a, b, core| -> Result<_> {
+            let a = self.need(
+                Part::Hadamard(a),
+                "other factors (hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b)",
+            )?;
+            let b = self.need(
+                Part::Hadamard(b),
+                "other factors (hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b)",
+            )?;
+            Ok(HadamardSide { a, b, core: self.take(Part::Hadamard(core)) })
+        };
+        let (first, second) = (side(W1A, W1B, T1)?, side(W2A, W2B, T2)?);
+        let file = first.a.file().path().to_path_buf();
+        let broken = |message: String| Error::adapter(&file, message);
+        let extents = [&first, &second].map(|side| hadamard_extents(side));
+        let [Some((outputs, input_shape)), Some((others, other_shape))] = extents else {
+            return Err(broken(no_factors(&hadamard_tensors(&first, &second), "a LoHa")));
+        };
+        let inputs = |shape: &[u64]| shape.iter().product::<u64>();
+        let same = (outputs, inputs(&input_shape)) == (others, inputs(&other_shape));
+        if !same || first.core.is_some() != second.core.is_some() {
+            return Err(broken(no_factors(&hadamard_tensors(&first, &second), "a LoHa")));
+        }
+        let rank = first.b.shape[0];
+        check_rank(&first.b, rank).map_err(broken)?;
+        check_rank(&second.b, second.b.shape[0]).map_err(broken)?;
+        Ok(Made::of(Arc::new(deltas::Hadamard { first, second, outputs, input_shape }), rank))
+    }
+
+    /// LoKr.
+    fn kronecker(&mut self) -> Result<Made> {
+        use Kronecker::{T2, W1, W1A, W1B, W2, W2A, W2B};
+        let mut side = |[whole, a, b]: [Kronecker; 3], core: Option<Kronecker>| -> Result<_> {
+            let words = if whole == W1 { "lokr_w1" } else { "lokr_w2" };
+            let core = core.and_then(|core| self.take(Part::Kronecker(core)));
+            let parts = [whole, a, b].map(|part| self.take(Part::Kronecker(part)));
+            match (parts, core) {
+                ([Some(whole), None, None], None) => Ok(KroneckerSide::Whole(whole)),
+                ([None, Some(a), Some(b)], None) => Ok(KroneckerSide::Product(a, b)),
+                ([None, Some(a), Some(b)], Some(core)) => Ok(KroneckerSide::Tucker(core, a, b)),
+                ([None, None, None], None) => self
+                    .need(Part::Kronecker(whole), words)
+                    .map(|_| unreachable!("it is not there")),
+                (parts, core) => {
+                    let found: Vec<_> = parts.iter().flatten().chain(&core).collect();
+                    Err(Error::adapter(
+                        found[0].file().path(),
+                        format!(
+                            "has {} of {words}, which is either whole or two factors",
+                            found
+                                .iter()
+                                .map(|one| one.name.as_str())
+                                .collect::<Vec<_>>()
+                                .join(", ")
+                        ),
+                    ))
+                }
+            }
+        };
+        let first = side([W1, W1A, W1B], None)?;
+        let second = side([W2, W2A, W2B], Some(T2))?;
+        let tensors = || -> Vec<Tensor> {
+            let of_side =
+                |side: &KroneckerSide| side.tensors().into_iter().cloned().collect::<Vec<_>>();
+            [of_side(&first), of_side(&second)].concat()
+        };
+        let broken = |message: String| Error::adapter(tensors()[0].file().path(), message);
+        let (Some(kernel_of_first), Some(kernel)) = (kernel_of(&first), kernel_of(&second)) else {
+            return Err(broken(no_factors(&tensors(), "a LoKr")));
+        };
+        if kernel_of_first.iter().any(|extent| *extent != 1) {
+            return Err(broken(no_factors(&tensors(), "a LoKr")));
+        }
+        let (width, other) = (first.extents().1, second.extents().1);
+        let input_shape = if kernel.is_empty() {
+            vec![width * other]
+        } else {
+            let channels = other / kernel.iter().product::<u64>().max(1);
+            [&[width * channels], &*kernel].concat()
+        };
+        let stored = |side: &KroneckerSide| match side {
+            KroneckerSide::Whole(_) => None,
+            KroneckerSide::Product(_, b) | KroneckerSide::Tucker(_, _, b) => Some(b.shape[0]),
+        };
+        let rank = stored(&second).or_else(|| stored(&first));
+        let delta = deltas::Kronecker { first: first.clone(), second: second.clone(), input_shape };
+        if delta.rank() == 0 || delta.rank() > limits::RANK {
+            return Err(broken(no_factors(&tensors(), "a LoKr")));
+        }
+        let has_scale = if rank.is_none() { HasScale::InPeft } else { HasScale::Always };
+        let rank = rank.unwrap_or_else(|| delta.rank());
+        Ok(Made { has_scale, ..Made::of(Arc::new(delta), rank) })
+    }
+
+    /// GLoRA.
+    fn generalized(&mut self) -> Result<Made> {
+        use GLora::{A1, A2, B1, B2, BM};
+        let words = "other factors (a1, a2, b1, b2)";
+        if let Some(core) = self.get(Part::GLora(BM)) {
+            let message = format!(
+                "has {}, the core of a GLoRA in Tucker's form, which cannot be read",
+                core.name
+            );
+            return Err(Error::unsupported(core.file().path(), message));
+        }
+        let mut need = |part| self.need(Part::GLora(part), words);
+        let (a1, a2, b1, b2) = (need(A1)?, need(A2)?, need(B1)?, need(B2)?);
+        let all = [a1, a2, b1, b2];
+        let file = all[0].file().path().to_path_buf();
+        let broken = |message: String| Error::adapter(&file, message);
+        let ones = |extents: &[u64]| extents.iter().all(|extent| *extent == 1);
+        // Early files have each pair the other way round; the rank is the smaller extent.
+        let is_pair = |left: &Tensor, right: &Tensor| {
+            left.shape.len() >= 2
+                && right.shape.len() >= 2
+                && left.shape[1] == right.shape[0]
+                && ones(&left.shape[2..])
+                && left.shape[1] <= left.shape[0].max(right.shape[1])
+        };
+        let [a1, a2, b1, b2] = &all;
+        let is_modern = is_pair(a1, a2) && is_pair(b1, b2) && a1.shape[1] <= a1.shape[0];
+        let is_early = is_pair(a2, a1) && is_pair(b2, b1);
+        let (of_weight, added) = match (is_modern, is_early) {
+            (true, _) => ([a1.clone(), a2.clone()], [b1.clone(), b2.clone()]),
+            (false, true) => ([a2.clone(), a1.clone()], [b2.clone(), b1.clone()]),
+            (false, false) => return Err(broken(no_factors(&all, "a GLoRA"))),
+        };
+        let inputs = [of_weight[0].shape[0], of_weight[1].shape[1], added[1].shape[1]];
+        if inputs != [inputs[0]; 3] || !ones(&of_weight[1].shape[2..]) {
+            return Err(broken(no_factors(&all, "a GLoRA")));
+        }
+        let rank = added[1].shape[0];
+        check_rank(&added[1], rank).map_err(broken)?;
+        Ok(Made::of(Arc::new(Generalized { of_weight, added }), rank))
+    }
+
+    /// LyCORIS's IA³.
+    fn scaled(&mut self) -> Result<Made> {
+        if let Some(weight) = self.get(Part::Weight)
+            && self.get(Part::OnInput).is_none()
+        {
+            let problem =
+                format!("holds {}, which is no part of an update that is known", weight.name);
+            return Err(Error::unsupported(weight.file().path(), problem));
+        }
+        if let Some(vector) = self.get(Part::Ia3) {
+            let problem = format!(
+                "holds {}, a part of an IA3 adapter of PEFT's, of which its config tells whether inputs \
+                 or outputs are scaled",
+                vector.name
+            );
+            return Err(Error::unsupported(vector.file().path(), problem));
+        }
+        let vector = self.need(Part::Weight, "weight")?;
+        let flag = self.need(Part::OnInput, "on_input")?;
+        check_vector(&vector).map_err(|message| Error::adapter(vector.file().path(), message))?;
+        let on_input = number(&flag)? != 0.0;
+        let scaled =
+            Scaled { vector, on_input, less_one: true, with_bias: false, flag: Some(flag) };
+        Ok(Made { has_scale: HasScale::Never, ..Made::of(Arc::new(scaled), 1) })
+    }
+
+    /// Diag-OFT or BOFT.
+    fn orthogonal(&mut self) -> Result<Made> {
+        let blocks = self.need(Part::OrthogonalBlocks, "oft_blocks")?;
+        let (rescale, constraint) = (self.take(Part::Rescale), self.take(Part::Alpha));
+        let broken = |message: String| Error::adapter(blocks.file().path(), message);
+        let is_sound = match *blocks.shape.as_slice() {
+            [count, rows, columns] => count > 0 && rows > 0 && rows == columns,
+            [stages, count, rows, columns] => {
+                // The butterflies have to come out even.
+                let run = u32::try_from(stages.saturating_sub(1)).ok().and_then(|shift| {
+                    1u64.checked_shl(shift).and_then(|runs| runs.checked_mul(rows))
+                });
+                let fits = run.is_some_and(|run| run > 0 && (count * rows).is_multiple_of(run));
+                stages > 0 && count > 0 && rows == columns && rows.is_multiple_of(2) && fits
+            }
+            _ => false,
+        };
+        if !is_sound {
+            let problem =
+                format!("{} of shape {:?} is no set of square blocks", blocks.name, blocks.shape);
+            return Err(broken(problem));
+        }
+        let rank = blocks.shape[blocks.shape.len() - 1];
+        check_rank(&blocks, rank).map_err(broken)?;
+        if let Some(constraint) = &constraint {
+            number(constraint)?;
+        }
+        let orthogonal = Orthogonal { blocks: blocks.clone(), constraint, rescale };
+        if let Some(rescale) = orthogonal.rescale.as_ref()
+            && rescale.elements() != orthogonal.outputs()
+        {
             return Err(broken(format!(
                 "{} has shape {:?} but its module has {} outputs",
-                bias.name, bias.shape, b.shape[0]
+                rescale.name,
+                rescale.shape,
+                orthogonal.outputs()
             )));
         }
-        Ok(Module {
-            key: key.to_owned(),
-            path: path.to_owned(),
-            parameters: Vec::new(),
-            kind,
-            delta: Arc::new(LowRank { a, b, diagonal: None }),
-            scale: self.take(Part::Scale).or_else(|| self.take(Part::Alpha)),
-            magnitude: None,
-            bias,
-            rank,
-            alpha,
-            scaling,
-        })
+        Ok(Made { has_scale: HasScale::Never, ..Made::of(Arc::new(orthogonal), rank) })
     }
 
     /// The alpha and the scale of a module whose stored rank is this.
@@ -444,18 +779,164 @@ impl ModuleParts {
             });
         };
         let value = number(alpha)?;
-        if value == 0.0 {
-            return Err(Error::adapter(
-                alpha.file().path(),
-                format!(
-                    "{} is 0, which some programs read as the rank and others as no update; write \
-                     the alpha that was meant",
-                    alpha.name
-                ),
-            ));
-        }
+        check_alpha(alpha, value)?;
         Ok((value, value / count))
     }
+}
+
+/// Refuses an alpha of zero.
+fn check_alpha(alpha: &Tensor, value: f64) -> Result<()> {
+    if value != 0.0 {
+        return Ok(());
+    }
+    Err(Error::adapter(
+        alpha.file().path(),
+        format!(
+            "{} is 0, which some programs read as the rank and others as no update; write the alpha \
+             that was meant",
+            alpha.name
+        ),
+    ))
+}
+
+/// A delta, and what its module needs to know beside it.
+struct Made {
+    delta: Arc<dyn Delta>,
+    /// The rank as trainers call it.
+    rank: u64,
+    kind: LayerKind,
+    has_scale: HasScale,
+}
+
+/// Whether a scale belongs to a delta.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HasScale {
+    Always,
+    /// Only where [`ScaleRule::scales_whole_factors`] says so.
+    InPeft,
+    Never,
+}
+
+impl Made {
+    fn of(delta: Arc<dyn Delta>, rank: u64) -> Self {
+        let is_convolution = delta.input_shape().len() > 1;
+        let kind = if is_convolution { LayerKind::Convolution } else { LayerKind::Linear };
+        Self { delta, rank, kind, has_scale: HasScale::Always }
+    }
+}
+
+/// What magnitudes belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Axis {
+    Outputs,
+    Inputs,
+}
+
+/// What a magnitude belongs to by its shape: where both would do, by the position of its extent.
+fn axis(magnitude: &Tensor, delta: &dyn Delta) -> Option<Axis> {
+    let count = magnitude.elements();
+    let is_of_outputs = count == delta.outputs();
+    let shape = delta.input_shape();
+    let is_of_inputs = shape[0] == count
+        || delta.may_flatten_kernel() && count > 0 && shape[0].is_multiple_of(count);
+    let is_second = magnitude.shape.len() > 1 && magnitude.shape[1] == count && count > 1;
+    match (is_of_outputs, is_of_inputs, is_second) {
+        (true, false, _) | (true, true, false) => Some(Axis::Outputs),
+        (_, true, true) => Some(Axis::Inputs),
+        _ => None,
+    }
+}
+
+/// That a factor lacks another one.
+fn lacks(tensor: &Tensor, what: &str) -> Error {
+    let problem = format!("has {} but not its {what}", tensor.name);
+    Error::adapter(tensor.file().path(), problem)
+}
+
+/// That tensors' shapes do not make something, in words.
+fn no_factors(tensors: &[Tensor], what: &str) -> String {
+    let listed =
+        tensors.iter().map(|tensor| format!("{} of shape {:?}", tensor.name, tensor.shape));
+    format!("{} are no factors of {what}", listed.collect::<Vec<_>>().join(", "))
+}
+
+fn hadamard_tensors(first: &HadamardSide, second: &HadamardSide) -> Vec<Tensor> {
+    let of_side = |side: &HadamardSide| {
+        [&side.a, &side.b].into_iter().chain(&side.core).cloned().collect::<Vec<_>>()
+    };
+    [of_side(first), of_side(second)].concat()
+}
+
+/// The outputs and the input extents of one of LoHa's products, where its shapes fit together.
+fn hadamard_extents(HadamardSide { a, b, core }: &HadamardSide) -> Option<(u64, Vec<u64>)> {
+    let ones = |extents: &[u64]| extents.iter().all(|extent| *extent == 1);
+    let &[rows, columns, ref rest @ ..] = a.shape.as_slice() else { return None };
+    let &[rank, inputs, ref kernel @ ..] = b.shape.as_slice() else { return None };
+    match core {
+        None => (columns == rank && ones(rest)).then(|| (rows, b.shape[1..].to_vec())),
+        Some(core) => {
+            let &[left, right, ref extents @ ..] = core.shape.as_slice() else { return None };
+            let fits = (left, right) == (rows, rank) && ones(rest) && ones(kernel);
+            fits.then(|| (columns, [&[inputs], extents].concat()))
+        }
+    }
+}
+
+/// The extents of a kernel that one side of a Kronecker product has, where its shapes fit together.
+fn kernel_of(side: &KroneckerSide) -> Option<Vec<u64>> {
+    let ones = |extents: &[u64]| extents.iter().all(|extent| *extent == 1);
+    let (kernel, fits) = match side {
+        KroneckerSide::Whole(whole) => (whole.shape.get(2..)?, true),
+        KroneckerSide::Product(a, b) => {
+            let kernel = b.shape.get(2..)?;
+            (kernel, ones(a.shape.get(2..)?) && a.shape[1] == b.shape[0])
+        }
+        KroneckerSide::Tucker(core, a, b) => {
+            let kernel = core.shape.get(2..)?;
+            let flat = ones(a.shape.get(2..)?) && ones(b.shape.get(2..)?);
+            (kernel, flat && (core.shape[0], core.shape[1]) == (a.shape[0], b.shape[0]))
+        }
+    };
+    let all = side.tensors().into_iter().all(|tensor| tensor.elements() > 0);
+    (fits && all).then(|| kernel.to_vec())
+}
+
+/// Whether a tensor is one number for each of something.
+fn check_vector(tensor: &Tensor) -> Result<(), String> {
+    let wide = tensor.shape.iter().filter(|extent| **extent != 1).count();
+    match wide <= 1 && tensor.elements() > 0 {
+        true => Ok(()),
+        false => Err(format!("{} has shape {:?}; it is a vector", tensor.name, tensor.shape)),
+    }
+}
+
+/// The module of a full difference.
+fn difference(tensor: Tensor, key: &str, path: &str, is_bias: bool) -> Result<Module, String> {
+    let kind = match (is_bias, tensor.shape.len()) {
+        (true, 1) => LayerKind::Bias,
+        (false, 1) => LayerKind::Norm,
+        (false, 2) => LayerKind::Linear,
+        (false, 3..) => LayerKind::Convolution,
+        _ => {
+            return Err(format!("{} has shape {:?}, which no bias has", tensor.name, tensor.shape));
+        }
+    };
+    let delta = Difference { tensor };
+    let rank = delta.rank();
+    check_rank(&delta.tensor, rank)?;
+    Ok(Module {
+        key: key.to_owned(),
+        path: path.to_owned(),
+        parameters: Vec::new(),
+        kind,
+        delta: Arc::new(delta),
+        scale: None,
+        magnitude: None,
+        bias: None,
+        rank,
+        alpha: rank as f64,
+        scaling: 1.0,
+    })
 }
 
 /// Whether a rank is one that a module can have.

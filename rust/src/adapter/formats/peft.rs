@@ -3,12 +3,13 @@
 pub mod config;
 mod key_names;
 mod keys;
+mod others;
 mod write;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use config::PeftConfig;
+use config::{Method, PeftConfig};
 
 use super::recognize::{self, Kind};
 use super::unread;
@@ -61,6 +62,7 @@ impl Format for Peft {
         let file = Arc::new(open_weights(place)?);
         // Of others beside PEFT's own, the tensor is named that does not belong there.
         if let Some(Kind::Other(found)) = recognize::kind_of(&file)
+            && config.method() == Method::Lora
             && !recognize::has_factors_of_peft(&file)
         {
             return Err(Error::unsupported(file.path(), found.sentence()));
@@ -97,7 +99,11 @@ fn assemble(
     let path = place.path();
     recognize::check_gathered(&file)?;
     let fields = config.uses();
-    let sorted = keys::sort(&file, &config, Wrappers::of(place.base), task).map_err(|error| {
+    let sort = match config.method() {
+        Method::Lora => keys::sort,
+        Method::Loha | Method::Lokr | Method::Ia3 => others::sort,
+    };
+    let sorted = sort(&file, &config, Wrappers::of(place.base), task).map_err(|error| {
         // Factors that do not pair up are no damage where the config says why.
         match coverage::refused(&fields).as_slice() {
             [] => error,

@@ -29,12 +29,14 @@ pub(super) fn find_weights<'a>(
     let resolved = grammar::resolve(adapter, base)?;
     let named = resolved.as_ref().unwrap_or(adapter);
     // The parameters of experts are no modules' weights.
-    let of_weights = |(_, module): &(&String, &Module)| module.parameters.is_empty();
+    let of_weights = |(_, module): &(&String, &Module)| {
+        module.parameters.is_empty() && module.delta.has_product()
+    };
     let keys: Vec<&'a str> =
         adapter.modules().iter().filter(of_weights).map(|(key, _)| key.as_str()).collect();
     let modules: Vec<_> = keys.iter().map(|key| &named.modules()[*key]).collect();
     let mut parameters: Vec<_> =
-        modules.iter().map(|module| Some(format!("{}.weight", module.path))).collect();
+        modules.iter().map(|module| Some(format!("{}.{}", module.path, module.leaf()))).collect();
     let all: Vec<_> = parameters.iter().flatten().cloned().collect();
     let mut names = NameIndex::plain(base);
     let mut fit = prefix::find_prefix_change(&all, &names, task)?;

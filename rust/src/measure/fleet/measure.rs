@@ -96,8 +96,12 @@ impl Open {
         let mut modules = Vec::new();
         for (index, module) in adapter.modules().values().enumerate() {
             let parts = module.delta.tensors();
-            let tensors = [0, 1].map(|part| positions[parts[part].1.name.as_str()]);
-            tensors.iter().for_each(|tensor| is_factor[*tensor] = true);
+            // What is one tensor stands for both factors.
+            let tensors = [0, parts.len().min(2) - 1];
+            let tensors = tensors.map(|part| positions[parts[part].1.name.as_str()]);
+            if module.delta.has_product() {
+                tensors.iter().for_each(|tensor| is_factor[*tensor] = true);
+            }
             for expert in module.products() {
                 modules.push(Factors { module: index, expert, tensors });
             }
@@ -243,7 +247,8 @@ impl Open {
     fn measure_module(&self, module: usize, a: Tensor<'_>, b: Tensor<'_>) -> Result<()> {
         let Factors { expert, tensors, .. } = self.modules[module];
         if self.level.moments && expert.is_none_or(|expert| expert.index == 0) {
-            for (tensor, values) in tensors.into_iter().zip([a, b]) {
+            let count = if tensors[0] == tensors[1] { 1 } else { 2 };
+            for (tensor, values) in tensors.into_iter().zip([a, b]).take(count) {
                 self.keep_moments(tensor, 0, values);
             }
         }
@@ -364,7 +369,8 @@ impl Open {
         for (position, factors) in self.modules.iter().enumerate() {
             let product = self.product(position);
             let module = product.module;
-            let (rows, columns, rank) = product.extents();
+            let (rows, columns, _) = product.extents();
+            let rank = product.stored_rank();
             let (alpha, scaling) = (module.alpha, module.scaling);
             let shape = Shape { rows, columns, rank, alpha, scaling };
             let moments = match factors.tensors.map(|tensor| summaries.get(&tensor)) {

@@ -52,6 +52,12 @@ pub(super) fn refuse_subtracting(
     path: &str,
     kind: UpdateKind,
 ) -> Result<(), String> {
+    if context.options.subtract && kind == UpdateKind::Transform {
+        return Err(format!(
+            "its module {path} is made of the whole of the base's weight, which is in neither the \
+             merged model nor the adapter; {GIVE_THE_BASE}"
+        ));
+    }
     if context.options.subtract && kind == UpdateKind::Dora {
         return Err(format!(
             "its module {path} is rescaled by DoRA, and the norms by which its rows were divided \

@@ -18,6 +18,10 @@ pub(in crate::plan) fn resolve(
     let sequential = context.options.strategy == Strategy::Sequential;
     let staged = context.is_for_peft() && sequential;
     let mut resolve = |name: &str, change: &mut TensorChange, base: Option<&TensorInfo>| {
+        if let Err(problem) = check_transforms(change) {
+            messages.problem(format!("{name} {problem}"));
+            return;
+        }
         if !change.updates.iter().any(|update| update.kind == UpdateKind::Dora) {
             if sequential && change.updates.iter().any(|update| update.kind.is_override()) {
                 one_after_another(&mut change.updates);
@@ -51,6 +55,29 @@ pub(in crate::plan) fn resolve(
         resolve(&new.name, &mut change, None);
         new.updates = change.updates;
     }
+}
+
+/// # Errors
+/// In words, where an update is made of a whole weight of which other updates change or replace a part.
+fn check_transforms(change: &TensorChange) -> Result<(), String> {
+    let transforms = || change.updates.iter().filter(|update| update.kind == UpdateKind::Transform);
+    let Some(first) = transforms().next() else { return Ok(()) };
+    let replaces = |update: &Update| update.kind == UpdateKind::Replace;
+    if change.origin.is_some() || change.updates.iter().any(replaces) {
+        return Err(
+            "is replaced by an adapter, and another update is made of the whole of the base's own; \
+             merge them one after the other"
+                .into(),
+        );
+    }
+    if change.updates.iter().any(|update| update.slice.rows != first.slice.rows) {
+        return Err(
+            "is changed by an update that is made of the whole weight, while some of its rows are \
+             changed on their own; merge them one after the other"
+                .into(),
+        );
+    }
+    Ok(())
 }
 
 /// One after another, as PEFT merges: each from what those before it left.

@@ -5,7 +5,7 @@ use indexmap::IndexMap;
 use super::checks::{refuse_integers, refuse_subtracting, residual_of};
 use super::targets::{self, Target, TargetedModule};
 use super::{quantized, replication, slices, ties};
-use crate::adapter::{Adapter, LayerKind, Module};
+use crate::adapter::{Adapter, LayerKind, Module, Transform};
 use crate::checkpoint::names::orientation;
 use crate::error::Result;
 use crate::limits;
@@ -97,13 +97,16 @@ fn update(
     if module.bias.is_some() {
         add_bias(adapter, targeted, draft)?;
     }
+    if module.delta.transform().is_some_and(Transform::changes_bias) {
+        transform_bias(adapter, targeted, draft)?;
+    }
     let mut names = ties::updated_by(context, path, name, draft.is_untied)?;
     if context.is_for_peft() {
         // PEFT's repeated layers share their weights.
         let shared = replication::sharing(context.base, name);
-        if shared.len() > 1 && kind == UpdateKind::Dora {
+        if shared.len() > 1 && matches!(kind, UpdateKind::Dora | UpdateKind::Transform) {
             return Err(format!(
-                "its module {path} is rescaled by DoRA in a layer that PEFT repeats, and what \
+                "its module {path} is rescaled or turned in a layer that PEFT repeats, and what \
                  PEFT makes of that depends on the order of its modules; leave compat out"
             ));
         }
@@ -171,6 +174,57 @@ fn add_bias(
     Ok(())
 }
 
+/// Adds the update of the layer's bias, where it has one, that is changed as the weight is.
+fn transform_bias(
+    adapter: &AdapterContext<'_>,
+    targeted: TargetedModule<'_>,
+    draft: &mut PlanDraft,
+) -> Result<(), String> {
+    let module = targeted.module;
+    let bias = format!("{}.bias", module.path);
+    let name = adapter.names.apply(&bias)?.unwrap_or(bias);
+    let Some(bias) = adapter.plan.base.tensor(&name) else { return Ok(()) };
+    refuse_integers(&module.path, bias)?;
+    if bias.shape != [module.outputs()] {
+        return Err(format!(
+            "its module {} scales {} outputs, but {name} has shape {:?}",
+            module.path,
+            module.outputs(),
+            bias.shape
+        ));
+    }
+    let scale = targeted.scale();
+    let update = adapter.update(&module.key, UpdateKind::Transform);
+    draft.changes.entry(&name).updates.push(Update { rank: 1, scale, ..update });
+    Ok(())
+}
+
+/// The extents of a product on a weight of that shape, where its module tells only one of them: a
+/// number of inputs or outputs of 0 is not known.
+fn known_extents(module: &Module, shape: &[u64]) -> (u64, u64) {
+    let (outputs, inputs) = (module.outputs(), module.inputs());
+    let rest = shape.iter().skip(1).product();
+    match (outputs, inputs, shape) {
+        (0, 0, _) => (0, 0),
+        (0, inputs, [first, second, ..]) => match (*second == inputs, *first == inputs) {
+            (false, true) if shape.len() == 2 => (*second, inputs),
+            (true, _) => (*first, rest),
+            _ => (0, inputs),
+        },
+        (outputs, 0, [first, ..]) => match (*first == outputs, shape) {
+            (false, [first, second]) if *second == outputs => (outputs, *first),
+            _ => (outputs, rest),
+        },
+        _ => (outputs, inputs),
+    }
+}
+
+/// A kernel's extents without the ones that it ends with.
+fn without_ones(kernel: &[u64]) -> &[u64] {
+    let kept = kernel.iter().rposition(|extent| *extent != 1).map_or(0, |last| last + 1);
+    &kernel[..kept.max(kernel.len().min(1))]
+}
+
 /// Which way a module's product lies on a weight of that shape.
 fn orientation_on(
     context: &Context<'_>,
@@ -179,8 +233,15 @@ fn orientation_on(
     shape: &[u64],
 ) -> Result<Orientation, String> {
     let path = &module.path;
-    let extents @ (outputs, inputs) = (module.outputs(), module.inputs());
+    let extents @ (outputs, inputs) = known_extents(module, shape);
     let kernel = module.delta.input_shape();
+    let is_flat = !module.delta.has_product()
+        || module.kind == LayerKind::Linear
+            && (module.delta.may_flatten_kernel()
+                || without_ones(&shape[shape.len().min(1)..]).len() == 1);
+    if is_flat && shape.len() > 2 && extents == (shape[0], shape[1..].iter().product()) {
+        return Ok(Orientation::OutIn);
+    }
     match module.kind {
         LayerKind::Linear => {
             let flag = adapter.semantics().stored_transposed;
@@ -192,9 +253,17 @@ fn orientation_on(
             "its module {path} updates an embedding of shape [{inputs}, {outputs}], \
              but the base's is {shape:?}"
         )),
-        LayerKind::Convolution if shape.first() == Some(&outputs) && shape[1..] == kernel[..] => {
+        LayerKind::Convolution
+            if shape.first() == Some(&outputs)
+                && without_ones(&shape[1..]) == without_ones(&kernel) =>
+        {
             Ok(Orientation::OutIn)
         }
+        LayerKind::Norm | LayerKind::Bias if shape == [outputs] => Ok(Orientation::OutIn),
+        LayerKind::Norm | LayerKind::Bias => Err(format!(
+            "its {} adds {outputs} values to what has shape {shape:?} in the base",
+            module.title()
+        )),
         LayerKind::Convolution => Err(format!(
             "its module {path} updates a convolution of shape [{outputs}, {}], but the base's is \
              {shape:?} (a convolution in groups has no LoRA that can be merged)",

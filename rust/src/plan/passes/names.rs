@@ -102,8 +102,8 @@ fn map_by<'a>(
     let unmatched_saved = saved.iter().filter(|path| known(path) && !names.has(path)).count();
     let unmatched_modules = (adapter.modules().values())
         .filter(|module| {
-            let own =
-                module.parameters.iter().map(|parameter| parameter.name.as_str()).chain(["weight"]);
+            let own = module.parameters.iter().map(|parameter| parameter.name.as_str());
+            let own = own.chain([module.leaf()]);
             !own.map(|leaf| format!("{}.{leaf}", module.path)).any(|path| names.has(&path))
         })
         .count();

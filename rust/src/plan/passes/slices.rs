@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::checks::{refuse_integers, refuse_subtracting, residual_of};
 use super::quantized;
 use super::targets::TargetedModule;
-use crate::adapter::{LayerKind, Module, Saved};
+use crate::adapter::{LayerKind, Module, Saved, Transform};
 use crate::checkpoint::names::diffusion::Lie;
 use crate::checkpoint::names::renames::SliceIndex;
 use crate::plan::context::AdapterContext;
@@ -44,6 +44,13 @@ pub(in crate::plan) fn update(
     let context = adapter.plan;
     let kind = targeted.kind();
     refuse_subtracting(context, path, kind)?;
+    if kind == UpdateKind::Transform {
+        return Err(format!(
+            "its module {path} is made of the whole of a weight ({}), which the base stores in pieces \
+             or as a part of another",
+            module.delta.transform().map_or("", Transform::name)
+        ));
+    }
     if adapter.adapter.semantics().layer_replication.is_some() && context.is_for_peft() {
         return Err(format!(
             "its module {path} is in a layer that PEFT repeats, and the base stores its weight \

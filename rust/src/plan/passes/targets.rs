@@ -44,7 +44,11 @@ pub(in crate::plan) struct TargetedModule<'a> {
 impl TargetedModule<'_> {
     /// What its product does to the parameter.
     pub fn kind(&self) -> UpdateKind {
-        if self.module.magnitude.is_some() { UpdateKind::Dora } else { UpdateKind::LowRank }
+        match (self.module.delta.transform(), &self.module.magnitude) {
+            (Some(_), _) => UpdateKind::Transform,
+            (None, Some(_)) => UpdateKind::Dora,
+            (None, None) => UpdateKind::LowRank,
+        }
     }
 
     /// The rank of its product.
@@ -77,11 +81,11 @@ pub(in crate::plan) fn find(
 ) -> Result<FoundTargets> {
     let mut targets = IndexMap::new();
     let mut problems = Vec::new();
-    let mut groups = IndexMap::<&str, Vec<&Module>>::new();
+    let mut groups = IndexMap::<(&str, &str), Vec<&Module>>::new();
     for module in adapter.modules().values() {
-        groups.entry(&module.path).or_default().push(module);
+        groups.entry((&module.path, module.leaf())).or_default().push(module);
     }
-    for (path, mut modules) in groups {
+    for ((path, _), mut modules) in groups {
         task.check()?;
         // The innermost wrapper first.
         modules.sort_by_key(|module| std::cmp::Reverse(module.key.len()));
@@ -109,7 +113,7 @@ pub(in crate::plan) fn find(
 /// A layer's own weight.
 fn plain(names: &NameIndex<'_>, module: &Module) -> Target {
     let path = &module.path;
-    let weight = format!("{path}.weight");
+    let weight = format!("{path}.{}", module.leaf());
     // torch's MultiheadAttention has no weight but this one.
     let attention = format!("{path}.in_proj_weight");
     let has = |name: &str| find_shape(names, name).is_some();

@@ -251,7 +251,7 @@ fn is_same_update(inputs: &Inputs, left: &Update, right: &Update) -> Result<bool
             Ok(are_transposed
                 && is_transpose(&left.pair(None, None, None)?, &right.pair(None, None, None)?))
         }
-        UpdateKind::Dora | UpdateKind::Vector => Ok(false),
+        UpdateKind::Dora | UpdateKind::Vector | UpdateKind::Transform => Ok(false),
     }
 }
 

@@ -50,6 +50,47 @@ pub struct PeftConfig {
     saved_modules: Endings,
     /// What tells scales, where there is no config.
     missing: Option<GivenScale>,
+    method: Method,
+    feedforward: Feedforward,
+}
+
+/// What kind of adapter a config describes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// A low-rank product.
+    Lora,
+    /// An elementwise product of two of them.
+    Loha,
+    /// A Kronecker product.
+    Lokr,
+    /// A factor on each input or output.
+    Ia3,
+}
+
+impl Method {
+    /// As PEFT calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "LORA",
+            Self::Loha => "LOHA",
+            Self::Lokr => "LOKR",
+            Self::Ia3 => "IA3",
+        }
+    }
+
+    /// The field of its alpha.
+    fn alpha(self) -> &'static str {
+        if self == Self::Lora { "lora_alpha" } else { "alpha" }
+    }
+}
+
+/// The modules of an IA3 adapter of which the inputs are scaled.
+#[derive(Debug, Clone)]
+enum Feedforward {
+    /// Those whose paths end so.
+    Ends(Vec<String>),
+    /// Those that an expression matches.
+    Pattern(Table<()>),
 }
 
 impl PeftConfig {
@@ -74,13 +115,17 @@ impl PeftConfig {
 
     fn from_fields(path: &Path, raw: Map<String, Value>) -> Result<Self> {
         let reader = Reader { path, raw: &raw };
-        match raw.get("peft_type").and_then(Value::as_str) {
-            Some("LORA") => {}
+        let method = match raw.get("peft_type").and_then(Value::as_str) {
+            Some("LORA") => Method::Lora,
+            Some("LOHA") => Method::Loha,
+            Some("LOKR") => Method::Lokr,
+            Some("IA3") => Method::Ia3,
             Some(other) => {
                 return Err(Error::unsupported(
                     path,
                     format!(
-                        "is {} adapter (peft_type); only LoRA adapters can be merged",
+                        "is {} adapter (peft_type); only LoRA, LoHa, LoKr and IA3 adapters can be \
+                         merged",
                         with_article(other)
                     ),
                 ));
@@ -92,9 +137,18 @@ impl PeftConfig {
                 ));
             }
             None => return Err(reader.broken("has no peft_type; it is no PEFT adapter config")),
-        }
-        let rank = reader.rank("r", raw.get("r").unwrap_or(&Value::Null))?;
-        let alpha = reader.alpha("lora_alpha", raw.get("lora_alpha").unwrap_or(&Value::Null))?;
+        };
+        let (rank, alpha) = match method {
+            // It has neither.
+            Method::Ia3 => (1, 1.0),
+            Method::Lora | Method::Loha | Method::Lokr => {
+                let alpha = method.alpha();
+                (
+                    reader.rank("r", raw.get("r").unwrap_or(&Value::Null))?,
+                    reader.alpha(alpha, raw.get(alpha).unwrap_or(&Value::Null))?,
+                )
+            }
+        };
         let budget = Budget::default();
         let rank_patterns = reader.patterns("rank_pattern", Reader::rank, &budget)?;
         let alpha_patterns = reader.patterns("alpha_pattern", Reader::alpha, &budget)?;
@@ -106,6 +160,19 @@ impl PeftConfig {
         let saved_modules = match raw.get("modules_to_save") {
             Some(Value::Array(names)) => Endings::of(names.iter().filter_map(Value::as_str)),
             _ => Endings::default(),
+        };
+        let feedforward = match raw.get("feedforward_modules") {
+            Some(Value::Array(names)) => Feedforward::Ends(
+                names.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+            ),
+            Some(Value::String(pattern)) if method == Method::Ia3 => {
+                let keys = vec![pattern.clone()];
+                let patterns = Patterns::new(keys.clone(), budget)
+                    .map_err(|fault| refuse_pattern(path, "feedforward_modules", &keys, fault))?;
+                let field = "feedforward_modules";
+                Feedforward::Pattern(Table { field, patterns, keys, values: vec![()] })
+            }
+            _ => Feedforward::Ends(Vec::new()),
         };
         Ok(Self {
             path: path.to_path_buf(),
@@ -120,6 +187,8 @@ impl PeftConfig {
             features,
             saved_modules,
             missing: None,
+            method,
+            feedforward,
             raw,
         })
     }
@@ -137,6 +206,24 @@ impl PeftConfig {
             _ => f64::NAN,
         };
         Self { raw: Map::new(), alpha, missing: Some(scale), ..config }
+    }
+
+    /// What kind of adapter it describes.
+    pub fn method(&self) -> Method {
+        self.method
+    }
+
+    /// Whether IA3 scales the inputs of a module and not its outputs.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if the config's patterns take more steps than they may.
+    pub fn is_feedforward(&self, path: &str, written: &str) -> Result<bool> {
+        match &self.feedforward {
+            Feedforward::Ends(ends) => {
+                Ok(ends.iter().any(|end| path.ends_with(end) || written.ends_with(end)))
+            }
+            Feedforward::Pattern(table) => Ok(table.value_of(&self.path, path, written)?.is_some()),
+        }
     }
 
     /// Whether it only stands for one that is not there.
@@ -377,7 +464,7 @@ pub fn summary(
         ("type", field("peft_type")),
         ("base", field("base_model_name_or_path")),
         ("r", field("r")),
-        ("alpha", field("lora_alpha")),
+        ("alpha", field(config.method.alpha())),
         ("rslora", Value::Bool(config.rank_stabilized)),
         ("peft_version", field("peft_version")),
     ]);

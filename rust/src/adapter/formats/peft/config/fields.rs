@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::PeftConfig;
+use super::{Method, PeftConfig};
 use crate::adapter::coverage::{
     PartUse,
     Usage::{self, NotNeeded, Refused, Used},
@@ -23,7 +23,13 @@ fn is_unset(value: &Value) -> bool {
 /// not matter here.
 fn meaning(field: &str) -> Option<(Usage, &'static str)> {
     Some(match field {
-        "peft_type" => (Used, "says that this is a LoRA"),
+        "peft_type" => (Used, "says what kind of adapter this is"),
+        "feedforward_modules" => (Used, "says of which modules the inputs are scaled"),
+        "rank_dropout" | "rank_dropout_scale" | "module_dropout" | "init_weights"
+        | "init_ia3_weights" => (NotNeeded, "mattered in training only"),
+        "use_effective_conv2d" | "decompose_both" | "decompose_factor" => {
+            (NotNeeded, "the tensors in the file say the same")
+        }
         "r" | "rank_pattern" => (Used, "gives the modules' ranks"),
         "lora_alpha" | "alpha_pattern" => (Used, "gives the modules' scales"),
         "use_rslora" => (Used, "makes the scale α/√r"),
@@ -95,7 +101,8 @@ impl PeftConfig {
     fn usage_of(&self, field: &str, value: &Value) -> (Usage, String) {
         match (field, meaning(field)) {
             ("init_lora_weights", _) => self.usage_of_initialization(value),
-            ("alpha", _) => self.usage_of_alpha(value),
+            ("alpha", _) if self.method == Method::Lora => self.usage_of_alpha(value),
+            ("alpha", _) => (Used, "gives the modules' scales".into()),
             _ if is_unset(value) && field != "fan_in_fan_out" => (NotNeeded, "is not set".into()),
             ("megatron_config", _) => usage_of_megatron(value),
             (_, Some((usage, reason))) => (usage, reason.to_owned()),
