@@ -8,6 +8,8 @@ from lorafast._types import Strategy
 AdapterFormat: TypeAlias = Literal["peft", "kohya"]
 #: What kind of layer a module is.
 LayerKind: TypeAlias = Literal["linear", "embedding", "convolution"]
+#: What a component of a model of diffusion does.
+ComponentKind: TypeAlias = Literal["denoiser", "text_encoder", "vae", "other"]
 #: How updates change a weight.
 UpdateKind: TypeAlias = Literal["low_rank", "dora", "vector", "replace", "transform"]
 #: What the core's products are made with.
@@ -104,8 +106,17 @@ class ConfigChanges(TypedDict):
     unquantised: bool
 
 @type_check_only
+class PlannedComponent(TypedDict):
+    #: Its folder in a pipeline, its prefix in a single file, nothing where it is all of the base.
+    name: str
+    kind: ComponentKind
+    class_name: str | None
+    tensors_changed: int
+
+@type_check_only
 class PlanDescription(TypedDict):
     base: str
+    components: list[PlannedComponent]
     adapters: list[PlannedAdapter]
     strategy: Strategy
     weights: list[float] | None
@@ -272,12 +283,25 @@ class AdapterSummary(TypedDict):
     coverage: Coverage
 
 @type_check_only
+class ListedComponent(TypedDict):
+    #: As in a plan.
+    name: str
+    kind: ComponentKind
+    class_name: str | None
+    tensors: int
+    parameters: int
+    bytes: int
+    #: How many tensors have each type.
+    dtypes: dict[str, int]
+
+@type_check_only
 class Listing(TypedDict):
-    kind: Literal["checkpoint", "adapter"]
+    kind: Literal["checkpoint", "pipeline", "adapter"]
     path: str
     files: list[ListedFile]
     metadata: dict[str, str]
     tensors: list[ListedTensor]
+    components: list[ListedComponent]
     total_parameters: int
     total_bytes: int
     config: dict[str, Any] | None

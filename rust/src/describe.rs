@@ -8,6 +8,7 @@ use crate::adapter::coverage::PartUse;
 use crate::adapter::formats::unread::Unread;
 use crate::adapter::{Adapter, Coverage, Usage};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::components::Component;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
 use crate::plan::{Action, ConfigChanges, Inputs, Origin, Plan, PlannedChange, Strategy, Update};
@@ -49,10 +50,22 @@ pub struct TensorDescription<'a> {
     quantized: Option<&'a str>,
 }
 
+/// A component of a base within a plan.
+#[derive(Debug, Serialize)]
+pub struct PlannedComponent {
+    name: String,
+    kind: &'static str,
+    class_name: Option<String>,
+    /// How many of its tensors change.
+    tensors_changed: usize,
+}
+
 /// A plan in full.
 #[derive(Debug, Serialize)]
 pub struct PlanDescription<'a> {
     base: String,
+    /// What the base is made of, where it is a model of diffusion.
+    components: Vec<PlannedComponent>,
     adapters: Vec<PlannedAdapter<'a>>,
     strategy: Strategy,
     weights: Option<&'a [f64]>,
@@ -108,7 +121,20 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
         },
         quantized: tensor.quantized.as_ref().map(|quantized| quantized.scheme.as_str()),
     });
+    let changed: Vec<_> = (plan.tensors().map(|(_, tensor)| tensor))
+        .filter(|tensor| !matches!(tensor.change(), PlannedChange::Copy | PlannedChange::Cast))
+        .collect();
+    let components = inputs.base.components().into_iter().map(|component| {
+        let own = changed.iter().filter(|tensor| tensor.name.starts_with(&component.prefix));
+        PlannedComponent {
+            name: name_of(&component),
+            kind: component.kind.name(),
+            tensors_changed: own.count(),
+            class_name: component.class_name,
+        }
+    });
     PlanDescription {
+        components: components.collect(),
         base: inputs.base.path().display().to_string(),
         adapters: adapters.collect(),
         strategy: plan.options.strategy,
@@ -129,6 +155,24 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
         file_origins: plan.side_files.origins(),
         left_out: &plan.side_files.left_out,
     }
+}
+
+/// What a component is called: its folder in a pipeline, its prefix in a file.
+fn name_of(component: &Component) -> String {
+    component.prefix.trim_end_matches('.').to_owned()
+}
+
+/// A component within a listing.
+#[derive(Debug, Serialize)]
+struct ListedComponent {
+    name: String,
+    kind: &'static str,
+    class_name: Option<String>,
+    tensors: usize,
+    parameters: u64,
+    bytes: u64,
+    /// How many tensors have each type.
+    dtypes: IndexMap<String, usize>,
 }
 
 /// A file within a listing.
@@ -170,6 +214,8 @@ pub struct Listing {
     files: Vec<FileDescription>,
     metadata: Value,
     tensors: Vec<ListedTensor>,
+    /// What a model of diffusion is made of.
+    components: Vec<ListedComponent>,
     total_parameters: u64,
     total_bytes: u64,
     config: Option<Map<String, Value>>,
@@ -192,6 +238,7 @@ impl Listing {
             files: Vec::new(),
             metadata: Value::Object(Map::new()),
             tensors: Vec::new(),
+            components: Vec::new(),
             total_parameters: 0,
             total_bytes: 0,
             config: None,
@@ -230,8 +277,13 @@ impl Listing {
 /// Lists a checkpoint.
 pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
     let files = checkpoint.shards().iter().map(|shard| (shard.name.as_str(), &shard.file));
-    let mut listing = Listing::new("checkpoint", checkpoint.path(), files);
-    listing.config = checkpoint.config().cloned();
+    let pipeline = checkpoint.pipeline();
+    let kind = if pipeline.is_some() { "pipeline" } else { "checkpoint" };
+    let mut listing = Listing::new(kind, checkpoint.path(), files);
+    listing.config =
+        pipeline.map(|pipeline| &pipeline.content).or_else(|| checkpoint.config()).cloned();
+    let components = checkpoint.components().into_iter();
+    listing.components = components.map(|component| listed(checkpoint, component)).collect();
     listing.warnings = checkpoint.warnings().to_vec();
     let quantized = QuantizedWeights::of(checkpoint);
     let schemes = quantized.schemes().into_iter();
@@ -241,6 +293,28 @@ pub fn checkpoint(checkpoint: &Checkpoint) -> Listing {
         listing.quantized.insert(words, unsupported.count());
     }
     listing
+}
+
+fn listed(checkpoint: &Checkpoint, component: Component) -> ListedComponent {
+    let mut listed = ListedComponent {
+        name: name_of(&component),
+        kind: component.kind.name(),
+        class_name: component.class_name,
+        tensors: 0,
+        parameters: 0,
+        bytes: 0,
+        dtypes: IndexMap::new(),
+    };
+    for (name, location) in checkpoint.tensors() {
+        if name.starts_with(&component.prefix) {
+            let tensor = checkpoint.at(*location);
+            listed.tensors += 1;
+            listed.parameters += tensor.elements();
+            listed.bytes += tensor.bytes();
+            *listed.dtypes.entry(tensor.dtype.name().to_owned()).or_default() += 1;
+        }
+    }
+    listed
 }
 
 /// Lists an adapter.

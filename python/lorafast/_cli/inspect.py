@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorafast._cli.terminal import Terminal
-    from lorafast._core import ListedFile, ListedModule, ListedTensor, Listing
+    from lorafast._core import ListedComponent, ListedFile, ListedModule, ListedTensor, Listing
 
 
 # Trainers put whole training logs into the metadata; the table shows that they are there.
@@ -26,7 +26,9 @@ BOILERPLATE = {"format": "pt"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `lorafast inspect`."""
-    parser.add_argument("path", metavar="PATH", help="a checkpoint or adapter: directory or file")
+    parser.add_argument(
+        "path", metavar="PATH", help="a checkpoint, pipeline or adapter: directory or file"
+    )
     parser.add_argument(
         "--tensors", action="store_true", help="list every tensor by itself, with its file"
     )
@@ -50,6 +52,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 def _show(contents: Listing, terminal: Terminal, *, every_tensor: bool) -> None:
     _show_summary(contents, terminal)
     _show_metadata(contents["metadata"], terminal)
+    _show_components(contents["components"], terminal)
     _show_files(contents["files"], terminal)
     _show_dtypes(contents["tensors"], terminal)
     if every_tensor:
@@ -90,7 +93,9 @@ def _show_summary(contents: Listing, terminal: Terminal) -> None:
             facts["names"] = "; ".join(adapter["notes"])
     elif contents["config"] is not None:
         config = contents["config"]
-        architectures = config.get("architectures") or [config.get("model_type", "")]
+        architectures = config.get("architectures") or [
+            config.get("_class_name") or config.get("model_type", "")
+        ]
         facts["architecture"] = ", ".join(map(str, architectures))
     if contents["quantised"]:
         schemes = contents["quantised"].items()
@@ -113,6 +118,35 @@ def _shortened(value: str) -> str:
     if len(value) <= LONGEST_METADATA_VALUE:
         return value
     return f"{value[:LONGEST_METADATA_VALUE]}… ({len(value):,} characters)"
+
+
+def _show_components(components: Sequence[ListedComponent], terminal: Terminal) -> None:
+    if not components:
+        return
+    terminal.line()
+    terminal.heading("Components")
+    columns = (
+        Column("component"),
+        Column("kind"),
+        Column("class"),
+        Column("tensors", number=True),
+        Column("parameters", number=True),
+        Column("size", number=True),
+        Column("dtypes"),
+    )
+    rows = [
+        (
+            component["name"] or "(all)",
+            component["kind"].replace("_", " "),
+            component["class_name"] or "",
+            f"{component['tensors']:,}",
+            count_text(component["parameters"]),
+            bytes_text(component["bytes"]),
+            ", ".join(component["dtypes"]),
+        )
+        for component in components
+    ]
+    terminal.table(columns, rows)
 
 
 def _show_files(files: Sequence[ListedFile], terminal: Terminal) -> None:
@@ -242,7 +276,8 @@ COMMAND = Command(
     name="inspect",
     summary="show what a checkpoint or an adapter holds",
     description="Show a checkpoint's or an adapter's files, dtypes, tensors and, for an adapter,\n"
-    "ranks and scales. Only headers are read: it takes no longer for a large model.",
+    "ranks and scales, for a model of diffusion its components. Only headers are read: it\n"
+    "takes no longer for a large model.",
     examples=(
         "lorafast inspect llama",
         "lorafast inspect style --tensors",

@@ -43,7 +43,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         "--base",
         required=True,
         metavar="PATH",
-        help="the model: a directory of safetensors files, one .safetensors file, or a hub id",
+        help="the model: a directory of safetensors files, a pipeline of diffusers or one of its\n"
+        "components, one .safetensors file, or a hub id",
     )
     inputs.add_argument(
         "-a",

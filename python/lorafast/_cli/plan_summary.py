@@ -74,6 +74,13 @@ def _facts(plan: PlanDescription, tensor_count: int) -> dict[str, str]:
         "dtype": dtype_text(plan["dtype"]),
         "to write": bytes_text(plan["bytes_to_write"]),
     }
+    if plan["components"] and any(component["name"] for component in plan["components"]):
+        facts["components"] = ", ".join(
+            f"{component['name']} ({component['tensors_changed']:,} change)"
+            if component["tensors_changed"]
+            else f"{component['name']} (kept)"
+            for component in plan["components"]
+        )
     if plan["tensors_cast"]:
         facts["tensors"] += f", {plan['tensors_cast']:,} are only converted"
     if plan["side_files"]:

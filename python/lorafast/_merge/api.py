@@ -154,8 +154,10 @@ def merge(
     only at the end; whatever fails leaves it as it was.
 
     Args:
-        base: a directory with `model.safetensors` or with shards and their index, a single
-            `.safetensors` file, or a hub id.
+        base: a directory with `model.safetensors` or with shards and their index, a pipeline of
+            diffusers (its directory: `unet.` or `text_encoder.` before a name is its folder) or
+            one of its components' directories, a single `.safetensors` file, or a hub id. Of a
+            pipeline only the components that an adapter changes are written anew.
         adapters: one or several adapters in PEFT's format: directories or hub ids.
         output: the directory to write. Absent or empty, unless `overwrite`.
         strategy: "sequential" adds every adapter at its full scale, "weighted" multiplies each by
@@ -163,9 +165,10 @@ def merge(
             where none are.
         weights: for "weighted", one finite number an adapter, negative ones too; all 1 if missing.
         dtype: "auto" keeps each tensor's; "float16", "bfloat16", "float32" (or "fp16", "bf16",
-            "fp32") convert every floating-point tensor of 16 bits and more, and write quantised
-            weights out, without their scales and without the config's entry on quantisation;
-            under "auto" what changes of them is quantised again with the same scheme.
+            "fp32") convert every floating-point tensor of 16 bits and more (in a pipeline those of
+            the components that an adapter changes), and write quantised weights out, without their
+            scales and without the config's entry on quantisation; under "auto" what changes of them
+            is quantised again with the same scheme.
         device: where products are made. "cpu": by the core. "cpu:amx": by the core, for 16-bit
             weights in tiles of bf16 where the processor has AMX; float32 factors are split in two
             for it, and most products are off by up to 2⁻¹⁵ of their size before the one rounding,

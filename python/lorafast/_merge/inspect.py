@@ -39,13 +39,15 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
     """Lists what a checkpoint or an adapter holds, from its headers alone.
 
     Args:
-        path: a model's or an adapter's directory, a `.safetensors` file, a pickle of an adapter's
-            weights, or a hub id.
+        path: a model's or an adapter's directory, a pipeline of diffusers, a `.safetensors` file, a
+            pickle of an adapter's weights, or a hub id.
 
     Returns:
-        A frozen value: `kind` ("checkpoint" or "adapter"), `path`, `files` (name, bytes, tensors),
-        `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
-        `config`, `warnings`; of a checkpoint `quantised` (how many weights are stored how); of an
+        A frozen value: `kind` ("checkpoint", "pipeline" or "adapter"), `path`, `files` (name,
+        bytes, tensors), `metadata`, `tensors` (name, dtype, shape, bytes, file),
+        `total_parameters`, `total_bytes`, `config` (of a pipeline its `model_index.json`),
+        `warnings`; of a checkpoint `quantised` (how many weights are stored how) and, of a model of
+        diffusion, `components` (name, kind, class_name, tensors, parameters, bytes, dtypes); of an
         adapter `type`, `base`, `r`, `alpha`, `rslora`, `peft_version`, `modules` (name, kind, rank,
         alpha, scaling, shape (out, in)), `features` (what in it cannot be merged), `notes` (what
         was left out of its names), and of every tensor, every config field and every file of

@@ -33,6 +33,22 @@ class ListedTensor(NamedTuple):
 
 
 @shown
+class ListedComponent(NamedTuple):
+    """A component of a model of diffusion: a folder of a pipeline, or a part of a single file."""
+
+    name: str
+    """Its folder, or what the names of its tensors begin with; empty where it is all there is."""
+    kind: str
+    """denoiser, text_encoder, vae or other."""
+    class_name: str | None
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    """How many tensors have each type."""
+
+
+@shown
 class ListedModule(NamedTuple):
     """A module that an adapter changes; the shape is (out, in).
 
@@ -82,7 +98,7 @@ class Listing(Mapping[str, Any]):
 
     @property
     def kind(self) -> str:
-        """Either "checkpoint" or "adapter"."""
+        """One of "checkpoint", "pipeline" (of diffusers) and "adapter"."""
         return self._plain["kind"]
 
     @property
@@ -161,7 +177,16 @@ class Listing(Mapping[str, Any]):
 
 
 class CheckpointListing(Listing):
-    """What a checkpoint holds, by its headers."""
+    """What a checkpoint or a pipeline holds, by its headers."""
+
+    @cached_property
+    def components(self) -> tuple[ListedComponent, ...]:
+        """What a model of diffusion is made of; nothing of other models."""
+        # As for the tensors: the fields are the dictionary's keys.
+        return RecordTuple(
+            ListedComponent(**{**component, "dtypes": dict(component["dtypes"])})  # type: ignore[arg-type]
+            for component in self._plain["components"]
+        )
 
     @property
     def quantised(self) -> dict[str, int]:

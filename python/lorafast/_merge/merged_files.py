@@ -65,8 +65,13 @@ def carry_out(
         The report of the files as they are in the end.
 
     Raises:
+        ValueError: `save_safetensors` is false, and the base a pipeline of diffusers.
         LorafastError, OSError: as `lorafast.merge`; or a file cannot be written or removed.
     """
+    if not save_safetensors and is_file(Path(plan.base) / "model_index.json"):
+        raise ValueError(
+            "save_safetensors=False: a pipeline of diffusers is written as safetensors files alone"
+        )
     model = Path(expand(output))
     with plan.carried_out(output, execution) as merged:
         report = merged

@@ -41,7 +41,7 @@ def merge_card(plan: MergePlan, description: PlanDescription) -> str:
         lines += ["base_model:", *(f"- {each}" for each in known), "base_model_relation: merge"]
     lines += [line for name in KEPT for line in kept.get(name, [])]
     if "library_name" not in kept:
-        lines.append("library_name: transformers")
+        lines.append(f"library_name: {_library(plan.base, description)}")
     lines += ["tags:", "- merge", "- lora", "- lorafast", "---", ""]
     name = hub_id or base.name
     lines += [
@@ -81,6 +81,19 @@ def merge_card(plan: MergePlan, description: PlanDescription) -> str:
     shown = [(key, value) for key, value in facts.items() if value]
     lines += ["", *table(["", ""], shown, right=False)]
     return "\n".join(lines) + "\n"
+
+
+def _library(base: str, description: PlanDescription) -> str:
+    """The library that loads the output, as the hub calls it."""
+    if not description["components"]:
+        return "transformers"
+    classes = {component["class_name"] for component in description["components"]}
+    if classes == {None} and not Path(base).is_dir():
+        return "diffusion-single-file"
+    # A text encoder by itself is transformers'.
+    config = Path(base) / "config.json"
+    is_diffusers = not config.is_file() or '"_class_name"' in config.read_text(errors="replace")
+    return "diffusers" if is_diffusers else "transformers"
 
 
 def _version() -> str:

@@ -33,11 +33,14 @@ pub const REPORTS: [&str; 5] = [
 ];
 /// Names that only a model's files have: what a new model does not replace of them would belong to
 /// none.
-pub const OF_A_MODEL: [&str; 25] = [
+pub const OF_A_MODEL: [&str; 28] = [
     "config.json",
     "model.safetensors",
     "pytorch_model.bin",
     "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "model_index.json",
+    "scheduler_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -72,7 +75,20 @@ pub fn holds_weights(name: &str) -> bool {
 /// Whether a name in an output says that the file belongs to the model there, or reports on it.
 pub fn is_of_a_model(name: &str) -> bool {
     let is_shard = || shard_of(name).is_some_and(|(stem, ..)| SHARD_STEMS.contains(&stem));
-    OF_A_MODEL.contains(&name) || is_report(name) || is_shard()
+    OF_A_MODEL.contains(&name) || is_report(name) || is_shard() || is_variant(name)
+}
+
+/// Whether a name is that of a variant of a model's weights: `model.fp16.safetensors`, and its shards.
+fn is_variant(name: &str) -> bool {
+    let rests = SHARD_STEMS.iter().filter_map(|stem| name.strip_prefix(stem));
+    let mut rests = rests.filter(|rest| rest.starts_with('.') || rest.starts_with('-'));
+    name.ends_with(".safetensors")
+        && rests.any(|rest| rest.starts_with('.') || rest.contains("-of-"))
+}
+
+/// The last part of a name that can lie in a folder.
+pub fn last_part(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
 }
 
 /// Whether a name in an output is that of a report on the model there, or of what a report leaves
@@ -102,5 +118,21 @@ mod tests {
         assert_eq!(shard_of("a-b-00001-of-00001.safetensors"), Some(("a-b", 1, 1)));
         assert_eq!(shard_of("model-2-of-3.safetensors"), None);
         assert_eq!(shard_of("model.safetensors"), None);
+    }
+
+    #[test]
+    fn variants_belong_to_models() {
+        for name in [
+            "model.fp16.safetensors",
+            "diffusion_pytorch_model.non_ema.safetensors",
+            "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+            "diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+            "model_index.json",
+        ] {
+            assert!(is_of_a_model(name), "{name}");
+        }
+        for name in ["model-mine.safetensors", "modelled.safetensors", "model.fp16.txt"] {
+            assert!(!is_of_a_model(name), "{name}");
+        }
     }
 }

@@ -20,6 +20,7 @@ pub use commit::{Recovery, check_whole, recover};
 pub use manifest::{MANIFEST, missing_files};
 
 use crate::error::{Error, Owner, Result};
+use crate::storage::file_names;
 use crate::storage::local::{self, CopyError};
 use crate::storage::sink::{Committed, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::Source;
@@ -302,8 +303,9 @@ fn clear(directory: &Path, kept: Kept) -> io::Result<u64> {
 
 /// Whether it is an index of shards, of safetensors or of torch's files.
 fn is_index(name: &str) -> bool {
+    let name = file_names::last_part(name);
     let of_weights = name.contains(".safetensors.index") || name.contains(".bin.index");
-    of_weights && name.ends_with(".json") && !name.contains('/')
+    of_weights && name.ends_with(".json")
 }
 
 /// Whether a name from a file leads to something below a directory and past no link on the way

@@ -78,7 +78,7 @@ fn prefix_change(plan: &Plan, merged: &Checkpoint, task: &Task) -> Result<Prefix
     if 2 * found >= names.len() {
         return Ok(PrefixChange::Same);
     }
-    Ok(prefix::find_prefix_change(&names, &NameIndex::plain(merged), task)?.change)
+    Ok(prefix::find_prefix_change(&names, &[], &NameIndex::plain(merged), task)?.change)
 }
 
 /// Gives the plan of one tensor the type in which it is stored.

@@ -93,12 +93,14 @@ pub struct PrefixMatch {
 }
 
 /// Finds the change under which every parameter has its tensor in the base. The parameters are
-/// given by their canonical names.
+/// given by their canonical names, and with how many elements each has, or none of them with that:
+/// of several changes that fit, those count under which the base's have as many.
 ///
 /// # Errors
 /// [`crate::Error::Cancelled`].
 pub fn find_prefix_change(
     parameters: &[String],
+    sizes: &[u64],
     base: &NameIndex<'_>,
     task: &Task,
 ) -> Result<PrefixMatch> {
@@ -136,26 +138,62 @@ pub fn find_prefix_change(
     {
         return match_tower(parameters, base, tower, fit, task);
     }
+    let mut equal: Vec<&PrefixChange> = (candidates.iter())
+        .filter(|(_, other)| *other == count && count == parameters.len())
+        .map(|(change, _)| *change)
+        .collect();
+    if equal.len() > 1 {
+        let fits = |change: &PrefixChange| {
+            parameters.iter().zip(sizes).all(|(parameter, size)| {
+                let shape = change.apply(parameter).and_then(|name| base.shape(&name));
+                shape.is_none_or(|shape| shape.iter().product::<u64>() == *size)
+            })
+        };
+        let of_size: Vec<_> = equal.iter().copied().filter(|change| fits(change)).collect();
+        if let [only] = of_size[..] {
+            return Ok(PrefixMatch { change: only.clone(), problems: Vec::new() });
+        }
+        if !of_size.is_empty() {
+            equal = of_size;
+        }
+    }
     let mut hints = Hints { base, known: HashMap::new() };
     let mut problems = Vec::new();
     for parameter in parameters.iter().filter(|parameter| !fits(&change, parameter)) {
         task.check()?;
         problems.push(hints.complain(parameter));
     }
-    let equal: Vec<_> = (candidates.iter())
-        .filter(|(_, other)| *other == count && count == parameters.len())
-        .filter_map(|(change, _)| change.describe())
-        .collect();
     if equal.len() > 1 {
-        problems.push(format!(
-            "its modules fit the {noun} in {} ways ({}); give the part of the {noun} that was \
-             trained",
-            equal.len(),
-            equal.join(", or "),
-            noun = base.base().noun()
-        ));
+        problems.push(ambiguity(&equal, base));
     }
     Ok(PrefixMatch { change, problems })
+}
+
+/// In words: that an adapter fits in several ways.
+fn ambiguity(equal: &[&PrefixChange], base: &NameIndex<'_>) -> String {
+    let noun = base.base().noun();
+    if base.base().pipeline().is_some() {
+        let components = equal.iter().filter_map(|change| match change {
+            PrefixChange::Add(prefix) => Some(prefix.split('.').next().unwrap_or_default()),
+            _ => None,
+        });
+        let components: Vec<_> = components.collect();
+        if let [first, _, ..] = components[..] {
+            return format!(
+                "its modules fit {} components of the {noun} by names and shapes ({}); give the \
+                 folder of the one that was trained as the {noun}, or begin the adapter's names \
+                 with the component ({first}.…)",
+                components.len(),
+                components.join(", ")
+            );
+        }
+    }
+    let ways: Vec<_> = equal.iter().filter_map(|change| change.describe()).collect();
+    format!(
+        "its modules fit the {noun} in {} ways ({}); give the part of the {noun} that was trained",
+        equal.len(),
+        ways.join(", or ")
+    )
 }
 
 /// The names of the text tower that the base has under another prefix.

@@ -38,15 +38,16 @@ pub(super) fn find_weights<'a>(
     let mut parameters: Vec<_> =
         modules.iter().map(|module| Some(format!("{}.{}", module.path, module.leaf()))).collect();
     let all: Vec<_> = parameters.iter().flatten().cloned().collect();
+    let sizes: Vec<u64> = modules.iter().map(|module| module.outputs() * module.inputs()).collect();
     let mut names = NameIndex::plain(base);
-    let mut fit = prefix::find_prefix_change(&all, &names, task)?;
+    let mut fit = prefix::find_prefix_change(&all, &sizes, &names, task)?;
     if !fit.problems.is_empty()
         && let Some(renames) = Renames::built_in(base)
     {
         let renamed = NameIndex::renamed(base, renames, task)?;
         let canonical: Vec<_> = all.iter().map(|parameter| renamed.canonical(parameter)).collect();
         let known: Vec<_> = canonical.iter().map(|one| one.name.clone()).collect();
-        let other = prefix::find_prefix_change(&known, &renamed, task)?;
+        let other = prefix::find_prefix_change(&known, &sizes, &renamed, task)?;
         if other.problems.is_empty() {
             // A piece of a stored tensor has no norm of its own there.
             let whole = |one: Canonical| one.slice.is_none().then_some(one.name);

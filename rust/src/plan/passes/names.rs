@@ -78,12 +78,18 @@ fn map_by<'a>(
     let prefix = if targets.is_empty() {
         // Saved parameters need not be in the base; each is asked for below.
         let parameters: Vec<_> = saved.iter().cloned().map(canonical).collect();
-        prefix::find_prefix_change(&parameters, &names, context.task)?.change
+        prefix::find_prefix_change(&parameters, &[], &names, context.task)?.change
     } else {
-        let parameters = targets.values().map(|target| target.parameter.clone());
-        let parameters = parameters.filter(known).filter(|parameter| !is_saved(parameter));
-        let parameters: Vec<_> = parameters.map(canonical).collect();
-        let found = prefix::find_prefix_change(&parameters, &names, context.task)?;
+        let size = |key: &String| {
+            let module = &adapter.modules()[key];
+            module.outputs() * module.inputs()
+        };
+        let parameters = targets.iter().map(|(key, target)| (target.parameter.clone(), size(key)));
+        let parameters =
+            parameters.filter(|(parameter, _)| known(parameter) && !is_saved(parameter));
+        let (parameters, sizes): (Vec<_>, Vec<_>) =
+            parameters.map(|(parameter, size)| (canonical(parameter), size)).unzip();
+        let found = prefix::find_prefix_change(&parameters, &sizes, &names, context.task)?;
         problems.extend(found.problems);
         found.change
     };

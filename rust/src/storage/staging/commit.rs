@@ -150,7 +150,7 @@ impl<'a> Layout<'a> {
             }
         }
         remove(&self.journal)?;
-        remove_new_directories(self.output, journal);
+        remove_empty_folders(self.output, journal.new.iter().map(|file| file.name.as_str()));
         Ok(())
     }
 
@@ -189,6 +189,8 @@ impl<'a> Layout<'a> {
             // Before anything is deleted that the journal tells of.
             sync_directory(directory);
         }
+        // Folders of the older model in which nothing is left.
+        remove_empty_folders(self.output, journal.older.iter().map(String::as_str));
         Ok(())
     }
 }
@@ -254,10 +256,12 @@ pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
 }
 
 /// The new files in the order in which they come, and the older ones in that in which they leave: the
-/// config, without which nothing is a model, leaves first and comes last, and the index is next to it.
+/// config, without which nothing is a model (of a pipeline the list of its components, and then their
+/// configs), leaves first and comes last, and the index is next to it.
 fn in_order(mut new: Vec<NewFile>, mut older: Vec<String>) -> (Vec<NewFile>, Vec<String>) {
     let rank = |name: &str| match name {
-        "config.json" => 2,
+        "config.json" | "model_index.json" => 3,
+        name if file_names::last_part(name) == "config.json" => 2,
         name => u8::from(is_index(name)),
     };
     new.sort_by(|left, right| {
@@ -447,10 +451,10 @@ pub fn recover(output: &Path) -> Result<Recovery> {
     Ok(if is_kept { Recovery::Kept } else { recovery })
 }
 
-/// Removes the directories of new files that were taken back, as far as they are empty.
-fn remove_new_directories(output: &Path, journal: &Journal) {
-    for file in journal.new.iter().rev() {
-        let parents = Path::new(&file.name).ancestors().skip(1);
+/// Removes the folders of files that are there no more, as far as they are empty.
+fn remove_empty_folders<'a>(output: &Path, names: impl DoubleEndedIterator<Item = &'a str>) {
+    for name in names.rev() {
+        let parents = Path::new(name).ancestors().skip(1);
         for parent in parents.take_while(|parent| !parent.as_os_str().is_empty()) {
             if fs::remove_dir(output.join(parent)).is_err() {
                 break;

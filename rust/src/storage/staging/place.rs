@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 use crate::storage::file_names;
 use crate::storage::local::{self, identity};
 
+/// What lists the components of a pipeline, which lie in folders.
+const MODEL_INDEX: &str = "model_index.json";
+
 /// The path with every link resolved, as far as it exists.
 pub fn resolve(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
@@ -168,7 +171,11 @@ impl Occupancy {
     /// [`Error::Output`] where the new files cannot go to their places, or would go over what is
     /// read; [`Error::Io`].
     pub fn find(output: &Path, names: &[String], inputs: &[Input]) -> Result<Self> {
-        let entries = list(output)?;
+        let mut entries = list(output)?;
+        for folder in component_folders(output, names) {
+            let inner = list(&output.join(&folder))?;
+            entries.extend(inner.into_iter().map(|name| format!("{folder}/{name}")));
+        }
         let mut older = BTreeSet::new();
         for name in names {
             if check_target(output, name)? {
@@ -178,7 +185,8 @@ impl Occupancy {
         let known = manifest::listed(output).into_iter().map(|(name, _)| name);
         let indexes = entries.iter().filter(|name| is_index(name));
         let shards = indexes.clone().flat_map(|name| shards_of(output, name));
-        let fixed = entries.iter().filter(|name| file_names::is_of_a_model(name));
+        let is_of_a_model = |name: &&String| file_names::is_of_a_model(file_names::last_part(name));
+        let fixed = entries.iter().filter(is_of_a_model);
         for name in known.chain(shards).chain(indexes.cloned()).chain(fixed.cloned()) {
             // A file, or a link to one, which is moved as the link that it is.
             let found = fs::symlink_metadata(output.join(&name));
@@ -203,6 +211,29 @@ fn list(directory: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
+}
+
+/// The folders in an output that are components of a pipeline: of the one that comes there, and of the
+/// one that is there by its own list. Links to folders are none.
+fn component_folders(output: &Path, names: &[String]) -> BTreeSet<String> {
+    let mut folders = BTreeSet::new();
+    if names.iter().any(|name| name == MODEL_INDEX) {
+        folders.extend(names.iter().filter_map(|name| Some(name.split_once('/')?.0.to_owned())));
+    }
+    let listed = || {
+        let (content, _) = local::read_small(&output.join(MODEL_INDEX)).ok()?;
+        let content: Value = serde_json::from_slice(&content).ok()?;
+        let entries = content.as_object()?.iter().filter(|(_, entry)| entry.is_array());
+        Some(entries.map(|(name, _)| name.clone()).collect::<Vec<_>>())
+    };
+    folders.extend(listed().unwrap_or_default());
+    folders.retain(|folder| {
+        let is_folder = |metadata: fs::Metadata| metadata.is_dir();
+        !folder.contains('/')
+            && stays_inside(output, folder)
+            && fs::symlink_metadata(output.join(folder)).is_ok_and(is_folder)
+    });
+    folders
 }
 
 /// Whether there is something where a new file goes; an error if the file could not take its place.
@@ -245,8 +276,8 @@ fn shards_of(output: &Path, index: &str) -> BTreeSet<String> {
 /// An adapter that stays beside a model makes loaders load that in its place; one that is no part
 /// of the older model is not ours to delete.
 fn refuse_adapters(output: &Path, entries: &[String], older: &BTreeSet<String>) -> Result<()> {
-    match entries.iter().find(|name| *name == file_names::ADAPTER_CONFIG && !older.contains(*name))
-    {
+    let is_config = |name: &&String| file_names::last_part(name) == file_names::ADAPTER_CONFIG;
+    match entries.iter().filter(is_config).find(|name| !older.contains(*name)) {
         Some(name) => Err(Error::output(
             output,
             format!(

@@ -333,6 +333,54 @@ fn a_commit_that_was_cut_off_is_finished_or_taken_back() {
     }
 }
 
+/// The same of pipelines, whose files lie in folders.
+#[test]
+fn a_pipeline_whose_commit_was_cut_off_is_finished_or_taken_back() {
+    let list = r#"{"unet": ["diffusers", "A"], "vae": ["diffusers", "B"]}"#;
+    let names =
+        ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "model_index.json"];
+    let stale = ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json"];
+    for lose in [false, true] {
+        let mut steps = 1;
+        loop {
+            let root = tempfile::tempdir().expect("a directory");
+            let output = root.path().join("out");
+            // As somebody else wrote it: nothing but the list tells of what it consists.
+            for name in names.iter().chain(&stale).chain(&["unet/notes.txt"]) {
+                let path = output.join(name);
+                fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+                let content = if *name == "model_index.json" { list } else { "old" };
+                fs::write(path, content).expect("written");
+            }
+            let before = snapshot(&output);
+            let mut staging = begin(&output, "new", &names);
+            staging.kept = true;
+            let content = manifest::encode([("unet/config.json", 3)].into_iter());
+            staging.put(MANIFEST, &content, None).expect("written");
+            let is_done = commit::cut_off(&mut staging, steps);
+            let made = staging.directory.join(&staging.model).join("model_index.json");
+            drop(staging);
+            if is_done {
+                break;
+            }
+            assert!(check_whole(&output).is_err(), "{steps}");
+            if lose {
+                fs::remove_file(made).expect("it comes last");
+                assert_eq!(recover(&output).expect("recovered"), Recovery::TakenBack);
+                assert_eq!(snapshot(&output), before, "{steps}");
+            } else {
+                assert_eq!(recover(&output).expect("recovered"), Recovery::Finished);
+                let found = self::names(&output);
+                let expected = [MANIFEST, names[2], names[0], names[1], "unet/notes.txt"];
+                assert_eq!(found, expected, "{steps}");
+                assert!(!output.join("vae").exists(), "an empty folder is left");
+            }
+            steps += 1;
+        }
+        assert!(steps > 5);
+    }
+}
+
 #[test]
 fn a_merge_into_a_place_that_was_cut_off_begins_with_a_whole_output() {
     let root = tempfile::tempdir().expect("a directory");
