@@ -131,6 +131,15 @@ impl Plan {
         task.check()?;
         let shards = layout::plan_shards(inputs, &options, draft, &context.quantized);
         task.check()?;
+        if options.dtype.is_some() {
+            let kept = layout::kept_components(inputs, &shards);
+            if !kept.is_empty() {
+                notes.push(format!(
+                    "no adapter changes {} of the pipeline, which keep their dtypes",
+                    kept.join(", ")
+                ));
+            }
+        }
         for (file, digests) in layout::outdated_digests(inputs, &shards) {
             notes.push(format!(
                 "{file}: the base's metadata hold {} of its tensors, which would be wrong now; left \

@@ -13,6 +13,7 @@ from lorafast import _core
 from lorafast._merge.api import MergeOptions
 from lorafast._merge.plan import make_plan
 from support.handmade import adapter_tensors, make_adapter, make_base
+from support.pipelines import UNET, make_pipeline, prefixed
 from support.stub import Shapes
 
 
@@ -38,6 +39,10 @@ def test_what_crosses_is_what_the_stub_says(tmp_path: Path) -> None:
         for path in (base, *adapters):
             holds(lorafast.inspect(path).to_dict(), "Listing")
     assert _core.adapter_format(adapters[0]) in get_args(shapes.stub["AdapterFormat"])
+    pipeline = make_pipeline(tmp_path / "pipeline")
+    unet = make_adapter(tmp_path / "unet", adapter_tensors(prefixed("unet.", UNET)))
+    holds(lorafast.plan(pipeline, unet).core.describe(), "PlanDescription")
+    holds(lorafast.inspect(pipeline).to_dict(), "Listing")
     carry_out_and_measure(tmp_path, holds)
     # Each dictionary of the stub was held against something.
     assert shapes.seen == shapes.types.keys()

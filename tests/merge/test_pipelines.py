@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lorafast
+import numpy as np
 import pytest
 from support.compare import assert_merged_like_float64, assert_rest_untouched
 from support.files import Tensor, read_safetensors, write_safetensors
@@ -183,6 +184,73 @@ def test_several_adapters_and_their_subtraction(tmp_path: Path, adapter: Path) -
     assert {name: back[name] for name in before} == before
 
 
+def test_a_subtraction_without_the_base_keeps_the_pipeline(
+    tmp_path: Path, pipeline: Path, adapter: Path
+) -> None:
+    lorafast.merge(pipeline, adapter, tmp_path / "out")
+    report = lorafast.subtract(tmp_path / "out", adapter, tmp_path / "back")
+    before, back = read_pipeline(pipeline), read_pipeline(tmp_path / "back")
+    assert before.keys() == back.keys()
+    for name, each in before.items():
+        assert np.allclose(back[name].float64(), each.float64(), atol=1e-7), name
+    assert "tokenizer/vocab.json" in report.side_files
+    assert (tmp_path / "back" / "README.md").read_bytes() == (pipeline / "README.md").read_bytes()
+
+
+def test_tokenizers_stay_those_of_the_components(
+    tmp_path: Path, pipeline: Path, adapter: Path
+) -> None:
+    (adapter / "tokenizer.json").write_text('{"model": {"vocab": {"x": 0}}}')
+    (adapter / "tokenizer_config.json").write_text("{}")
+    plan = lorafast.plan(pipeline, adapter)
+    assert any("has a tokenizer" in note for note in plan.notes)
+    lorafast.merge(pipeline, adapter, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(lorafast.PlanError, match="components of their own"):
+        lorafast.plan(pipeline, adapter, tokenizer="adapter")
+
+
+def test_a_sharded_variant_keeps_its_names(tmp_path: Path, pipeline: Path, adapter: Path) -> None:
+    unet = pipeline / "unet"
+    stem = "diffusion_pytorch_model"
+    tensors = weights(UNET, 0, "F16")
+    names = list(tensors)
+    weight_map = {}
+    for number in (1, 2):
+        file = f"{stem}.fp16-0000{number}-of-00002.safetensors"
+        part = names[number - 1 :: 2]
+        write_safetensors(unet / file, {name: tensors[name] for name in part}, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(len(each.data) for each in tensors.values())
+    index = unet / f"{stem}.safetensors.index.fp16.json"
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index.write_text(json.dumps(content))
+    # Beside the plain one it is the other variant.
+    plan = lorafast.plan(pipeline, adapter)
+    assert any("fp16-00001-of-00002" in note for note in plan.notes)
+    (unet / f"{stem}.safetensors").unlink()
+    lorafast.merge(pipeline, adapter, tmp_path / "out", verify=True)
+    written = {path.name for path in (tmp_path / "out" / "unet").iterdir()}
+    assert written == {"config.json", index.name, *weight_map.values()}
+    assert (tmp_path / "out" / "unet" / index.name).read_bytes() == index.read_bytes()
+    merged = {}
+    for file in set(weight_map.values()):
+        merged |= read_safetensors(tmp_path / "out" / "unet" / file)
+    before = {f"unet.{name}": each for name, each in tensors.items()}
+    terms = {
+        name: term
+        for name, term in merge_float64(read_pipeline_of(pipeline, before), [adapter]).items()
+        if name.startswith("unet.")
+    }
+    assert_merged_like_float64({f"unet.{name}": each for name, each in merged.items()}, terms)
+
+
+def read_pipeline_of(base: Path, unet: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a UNet with those of the first text encoder beside it."""
+    encoder = read_safetensors(base / "text_encoder" / "model.safetensors")
+    return unet | {f"text_encoder.{name}": each for name, each in encoder.items()}
+
+
 def test_parts_make_the_same_pipeline(tmp_path: Path, adapter: Path) -> None:
     base = make_pipeline(tmp_path / "base", shards={"unet": 2})
     lorafast.merge(base, adapter, tmp_path / "whole")
@@ -194,6 +262,76 @@ def test_parts_make_the_same_pipeline(tmp_path: Path, adapter: Path) -> None:
     assert {n: out[n] for n in out.keys() - reports} == {
         n: whole[n] for n in whole.keys() - reports
     }
+
+
+def test_a_quantised_component_that_nobody_changes_stays_quantised(
+    tmp_path: Path, pipeline: Path, adapter: Path
+) -> None:
+    """Whatever dtype the others are written in, and even where nothing could read it."""
+    listed = json.loads((pipeline / "model_index.json").read_text())
+    listed["text_encoder_3"] = ["transformers", "T5EncoderModel"]
+    (pipeline / "model_index.json").write_text(json.dumps(listed))
+    encoder = write_component(pipeline / "text_encoder_3", "transformers", "T5EncoderModel", VAE)
+    quantised = weights(VAE, 5) | {
+        "q.qweight": Tensor("I32", (4, 8), bytes(128)),
+        "q.qzeros": Tensor("I32", (1, 1), bytes(4)),
+    }
+    write_safetensors(encoder / "model.safetensors", quantised, {"format": "pt"})
+    config = {"quantization_config": {"quant_method": "gptq"}, "torch_dtype": "float16"}
+    (encoder / "config.json").write_text(json.dumps(config))
+    plan = lorafast.plan(pipeline, adapter, dtype="bfloat16")
+    (note,) = [note for note in plan.notes if "keep their dtypes" in note]
+    assert "text_encoder_2, vae, text_encoder_3" in note
+    lorafast.merge(pipeline, adapter, tmp_path / "out", dtype="bfloat16", verify=True)
+    before, after = files(pipeline), files(tmp_path / "out")
+    for name in before:
+        if name.startswith("text_encoder_3/"):
+            assert after[name] == before[name]
+    into = make_adapter(tmp_path / "q", adapter_tensors({"text_encoder_3.q": (8, 32)}))
+    refuses(tmp_path, lorafast.LorafastError, pipeline, into, "GPTQ")
+
+
+@pytest.mark.parametrize("device", ["torch:cpu"])
+def test_torch_merges_into_components(
+    tmp_path: Path, pipeline: Path, adapter: Path, device: str
+) -> None:
+    pytest.importorskip("torch")
+    lorafast.merge(pipeline, adapter, tmp_path / "out", device=device, verify=True)
+    assert_merged(pipeline, [adapter], tmp_path / "out")
+
+
+def test_an_analysis_finds_the_base_of_each_component(
+    tmp_path: Path, pipeline: Path, adapter: Path
+) -> None:
+    analysis = lorafast.analyze(adapter, base=pipeline)
+    assert len(analysis.modules) == len(UNET) + len(CLIP_L)
+    bare = make_adapter(tmp_path / "bare", adapter_tensors(CLIP_L))
+    full = make_adapter(tmp_path / "full", adapter_tensors(prefixed("text_encoder.", CLIP_L)))
+
+    def norms(path: Path) -> list[Any]:
+        modules = lorafast.analyze(path, base=pipeline).modules
+        return [module.relative_norm for module in modules.values()]
+
+    assert norms(bare) == norms(full)
+    assert all(norm is not None and norm > 0 for norm in norms(full))
+
+
+def test_the_command_shows_what_becomes_of_each_component(
+    tmp_path: Path, pipeline: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorafast._cli.main import main
+
+    flags = ["--base", str(pipeline), "--adapters", str(adapter), "--output", str(tmp_path / "out")]
+    assert main(["merge", *flags, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "unet (3 change)" in shown
+    assert "vae (kept)" in shown
+    assert not (tmp_path / "out").exists()
+    assert main(["inspect", str(pipeline)]) == 0
+    shown = capsys.readouterr().out
+    assert f"Pipeline {pipeline}" in shown
+    assert "AutoencoderKL" in shown
+    assert "StableDiffusionXLPipeline" in shown
 
 
 def with_variant(base: Path, *, plain: bool) -> Path:
@@ -258,6 +396,8 @@ def test_a_component_of_pickles_is_carried_over(
     for name in ("pytorch_model.bin", "config.json"):
         carried = (tmp_path / "out" / "safety_checker" / name).read_bytes()
         assert carried == (checker / name).read_bytes()
+    into = make_adapter(tmp_path / "into", adapter_tensors({"safety_checker.visual": (8, 8)}))
+    refuses(tmp_path, lorafast.PlanError, pipeline, into, "safety_checker, which has no weights as")
     assert any("image_encoder" in warning for warning in report.warnings)
     assert any("safety_checker" in warning for warning in report.warnings)
 
@@ -269,6 +409,10 @@ def test_a_component_of_pickles_is_carried_over(
         (lambda base: (base / "model_index.json").write_text("{}"), "none of the components"),
         (
             lambda base: (base / "model_index.json").write_text('{"../x": ["diffusers", "A"]}'),
+            "name of no folder",
+        ),
+        (
+            lambda base: (base / "model_index.json").write_text('{".git": ["diffusers", "A"]}'),
             "name of no folder",
         ),
         (lambda base: (base / "unet" / "config.json").write_text("nothing"), "not a JSON object"),
@@ -428,9 +572,7 @@ def test_diffusers_loads_what_was_merged_from_what_it_saved(tmp_path: Path) -> N
         tmp_path / "adapter", adapter_tensors({n: (s[0], s[1]) for n, s in targets.items()})
     )
     lorafast.merge(tmp_path / "base", adapter, tmp_path / "out", verify=True)
-    loaded = diffusers.StableDiffusionPipeline.from_pretrained(
-        tmp_path / "out", tokenizer=None
-    )
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", tokenizer=None)
     terms = merge_float64(read_pipeline(tmp_path / "base"), [adapter])
     assert len(terms) == len(targets)
     for folder, model in (("unet", unet), ("text_encoder", text), ("vae", vae)):

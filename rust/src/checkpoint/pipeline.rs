@@ -73,7 +73,9 @@ pub(super) fn find(store: &dyn Store) -> Result<FoundPipeline> {
         };
         let is_plain = {
             let mut components = Path::new(folder).components();
-            matches!((components.next(), components.next()), (Some(PathPart::Normal(_)), None))
+            let is_one =
+                matches!((components.next(), components.next()), (Some(PathPart::Normal(_)), None));
+            is_one && !folder.starts_with('.') && !folder.contains('/')
         };
         if !is_plain {
             let message = format!("lists the component {folder:?}, which is the name of no folder");

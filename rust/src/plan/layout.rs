@@ -1,17 +1,17 @@
 //! The layout of the output's tensors: the base's shards, byte for byte the same layout where nothing
 //! changes its size, and a new one where something does.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 use indexmap::IndexMap;
 
-use super::draft::{NewTensor, PlanDraft, TensorChange};
+use super::draft::{NewTensor, PlanDraft, TensorChange, TensorChanges};
 use super::options::Options;
 use super::passes::quantized;
 use super::update::Update;
 use super::value::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
-use crate::checkpoint::Shard;
 use crate::checkpoint::quantized::QuantizedWeights;
+use crate::checkpoint::{Checkpoint, Shard};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Header, TensorInfo};
 
@@ -35,14 +35,7 @@ pub(super) fn plan_shards(
         own.unwrap_or(shards.len().saturating_sub(1))
     };
     let home = |new: &NewTensor| new.home.unwrap_or_else(|| last(&new.name));
-    let changed: Vec<&str> = (changes.iter().filter(|(_, change)| !change.is_empty()))
-        .map(|(name, _)| name.as_str())
-        .chain(new_tensors.iter().map(|new| new.name.as_str()))
-        .collect();
-    let prefixes: HashSet<&str> = shards.iter().map(|shard| shard.prefix.as_str()).collect();
-    let touched: HashSet<&str> = (prefixes.into_iter())
-        .filter(|prefix| prefix.is_empty() || changed.iter().any(|name| name.starts_with(prefix)))
-        .collect();
+    let touched = touched_components(&inputs.base, &changes, &new_tensors);
     (shards.iter().enumerate())
         .map(|(position, shard)| {
             if !touched.contains(shard.prefix.as_str()) {
@@ -86,6 +79,23 @@ pub(super) fn plan_shards(
         .collect()
 }
 
+/// What the names begin with of the components of a pipeline in which something changes; of a base that
+/// is no pipeline, and where nothing changes at all, of every tensor.
+pub(super) fn touched_components<'a>(
+    base: &'a Checkpoint,
+    changes: &TensorChanges,
+    new_tensors: &[NewTensor],
+) -> BTreeSet<&'a str> {
+    let prefixes: BTreeSet<&str> =
+        base.shards().iter().map(|shard| shard.prefix.as_str()).collect();
+    let changed = changes.iter().filter(|(_, change)| !change.is_empty()).map(|(name, _)| name);
+    let changed: Vec<&String> = changed.chain(new_tensors.iter().map(|new| &new.name)).collect();
+    let is_touched = |prefix: &&&str| {
+        changed.is_empty() || changed.iter().any(|name| name.starts_with(**prefix))
+    };
+    prefixes.iter().filter(is_touched).copied().collect()
+}
+
 /// A shard of a component in which nothing changes.
 fn carried_over(inputs: &Inputs, position: usize, shard: &Shard) -> PlannedShard {
     let own = inputs.base.tensors().iter().filter(|(_, location)| location.shard == position);
@@ -106,6 +116,20 @@ fn carried_over(inputs: &Inputs, position: usize, shard: &Shard) -> PlannedShard
         .collect();
     let header = shard.file.header_bytes().to_vec();
     PlannedShard { name: shard.name.clone(), source: position, header, tensors }
+}
+
+/// The components of a pipeline in which every tensor is copied.
+pub(super) fn kept_components<'a>(inputs: &'a Inputs, planned: &[PlannedShard]) -> Vec<&'a str> {
+    let is_kept = |prefix: &str| {
+        let own = planned.iter().flat_map(|shard| &shard.tensors);
+        let mut own = own.filter(|tensor| tensor.name.starts_with(prefix));
+        own.all(|tensor| matches!(tensor.action, Action::Copy))
+    };
+    let parts = inputs.base.pipeline().into_iter().flat_map(|pipeline| &pipeline.parts);
+    parts
+        .filter(|part| part.has_tensors && is_kept(&part.prefix()))
+        .map(|part| part.folder.as_str())
+        .collect()
 }
 
 /// What digests the metadata of the base's files hold that no longer hold in the output, by the files'

@@ -281,6 +281,15 @@ impl Hints<'_, '_> {
                  which holds no {parameter}; a LoRA on it cannot be merged yet"
             );
         }
+        let parts = base.pipeline().into_iter().flat_map(|pipeline| &pipeline.parts);
+        let mut without = parts.filter(|part| !part.has_tensors);
+        if let Some(part) = without.find(|part| parameter.starts_with(&part.prefix())) {
+            return format!(
+                "its module {module} is of the component {}, which has no weights as safetensors \
+                 files; save the pipeline with safe_serialization first",
+                part.folder
+            );
+        }
         let tail = format!(".{leaf}.{kind}");
         let find = || {
             let mut names = base.tensors().keys();

@@ -47,7 +47,8 @@ const METHODS: [(&str, &str); 19] = [
     ("gguf", "GGUF"),
 ];
 
-/// The config's entry on quantisation, wherever it stands.
+/// The config's entry on quantisation, wherever it stands; of a pipeline that of the first component
+/// that has one.
 pub(super) fn quantization(checkpoint: &Checkpoint) -> Option<&Map<String, Value>> {
     fn find(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
         let own = |key: &str| config.get(key).and_then(Value::as_object);
@@ -56,7 +57,7 @@ pub(super) fn quantization(checkpoint: &Checkpoint) -> Option<&Map<String, Value
             inner.filter_map(|(_, value)| value.as_object()).find_map(find)
         })
     }
-    find(checkpoint.config()?)
+    checkpoint.configs().into_iter().find_map(|(_, (fields, _), _)| find(fields))
 }
 
 /// What a base holds in a format that cannot be merged into.
@@ -104,6 +105,11 @@ impl UnsupportedFormat {
     /// How many modules there are in it.
     pub fn count(&self) -> usize {
         self.modules.len()
+    }
+
+    /// The paths of these.
+    pub fn modules(&self) -> impl Iterator<Item = &str> {
+        self.modules.iter().map(String::as_str)
     }
 
     /// Whether a tensor belongs to a module in the format.

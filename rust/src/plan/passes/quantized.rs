@@ -12,6 +12,7 @@ use crate::adapter::Saved;
 use crate::checkpoint::quantized::{Quantized, QuantizedWeights};
 use crate::plan::context::Context;
 use crate::plan::draft::{Messages, TensorChanges};
+use crate::plan::layout::touched_components;
 use crate::plan::options::Options;
 use crate::plan::update::Update;
 use crate::plan::value::{Action, Origin, PlannedTensor};
@@ -98,10 +99,14 @@ pub(in crate::plan) fn check(
         }
         return false;
     };
-    for problem in writing_problems(&context.quantized, dtype) {
+    // Components of a pipeline that nothing changes are not converted.
+    let touched = touched_components(context.base, changes, &[]);
+    let is_written = |name: &str| touched.iter().any(|prefix| name.starts_with(prefix));
+    for problem in writing_problems(&context.quantized, dtype, &is_written) {
         messages.problem(problem);
     }
-    let words = schemes(&mut context.quantized.entries().values());
+    let entries = context.quantized.entries().iter().filter(|(name, _)| is_written(name));
+    let words = schemes(&mut entries.map(|(_, entry)| entry));
     if !words.is_empty() {
         messages.note(format!(
             "the base's quantised weights ({words}) are written as {dtype}, their scales and the \
@@ -111,16 +116,22 @@ pub(in crate::plan) fn check(
     !words.is_empty()
 }
 
-/// In words, why not all of a checkpoint can be written unquantised.
-pub(super) fn writing_problems(quantized: &QuantizedWeights, dtype: &str) -> Vec<String> {
-    let unsupported = quantized.unsupported().map(|unsupported| {
+/// In words, why not all of those tensors of a checkpoint that are written can be so unquantised.
+pub(super) fn writing_problems(
+    quantized: &QuantizedWeights,
+    dtype: &str,
+    is_written: &dyn Fn(&str) -> bool,
+) -> Vec<String> {
+    let unsupported = quantized.unsupported().filter(|format| format.modules().any(is_written));
+    let unsupported = unsupported.map(|unsupported| {
         format!(
             "the base is quantised with {}, which cannot be written as {dtype}: {}",
             unsupported.format,
             unsupported.advice()
         )
     });
-    let unreadable = quantized.problems().first().map(|(name, problem)| {
+    let mut unreadable = quantized.problems().iter().filter(|(name, _)| is_written(name));
+    let unreadable = unreadable.next().map(|(name, problem)| {
         format!("{name} cannot be written as {dtype}: it {problem}; leave the dtype as it is")
     });
     unsupported.into_iter().chain(unreadable).collect()

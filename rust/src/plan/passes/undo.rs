@@ -33,7 +33,7 @@ impl Plan {
         };
         let quantized = QuantizedWeights::of(&inputs.base);
         if let Some(dtype) = &config_changes.dtype {
-            let problems = writing_problems(&quantized, dtype);
+            let problems = writing_problems(&quantized, dtype, &|_| true);
             if !problems.is_empty() {
                 return Err(Error::Plan(problems));
             }
