@@ -151,6 +151,34 @@ def test_a_merge_killed_before_a_system_call_leaves_one_model_whole(
     told.settle()
 
 
+@pytest.mark.usefixtures("strace")
+def test_a_pipeline_killed_before_a_system_call_is_one_pipeline_whole(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, figures: Callable[[str], Figures]
+) -> None:
+    """Its files move into folders, and the list of its components comes last."""
+    told = figures("killed pipelines")
+    random = generator("killed pipelines")
+    scene = Scene(tmp_path_factory.mktemp("pipelines"), pipeline=True)
+    how = {"temporary": scene.temporary, "directory": scene.folder}
+    planned = []
+    for way in WAYS[:2]:
+        scene.reset(way.before)
+        found = injection.points(
+            way.arguments(scene), [scene.runs], injection.CHANGING, tmp_path, **how
+        )
+        planned += [(way, point) for point in found]
+    told.counts["calls"] = len(planned)
+    most = count("kill_pipelines", 10)
+    for way, point in planned if len(planned) <= most else random.sample(planned, most):
+        scene.reset(way.before)
+        _, met = injection.inject(way.arguments(scene), point, "signal=KILL", tmp_path, **how)
+        told.add("killed" if met else "not met")
+        judge(
+            scene, way, told, f"killed before {point} ({way.name})", recovers=random.random() < 0.5
+        )
+    told.settle()
+
+
 @pytest.fixture
 def subtracted(small: Scene) -> Iterator[Scene]:
     """The scene whose new model is the base, as subtracting the adapter gives it back."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from support.files import read_safetensors, snapshot, tensor
 from support.handmade import adapter_tensors, make_adapter, make_base
+from support.pipelines import CLIP_L, SDXL, UNET, make_pipeline, prefixed
 from support.trust.command import Argument, Outcome, lorafast
 
 STAGING = ".lorafast-partial"
@@ -69,14 +70,27 @@ class Scene:
     """
 
     def __init__(
-        self, folder: Path, *, modules: dict[str, tuple[int, int]] | None = None, rank: int = 4
+        self,
+        folder: Path,
+        *,
+        modules: dict[str, tuple[int, int]] | None = None,
+        rank: int = 4,
+        pipeline: bool = False,
     ) -> None:
         modules = modules or SMALL
         self.rank = rank
         self.folder = folder
-        self.base = make_base(folder / "base", modules=modules, shards=3, dtype="BF16", seed=1)
-        earlier = make_base(folder / "earlier", modules=modules, shards=4, dtype="BF16", seed=2)
-        (earlier / "chat_template.jinja").write_text("{{ messages }}")
+        #: Without which no loader takes a directory for a model.
+        self.mark = "model_index.json" if pipeline else "config.json"
+        if pipeline:
+            modules = prefixed("unet.", UNET) | prefixed("text_encoder.", CLIP_L)
+            self.base = make_pipeline(folder / "base", dtype="BF16", shards={"unet": 2})
+            third = {"text_encoder_3": SDXL["text_encoder"]}
+            earlier = make_pipeline(folder / "earlier", SDXL | third, shards={"unet": 3})
+        else:
+            self.base = make_base(folder / "base", modules=modules, shards=3, dtype="BF16", seed=1)
+            earlier = make_base(folder / "earlier", modules=modules, shards=4, dtype="BF16", seed=2)
+            (earlier / "chat_template.jinja").write_text("{{ messages }}")
         self.earlier = earlier
         self.adapter = self._adapter("adapter", modules, 3)
         self.other = self._adapter("other", modules, 4)
@@ -164,7 +178,7 @@ class Scene:
                 return kind
         if is_committing:
             # Nothing loads a model without its config, and lorafast refuses it for the journal.
-            if "config.json" not in found:
+            if self.mark not in found:
                 return "middle"
             return "WRONG: a loader takes it for a model in the middle of a commit"
         return f"WRONG: neither model whole: {self._difference(found)}"
