@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import lorafast
 import pytest
-from support.handmade import make_adapter, make_base
+from support.files import tensor, write_safetensors
+from support.handmade import adapter_tensors, make_adapter, make_base
+from support.pipelines import UNET, make_pipeline, prefixed
 
 
 @pytest.fixture
@@ -39,6 +43,45 @@ def test_ids_are_fetched(tmp_path: Path, hub: dict[str, Any]) -> None:
     assert "*.bin" not in hub["owner/base"]
     assert "adapter_config.json" in hub["adapter"]
     assert lorafast.inspect("owner/base")["kind"] == "checkpoint"
+
+
+def test_of_a_pipeline_only_what_a_merge_reads_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = make_pipeline(tmp_path / "repository")
+    tensors = {"x": tensor([1.0])}
+    others = [
+        "sd_xl_base_1.0.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet_ema/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.onnx.safetensors",
+    ]
+    for name in others:
+        (repository / name).parent.mkdir(exist_ok=True)
+        write_safetensors(repository / name, tensors)
+    # A component of which there is a variant alone.
+    vae = repository / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.rename(vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    cache = tmp_path / "cache"
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert name == "owner/pipeline"
+        assert not local_files_only
+        for path in repository.rglob("*"):
+            relative = path.relative_to(repository).as_posix()
+            if path.is_file() and any(fnmatch(relative, p) for p in allow_patterns):
+                (cache / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache / relative)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    adapter = make_adapter(tmp_path / "unet", adapter_tensors(prefixed("unet.", UNET)))
+    lorafast.merge("owner/pipeline", adapter, tmp_path / "out", verify=True)
+    fetched = {p.relative_to(cache).as_posix() for p in cache.rglob("*") if p.is_file()}
+    everything = {
+        p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file()
+    }
+    assert fetched == everything - {*others, "README.md"}
 
 
 def test_a_path_wins_over_an_id(

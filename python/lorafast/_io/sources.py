@@ -108,13 +108,20 @@ def locate(
         if not _is_of_the_hub(source):
             raise not_found from None
         raise missing("huggingface_hub", "hub", _FETCH.format(text)) from not_found
-    try:
-        fetched = huggingface_hub.snapshot_download(
+
+    def fetch(names: Sequence[str]) -> str:
+        return huggingface_hub.snapshot_download(
             text,
-            allow_patterns=patterns,
+            allow_patterns=list(names),
             local_files_only=local_files_only or _OFFLINE.get(),
         )
-        return Path(fetched)
+
+    try:
+        if patterns is BASE_PATTERNS:
+            from lorafast._io.hub_pipelines import fetch_base
+
+            return fetch_base(fetch, patterns)
+        return Path(fetch(patterns))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         # Nothing was fetched and nothing can be: the path is what the user can mend.
         raise FileNotFoundError(
