@@ -43,6 +43,7 @@ __all__ = [
     "recover_output",
     "scan_adapters",
     "stored_factors",
+    "write_adapter",
     "write_shards",
 ]
 
@@ -159,6 +160,14 @@ def list_checkpoint(path: str | os.PathLike[str]) -> Listing: ...
 def list_adapter(adapter: _AdapterSource) -> Listing: ...
 def adapter_format(path: str | os.PathLike[str]) -> AdapterFormat | None: ...
 def holds_adapter(path: str | os.PathLike[str]) -> bool: ...
+def write_adapter(
+    adapter: _AdapterSource,
+    target: str | os.PathLike[str],
+    *,
+    format: str,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+) -> None: ...
 def identify_path(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
     adapter: _AdapterSource,

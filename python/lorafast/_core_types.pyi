@@ -5,7 +5,7 @@ from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, type_check_o
 from lorafast._types import Strategy
 
 #: The formats of adapters that the core reads.
-AdapterFormat: TypeAlias = Literal["peft", "kohya"]
+AdapterFormat: TypeAlias = Literal["peft", "gguf", "kohya"]
 #: What kind of layer a module is.
 LayerKind: TypeAlias = Literal["linear", "embedding", "convolution"]
 #: What a component of a model of diffusion does.

@@ -232,6 +232,8 @@ pub enum Role {
     Unused,
     /// A vector of a textual inversion.
     Embedding,
+    /// What the program that the file was made for leaves out as well.
+    Ignored,
 }
 
 impl Role {
@@ -242,6 +244,7 @@ impl Role {
             Self::Repeated => "a parameter that the file holds twice",
             Self::Unused => "an alpha that counts for nothing in its module",
             Self::Embedding => "an embedding of a textual inversion, which no model's tensor takes",
+            Self::Ignored => "ignored by the program that the file was made for",
         }
     }
 }

@@ -1,5 +1,6 @@
-//! Tensors: their element types, and the safetensors files that hold them.
+//! Tensors: their element types, and the files that hold them: safetensors and GGUF.
 
 pub mod dtype;
+pub mod gguf;
 pub mod orientation;
 pub mod safetensors;

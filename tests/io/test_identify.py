@@ -65,11 +65,6 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "json error": (lambda: b'{"error": "Invalid credentials"}', "is JSON, no weights", "fetch"),
     "text": (lambda: b"Entry not found", "is a text, no weights (it begins with “Entry", "fetch"),
     "gguf": (lambda: b"GGUF\3\0\0\0" + bytes(40), "is a GGUF model", "safetensors files"),
-    "gguf adapter": (
-        lambda: b"GGUF\3\0\0\0" + bytes(16) + b"general.type\x08\0\0\0\7\0\0\0\0\0\0\0adapter",
-        "is a GGUF adapter, in llama.cpp's format, which cannot be read yet",
-        "safetensors files",
-    ),
     "npz": (npz, "is an NPZ archive of NumPy arrays (the first: model.layers.0.lora_a)", "save"),
     "torch": (torch_file, "is a PyTorch file", "name it adapter_model.bin"),
     "old torch": (

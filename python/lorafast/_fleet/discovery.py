@@ -15,7 +15,15 @@ from lorafast._errors import AdapterError, CheckpointError
 from lorafast._fleet.exclude import Exclusion
 from lorafast._fleet.members import common_root
 from lorafast._io.paths import expand, find
-from lorafast._io.sources import CONFIG, LEFTOVERS, PICKLED_WEIGHTS, PICKLES, WEIGHTS, what_is
+from lorafast._io.sources import (
+    CONFIG,
+    GGUF,
+    LEFTOVERS,
+    PICKLED_WEIGHTS,
+    PICKLES,
+    WEIGHTS,
+    what_is,
+)
 from lorafast._io.strangers import read_header, reason_of
 from lorafast._results import shown
 from lorafast._types import Source
@@ -73,7 +81,8 @@ def discover(paths: Source | Iterable[Source], exclude: Sequence[str] = ()) -> D
     A directory is searched with all that lies below it, links followed; what is reached in two
     ways is found once, and hidden directories are passed over. An adapter is a directory that
     holds `adapter_config.json` or weights under PEFT's names, whether they are sound or not, or a
-    weights file without a config whose tensors are named as adapters' are.
+    weights file without a config whose tensors are named as adapters' are, or a GGUF file that says
+    that it is one.
 
     Args:
         paths: directories, adapters, weights files, globs (`runs/*/final`, `**` for any depth), or
@@ -194,7 +203,9 @@ class _Search:
             adapters = [os.fspath(path.parent)]
             if self._excluded(adapters[0], is_directory=True):
                 return
-        elif path.suffix in PICKLES | {".safetensors"}:
+        elif path.suffix in PICKLES | {".safetensors"} or (
+            path.suffix.lower() == GGUF and (named or _core.holds_adapter(path))
+        ):
             adapters = [os.fspath(path)]
         else:
             # What a glob sweeps in beside the adapters is not meant.
@@ -251,15 +262,16 @@ class _Search:
         for name in files:
             suffix = Path(name).suffix.lower()
             path = Path(directory, name)
-            if suffix not in {".safetensors", *PICKLES}:
+            if suffix not in {".safetensors", GGUF, *PICKLES}:
                 continue
             if self._excluded(os.fspath(path), is_directory=False):
                 continue
-            if suffix == ".safetensors":
+            if suffix in {".safetensors", GGUF}:
+                is_adapter = _core.holds_adapter if suffix == GGUF else _names_an_adapter
                 try:
-                    if _names_an_adapter(path):
+                    if is_adapter(path):
                         yield os.fspath(path)
-                except (CheckpointError, OSError) as error:
+                except (AdapterError, CheckpointError, OSError) as error:
                     if not is_model:
                         reason = reason_of(error).removeprefix(f"{path}: ")
                         self._errors.append(ScanError(path, reason))

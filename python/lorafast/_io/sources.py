@@ -30,6 +30,8 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 #: Endings of weights that torch's pickles hold.
 PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+#: The ending of llama.cpp's files, of adapters and of models.
+GGUF = ".gguf"
 #: What is fetched for a base: safetensors weights, and everything small beside them.
 BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 #: An adapter's files; weights that trainers save beside them, which are part of it; its tokenizer
@@ -324,7 +326,7 @@ def is_adapter(path: Path) -> bool:
     """
     if is_pickle(path) or _lone_pickle(path) is not None:
         return True
-    if not is_directory(path) and path.suffix != ".safetensors":
+    if not is_directory(path) and path.suffix.lower() not in {".safetensors", GGUF}:
         raise CheckpointError(f"{path}: {what_is(path)}")
     return _core.holds_adapter(path)
 

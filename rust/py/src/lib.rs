@@ -15,6 +15,7 @@ mod plan;
 mod similarity;
 mod sources;
 mod table;
+mod write;
 
 use pyo3::prelude::*;
 
@@ -40,6 +41,8 @@ mod _core {
     use super::similarity::{Collection, open_collection};
     #[pymodule_export]
     use super::table::{ColumnBuffer, Table};
+    #[pymodule_export]
+    use super::write::write_adapter;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

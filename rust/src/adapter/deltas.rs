@@ -7,6 +7,7 @@ mod grouped;
 mod hadamard;
 mod kronecker;
 mod low_rank;
+mod reordered;
 mod transforms;
 mod tucker;
 
@@ -18,5 +19,6 @@ pub use grouped::Grouped;
 pub use hadamard::{Hadamard, HadamardSide};
 pub use kronecker::{Kronecker, KroneckerSide};
 pub use low_rank::LowRank;
+pub use reordered::{Order, Reordered, transposed};
 pub use transforms::{Generalized, Orthogonal, RescaledInputs, Scaled};
 pub use tucker::Tucker;

@@ -86,7 +86,13 @@ impl WriteOptions<'_> {
 }
 
 /// Every format, in the order in which they are tried.
-pub const FORMATS: &[&dyn Format] = &[&formats::peft::Peft, &formats::kohya::Kohya];
+pub const FORMATS: &[&dyn Format] =
+    &[&formats::peft::Peft, &formats::gguf::Gguf, &formats::kohya::Kohya];
+
+/// The format of that name.
+pub fn named(name: &str) -> Option<&'static dyn Format> {
+    FORMATS.iter().find(|format| format.name() == name).copied()
+}
 
 /// Unpickles the weights of an adapter, as often as it is opened.
 pub type Load = Arc<dyn Fn() -> Result<Vec<NamedTensor>> + Send + Sync>;

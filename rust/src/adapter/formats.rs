@@ -1,5 +1,6 @@
 //! The formats of adapters, one file or folder each.
 
+pub mod gguf;
 pub mod kohya;
 pub mod parts;
 pub mod peft;

@@ -51,6 +51,9 @@ pub struct Semantics {
     pub transposed_experts: Option<TransposedExperts>,
     /// Whether s is α/√r instead of α/r (Kalajdzievski 2023, arXiv:2312.03732).
     pub rank_stabilized: bool,
+    /// In which order the rows of some products are, in words, where it is not the weights' and
+    /// nothing tells how to undo it.
+    pub unknown_order: Option<String>,
     /// What it was trained for.
     pub task: Option<Task>,
     /// The base that was trained, by the name that the adapter gives it.

@@ -40,6 +40,11 @@ impl Identity {
         self.what.starts_with(bytes::PYTORCH) || self.what == bytes::PICKLE
     }
 
+    /// Whether it is a GGUF file of an adapter.
+    pub fn is_gguf_adapter(&self) -> bool {
+        self.what.starts_with(bytes::GGUF_ADAPTER)
+    }
+
     /// Whether it is something to read, or nothing at all, and no weights.
     pub fn is_text(&self) -> bool {
         bytes::TEXTS.iter().any(|begin| self.what.starts_with(begin))

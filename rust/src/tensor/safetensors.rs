@@ -176,6 +176,20 @@ impl TensorFile {
         }
     }
 
+    /// Tensors of another container, of which its reader has checked the header: where each lies is
+    /// counted from `data_start`.
+    pub(super) fn of_header(
+        path: &Path,
+        owner: Owner,
+        source: Box<dyn Source>,
+        data_start: u64,
+        header: Header,
+    ) -> Self {
+        let (path, stamp) = (path.to_path_buf(), source.stamp());
+        let positions = Positions::of(&header.tensors);
+        Self { path, owner, source, stamp, beginning: Vec::new(), data_start, header, positions }
+    }
+
     /// Where the file lies.
     pub fn path(&self) -> &Path {
         &self.path

@@ -110,6 +110,7 @@ pub(super) struct Family {
     bases: HashSet<String>,
     is_without_base: bool,
     replication: Option<Vec<(u64, u64)>>,
+    unknown_order: Option<String>,
     /// One of its modules.
     example: String,
 }
@@ -121,6 +122,7 @@ impl Family {
     pub fn founded_by(layout: &Layout) -> Self {
         Self {
             replication: layout.replication.clone(),
+            unknown_order: layout.unknown_order.clone(),
             example: layout.parts.first().map_or_else(String::new, |part| part.name.clone()),
             ..Self::default()
         }
@@ -135,6 +137,14 @@ impl Family {
             return Err("the one repeats layers of its base (layer_replication), and the other \
                         does not or repeats others"
                 .into());
+        }
+        if layout.unknown_order != self.unknown_order {
+            let order = layout.unknown_order.as_ref().or(self.unknown_order.as_ref());
+            return Err(format!(
+                "the rows of the one are in {}, which only the base's numbers of heads tell how to \
+                 undo; convert it with its base",
+                order.map_or("another order", String::as_str)
+            ));
         }
         // Only names with dots have ends.
         if layout.is_flattened && !self.tails.is_empty() {

@@ -35,6 +35,8 @@ pub struct Layout {
     pub(super) transposes_experts: Option<bool>,
     /// The layers of the base that make up the model.
     pub(super) replication: Option<Vec<(u64, u64)>>,
+    /// In which order rows are, where it is not the weights'.
+    pub(super) unknown_order: Option<String>,
 }
 
 impl Layout {
@@ -68,6 +70,7 @@ impl Layout {
                 TransposedExperts::IfStoredTransposed => false,
             }),
             replication: semantics.layer_replication.clone(),
+            unknown_order: semantics.unknown_order.clone(),
         }
     }
 }

@@ -13,7 +13,18 @@ fn layout(names: &[(&str, [u64; 2])]) -> Layout {
         is_flattened: false,
         transposes_experts: None,
         replication: None,
+        unknown_order: None,
     }
+}
+
+#[test]
+fn rows_in_an_order_that_nothing_tells_are_not_comparable_with_others() {
+    let stored = || Layout { unknown_order: Some("llama.cpp's order".into()), ..model("model.") };
+    let alignment = align(&[model("model."), stored(), stored()]);
+    assert!(
+        alignment.reason(0, 1).expect("apart").contains("the rows of the one are in llama.cpp's")
+    );
+    assert_eq!(alignment.reason(1, 2), None);
 }
 
 /// A model of two blocks under some prefix.

@@ -80,6 +80,12 @@ impl Format for Kohya {
         {
             return Err(refused("changed the base before it was trained".into()));
         }
+        if let Some(order) = &semantics.unknown_order {
+            return Err(Error::Argument(format!(
+                "{}: has rows in {order}; open it with its base",
+                adapter.path().display()
+            )));
+        }
         if !adapter.saved().is_empty() || !adapter.trained_rows().is_empty() {
             return Err(refused("brings parameters whole".into()));
         }

@@ -49,6 +49,8 @@ pub(super) const WEIGHTS: [&str; 7] = [
 ];
 /// How the words for torch's files begin.
 pub(super) const PYTORCH: &str = "a PyTorch file";
+/// How the words for a GGUF file of an adapter begin.
+pub(super) const GGUF_ADAPTER: &str = "a GGUF adapter";
 pub(super) const PICKLE: &str = "a Python pickle";
 pub(super) const SAFETENSORS: &str = "a safetensors file";
 const UNPACK: &str = "unpack it, and give what it holds";
@@ -117,15 +119,17 @@ fn git_lfs(head: &[u8]) -> Option<Identity> {
 }
 
 fn gguf(head: &[u8]) -> Identity {
-    // A string of the metadata: its key, the type 8, its length, its bytes.
-    let key = b"general.type\x08\0\0\0";
+    // A string of the metadata: its key, four bytes of its type, eight of its length, its bytes.
+    let key = b"general.type";
     let at = head.windows(key.len()).position(|window| window == key);
-    let value = at.and_then(|at| head.get(at + key.len() + 8..)).unwrap_or_default();
-    let what = match value.starts_with(b"adapter") {
-        true => "a GGUF adapter, in llama.cpp's format, which cannot be read yet",
-        false => "a GGUF model, in llama.cpp's format",
-    };
-    Identity::new(what, GIVE_ORIGINAL)
+    let value = at.and_then(|at| head.get(at + key.len() + 12..)).unwrap_or_default();
+    match value.starts_with(b"adapter") {
+        true => Identity::new(
+            format!("{GGUF_ADAPTER}, in llama.cpp's format"),
+            "give it as the adapter, under a name that ends in .gguf",
+        ),
+        false => Identity::new("a GGUF model, in llama.cpp's format", GIVE_ORIGINAL),
+    }
 }
 
 fn zip(head: &[u8]) -> Identity {

@@ -316,6 +316,7 @@ impl PeftConfig {
             rank_stabilized: self.rank_stabilized,
             task: self.raw.get("task_type").and_then(Value::as_str).and_then(task_of),
             base: base.filter(|base| !base.is_empty()).map(str::to_owned),
+            unknown_order: None,
         }
     }
 

@@ -49,6 +49,12 @@ fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
         ));
     }
     let semantics = adapter.semantics();
+    if let Some(order) = &semantics.unknown_order {
+        return Err(Error::Argument(format!(
+            "{}: has rows in {order}; open it with its base",
+            adapter.path().display()
+        )));
+    }
     if semantics.initialization != Initialization::Plain || semantics.layer_replication.is_some() {
         return Err(refused(adapter, "changed the base before it was trained"));
     }
@@ -57,18 +63,35 @@ fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
     }
     let mut tensors = Vec::new();
     for module in adapter.modules().values() {
-        let Some((a, b)) = module.delta.plain() else {
+        let Some((a, b)) = factors_of(module)? else {
             let what = format!("adds to {} what is no product of two stored matrices", module.path);
             return Err(refused(adapter, &what));
         };
         let embedding = module.kind == LayerKind::Embedding;
         let [name_a, name_b, magnitude, bias] = key_names::names_of(&module.path, embedding);
-        tensors.push((name_a, a.clone()));
-        tensors.push((name_b, b.clone()));
+        tensors.push((name_a, a));
+        tensors.push((name_b, b));
         tensors.extend(module.magnitude.iter().map(|tensor| (magnitude.clone(), tensor.clone())));
         tensors.extend(module.bias.iter().map(|tensor| (bias.clone(), tensor.clone())));
     }
     Ok(tensors)
+}
+
+/// The two factors of a module, as they are stored or put together; `None` where there is more than
+/// two matrices.
+fn factors_of(module: &Module) -> Result<Option<(Tensor, Tensor)>> {
+    if let Some((a, b)) = module.delta.plain() {
+        return Ok(Some((a.clone(), b.clone())));
+    }
+    if !module.delta.is_low_rank() || module.kind == LayerKind::Convolution {
+        return Ok(None);
+    }
+    let pair = module.pair(None, None, None)?;
+    let [rank, inputs, outputs] = [pair.rank, pair.inputs, pair.outputs].map(|each| each as u64);
+    let name = Path::new(&module.path);
+    let a = Tensor::in_memory(name, "A", pair.a_dtype, vec![rank, inputs], pair.a)?;
+    let b = Tensor::in_memory(name, "B", pair.b_dtype, vec![outputs, rank], pair.b)?;
+    Ok(Some((a, b)))
 }
 
 /// The value that most modules have, the first of those.

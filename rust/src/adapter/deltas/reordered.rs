@@ -1,0 +1,115 @@
+//! A product of two stored matrices whose rows, columns or first factor lie otherwise than the weight's.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::adapter::delta::{Delta, Expert};
+use crate::adapter::factors::Pair;
+use crate::error::Result;
+use crate::tensor::safetensors::Tensor;
+
+/// Where each place of a weight lies in what is stored: at `order[place]`.
+pub type Order = Arc<Vec<u64>>;
+
+/// B·A with the rows of B, and the columns of A, brought into the weight's order.
+#[derive(Debug, Clone)]
+pub struct Reordered {
+    /// The first factor: (r, in), or (in, r).
+    pub a: Tensor,
+    /// The second factor, (out, r).
+    pub b: Tensor,
+    /// Whether the first factor is stored transposed.
+    pub a_is_transposed: bool,
+    /// The order of the rows, where it is not the weight's.
+    pub outputs: Option<Order>,
+    /// The order of the columns, where it is not the weight's.
+    pub inputs: Option<Order>,
+}
+
+impl Delta for Reordered {
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        vec![("the first factor", &self.a), ("the second factor", &self.b)]
+    }
+
+    fn outputs(&self) -> u64 {
+        self.b.shape[0]
+    }
+
+    fn input_shape(&self) -> Vec<u64> {
+        vec![self.a.shape[usize::from(!self.a_is_transposed)]]
+    }
+
+    fn rank(&self) -> u64 {
+        self.b.shape[1]
+    }
+
+    /// Whoever keeps what was computed has to know the orders, which a base can tell.
+    fn form(&self) -> String {
+        format!(
+            "Reordered({}, {:?}, {:?})",
+            self.a_is_transposed,
+            self.outputs.as_deref(),
+            self.inputs.as_deref()
+        )
+    }
+
+    fn pair(&self, _expert: Option<Expert>, outputs: Option<&Range<u64>>) -> Result<Pair> {
+        let rank = self.rank();
+        let all = 0..self.outputs();
+        let wanted = outputs.unwrap_or(&all);
+        let size = self.b.dtype.size() * rank as usize;
+        let b = match &self.outputs {
+            None => self.b.read_rows(rank, wanted)?,
+            Some(order) => {
+                let stored = &order[wanted.start as usize..wanted.end as usize];
+                let first = stored.iter().copied().min().unwrap_or(0);
+                let end = stored.iter().copied().max().map_or(0, |last| last + 1);
+                let rows = self.b.read_rows(rank, &(first..end))?;
+                gathered(&rows, size, stored.iter().map(|row| row - first))
+            }
+        };
+        let mut a = self.a.read()?;
+        let (a_size, inputs) = (self.a.dtype.size(), self.input_shape()[0] as usize);
+        if self.a_is_transposed {
+            a = transposed(&a, inputs, rank as usize, a_size);
+        }
+        if let Some(order) = &self.inputs {
+            let rows = a.chunks_exact(inputs * a_size);
+            a = rows.flat_map(|row| gathered(row, a_size, order.iter().copied())).collect();
+        }
+        Ok(Pair {
+            a,
+            a_dtype: self.a.dtype.clone(),
+            b,
+            b_dtype: self.b.dtype.clone(),
+            rank: rank as usize,
+            outputs: (wanted.end - wanted.start) as usize,
+            inputs,
+        })
+    }
+
+    fn is_low_rank(&self) -> bool {
+        true
+    }
+}
+
+/// Pieces of that many bytes, those of these places.
+fn gathered(bytes: &[u8], size: usize, places: impl Iterator<Item = u64>) -> Vec<u8> {
+    let mut all = Vec::with_capacity(places.size_hint().0 * size);
+    for place in places {
+        all.extend_from_slice(&bytes[place as usize * size..(place as usize + 1) * size]);
+    }
+    all
+}
+
+/// A matrix of that many rows and columns, transposed.
+pub fn transposed(bytes: &[u8], rows: usize, columns: usize, size: usize) -> Vec<u8> {
+    let mut all = vec![0; bytes.len()];
+    for (row, line) in bytes.chunks_exact(columns * size).enumerate() {
+        for (column, element) in line.chunks_exact(size).enumerate() {
+            let to = (column * rows + row) * size;
+            all[to..to + size].copy_from_slice(element);
+        }
+    }
+    all
+}
