@@ -79,6 +79,8 @@ def test_gguf_py_reads_what_is_written(tmp_path: Path) -> None:
     assert fields["adapter.type"] == "lora"
     assert fields["adapter.lora.alpha"] == 8.0
     assert fields["general.base_model.0.name"] == "org/base"
+    assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/org/base"
+    assert lorafast.inspect(file).to_dict()["adapter"]["base"] == "org/base"
     expected = arrays(made)
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():
@@ -238,3 +240,20 @@ def test_names_are_those_of_gguf_py(tmp_path: Path) -> None:
     assert all("no module that is known" in said for said in unknown)
     assert len(known) > 45
     assert all(count >= 6 for count in known.values()), known
+
+
+def test_flattened_names_become_llama_cpp_s(tmp_path: Path) -> None:
+    """From kohya's file, of which the base tells the names."""
+    base = llama_base(tmp_path / "base")
+    made = factors({name: shape for name, shape in LLAMA.items() if "embed" not in name})
+    stored = {}
+    for module, (a, b) in made.items():
+        flat = f"lora_te_{module.replace('.', '_')}"
+        stored |= {f"{flat}.lora_down.weight": tensor(a), f"{flat}.lora_up.weight": tensor(b)}
+        stored[f"{flat}.alpha"] = tensor(np.array(8.0))
+    kohya = write_safetensors(tmp_path / "x.safetensors", stored)
+    file = written(kohya, tmp_path / "x.gguf", base)
+    expected = gguf_adapter(tmp_path / "y.gguf", made)
+    assert merged(base, file, tmp_path / "a") == merged(base, expected, tmp_path / "b")
+    _, tensors = read_back(file)
+    assert tensors.keys() == arrays(made).keys()

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::adapter::delta::{Delta, Expert};
 use crate::adapter::factors::Pair;
 use crate::error::Result;
+use crate::storage::digest::sha256_of_bytes;
 use crate::tensor::safetensors::Tensor;
 
 /// Where each place of a weight lies in what is stored: at `order[place]`.
@@ -43,13 +44,17 @@ impl Delta for Reordered {
         self.b.shape[1]
     }
 
-    /// Whoever keeps what was computed has to know the orders, which a base can tell.
+    /// The orders are part of it: a base can tell them, so that one file has several.
     fn form(&self) -> String {
+        let of = |order: &Option<Order>| {
+            let bytes = order.iter().flat_map(|order| order.iter()).flat_map(|at| at.to_le_bytes());
+            order.as_ref().map(|_| sha256_of_bytes(&bytes.collect::<Vec<u8>>()))
+        };
         format!(
             "Reordered({}, {:?}, {:?})",
             self.a_is_transposed,
-            self.outputs.as_deref(),
-            self.inputs.as_deref()
+            of(&self.outputs),
+            of(&self.inputs)
         )
     }
 
@@ -112,4 +117,44 @@ pub fn transposed(bytes: &[u8], rows: usize, columns: usize, size: usize) -> Vec
         }
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::kernel::convert::widen_f64;
+    use crate::tensor::dtype::Dtype;
+
+    fn tensor(shape: [u64; 2]) -> Tensor {
+        let values = (0..shape[0] * shape[1]).map(|value| value as f32);
+        let bytes = values.flat_map(f32::to_le_bytes).collect();
+        Tensor::in_memory(Path::new("x"), "x", Dtype::F32, shape.to_vec(), bytes).expect("sound")
+    }
+
+    #[test]
+    fn rows_and_columns_come_from_where_they_are_stored() {
+        let delta = Reordered {
+            a: tensor([3, 2]),
+            b: tensor([4, 2]),
+            a_is_transposed: true,
+            outputs: Some(Arc::new(vec![2, 0, 3, 1])),
+            inputs: Some(Arc::new(vec![1, 2, 0])),
+        };
+        let extents = (delta.outputs(), delta.input_shape(), delta.rank());
+        assert_eq!(extents, (4, vec![3], 2));
+        let of = |rows: Option<Range<u64>>| {
+            let pair = delta.pair(None, rows.as_ref()).expect("read");
+            assert_eq!(pair.b.len(), pair.outputs * pair.rank * 4);
+            (widen_f64(&pair.a_dtype, &pair.a), widen_f64(&pair.b_dtype, &pair.b))
+        };
+        // Stored, A is [[0, 1], [2, 3], [4, 5]], a row for each column of the weight.
+        let a = vec![2.0, 4.0, 0.0, 3.0, 5.0, 1.0];
+        assert_eq!(of(None), (a.clone(), vec![4.0, 5.0, 0.0, 1.0, 6.0, 7.0, 2.0, 3.0]));
+        assert_eq!(of(Some(1..3)), (a.clone(), vec![0.0, 1.0, 6.0, 7.0]));
+        assert_eq!(of(Some(2..2)), (a, vec![]));
+        let other = Reordered { inputs: None, ..delta.clone() };
+        assert_ne!(other.form(), delta.form());
+    }
 }

@@ -39,6 +39,9 @@ const LORA: &str = "lora";
 const ALPHA: &str = "adapter.lora.alpha";
 const INVOCATION: &str = "adapter.alora.invocation_tokens";
 const BASE_NAME: &str = "general.base_model.0.name";
+const BASE_URL: &str = "general.base_model.0.repo_url";
+/// What stands before an id in the addresses of the hub.
+const HUB: &str = "https://huggingface.co/";
 /// What stands before the keys of the base's heads an architecture's name.
 const HEADS: &str = ".attention.head_count";
 const KEY_HEADS: &str = ".attention.head_count_kv";
@@ -191,7 +194,9 @@ fn read(place: &Place<'_>, name: String, task: &Task) -> Result<Adapter> {
             others[0].0
         ));
     }
-    let base = text(BASE_NAME).map(str::to_owned);
+    // The name is one for people, without what tells bases apart.
+    let base = text(BASE_URL).and_then(|url| url.strip_prefix(HUB)).or(text(BASE_NAME));
+    let base = base.map(str::to_owned);
     let unknown_order = unordered.map(|_| format!("llama.cpp's order for {}", architecture.name));
     let fields = metadata.keys().map(|key| use_of(key, architecture)).collect();
     Ok(Adapter::new(Contents {
@@ -269,7 +274,7 @@ fn use_of(key: &str, architecture: &Architecture) -> PartUse {
         GENERAL_TYPE | ADAPTER_TYPE => (Usage::Used, "says what the file is"),
         ARCHITECTURE => (Usage::Used, "tells the names and the order of rows"),
         ALPHA => (Usage::Used, "gives the scale"),
-        BASE_NAME => (Usage::NotNeeded, "names the base"),
+        BASE_NAME | BASE_URL => (Usage::NotNeeded, "names the base"),
         INVOCATION => (
             Usage::Refused,
             "is an activated LoRA (adapter.alora.invocation_tokens), which acts only after its \

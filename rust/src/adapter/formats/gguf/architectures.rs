@@ -211,7 +211,7 @@ const fn of(
 }
 
 /// Every architecture that is known.
-pub static ARCHITECTURES: [Architecture; 51] = [
+pub static ARCHITECTURES: [Architecture; 53] = [
     of(
         "llama",
         &["llama", "mistral", "mixtral", "internlm3"],
@@ -224,6 +224,7 @@ pub static ARCHITECTURES: [Architecture; 51] = [
     of("arcee", &["arcee"], Rows::Rotary, &[&TOP, &ATTENTION, &UP_DOWN]),
     of("granite", &["granite"], Rows::Rotary, DENSE),
     of("granitemoe", &["granitemoe"], Rows::Rotary, &[&TOP, &ATTENTION]),
+    of("granitehybrid", &["granitemoehybrid"], Rows::Rotary, &[&TOP, &ATTENTION]),
     of("minicpm", &["minicpm"], Rows::Rotary, DENSE),
     of("olmo", &["olmo"], Rows::Rotary, DENSE),
     of(
@@ -263,6 +264,12 @@ pub static ARCHITECTURES: [Architecture; 51] = [
         &["qwen3_5_moe"],
         Rows::LinearAttention,
         &[&TOP, &ATTENTION, &LINEAR_ATTENTION, &EXPERTS, &SHARED_EXPERT],
+    ),
+    of(
+        "qwen3next",
+        &["qwen3_next"],
+        Rows::AsStored,
+        &[&TOP, &ATTENTION, &GATED, &EXPERTS, &SHARED_EXPERT],
     ),
     of("gemma", &["gemma"], Rows::AsStored, DENSE),
     of("gemma2", &["gemma2"], Rows::AsStored, DENSE),
@@ -379,7 +386,8 @@ const LEADING: [&str; 7] = [
 fn match_path<'a>(pattern: &str, path: &'a str) -> Option<(Option<&'a str>, Option<u64>)> {
     let forms = |lead: &'static str| {
         // Of models that lie in another one, `model.` is left out as well.
-        let bare = pattern.strip_prefix("model.").or(pattern.strip_prefix("transformer."));
+        let whole = ["model.", "transformer.", "gpt_neox."];
+        let bare = whole.into_iter().find_map(|whole| pattern.strip_prefix(whole));
         let rest = path.strip_prefix(lead);
         [Some(pattern), bare].into_iter().flatten().filter_map(move |form| Some((form, rest?)))
     };

@@ -8,8 +8,8 @@ use indexmap::IndexMap;
 use super::architectures::{self, Architecture};
 use super::rows::{Heads, Orders, Unordered, inverse};
 use super::{
-    ADAPTER, ADAPTER_TYPE, ALPHA, ARCHITECTURE, BASE_NAME, EMBEDDINGS, FIRST, GENERAL_TYPE, HEADS,
-    KEY_HEADS, LORA, SECOND, WEIGHT, config_of, model_types,
+    ADAPTER, ADAPTER_TYPE, ALPHA, ARCHITECTURE, BASE_NAME, BASE_URL, EMBEDDINGS, FIRST,
+    GENERAL_TYPE, HEADS, HUB, KEY_HEADS, LORA, SECOND, WEIGHT, config_of, model_types,
 };
 use crate::adapter::deltas::transposed;
 use crate::adapter::factors::Pair;
@@ -395,6 +395,11 @@ impl<'a> Writer<'a> {
         if let Some(base) = &self.adapter.semantics().base {
             entries.push(("general.base_model.count".to_owned(), Entry::U32(1)));
             entries.push((BASE_NAME.to_owned(), text(base)));
+            // A path names nothing to others.
+            let is_id = base.matches('/').count() == 1 && !base.starts_with(['/', '.', '~']);
+            if is_id && !base.contains(['\\', ':', ' ']) {
+                entries.push((BASE_URL.to_owned(), text(&format!("{HUB}{base}"))));
+            }
         }
         let of_type = |(dtype, _): &&(Dtype, u32)| planned.iter().all(|one| one.dtype == *dtype);
         if let Some((_, number)) = FILE_TYPES.iter().find(of_type) {
