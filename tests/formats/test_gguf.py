@@ -244,6 +244,40 @@ def test_experts_in_one_tensor_are_as_many_modules(
     )
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("qwen3moe", "qwen3_moe"), ("qwen35moe", "qwen3_5_moe_text"), ("llama", "mixtral")],
+)
+def test_experts_meet_those_that_a_base_stacks(
+    architecture: str, model_type: str, tmp_path: Path
+) -> None:
+    """In float64: gate and up one below the other, as transformers 5 has them in memory."""
+    random = np.random.default_rng(0)
+    at = "model.layers.0.mlp.experts."
+    before = {
+        f"{at}gate_up_proj": tensor(random.normal(size=(3, 56, 20))),
+        f"{at}down_proj": tensor(random.normal(size=(3, 20, 28))),
+    }
+    counts = {"num_experts": 3, "num_local_experts": 3, "model_type": model_type}
+    base = make_base(tmp_path / "base", modules={}, others=before, config=HEADS | counts)
+    stored, change = {}, {}
+    for part, (rows, columns) in {"gate": (28, 20), "up": (28, 20), "down": (20, 28)}.items():
+        a, b = random.normal(size=(3, 4, columns)), random.normal(size=(3, rows, 4))
+        stored |= {
+            f"blk.0.ffn_{part}_exps.weight.lora_{side}": f for side, f in (("a", a), ("b", b))
+        }
+        change[part] = 2 * np.einsum("eor,eri->eoi", b, a)
+    file = of_arrays(tmp_path / "x.gguf", stored, adapter_metadata(architecture))
+    merged(base, file, tmp_path / "out")
+    after = read_safetensors(tmp_path / "out" / "model.safetensors")
+    for name, expected in {
+        "gate_up_proj": np.concatenate([change["gate"], change["up"]], axis=1),
+        "down_proj": change["down"],
+    }.items():
+        found = after[at + name].float64() - before[at + name].float64()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_what_needs_no_order_of_rows_needs_no_base(tmp_path: Path) -> None:
     made = factors(LLAMA)
     file = gguf_adapter(tmp_path / "style.gguf", made)
@@ -451,3 +485,32 @@ def test_damaged_files_are_errors_and_nothing_else(tmp_path: Path) -> None:
     # The end of a whole file is told for what it is.
     with pytest.raises(lorafast.AdapterError, match="is truncated: its header describes"):
         lorafast.inspect(gguf_files.write(file, sound[:-400]))
+
+
+def test_a_loaded_model_is_merged_into(tmp_path: Path) -> None:
+    """By its own config, under its names in memory."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from lorafast.torch import merge_into
+
+    config = transformers.LlamaConfig(
+        hidden_size=24,
+        intermediate_size=50,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=4,
+        vocab_size=30,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    own = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    made = factors({name: own[f"{name}.weight"] for name in LLAMA})
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    merge_into(model, gguf_adapter(tmp_path / "x.gguf", made))
+    one = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    merge_into(model, peft(tmp_path / "peft", made))
+    for name, value in model.state_dict().items():
+        assert torch.equal(one[name], value), name
+    assert not torch.equal(one["lm_head.weight"], state["lm_head.weight"])

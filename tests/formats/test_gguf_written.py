@@ -235,10 +235,12 @@ def test_names_are_those_of_gguf_py(tmp_path: Path) -> None:
                 unknown.append(str(error))
                 continue
             path = listing["adapter"]["modules"][0]["name"].replace(".experts.0.", ".experts.")
-            assert names.get_name(path) == name, (architecture, name, path)
+            # The converter of ChatGLM leaves out what stands before the names.
+            own = path.removeprefix("transformer.") if architecture == "chatglm" else path
+            assert names.get_name(own) == name, (architecture, name, path)
             known[architecture] = known.get(architecture, 0) + 1
     assert all("no module that is known" in said for said in unknown)
-    assert len(known) > 45
+    assert len(known) > 55
     assert all(count >= 6 for count in known.values()), known
 
 

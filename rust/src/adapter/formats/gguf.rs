@@ -5,6 +5,7 @@
 //! base's numbers of heads tell how to undo. What needs no such order is measured without a base.
 
 mod architectures;
+mod names;
 mod rows;
 mod write;
 

@@ -1,23 +1,15 @@
 //! llama.cpp's architectures: which models of transformers each stands for, how it names their
 //! tensors, and in which order it stores the rows of their attention.
 //!
-//! Names are those of gguf-py's tensor map (`gguf-py/gguf/tensor_mapping.py`), against which
-//! `tests/formats/test_gguf.py` holds them; orders those of llama.cpp's converters (`conversion/`).
+//! Orders are those of llama.cpp's converters (`conversion/`).
 
+use super::names::{
+    ATTENTION, BLOOM, BLOOM_TOP, CHATGLM, CHATGLM_TOP, EXAONE, EXPERTS, FUSED_ATTENTION,
+    FUSED_GATE_UP, GATED, GPT2, GPT2_TOP, Group, HUNYUAN_MOE, LATENT, LFM2, LINEAR_ATTENTION,
+    LLAMA4, MIXTRAL, MPT, NEOX, NEOX_TOP, Name, PHI2, QWEN, SHARED_EXPERT, SHARED_EXPERTS,
+    STARCODER2, TOP, UP_DOWN,
+};
 use super::rows::Rows;
-
-/// A tensor's name without its `.weight`, and that of the module in transformers. `{}` stands for the
-/// number of a block, `{e}` for that of an expert.
-type Name = (&'static str, &'static str);
-
-/// Names that stand in blocks of one name.
-struct Group {
-    /// What comes before those of transformers.
-    module: &'static str,
-    /// What comes before llama.cpp's.
-    tensor: &'static str,
-    names: &'static [Name],
-}
 
 /// One of llama.cpp's architectures.
 pub struct Architecture {
@@ -50,155 +42,6 @@ impl Target {
 pub const EXPERT: &str = "{e}";
 const BLOCK: &str = "{}";
 
-const fn in_blocks(module: &'static str, names: &'static [Name]) -> Group {
-    Group { module, tensor: "blk.{}.", names }
-}
-
-static TOP: Group = Group {
-    module: "",
-    tensor: "",
-    names: &[("token_embd", "model.embed_tokens"), ("output", "lm_head")],
-};
-static ATTENTION: Group = in_blocks(
-    "model.layers.{}.self_attn.",
-    &[("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj"), ("attn_output", "o_proj")],
-);
-static GATED: Group = in_blocks(
-    "model.layers.{}.mlp.",
-    &[("ffn_gate", "gate_proj"), ("ffn_up", "up_proj"), ("ffn_down", "down_proj")],
-);
-static UP_DOWN: Group =
-    in_blocks("model.layers.{}.mlp.", &[("ffn_up", "up_proj"), ("ffn_down", "down_proj")]);
-static FUSED_GATE_UP: Group =
-    in_blocks("model.layers.{}.mlp.", &[("ffn_up", "gate_up_proj"), ("ffn_down", "down_proj")]);
-static FUSED_ATTENTION: Group =
-    in_blocks("model.layers.{}.self_attn.", &[("attn_qkv", "qkv_proj"), ("attn_output", "o_proj")]);
-static MIXTRAL: Group = in_blocks(
-    "model.layers.{}.block_sparse_moe.",
-    &[
-        ("ffn_gate_inp", "gate"),
-        ("ffn_gate_exps", "experts.{e}.w1"),
-        ("ffn_up_exps", "experts.{e}.w3"),
-        ("ffn_down_exps", "experts.{e}.w2"),
-    ],
-);
-static EXPERTS: Group = in_blocks(
-    "model.layers.{}.mlp.",
-    &[
-        ("ffn_gate_inp", "gate"),
-        ("ffn_gate_exps", "experts.{e}.gate_proj"),
-        ("ffn_up_exps", "experts.{e}.up_proj"),
-        ("ffn_down_exps", "experts.{e}.down_proj"),
-    ],
-);
-static SHARED_EXPERT: Group = in_blocks(
-    "model.layers.{}.mlp.",
-    &[
-        ("ffn_gate_inp_shexp", "shared_expert_gate"),
-        ("ffn_gate_shexp", "shared_expert.gate_proj"),
-        ("ffn_up_shexp", "shared_expert.up_proj"),
-        ("ffn_down_shexp", "shared_expert.down_proj"),
-    ],
-);
-static SHARED_EXPERTS: Group = in_blocks(
-    "model.layers.{}.mlp.",
-    &[
-        ("ffn_gate_shexp", "shared_experts.gate_proj"),
-        ("ffn_up_shexp", "shared_experts.up_proj"),
-        ("ffn_down_shexp", "shared_experts.down_proj"),
-    ],
-);
-/// Of multi-head latent attention; `kv_b_proj` is stored in two pieces, which have no names here.
-static LATENT: Group = in_blocks(
-    "model.layers.{}.self_attn.",
-    &[
-        ("attn_q", "q_proj"),
-        ("attn_q_a", "q_a_proj"),
-        ("attn_q_b", "q_b_proj"),
-        ("attn_kv_a_mqa", "kv_a_proj_with_mqa"),
-        ("attn_output", "o_proj"),
-    ],
-);
-static PHI2: Group = in_blocks(
-    "model.layers.{}.",
-    &[
-        ("attn_q", "self_attn.q_proj"),
-        ("attn_k", "self_attn.k_proj"),
-        ("attn_v", "self_attn.v_proj"),
-        ("attn_output", "self_attn.dense"),
-        ("ffn_up", "mlp.fc1"),
-        ("ffn_down", "mlp.fc2"),
-    ],
-);
-static STARCODER2: Group =
-    in_blocks("model.layers.{}.mlp.", &[("ffn_up", "c_fc"), ("ffn_down", "c_proj")]);
-static GPT2_TOP: Group = Group {
-    module: "",
-    tensor: "",
-    names: &[("token_embd", "transformer.wte"), ("output", "lm_head")],
-};
-static GPT2: Group = in_blocks(
-    "transformer.h.{}.",
-    &[
-        ("attn_qkv", "attn.c_attn"),
-        ("attn_output", "attn.c_proj"),
-        ("ffn_up", "mlp.c_fc"),
-        ("ffn_down", "mlp.c_proj"),
-    ],
-);
-static BLOOM_TOP: Group = Group {
-    module: "",
-    tensor: "",
-    names: &[("token_embd", "transformer.word_embeddings"), ("output", "lm_head")],
-};
-static BLOOM: Group = in_blocks(
-    "transformer.h.{}.",
-    &[
-        ("attn_qkv", "self_attention.query_key_value"),
-        ("attn_output", "self_attention.dense"),
-        ("ffn_up", "mlp.dense_h_to_4h"),
-        ("ffn_down", "mlp.dense_4h_to_h"),
-    ],
-);
-static NEOX_TOP: Group = Group {
-    module: "",
-    tensor: "",
-    names: &[("token_embd", "gpt_neox.embed_in"), ("output", "embed_out")],
-};
-static NEOX: Group = in_blocks(
-    "gpt_neox.layers.{}.",
-    &[
-        ("attn_qkv", "attention.query_key_value"),
-        ("attn_output", "attention.dense"),
-        ("ffn_up", "mlp.dense_h_to_4h"),
-        ("ffn_down", "mlp.dense_4h_to_h"),
-    ],
-);
-static LLAMA4: Group = in_blocks(
-    "model.layers.{}.feed_forward.",
-    &[
-        ("ffn_gate", "gate_proj"),
-        ("ffn_up", "up_proj"),
-        ("ffn_down", "down_proj"),
-        ("ffn_gate_inp", "router"),
-        ("ffn_gate_shexp", "shared_expert.gate_proj"),
-        ("ffn_up_shexp", "shared_expert.up_proj"),
-        ("ffn_down_shexp", "shared_expert.down_proj"),
-    ],
-);
-/// The attention of linear layers, stored as they stand where there are as many heads of keys as of
-/// values.
-static LINEAR_ATTENTION: Group = in_blocks(
-    "model.layers.{}.linear_attn.",
-    &[
-        ("attn_qkv", "in_proj_qkv"),
-        ("attn_gate", "in_proj_z"),
-        ("ssm_alpha", "in_proj_a"),
-        ("ssm_beta", "in_proj_b"),
-        ("ssm_out", "out_proj"),
-    ],
-);
-
 const DENSE: &[&Group] = &[&TOP, &ATTENTION, &GATED];
 
 const fn of(
@@ -211,7 +54,7 @@ const fn of(
 }
 
 /// Every architecture that is known.
-pub static ARCHITECTURES: [Architecture; 53] = [
+pub static ARCHITECTURES: [Architecture; 61] = [
     of(
         "llama",
         &["llama", "mistral", "mixtral", "internlm3"],
@@ -271,6 +114,19 @@ pub static ARCHITECTURES: [Architecture; 53] = [
         Rows::AsStored,
         &[&TOP, &ATTENTION, &GATED, &EXPERTS, &SHARED_EXPERT],
     ),
+    of("qwen", &["qwen"], Rows::AsStored, &[&GPT2_TOP, &QWEN]),
+    of("exaone", &["exaone"], Rows::AsStored, &[&GPT2_TOP, &EXAONE]),
+    of("mpt", &["mpt"], Rows::AsStored, &[&GPT2_TOP, &MPT]),
+    of("chatglm", &["chatglm"], Rows::AsStored, &[&CHATGLM_TOP, &CHATGLM]),
+    of("lfm2", &["lfm2"], Rows::AsStored, &[&TOP, &LFM2]),
+    of("hunyuan-moe", &["hunyuan_v1_moe"], Rows::AsStored, &[&TOP, &ATTENTION, &HUNYUAN_MOE]),
+    of(
+        "ernie4_5-moe",
+        &["ernie4_5_moe"],
+        Rows::AsStored,
+        &[&TOP, &ATTENTION, &GATED, &EXPERTS, &SHARED_EXPERTS],
+    ),
+    of("minimax-m2", &["minimax_m2"], Rows::AsStored, &[&TOP, &ATTENTION, &MIXTRAL]),
     of("gemma", &["gemma"], Rows::AsStored, DENSE),
     of("gemma2", &["gemma2"], Rows::AsStored, DENSE),
     of("gemma3", &["gemma3"], Rows::AsStored, DENSE),
