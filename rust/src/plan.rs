@@ -19,13 +19,14 @@ use std::sync::Arc;
 use crate::adapter::formats::recognize;
 use crate::adapter::{Adapter, grammar, zero};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result, shorten_all};
 use crate::parallel::task::Task;
 
 use context::Context;
 use options::weights_of;
 pub use options::{Compat, Options, Strategy, TokenizerChoice};
-pub(crate) use passes::quantized::dequantized_plan;
+pub(crate) use passes::quantized::{dequantized_plan, updates_in_model};
 use passes::replication::ReplicatedInputs;
 pub use passes::side_files::{CARD, CARD_OF_BASE};
 use passes::{backbone, coverage, names, replication, undo};
@@ -45,7 +46,9 @@ pub fn names_fit(inputs: &Inputs, task: &Task) -> Result<bool> {
     let options = Options::default();
     let named = named_like_the_base(inputs)?;
     let inputs = named.as_ref().unwrap_or(inputs);
-    let context = Context::new(inputs, &options, task)?;
+    let quantized = QuantizedWeights::of(&inputs.base);
+    let base = quantized.named(&inputs.base);
+    let context = Context::new(inputs, &base, &quantized, &options, task)?;
     for adapter in &inputs.adapters {
         if !names::map(&context, adapter)?.fits() {
             return Ok(false);
@@ -97,7 +100,9 @@ impl Plan {
         let renamed = if options.subtract { None } else { backbone::apply(inputs) };
         let inputs = renamed.as_ref().map_or(inputs, |(inputs, _)| inputs);
         task.check()?;
-        let context = Context::new(inputs, &options, task)?;
+        let quantized = QuantizedWeights::of(&inputs.base);
+        let base = quantized.named(&inputs.base);
+        let context = Context::new(inputs, &base, &quantized, &options, task)?;
         let mut draft = planner::draft(&context, &weights)?;
         let (mut notes, of_adapters) = std::mem::take(&mut draft.messages)
             .finish()
@@ -129,7 +134,7 @@ impl Plan {
         let ignored = std::mem::take(&mut draft.ignored);
         let side_files = std::mem::take(&mut draft.side_files);
         task.check()?;
-        let shards = layout::plan_shards(inputs, &options, draft, &context.quantized);
+        let shards = layout::plan_shards(inputs, &options, draft, &quantized);
         task.check()?;
         if options.dtype.is_some() {
             let kept = layout::kept_components(inputs, &shards);
@@ -173,8 +178,10 @@ pub(crate) fn base_as_named(inputs: &Inputs, plan: &Plan) -> Arc<Checkpoint> {
 fn named_like_the_base(inputs: &Inputs) -> Result<Option<Inputs>> {
     let mut changed = false;
     let mut adapters = Vec::with_capacity(inputs.adapters.len());
+    let quantized = QuantizedWeights::of(&inputs.base);
+    let base = quantized.named(&inputs.base);
     for adapter in &inputs.adapters {
-        adapters.push(match grammar::resolve(adapter, &inputs.base)? {
+        adapters.push(match grammar::resolve(adapter, &base)? {
             Some(named) => {
                 changed = true;
                 Arc::new(named)

@@ -437,59 +437,6 @@ def test_fp8_without_scales(tmp_path: Path) -> None:
     np.testing.assert_allclose(wide, exact, rtol=2.0**-8, atol=1e-3)
 
 
-GPTQ = {
-    "model.layers.0.q_proj.qweight": tensor(np.zeros((4, 8)), "I32"),
-    "model.layers.0.q_proj.qzeros": tensor(np.zeros((1, 1)), "I32"),
-    "model.layers.0.q_proj.scales": tensor(np.zeros((1, 8)), "F16"),
-    "model.layers.0.q_proj.g_idx": tensor(np.zeros(32), "I32"),
-}
-FOREIGN = {
-    "gptq": (GPTQ, "gptq", "GPTQ"),
-    "gptq without a config": (GPTQ, None, "GPTQ"),
-    "awq": ({name: t for name, t in GPTQ.items() if "g_idx" not in name}, "awq", "AWQ"),
-    "hqq": ({"model.layers.0.q_proj.W_q": tensor(np.zeros((4, 8)), "U8")}, "hqq", "HQQ"),
-    "aqlm": ({"model.layers.0.q_proj.codebooks": tensor(np.zeros((4, 8)))}, "aqlm", "AQLM"),
-    "eetq": ({"model.layers.0.q_proj.weight": tensor(np.zeros((4, 8)), "I8")}, "eetq", "EETQ"),
-    "torchao": (
-        {"model.layers.0.q_proj.weight": tensor(np.zeros((4, 8)), "U8")},
-        "torchao",
-        "torchao",
-    ),
-    "mxfp4": (
-        {
-            "model.layers.0.q_proj_blocks": tensor(np.zeros((4, 2, 16)), "U8"),
-            "model.layers.0.q_proj_scales": tensor(np.zeros((4, 2)), "U8"),
-        },
-        "mxfp4",
-        "MXFP4",
-    ),
-    "packed": (
-        {"model.layers.0.q_proj.weight_packed": tensor(np.zeros((4, 1)), "I32")},
-        "compressed-tensors",
-        "compressed-tensors' packed integers",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_other_formats_are_refused_by_name(case: str, tmp_path: Path) -> None:
-    tensors, method, name = FOREIGN[case]
-    config = {} if method is None else {"quantization_config": {"quant_method": method}}
-    plain = {"model.layers.0.up_proj.weight": tensor(np.ones((8, 32)))}
-    base = make_base(tmp_path / "base", modules={}, others=tensors | plain, config=config)
-    lora = make_adapter(tmp_path / "adapter", adapter_tensors({"model.layers.0.q_proj": (8, 32)}))
-    with pytest.raises(lorafast.LorafastError) as caught:
-        lorafast.plan(base, lora)
-    text = str(caught.value)
-    assert f"quantised with {name} (the first: model.layers.0.q_proj)" in text
-    assert "merge into the unquantised base" in text
-    # What lies beside it can be changed.
-    beside = make_adapter(tmp_path / "beside", adapter_tensors({"model.layers.0.up_proj": (8, 32)}))
-    lorafast.merge(base, beside, tmp_path / "merged", verify=True)
-    with pytest.raises(lorafast.LorafastError, match="cannot be written as bfloat16"):
-        lorafast.plan(base, beside, dtype="bfloat16")
-
-
 def test_a_scale_that_fits_nothing_is_named(tmp_path: Path) -> None:
     scheme = SCHEMES[0]
     weights = scheme.quantise("x.weight", np.ones((300, 260)))

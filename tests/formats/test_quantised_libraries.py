@@ -1,7 +1,7 @@
 """Quantised bases as the libraries themselves write and read them.
 
-transformers' fp8 is always held against; bitsandbytes, whose wheel is large, where it is installed
-(`pip install bitsandbytes`).
+transformers' fp8 is always held against; bitsandbytes, whose wheel is large, and compressed-tensors
+where they are installed (`pip install bitsandbytes compressed-tensors`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from support.files import narrow, read_checkpoint, tensor
-from support.handmade import write_checkpoint
+from support.files import Tensor, narrow, read_checkpoint, tensor
+from support.handmade import adapter_tensors, make_adapter, make_base, write_checkpoint
 from support.quantised import SCHEMES
 
 WIDTH, INNER = 128, 256
@@ -154,3 +154,119 @@ def test_bitsandbytes_quantises_as_the_reference_does(kind: str) -> None:
 
 
 NAMES = {torch.float32: "F32", torch.uint8: "U8"}
+
+
+# The library's name of the format, its settings, what messages call it.
+COMPRESSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        "NVFP4",
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+        "MXFP4",
+    ),
+    "int8 rows": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, "integers of 8 bits"),
+    "int8 groups": (
+        "pack-quantized",
+        {"num_bits": 8, "strategy": "group", "group_size": 32},
+        "integers of 8 bits",
+    ),
+    "int4 groups": (
+        "pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 32},
+        "integers of 4 bits",
+    ),
+    "fp8 rows": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        "fp8 (E4M3)",
+    ),
+}
+FILE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+@pytest.mark.parametrize("case", COMPRESSED)
+@pytest.mark.filterwarnings("ignore")
+def test_compressed_tensors(case: str, tmp_path: Path) -> None:
+    """What the library has compressed means what it decompresses; merged, it has the layout in
+    which the library compresses the sum, and the same codes."""
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    name, settings, words = COMPRESSED[case]
+    scale_dtypes = {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.uint8}
+    args = QuantizationArgs(symmetric=True, scale_dtype=scale_dtypes.get(case), **settings)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry(name)
+    rows, columns = 48, 128
+
+    def compressed(weight: torch.Tensor, unit: torch.Tensor | None = None) -> dict[str, Any]:
+        groups = weight.reshape(rows, -1, args.group_size or columns)
+        state = {"weight": weight}
+        if case == "nvfp4":
+            own = generate_gparam(weight.min(), weight.max())
+            state["weight_global_scale"] = own if unit is None else unit
+        state["weight_scale"], _ = calculate_qparams(
+            groups.amin(dim=-1), groups.amax(dim=-1), args, state.get("weight_global_scale")
+        )
+        return dict(compressor.compress(state, scheme))
+
+    def in_file(state: dict[str, Any]) -> dict[str, Tensor]:
+        def bytes_of(value: torch.Tensor) -> bytes:
+            return bytes(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+        return {
+            f"x.{key}": Tensor(FILE_NAMES[value.dtype], tuple(value.shape), bytes_of(value))
+            for key, value in state.items()
+        }
+
+    torch.manual_seed(1)
+    state = compressed(torch.randn(rows, columns) * 0.05)
+    group = {"targets": ["Linear"], "weights": {"num_bits": args.num_bits}}
+    config = {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": name,
+            "config_groups": {"group_0": group},
+        }
+    }
+    base = make_base(tmp_path / "base", modules={}, others=in_file(state), config=config)
+    assert words in str(lorafast.inspect(base).to_dict())
+    expected = compressor.decompress(dict(state), scheme)["weight"].double().numpy()
+    factors = adapter_tensors({"x": (rows, columns)})
+    nothing = {
+        key: tensor(np.zeros(value.shape)) if "lora_B" in key else value
+        for key, value in factors.items()
+    }
+    none = make_adapter(tmp_path / "none", nothing, target_modules=["x"])
+    lorafast.merge(base, none, tmp_path / "wide", dtype="float32")
+    wide = read_checkpoint(tmp_path / "wide")["x.weight"].float64()
+    # The library decompresses NVFP4 in bfloat16.
+    np.testing.assert_allclose(wide, expected, rtol=2**-7 if case == "nvfp4" else 1e-6, atol=1e-9)
+    lora = make_adapter(tmp_path / "adapter", factors, target_modules=["x"])
+    lorafast.merge(base, lora, tmp_path / "sum", dtype="float32")
+    total = torch.tensor(read_checkpoint(tmp_path / "sum")["x.weight"].float64()).float()
+    lorafast.merge(base, lora, tmp_path / "merged", verify=True)
+    merged = read_checkpoint(tmp_path / "merged")
+    theirs = in_file(compressed(total, state.get("weight_global_scale")))
+    assert theirs.keys() <= merged.keys()
+    for key, value in theirs.items():
+        assert (merged[key].dtype, merged[key].shape) == (value.dtype, value.shape)
+    codes = next(key for key in ("x.weight_packed", "x.weight") if key in theirs)
+    mine, other = (np.frombuffer(each[codes].data, np.uint8) for each in (merged, theirs))
+    same = np.mean(mine == other)
+    # The library rounds a power of two to the nearest in MXFP4, and lets weights saturate.
+    assert same > (0.3 if case == "mxfp4" else 0.99)

@@ -9,9 +9,13 @@ mod bitsandbytes;
 mod blocks;
 mod codes;
 mod fp8;
+mod mxfp4;
+mod packed;
 mod scales;
+mod transposed;
 mod unsupported;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -24,6 +28,7 @@ use crate::tensor::safetensors::TensorInfo;
 pub use blocks::Blocks;
 pub use codes::Codes;
 pub use scales::{Scales, Steps};
+pub use transposed::Transposed;
 pub use unsupported::UnsupportedFormat;
 
 /// A tensor and the shard that it stands in.
@@ -61,7 +66,7 @@ impl Stored {
 /// One quantised weight of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct Quantized {
-    /// What it means: its name, the shape that the model gives it, f32. The range is that of the
+    /// What it means: the name and the shape that the model gives it, f32. The range is that of the
     /// codes.
     pub logical: TensorInfo,
     /// The tensor of the codes.
@@ -74,6 +79,8 @@ pub struct Quantized {
     pub scales: Scales,
     /// Every other tensor that means something only beside this one, [`Scales::tensors`] too.
     pub companions: Vec<String>,
+    /// Where codes, and the blocks of them, do not lie in the model's order.
+    pub transposed: Option<Transposed>,
     /// The format in words.
     pub scheme: String,
 }
@@ -112,7 +119,8 @@ pub struct Encoded {
 /// What encoding can fail at besides the disk.
 #[derive(Debug)]
 pub enum Failure {
-    /// An element, by its position, is beyond what codes without a scale can hold.
+    /// An element, by its position, is beyond what codes without a scale can hold, or with the
+    /// largest one that there is.
     Beyond(usize),
     /// The disk.
     Other(Error),
@@ -135,6 +143,44 @@ impl Quantized {
         if self.codes.is_packed() { element / 2 } else { element }
     }
 
+    /// The weight as its codes lie: the name of their tensor, the shape in their order, f32.
+    pub fn coded(&self) -> TensorInfo {
+        let transposed = self.transposed.as_ref().map(|transposed| &transposed.shape);
+        TensorInfo {
+            name: self.stored.tensor.name.clone(),
+            shape: transposed.unwrap_or(&self.logical.shape).clone(),
+            ..self.logical.clone()
+        }
+    }
+
+    /// The scales of some blocks.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if one is no number, [`Error::Io`].
+    fn checked_scales(&self, checkpoint: &Checkpoint, blocks: Range<usize>) -> Result<Vec<f32>> {
+        let scales = self.scales.read(checkpoint, blocks.clone())?;
+        // Every exponent and every float of 8 bits is one by mistake or by a damaged file.
+        let in_one_byte = matches!(
+            self.scales,
+            Scales::InUnits(_) | Scales::Plain(_, Steps::Exponents)
+        );
+        match scales.iter().position(|scale| in_one_byte && scale.is_nan()) {
+            Some(index) => {
+                let tensor = &self.scales.tensors()[0].tensor.name;
+                Err(Error::checkpoint(
+                    checkpoint.path(),
+                    format!(
+                        "{tensor} has a scale that is no number (that of block {}), so that the \
+                         weights of {} cannot be told; the file is damaged, fetch it again",
+                        blocks.start + index,
+                        self.logical.name
+                    ),
+                ))
+            }
+            None => Ok(scales),
+        }
+    }
+
     /// One code for each element, unpacked.
     fn read_codes(&self, checkpoint: &Checkpoint, elements: &Range<usize>) -> Result<Vec<u8>> {
         let start = self.byte_at(elements.start);
@@ -143,9 +189,10 @@ impl Quantized {
             return Ok(bytes);
         }
         let mut codes = vec![0; 2 * bytes.len()];
+        let (first, second) = if self.codes.lower_half_first() { (0, 1) } else { (1, 0) };
         for (pair, byte) in codes.chunks_exact_mut(2).zip(bytes) {
-            pair[0] = byte >> 4;
-            pair[1] = byte & 15;
+            pair[first] = byte & 15;
+            pair[second] = byte >> 4;
         }
         codes.drain(..elements.start % 2);
         codes.truncate(elements.len());
@@ -156,17 +203,21 @@ impl Quantized {
         if !self.codes.is_packed() {
             return codes;
         }
-        codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(0)).collect()
+        let byte = |pair: &[u8]| {
+            let (first, second) = (pair[0], pair.get(1).copied().unwrap_or(0));
+            if self.codes.lower_half_first() { second << 4 | first } else { first << 4 | second }
+        };
+        codes.chunks(2).map(byte).collect()
     }
 
-    /// The numbers that a run of elements means.
+    /// The numbers that a run of elements means, counted as the codes lie.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Checkpoint`] if a scale is no number, [`Error::Io`].
     pub fn decode(&self, checkpoint: &Checkpoint, elements: &Range<usize>) -> Result<Vec<f32>> {
         let codes = self.read_codes(checkpoint, elements)?;
         let blocks = self.blocks.covering(elements);
-        let scales = self.scales.read(checkpoint, blocks.clone())?;
+        let scales = self.checked_scales(checkpoint, blocks.clone())?;
         let table = self.codes.table();
         let mut values = vec![0.0; codes.len()];
         self.blocks.runs(elements, |run, block| {
@@ -177,13 +228,23 @@ impl Quantized {
         Ok(values)
     }
 
-    /// Fills a buffer with the f32s from a byte of the logical tensor on.
+    /// Fills a buffer with the f32s from a byte of the logical tensor on, or of [`Self::coded`].
     ///
     /// # Errors
-    /// [`Error::Io`].
-    pub fn read(&self, checkpoint: &Checkpoint, buffer: &mut [u8], offset: usize) -> Result<()> {
+    /// Those of [`Self::decode`].
+    pub fn read(
+        &self,
+        checkpoint: &Checkpoint,
+        buffer: &mut [u8],
+        offset: usize,
+        as_coded: bool,
+    ) -> Result<()> {
         let elements = offset / 4..(offset + buffer.len()) / 4;
-        buffer.copy_from_slice(bytemuck::cast_slice(&self.decode(checkpoint, &elements)?));
+        let values = match self.transposed.as_ref().filter(|_| !as_coded) {
+            Some(transposed) => self.decode_transposed(checkpoint, transposed, &elements)?,
+            None => self.decode(checkpoint, &elements)?,
+        };
+        buffer.copy_from_slice(bytemuck::cast_slice(&values));
         Ok(())
     }
 
@@ -284,10 +345,17 @@ impl Quantized {
             self.codes.encode(&values[run.clone()], scales[index], &mut codes[run.clone()]);
             let (codes, stored) = (&codes[run.clone()], &mut stored[run.clone()]);
             self.codes.decode(codes, &table, scales[index], stored);
-            if matches!(self.scales, Scales::None) {
+            let reach = match self.scales {
+                Scales::None => Some(self.codes.reach()),
+                // The largest scale there is may be less than the right one: as far as rounding goes
+                // between the outermost codes.
+                Scales::InUnits(_) => Some(self.codes.largest() * 7.0 / 6.0 * scales[index]),
+                _ => None,
+            };
+            if let Some(reach) = reach {
                 let is_beyond = |position: &usize| {
                     let value = values[*position];
-                    value.is_finite() && value.abs() > self.codes.reach()
+                    value.is_finite() && value.abs() > reach
                 };
                 if let Some(position) = run.clone().find(is_beyond) {
                     beyond.get_or_insert(elements.start + position);
@@ -322,10 +390,12 @@ impl Quantized {
 /// The quantised weights of a checkpoint.
 #[derive(Debug, Clone, Default)]
 pub struct QuantizedWeights {
-    /// By the name of the tensor of codes, which is the weight's.
+    /// By the name that the model gives the weight.
     entries: IndexMap<String, Arc<Quantized>>,
     /// Weights whose layout cannot be read, by name, with the reason.
     unreadable: IndexMap<String, String>,
+    /// By the name of a tensor of codes, where that is not the weight's: the weight's.
+    weights: IndexMap<String, String>,
     /// By the name of a companion: its weight.
     companions: IndexMap<String, String>,
     /// Weights in formats that are not read at all.
@@ -335,43 +405,94 @@ pub struct QuantizedWeights {
 impl QuantizedWeights {
     /// Finds every quantised weight by its companions and the config.
     pub fn of(checkpoint: &Checkpoint) -> Self {
-        let mut weights =
+        let mut found =
             Self { unsupported: UnsupportedFormat::of(checkpoint), ..Self::default() };
         for (name, location) in checkpoint.tensors() {
             let stored = Stored::under(name, checkpoint, *location);
-            let unsupported = weights.unsupported.as_ref();
-            if unsupported.is_some_and(|unsupported| unsupported.holds_tensor(name)) {
+            if found.unsupported.as_ref().is_some_and(|format| format.holds_tensor(name)) {
                 continue;
             }
-            let found = match stored.tensor.dtype.name() {
+            let as_packed = packed::parameter(name).map(|weight| {
+                (weight.to_owned(), packed::read(checkpoint, &stored, weight))
+            });
+            let renamed = as_packed.or_else(|| {
+                let weight = mxfp4::parameter(checkpoint, name)?;
+                let layout = mxfp4::read(checkpoint, &stored, &weight);
+                Some((weight, layout))
+            });
+            if let Some((weight, layout)) = renamed {
+                let twice = format!("is stored twice, once more as {name}");
+                let is_there = checkpoint.tensor(&weight).is_some();
+                found.weights.insert(name.clone(), weight.clone());
+                found.add(weight, if is_there { Err(twice) } else { layout });
+                continue;
+            }
+            let layout = match stored.tensor.dtype.name() {
                 "F8_E4M3" | "F8_E5M2" => fp8::read(checkpoint, &stored),
-                "I8" => bitsandbytes::read_int8(checkpoint, &stored),
+                "I8" => bitsandbytes::read_int8(checkpoint, &stored)
+                    .or_else(|| packed::read_int8(checkpoint, &stored)),
                 // Packed codes can lie in a tensor of any type (quant_storage).
-                _ => bitsandbytes::read_four_bit(checkpoint, &stored),
+                _ => bitsandbytes::read_four_bit(checkpoint, &stored)
+                    .or_else(|| packed::read_modelopt(checkpoint, &stored)),
             };
-            match found {
-                Some(Ok(quantized)) => {
-                    for companion in &quantized.companions {
-                        weights.companions.insert(companion.clone(), name.clone());
-                    }
-                    weights.entries.insert(name.clone(), Arc::new(quantized));
-                }
-                Some(Err(problem)) => {
-                    weights.unreadable.insert(name.clone(), problem);
-                }
-                None => {}
+            if let Some(layout) = layout {
+                found.add(name.clone(), layout);
             }
         }
         // A scale of 8 bits looks like a weight without one.
-        let companions = &weights.companions;
-        weights.entries.retain(|name, _| !companions.contains_key(name));
-        weights.unreadable.retain(|name, _| !companions.contains_key(name));
-        weights
+        let companions = &found.companions;
+        found.entries.retain(|name, _| !companions.contains_key(name));
+        found.unreadable.retain(|name, _| !companions.contains_key(name));
+        found
+    }
+
+    fn add(&mut self, weight: String, layout: Result<Quantized, String>) {
+        match layout {
+            Ok(quantized) => {
+                for companion in &quantized.companions {
+                    self.companions.insert(companion.clone(), weight.clone());
+                }
+                self.entries.insert(weight, Arc::new(quantized));
+            }
+            Err(problem) => {
+                self.unreadable.insert(weight, problem);
+            }
+        }
+    }
+
+    /// The same files with the tensors of codes under the names that the model gives their weights,
+    /// those in formats that are not read among them, so that whoever looks for a weight finds it.
+    pub fn named<'a>(&self, checkpoint: &'a Checkpoint) -> Cow<'a, Checkpoint> {
+        let foreign = self.unsupported.as_ref();
+        let weight_of = |name: &str| {
+            let of_foreign = || foreign.and_then(|format| format.weight_of(name));
+            let weight = self.weights.get(name).map(String::as_str).or_else(of_foreign)?;
+            checkpoint.tensor(weight).is_none().then_some(weight)
+        };
+        let tensors = checkpoint.tensors();
+        if !tensors.keys().any(|name| weight_of(name).is_some()) {
+            return Cow::Borrowed(checkpoint);
+        }
+        let mut named = IndexMap::with_capacity(tensors.len());
+        for (name, location) in tensors {
+            named.insert(weight_of(name).unwrap_or(name).to_owned(), *location);
+        }
+        Cow::Owned(checkpoint.with_tensors(named))
     }
 
     /// The weight of that name.
     pub fn get(&self, name: &str) -> Option<&Arc<Quantized>> {
         self.entries.get(name)
+    }
+
+    /// The weight whose codes a tensor holds.
+    pub fn of_codes(&self, name: &str) -> Option<&Arc<Quantized>> {
+        self.entries.get(self.weight_of(name))
+    }
+
+    /// The name of the weight whose codes a tensor holds; of any other tensor its own.
+    pub fn weight_of<'a>(&'a self, name: &'a str) -> &'a str {
+        self.weights.get(name).map_or(name, String::as_str)
     }
 
     /// All of them.

@@ -98,7 +98,7 @@ impl Computer<'_> {
     /// That the file changed, or [`Error::Io`].
     pub fn read(&self, tensor: &PlannedTensor, buffer: &mut [u8], offset: usize) -> Result<()> {
         if let Some(quantized) = &tensor.quantized {
-            return quantized.read(&self.inputs.base, buffer, offset);
+            return quantized.read(&self.inputs.base, buffer, offset, tensor.requantized);
         }
         match tensor.origin {
             Origin::Base(shard) => {

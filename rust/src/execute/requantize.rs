@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use super::compute::{Buffers, Computer, lock, overflow};
+use super::compute::{Buffers, Computer, lock};
 use super::queue;
 use super::rounding::RoundingSums;
 use super::tile::Prepared;
-use crate::checkpoint::quantized::{Encoded, Extent, Failure, Known, Quantized};
+use crate::checkpoint::quantized::{Encoded, Extent, Failure, Known, Quantized, Scales};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, PlannedTensor};
 
@@ -222,15 +222,19 @@ impl Survey {
 }
 
 fn beyond(tensor: &PlannedTensor, element: usize, value: f32) -> Error {
-    let Error::Numeric { tensor: name, message } = overflow(tensor, element, "the merge") else {
-        unreachable!("an overflow is numeric")
+    let scheme = quantized(tensor);
+    let columns = scheme.coded().shape.last().map_or(1, |columns| *columns as usize).max(1);
+    let (row, column) = (element / columns, element % columns);
+    let holder = match &scheme.scales {
+        Scales::None => format!("{} holds without a scale", tensor.output_dtype),
+        _ => "its largest scale holds under the number for the whole tensor".to_owned(),
     };
     Error::Numeric {
-        tensor: name,
+        tensor: tensor.name.clone(),
         message: format!(
-            "{message}: {value} is beyond what {} holds without a scale; write the model in another \
-             dtype (dtype=\"bfloat16\", --dtype bfloat16)",
-            tensor.output_dtype
+            "the merge makes the weight at row {row}, column {column} {value}, which is beyond what \
+             {holder}; nothing was written; write the model in another dtype (dtype=\"bfloat16\", \
+             --dtype bfloat16)"
         ),
     }
 }

@@ -15,11 +15,12 @@ use crate::tensor::safetensors::TensorInfo;
 /// What every pass may look at.
 pub(super) struct Context<'a> {
     pub inputs: &'a Inputs,
+    /// The base, its quantised weights under the names that the model gives them.
     pub base: &'a Checkpoint,
     pub options: &'a Options,
     pub task: &'a Task,
     /// The base's quantised weights.
-    pub quantized: QuantizedWeights,
+    pub quantized: &'a QuantizedWeights,
     /// The head that shares the input embeddings, where an adapter changes either.
     pub tie: Option<Tie>,
 }
@@ -27,14 +28,20 @@ pub(super) struct Context<'a> {
 impl<'a> Context<'a> {
     /// # Errors
     /// That a file changed meanwhile, or [`crate::Error::Io`].
-    pub fn new(inputs: &'a Inputs, options: &'a Options, task: &'a Task) -> Result<Self> {
+    pub fn new(
+        inputs: &'a Inputs,
+        base: &'a Checkpoint,
+        quantized: &'a QuantizedWeights,
+        options: &'a Options,
+        task: &'a Task,
+    ) -> Result<Self> {
         Ok(Self {
             inputs,
-            base: &inputs.base,
+            base,
             options,
             task,
-            quantized: QuantizedWeights::of(&inputs.base),
-            tie: Tie::of(inputs)?,
+            quantized,
+            tie: Tie::of(inputs, base)?,
         })
     }
 

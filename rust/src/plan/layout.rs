@@ -48,7 +48,7 @@ pub(super) fn plan_shards(
                 .filter(|(name, _)| !quantized.is_left_out(name))
                 .map(|(name, location)| {
                     let tensor = inputs.base.at(*location);
-                    let change = changes.take(name).unwrap_or_default();
+                    let change = changes.take(weights.weight_of(name)).unwrap_or_default();
                     let planned = plan_tensor(position, name, tensor, change.clone(), options);
                     quantized.resolve(planned, change.updates, options)
                 })

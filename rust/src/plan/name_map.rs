@@ -95,6 +95,13 @@ impl<'a> NameMap<'a> {
         self.prefix.apply(&canonical).is_some_and(|name| self.names.has(&name))
     }
 
+    /// The base's tensors that a parameter consists of, or is a part of, whatever their shapes.
+    pub fn tensors_of(&self, parameter: &str) -> Vec<String> {
+        let canonical = self.names.canonical(parameter).name;
+        let Some(name) = self.prefix.apply(&canonical) else { return Vec::new() };
+        self.names.tensors_of(&name)
+    }
+
     /// Whether names are more than a leading part away from each other.
     pub fn is_renamed(&self) -> bool {
         self.names.are_renamed()

@@ -38,7 +38,9 @@ fn add_adapter(
     let MappedTargets { names, targets, problems, .. } = names::map(context, adapter)?;
     let adapter = AdapterContext { plan: context, position, adapter, names: &names, weight };
     let label = adapter.label();
-    if let Some(problem) = quantized::refuse_unsupported(context, targets.values()) {
+    let fitting = problems.is_empty().then_some(&targets);
+    let refused = quantized::refuse_unsupported(context, adapter.adapter, &names, fitting)?;
+    if let Some(problem) = refused {
         draft.messages.problem(format!("{label}: {problem}"));
         return Ok(());
     }

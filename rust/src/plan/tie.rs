@@ -53,8 +53,7 @@ impl Tie {
     ///
     /// # Errors
     /// That the base changed meanwhile, or [`crate::Error::Io`].
-    pub fn of(inputs: &Inputs) -> Result<Option<Self>> {
-        let base = &inputs.base;
+    pub fn of(inputs: &Inputs, base: &Checkpoint) -> Result<Option<Self>> {
         let touches = |adapter: &Adapter| {
             let weights =
                 adapter.modules().values().map(|module| format!("{}.weight", module.path));

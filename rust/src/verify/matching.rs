@@ -51,6 +51,14 @@ pub(super) fn match_up(
         let Some(planned) = quantized::as_written(planned, &name, quantized, merged) else {
             continue;
         };
+        // A weight that is written out has its own name, not that of its codes.
+        let name = match &planned.quantized {
+            Some(meant) if !planned.requantized => {
+                let own = &meant.logical.name;
+                prefix_change.apply(own).unwrap_or_else(|| own.clone())
+            }
+            _ => name,
+        };
         let found = merged.tensors().get(&name).copied();
         // A head that shares the embeddings' tensor need not be stored.
         let tied = || (is_head(&name) && merged.ties_embeddings()).then(|| embedding(merged));

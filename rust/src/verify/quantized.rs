@@ -12,7 +12,7 @@ use crate::checkpoint::quantized::{Quantized, QuantizedWeights, Scales};
 use crate::error::Result;
 use crate::execute::queue;
 use crate::execute::requantize::{Finished, Requantizing};
-use crate::plan::{Action, Origin, PlannedTensor, dequantized_plan};
+use crate::plan::{Action, Origin, PlannedTensor, dequantized_plan, updates_in_model};
 
 /// By how much a stored scale may be less than the right one, or more than a power of two above it:
 /// scales in 16 bits are rounded.
@@ -22,7 +22,8 @@ const SLACK: f64 = 0.01;
 const STATE: &str = ".quant_state.bitsandbytes__";
 
 /// The plan of a tensor as the merged checkpoint writes it: a quantised weight may have been written
-/// out in floats, and then its scales need not be there (`None`). `name` is the one it has there.
+/// out in floats, under the name that the model gives it, and then its scales need not be there
+/// (`None`). `name` is the one it has there.
 pub(super) fn as_written(
     planned: &PlannedTensor,
     name: &str,
@@ -46,9 +47,9 @@ pub(super) fn as_written(
         }
         return Some(planned);
     }
-    match (planned.origin, widened(&planned.name)) {
+    match (planned.origin, widened(quantized.weight_of(&planned.name))) {
         (Origin::Base(_), Some((meant, dtype))) => {
-            let updates = planned.updates().to_vec();
+            let updates = updates_in_model(planned);
             Some(dequantized_plan(planned.clone(), &meant, Some(&dtype), updates))
         }
         _ => Some(planned.clone()),
@@ -67,7 +68,7 @@ fn odd_scale(
         let fits = match &scheme.scales {
             Scales::None => true,
             // One that is too small shows in the weights that are beyond it.
-            Scales::Plain(..) => right == 0.0 || stored.abs() <= 2.0 * right * (1.0 + SLACK),
+            Scales::Plain(..) | Scales::InUnits(_) => right == 0.0 || stored.abs() <= 2.0 * right * (1.0 + SLACK),
             Scales::Nested(nested) => {
                 let bound = nested.half_step() * outer[block / nested.run];
                 (stored - right).abs() <= bound * (1.0 + SLACK) + 1e-6 * right.abs()
@@ -88,7 +89,7 @@ impl Checker<'_> {
         (buffers, stored): &mut Room,
     ) -> Result<Checked> {
         let name = &planned.name;
-        let Some(scheme) = self.quantized.get(name) else {
+        let Some(scheme) = self.quantized.of_codes(name) else {
             let problem = format!("tensor {name} is quantised, but its scales are not beside it");
             return Ok(Checked { problem: Some(problem), ..Checked::default() });
         };
@@ -164,7 +165,10 @@ impl Checker<'_> {
                     return 0.0;
                 }
                 let beyond = (exact.abs() - largest * unit).max(0.0);
-                let beyond = if beyond <= SLACK * exact.abs() { beyond } else { 0.0 };
+                // A scale of 8 bits is off by more, and the largest one can be too small.
+                let is_coarse = matches!(scheme.scales, Scales::InUnits(_));
+                let slack = if is_coarse { 1.0 / 6.0 } else { SLACK };
+                let beyond = if beyond <= slack * exact.abs() { beyond } else { 0.0 };
                 let moved = if nested && scale != 0.0 {
                     (value / scale).abs() * (scale - right).abs()
                 } else {

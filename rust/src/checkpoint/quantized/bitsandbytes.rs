@@ -133,6 +133,7 @@ fn four_bit(
         blocks,
         scales,
         companions,
+        transposed: None,
         scheme: words,
     })
 }
@@ -180,6 +181,7 @@ pub(super) fn read_int8(
         },
         scales: Scales::Plain(scale, Steps::All),
         companions,
+        transposed: None,
         scheme: "8 bits (bitsandbytes int8) with a scale for each row".into(),
     }))
 }

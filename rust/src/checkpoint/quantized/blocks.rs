@@ -53,6 +53,14 @@ impl Blocks {
         }
     }
 
+    /// How many neighbors in a row share a scale.
+    pub fn width_of_run(&self) -> usize {
+        match self {
+            Self::Grid { block_width, .. } => *block_width,
+            Self::Runs { length, .. } => *length,
+        }
+    }
+
     /// The first block of the row of blocks in which an element lies.
     fn row_of_blocks(&self, element: usize) -> usize {
         match self {

@@ -11,7 +11,32 @@ pub enum Codes {
     Int8,
     /// Two to a byte, the first one in the upper half; what each stands for is in the file.
     FourBit(Map),
+    /// Floats of 4 bits with 2 of exponent and 1 of mantissa, two to a byte, the first one in the
+    /// lower half.
+    E2m1,
+    /// Integers of two's complement, or counted from the least of them on; those of 4 bits lie two to
+    /// a byte, the first one in the lower half.
+    Integer {
+        /// 4 or 8.
+        bits: u32,
+        /// What is added to an integer before it is stored.
+        offset: i32,
+    },
 }
+
+/// The magnitudes of floats of 4 bits, by the three bits below the sign.
+const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+/// The middles between them, and which of those still belong to the lower neighbor: ties go to the
+/// code that is even.
+const E2M1_BOUNDS: [(f32, bool); 7] = [
+    (0.25, true),
+    (0.75, false),
+    (1.25, true),
+    (1.75, false),
+    (2.5, true),
+    (3.5, false),
+    (5.0, true),
+];
 
 /// A list of values of which a code is the position, and how the nearest is found.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,7 +114,12 @@ impl Map {
 impl Codes {
     /// Whether two codes share a byte.
     pub fn is_packed(&self) -> bool {
-        matches!(self, Self::FourBit(_))
+        matches!(self, Self::FourBit(_) | Self::E2m1 | Self::Integer { bits: 4, .. })
+    }
+
+    /// Whether the first of two codes in a byte is its lower half.
+    pub fn lower_half_first(&self) -> bool {
+        !matches!(self, Self::FourBit(_))
     }
 
     /// The largest magnitude of a code's value: a block's largest weight divided by it is the
@@ -99,6 +129,9 @@ impl Codes {
             Self::E4m3 => 448.0,
             Self::E5m2 => 57344.0,
             Self::Int8 | Self::FourBit(_) => 1.0,
+            Self::E2m1 => 6.0,
+            // The middle between the outermost integers' magnitudes, as compressed-tensors takes it.
+            Self::Integer { bits, .. } => ((1 << bits) - 1) as f32 / 2.0,
         }
     }
 
@@ -109,7 +142,7 @@ impl Codes {
             Self::E4m3 => 464.0,
             // Here it goes to infinity.
             Self::E5m2 => 61440f32.next_down(),
-            Self::Int8 | Self::FourBit(_) => f32::INFINITY,
+            Self::Int8 | Self::FourBit(_) | Self::E2m1 | Self::Integer { .. } => f32::INFINITY,
         }
     }
 
@@ -120,6 +153,18 @@ impl Codes {
             Self::E5m2 => (0..=255).map(|code| f64::from(widen(code, 2, 15))).collect(),
             Self::Int8 => (0..=255).map(|code: u8| f64::from(code.cast_signed()) / 127.0).collect(),
             Self::FourBit(map) => map.values.iter().map(|value| f64::from(*value)).collect(),
+            Self::E2m1 => (0..16)
+                .map(|code| {
+                    let magnitude = f64::from(E2M1[code & 7]);
+                    if code & 8 == 0 { magnitude } else { -magnitude }
+                })
+                .collect(),
+            Self::Integer { bits, offset: 0 } => (0..1i32 << bits)
+                .map(|code| f64::from(code << (32 - bits) >> (32 - bits)))
+                .collect(),
+            Self::Integer { bits, offset } => {
+                (0..1i32 << bits).map(|code| f64::from(code - offset)).collect()
+            }
         }
     }
 
@@ -141,6 +186,26 @@ impl Codes {
             }
             Self::FourBit(map) if scale == 0.0 => codes.fill(map.nearest(0.0)),
             Self::FourBit(map) => map.encode(pairs().map(|value| value / scale), codes),
+            Self::E2m1 => {
+                for (code, value) in codes.iter_mut().zip(values) {
+                    let value = value / scale;
+                    let size = value.abs();
+                    let above: u8 = (E2M1_BOUNDS.iter())
+                        .map(|(bound, to_lower)| {
+                            u8::from(size > *bound || size == *bound && !to_lower)
+                        })
+                        .sum();
+                    *code = if value.is_sign_negative() { above | 8 } else { above };
+                }
+            }
+            Self::Integer { bits, offset } => {
+                let (least, most) = (-(1i32 << (bits - 1)), (1i32 << (bits - 1)) - 1);
+                for (code, value) in codes.iter_mut().zip(values) {
+                    let wanted = (value / scale).round_ties_even();
+                    let wanted = wanted.clamp(least as f32, most as f32) as i32;
+                    *code = ((wanted + offset) & ((1 << bits) - 1)) as u8;
+                }
+            }
         }
     }
 
@@ -165,6 +230,10 @@ impl Codes {
             Self::E5m2 => float(2, -14),
             Self::Int8 => 0.5 / 127.0,
             Self::FourBit(map) => map.half_gap(value),
+            // Beyond the least magnitude with an exponent of its own.
+            Self::E2m1 if value.abs() >= 6.0 => 0.0,
+            Self::E2m1 => float(1, 0),
+            Self::Integer { .. } => 0.5,
         }
     }
 }
@@ -239,7 +308,10 @@ mod tests {
             0.0, 0.005, 0.66, 1.0, 0.33, 0.5, 0.16, 0.25, -0.0, -0.005, -0.66, -1.0, -0.33, -0.5,
             -0.16, -0.25,
         ]));
-        for codes in [Codes::E4m3, Codes::E5m2, Codes::Int8, four] {
+        let integers = Codes::Integer { bits: 8, offset: 0 };
+        let four_bits = Codes::Integer { bits: 4, offset: 8 };
+        let all = [Codes::E4m3, Codes::E5m2, Codes::Int8, Codes::E2m1, integers, four_bits, four];
+        for codes in all {
             for (code, value) in codes.table().into_iter().enumerate() {
                 if !value.is_finite() || codes == Codes::Int8 && code == 128 {
                     continue;
@@ -257,7 +329,10 @@ mod tests {
     #[test]
     fn the_nearest_code_is_the_nearest() {
         let map = Map::new(vec![-1.0, -0.5, -0.1, 0.0, 0.2, 0.3, 0.75, 1.0]);
-        for codes in [Codes::E4m3, Codes::E5m2, Codes::Int8, Codes::FourBit(map)] {
+        let integers = Codes::Integer { bits: 4, offset: 8 };
+        let all =
+            [Codes::E4m3, Codes::E5m2, Codes::Int8, Codes::E2m1, integers, Codes::FourBit(map)];
+        for codes in all {
             let table = codes.table();
             for step in 0..20_000u32 {
                 let spread = f64::from(step.wrapping_mul(2_654_435_761) >> 8) / f64::from(1 << 24);
@@ -280,5 +355,17 @@ mod tests {
         assert_eq!(nearest(&Codes::E4m3, f32::NAN, 1.0) & 0x7f, 0x7f);
         assert_eq!(nearest(&Codes::Int8, -9.0, 1.0).cast_signed(), -127);
         assert_eq!(nearest(&Codes::Int8, 0.0, 0.0), 0);
+        assert_eq!(nearest(&Codes::E2m1, -7.9, 1.0), 0xf);
+        assert_eq!(nearest(&Codes::Integer { bits: 8, offset: 128 }, -9e9, 1.0), 0);
+        assert_eq!(nearest(&Codes::Integer { bits: 4, offset: 0 }, -8.2, 1.0), 8);
+    }
+
+    #[test]
+    fn ties_of_four_bit_floats_go_to_the_even_code() {
+        let ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0];
+        for (value, code) in ties.into_iter().zip([0, 2, 2, 4, 4, 6, 6]) {
+            assert_eq!(nearest(&Codes::E2m1, value, 1.0), code);
+            assert_eq!(nearest(&Codes::E2m1, -2.0 * value, 2.0), code | 8);
+        }
     }
 }

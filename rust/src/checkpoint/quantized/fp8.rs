@@ -64,6 +64,7 @@ pub(super) fn read(checkpoint: &Checkpoint, stored: &Stored) -> Option<Result<Qu
             blocks,
             scales: Scales::None,
             companions: Vec::new(),
+            transposed: None,
             scheme: format!("{type_name} without scales"),
         }));
     };
@@ -90,6 +91,7 @@ pub(super) fn read(checkpoint: &Checkpoint, stored: &Stored) -> Option<Result<Qu
         blocks,
         scales: Scales::Plain(scale, steps),
         companions,
+        transposed: None,
         scheme: format!("{type_name} with a scale{powers} for {words}"),
     }))
 }
@@ -125,7 +127,7 @@ fn named_size(checkpoint: &Checkpoint) -> Option<(usize, usize)> {
 }
 
 /// Which weights share a scale, from the shapes of both: as the config says, else in equal parts.
-fn blocks(
+pub(super) fn blocks(
     checkpoint: &Checkpoint,
     shape: &[u64],
     scale: &TensorInfo,
@@ -194,6 +196,7 @@ fn blocks(
         (true, true) => "each matrix".to_owned(),
         (_, true) if block_height == 1 => "each row".to_owned(),
         (true, _) if block_width == 1 => "each column".to_owned(),
+        _ if block_height == 1 => format!("every {block_width} weights of a row"),
         _ => format!("each block of {block_height} × {block_width}"),
     };
     Ok((Blocks::Grid { height, width, block_height, block_width, matrices }, words))

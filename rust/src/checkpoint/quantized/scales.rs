@@ -1,7 +1,7 @@
 //! The scales beside quantised weights: how they are read, rounded and written.
 
 use super::Stored;
-use super::codes::Map;
+use super::codes::{Codes, Map};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::kernel::convert::{convert, widen, widen_f64};
@@ -16,6 +16,43 @@ pub enum Scales {
     Plain(Stored, Steps),
     /// In a tensor that is quantised itself.
     Nested(Box<Nested>),
+    /// As floats of 8 bits in units of one number for the whole tensor.
+    InUnits(Box<ScalesInUnits>),
+}
+
+/// NVFP4's scales: a float of 8 bits for each block, and one number for all of them.
+#[derive(Debug, Clone)]
+pub struct ScalesInUnits {
+    /// A float (E4M3) for each block.
+    pub codes: Stored,
+    /// What each of them is multiplied by.
+    pub unit: Unit,
+}
+
+/// The number for a whole tensor, which is kept when scales are written anew.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Unit {
+    /// Scales are multiplied by it (ModelOpt).
+    Factor(f32),
+    /// Scales are divided by it (compressed-tensors).
+    Divisor(f32),
+}
+
+impl Unit {
+    fn times(self, code: f32) -> f32 {
+        match self {
+            Self::Factor(unit) => code * unit,
+            Self::Divisor(unit) => code / unit,
+        }
+    }
+
+    /// How many units a scale is.
+    fn units_in(self, scale: f32) -> f32 {
+        match self {
+            Self::Factor(unit) => scale / unit,
+            Self::Divisor(unit) => scale * unit,
+        }
+    }
 }
 
 /// Which scales there are.
@@ -55,6 +92,7 @@ impl Scales {
             Self::None => Vec::new(),
             Self::Plain(stored, _) => vec![stored],
             Self::Nested(nested) => vec![&nested.codes, &nested.scales, &nested.state],
+            Self::InUnits(scales) => vec![&scales.codes],
         }
     }
 
@@ -95,11 +133,22 @@ impl Scales {
                     })
                     .collect())
             }
+            Self::InUnits(scales) => {
+                let table = Codes::E4m3.table();
+                let codes = scales.codes.read(checkpoint, blocks)?;
+                let of_code = |code| scales.unit.times(table[usize::from(code)] as f32);
+                Ok(codes.into_iter().map(of_code).collect())
+            }
         }
     }
 
     /// The scale that is stored for one that would be right.
     pub fn round(&self, scale: f32) -> f32 {
+        if let Self::InUnits(scales) = self {
+            // The least one that is not zero, so that nothing is divided by zero.
+            let code = scales.code_of(scale).max(1);
+            return scales.unit.times(Codes::E4m3.table()[usize::from(code)] as f32);
+        }
         let Self::Plain(stored, steps) = self else { return scale };
         match steps {
             Steps::PowersOfTwo | Steps::Exponents => power_of_two(scale),
@@ -129,7 +178,19 @@ impl Scales {
                 Ok(vec![bytes])
             }
             Self::Nested(nested) => nested.write(checkpoint, scales),
+            Self::InUnits(in_units) => {
+                Ok(vec![scales.iter().map(|scale| in_units.code_of(*scale)).collect()])
+            }
         }
+    }
+}
+
+impl ScalesInUnits {
+    /// The nearest code, the largest one beyond it.
+    fn code_of(&self, scale: f32) -> u8 {
+        let mut code = [0];
+        Codes::E4m3.encode(&[self.unit.units_in(scale)], 1.0, &mut code);
+        code[0]
     }
 }
 

@@ -23,6 +23,7 @@ fn scheme(blocks: Blocks, scales: Scales, codes: Codes) -> Quantized {
         blocks,
         scales,
         companions: Vec::new(),
+        transposed: None,
         scheme: String::new(),
     }
 }

@@ -1,38 +1,36 @@
 //! Formats that are recognised only to say that nothing can be merged into them.
 
-use indexmap::IndexSet;
+use indexmap::{IndexMap, IndexSet};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 
-/// The last part of a tensor's name and the format that it gives away, the surest first.
-const TENSORS: [(&str, &str); 16] = [
-    (".g_idx", "GPTQ"),
-    (".qzeros", "GPTQ or AWQ"),
-    (".qweight", "GPTQ or AWQ"),
-    (".W_q", "HQQ"),
-    (".codebooks", "AQLM"),
-    (".weight_packed", "compressed-tensors' packed integers"),
-    ("_blocks", "MXFP4"),
-    (".weight_scale_2", "NVFP4"),
-    (".qweight_type", "GGUF"),
-    (".weight._data", "quanto"),
-    (".weight._qdata", "torchao"),
-    (".dense_weights", "SpQR"),
-    (".Qidxs", "QuIP#"),
-    (".qweight_scales", "FBGEMM's integers"),
-    (".weight_shape", "compressed-tensors' packed integers"),
-    (".weights_scaling_factor", "TensorRT"),
+/// The last part of a tensor's name, what stands for it in the name of the weight, and the format
+/// that it gives away, the surest first.
+const TENSORS: [(&str, &str, &str); 14] = [
+    (".g_idx", ".weight", "GPTQ"),
+    (".qzeros", ".weight", "GPTQ or AWQ"),
+    (".qweight", ".weight", "GPTQ or AWQ"),
+    (".W_q", ".weight", "HQQ"),
+    (".codebooks", ".weight", "AQLM"),
+    (".centroids.weight", ".weight", "VPTQ"),
+    (".qweight_type", ".weight", "GGUF"),
+    ("._data", "", "quanto"),
+    ("._weight_qdata", ".weight", "torchao"),
+    ("._qdata", "", "torchao"),
+    (".dense_weights", ".weight", "SpQR"),
+    (".Qidxs", ".weight", "QuIP#"),
+    (".qweight_scales", ".weight", "FBGEMM's integers"),
+    (".weights_scaling_factor", ".weight", "TensorRT"),
 ];
 /// The methods of transformers' quantization_config and the formats' names.
-const METHODS: [(&str, &str); 19] = [
+const METHODS: [(&str, &str); 20] = [
     ("gptq", "GPTQ"),
     ("awq", "AWQ"),
     ("hqq", "HQQ"),
     ("aqlm", "AQLM"),
     ("eetq", "EETQ"),
     ("torchao", "torchao"),
-    ("mxfp4", "MXFP4"),
     ("quanto", "quanto"),
     ("spqr", "SpQR"),
     ("vptq", "VPTQ"),
@@ -45,6 +43,8 @@ const METHODS: [(&str, &str); 19] = [
     ("sinq", "SINQ"),
     ("nvfp4", "NVFP4"),
     ("gguf", "GGUF"),
+    ("metal", "Metal's integers"),
+    ("fouroversix", "Four Over Six"),
 ];
 
 /// The config's entry on quantisation, wherever it stands; of a pipeline that of the first component
@@ -65,8 +65,10 @@ pub(super) fn quantization(checkpoint: &Checkpoint) -> Option<&Map<String, Value
 pub struct UnsupportedFormat {
     /// The format's name.
     pub format: String,
-    /// The modules in it.
-    modules: IndexSet<String>,
+    /// The weights in it, by the names that the model gives them.
+    weights: IndexSet<String>,
+    /// By the name of a tensor that no model has: the weight that it stands for. One for each weight.
+    stand_ins: IndexMap<String, String>,
 }
 
 impl UnsupportedFormat {
@@ -78,14 +80,18 @@ impl UnsupportedFormat {
             METHODS.iter().find(|(name, _)| *name == method).map(|(_, format)| *format)
         });
         let mut format = None;
-        let mut modules = IndexSet::new();
-        for (ending, guess) in TENSORS {
+        let mut weights = IndexSet::new();
+        let mut stand_ins = IndexMap::new();
+        for (ending, own, guess) in TENSORS {
             for name in checkpoint.tensors().keys() {
-                let Some(module) = name.strip_suffix(ending) else { continue };
-                if ending == "_blocks" && checkpoint.tensor(&format!("{module}_scales")).is_none() {
+                let Some(start) = name.strip_suffix(ending) else { continue };
+                if own.is_empty() && !start.contains('.') {
                     continue;
                 }
-                modules.insert(module.to_owned());
+                let weight = format!("{start}{own}");
+                if weights.insert(weight.clone()) && checkpoint.tensor(&weight).is_none() {
+                    stand_ins.insert(name.clone(), weight);
+                }
                 format.get_or_insert(guess);
             }
         }
@@ -93,18 +99,24 @@ impl UnsupportedFormat {
         if named.is_some() {
             for (name, location) in checkpoint.tensors() {
                 let is_float = checkpoint.at(*location).dtype.is_mergeable();
-                if let Some(module) = name.strip_suffix(".weight").filter(|_| !is_float) {
-                    modules.insert(module.to_owned());
+                let is_read = checkpoint.tensor(&format!("{name}_scale_2")).is_some();
+                if name.ends_with(".weight") && !is_float && !is_read {
+                    weights.insert(name.clone());
                 }
             }
         }
-        let format = named.or(format).filter(|_| !modules.is_empty())?.to_owned();
-        Some(Self { format, modules })
+        let format = named.or(format).filter(|_| !weights.is_empty())?.to_owned();
+        Some(Self { format, weights, stand_ins })
     }
 
-    /// How many modules there are in it.
+    /// How many weights there are in it.
     pub fn count(&self) -> usize {
-        self.modules.len()
+        self.weights.len()
+    }
+
+    /// Whether a weight, by the name that the model gives it, is in the format.
+    pub fn holds(&self, weight: &str) -> bool {
+        self.weights.contains(weight)
     }
 
     /// The paths of these.
@@ -114,17 +126,16 @@ impl UnsupportedFormat {
 
     /// Whether a tensor belongs to a module in the format.
     pub fn holds_tensor(&self, name: &str) -> bool {
-        name.rsplit_once('.').is_some_and(|(module, _)| self.modules.contains(module))
+        let module = name.rsplit_once('.').map(|(module, _)| module);
+        let of_module = |module: &str| {
+            self.weights.contains(module) || self.weights.contains(&format!("{module}.weight"))
+        };
+        self.weights.contains(name) || module.is_some_and(of_module)
     }
 
-    /// The module of that path, of which either's name may have a leading part more.
-    pub fn module(&self, path: &str) -> Option<&str> {
-        let ends = |long: &str, short: &str| {
-            long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'))
-        };
-        let alike = |module: &&String| ends(module, path) || ends(path, module);
-        let found = self.modules.get(path).or_else(|| self.modules.iter().find(alike));
-        found.map(String::as_str)
+    /// The weight for which a tensor stands that no model has.
+    pub fn weight_of(&self, name: &str) -> Option<&str> {
+        self.stand_ins.get(name).map(String::as_str)
     }
 
     /// What to do instead.

@@ -7,6 +7,7 @@ use crate::adapter::{Adapter, Module, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::prefix;
 use crate::checkpoint::names::renames::{Canonical, NameIndex, Renames};
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result};
 use crate::measure::statistics::{InFile, Request, describe};
 use crate::parallel::task::Task;
@@ -26,6 +27,9 @@ pub(super) fn find_weights<'a>(
     base: &Checkpoint,
     task: &Task,
 ) -> Result<Weights<'a>> {
+    // What is stored as codes has its name here, though no norm.
+    let quantized = QuantizedWeights::of(base);
+    let base = &*quantized.named(base);
     let resolved = grammar::resolve(adapter, base)?;
     let named = resolved.as_ref().unwrap_or(adapter);
     // The parameters of experts are no modules' weights.

@@ -45,17 +45,45 @@ pub(in crate::plan) fn map<'a>(
     context: &Context<'a>,
     adapter: &Adapter,
 ) -> Result<MappedTargets<'a>> {
-    let plain = map_by(context, adapter, NameIndex::plain(context.base))?;
+    let plain = NameIndex::plain(context.base).with_quantized(context.quantized);
+    let plain = map_by(context, adapter, plain)?;
     if plain.fits() {
         return Ok(plain);
     }
-    let given = context.options.renames.clone();
-    let Some(renames) = given.or_else(|| Renames::built_in(context.base)) else {
-        return Ok(plain);
-    };
-    let renamed =
-        map_by(context, adapter, NameIndex::renamed(context.base, renames, context.task)?)?;
+    let Some(renamed) = renamed(context)? else { return Ok(plain) };
+    let renamed = map_by(context, adapter, renamed)?;
     Ok(if renamed.unmatched() < plain.unmatched() { renamed } else { plain })
+}
+
+/// The base's names under the rules that were given, or are built in for its model type.
+fn renamed<'a>(context: &Context<'a>) -> Result<Option<NameIndex<'a>>> {
+    let given = context.options.renames.clone();
+    let Some(renames) = given.or_else(|| Renames::built_in(context.base)) else { return Ok(None) };
+    let names = NameIndex::renamed(context.base, renames, context.task)?;
+    Ok(Some(names.with_quantized(context.quantized)))
+}
+
+/// The tensors of the base that go by a parameter's name, in any way in which names are compared and
+/// whatever their shapes: what an adapter that does not fit may have meant.
+///
+/// # Errors
+/// [`crate::Error::Cancelled`].
+pub(in crate::plan) fn meant(context: &Context<'_>, parameters: &[String]) -> Result<Vec<String>> {
+    let plain = NameIndex::plain(context.base);
+    let mut found = Vec::new();
+    for names in [Some(plain), renamed(context)?].iter().flatten() {
+        for parameter in parameters {
+            context.task.check()?;
+            let canonical = names.canonical(parameter).name;
+            let known = if names.has(&canonical) {
+                Some(canonical.as_str())
+            } else {
+                names.with_other_prefix(&canonical)
+            };
+            found.extend(known.into_iter().flat_map(|known| names.tensors_of(known)));
+        }
+    }
+    Ok(found)
 }
 
 fn map_by<'a>(

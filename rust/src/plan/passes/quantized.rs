@@ -7,34 +7,69 @@ use std::sync::Arc;
 
 use indexmap::IndexMap;
 
+use super::names::meant;
 use super::targets::Target;
-use crate::adapter::Saved;
+use crate::adapter::{Adapter, Saved};
 use crate::checkpoint::quantized::{Quantized, QuantizedWeights};
+use crate::error::Result;
 use crate::plan::context::Context;
 use crate::plan::draft::{Messages, TensorChanges};
 use crate::plan::layout::touched_components;
+use crate::plan::name_map::NameMap;
 use crate::plan::options::Options;
-use crate::plan::update::Update;
+use crate::plan::update::{Slice, Update, UpdateKind};
 use crate::plan::value::{Action, Origin, PlannedTensor};
 use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::TensorInfo;
 
-/// The refusal of an adapter that changes modules in a format that is not read.
-pub(in crate::plan) fn refuse_unsupported<'t>(
+/// The refusal of an adapter that changes weights in a format that is not read, however it names
+/// them; or of one that does not fit because a weight's layout cannot be read.
+///
+/// # Errors
+/// [`crate::Error::Cancelled`].
+pub(in crate::plan) fn refuse_unsupported(
     context: &Context<'_>,
-    targets: impl Iterator<Item = &'t Target>,
-) -> Option<String> {
-    let unsupported = context.quantized.unsupported()?;
-    let mut touched = targets.filter_map(|target| {
-        let name = &target.parameter;
-        unsupported.module(name.strip_suffix(".weight").unwrap_or(name))
-    });
-    let module = touched.next()?;
-    Some(format!(
-        "its modules change layers that the base stores quantised with {} (the first: \
-         {module}), and {}",
-        unsupported.format,
-        unsupported.advice()
-    ))
+    adapter: &Adapter,
+    names: &NameMap<'_>,
+    targets: Option<&IndexMap<String, Target>>,
+) -> Result<Option<String>> {
+    let unsupported = context.quantized.unsupported();
+    if unsupported.is_none() && context.quantized.problems().is_empty() {
+        return Ok(None);
+    }
+    let saved = adapter.saved().iter().map(|saved| saved.path.clone());
+    let rows = adapter.trained_rows().iter().map(|rows| format!("{}.weight", rows.path));
+    let whole = saved.chain(rows);
+    let tensors: Vec<String> = match targets {
+        Some(targets) => {
+            let parameters = targets.values().map(|target| target.parameter.clone()).chain(whole);
+            parameters.flat_map(|parameter| names.tensors_of(&parameter)).collect()
+        }
+        // Not even their names fit, or their shapes.
+        None => {
+            let of_modules = adapter.modules().values().flat_map(|module| {
+                let own = module.parameters.iter().map(|parameter| parameter.name.as_str());
+                own.chain(["weight"]).map(|leaf| format!("{}.{leaf}", module.path))
+            });
+            meant(context, &of_modules.chain(whole).collect::<Vec<_>>())?
+        }
+    };
+    if let Some(unsupported) = unsupported
+        && let Some(name) = tensors.iter().find(|name| unsupported.holds(name))
+    {
+        return Ok(Some(format!(
+            "its modules change layers that the base stores quantised with {} (the first: {}), \
+             and {}",
+            unsupported.format,
+            name.strip_suffix(".weight").unwrap_or(name),
+            unsupported.advice()
+        )));
+    }
+    let problem = |name: &String| {
+        let problem = context.quantized.problem(name)?;
+        Some(format!("it updates {name}, which {problem}; merge into the unquantised base instead"))
+    };
+    Ok(if targets.is_none() { tensors.iter().find_map(problem) } else { None })
 }
 
 /// # Errors
@@ -85,6 +120,16 @@ pub(in crate::plan) fn check(
         words.join("; ")
     };
     let Some(dtype) = context.options.dtype.as_ref().and_then(Dtype::torch_name) else {
+        for (name, quantized) in context.quantized.entries() {
+            let updates = changes.get(name).map_or(&[][..], |change| &change.updates);
+            if updates.iter().any(|update| as_coded(update, quantized).is_none()) {
+                messages.problem(format!(
+                    "{name} is stored transposed ({}), and a part of its rows changes, which cannot \
+                     be quantised again on its own; give a dtype such as bfloat16",
+                    quantized.scheme
+                ));
+            }
+        }
         let changed = |(name, _): &(&String, &Arc<Quantized>)| {
             changes.get(name).is_some_and(|change| !change.is_empty())
         };
@@ -102,7 +147,7 @@ pub(in crate::plan) fn check(
     // Components of a pipeline that nothing changes are not converted.
     let touched = touched_components(context.base, changes, &[]);
     let is_written = |name: &str| touched.iter().any(|prefix| name.starts_with(prefix));
-    for problem in writing_problems(&context.quantized, dtype, &is_written) {
+    for problem in writing_problems(context.quantized, dtype, &is_written) {
         messages.problem(problem);
     }
     let entries = context.quantized.entries().iter().filter(|(name, _)| is_written(name));
@@ -182,7 +227,7 @@ impl QuantizedOutcome<'_> {
             return planned;
         }
         let is_base = matches!(planned.origin, Origin::Base(_));
-        let Some(quantized) = self.quantized.get(&planned.name).filter(|_| is_base) else {
+        let Some(quantized) = self.quantized.of_codes(&planned.name).filter(|_| is_base) else {
             return planned;
         };
         let merges = !updates.is_empty() && quantized.logical.elements() > 0;
@@ -193,19 +238,71 @@ impl QuantizedOutcome<'_> {
     }
 }
 
-/// A quantised tensor planned as what it means, to be written in a dtype or quantised again.
+/// A quantised tensor planned as what it means, to be written in a dtype or quantised again. Updates
+/// are those of the weight as the model has it.
 pub(crate) fn dequantized_plan(
     planned: PlannedTensor,
     quantized: &Arc<Quantized>,
     dtype: Option<&Dtype>,
     updates: Vec<Update>,
 ) -> PlannedTensor {
-    let source = quantized.logical.clone();
+    let requantized = dtype.is_none();
+    let (source, updates) = if requantized {
+        let place = |update| as_coded(update, quantized).expect("checked before");
+        (quantized.coded(), updates.iter().map(place).collect())
+    } else {
+        (quantized.logical.clone(), updates)
+    };
     let output_dtype = dtype.unwrap_or(&quantized.stored.tensor.dtype).clone();
     // Decoding is a conversion even to the type in which it is done.
     let merges = !updates.is_empty() && source.elements() > 0;
     let action = if merges { Action::Merge(updates) } else { Action::Cast };
-    let requantized = dtype.is_none();
     let quantized = Some(quantized.clone());
-    PlannedTensor { source, output_dtype, action, quantized, requantized, ..planned }
+    // Under the name of the codes, or of what they mean.
+    let name = if planned.name == planned.source.name { source.name.clone() } else { planned.name };
+    PlannedTensor { name, source, output_dtype, action, quantized, requantized, ..planned }
+}
+
+/// The updates of a tensor as they lie on the weight in the model's own layout.
+pub(crate) fn updates_in_model(planned: &PlannedTensor) -> Vec<Update> {
+    let updates = planned.updates().iter();
+    match &planned.quantized {
+        Some(quantized) if planned.requantized => updates
+            .map(|update| {
+                turned(update, quantized, &quantized.coded(), &quantized.logical)
+                    .expect("it was turned the other way before")
+            })
+            .collect(),
+        _ => updates.cloned().collect(),
+    }
+}
+
+/// An update as it lies on the weight in the order of its codes; `None` where it changes a part of a
+/// matrix's rows, which are columns there.
+fn as_coded(update: &Update, quantized: &Quantized) -> Option<Update> {
+    turned(update, quantized, &quantized.logical, &quantized.coded())
+}
+
+fn turned(
+    update: &Update,
+    quantized: &Quantized,
+    from: &TensorInfo,
+    to: &TensorInfo,
+) -> Option<Update> {
+    if quantized.transposed.is_none() {
+        return Some(update.clone());
+    }
+    let height = |tensor: &TensorInfo| tensor.shape.iter().rev().nth(1).copied();
+    let (old, new) = (height(from)?, height(to)?);
+    let rows = match &update.slice.rows {
+        None => None,
+        Some(rows) if rows.start % old == 0 && rows.end == rows.start + old => {
+            let matrix = rows.start / old;
+            Some(matrix * new..(matrix + 1) * new)
+        }
+        Some(_) => return None,
+    };
+    let slice = Slice { rows, ..update.slice.clone() };
+    let adds = matches!(update.kind, UpdateKind::LowRank | UpdateKind::Dora);
+    adds.then(|| Update { transposed: !update.transposed, slice, ..update.clone() })
 }

@@ -11,6 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::diffusion::Lie;
 use crate::checkpoint::names::endings::Backwards;
 use crate::checkpoint::names::towers::TextTower;
+use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
@@ -32,6 +33,8 @@ pub struct IndexedTensor {
 #[derive(Debug, Clone)]
 pub struct NameIndex<'a> {
     base: &'a Checkpoint,
+    /// The base's quantised weights, whose shapes are not those of their codes.
+    quantized: Option<&'a QuantizedWeights>,
     renamed: Option<Renamed>,
     /// The canonical names by their ends; made when they are asked for.
     backwards: OnceLock<Backwards>,
@@ -48,7 +51,26 @@ struct Renamed {
 impl<'a> NameIndex<'a> {
     /// The names as they stand.
     pub fn plain(base: &'a Checkpoint) -> Self {
-        Self { base, renamed: None, backwards: OnceLock::new(), text_tower: OnceLock::new() }
+        Self {
+            base,
+            quantized: None,
+            renamed: None,
+            backwards: OnceLock::new(),
+            text_tower: OnceLock::new(),
+        }
+    }
+
+    /// The same, with the shapes that quantised weights have in the model.
+    #[must_use]
+    pub fn with_quantized(self, quantized: &'a QuantizedWeights) -> Self {
+        Self { quantized: Some(quantized), ..self }
+    }
+
+    /// The shape of a tensor of the base, or of the weight whose codes it holds.
+    fn shape_of(&self, name: &str) -> Option<&[u64]> {
+        let quantized = self.quantized.and_then(|quantized| quantized.get(name));
+        let meant = quantized.map(|quantized| &quantized.logical);
+        meant.or_else(|| self.base.tensor(name)).map(|tensor| tensor.shape.as_slice())
     }
 
     /// The canonical names under some rules.
@@ -64,7 +86,7 @@ impl<'a> NameIndex<'a> {
             tensors.entry(canonical).or_default().push(stored);
         }
         let renamed = Some(Renamed { renames, tensors });
-        Ok(Self { base, renamed, backwards: OnceLock::new(), text_tower: OnceLock::new() })
+        Ok(Self { renamed, ..Self::plain(base) })
     }
 
     /// The checkpoint.
@@ -156,7 +178,7 @@ impl<'a> NameIndex<'a> {
     /// The name of the one stored tensor that a canonical one is, whole.
     pub fn whole(&self, canonical: &str) -> Option<&str> {
         match &self.renamed {
-            None => self.base.tensor(canonical).map(|tensor| tensor.name.as_str()),
+            None => self.base.tensors().get_key_value(canonical).map(|(name, _)| name.as_str()),
             Some(_) => match self.stored(canonical) {
                 [IndexedTensor { name, slice: None, lie: Lie::Same, obstacle: None }] => Some(name),
                 _ => None,
@@ -170,26 +192,34 @@ impl<'a> NameIndex<'a> {
         renamed.map_or(&[], Vec::as_slice)
     }
 
+    /// The names of all tensors that are a canonical one or parts of it.
+    pub fn tensors_of(&self, canonical: &str) -> Vec<String> {
+        match self.whole(canonical) {
+            Some(name) => vec![name.to_owned()],
+            None => self.stored(canonical).iter().map(|one| one.name.clone()).collect(),
+        }
+    }
+
     /// The shape of a canonical tensor, its slices put together; `None` if they do not fit.
     pub fn shape(&self, canonical: &str) -> Option<Vec<u64>> {
         if self.renamed.is_none() {
-            return self.base.tensor(canonical).map(|tensor| tensor.shape.clone());
+            return self.shape_of(canonical).map(<[u64]>::to_vec);
         }
         let stored = self.stored(canonical);
         if let [IndexedTensor { name, slice: None, lie, .. }] = stored {
-            let mut shape = self.base.tensor(name)?.shape.clone();
+            let mut shape = self.shape_of(name)?.to_vec();
             if *lie == Lie::Transposed {
                 shape.reverse();
             }
             return Some(shape);
         }
         self.heights(canonical).and_then(|heights| {
-            let first = self.base.tensor(&stored[0].name)?;
+            let first = self.shape_of(&stored[0].name)?;
             let rows = heights.iter().sum();
             let experts = stored[0].slice.as_ref()?.expert.map(|_| stored.len() / heights.len());
             let mut shape: Vec<u64> = experts.map(|count| count as u64).into_iter().collect();
             shape.push(rows);
-            shape.extend(&first.shape[1..]);
+            shape.extend(&first[1..]);
             Some(shape)
         })
     }
@@ -204,7 +234,7 @@ impl<'a> NameIndex<'a> {
         let mut width = None;
         for one in stored {
             let slice = one.slice.as_ref()?;
-            let shape = &self.base.tensor(&one.name)?.shape;
+            let shape = self.shape_of(&one.name)?;
             let (rows, rest) = shape.split_first()?;
             let alike = slice.slots == first.slots
                 && slice.expert.is_some() == first.expert.is_some()
