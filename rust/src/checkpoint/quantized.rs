@@ -160,10 +160,8 @@ impl Quantized {
     fn checked_scales(&self, checkpoint: &Checkpoint, blocks: Range<usize>) -> Result<Vec<f32>> {
         let scales = self.scales.read(checkpoint, blocks.clone())?;
         // Every exponent and every float of 8 bits is one by mistake or by a damaged file.
-        let in_one_byte = matches!(
-            self.scales,
-            Scales::InUnits(_) | Scales::Plain(_, Steps::Exponents)
-        );
+        let in_one_byte =
+            matches!(self.scales, Scales::InUnits(_) | Scales::Plain(_, Steps::Exponents));
         match scales.iter().position(|scale| in_one_byte && scale.is_nan()) {
             Some(index) => {
                 let tensor = &self.scales.tensors()[0].tensor.name;
@@ -405,16 +403,14 @@ pub struct QuantizedWeights {
 impl QuantizedWeights {
     /// Finds every quantised weight by its companions and the config.
     pub fn of(checkpoint: &Checkpoint) -> Self {
-        let mut found =
-            Self { unsupported: UnsupportedFormat::of(checkpoint), ..Self::default() };
+        let mut found = Self { unsupported: UnsupportedFormat::of(checkpoint), ..Self::default() };
         for (name, location) in checkpoint.tensors() {
             let stored = Stored::under(name, checkpoint, *location);
             if found.unsupported.as_ref().is_some_and(|format| format.holds_tensor(name)) {
                 continue;
             }
-            let as_packed = packed::parameter(name).map(|weight| {
-                (weight.to_owned(), packed::read(checkpoint, &stored, weight))
-            });
+            let as_packed = packed::parameter(name)
+                .map(|weight| (weight.to_owned(), packed::read(checkpoint, &stored, weight)));
             let renamed = as_packed.or_else(|| {
                 let weight = mxfp4::parameter(checkpoint, name)?;
                 let layout = mxfp4::read(checkpoint, &stored, &weight);

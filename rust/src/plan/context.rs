@@ -35,14 +35,7 @@ impl<'a> Context<'a> {
         options: &'a Options,
         task: &'a Task,
     ) -> Result<Self> {
-        Ok(Self {
-            inputs,
-            base,
-            options,
-            task,
-            quantized,
-            tie: Tie::of(inputs, base)?,
-        })
+        Ok(Self { inputs, base, options, task, quantized, tie: Tie::of(inputs, base)? })
     }
 
     /// The tensor of that name that the base holds, or the one that stands in for the tied head.

@@ -68,7 +68,9 @@ fn odd_scale(
         let fits = match &scheme.scales {
             Scales::None => true,
             // One that is too small shows in the weights that are beyond it.
-            Scales::Plain(..) | Scales::InUnits(_) => right == 0.0 || stored.abs() <= 2.0 * right * (1.0 + SLACK),
+            Scales::Plain(..) | Scales::InUnits(_) => {
+                right == 0.0 || stored.abs() <= 2.0 * right * (1.0 + SLACK)
+            }
             Scales::Nested(nested) => {
                 let bound = nested.half_step() * outer[block / nested.run];
                 (stored - right).abs() <= bound * (1.0 + SLACK) + 1e-6 * right.abs()
