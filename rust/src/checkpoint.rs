@@ -3,7 +3,7 @@
 
 pub mod components;
 pub mod heads;
-mod index;
+pub mod index;
 pub mod names;
 pub mod pipeline;
 pub mod quantized;

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._io.paths import expand
-from lorafast._io.sources import PICKLED_WEIGHTS, WEIGHTS
+from lorafast._io.sources import USUAL_WEIGHTS
 
 if TYPE_CHECKING:
     from lorafast._types import Source
@@ -120,6 +120,6 @@ def _parts(adapter: Source) -> tuple[str, ...]:
     whole = Path(os.path.abspath(path))
     if whole.is_file():
         # Weights that stand alone lose their ending.
-        usual = whole.name in (WEIGHTS, PICKLED_WEIGHTS)
+        usual = whole.name in USUAL_WEIGHTS
         whole = whole.parent if usual else whole.with_suffix("")
     return tuple(part for part in whole.parts if part != whole.anchor)

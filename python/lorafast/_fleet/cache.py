@@ -28,7 +28,7 @@ from lorafast._analysis.records import Finding
 from lorafast._fleet.entry import SCHEMA_VERSION
 from lorafast._io import paths
 from lorafast._io.paths import expand, resolved
-from lorafast._io.sources import CONFIG, PICKLED_WEIGHTS, WEIGHTS
+from lorafast._io.sources import CONFIG, USUAL_WEIGHTS, WEIGHTS
 from lorafast._io.strangers import gate
 from lorafast._types import Metrics
 
@@ -69,7 +69,9 @@ def stamp_of(adapter: Path) -> tuple[str, int] | None:
     weights = [adapter]
     if adapter.is_dir():
         # Of weights in two formats the same is taken as by whoever opens the adapter.
-        weights = [adapter / name for name in (WEIGHTS, PICKLED_WEIGHTS)]
+        weights = [adapter / name for name in USUAL_WEIGHTS]
+        if (index := adapter / f"{WEIGHTS}.index.json").exists():
+            weights += [index, *sorted(adapter.glob("adapter_model-*-of-*.safetensors"))]
     parts = []
     newest = 0
     for file in [*weights, (adapter if adapter.is_dir() else adapter.parent) / CONFIG]:

@@ -16,9 +16,12 @@ from lorafast._fleet.exclude import Exclusion
 from lorafast._fleet.members import common_root
 from lorafast._io.paths import expand, find
 from lorafast._io.sources import (
+    ARCHIVE,
+    ARCHIVED_WEIGHTS,
     CONFIG,
     GGUF,
     LEFTOVERS,
+    MLX_WEIGHTS,
     PICKLED_WEIGHTS,
     PICKLES,
     WEIGHTS,
@@ -29,7 +32,7 @@ from lorafast._results import shown
 from lorafast._types import Source
 
 #: Any of these makes the directory that it lies in an adapter, even if the others are missing.
-MARKS = frozenset({CONFIG, WEIGHTS, PICKLED_WEIGHTS})
+MARKS = frozenset({CONFIG, WEIGHTS, PICKLED_WEIGHTS, MLX_WEIGHTS, ARCHIVED_WEIGHTS})
 #: What makes a directory a model's, whose weights files are none of adapters.
 MODEL_MARKS = ("config.json", "model_index.json")
 #: In the tensors' names of adapters, whatever saved them.
@@ -203,7 +206,7 @@ class _Search:
             adapters = [os.fspath(path.parent)]
             if self._excluded(adapters[0], is_directory=True):
                 return
-        elif path.suffix in PICKLES | {".safetensors"} or (
+        elif path.suffix in PICKLES | {".safetensors", ARCHIVE} or (
             path.suffix.lower() == GGUF and (named or _core.holds_adapter(path))
         ):
             adapters = [os.fspath(path)]
@@ -262,7 +265,7 @@ class _Search:
         for name in files:
             suffix = Path(name).suffix.lower()
             path = Path(directory, name)
-            if suffix not in {".safetensors", GGUF, *PICKLES}:
+            if suffix not in {".safetensors", ARCHIVE, GGUF, *PICKLES}:
                 continue
             if self._excluded(os.fspath(path), is_directory=False):
                 continue

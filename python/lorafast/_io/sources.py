@@ -19,7 +19,7 @@ from lorafast._errors import (
     raise_interruption,
 )
 from lorafast._io.paths import expand, find, is_directory, open_plain
-from lorafast._io.torch_tensors import dtype_name, memory_of
+from lorafast._io.torch_tensors import NAMES, dtype_name, memory_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,16 +28,26 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
+#: The same under the name that torchtune saves it by, in its own names of modules.
+TORCHTUNE_WEIGHTS = "adapter_model.pt"
+#: MLX's, and those of its first releases.
+MLX_WEIGHTS = "adapters.safetensors"
+ARCHIVED_WEIGHTS = "adapters.npz"
+#: The names of an adapter's weights in its directory, in whatever format.
+USUAL_WEIGHTS = (WEIGHTS, PICKLED_WEIGHTS, TORCHTUNE_WEIGHTS, MLX_WEIGHTS, ARCHIVED_WEIGHTS)
 #: Endings of weights that torch's pickles hold.
 PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 #: The ending of llama.cpp's files, of adapters and of models.
 GGUF = ".gguf"
+#: The ending of weights that NumPy's archives hold.
+ARCHIVE = ".npz"
 #: What is fetched for a base: safetensors weights, and everything small beside them.
 BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 #: An adapter's files; weights that trainers save beside them, which are part of it; its tokenizer
 #: and its configs.
 ADAPTER_PATTERNS = [
-    *(CONFIG, WEIGHTS, PICKLED_WEIGHTS),
+    *(CONFIG, WEIGHTS, PICKLED_WEIGHTS, "adapter_model*.safetensors", f"{WEIGHTS}.index.json"),
+    *(TORCHTUNE_WEIGHTS, MLX_WEIGHTS, ARCHIVED_WEIGHTS),
     *("non_lora_trainables.*", "mm_projector.*", "value_head.*", "v_head.*", "new_embeddings.*"),
     *("config.json", "generation_config.json", "*processor_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -189,8 +199,9 @@ def _needs_of(source: str | os.PathLike[str]) -> dict[str, str]:
     path = Path(expand(source))
     try:
         if find(path) is not None:
-            pickle = path / PICKLED_WEIGHTS
-            return {"torch": f"read {pickle}"} if has_only_pickle(path) else {}
+            pickle = _other_weights(path)
+            is_torchs = pickle is not None and pickle.suffix != ARCHIVE
+            return {"torch": f"read {pickle}"} if is_torchs else {}
     except OSError:
         return {}
     if _is_of_the_hub(source):
@@ -205,22 +216,31 @@ def _is_of_the_hub(source: str | os.PathLike[str]) -> bool:
     return is_id and "/" in text and not os.path.lexists(Path(text).parent)
 
 
-def has_only_pickle(adapter: Path) -> bool:
-    """Whether an adapter's directory holds its weights as a pickle alone.
+def _other_weights(adapter: Path) -> Path | None:
+    """The file of the weights of an adapter's directory, where it is no safetensors file.
 
     Raises:
         OSError: what is there leads nowhere or may not be looked at.
     """
-    return find(adapter / PICKLED_WEIGHTS) is not None and find(adapter / WEIGHTS) is None
+    for safetensors, *others in (
+        (WEIGHTS, PICKLED_WEIGHTS, TORCHTUNE_WEIGHTS),
+        (MLX_WEIGHTS, ARCHIVED_WEIGHTS),
+    ):
+        found = [name for name in others if find(adapter / name) is not None]
+        if find(adapter / safetensors) is not None or find(adapter / f"{safetensors}.index.json"):
+            return None
+        if found:
+            return adapter / found[0]
+    return None
 
 
 def is_pickle(file: Path) -> bool:
-    """Whether a file is one of weights that torch has to read, by its name."""
-    return file.suffix.lower() in PICKLES and not is_directory(file)
+    """Whether a file is one of weights that torch or NumPy has to read, by its name."""
+    return file.suffix.lower() in PICKLES | {ARCHIVE} and not is_directory(file)
 
 
 def _lone_pickle(directory: Path) -> Path | None:
-    """The only weights of a directory that has no config, if they are a pickle."""
+    """The only weights of a directory that has no config, if they are a pickle or an archive."""
     marks = (CONFIG, WEIGHTS, PICKLED_WEIGHTS, "config.json", "model_index.json")
     # A link that leads nowhere is a mark, too, and is told of by who opens it.
     if not is_directory(directory) or any(os.path.lexists(directory / mark) for mark in marks):
@@ -228,7 +248,8 @@ def _lone_pickle(directory: Path) -> Path | None:
     weights = [
         each
         for each in directory.iterdir()
-        if each.suffix.lower() in PICKLES | {".safetensors"} and not LEFTOVERS.fullmatch(each.name)
+        if each.suffix.lower() in PICKLES | {".safetensors", ARCHIVE}
+        and not LEFTOVERS.fullmatch(each.name)
     ]
     return weights[0] if len(weights) == 1 and is_pickle(weights[0]) else None
 
@@ -243,14 +264,52 @@ def core_source(adapter: Path) -> CoreSource:
         OSError: what is there leads nowhere or may not be looked at.
     """
     if is_pickle(adapter):
-        pickle = adapter
+        weights = adapter
     elif (lone := _lone_pickle(adapter)) is not None:
-        return lone, lone, partial(read_pickle, lone)
-    elif has_only_pickle(adapter):
-        pickle = adapter / PICKLED_WEIGHTS
+        adapter = weights = lone
+    elif (other := _other_weights(adapter)) is not None:
+        weights = other
     else:
         return adapter
-    return adapter, pickle, partial(read_pickle, pickle)
+    read = read_archive if weights.suffix.lower() == ARCHIVE else read_pickle
+    return adapter, weights, partial(read, weights)
+
+
+def read_archive(archive: Path) -> list[NamedTensor]:
+    """The arrays of an archive of NumPy's (`.npz`), as `read_pickle` has the tensors of a pickle.
+
+    Raises:
+        AdapterError: the file is no such archive, or holds something other than arrays of numbers.
+        OSError: it cannot be read.
+    """
+    import numpy as np
+
+    tensors: list[NamedTensor] = []
+    # A pipe would keep NumPy waiting for a writer.
+    with open_plain(archive, AdapterError) as file:
+        if not file.read(2).startswith(b"PK"):
+            found = _core.identify_path(archive)
+            raise AdapterError(f"{archive}: {found or 'is no archive of NumPy'}")
+        file.seek(0)
+        try:
+            # allow_pickle: an array of objects can otherwise run any code it likes.
+            with np.load(file, allow_pickle=False) as arrays:
+                found_arrays = {name: arrays[name] for name in arrays.files}
+        except Exception as error:
+            raise_interruption(error)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise AdapterError(f"{archive}: cannot be read as plain arrays: {reason}") from error
+    for name, array in found_arrays.items():
+        # MLX writes bfloat16, which NumPy does not have, as two bytes of no type.
+        dtype = "BF16" if array.dtype.str.endswith("V2") else NAMES.get(array.dtype.name)
+        if dtype is None:
+            raise AdapterError(
+                f"{archive}: holds {name} of the type {array.dtype}, which is unknown"
+            )
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        plain = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
+        tensors.append((name, dtype, list(array.shape), plain.data))
+    return tensors
 
 
 def read_pickle(pickle: Path) -> list[NamedTensor]:

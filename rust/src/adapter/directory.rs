@@ -50,12 +50,21 @@ pub struct Directory {
     store: Arc<dyn Store>,
     config: Option<String>,
     weights: String,
+    /// The files of the weights, where these are several; then that above is their index.
+    shards: Vec<String>,
 }
 
 impl Directory {
     /// Of an adapter whose own files are these.
     pub fn new(store: Arc<dyn Store>, config: Option<&str>, weights: impl Into<String>) -> Self {
-        Self { store, config: config.map(str::to_owned), weights: weights.into() }
+        let (config, weights) = (config.map(str::to_owned), weights.into());
+        Self { store, config, weights, shards: Vec::new() }
+    }
+
+    /// The same of an adapter whose weights are several files.
+    #[must_use]
+    pub fn with_shards(self, shards: Vec<String>) -> Self {
+        Self { shards, ..self }
     }
 
     /// What holds the files.
@@ -69,7 +78,10 @@ impl Directory {
     /// [`Error::Io`] if it cannot be listed.
     pub fn others(&self) -> Result<Vec<String>> {
         let mut names = self.store.list()?;
-        names.retain(|name| *name != self.weights && Some(name) != self.config.as_ref());
+        names.retain(|name| {
+            let is_own = *name == self.weights || self.shards.contains(name);
+            !is_own && Some(name) != self.config.as_ref()
+        });
         names.sort();
         Ok(names)
     }
@@ -80,7 +92,11 @@ impl Directory {
     /// # Errors
     /// [`Error::Io`] if it cannot be listed.
     pub fn weights(&self) -> Result<Vec<PartUse>> {
-        let mut uses = vec![PartUse::new(&*self.weights, (Usage::Used, "the adapter's weights"))];
+        let used = |name: &String| PartUse::new(&**name, (Usage::Used, "the adapter's weights"));
+        let mut uses: Vec<_> = match self.shards.as_slice() {
+            [] => vec![used(&self.weights)],
+            shards => shards.iter().map(used).collect(),
+        };
         let parts = self.parts();
         for name in self.others()? {
             if self.store.is_file(&name) {

@@ -1,8 +1,9 @@
 //! Formats: how an adapter is recognized, read and written.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Adapter, formats};
 use crate::checkpoint::Checkpoint;
@@ -10,10 +11,10 @@ use crate::error::{Error, Owner, Result};
 use crate::kernel::convert::{convert, for_each_f64};
 use crate::parallel::task::Task;
 use crate::storage::directory::{self, LocalDirectory};
-use crate::storage::local;
+use crate::storage::local::{self, Stamp};
 use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::{NamedTensor, Tensor};
+use crate::tensor::safetensors::{NamedTensor, Tensor, TensorFile};
 
 /// A format of adapters. Each is one file (or folder) of `formats/`, and one entry of [`FORMATS`].
 pub trait Format: Sync {
@@ -220,7 +221,13 @@ impl AdapterSource {
     pub fn expected_bytes(&self) -> u64 {
         let weights = match &self.pickle {
             Some(pickle) => Ok(pickle.path.clone()),
-            None => Place::find(self).and_then(|place| Ok(place.store.path(&weights_of(&place)?))),
+            None => Place::find(self).and_then(|place| {
+                // That of most adapters needs no look into it.
+                let usual = formats::peft::WEIGHTS;
+                let is_usual = place.file.is_none() && place.store.is_file(usual);
+                let name = if is_usual { usual.to_owned() } else { weights_of(&place)? };
+                Ok(place.store.path(&name))
+            }),
         };
         let metadata = weights.ok().and_then(|weights| local::metadata(&weights).ok());
         metadata.map_or(0, |metadata| metadata.len())
@@ -272,26 +279,70 @@ pub struct Place<'a> {
     pub file: Option<String>,
     /// The base that it is opened for, where there is one.
     pub base: Option<&'a Checkpoint>,
+    /// What was opened, by its name; of what somebody else reads, without one. A format that asks
+    /// whether an adapter is its own and the one that reads it open a file once.
+    opened: Mutex<HashMap<String, Arc<TensorFile>>>,
 }
 
 impl<'a> Place<'a> {
     fn find(source: &'a AdapterSource) -> Result<Self> {
         if let Some(store) = &source.store {
-            return Ok(Self { source, store: store.clone(), file: None, base: None });
+            return Ok(Self::new(source, store.clone(), None));
         }
         let path = source.path.as_path();
         let failed = |error: Error| error.of(Owner::Adapter);
         match local::find(path).map_err(failed)? {
             Some(metadata) if metadata.is_dir() => {
                 let store = Arc::new(LocalDirectory(path.to_path_buf()));
-                Ok(Self { source, store, file: None, base: None })
+                Ok(Self::new(source, store, None))
             }
             Some(_) => {
                 let (store, name) = directory::of_file(path);
-                Ok(Self { source, store: Arc::new(store), file: Some(name), base: None })
+                Ok(Self::new(source, Arc::new(store), Some(name)))
             }
             None => Err(Error::io(path, local::absence_of(path))),
         }
+    }
+
+    fn new(source: &'a AdapterSource, store: Arc<dyn Store>, file: Option<String>) -> Self {
+        Self { source, store, file, base: None, opened: Mutex::default() }
+    }
+
+    /// A safetensors file of the directory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened, [`Error::Adapter`] if it is not sound.
+    pub fn open(&self, name: &str) -> Result<Arc<TensorFile>> {
+        self.once(name, || TensorFile::open_in(&*self.store, name, Owner::Adapter))
+    }
+
+    /// The tensors of weights that somebody else reads.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they are not there, what the reader raises, [`Error::Adapter`].
+    pub fn pickled(&self) -> Result<Arc<TensorFile>> {
+        let Some(Pickle { path, load }) = &self.source.pickle else {
+            return Err(Error::Argument("there is nothing to be read by somebody else".into()));
+        };
+        self.once("", || {
+            let (_, metadata) = local::open(path).map_err(|error| error.of(Owner::Adapter))?;
+            let stamp = Stamp::of(&metadata);
+            TensorFile::in_memory(path, Owner::Adapter, load()?, Some(stamp))
+        })
+    }
+
+    fn once(
+        &self,
+        name: &str,
+        open: impl FnOnce() -> Result<TensorFile>,
+    ) -> Result<Arc<TensorFile>> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = opened.get(name) {
+            return Ok(file.clone());
+        }
+        let file = Arc::new(open()?);
+        opened.insert(name.to_owned(), file.clone());
+        Ok(file)
     }
 
     /// What messages call the adapter.

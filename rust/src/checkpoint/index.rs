@@ -224,6 +224,15 @@ fn read_index(store: &dyn Store, name: &str) -> Result<Files> {
     Ok(Files { shards: shards.into_iter().map(shard).collect(), indexes: vec![index] })
 }
 
+/// The shards that an index of an adapter's names.
+///
+/// # Errors
+/// [`Error::Adapter`] if it is not sound or one is not there, [`Error::Io`].
+pub fn shards_of_adapter(store: &dyn Store, name: &str) -> Result<Vec<String>> {
+    let files = read_index(store, name).map_err(|error| error.of(Owner::Adapter))?;
+    Ok(files.shards)
+}
+
 /// What is wrong with an index that names some shards, of whose names tell that there are more, while
 /// the others are not there. A shard without tensors is in no index, but it is there.
 fn check_count(store: &dyn Store, shards: &[String]) -> Result<Option<String>> {

@@ -67,7 +67,7 @@ pub(super) struct Piece {
 pub(super) enum Weights {
     /// Its file: the header was checked when the collection was opened.
     File(File),
-    /// What was unpickled.
+    /// What was unpickled, or lies in several files.
     Memory(Arc<TensorFile>),
 }
 
@@ -76,6 +76,8 @@ pub(super) enum Weights {
 pub struct Member {
     pub(super) source: AdapterSource,
     pub(super) file: PathBuf,
+    /// Whether its weights are one file, which can be read by itself.
+    pub(super) is_one_file: bool,
     pub(super) stamp: Stamp,
     pub(super) base: Option<String>,
     pub(super) pieces: Vec<Piece>,
@@ -143,7 +145,7 @@ impl Member {
 
     /// What holds its weights, opened again.
     pub(super) fn open_weights(&self) -> Result<Weights> {
-        if self.source.pickle.is_some() {
+        if !self.is_one_file {
             return Ok(Weights::Memory(self.open()?.file().clone()));
         }
         let (file, metadata) = local::open(&self.file).map_err(|error| error.of(Owner::Adapter))?;
@@ -293,6 +295,7 @@ impl Opened {
         let member = Member {
             source: source.clone(),
             file,
+            is_one_file: adapter.file().source().as_file().is_some(),
             stamp,
             base: adapter.semantics().base.clone(),
             pieces: Vec::new(),

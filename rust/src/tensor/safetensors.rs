@@ -7,6 +7,7 @@
 
 mod data;
 mod header;
+mod joined;
 pub mod write;
 
 use std::io;
@@ -188,6 +189,41 @@ impl TensorFile {
         let (path, stamp) = (path.to_path_buf(), source.stamp());
         let positions = Positions::of(&header.tensors);
         Self { path, owner, source, stamp, beginning: Vec::new(), data_start, header, positions }
+    }
+
+    /// The files of one adapter or model as one: their tensors, and bytes one after the other. Errors
+    /// about them name `path`.
+    ///
+    /// # Errors
+    /// In the owner's class, if two of them have a tensor of one name.
+    pub fn joined(path: &Path, owner: Owner, files: Vec<Self>) -> Result<Self> {
+        let mut header = Header::default();
+        let (mut parts, mut end) = (Vec::with_capacity(files.len()), 0);
+        let mut beginnings = Vec::new();
+        for file in files {
+            for tensor in &file.header.tensors {
+                let range = end + tensor.range.start..end + tensor.range.end;
+                header.tensors.push(TensorInfo { range, ..tensor.clone() });
+            }
+            header.metadata.extend(file.header.metadata.clone());
+            beginnings.extend_from_slice(&file.beginning);
+            let length = file.header.data_bytes();
+            parts.push(joined::Part {
+                source: file.source,
+                start: end,
+                first: file.data_start,
+                length,
+            });
+            end += length;
+        }
+        let beginning = header.encode();
+        let all = beginning.len() as u64 + end;
+        let Parsed { header, positions } =
+            header::parse(&beginning, all).map_err(|message| owner.broken(path, message))?;
+        // Behind the data, so that a digest of all bytes is one of the names, too.
+        let source: Box<dyn Source> = Box::new(joined::Joined { parts, end, names: beginnings });
+        let (path, stamp) = (path.to_path_buf(), source.stamp());
+        Ok(Self { path, owner, source, stamp, beginning, data_start: 0, header, positions })
     }
 
     /// Where the file lies.

@@ -13,17 +13,20 @@ use config::{Method, PeftConfig};
 
 use super::recognize::{self, Kind};
 use super::unread;
-use crate::adapter::format::{Format, Pickle, Place, WriteOptions};
+use crate::adapter::format::{Format, Place, WriteOptions};
 use crate::adapter::{Adapter, Contents, Directory, Grammar, coverage};
+use crate::checkpoint::index;
 use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
-use crate::storage::local::{self, Stamp};
+use crate::storage::local::Stamp;
 use crate::storage::{file_names, identify};
 use crate::tensor::safetensors::TensorFile;
 
 /// The file of the weights.
 pub const WEIGHTS: &str = "adapter_model.safetensors";
+/// What lists them, where they are several files.
+const INDEX: &str = "adapter_model.safetensors.index.json";
 /// The same, pickled.
 pub const PICKLED_WEIGHTS: &str = "adapter_model.bin";
 
@@ -59,7 +62,7 @@ impl Format for Peft {
         let read = place.store.read_small(config::FILE_NAME);
         let (text, stamp) = read.map_err(|error| error.of(Owner::Adapter))?;
         let config = PeftConfig::parse(&config_path, &text)?;
-        let file = Arc::new(open_weights(place)?);
+        let (file, shards) = open_weights(place)?;
         // Of others beside PEFT's own, the tensor is named that does not belong there.
         if let Some(Kind::Other(found)) = recognize::kind_of(&file)
             && config.method() == Method::Lora
@@ -67,11 +70,15 @@ impl Format for Peft {
         {
             return Err(Error::unsupported(file.path(), found.sentence()));
         }
-        let read_from = match place.source.store {
+        let mut read_from = match place.source.store {
             None => vec![(config_path, stamp)],
             Some(_) => Vec::new(),
         };
-        assemble(place, config, file, read_from, task)
+        for shard in shards.iter().filter(|_| place.source.store.is_none()) {
+            let stamp = place.store.stamp(shard).map_err(|error| error.of(Owner::Adapter))?;
+            read_from.push((place.store.path(shard), stamp));
+        }
+        assemble(place, config, file, shards, read_from, task)
     }
 }
 
@@ -86,13 +93,14 @@ pub(super) fn read_without_config(
     task: &Task,
 ) -> Result<Adapter> {
     let config = PeftConfig::missing(file.path(), place.source.scale);
-    assemble(place, config, file, Vec::new(), task)
+    assemble(place, config, file, Vec::new(), Vec::new(), task)
 }
 
 fn assemble(
     place: &Place<'_>,
     config: PeftConfig,
     file: Arc<TensorFile>,
+    shards: Vec<String>,
     read_from: Vec<(PathBuf, Stamp)>,
     task: &Task,
 ) -> Result<Adapter> {
@@ -128,7 +136,7 @@ fn assemble(
         summary,
         settings: config.into_raw(),
         read_from,
-        directory: directory_of(place),
+        directory: directory_of(place).map(|directory| directory.with_shards(shards)),
     }))
 }
 
@@ -144,26 +152,32 @@ fn directory_of(place: &Place<'_>) -> Option<Directory> {
     own.then(|| Directory::new(place.store.clone(), Some(config::FILE_NAME), weights))
 }
 
-fn open_weights(place: &Place<'_>) -> Result<TensorFile> {
+/// The weights, and the names of the files that they lie in, where these are several.
+fn open_weights(place: &Place<'_>) -> Result<(Arc<TensorFile>, Vec<String>)> {
     let path = place.path();
-    if let Some(pickle) = &place.source.pickle {
-        return open_pickle(pickle);
+    if place.source.pickle.is_some() {
+        return Ok((place.pickled()?, Vec::new()));
     }
     let weights = Peft.weights(place);
-    if !place.has(&weights)? {
-        return Err(Error::adapter(path, no_weights(place)?));
+    if let Some((_, number, count)) =
+        file_names::shard_of(&weights).filter(|(.., count)| *count > 1)
+    {
+        return Err(Error::adapter(
+            path,
+            format!("is file {number} of the {count} of an adapter; give the directory of all"),
+        ));
     }
-    TensorFile::open_in(&*place.store, &weights, Owner::Adapter)
-}
-
-/// The tensors of weights that somebody else reads.
-///
-/// # Errors
-/// [`Error::Io`] if they are not there, what the reader raises, [`Error::Adapter`].
-pub(super) fn open_pickle(pickle: &Pickle) -> Result<TensorFile> {
-    let (_, metadata) = local::open(&pickle.path).map_err(|error| error.of(Owner::Adapter))?;
-    let stamp = Stamp::of(&metadata);
-    TensorFile::in_memory(&pickle.path, Owner::Adapter, (pickle.load)()?, Some(stamp))
+    if place.has(&weights)? {
+        return Ok((place.open(&weights)?, Vec::new()));
+    }
+    if place.file.is_none() && place.has(INDEX)? {
+        let shards = index::shards_of_adapter(&*place.store, INDEX)?;
+        let open = |name: &String| TensorFile::open_in(&*place.store, name, Owner::Adapter);
+        let files = shards.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let file = TensorFile::joined(&place.store.path(INDEX), Owner::Adapter, files)?;
+        return Ok((Arc::new(file), shards));
+    }
+    Err(Error::adapter(path, no_weights(place)?))
 }
 
 /// What a directory has in the place of the weights that its config belongs to.

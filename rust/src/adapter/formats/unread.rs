@@ -91,7 +91,7 @@ pub fn is_adapter(place: &Place<'_>) -> Result<bool> {
         return Ok(true);
     }
     let named = place.file.as_deref().is_some_and(|file| file == WEIGHTS);
-    let found = weights_file(place)?.and_then(|name| open(place, &name).ok());
+    let found = weights_file(place)?.and_then(|name| place.open(&name).ok());
     Ok(named || found.is_some_and(|file| recognize::kind_of(&file).is_some()))
 }
 
@@ -99,26 +99,23 @@ pub fn is_adapter(place: &Place<'_>) -> Result<bool> {
 pub(super) fn may_be_of_peft(place: &Place<'_>, name: &str) -> bool {
     let is_weights = name.ends_with(".safetensors");
     // What cannot be opened is whoever reads it to tell.
-    let kind = || open(place, name).map_or(Some(Kind::PeftLora), |file| recognize::kind_of(&file));
+    let kind = || place.open(name).map_or(Some(Kind::PeftLora), |file| recognize::kind_of(&file));
     is_weights && matches!(kind(), Some(Kind::PeftLora | Kind::Unsure(_)))
 }
 
 /// What a safetensors file of a directory is by its keys, in words.
 pub(super) fn kind_in(place: &Place<'_>, name: &str) -> Option<String> {
-    recognize::kind_of(&open(place, name).ok()?).map(|kind| kind.what().to_owned())
-}
-
-fn open(place: &Place<'_>, name: &str) -> Result<TensorFile> {
-    TensorFile::open_in(&*place.store, name, Owner::Adapter)
+    let file = place.open(name).ok()?;
+    recognize::kind_of(&file).map(|kind| kind.what().to_owned())
 }
 
 /// The weights that were asked for, opened, where there are some.
 fn weights(place: &Place<'_>) -> Result<Option<Arc<TensorFile>>> {
-    if let Some(pickle) = &place.source.pickle {
-        return peft::open_pickle(pickle).map(|file| Some(file.into()));
+    if place.source.pickle.is_some() {
+        return place.pickled().map(Some);
     }
     match weights_file(place)? {
-        Some(name) => open(place, &name).map(|file| Some(file.into())),
+        Some(name) => place.open(&name).map(Some),
         None => Ok(None),
     }
 }
