@@ -7,6 +7,7 @@ pub mod coverage;
 pub mod delta;
 pub mod deltas;
 pub mod directory;
+pub mod expert_factors;
 pub mod factors;
 pub mod foreign;
 pub mod format;
@@ -137,6 +138,14 @@ impl Module {
     /// adapter says: blocks of several products count together.
     pub fn product_rank(&self, rank: u64) -> u64 {
         if self.delta.holds_experts() { rank } else { self.delta.rank() }
+    }
+
+    /// The parameter that its factors belong to, where they can belong to one alone.
+    pub fn only_parameter(&self) -> Option<&Parameter> {
+        match self.parameters.as_slice() {
+            [only] => Some(only),
+            _ => None,
+        }
     }
 
     /// How often its product is added. PEFT adds that of the output projection of a
@@ -384,17 +393,29 @@ impl Adapter {
         rows: Vec<TrainedRows>,
         grammar: Grammar,
     ) -> Self {
+        let renamed = self.read_as(self.format(), modules, grammar, self.semantics().clone());
+        Self::new(Contents { saved, rows, ..renamed.contents })
+    }
+
+    /// The same adapter as one of another format, with its modules as that has them.
+    pub fn read_as(
+        &self,
+        format: &'static str,
+        modules: IndexMap<String, Module>,
+        grammar: Grammar,
+        semantics: Semantics,
+    ) -> Self {
         let contents = &self.contents;
         Self::new(Contents {
             path: contents.path.clone(),
-            format: contents.format,
+            format,
             file: contents.file.clone(),
             modules,
-            saved,
-            rows,
+            saved: contents.saved.clone(),
+            rows: contents.rows.clone(),
             others: contents.others.clone(),
             notes: contents.notes.clone(),
-            semantics: contents.semantics.clone(),
+            semantics,
             grammar,
             fields: contents.fields.clone(),
             settings: contents.settings.clone(),

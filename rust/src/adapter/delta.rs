@@ -84,6 +84,18 @@ pub trait Delta: Debug + Send + Sync {
         None
     }
 
+    /// Whether the experts' products are those of layers, (outputs, inputs), whichever way a model
+    /// stores its experts; else the adapter tells.
+    fn is_of_layers(&self) -> bool {
+        false
+    }
+
+    /// Whether the outputs of an embedding's product are its tokens, so that the product is added to
+    /// its weight as it is and not transposed.
+    fn is_by_tokens(&self) -> bool {
+        false
+    }
+
     /// What trainers call it, as `peft_type` has it.
     fn algorithm(&self) -> &'static str {
         "LORA"
@@ -109,8 +121,7 @@ pub trait Transform {
     }
 }
 
-/// One of the experts whose factors a module holds together, as PEFT's `target_parameters` do:
-/// of A (count·r, in) the rows e·r to (e+1)·r, of B (out, r·count) the columns k·count + e.
+/// One of the experts whose factors a module holds together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct Expert {
     /// Which one.

@@ -1,16 +1,20 @@
 //! The kinds of delta, one file each.
 
+mod arranged;
 mod block_diagonal;
 mod difference;
 mod experts;
 mod grouped;
 mod hadamard;
 mod kronecker;
+mod interleaved;
 mod low_rank;
 mod reordered;
 mod transforms;
 mod tucker;
 
+pub(crate) use arranged::transposed;
+pub use arranged::{Arranged, Factor, RowOrder};
 pub use block_diagonal::BlockDiagonal;
 pub use difference::Difference;
 use difference::{dense, dense_factors};
@@ -18,7 +22,8 @@ pub use experts::{Experts, SharedReads};
 pub use grouped::Grouped;
 pub use hadamard::{Hadamard, HadamardSide};
 pub use kronecker::{Kronecker, KroneckerSide};
+pub use interleaved::Interleaved;
 pub use low_rank::LowRank;
-pub use reordered::{Order, Reordered, transposed};
+pub use reordered::{Order, Reordered};
 pub use transforms::{Generalized, Orthogonal, RescaledInputs, Scaled};
 pub use tucker::Tucker;

@@ -1,10 +1,11 @@
 //! Factors in layouts and under names that no format here reads, told by their shapes and keys, so
 //! that a refusal says what they are.
 
+use super::expert_factors::Stack;
 use crate::tensor::safetensors::TensorInfo;
 
 /// By the last parts of a key: what the tensor is, and who writes it so.
-const ENDINGS: [(&str, &str); 32] = [
+const ENDINGS: [(&str, &str); 33] = [
     (".lora_a", "a factor as MLX writes it"),
     (".lora_b", "a factor as MLX writes it"),
     (".lora_a.weight", "a factor as torchtune writes it"),
@@ -37,6 +38,7 @@ const ENDINGS: [(&str, &str); 32] = [
     (".b2.weight", "a part of a GLoRA (LyCORIS)"),
     (".q_layer.weight", "a part of a T-LoRA"),
     (".p_layer.weight", "a part of a T-LoRA"),
+    (".lambda_layer", "a part of a T-LoRA"),
 ];
 /// The same by the beginnings of the last part.
 const LAST_PARTS: [(&str, &str); 3] = [
@@ -57,59 +59,16 @@ pub fn part_by_key(key: &str) -> Option<&'static str> {
     })
 }
 
-/// What a pair of factors holds that is no pair of matrices and no convolution's, in words: those of
-/// several experts, one expert's below the other's. The rank is that of one product, where it is
-/// known.
+/// What a pair of factors holds, in words, where they are those of several experts under names that do
+/// not tell the module that these belong to.
 pub fn experts(a: &TensorInfo, b: &TensorInfo, rank: Option<u64>) -> Option<String> {
-    let (count, layout) = expert_layout(&a.shape, &b.shape, rank)?;
+    let Stack { count, .. } = Stack::of(&a.shape, &b.shape, rank)?;
     Some(format!(
-        "{} of shape {:?} and {} of shape {:?} are factors of {count} experts in one tensor each \
-         ({layout}), as {} write them; these are not read yet: export a pair for each expert, or \
-         one for all as PEFT's target_parameters has it",
-        a.name,
-        a.shape,
-        b.name,
-        b.shape,
-        match layout {
-            STACKED => "tinker, MLX and GGUF files",
-            SHARED => "tinker's files",
-            OLD_MLX => "early releases of MLX",
-            _ => "some trainers of mixtures of experts",
-        }
+        "{} of shape {:?} and {} of shape {:?} are factors of {count} experts in one tensor each, \
+         under a flattened name, which does not tell the parameter of the experts; save them under \
+         PEFT's names",
+        a.name, a.shape, b.name, b.shape
     ))
-}
-
-const STACKED: &str = "[experts, rank, in] and [experts, out, rank]";
-const SHARED: &str = "[experts, rank, in] and [experts, out, rank], one of them shared by all";
-const TRANSPOSED: &str = "[experts, in, rank] and [experts, rank, out]";
-const OLD_MLX: &str = "[experts · rank, in] and [experts, out, rank]";
-const FLAT_B: &str = "[experts, rank, in] and [out, experts · rank]";
-
-/// How many experts two shapes hold factors of, and the layout.
-fn expert_layout(a: &[u64], b: &[u64], rank: Option<u64>) -> Option<(u64, &'static str)> {
-    let is_rank = |extent: u64| rank.is_none_or(|rank| rank == extent);
-    match (a, b) {
-        ([inputs_or_rank, _, _], [_, rank, 1]) if inputs_or_rank == rank && is_rank(*rank) => {
-            // A convolution's.
-            None
-        }
-        ([count, first, _], [other, _, last]) if first == last && count == other => {
-            Some((*count, STACKED))
-        }
-        ([count, first, _], [1, _, last]) | ([1, first, _], [count, _, last]) if first == last => {
-            Some((*count, SHARED))
-        }
-        ([count, _, last], [other, first, _]) if last == first && count == other => {
-            Some((*count, TRANSPOSED))
-        }
-        ([rows, _], [count, _, last]) if count.checked_mul(*last) == Some(*rows) => {
-            Some((*count, OLD_MLX))
-        }
-        ([count, first, _], [_, columns]) if count.checked_mul(*first) == Some(*columns) => {
-            Some((*count, FLAT_B))
-        }
-        _ => None,
-    }
 }
 
 /// That two factors of that rank are stored the other way round, in words.
@@ -130,28 +89,6 @@ pub fn transposed(a: &TensorInfo, b: &TensorInfo, rank: u64) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn shapes_tell_experts_from_convolutions() {
-        let layout = |a: &[u64], b: &[u64], rank| expert_layout(a, b, rank);
-        assert_eq!(layout(&[8, 4, 20], &[8, 50, 4], Some(4)), Some((8, STACKED)));
-        assert_eq!(layout(&[1, 4, 20], &[8, 50, 4], Some(4)), Some((8, SHARED)));
-        assert_eq!(layout(&[8, 4, 20], &[1, 50, 4], None), Some((8, SHARED)));
-        assert_eq!(layout(&[8, 20, 4], &[8, 4, 50], Some(4)), Some((8, TRANSPOSED)));
-        assert_eq!(layout(&[32, 20], &[8, 50, 4], None), Some((8, OLD_MLX)));
-        assert_eq!(layout(&[8, 4, 20], &[50, 32], None), Some((8, FLAT_B)));
-        // A kernel of three, of every rank and width.
-        for (rank, inputs, outputs) in [(4, 20, 50), (4, 1, 4), (1, 1, 1), (4, 4, 4), (4, 1, 50)] {
-            assert_eq!(layout(&[rank, inputs, 3], &[outputs, rank, 1], Some(rank)), None);
-            assert_eq!(layout(&[rank, inputs, 3], &[outputs, rank, 1], None), None);
-        }
-        // Four experts of rank 1 with four outputs: only the rank tells.
-        assert_eq!(layout(&[4, 1, 20], &[4, 4, 1], Some(1)), Some((4, STACKED)));
-        assert_eq!(layout(&[4, 20], &[50, 4], None), None);
-        assert_eq!(layout(&[4, 20, 3, 3], &[50, 4, 1, 1], None), None);
-        assert_eq!(layout(&[5, 4, 20], &[8, 50, 4], None), None);
-        assert_eq!(layout(&[u64::MAX, 4, 2], &[5, 4], None), None);
-    }
 
     #[test]
     fn keys_tell_who_wrote_them() {

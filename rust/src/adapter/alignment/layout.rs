@@ -2,7 +2,9 @@
 
 use indexmap::IndexMap;
 
-use crate::adapter::{Adapter, Expert, Grammar, Module, Parameter, TransposedExperts};
+use crate::adapter::{
+    Adapter, Expert, Grammar, Module, Parameter, TransposedExperts, expert_factors,
+};
 
 /// The order in which experts' parameters are registered, which is the order of PEFT's wrappers.
 const REGISTRATION: [&str; 4] = ["gate_up_proj", "gate_proj", "up_proj", "down_proj"];
@@ -18,6 +20,8 @@ pub struct Part {
     pub name: String,
     /// The parameter that it changes, as far as names tell.
     pub(super) parameter: Option<String>,
+    /// Whether that is a parameter of its expert's own.
+    pub(super) is_of_one_expert: bool,
     /// (outputs, inputs) of its product.
     pub(super) shape: [u64; 2],
 }
@@ -55,9 +59,12 @@ impl Layout {
                     Some(Expert { index, .. }) => format!("{path}[{index}]"),
                     None => path.to_owned(),
                 };
-                let parameter = parameter.cloned();
+                let own = expert.and_then(|expert| parameter_of_expert(module, expert));
+                let is_of_one_expert = own.is_some();
+                let parameter = own.or_else(|| parameter.cloned());
                 let shape = [module.outputs(), module.inputs()];
-                parts.push(Part { key: key.clone(), expert, name, parameter, shape });
+                let key = key.clone();
+                parts.push(Part { key, expert, name, parameter, is_of_one_expert, shape });
             }
         }
         Self {
@@ -83,14 +90,23 @@ pub fn base_key(base: &str) -> String {
     last.to_lowercase()
 }
 
+/// The parameter of one expert, of a module that holds one matrix of each. What models have stacked
+/// under the same name stays what it is, which may lie either way.
+fn parameter_of_expert(module: &Module, expert: Expert) -> Option<String> {
+    let own = module.only_parameter().filter(|own| own.name != "down_proj")?;
+    let name = expert_factors::names_of_matrix(&own.name).first().copied()?;
+    Some(format!("{}.{}.{name}.weight", module.path, expert.index))
+}
+
 /// The parameter that each module changes, by the module's key; none where nothing tells it.
 fn parameters(adapter: &Adapter) -> IndexMap<&str, String> {
-    let mut groups = IndexMap::<(&str, &str), Vec<&Module>>::new();
+    let mut groups = IndexMap::<(&str, &str, Option<&str>), Vec<&Module>>::new();
     for module in adapter.modules().values() {
-        groups.entry((&module.path, module.leaf())).or_default().push(module);
+        let own = module.only_parameter().map(|parameter| parameter.name.as_str());
+        groups.entry((&module.path, module.leaf(), own)).or_default().push(module);
     }
     let mut found = IndexMap::new();
-    for ((path, leaf), mut modules) in groups {
+    for ((path, leaf, _), mut modules) in groups {
         // The innermost wrapper first, as a plan takes them.
         modules.sort_by_key(|module| std::cmp::Reverse(module.key.len()));
         let mut named: Vec<&Parameter> = modules[0].parameters.iter().collect();

@@ -57,11 +57,12 @@ pub(super) fn names_of(
             Some(parameter) => common::as_it_stands(parameter),
             None => common::as_it_stands(&part.key),
         };
+        let stacked = part.expert.filter(|_| !part.is_of_one_expert);
         let of_name = name.slice.as_ref().and_then(|slice| slice.expert);
         Named {
-            expert: part.expert.map_or(of_name, |expert| Some(expert.index)),
+            expert: stacked.map_or(of_name, |expert| Some(expert.index)),
             shape: part.shape,
-            is_stacked: part.expert.is_some(),
+            is_stacked: stacked.is_some(),
             transposes: layout.transposes_experts,
             name,
         }

@@ -3,7 +3,8 @@ use crate::adapter::Expert;
 
 fn part(name: &str, shape: [u64; 2]) -> Part {
     let parameter = Some(format!("{name}.weight"));
-    Part { key: name.to_owned(), expert: None, name: name.to_owned(), parameter, shape }
+    let (key, name) = (name.to_owned(), name.to_owned());
+    Part { key, expert: None, name, parameter, is_of_one_expert: false, shape }
 }
 
 fn layout(names: &[(&str, [u64; 2])]) -> Layout {
@@ -151,6 +152,7 @@ fn stacked(shapes: [[u64; 2]; 2], transposes: Option<bool>) -> Layout {
         expert: Some(Expert { index, count: 2 }),
         name: format!("{path}.{parameter}[{index}]"),
         parameter: Some(format!("{path}.{parameter}")),
+        is_of_one_expert: false,
         shape,
     };
     let of = |own| (0..2).map(move |index| part(own, index));

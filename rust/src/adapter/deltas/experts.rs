@@ -32,8 +32,9 @@ impl SharedReads {
     }
 }
 
-/// A (E·r, in), one expert after the other; B (out, r·E) with the expert as the fastest index of
-/// the columns (PEFT's `target_parameters`).
+/// A (E·r, in), one expert after the other: the rows e·r to (e+1)·r are expert e's. B (out, r·E) with
+/// the expert as the fastest index of the columns: the columns k·E + e are its (PEFT's
+/// `target_parameters`).
 #[derive(Debug, Clone)]
 pub struct Experts {
     /// The first factors.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::arranged::transposed;
 use crate::adapter::delta::{Delta, Expert};
 use crate::adapter::factors::Pair;
 use crate::error::Result;
@@ -76,7 +77,7 @@ impl Delta for Reordered {
         let mut a = self.a.read()?;
         let (a_size, inputs) = (self.a.dtype.size(), self.input_shape()[0] as usize);
         if self.a_is_transposed {
-            a = transposed(&a, inputs, rank as usize, a_size);
+            a = transposed(&a, (inputs, rank as usize), &self.a.dtype);
         }
         if let Some(order) = &self.inputs {
             let rows = a.chunks_exact(inputs * a_size);
@@ -103,18 +104,6 @@ fn gathered(bytes: &[u8], size: usize, places: impl Iterator<Item = u64>) -> Vec
     let mut all = Vec::with_capacity(places.size_hint().0 * size);
     for place in places {
         all.extend_from_slice(&bytes[place as usize * size..(place as usize + 1) * size]);
-    }
-    all
-}
-
-/// A matrix of that many rows and columns, transposed.
-pub fn transposed(bytes: &[u8], rows: usize, columns: usize, size: usize) -> Vec<u8> {
-    let mut all = vec![0; bytes.len()];
-    for (row, line) in bytes.chunks_exact(columns * size).enumerate() {
-        for (column, element) in line.chunks_exact(size).enumerate() {
-            let to = (column * rows + row) * size;
-            all[to..to + size].copy_from_slice(element);
-        }
     }
     all
 }

@@ -247,6 +247,13 @@ fn orientation_on(
             let flag = adapter.semantics().stored_transposed;
             orientation::decide(context.base, path, shape, extents, flag)
         }
+        LayerKind::Embedding if module.delta.is_by_tokens() => match shape == [outputs, inputs] {
+            true => Ok(Orientation::OutIn),
+            false => Err(format!(
+                "its module {path} updates an embedding of shape [{outputs}, {inputs}], but the \
+                 base's is {shape:?}"
+            )),
+        },
         // Stored (tokens, width): the product's transpose.
         LayerKind::Embedding if shape == [inputs, outputs] => Ok(Orientation::InOut),
         LayerKind::Embedding => Err(format!(

@@ -26,10 +26,13 @@ pub(in crate::plan) fn update(
     targeted: TargetedModule<'_>,
     changes: &mut TensorChanges,
 ) -> Result<bool, String> {
+    let TargetedModule { module, target } = targeted;
+    if let Some(names) = &target.experts {
+        return experts::update(adapter, targeted, names, changes).map(|()| true);
+    }
     if !adapter.names.is_renamed() {
         return Ok(false);
     }
-    let TargetedModule { module, target } = targeted;
     let location = match adapter.names.locate(&target.parameter)? {
         None | Some(ParameterLocation::Tensor(_)) => return Ok(false),
         Some(location) => location,
@@ -442,5 +445,6 @@ fn misfit(module: &Module, tensor: &str, (rows, columns): (u64, u64)) -> String 
     )
 }
 
+mod experts;
 #[cfg(test)]
 mod tests;

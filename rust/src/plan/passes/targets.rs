@@ -5,7 +5,9 @@ use std::collections::HashMap;
 
 use indexmap::IndexMap;
 
-use crate::adapter::{Adapter, Expert, LayerKind, Module, Parameter, TransposedExperts};
+use crate::adapter::{
+    Adapter, Expert, LayerKind, Module, Parameter, TransposedExperts, expert_factors,
+};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::renames::NameIndex;
 use crate::error::Result;
@@ -28,10 +30,28 @@ pub(in crate::plan) struct Target {
     /// How the product lies on it, where the factors were made for the parameter as it is stored;
     /// else the layer decides.
     pub layout: Option<ExpertLayout>,
+    /// Where each expert's product belongs to a parameter of its own: their names.
+    pub experts: Option<ExpertNames>,
     /// The rank and the scale, which can depend on the parameter's name.
     pub rank: u64,
     /// As for the rank.
     pub scale: f64,
+}
+
+/// The parameters of experts that each have one of their own.
+#[derive(Debug, Clone)]
+pub(in crate::plan) struct ExpertNames {
+    /// The path of the experts.
+    path: String,
+    /// What follows an expert's number.
+    matrix: String,
+}
+
+impl ExpertNames {
+    /// The parameter of one expert.
+    pub fn parameter(&self, index: u64) -> String {
+        format!("{}.{index}.{}.weight", self.path, self.matrix)
+    }
 }
 
 /// A module and the parameter that it changes.
@@ -81,17 +101,22 @@ pub(in crate::plan) fn find(
 ) -> Result<FoundTargets> {
     let mut targets = IndexMap::new();
     let mut problems = Vec::new();
-    let mut groups = IndexMap::<(&str, &str), Vec<&Module>>::new();
+    // What names its parameter is told apart by it from others of its path.
+    let mut groups = IndexMap::<(&str, &str, Option<&str>), Vec<&Module>>::new();
     for module in adapter.modules().values() {
-        groups.entry((&module.path, module.leaf())).or_default().push(module);
+        let own = module.only_parameter().map(|parameter| parameter.name.as_str());
+        groups.entry((&module.path, module.leaf(), own)).or_default().push(module);
     }
-    for ((path, _), mut modules) in groups {
+    for ((path, ..), mut modules) in groups {
         task.check()?;
         // The innermost wrapper first.
         modules.sort_by_key(|module| std::cmp::Reverse(module.key.len()));
         let parameters = parameters(names, &modules);
         if parameters.is_empty() {
             match modules.as_slice() {
+                [module] if let Some(target) = stacked(names, module) => {
+                    targets.insert(module.key.clone(), target);
+                }
                 [module] if !module.delta.holds_experts() => {
                     targets.insert(module.key.clone(), plain(names, module));
                 }
@@ -119,7 +144,48 @@ fn plain(names: &NameIndex<'_>, module: &Module) -> Target {
     let has = |name: &str| find_shape(names, name).is_some();
     let is_attention = module.kind == LayerKind::Linear && !names.has(&weight) && has(&attention);
     let parameter = if is_attention && !has(&weight) { attention } else { weight };
-    Target { parameter, layout: None, rank: module.rank, scale: module.scaling }
+    let (rank, scale) = (module.rank, module.scaling);
+    Target { parameter, layout: None, experts: None, rank, scale }
+}
+
+/// The target of one matrix of all experts, where the base has it under another name than the adapter:
+/// in one tensor, or a tensor for each expert.
+fn stacked(names: &NameIndex<'_>, module: &Module) -> Option<Target> {
+    let own = module.only_parameter()?;
+    let target = |parameter, layout, experts| Target {
+        parameter,
+        layout,
+        experts,
+        rank: module.rank,
+        scale: module.scaling,
+    };
+    let Module { key, path, .. } = module;
+    let others = expert_factors::names_of_matrix(&own.name);
+    let stacked =
+        others.iter().flat_map(|name| [format!("{path}.{name}"), format!("{path}.{name}.weight")]);
+    for parameter in stacked.chain([format!("{key}.weight")]) {
+        let Some(shape) = find_shape(names, &parameter).filter(|shape| shape.len() == 3) else {
+            continue;
+        };
+        match layouts(module, own, &shape)[..] {
+            [] => {}
+            [layout] => return Some(target(parameter, Some(layout), None)),
+            // Layers have their weights as (out, in); of other parameters the model decides.
+            _ if parameter.ends_with(".weight") => {
+                return Some(target(parameter, Some(ExpertLayout::Straight), None));
+            }
+            _ => return Some(target(parameter, None, None)),
+        }
+    }
+    for matrix in others {
+        let experts = ExpertNames { path: path.clone(), matrix: matrix.to_owned() };
+        let first = experts.parameter(0);
+        let canonical = names.canonical(&first).name;
+        if names.has(&canonical) || names.with_other_prefix(&canonical).is_some() {
+            return Some(target(first, None, Some(experts)));
+        }
+    }
+    None
 }
 
 /// The shape of the tensor of that name, or of one whose name differs by a leading part.
@@ -250,7 +316,7 @@ fn assign(
         let layouts = layouts(module, chosen, shape);
         let layout = if let [layout] = layouts[..] { Some(layout) } else { None };
         let (rank, scale) = (chosen.rank, chosen.scaling);
-        (module.key.clone(), Target { parameter, layout, rank, scale })
+        (module.key.clone(), Target { parameter, layout, experts: None, rank, scale })
     };
     Ok(modules.iter().zip(way).map(target).collect())
 }
@@ -307,7 +373,8 @@ fn resolve_layouts(
     targets: &mut IndexMap<String, Target>,
 ) -> Vec<String> {
     let is_open = |key: &str, target: &Target| {
-        target.layout.is_none() && adapter.modules()[key].delta.holds_experts()
+        let is_decided = target.layout.is_some() || target.experts.is_some();
+        !is_decided && adapter.modules()[key].delta.holds_experts()
     };
     if !targets.iter().any(|(key, target)| is_open(key, target)) {
         return Vec::new();
@@ -322,6 +389,10 @@ fn resolve_layouts(
     let told = adapter.semantics().transposed_experts;
     let mut problems = Vec::new();
     for (key, target) in targets.iter_mut().filter(|(key, target)| is_open(key, target)) {
+        let told = match adapter.modules()[key].delta.is_of_layers() {
+            true => Some(TransposedExperts::IfStoredTransposed),
+            false => told,
+        };
         let neighbor = decided.get(leaf(key)).copied();
         target.layout = asked.or(neighbor).or_else(|| by_model(told?, base));
         if target.layout.is_none() {

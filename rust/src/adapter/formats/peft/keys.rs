@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::config::PeftConfig;
 use super::key_names::{Key, KeyReader, NamedPath, Part};
 use crate::adapter::deltas::{BlockDiagonal, Experts, Grouped, LowRank, SharedReads};
+use crate::adapter::expert_factors::{self, Stack};
 use crate::adapter::{Delta, LayerKind, Module, Parameter, Role, Saved, TrainedRows, foreign};
 use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Result};
@@ -203,11 +204,29 @@ fn assemble(
     };
     if !embedding && features.enabled_parts.is_none() {
         let rank = config.rank_of(&known_as.path, &known_as.written)?;
-        let found = foreign::experts(&a, &b, Some(rank));
+        let known = (!config.is_missing()).then_some(rank);
+        if let Some(stack) = Stack::of(&a.shape, &b.shape, known) {
+            if let Some(extra) = [&magnitude, &bias, &diagonal].into_iter().flatten().next() {
+                return Err(broken(format!(
+                    "has {} beside the factors of {} experts, {} and {}, to which none belongs",
+                    extra.name, stack.count, a.name, b.name
+                )));
+            }
+            let delta = stack.delta(a, b, shared).map_err(broken)?;
+            let alpha = config.alpha_of(&known_as.path, &known_as.written)?;
+            let scaling = config.scaling(alpha, stack.rank);
+            return Ok(expert_factors::module(key.to_owned(), &path, delta, stack.rank, scaling));
+        }
+        if let Some(stack) = Stack::of(&a.shape, &b.shape, None) {
+            return Err(broken(format!(
+                "{} of shape {:?} and {} of shape {:?} are factors of {} experts of rank {}, but the \
+                 config gives this module rank {rank} (r or rank_pattern); the weights and the \
+                 config do not belong together",
+                a.name, a.shape, b.name, b.shape, stack.count, stack.rank
+            )));
+        }
         let is_plain = parameters.is_empty() && features.block_diagonal.is_none();
-        let transposed = || foreign::transposed(&a, &b, rank).filter(|_| is_plain);
-        let found = found.or_else(transposed);
-        if let Some(found) = found {
+        if let Some(found) = foreign::transposed(&a, &b, rank).filter(|_| is_plain) {
             return Err(Error::unsupported(file.path(), found));
         }
     }
