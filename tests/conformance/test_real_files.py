@@ -22,14 +22,20 @@ pytestmark = pytest.mark.real_data
 WEIGHTS = "adapter_model.safetensors"
 # The module that each config gets factors for.
 MODULE = "layers.0.q_proj"
-MERGED = {"bloom_legacy", "gpt2_cls", "gpt2_mycguo", "tiny_lora", "peft_repo__2026-03-16"}
+MERGED = {
+    "mlx_test_dpo",
+    "bloom_legacy",
+    "gpt2_cls",
+    "gpt2_mycguo",
+    "tiny_lora",
+    "peft_repo__2026-03-16",
+}
 # Merged in tests/formats/test_algorithms.py.
 ELSEWHERE = ("lycoris_lokr", "peft_repo__2023-08-07")
 # The part of a folder's name -> words of the refusal.
 REFUSED = {
     "cloneofsimo_examples": ["cloneofsimo"],
     "diffusers_repo": ["diffusers' older names"],
-    "mlx_test_dpo": ["MLX"],
     "peft_repo__2026-01-21": ["peft_type"],
     "peft_repo__2026-08-05": ["peft_type"],
     "sam_lora_ranks": ["Sam_LoRA"],
@@ -120,6 +126,9 @@ def test_every_adapter(real_data: Path, tmp_path: Path) -> None:
                 assert not (scratch / "out").exists()
                 continue
             assert any(folder.name.startswith(key) for key in MERGED), folder.name
+            if folder.name.startswith("mlx"):
+                # By its own formula, below.
+                continue
             readable = with_safetensors(folder, scratch / "readable")
             settings = json.loads((folder / "adapter_config.json").read_text())
             parts = settings.get("enable_lora") or [True]
@@ -133,6 +142,26 @@ def test_every_adapter(real_data: Path, tmp_path: Path) -> None:
             # tiny_lora's weights alone are stored (in, out) here.
             terms = merge_float64(before, [readable], transposed=is_conv1d)
             assert_merged_like_float64(read_checkpoint(scratch / "out"), terms)
+
+
+def test_an_adapter_of_mlx_s(real_data: Path, tmp_path: Path) -> None:
+    (folder,) = (real_data / "adapters").glob("mlx_test_dpo*")
+    factors = read_safetensors(folder / "adapters.safetensors")
+    random = np.random.default_rng(5)
+    weights, right = {}, {}
+    for key in factors:
+        if key.endswith(".lora_a"):
+            a, b = (factors[key[:-1] + part].float64() for part in "ab")
+            name = key.replace(".lora_a", ".weight")
+            weights[name] = tensor(random.normal(scale=0.02, size=(b.shape[1], a.shape[0])))
+            right[name] = weights[name].float64() + 20 * (a @ b).T
+    base = tmp_path / "base"
+    base.mkdir()
+    write_safetensors(base / "model.safetensors", weights, {"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    lorafast.merge(base, folder, tmp_path / "out")
+    for name, value in read_checkpoint(tmp_path / "out").items():
+        assert np.allclose(value.float64(), right[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

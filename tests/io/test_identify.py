@@ -164,11 +164,6 @@ def swapped(name: str, a: str, b: str) -> str:
 
 #: A LoRA's keys in other formats, and what a message calls them.
 FORMATS: dict[str, tuple[dict[str, Tensor], str]] = {
-    "mlx": (renamed(lambda n: swapped(n, ".lora_a", ".lora_b")), "a LoRA of MLX's"),
-    "torchtune": (
-        renamed(lambda n: swapped(n, ".lora_a.weight", ".lora_b.weight")),
-        "a LoRA of torchtune's",
-    ),
     "diffusers": (renamed(lambda n: f"unet.{n}"), "a LoRA in diffusers' names"),
     "old diffusers": (
         renamed(lambda n: "unet." + swapped(n, ".lora.down.weight", ".lora.up.weight")),
@@ -185,6 +180,32 @@ FORMATS: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "cloneofsimo": ({"unet:0:up": tensor(np.ones((4, 2)))}, "a LoRA of cloneofsimo's"),
 }
+#: Those that are read, or never will be, and what a message says to do.
+OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "mlx": (
+        renamed(lambda n: swapped(n, ".lora_a", ".lora_b")),
+        "only its own config tells its scale",
+    ),
+    "t-lora": (
+        renamed(lambda n: "lora_unet_" + swapped(n, ".q_layer.weight", ".p_layer.weight")),
+        "save it as a plain LoRA",
+    ),
+    "control-lora": (
+        {"lora_controlnet": tensor(np.ones(1)), "input_blocks.0.0.up": tensor(np.ones((4, 2)))},
+        "load it as a ControlNet",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_to_do_with_an_adapter_is_said(name: str, tmp_path: Path) -> None:
+    tensors, advice = OTHERS[name]
+    base = make_base(tmp_path / "base")
+    (tmp_path / "lone").mkdir()
+    write_safetensors(tmp_path / "lone" / "lora.safetensors", tensors)
+    for read in (partial(lorafast.plan, base), lorafast.analyze):
+        with pytest.raises(lorafast.UnsupportedAdapterError, match=advice):
+            read(tmp_path / "lone")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -198,7 +219,10 @@ def test_an_adapter_of_another_format_is_called_so(name: str, tmp_path: Path) ->
             with pytest.raises(lorafast.UnsupportedAdapterError) as raised:
                 read(given)
             assert what in str(raised.value)
-            assert "cannot be read yet; convert it" in str(raised.value)
+            advice = (
+                "export it under PEFT's" if name == "megatron" else "cannot be read yet; convert it"
+            )
+            assert advice in str(raised.value)
         (error,) = lorafast.scan(given).errors
         assert what in error.reason
         # Its tensors can be listed all the same, as an adapter's.

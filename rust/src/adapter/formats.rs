@@ -2,6 +2,7 @@
 
 pub mod gguf;
 pub mod kohya;
+pub mod mlx;
 pub mod parts;
 pub mod peft;
 pub mod recognize;

@@ -10,6 +10,36 @@ const PEFT: &str = "base_model.";
 const READ_LATER: &str = "which cannot be read yet";
 const CONVERT: &str = "convert it to PEFT's or to kohya's plain LoRA";
 
+const CONTROL_LORA: &str = "a Control-LoRA";
+const T_LORA: &str = "a T-LoRA";
+const MEGATRON: &str = "a LoRA of Megatron's or NeMo's";
+const MLX: &str = "a LoRA of MLX's";
+const TORCHTUNE: &str = "a LoRA of torchtune's";
+/// What to do with those of which more can be said.
+const ADVICE: [(&str, &str); 5] = [
+    (
+        CONTROL_LORA,
+        "it makes a ControlNet of its own, and is no update of the model that it controls: load it as \
+         a ControlNet",
+    ),
+    (
+        T_LORA,
+        "its update is a difference from its start, which an SVD of the base gave and no file holds: \
+         save it as a plain LoRA with the program that trained it",
+    ),
+    (
+        MEGATRON,
+        "its factors are of fused layers, cut for each process: export it under PEFT's names with \
+         Megatron-Bridge",
+    ),
+    (
+        MLX,
+        "only its own config tells its scale (lora_parameters.scale): put that beside it, and call the \
+         weights adapters.safetensors",
+    ),
+    (TORCHTUNE, "give it with the config that was saved with it, under the name that it had"),
+];
+
 /// A kind of adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
@@ -41,7 +71,12 @@ struct Mark {
 /// The formats by their keys, the more particular first. The table of suffixes is that of the
 /// programs that write them: cloneofsimo/lora, diffusers, LyCORIS, XLabs, mlx-lm, torchtune, llama.cpp,
 /// Megatron-Bridge, Sam_LoRA, PEFT.
-const MARKS: [Mark; 24] = [
+const MARKS: [Mark; 26] = [
+    Mark { key: |key| key == "lora_controlnet", what: CONTROL_LORA },
+    Mark {
+        key: |key| ends(key, &[".q_layer.weight", ".p_layer.weight", ".lambda_layer"]),
+        what: T_LORA,
+    },
     Mark { key: is_numbered_pair, what: "a LoRA of cloneofsimo's lora (numbered layers)" },
     Mark { key: |key| has(key, &[".hada_w1", ".hada_w2"]), what: "a LoHa of LyCORIS's" },
     Mark { key: |key| has(key, &[".lokr_w1", ".lokr_w2"]), what: "a LoKr of LyCORIS's" },
@@ -66,13 +101,10 @@ const MARKS: [Mark; 24] = [
         key: |key| has(key, &[".lora.down.", ".lora.up.", ".lora_linear_layer."]),
         what: "a LoRA in diffusers' older names",
     },
-    Mark {
-        key: |key| ends(key, &[".adapter.linear_in.weight"]),
-        what: "a LoRA of Megatron's or NeMo's",
-    },
+    Mark { key: |key| ends(key, &[".adapter.linear_in.weight"]), what: MEGATRON },
     Mark { key: |key| ends(key, &[".weight.lora_a"]), what: "a LoRA in GGUF's names" },
-    Mark { key: |key| ends(key, &[".lora_a"]), what: "a LoRA of MLX's" },
-    Mark { key: |key| ends(key, &[".lora_a.weight"]), what: "a LoRA of torchtune's" },
+    Mark { key: |key| ends(key, &[".lora_a"]), what: MLX },
+    Mark { key: |key| ends(key, &[".lora_a.weight"]), what: TORCHTUNE },
     Mark { key: is_of_sam_lora, what: "a LoRA of Sam_LoRA's (numbered layers)" },
     Mark {
         key: |key| key.contains("dora_scale"),
@@ -101,6 +133,9 @@ pub fn kind_of(file: &TensorFile) -> Option<Kind> {
     let of_peft = || keys().next().is_some() && keys().all(|key| key.starts_with(PEFT));
     for mark in &MARKS {
         if keys().any(mark.key) {
+            if let Some((what, advice)) = ADVICE.iter().find(|(what, _)| *what == mark.what) {
+                return Some(Kind::Other(Identity::new(*what, *advice)));
+            }
             // LyCORIS's methods are PEFT's as well.
             let what = match of_peft() {
                 true => format!("an adapter in PEFT's names ({}), {READ_LATER}", mark.what),
@@ -217,6 +252,8 @@ mod tests {
             ("model.layers.0.q_proj.lora_a", "MLX"),
             ("blk.0.attn_q.weight.lora_a", "GGUF"),
             ("layers.0.attn.q_proj.lora_a.weight", "torchtune"),
+            ("lora_unet_x.q_layer.weight", "T-LoRA"),
+            ("lora_controlnet", "Control-LoRA"),
             ("w_a_000", "Sam_LoRA"),
             ("base_model.unilora_theta_d", "an adapter of PEFT's other than"),
             ("x.lora_V", "names that are not known (such as x.lora_V)"),

@@ -234,7 +234,10 @@ pub fn state_of_training(name: &str) -> bool {
         rest.split(['_', '-']).all(|part| part.bytes().all(|byte| byte.is_ascii_digit()))
     };
     let is_state = STEMS.iter().any(|known| stem.strip_prefix(known).is_some_and(is_numbered));
+    // mlx-lm saves an adapter as it was after some steps beside the last one.
+    let of_steps = lower.strip_suffix("_adapters.safetensors");
     (is_state && !ending.ends_with("safetensors"))
+        || of_steps.is_some_and(|steps| steps.bytes().all(|digit| digit.is_ascii_digit()))
         || lower.contains("optim_states.")
         || lower.contains("model_states.")
         || lower.ends_with(".distcp")

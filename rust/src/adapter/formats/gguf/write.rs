@@ -341,7 +341,7 @@ impl<'a> Writer<'a> {
             all.resize(start + rank * inputs * size, 0);
         }
         Ok(match pairing.own {
-            EMBEDDINGS => transposed(&all, rank, inputs, size),
+            EMBEDDINGS => transposed(&all, (rank, inputs), &pairing.a_dtype),
             _ => all,
         })
     }

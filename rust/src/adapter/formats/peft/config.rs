@@ -133,7 +133,8 @@ impl PeftConfig {
             None if raw.contains_key("fine_tune_type") => {
                 return Err(Error::unsupported(
                     path,
-                    "is an MLX adapter, whose format cannot be read yet; convert it to PEFT's",
+                    "is a config of MLX's, but the weights beside it have the name of PEFT's; put the \
+                     config there that was saved with them",
                 ));
             }
             None => return Err(reader.broken("has no peft_type; it is no PEFT adapter config")),
