@@ -87,8 +87,13 @@ impl WriteOptions<'_> {
 }
 
 /// Every format, in the order in which they are tried.
-pub const FORMATS: &[&dyn Format] =
-    &[&formats::mlx::Mlx, &formats::peft::Peft, &formats::gguf::Gguf, &formats::kohya::Kohya];
+pub const FORMATS: &[&dyn Format] = &[
+    &formats::mlx::Mlx,
+    &formats::torchtune::Torchtune,
+    &formats::peft::Peft,
+    &formats::gguf::Gguf,
+    &formats::kohya::Kohya,
+];
 
 /// The format of that name.
 pub fn named(name: &str) -> Option<&'static dyn Format> {
