@@ -90,6 +90,7 @@ impl WriteOptions<'_> {
 pub const FORMATS: &[&dyn Format] = &[
     &formats::mlx::Mlx,
     &formats::torchtune::Torchtune,
+    &formats::tinker::Tinker,
     &formats::peft::Peft,
     &formats::gguf::Gguf,
     &formats::kohya::Kohya,

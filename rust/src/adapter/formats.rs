@@ -6,6 +6,7 @@ pub mod mlx;
 pub mod parts;
 pub mod peft;
 pub mod recognize;
+pub mod tinker;
 pub mod torchtune;
 pub mod unread;
 

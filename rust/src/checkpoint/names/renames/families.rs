@@ -137,9 +137,21 @@ pub(super) fn rules(model_type: &str) -> Option<Vec<Rule>> {
             split(r"mlp\.weights_in", &["mlp.gate_proj", "mlp.up_proj"]),
             rename(r"mlp\.weights_out", "mlp.down_proj"),
         ],
-        "qwen3_5_text" | "gemma3n_text" => vec![rename(r"^model\.language_model\.", "model.")],
+        "qwen3_5" | "qwen3_5_text" => {
+            let mut rules = vec![joined_attention()];
+            if model_type == "qwen3_5_text" {
+                rules.push(rename(r"^model\.language_model\.", "model."));
+            }
+            rules
+        }
+        "gemma3n_text" => vec![rename(r"^model\.language_model\.", "model.")],
         "qwen3_5_moe_text" => {
-            let mut rules = vec![rename(r"^model\.language_model\.", "model.")];
+            let mut rules = vec![rename(r"^model\.language_model\.", "model."), joined_attention()];
+            rules.extend(experts(r"mlp\.experts", ["gate_proj", "up_proj", "down_proj"]));
+            rules
+        }
+        "qwen3_5_moe" => {
+            let mut rules = vec![joined_attention()];
             rules.extend(experts(r"mlp\.experts", ["gate_proj", "up_proj", "down_proj"]));
             rules
         }
@@ -265,6 +277,17 @@ fn split(source: &str, targets: &[&str]) -> Rule {
 
 fn operation(name: &str, dimension: u64) -> Operation {
     Operation { name: name.to_owned(), dimension: Some(dimension), plain: true }
+}
+
+/// The three matrices of a linear attention, which some programs train apart, as the one that models
+/// have.
+fn joined_attention() -> Rule {
+    let source = |name: &str| format!(r"linear_attn\.in_proj_{name}\.weight");
+    Rule {
+        sources: ["q", "k", "v"].map(source).into(),
+        operations: vec![operation("Concatenate", 0)],
+        ..rename("", "linear_attn.in_proj_qkv.weight")
+    }
 }
 
 /// The usual three matrices of an expert, under whatever names.
