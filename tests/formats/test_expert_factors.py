@@ -176,9 +176,10 @@ def test_mixtral_s_names_are_other_programs_w1_w2_and_w3(tmp_path: Path) -> None
 
 def test_a_base_whose_rules_nobody_knows_is_found_by_its_names(tmp_path: Path) -> None:
     adapter, deltas = make(tmp_path / "x", MATRICES, "stacked")
-    base = make_experts(tmp_path / "base", "one by one", model="nobody_s")
-    lorafast.merge(base, adapter, tmp_path / "out")
-    assert_added(base, tmp_path / "out", expected(deltas, "one by one"))
+    for kind in ("one by one", "fused"):
+        base = make_experts(tmp_path / kind, kind, model="nobody_s")
+        lorafast.merge(base, adapter, tmp_path / f"out {kind}")
+        assert_added(base, tmp_path / f"out {kind}", expected(deltas, kind))
 
 
 def test_a_rank_of_one_is_told_from_a_convolution(tmp_path: Path) -> None:

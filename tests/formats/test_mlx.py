@@ -403,6 +403,79 @@ def test_without_its_config_what_needs_no_scale_is_said(tmp_path: Path) -> None:
         assert given.modules[module].frobenius_norm == norm
 
 
+@pytest.mark.parametrize("kind", ["fused", "mlx"])
+def test_gpt_oss_has_gate_and_up_in_turn_and_mlx_apart(kind: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(8)
+    at = f"{MLP}.experts"
+    tensors, deltas = {}, {}
+    for name, (outputs, inputs) in MATRICES.items():
+        a, b = random.normal(size=(EXPERTS, 4, inputs)), random.normal(size=(EXPERTS, outputs, 4))
+        tensors |= {f"{at}.{name}.lora_a": tensor(a), f"{at}.{name}.lora_b": tensor(b)}
+        deltas[name] = 1.5 * np.matmul(*(tensors[f"{at}.{name}.lora_{x}"].float64() for x in "ba"))
+    if kind == "fused":
+        turns = np.empty((EXPERTS, 2 * WIDTH, HIDDEN))
+        turns[:, 0::2], turns[:, 1::2] = deltas["gate_proj"], deltas["up_proj"]
+        changes = {"gate_up_proj": turns, "down_proj": deltas["down_proj"]}
+        changes = {f"{at}.{name}": value.transpose(0, 2, 1) for name, value in changes.items()}
+    else:
+        changes = {f"{at}.{name}.weight": value for name, value in deltas.items()}
+    others = {name: tensor(random.normal(size=value.shape)) for name, value in changes.items()}
+    base = make_base(tmp_path / "base", modules={}, others=others, config={"model_type": "gpt_oss"})
+    adapter = make_mlx(tmp_path / "mlx", tensors, model="mlx-community/gpt-oss-20b-bf16")
+    lorafast.merge(base, adapter, tmp_path / "out")
+    before = read_checkpoint(base)
+    expected = {name: before[name].float64() + value for name, value in changes.items()}
+    assert_merged(base, tmp_path / "out", expected)
+    assert lorafast.verify(base, adapter, tmp_path / "out").ok
+    assert len(lorafast.analyze(adapter).modules) == 2 * EXPERTS
+
+
+def test_a_tied_head_is_trained_with_the_embeddings(tmp_path: Path) -> None:
+    random = np.random.default_rng(6)
+    others = {f"{EMBEDDING}.weight": tensor(random.normal(size=(30, 20)))}
+    base = make_base(tmp_path / "base", others=others, config={"tie_word_embeddings": True})
+    tensors = {
+        f"{EMBEDDING}.lora_a": tensor(random.normal(size=(30, 4))),
+        f"{EMBEDDING}.lora_b": tensor(random.normal(size=(4, 20))),
+    }
+    adapter = make_mlx(tmp_path / "mlx", tensors)
+    lorafast.merge(base, adapter, tmp_path / "out")
+    a, b = (value.float64() for value in tensors.values())
+    weight = others[f"{EMBEDDING}.weight"].float64()
+    assert_merged(base, tmp_path / "out", {f"{EMBEDDING}.weight": weight + 1.5 * a @ b})
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_other_archives_are_no_adapters_of_a_scan(tmp_path: Path) -> None:
+    make_mlx(tmp_path / "fleet" / "mlx", factors())
+    (tmp_path / "fleet" / "data").mkdir()
+    np.savez(tmp_path / "fleet" / "data" / "images.npz", pixels=np.ones(3))
+    (tmp_path / "fleet" / "data" / "text.npz").write_text("no archive")
+    arrays = {name: value.float64() for name, value in factors().items()}
+    np.savez(tmp_path / "fleet" / "data" / "old.npz", **arrays)
+    fleet = lorafast.scan(tmp_path / "fleet")
+    assert list(fleet.adapters["name"]) == ["mlx"]
+    # Without its config nothing tells the scale of the archive that is one.
+    assert ["old.npz" in str(error.path) for error in fleet.errors] == [True]
+
+
+def test_a_loaded_module_takes_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import lorafast.torch
+
+    tensors = factors({"0.up": (6, 5), "1.down": (5, 6)})
+    adapter = make_mlx(tmp_path / "mlx", tensors)
+    model = torch.nn.Sequential(
+        torch.nn.ModuleDict({"up": torch.nn.Linear(5, 6, bias=False)}),
+        torch.nn.ModuleDict({"down": torch.nn.Linear(6, 5, bias=False)}),
+    )
+    before = {name: value.clone().numpy() for name, value in model.state_dict().items()}
+    lorafast.torch.merge_into(model, adapter)
+    for name, value in model.state_dict().items():
+        right = before[name] + delta(tensors, name.removesuffix(".weight"))
+        assert np.allclose(value.numpy(), right, atol=1e-5)
+
+
 MODULE = next(iter(MODULES))
 BROKEN: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "no scale": ({"lora_parameters": {"rank": 4}}, {}, "has no scale"),

@@ -278,6 +278,10 @@ class _Search:
                     if not is_model:
                         reason = reason_of(error).removeprefix(f"{path}: ")
                         self._errors.append(ScanError(path, reason))
+            elif suffix == ARCHIVE:
+                # Archives of arrays are the usual form of many other things.
+                if _archives_an_adapter(path):
+                    yield os.fspath(path)
             elif not is_model and not LEFTOVERS.fullmatch(name):
                 yield os.fspath(path)
 
@@ -313,6 +317,17 @@ def _names_an_adapter(file: Path) -> bool:
         OSError: it cannot be opened.
     """
     return "lora" in file.name.lower() or any(map(ADAPTER_NAMES.search, read_header(file)))
+
+
+def _archives_an_adapter(file: Path) -> bool:
+    """Whether an archive of NumPy's holds an adapter, by the names of its arrays."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(map(ADAPTER_NAMES.search, archive.namelist()))
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 # What users see, and what a pickle names.

@@ -226,11 +226,11 @@ def _other_weights(adapter: Path) -> Path | None:
         (WEIGHTS, PICKLED_WEIGHTS, TORCHTUNE_WEIGHTS),
         (MLX_WEIGHTS, ARCHIVED_WEIGHTS),
     ):
-        found = [name for name in others if find(adapter / name) is not None]
         if find(adapter / safetensors) is not None or find(adapter / f"{safetensors}.index.json"):
             return None
-        if found:
-            return adapter / found[0]
+        for name in others:
+            if find(adapter / name) is not None:
+                return adapter / name
     return None
 
 

@@ -213,6 +213,12 @@ pub fn names_of_matrix(name: &str) -> Vec<&str> {
     known.is_some().then_some(name).into_iter().chain(others).collect()
 }
 
+/// Whether a matrix is the first or the second of those that models have in one weight; none for what is
+/// neither.
+pub fn slot_of_matrix(name: &str) -> Option<usize> {
+    MATRICES[..2].iter().position(|names| names.contains(&name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,7 +9,7 @@ use crate::adapter::{
     Adapter, Expert, LayerKind, Module, Parameter, TransposedExperts, expert_factors,
 };
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::names::renames::NameIndex;
+use crate::checkpoint::names::renames::{NameIndex, SliceIndex};
 use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
@@ -38,19 +38,42 @@ pub(in crate::plan) struct Target {
     pub scale: f64,
 }
 
-/// The parameters of experts that each have one of their own.
+/// Where the matrices of a model's experts lie that a module has the factors of.
 #[derive(Debug, Clone)]
-pub(in crate::plan) struct ExpertNames {
-    /// The path of the experts.
-    path: String,
-    /// What follows an expert's number.
-    matrix: String,
+pub(in crate::plan) enum ExpertNames {
+    /// Each expert has a parameter of its own.
+    OneByOne {
+        /// The path of the experts.
+        path: String,
+        /// What follows an expert's number.
+        matrix: String,
+    },
+    /// All have one, in which the gate's rows of an expert stand above those upwards.
+    Fused {
+        /// Its name.
+        parameter: String,
+        /// Which of the two the rows are.
+        slot: usize,
+    },
 }
 
 impl ExpertNames {
     /// The parameter of one expert.
     pub fn parameter(&self, index: u64) -> String {
-        format!("{}.{index}.{}.weight", self.path, self.matrix)
+        match self {
+            Self::OneByOne { path, matrix } => format!("{path}.{index}.{matrix}.weight"),
+            Self::Fused { parameter, .. } => parameter.clone(),
+        }
+    }
+
+    /// Which rows of that parameter are the expert's, where it is not its own.
+    pub fn slice(&self, index: u64) -> Option<SliceIndex> {
+        match self {
+            Self::OneByOne { .. } => None,
+            Self::Fused { slot, .. } => {
+                Some(SliceIndex { expert: Some(index), slot: *slot, slots: 2, equal: true })
+            }
+        }
     }
 }
 
@@ -178,14 +201,24 @@ fn stacked(names: &NameIndex<'_>, module: &Module) -> Option<Target> {
         }
     }
     for matrix in others {
-        let experts = ExpertNames { path: path.clone(), matrix: matrix.to_owned() };
+        let experts = ExpertNames::OneByOne { path: path.clone(), matrix: matrix.to_owned() };
         let first = experts.parameter(0);
         let canonical = names.canonical(&first).name;
         if names.has(&canonical) || names.with_other_prefix(&canonical).is_some() {
             return Some(target(first, None, Some(experts)));
         }
     }
-    None
+    // In a model that no rule tells of.
+    let parameter = format!("{path}.{}", REGISTRATION[0]);
+    let is_fused = find_shape(names, &parameter).is_some_and(|shape| {
+        matches!(*shape, [_, rows, columns] if (rows, columns) == (2 * module.outputs(), module.inputs()))
+    });
+    let takes_transposed =
+        names.base().config().is_some_and(|config| names_one_of(config, &TRANSPOSED_MODELS));
+    let slot =
+        expert_factors::slot_of_matrix(&own.name).filter(|_| is_fused && !takes_transposed)?;
+    let experts = ExpertNames::Fused { parameter: parameter.clone(), slot };
+    Some(target(parameter, None, Some(experts)))
 }
 
 /// The shape of the tensor of that name, or of one whose name differs by a leading part.

@@ -44,9 +44,8 @@ pub(super) fn update(
         )
     };
     for index in 0..count {
-        let parameter = names.parameter(index);
-        let Some(place) = place(adapter, targeted, &parameter)? else {
-            return Err(of_another(&format!("no {parameter}")));
+        let Some(place) = place(adapter, targeted, names, index)? else {
+            return Err(of_another(&format!("no {}", names.parameter(index))));
         };
         let Place { tensor, rows, extents, experts } = place;
         if experts.is_some_and(|experts| experts != count) {
@@ -66,7 +65,7 @@ pub(super) fn update(
         let update = Update { rank, scale, transposed, slice, ..own };
         changes.entry(&tensor).updates.push(update);
     }
-    match place(adapter, targeted, &names.parameter(count)) {
+    match place(adapter, targeted, names, count) {
         Ok(Some(next)) if next.experts.is_none() => Err(of_another("more")),
         _ => Ok(()),
     }
@@ -85,12 +84,17 @@ struct Place {
 fn place(
     adapter: &AdapterContext<'_>,
     targeted: TargetedModule<'_>,
-    parameter: &str,
+    names: &ExpertNames,
+    index: u64,
 ) -> Result<Option<Place>, String> {
     let context = adapter.plan;
-    let location = match adapter.names.is_renamed() {
-        true => adapter.names.locate(parameter)?,
-        false => adapter.names.apply(parameter)?.map(ParameterLocation::Tensor),
+    let parameter = &names.parameter(index);
+    let location = match names.slice(index) {
+        Some(slice) => {
+            adapter.names.apply(parameter)?.map(|tensor| ParameterLocation::Rows { tensor, slice })
+        }
+        None if adapter.names.is_renamed() => adapter.names.locate(parameter)?,
+        None => adapter.names.apply(parameter)?.map(ParameterLocation::Tensor),
     };
     match location {
         None => Ok(None),
