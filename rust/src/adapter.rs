@@ -243,6 +243,8 @@ pub enum Role {
     Embedding,
     /// What the program that the file was made for leaves out as well.
     Ignored,
+    /// A matrix that the model does not have, of no elements.
+    Empty,
 }
 
 impl Role {
@@ -254,6 +256,7 @@ impl Role {
             Self::Unused => "an alpha that counts for nothing in its module",
             Self::Embedding => "an embedding of a textual inversion, which no model's tensor takes",
             Self::Ignored => "ignored by the program that the file was made for",
+            Self::Empty => "of no elements, for a matrix that the model does not have",
         }
     }
 }

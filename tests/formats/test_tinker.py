@@ -213,6 +213,20 @@ def test_gate_and_up_of_two_shapes_do_not_lie_in_turn(tmp_path: Path) -> None:
         lorafast.analyze(make(tmp_path / "tinker", tensors))
 
 
+def test_matrices_that_a_model_does_not_have_are_empty(tmp_path: Path) -> None:
+    tensors, deltas = experts()
+    kept = {name: value for name, value in tensors.items() if ".w2." in name}
+    kept |= pair(f"{LAYER}.mlp.experts.w3", np.ones((0, RANK, HIDDEN)), np.ones((0, WIDTH, RANK)))
+    at = f"{LAYER}.mlp.experts.down_proj"
+    base = make_base(
+        tmp_path / "base", modules={}, dtype="F64", others=weights({at: (EXPERTS, HIDDEN, WIDTH)})
+    )
+    adapter = make(tmp_path / "tinker", kept)
+    check(base, adapter, tmp_path / "out", {at: deltas["w2"]})
+    uses = lorafast.inspect(adapter).to_dict()["adapter"]["coverage"]["tensors"]
+    assert sorted(each["use"] for each in uses) == ["not_needed"] * 2 + ["used"] * 2
+
+
 def test_what_it_holds_beyond_the_base_is_named(tmp_path: Path) -> None:
     tensors, _ = experts()
     base = make_base(tmp_path / "base", dtype="F64")

@@ -63,6 +63,13 @@ impl Factor {
         })
     }
 
+    /// The bytes of some rows of the matrix at that place, where these lie together.
+    fn read_rows(&self, place: u64, rows: &Range<u64>) -> Result<Vec<u8>> {
+        let (height, width) = self.extents;
+        let first = if self.is_shared { 0 } else { place * height };
+        self.tensor.read_rows(width, &(first + rows.start..first + rows.end))
+    }
+
     fn form(&self) -> String {
         let transposed = if self.is_transposed { "T" } else { "" };
         let shared = if self.is_shared { "1" } else { "" };
@@ -108,10 +115,20 @@ impl Arranged {
     }
 
     fn one(&self, place: u64, outputs: Option<&Range<u64>>) -> Result<Pair> {
-        let (height, rank) = self.b.extents;
+        let (height, rank) = (self.b.extents.0, self.b.extents.1 as usize);
+        let (a, a_dtype) = (self.a.read(place)?, self.a.tensor.dtype.clone());
+        let inputs = self.a.extents.1 as usize;
+        let b_dtype = self.b.tensor.dtype.clone();
+        if let Some(rows) =
+            outputs.filter(|_| !self.b.is_transposed && self.order == RowOrder::Straight)
+        {
+            let b = self.b.read_rows(place, rows)?;
+            let outputs = (rows.end - rows.start) as usize;
+            return Ok(Pair { a, a_dtype, b, b_dtype, rank, outputs, inputs });
+        }
         let mut b = self.b.read(place)?;
         if self.order != RowOrder::Straight {
-            let row = rank as usize * self.b.tensor.dtype.size();
+            let row = rank * b_dtype.size();
             b = (0..height)
                 .flat_map(|output| {
                     let start = self.order.stored_row(output, height) as usize * row;
@@ -120,15 +137,7 @@ impl Arranged {
                 .copied()
                 .collect();
         }
-        let pair = Pair {
-            a: self.a.read(place)?,
-            a_dtype: self.a.tensor.dtype.clone(),
-            b,
-            b_dtype: self.b.tensor.dtype.clone(),
-            rank: rank as usize,
-            outputs: height as usize,
-            inputs: self.a.extents.1 as usize,
-        };
+        let pair = Pair { a, a_dtype, b, b_dtype, rank, outputs: height as usize, inputs };
         Ok(match outputs {
             Some(rows) => pair.outputs(rows.start as usize..rows.end as usize),
             None => pair,
