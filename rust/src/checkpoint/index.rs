@@ -230,7 +230,7 @@ fn read_index(store: &dyn Store, name: &str) -> Result<Files> {
 /// [`Error::Adapter`] if it is not sound or one is not there, [`Error::Io`].
 pub fn shards_of_adapter(store: &dyn Store, name: &str) -> Result<Vec<String>> {
     let files = read_index(store, name).map_err(|error| error.of(Owner::Adapter))?;
-    Ok(files.shards)
+    Ok(files.shards.into_iter().map(|shard| shard.name).collect())
 }
 
 /// What is wrong with an index that names some shards, of whose names tell that there are more, while

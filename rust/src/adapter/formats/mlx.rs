@@ -16,7 +16,7 @@ use super::peft;
 use super::recognize;
 use crate::adapter::deltas::{Arranged, Factor, SharedReads};
 use crate::adapter::expert_factors::{self, Stack};
-use crate::adapter::format::{Format, GivenScale, Place};
+use crate::adapter::format::{Format, GivenScale, Place, WriteOptions};
 use crate::adapter::{
     Adapter, Contents, Delta, Directory, Grammar, LayerKind, Module, Saved, Semantics,
     TransposedExperts,
@@ -79,8 +79,8 @@ impl Format for Mlx {
         place.file.clone().unwrap_or_else(|| WEIGHTS.to_owned())
     }
 
-    fn write(&self, adapter: &Adapter, target: &Path) -> Result<()> {
-        write::write_adapter(adapter, target)
+    fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
+        write::write_adapter(adapter, target, options)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {

@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 
 use super::peft::Peft;
 use crate::adapter::expert_factors::{has_rows_in_turn, interleave};
-use crate::adapter::format::{Format, Place};
+use crate::adapter::format::{Format, Place, WriteOptions};
 use crate::adapter::{Adapter, Grammar, Module, TransposedExperts};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -43,7 +43,7 @@ impl Format for Tinker {
         Peft.weights(place)
     }
 
-    fn write(&self, adapter: &Adapter, _target: &Path) -> Result<()> {
+    fn write(&self, adapter: &Adapter, _: &Path, _: &WriteOptions<'_>) -> Result<()> {
         Err(Error::unsupported(
             adapter.path(),
             "cannot be written as tinker's, which only tinker makes; PEFT's format holds the same",

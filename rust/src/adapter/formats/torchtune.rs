@@ -11,7 +11,7 @@ use super::peft::config::{self, PeftConfig};
 use super::peft::{PICKLED_WEIGHTS, WEIGHTS};
 use super::recognize;
 use crate::adapter::deltas::{Arranged, Factor, LowRank, RowOrder};
-use crate::adapter::format::{Format, GivenScale, Place};
+use crate::adapter::format::{Format, GivenScale, Place, WriteOptions};
 use crate::adapter::{Adapter, Contents, Delta, Directory, Grammar, LayerKind, Module};
 use crate::error::{Error, Owner, Result};
 use crate::limits;
@@ -64,7 +64,7 @@ impl Format for Torchtune {
         place.file.clone().unwrap_or_else(|| WEIGHTS.to_owned())
     }
 
-    fn write(&self, adapter: &Adapter, _target: &Path) -> Result<()> {
+    fn write(&self, adapter: &Adapter, _: &Path, _: &WriteOptions<'_>) -> Result<()> {
         Err(Error::unsupported(
             adapter.path(),
             "cannot be written in torchtune's own names; torchtune reads PEFT's format, too",

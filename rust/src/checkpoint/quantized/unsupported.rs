@@ -119,9 +119,9 @@ impl UnsupportedFormat {
         self.weights.contains(weight)
     }
 
-    /// The paths of these.
-    pub fn modules(&self) -> impl Iterator<Item = &str> {
-        self.modules.iter().map(String::as_str)
+    /// These by their names.
+    pub fn weights(&self) -> impl Iterator<Item = &str> {
+        self.weights.iter().map(String::as_str)
     }
 
     /// Whether a tensor belongs to a module in the format.

@@ -167,7 +167,7 @@ pub(super) fn writing_problems(
     dtype: &str,
     is_written: &dyn Fn(&str) -> bool,
 ) -> Vec<String> {
-    let unsupported = quantized.unsupported().filter(|format| format.modules().any(is_written));
+    let unsupported = quantized.unsupported().filter(|format| format.weights().any(is_written));
     let unsupported = unsupported.map(|unsupported| {
         format!(
             "the base is quantised with {}, which cannot be written as {dtype}: {}",

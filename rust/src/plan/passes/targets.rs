@@ -71,7 +71,7 @@ impl ExpertNames {
         match self {
             Self::OneByOne { .. } => None,
             Self::Fused { slot, .. } => {
-                Some(SliceIndex { expert: Some(index), slot: *slot, slots: 2, equal: true })
+                Some(SliceIndex { expert: Some(index), slot: *slot, slots: 2, alike: 0..2 })
             }
         }
     }

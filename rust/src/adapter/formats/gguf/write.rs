@@ -53,7 +53,7 @@ pub(super) fn write_adapter(
             adapter.path().display()
         ))
     })?;
-    let resolved = grammar::resolve(adapter, base);
+    let resolved = grammar::resolve(adapter, base)?;
     let adapter = resolved.as_ref().unwrap_or(adapter);
     check_expressible(adapter)?;
     let architecture = architecture_of(base)?;

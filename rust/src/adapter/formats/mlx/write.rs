@@ -9,6 +9,7 @@ use serde_json::json;
 use super::{CONTAINERS, WEIGHTS};
 use crate::adapter::deltas::transposed;
 use crate::adapter::factors::Pair;
+use crate::adapter::format::WriteOptions;
 use crate::adapter::formats::peft::config;
 use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module};
 use crate::error::{Error, Owner, Result};
@@ -18,7 +19,11 @@ use crate::storage::memory::Bytes;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{NamedTensor, Tensor, TensorFile, write};
 
-pub(super) fn write_adapter(adapter: &Adapter, directory: &Path) -> Result<()> {
+pub(super) fn write_adapter(
+    adapter: &Adapter,
+    directory: &Path,
+    options: &WriteOptions<'_>,
+) -> Result<()> {
     check(adapter)?;
     let modules = || adapter.modules().values();
     let rank = modules().map(|module| module.rank).max().unwrap_or(1);
@@ -42,6 +47,9 @@ pub(super) fn write_adapter(adapter: &Adapter, directory: &Path) -> Result<()> {
         });
         tensors.extend(magnitude);
         keys.push(key);
+    }
+    for (_, tensor) in &mut tensors {
+        *tensor = options.cast(tensor)?;
     }
     let is_dora = modules().any(|module| module.magnitude.is_some());
     let config = json!({

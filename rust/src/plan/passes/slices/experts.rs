@@ -115,7 +115,7 @@ fn place(
             let rows = Some(first_row + within.start..first_row + within.end);
             Ok(Some(Place { tensor, rows, extents, experts }))
         }
-        Some(ParameterLocation::Slices(_)) => {
+        Some(ParameterLocation::Slices(_) | ParameterLocation::Otherwise { .. }) => {
             Err(format!("its {parameter} is stored in pieces in the base; merge with PEFT"))
         }
     }
