@@ -74,7 +74,7 @@ fn peft_to_mlx_and_back_adds_the_same() {
             Adapter::open(&write_adapter(&root.join(format!("p{number}")), &MODULES, fields));
         let adapter = adapter.expect("sound");
         let target = root.join(format!("m{number}"));
-        Mlx.write(&adapter, &target).expect("written");
+        Mlx.write(&adapter, &target, &WriteOptions::default()).expect("written");
         let own = Adapter::open(&target).expect("sound");
         assert_eq!(own.format(), "mlx");
         assert_same(&own, &adapter);
@@ -100,7 +100,7 @@ fn what_mlx_wrote_is_written_as_it_was() {
     ];
     let config = r#"{"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3}}"#;
     let adapter = mlx(&root.join("first"), tensors, config);
-    Mlx.write(&adapter, &root.join("second")).expect("written");
+    Mlx.write(&adapter, &root.join("second"), &WriteOptions::default()).expect("written");
     let again = Adapter::open(&root.join("second")).expect("sound");
     assert_same(&again, &adapter);
     for (name, _) in tensors {
@@ -115,12 +115,13 @@ fn what_mlx_wrote_is_written_as_it_was() {
     let config = r#"{"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 3}}"#;
     let adapter = mlx(&root.join("third"), dora, config);
     assert!(adapter.modules()[0].delta.is_by_tokens());
-    Mlx.write(&adapter, &root.join("fourth")).expect("written");
+    Mlx.write(&adapter, &root.join("fourth"), &WriteOptions::default()).expect("written");
     let again = Adapter::open(&root.join("fourth")).expect("sound");
     assert_same(&again, &adapter);
     assert_eq!(again.summary()["type"], "DORA");
     // PEFT has a magnitude for each column.
-    let refused = Peft.write(&again, &root.join("fifth")).expect_err("of tokens");
+    let refused =
+        Peft.write(&again, &root.join("fifth"), &WriteOptions::default()).expect_err("of tokens");
     assert!(refused.to_string().contains("no product of two stored"), "{refused}");
 }
 
@@ -140,7 +141,7 @@ fn lower_ranks_are_filled_with_zeros() {
     let first = write_adapter(&root.join("first"), &[], fields);
     write(&first.join(peft::WEIGHTS), &tensors);
     let adapter = Adapter::open(&first).expect("sound");
-    Mlx.write(&adapter, &root.join("second")).expect("written");
+    Mlx.write(&adapter, &root.join("second"), &WriteOptions::default()).expect("written");
     let own = Adapter::open(&root.join("second")).expect("sound");
     assert_eq!(own.tensor("model.layers.0.q.lora_a").expect("there").shape, [5, 4]);
     assert_same(&own, &adapter);
@@ -153,7 +154,9 @@ fn what_mlx_cannot_say_is_refused_by_name() {
     let refused = |fields: &str, name: &str| {
         let adapter = Adapter::open(&write_adapter(&root.join(name), &MODULES, fields));
         let target = root.join(format!("{name} out"));
-        let error = Mlx.write(&adapter.expect("sound"), &target).expect_err("refused");
+        let error = Mlx
+            .write(&adapter.expect("sound"), &target, &WriteOptions::default())
+            .expect_err("refused");
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         assert!(!target.exists());
         error.to_string()
