@@ -180,6 +180,12 @@ fn read(place: &Place<'_>, name: String, task: &Task) -> Result<Adapter> {
             unordered.get_or_insert_with(|| name.to_owned());
         }
         modules.extend(found.into_iter().map(|module| (module.key.clone(), module)));
+        if modules.len() as u64 > limits::UPDATES_OF_EXPERTS {
+            return Err(Error::adapter(
+                &path,
+                format!("holds more than {} experts' factors", limits::UPDATES_OF_EXPERTS),
+            ));
+        }
     }
     if let (Some(name), Some(base)) = (&unordered, place.base) {
         return Err(unsupported(format!(

@@ -106,7 +106,7 @@ pub(super) fn parse(source: &dyn Source) -> Result<Parsed, Fault> {
         if !names.insert(tensor.name.clone()) {
             return Err(format!("tensor {} stands in it twice", tensor.name).into());
         }
-        if tensor.range.start % alignment != 0 {
+        if !tensor.range.start.is_multiple_of(alignment) {
             return Err(format!(
                 "tensor {} begins at byte {} of the data, no multiple of the alignment {alignment}",
                 tensor.name, tensor.range.start

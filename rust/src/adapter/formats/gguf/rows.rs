@@ -108,7 +108,7 @@ impl Rows {
 
 fn rotary(rows: u64, heads: Option<u64>) -> Result<Vec<u64>, Unordered> {
     let heads = heads.ok_or(Unordered::Unknown)?;
-    if heads == 0 || rows % heads != 0 || rows / heads % 2 != 0 {
+    if heads == 0 || !rows.is_multiple_of(heads) || !(rows / heads).is_multiple_of(2) {
         return Err(Unordered::Unfit(format!(
             "has {rows} rows, which are no {heads} heads of two halves"
         )));
@@ -127,7 +127,7 @@ fn fused(rows: u64, heads: Heads) -> Result<Vec<u64>, Unordered> {
         return Err(Unordered::Unknown);
     };
     let all = groups.checked_mul(2).and_then(|twice| twice.checked_add(queries)).unwrap_or(0);
-    if groups == 0 || all == 0 || queries % groups != 0 || rows % all != 0 {
+    if groups == 0 || all == 0 || !queries.is_multiple_of(groups) || !rows.is_multiple_of(all) {
         return Err(Unordered::Unfit(format!(
             "has {rows} rows, which are no {queries} heads of queries and {groups} of keys and values"
         )));
@@ -158,8 +158,8 @@ fn linear(tensor: &str, heads: Heads, outputs: u64, inputs: u64) -> Result<Order
     let extent = if tensor == "ssm_out" { inputs } else { outputs };
     // Queries and keys come first, and stay.
     let first = if tensor == "attn_qkv" { 2 * keys * width } else { 0 };
-    let rest = extent.checked_sub(first).filter(|rest| values > 0 && rest % values == 0);
-    let (Some(rest), true) = (rest, keys > 0 && values % keys == 0) else {
+    let rest = extent.checked_sub(first).filter(|rest| values > 0 && rest.is_multiple_of(values));
+    let (Some(rest), true) = (rest, keys > 0 && values.is_multiple_of(keys)) else {
         return Err(Unordered::Unfit(format!(
             "has an extent of {extent}, which is no {values} heads of values of {keys} of keys"
         )));
