@@ -168,9 +168,6 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn folder(&self, below: &Path, files: &mut SideFiles) -> Result<()> {
         let directory = self.root.join(below);
-        // Folders below it are parts of the model, and their weights no other copies of these.
-        let is_top = below.as_os_str().is_empty();
-        let component = below.to_str().and_then(|below| self.components.get(below));
         for Entry { path, name, is_directory } in local::entries_in(&directory)? {
             let file_name = match name.into_string() {
                 Ok(file_name) => file_name,
@@ -190,12 +187,7 @@ impl Walk<'_> {
                 } else {
                     files.left_out.push(format!("{name}/"));
                 }
-            } else if match component {
-                Some(has_tensors) => is_carried_in_component(&file_name, *has_tensors),
-                None => {
-                    is_carried(&file_name) && !(is_top && file_names::holds_weights(&file_name))
-                }
-            } {
+            } else if self.belongs(below, &file_name) {
                 if let Some(stamp) = self.look_at(&path, &file_name)? {
                     files.carried.push((name, stamp));
                 } else {
@@ -206,6 +198,16 @@ impl Walk<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a file in that folder is of a kind that belongs to the model.
+    fn belongs(&self, folder: &Path, name: &str) -> bool {
+        if let Some(has_tensors) = folder.to_str().and_then(|folder| self.components.get(folder)) {
+            return is_carried_in_component(name, *has_tensors);
+        }
+        // Folders below it are parts of the model, and their weights no other copies of these.
+        let is_top = folder.as_os_str().is_empty();
+        is_carried(name) && !(is_top && file_names::holds_weights(name))
     }
 
     /// Whether a folder belongs to the model: it has no weights of its own, or is named as a part.
