@@ -201,7 +201,19 @@ def trained_rows(folder: Path, dtype: str, size: float) -> Merge:
     return Merge(base, adapter, reference(base, adapter))
 
 
-KINDS = [dora, dora_of_columns, replaced, experts, trained_rows]
+def parts(folder: Path, dtype: str, size: float) -> Merge:
+    """Equal parts of a fused layer, of which the first has no factors."""
+    module = "transformer.h.0.attn.c_attn"
+    base = make_base(folder / "base", modules={module: SHAPE}, dtype=dtype)
+    tensors = pair(module, SHAPE[0] // 3, SHAPE[1], size)
+    key = f"{PREFIX}{module}.lora_B.weight"
+    tensors[key] = tensor(tensors[key].float64()[:, :, None])
+    settings = {"enable_lora": [False, True, False], "merge_weights": False}
+    adapter = make_adapter(folder / "adapter", tensors, **settings)
+    return Merge(base, adapter, reference(base, adapter))
+
+
+KINDS = [dora, dora_of_columns, replaced, experts, trained_rows, parts]
 
 
 @pytest.mark.parametrize("device", ["cpu", "torch:cpu"])

@@ -21,6 +21,11 @@ pub trait Delta: Debug + Send + Sync {
     /// The number of outputs of the product.
     fn outputs(&self) -> u64;
 
+    /// The outputs on which the product can be other than zero, in runs, ascending.
+    fn changed_outputs(&self) -> Vec<Range<u64>> {
+        vec![0..self.outputs()]
+    }
+
     /// The extents of the product's inputs: one, or those of a convolution's kernel as well.
     fn input_shape(&self) -> Vec<u64>;
 

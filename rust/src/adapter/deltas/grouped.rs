@@ -29,6 +29,19 @@ impl Delta for Grouped {
         self.b.shape[0] / enabled * self.enabled.len() as u64
     }
 
+    fn changed_outputs(&self) -> Vec<Range<u64>> {
+        let height = self.outputs() / self.enabled.len() as u64;
+        let parts = self.enabled.iter().zip(0..).filter(|(enabled, _)| **enabled);
+        let mut runs = Vec::<Range<u64>>::new();
+        for (_, part) in parts {
+            match runs.last_mut() {
+                Some(last) if last.end == part * height => last.end += height,
+                _ => runs.push(part * height..(part + 1) * height),
+            }
+        }
+        runs
+    }
+
     fn input_shape(&self) -> Vec<u64> {
         self.a.shape[1..].to_vec()
     }

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::limits;
 use crate::plan::context::{AdapterContext, Context};
 use crate::plan::draft::PlanDraft;
-use crate::plan::update::{ExpertLayout, Slice, Update, UpdateKind};
+use crate::plan::update::{ExpertLayout, Update, UpdateKind};
 use crate::tensor::orientation::Orientation;
 
 /// Adds the updates of all of an adapter's modules; how many weights lie the other way than the
@@ -89,7 +89,10 @@ fn update(
         Some(ExpertLayout::Transposed) => {
             (Orientation::InOut, targets::expert_slices(module, &shape))
         }
-        None => (orientation_on(context, adapter.adapter, module, &shape)?, vec![Slice::default()]),
+        None => {
+            let orientation = orientation_on(context, adapter.adapter, module, &shape)?;
+            (orientation, targets::changed_slices(module, &shape, orientation))
+        }
     };
     let residual = residual_of(adapter.adapter, targeted, Some(&shape))?;
     let kind = targeted.kind();
@@ -112,7 +115,8 @@ fn update(
         }
         names.extend(shared.into_iter().filter(|other| other != name));
     }
-    if slices.len() > 1 && !draft.experts.add(slices.len() * names.len()) {
+    let are_experts = target.layout.is_some() && slices.len() > 1;
+    if are_experts && !draft.experts.add(slices.len() * names.len()) {
         return Err(format!(
             "its module {path} changes {} experts, and with those before it more than {} \
              are changed, which is more than a model has",

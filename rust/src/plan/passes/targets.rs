@@ -2,6 +2,7 @@
 //! and which way a product lies on experts that are stored as one tensor.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use indexmap::IndexMap;
 
@@ -14,6 +15,7 @@ use crate::error::Result;
 use crate::limits;
 use crate::parallel::task::Task;
 use crate::plan::update::{ExpertLayout, Slice, UpdateKind};
+use crate::tensor::orientation::Orientation;
 
 /// Model types of transformers whose experts take their weights as (in, out).
 const TRANSPOSED_MODELS: [&str; 4] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter"];
@@ -461,6 +463,28 @@ fn names_one_of(config: &serde_json::Map<String, serde_json::Value>, models: &[&
             .values()
             .filter_map(serde_json::Value::as_object)
             .any(|inner| names_one_of(inner, models))
+}
+
+/// The slices of a product on a whole parameter of that shape: one for each run of rows on which it
+/// can be other than zero, where not on all.
+pub(in crate::plan) fn changed_slices(
+    module: &Module,
+    shape: &[u64],
+    orientation: Orientation,
+) -> Vec<Slice> {
+    let runs = module.delta.changed_outputs();
+    let is_whole = runs.iter().map(|run| run.end - run.start).sum::<u64>() == module.outputs();
+    // What adds nothing but its product lies on rows; a rescaling, or what a start took out, on all.
+    if is_whole
+        || module.magnitude.is_some()
+        || shape.len() != 2
+        || orientation == Orientation::InOut
+    {
+        return vec![Slice::default()];
+    }
+    let slice =
+        |run: Range<u64>| Slice { outputs: Some(run.clone()), rows: Some(run), ..Slice::default() };
+    runs.into_iter().map(slice).collect()
 }
 
 /// The slices of a product on a parameter of that shape: one an expert.
