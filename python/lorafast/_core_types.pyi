@@ -366,6 +366,7 @@ class ModuleSpectrum(TypedDict):
     rank: int
     alpha: float
     scaling: float
+    zero_cause: str | None
     a_name: str
     b_name: str
     singular_values: list[float]
@@ -454,6 +455,7 @@ class Signature(TypedDict):
     tensors: str
     scales: str
     is_finite: bool
+    changes_nothing: bool
     norm: float
     tolerance: float
     rank: int

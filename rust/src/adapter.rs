@@ -35,7 +35,6 @@ use crate::storage::digest::sha256_of_bytes;
 use crate::storage::local::Stamp;
 use crate::tensor::safetensors::{Tensor, TensorFile, check_path};
 use factors::Pair;
-use zero::ZeroCause;
 
 /// What kind of layer a module is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,14 +195,6 @@ impl Module {
         let bias = self.bias.iter().map(|tensor| ("the bias of the second factor", tensor));
         tensors.extend(magnitude.chain(bias));
         tensors
-    }
-
-    /// Why it changes nothing, if it does: its scaling · B · A is zero.
-    ///
-    /// # Errors
-    /// As [`Module::pair`].
-    pub fn zero_cause(&self) -> Result<Option<ZeroCause>> {
-        zero::cause(self)
     }
 }
 

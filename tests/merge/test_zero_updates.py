@@ -295,6 +295,156 @@ def test_one_expert_is_enough(tmp_path: Path) -> None:
     assert not [each for each in lorafast.plan(base, adapter).warnings if "nothing" in each]
     norms = [module.frobenius_norm for module in lorafast.analyze(adapter).modules.values()]
     assert [norm > 0 for norm in norms] == [False, False, True]
+    modules = list(lorafast.analyze(adapter).modules.values())
+    cancelled = "the product of the factors is zero, though neither is"
+    assert [module.zero_cause for module in modules] == [cancelled, cancelled, None]
+    kinds = lorafast.scan(adapter).findings.table["kind"].tolist()
+    assert "zero_update" in kinds
+    assert "untrained" not in kinds
+
+
+def test_the_cause_is_that_of_each_expert(tmp_path: Path) -> None:
+    _, adapter = make_delta(tmp_path, "experts", "F32", cancels=False)
+    path = adapter / "adapter_model.safetensors"
+    tensors = read_safetensors(path)
+    keys = [f"{PREFIX}l.mlp.experts.lora_{side}.weight" for side in "AB"]
+    a, b = (tensors[key].float64() for key in keys)
+    # A's rows of the first expert, B's columns of the second.
+    a[:R] = 0.0
+    b[:, 1::EXPERTS] = 0.0
+    write_safetensors(path, dict(zip(keys, map(tensor, (a, b)), strict=True)), {"format": "pt"})
+    causes = [module.zero_cause for module in lorafast.analyze(adapter).modules.values()]
+    assert causes == [
+        "the first factor (A) is all zero",
+        "the second factor (B) is all zero",
+        None,
+    ]
+
+
+#: The kinds of finding that say that a merge changes nothing.
+NOTHING = {"untrained", "zero_scale", "zero_update"}
+
+
+def beside(tensors: Tensors, what: str) -> dict[str, Any]:
+    """Adds what an adapter may have beside its products; returns the settings that go with it."""
+    for module, (rows, _) in MODULES.items():
+        key = f"{PREFIX}{module}.lora_"
+        if what == "magnitude":
+            tensors[f"{key}magnitude_vector"] = tensor(np.full(rows, 2.0))
+        elif what in {"bias", "bias of zero"}:
+            tensors[f"{key}B.bias"] = tensor(np.full(rows, float(what == "bias")))
+        elif what == "kasa":
+            tensors[f"{key}diag"] = tensor(np.ones(R))
+    return {
+        "magnitude": {"use_dora": True},
+        "bias": {"lora_bias": True},
+        "bias of zero": {"lora_bias": True},
+        "pissa": {"init_lora_weights": "pissa"},
+        "olora": {"init_lora_weights": "olora"},
+        "kasa": {"kasa_config": {}},
+    }.get(what, {})
+
+
+def words_of(cause: str) -> str:
+    words = CAUSES[cause][2].removesuffix(" in").removesuffix(",")
+    return "the second factor (B) is all zero" if "(B)" in words else words
+
+
+def said_by_all(base: Path, adapter: Path, output: Path) -> dict[str, set[str]]:
+    """What each command says of updates of nothing: the words of each cause."""
+
+    def causes(texts: Any) -> set[str]:
+        joined = " ".join(texts).lower()
+        return {words for words in map(words_of, CAUSES) if words.lower() in joined}
+
+    def of_findings(found: list[Any]) -> set[str]:
+        scale = {"the scale is 0"} if any(each.kind == "zero_scale" for each in found) else set()
+        return scale | causes(each.reason for each in found if each.kind in NOTHING)
+
+    merged = lorafast.merge(base, adapter, output)
+    checked = lorafast.verify(base, adapter, output)
+    assert checked.ok
+    said = {
+        "merge": causes(text for text in merged.warnings if "nothing" in text),
+        "verify": causes(text for text in checked.warnings if "nothing" in text),
+        "analyze": of_findings(list(lorafast.analyze(adapter).findings)),
+    }
+    for metrics in ("full", "spectra"):
+        fleet = lorafast.scan(adapter, metrics=metrics)
+        said[f"scan {metrics}"] = of_findings([each.finding for each in fleet.findings])
+    return said
+
+
+@pytest.mark.parametrize(
+    "what", ["only", "magnitude", "bias", "bias of zero", "pissa", "olora", "kasa"]
+)
+@pytest.mark.parametrize("cause", CAUSES)
+def test_all_agree_on_what_changes_nothing(tmp_path: Path, cause: str, what: str) -> None:
+    """Of a product of zero beside whatever else an adapter does; what is written is the truth."""
+    change, settings, _ = CAUSES[cause]
+    tensors = adapter_tensors(dtype="F32")
+    change(tensors)
+    settings = settings | beside(tensors, what)
+    biases = {f"{module}.bias": tensor(np.ones(rows)) for module, (rows, _) in MODULES.items()}
+    base = make_base(tmp_path / "base", others=biases)
+    adapter = make_adapter(tmp_path / "adapter", tensors, **settings)
+    said = said_by_all(base, adapter, tmp_path / "out")
+    before, after = read_checkpoint(base), read_checkpoint(tmp_path / "out")
+    # But for what rounding leaves of sums that cancel.
+    is_nothing = all(
+        np.allclose(before[name].float64(), after[name].float64(), rtol=0, atol=1e-6)
+        for name in before
+    )
+    expected = words_of(cause)
+    assert said == dict.fromkeys(said, {expected} if is_nothing else set())
+    # A bias has the scale as well, and so has what OLoRA takes out of the base.
+    is_scaled = cause == "scale" and what in {"bias", "olora"}
+    nothing = what in {"only", "bias of zero"} or is_scaled
+    assert is_nothing == nothing
+    analysis = lorafast.analyze(adapter)
+    assert {each.zero_cause for each in analysis.modules.values()} == (
+        {expected} if nothing else {None}
+    )
+
+
+@pytest.mark.parametrize("cause", ["B", "A", "apart", "cancelled"])
+@pytest.mark.parametrize("what", ["only", "magnitude", "bias"])
+def test_all_agree_of_one_module(tmp_path: Path, cause: str, what: str) -> None:
+    tensors = adapter_tensors(dtype="F32")
+    whole = dict(tensors)
+    CAUSES[cause][0](tensors)
+    mixed = whole | {factor(name): tensors[factor(name)] for name in "AB"}
+    settings = beside(mixed, what)
+    biases = {f"{module}.bias": tensor(np.ones(rows)) for module, (rows, _) in MODULES.items()}
+    base = make_base(tmp_path / "base", others=biases)
+    adapter = make_adapter(tmp_path / "adapter", mixed, **settings)
+    said = said_by_all(base, adapter, tmp_path / "out")
+    assert said == dict.fromkeys(said, {words_of(cause)} if what == "only" else set())
+
+
+def test_headers_alone_tell_of_a_scale(tmp_path: Path) -> None:
+    kinds = {}
+    for what in ("only", "magnitude", "bias", "pissa"):
+        tensors = adapter_tensors()
+        settings = beside(tensors, what)
+        adapter = make_adapter(tmp_path / what, tensors, lora_alpha=0, **settings)
+        found = lorafast.scan(adapter, metrics="headers").findings
+        kinds[what] = {each.finding.kind for each in found} - {"feature"}
+    assert kinds.pop("only") == kinds.pop("bias") == {"zero_scale"}
+    assert all(found == {"unusual_scale"} for found in kinds.values()), kinds
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("what", ["only", "magnitude"])
+def test_spectra_of_torch_say_the_same(tmp_path: Path, cause: str, what: str) -> None:
+    pytest.importorskip("torch")
+    change, settings, _ = CAUSES[cause]
+    tensors = adapter_tensors(dtype="F32")
+    change(tensors)
+    settings = settings | beside(tensors, what)
+    adapter = make_adapter(tmp_path / "adapter", tensors, **settings)
+    found = [lorafast.scan(adapter, device=device).findings for device in ("cpu", "torch:cpu")]
+    assert list(found[0]) == list(found[1])
 
 
 @pytest.mark.parametrize("start", ["pissa", "KaSA"])

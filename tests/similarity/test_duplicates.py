@@ -374,6 +374,33 @@ def test_saved_modules_alone_are_held_against_each_other(tmp_path: Path) -> None
     assert "never trained" not in group.evidence[0].text
 
 
+@pytest.mark.parametrize("beside", ["magnitude", "pissa"])
+def test_a_product_of_zero_is_not_all_that_an_adapter_does(tmp_path: Path, beside: str) -> None:
+    """What rescales the base, or began with components of it, changes it."""
+    zero = {p: (0 * b, a) for p, (b, a) in random_factors(SHAPES, 1).items()}
+    others: dict[str, Any] = {}
+    settings: dict[str, Any] = {"init_lora_weights": "pissa"}
+    if beside == "magnitude":
+        settings = {"use_dora": True}
+        for path, (rows, *_) in SHAPES.items():
+            others[f"{PREFIX}{path}.lora_magnitude_vector"] = tensor(np.full(rows, 2.0))
+    for name in "ab":
+        base = f"hub/{name}"
+        more = {"base_model_name_or_path": base, **settings}
+        write_factors(tmp_path / name, zero, others=others, **more)
+    # What changes nothing is not the same in another base; a copy of what changes something is.
+    group = only_group(tmp_path)
+    assert (group.tier, group.names) == ("same_bytes", ["a", "b"])
+
+
+def test_one_file_with_two_starts_is_two_updates(tmp_path: Path, factors: Factors) -> None:
+    write_factors(tmp_path / "plain", factors)
+    write_factors(tmp_path / "pissa", factors, init_lora_weights="pissa")
+    assert groups(lorafast.duplicates(tmp_path)) == []
+    notes = lorafast.similarity(tmp_path).notes
+    assert any("what its start took out of the base's weights" in note for note in notes)
+
+
 def test_what_is_not_finite_is_compared_byte_by_byte(tmp_path: Path, factors: Factors) -> None:
     broken = {p: (b.copy(), a) for p, (b, a) in factors.items()}
     broken["layers.0.q"][0][0, 0] = np.inf

@@ -179,8 +179,8 @@ def test_zero_candidates_and_targets(tmp_path: Path, parts: list[Factors]) -> No
     write_factors(tmp_path / "zero", {p: (0 * b, a) for p, (b, a) in parts[0].items()})
     found = lorafast.lineage(tmp_path / "A", [tmp_path / "zero", tmp_path / "B"])
     assert found.coefficients[tmp_path / "zero"] == 0.0
-    assert "never trained" in found.dependent[tmp_path / "zero"]
-    with pytest.raises(AdapterError, match=r"zero: its update is zero"):
+    assert "low-rank update of zero" in found.dependent[tmp_path / "zero"]
+    with pytest.raises(AdapterError, match=r"zero: its low-rank update is zero"):
         lorafast.lineage(tmp_path / "zero", [tmp_path / "A"])
 
 

@@ -125,7 +125,7 @@ def test_a_zero_and_an_infinite_adapter_have_no_cosine_and_harm_no_other(tmp_pat
     assert np.isnan(found.matrix[2:]).all()
     assert np.isnan(found.matrix[:, 2:]).all()
     assert any(
-        "1 adapter (c) is zero (never trained) and has no cosine" in note for note in found.notes
+        "1 adapter (c) has a low-rank update of zero and no cosine" in note for note in found.notes
     )
     assert any("1 adapter (d) holds NaN" in note for note in found.notes)
     assert found.nearest("a") == [("b", found.matrix[0, 1])]

@@ -49,7 +49,7 @@ STATISTICS = (
 )
 FIELDS = (
     *("path", "kind", "block", "layer", "rank", "alpha", "scaling", "a_name", "b_name"),
-    "singular_values",
+    *("singular_values", "zero_cause"),
 )
 
 

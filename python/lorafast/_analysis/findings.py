@@ -1,7 +1,7 @@
 """Findings: the rules for what an expert would point at in an adapter, and their thresholds.
 
 Every finding follows from figures of ΔW = s·B·A or from the config; none is an opinion about what
-the adapter was trained for.
+the adapter was trained for. Which modules change nothing, and why, the core says as a merge does.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 #: The kinds of finding, each with what it means in a few words.
 KINDS: dict[str, str] = {
     "non_finite": "NaN or infinity in the weights",
-    "untrained": "every update is zero",
+    "untrained": "every update is zero, and changes nothing",
     "zero_scale": "the scale is zero",
-    "zero_update": "the update of a module is zero",
+    "zero_update": "the update of a module is zero, and changes nothing",
     "dead_module": "the update of a module is next to nothing",
     "unusual_scale": "α/r is out of the ordinary",
     "unusual_rank": "the rank is out of the ordinary",
@@ -151,10 +151,12 @@ def _of_tensors(tensors: dict[str, TensorStatistics]) -> Iterable[Finding]:
 
 
 def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
-    groups: dict[tuple[float, int, float], list[str]] = {}
+    groups: dict[tuple[float, int, float, bool], list[str]] = {}
     for path, module in modules.items():
-        groups.setdefault((module.alpha, module.rank, module.scaling), []).append(path)
-    for (alpha, rank, scaling), paths in groups.items():
+        is_nothing = module.scaling == 0 and module.zero_cause is not None
+        key = (module.alpha, module.rank, module.scaling, is_nothing)
+        groups.setdefault(key, []).append(path)
+    for (alpha, rank, scaling, is_nothing), paths in groups.items():
         where = None if len(paths) == len(modules) else paths[0]
         # Of one module the finding is about that one.
         several = f"{plural(len(paths), 'module')} (the first: {paths[0]})"
@@ -163,9 +165,12 @@ def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
             who = "Every module has" if len(paths) > 1 else "The only module has"
         what = f"{who} alpha {alpha:g} and rank {rank}, a scale of {scaling:g}"
         low, high = ORDINARY_SCALING
-        if scaling == 0:
+        if is_nothing:
             reason = f"{what}: the update is zero whatever was trained."
             yield Finding("critical", "zero_scale", where, scaling, reason)
+        elif scaling == 0:
+            reason = f"{what}: the product B·A adds nothing, whatever was trained."
+            yield Finding("warning", "unusual_scale", where, scaling, reason)
         elif scaling < 0:
             reason = f"{what}: it subtracts what was trained."
             yield Finding("warning", "unusual_scale", where, scaling, reason)
@@ -186,18 +191,22 @@ def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
 def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
     finite = {p: m for p, m in modules.items() if math.isfinite(m.frobenius_norm)}
     alive = {p: m for p, m in finite.items() if m.frobenius_norm > 0}
-    if finite and not alive:
-        if any(module.scaling != 0 for module in finite.values()):
-            reason = (
-                "Every update is zero, as before the first step of training or where factors "
-                "cancel; merging it changes nothing."
-            )
-            yield Finding("critical", "untrained", None, 0.0, reason)
+    # What a scale of zero does is a finding of its own.
+    nothing = {p: m for p, m in modules.items() if m.zero_cause is not None and m.scaling != 0}
+    if nothing and all(module.zero_cause is not None for module in modules.values()):
+        causes: dict[str, list[str]] = {}
+        for path, module in modules.items():
+            causes.setdefault(str(module.zero_cause), []).append(path)
+        told = "; ".join(
+            f"{cause} in {len(paths)} of {plural(len(modules), 'module')} (the first: {paths[0]})"
+            for cause, paths in causes.items()
+        )
+        reason = f"Every update is zero, and merging the modules changes nothing: {told}."
+        yield Finding("critical", "untrained", None, 0.0, reason)
         return
-    for path, module in finite.items():
-        if module.frobenius_norm == 0 and module.scaling != 0:
-            reason = "The update s·B·A is zero: merging the module changes nothing."
-            yield Finding("warning", "zero_update", path, 0.0, reason)
+    for path, module in nothing.items():
+        reason = f"{_capital(str(module.zero_cause))}: merging the module changes nothing."
+        yield Finding("warning", "zero_update", path, 0.0, reason)
     for path, module in finite.items():
         if module.relative_norm is not None and module.relative_norm > OVERWHELMING_RELATIVE_NORM:
             reason = f"‖ΔW‖ is {module.relative_norm:.3g} times ‖W₀‖."

@@ -219,6 +219,9 @@ class ModuleAnalysis:
         numerical_rank: σ above max(out, in)·ε·σ₁, as `numpy.linalg.matrix_rank` in float64.
         condition: σ₁ over the last singular value.
         entry_mean: the mean of ΔW's entries.
+        zero_cause: why a merge of the module changes nothing, as it says itself; `None` where it
+            changes something, be it by a DoRA magnitude, by a bias, or by what its start took out
+            of the base's weight, beside a product of zero.
         relative_norm: ‖ΔW‖_F/‖W₀‖_F, with a base; else `None`.
         base_norm: ‖W₀‖_F, with a base; else `None`.
         base_tensor: the base's tensor, with a base; else `None`.
@@ -248,6 +251,7 @@ class ModuleAnalysis:
     numerical_rank: int
     condition: float
     entry_mean: float
+    zero_cause: str | None = None
     relative_norm: float | None = None
     base_norm: float | None = None
     base_tensor: str | None = None

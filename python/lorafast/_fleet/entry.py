@@ -34,11 +34,12 @@ class _Judged:
 
     __slots__ = (
         *("alpha", "rank", "scaling", "shape", "relative_norm", "frobenius_norm"),
-        *("spectral_norm", "k90", "k99", "singular_values"),
+        *("spectral_norm", "k90", "k99", "singular_values", "zero_cause"),
     )
 
-    def __init__(self, cells: Sequence[Any]) -> None:
+    def __init__(self, cells: Sequence[Any], zero_cause: str | None) -> None:
         """The cells are those of `JUDGED`."""
+        self.zero_cause = zero_cause
         self.alpha, self.rank, self.scaling, *shape = cells[:5]
         self.shape = tuple(shape)
         self.relative_norm = None
@@ -55,8 +56,10 @@ def findings_of(found: _core.ScannedAdapter) -> list[tuple[Finding, int]]:
     for name, absent in JUDGED.items():
         column = found.column(name)
         columns.append([absent] * len(found.modules) if column is None else column)
+    zero_causes = dict(found.zero_causes)
     modules: dict[str, Any] = {
-        path: _Judged(cells) for path, *cells in zip(found.modules, *columns, strict=True)
+        path: _Judged(cells, zero_causes.get(path))
+        for path, *cells in zip(found.modules, *columns, strict=True)
     }
     tensors: dict[str, Any] = {
         name: SimpleNamespace(count=count, non_finite=non_finite)

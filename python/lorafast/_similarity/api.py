@@ -329,8 +329,8 @@ def _notes(
         )
     zero = [name for name, norm in zip(found.names, norms, strict=True) if norm == 0]
     if zero:
-        verbs = agree(len(zero), "is", "are"), agree(len(zero), "has", "have")
-        notes.append(f"{_some(zero)} {verbs[0]} zero (never trained) and {verbs[1]} no cosine")
+        verb = agree(len(zero), "has", "have")
+        notes.append(f"{_some(zero)} {verb} a low-rank update of zero and no cosine")
     odd = [name for name, norm in zip(found.names, norms, strict=True) if not math.isfinite(norm)]
     if odd:
         verbs = agree(len(odd), "holds", "hold"), agree(len(odd), "has", "have")

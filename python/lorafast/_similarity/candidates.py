@@ -29,6 +29,7 @@ class Signature:
     tensors: str
     scales: str
     is_finite: bool
+    changes_nothing: bool
     norm: float
     tolerance: float
     rank: int

@@ -265,8 +265,8 @@ class _Search:
         by_digest: dict[tuple[str, str, int], list[int]] = {}
         for at in classes:
             own = self.signatures[at]
-            # What was never trained says nothing but which base it is for.
-            base = self.bases[at] if own.norm == 0 else -1
+            # What changes nothing says nothing but which base it is for.
+            base = self.bases[at] if own.changes_nothing else -1
             by_digest.setdefault((digest_of(own), own.scales, base), []).append(at)
         for (digest, *_), members in by_digest.items():
             if len(members) > 1:
@@ -338,9 +338,9 @@ class _Search:
     def _zero(self, x: int, y: int) -> Evidence | None:
         if self.known[x, y]["other_difference"] is not None:
             return None
-        text = "both updates are zero (never trained)"
-        if self.found.members[y]["left_out"]:
-            # As of an adapter that has saved modules alone.
+        text = "both updates are zero, and change nothing"
+        if not self.signatures[y].changes_nothing:
+            # As of an adapter that has saved modules alone, or magnitudes.
             text = "both low-rank updates are zero, and what they do beside them is the same"
         return Evidence(self.found.paths[y], text, {"difference": 0.0})
 

@@ -188,8 +188,10 @@ def lineage(
     gram = _gram(found.core, usable, len(found.paths), threads, progress)
     square = gram[0, 0]
     if not math.isfinite(square) or square == 0:
-        what = "is zero (never trained)" if square == 0 else "holds NaN or infinity"
-        raise AdapterError(f"{targets[0]}: its update {what}; there is nothing to take apart")
+        what = "is zero" if square == 0 else "holds NaN or infinity"
+        raise AdapterError(
+            f"{targets[0]}: its low-rank update {what}; there is nothing to take apart"
+        )
     solution = _Solution(found.core, usable, gram, threads)
     labels = {found.paths[at]: found.names[at] for at in usable[1:]}
     dependent = solution.dependent([found.names[at] for at in usable])
@@ -362,7 +364,7 @@ class _Solution:
         texts = {}
         for at, parts in self._reasons.items():
             if self.norms[at] == 0:
-                texts[at] = "is zero (never trained)"
+                texts[at] = "has a low-rank update of zero"
             elif not math.isfinite(self.norms[at]):
                 texts[at] = "holds NaN or infinity"
             elif len(parts) == 1:

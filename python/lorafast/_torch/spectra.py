@@ -44,18 +44,19 @@ def with_spectra(
         The adapters in their order, or why one could not be read again.
     """
     waiting: list[tuple[int, int, Any]] = []
-    spectra: list[list[tuple[list[float], float]]] = []
+    spectra: list[list[tuple[list[float], float, str | None]]] = []
     failed: dict[int, Exception] = {}
     size = 0
 
     def flush() -> None:
         nonlocal waiting, size
         for adapter, module, values, mean in _decompose(waiting, device):
-            spectra[adapter][module] = (values.tolist(), mean)
+            _, _, zero_cause = spectra[adapter][module]
+            spectra[adapter][module] = (values.tolist(), mean, zero_cause)
         waiting, size = [], 0
 
     for position, (result, source) in enumerate(found):
-        spectra.append([([], 0.0)] * len(result.modules))
+        spectra.append([([], 0.0, None)] * len(result.modules))
         try:
             factors = _core.stored_factors(source)
             if len(factors) != len(result.modules):
@@ -66,7 +67,8 @@ def with_spectra(
             failed[position] = error
             continue
         for module, each in enumerate(factors):
-            (outputs, inputs, rank), *_ = each
+            (outputs, inputs, rank), *_, zero_cause = each
+            spectra[position][module] = ([], 0.0, zero_cause)
             waiting.append((position, module, each))
             size += 8 * rank * (outputs + inputs)
             if size >= BATCH_BYTES:

@@ -79,18 +79,25 @@ pub fn compare_adapters(
     to_object(py, &comparison)
 }
 
-type StoredFactors<'py> =
-    ((usize, usize, usize), f64, (String, Bound<'py, PyBytes>), (String, Bound<'py, PyBytes>));
+type StoredFactors<'py> = (
+    (usize, usize, usize),
+    f64,
+    (String, Bound<'py, PyBytes>),
+    (String, Bound<'py, PyBytes>),
+    Option<String>,
+);
 
 /// The factors of every module of an adapter that has a spectrum, in order: (m, n, r), the scale,
-/// and type and bytes of B and of A.
+/// type and bytes of B and of A, and why a merge of it changes nothing, if so.
 #[pyfunction]
 #[pyo3(signature = (adapter))]
 pub fn stored_factors<'py>(py: Python<'py>, adapter: Source) -> PyResult<Vec<StoredFactors<'py>>> {
     let found = job::run(py, None, |task| stored::stored_factors(&adapter.0.open(task)?))?;
     let bytes =
         |(dtype, bytes): &(Dtype, Vec<u8>)| (dtype.name().to_owned(), PyBytes::new(py, bytes));
-    let entries =
-        found.iter().map(|each| (each.extents, each.scaling, bytes(&each.b), bytes(&each.a)));
+    let entries = found.iter().map(|each| {
+        let factors = (bytes(&each.b), bytes(&each.a));
+        (each.extents, each.scaling, factors.0, factors.1, each.zero_cause.clone())
+    });
     Ok(entries.collect())
 }

@@ -132,6 +132,14 @@ impl ScannedAdapter {
         tensors.map(|tensor| (tensor.name.as_str(), tensor.count, tensor.non_finite)).collect()
     }
 
+    /// The modules of which a merge changes nothing, each with why, in words.
+    #[getter]
+    fn zero_causes(&self) -> Vec<(&str, &str)> {
+        let paths = &self.scanned.record.modules.paths;
+        let causes = self.scanned.zero_causes.iter();
+        causes.map(|(position, cause)| (paths[*position].as_str(), cause.as_str())).collect()
+    }
+
     /// A metric of every module, or how many singular values each has; `None` where this level of
     /// metrics has it not.
     fn column(&self, py: Python<'_>, name: &str) -> PyResult<Option<Vec<Py<PyAny>>>> {
@@ -146,12 +154,13 @@ impl ScannedAdapter {
     }
 
     /// This adapter at another level of metrics, with spectra that were found elsewhere: of each
-    /// module its singular values, descending, and the mean of its entries.
+    /// module its singular values, descending, the mean of its entries, and why a merge of it changes
+    /// nothing, if so.
     fn with_spectra(
         &self,
         py: Python<'_>,
         metrics: &str,
-        spectra: Vec<(Vec<f64>, f64)>,
+        spectra: Vec<(Vec<f64>, f64, Option<String>)>,
     ) -> PyResult<Self> {
         let level = level_of(py, metrics)?;
         let record = &self.scanned.record;
@@ -165,15 +174,18 @@ impl ScannedAdapter {
                 .collect()
         };
         let shapes = extents("out_features").into_iter().zip(extents("in_features"));
+        let mut zero_causes = Vec::new();
         let spectra: Vec<_> = shapes
             .zip(spectra)
-            .map(|((rows, columns), (values, mean))| {
+            .enumerate()
+            .map(|(position, ((rows, columns), (values, mean, zero_cause)))| {
+                zero_causes.extend(zero_cause.map(|cause| (position, cause)));
                 Spectrum::from_values(rows, columns, values, mean)
             })
             .collect();
         let record =
             record.with_spectra(self.level, level, &spectra).map_err(PyValueError::new_err)?;
-        let mut scanned = Scanned { record, ..self.scanned.clone() };
+        let mut scanned = Scanned { record, zero_causes, ..self.scanned.clone() };
         if !level.moments {
             scanned.non_finite.clear();
         }
@@ -191,8 +203,9 @@ impl ScannedAdapter {
     fn decode(py: Python<'_>, metrics: &str, details: &str, numbers: &[u8]) -> PyResult<Self> {
         let level = level_of(py, metrics)?;
         let record = Record::decode(level, details, numbers).map_err(PyValueError::new_err)?;
-        let (non_finite, features, notes) = Default::default();
-        Ok(Self { level, scanned: Scanned { record, non_finite, features, notes } })
+        let (non_finite, zero_causes, features, notes) = Default::default();
+        let scanned = Scanned { record, non_finite, zero_causes, features, notes };
+        Ok(Self { level, scanned })
     }
 }
 

@@ -23,6 +23,18 @@ pub enum Initialization {
     Unknown,
 }
 
+impl Initialization {
+    /// Whether a merge of an update with the scale s takes something out of the base's weight, too. Of
+    /// what is not known it does not.
+    pub fn takes_out(self, scale: f64) -> bool {
+        match self {
+            Self::Plain | Self::Unknown => false,
+            Self::Largest { .. } | Self::Smallest => true,
+            Self::Leading => scale != 0.0,
+        }
+    }
+}
+
 /// How experts' factors lie where their shapes do not tell, by the model that was trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TransposedExperts {

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use indexmap::IndexMap;
 
 use super::factors::Pair;
-use super::{Adapter, Initialization, Module};
+use super::{Adapter, Expert, Module};
 use crate::error::{Result, agree, counted};
 use crate::kernel::convert::widen_f64;
 use crate::tensor::safetensors::Tensor;
@@ -22,14 +22,14 @@ pub enum ZeroCause {
 }
 
 impl ZeroCause {
-    /// What is zero, to end the sentence "… in 3 of 4 modules".
+    /// What is zero, in words.
     pub fn describe(self) -> String {
         match self {
             Self::Scale => "the scale is 0".to_owned(),
             Self::Tensor("the second factor") => "the second factor (B) is all zero".to_owned(),
             Self::Tensor("the first factor") => "the first factor (A) is all zero".to_owned(),
             Self::Tensor(what) => format!("{what} is all zero"),
-            Self::Product => "the product of the factors is zero, though neither is,".to_owned(),
+            Self::Product => "the product of the factors is zero, though neither is".to_owned(),
         }
     }
 }
@@ -42,18 +42,13 @@ const ROWS: u64 = 16;
 const MULTIPLIER: u64 = 6_364_136_223_846_793_005;
 const INCREMENT: u64 = 1_442_695_040_888_963_407;
 
-/// Why a module's update is zero; `None` where it is not. What a DoRA magnitude or a bias does beside
-/// the product is no update of nothing.
+/// Why a module of an adapter changes nothing; `None` where it changes something, be it by what it
+/// does beside its product.
 ///
 /// # Errors
 /// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`].
-pub fn cause(module: &Module) -> Result<Option<ZeroCause>> {
-    if module.magnitude.is_some() || module.delta.transform().is_some() {
-        return Ok(None);
-    }
-    if let Some(bias) = &module.bias
-        && !is_all_zero(bias)?
-    {
+pub fn cause(adapter: &Adapter, module: &Module) -> Result<Option<ZeroCause>> {
+    if does_more(adapter, module)? {
         return Ok(None);
     }
     if module.scaling == 0.0 {
@@ -90,6 +85,55 @@ pub fn cause(module: &Module) -> Result<Option<ZeroCause>> {
     Ok(Some(ZeroCause::Product))
 }
 
+/// The same of one of a module's products: the only one, or an expert's.
+///
+/// # Errors
+/// As [`cause`].
+pub fn cause_of_product(
+    adapter: &Adapter,
+    module: &Module,
+    expert: Option<Expert>,
+) -> Result<Option<ZeroCause>> {
+    if expert.is_none() {
+        return cause(adapter, module);
+    }
+    if does_more(adapter, module)? {
+        return Ok(None);
+    }
+    if module.scaling == 0.0 {
+        return Ok(Some(ZeroCause::Scale));
+    }
+    let Factors { extents, b, a } = module.pair(expert, None, None)?.into();
+    let is_zero = |values: &[f64]| values.iter().all(|value| *value == 0.0);
+    let parts = module.delta.tensors();
+    for ((what, _), values) in parts.iter().zip([&a, &b]) {
+        if is_zero(values) {
+            return Ok(Some(ZeroCause::Tensor(what)));
+        }
+    }
+    let vanishes = vanishes(extents, &|index| b[index], &|index| a[index]);
+    Ok(vanishes.then_some(ZeroCause::Product))
+}
+
+/// Whether headers alone tell that a module changes nothing, as its scale is zero.
+pub fn is_told_by_headers(adapter: &Adapter, module: &Module) -> bool {
+    module.scaling == 0.0
+        && module.magnitude.is_none()
+        && !adapter.semantics().initialization.takes_out(module.scaling)
+}
+
+/// Whether a module changes the base beside adding its product: by a DoRA magnitude, by a bias, or as
+/// its start took components out of the base's weight, whatever is added to what is left.
+fn does_more(adapter: &Adapter, module: &Module) -> Result<bool> {
+    let start = adapter.semantics().initialization;
+    if module.magnitude.is_some() || module.delta.transform().is_some() || start.takes_out(module.scaling) {
+        return Ok(true);
+    }
+    // A bias has the product's scale.
+    let bias = module.bias.as_ref().filter(|_| module.scaling != 0.0);
+    bias.map_or(Ok(false), |bias| Ok(!is_all_zero(bias)?))
+}
+
 /// The factors of one product in numbers.
 struct Factors {
     /// Outputs, inputs and the rank.
@@ -108,18 +152,30 @@ impl From<Pair> for Factors {
     }
 }
 
+/// Whether nothing that an adapter holds changes anything.
+///
+/// # Errors
+/// As [`cause`].
+pub fn changes_nothing(adapter: &Adapter) -> Result<bool> {
+    if !adapter.saved().is_empty() || !adapter.trained_rows().is_empty() {
+        return Ok(false);
+    }
+    for module in adapter.modules().values() {
+        if cause(adapter, module)?.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// What a person should know of an adapter's updates that are zero.
 ///
 /// # Errors
 /// As [`cause`].
 pub fn warnings(adapter: &Adapter) -> Result<Vec<String>> {
-    // What the start took out of the base's weights is a change, whatever is added.
-    if adapter.semantics().initialization != Initialization::Plain {
-        return Ok(Vec::new());
-    }
     let mut causes = IndexMap::<ZeroCause, Vec<&str>>::new();
     for module in adapter.modules().values() {
-        if let Some(cause) = cause(module)? {
+        if let Some(cause) = cause(adapter, module)? {
             causes.entry(cause).or_default().push(&module.path);
         }
     }
@@ -127,9 +183,10 @@ pub fn warnings(adapter: &Adapter) -> Result<Vec<String>> {
         // As before the first step of training.
         let untrained = cause == ZeroCause::Tensor("the second factor");
         format!(
-            "{}: {} in {} of {} (the first: {}); {} {}{} nothing",
+            "{}: {}{} in {} of {} (the first: {}); {} {}{} nothing",
             adapter.path().display(),
             cause.describe(),
+            if cause == ZeroCause::Product { "," } else { "" },
             paths.len(),
             counted(adapter.modules().len(), "module"),
             paths[0],

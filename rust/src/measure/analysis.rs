@@ -96,6 +96,8 @@ pub struct ModuleAnalysis {
     pub alpha: f64,
     /// s.
     pub scaling: f64,
+    /// Why a merge of it changes nothing, in words; `None` where it changes something.
+    pub zero_cause: Option<String>,
     /// The tensor of A.
     pub a_name: String,
     /// The tensor of B.
@@ -176,7 +178,8 @@ pub fn analyze(
                 let weight = weights.and_then(|found| found.get(product.module.key.as_str()));
                 with_room(|room| {
                     let factors = product.read(room)?;
-                    measure(*product, &factors.update()?, base.zip(weight), options, task)
+                    let base = base.zip(weight);
+                    measure(adapter, *product, &factors.update()?, base, options, task)
                 })
             })
             .collect::<Result<_>>()?;
@@ -337,6 +340,7 @@ fn tensors(
 }
 
 fn measure(
+    adapter: &Adapter,
     product: Product<'_>,
     update: &Update<'_>,
     base: Option<(&Checkpoint, &TensorInfo)>,
@@ -345,6 +349,7 @@ fn measure(
 ) -> Result<ModuleAnalysis> {
     let module = product.module;
     let spectrum = Spectrum::of(update);
+    let zero_cause = product.zero_cause(adapter, spectrum.spectral_norm)?;
     task.advance(product.bytes());
     let base = base.map(|(base, weight)| base_norm(base, weight, task)).transpose()?;
     let entries = if options.entries {
@@ -378,6 +383,7 @@ fn measure(
         rank: product.stored_rank() as u64,
         alpha: module.alpha,
         scaling: module.scaling,
+        zero_cause,
         a_name: tensors[0].1.name.clone(),
         b_name: tensors.get(1).unwrap_or(&tensors[0]).1.name.clone(),
         spectrum,

@@ -85,6 +85,9 @@ pub struct Scanned {
     pub record: Record,
     /// The tensors with NaN or infinities.
     pub non_finite: Vec<NonFinite>,
+    /// The modules' positions of which a merge changes nothing, as far as this level tells, each with
+    /// why, in words.
+    pub zero_causes: Vec<(usize, String)>,
     /// What there is beside plain low-rank products, in words.
     pub features: Vec<String>,
     /// What could not be measured, and why.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::adapter::factors::Pair;
+use crate::adapter::zero::{self, ZeroCause};
 use crate::adapter::{Adapter, Expert, Module};
 use crate::error::Result;
 use crate::measure::spectrum::{Update, Values};
@@ -59,6 +60,19 @@ impl<'a> Product<'a> {
         // Of an update whose scale nothing tells, what does not depend on it.
         let scaling = if self.module.scaling.is_nan() { 1.0 } else { self.module.scaling };
         scaling * self.module.repeats()
+    }
+
+    /// Why it changes nothing, in words, where its norm is zero; `None` where it changes something.
+    ///
+    /// # Errors
+    /// [`crate::Error::Adapter`] if a file changed meanwhile, [`crate::Error::Io`].
+    pub fn zero_cause(self, adapter: &Adapter, spectral_norm: f64) -> Result<Option<String>> {
+        // A merge asks of every module, and would read what was measured here again.
+        if spectral_norm != 0.0 {
+            return Ok(None);
+        }
+        let cause = zero::cause_of_product(adapter, self.module, self.expert)?;
+        Ok(cause.map(ZeroCause::describe))
     }
 
     /// Bytes of its factors.

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::adapter::alignment::{Alignment, Identity, Layout, MemberNames, Part, Unit};
 use crate::adapter::format::AdapterSource;
-use crate::adapter::{Adapter, Expert, Module};
+use crate::adapter::{Adapter, Expert, Initialization, Module};
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
 use crate::storage::digest::sha256_of_bytes;
@@ -345,6 +345,9 @@ fn left_out(adapter: &Adapter) -> Vec<String> {
     say(without, "GLoRA, IA3 or orthogonal module");
     say(adapter.trained_rows().len(), "embedding of trained rows");
     say(adapter.saved().len(), "parameter saved whole");
+    if adapter.semantics().initialization != Initialization::Plain {
+        parts.push("what its start took out of the base's weights".to_owned());
+    }
     parts
 }
 

@@ -217,7 +217,13 @@ fn other_difference(x: &Member, y: &Member) -> Result<Option<String>> {
     let names = [&x.names, &y.names];
     let (x, y) = (x.open()?, y.open()?);
     let (ours, theirs) = (others(&x, names[0]), others(&y, names[1]));
-    let difference = difference_of_others(&ours, &theirs)?;
+    let mut difference = difference_of_others(&ours, &theirs)?;
+    let starts = [&x, &y].map(|adapter| adapter.semantics().initialization);
+    if starts[0] != starts[1] {
+        difference.get_or_insert_with(|| {
+            "their starts took different components out of the base's weights".to_owned()
+        });
+    }
     x.check_unchanged()?;
     y.check_unchanged()?;
     Ok(difference)

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::collection::Collection;
 use super::load::{Factors, Reader};
 use crate::adapter::alignment::MemberNames;
-use crate::adapter::{Adapter, Module};
+use crate::adapter::{Adapter, Module, zero};
 use crate::error::Result;
 use crate::measure::spectrum::values_of;
 use crate::parallel::task::Task;
@@ -35,10 +35,12 @@ pub struct Signature {
     /// SHA-256 of every tensor's part, type, shape and bytes, whatever their order, what their
     /// modules are called, and the header around them.
     pub tensors: String,
-    /// SHA-256 of the modules' scales, and of the layers that are repeated.
+    /// SHA-256 of the modules' scales, of how the factors began, and of the layers that are repeated.
     pub scales: String,
     /// Whether no factor and no scale is NaN or infinite.
     pub is_finite: bool,
+    /// Whether a merge of it changes nothing.
+    pub changes_nothing: bool,
     /// ‖ΔW‖.
     pub norm: f64,
     /// How far rounding may have moved ΔW, in the Frobenius norm: what copies may differ by.
@@ -77,12 +79,14 @@ pub fn signature(collection: &Collection, member: usize) -> Result<Signature> {
     }
     let adapter = member.open()?;
     let (file, tensors) = (adapter.sha256()?, digest_of_tensors(&adapter, &member.names)?);
+    let changes_nothing = squares == 0.0 && zero::changes_nothing(&adapter)?;
     adapter.check_unchanged()?;
     Ok(Signature {
         file,
         tensors,
         scales: digest_of_scales(&adapter, &member.names),
         is_finite,
+        changes_nothing,
         norm: squares.sqrt(),
         tolerance: errors.sqrt(),
         rank,
@@ -231,6 +235,7 @@ fn digest_of_scales(adapter: &Adapter, names: &MemberNames) -> String {
     };
     let mut scales: Vec<String> = adapter.modules().values().map(scale).collect();
     scales.sort_unstable();
-    scales.push(format!("{:?}", adapter.semantics().layer_replication));
+    let semantics = adapter.semantics();
+    scales.push(format!("{:?} {:?}", semantics.layer_replication, semantics.initialization));
     sha256_of_bytes(scales.concat().as_bytes())
 }

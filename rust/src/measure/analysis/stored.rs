@@ -15,6 +15,8 @@ pub struct StoredFactors {
     pub extents: (usize, usize, usize),
     /// s of s·B·A.
     pub scaling: f64,
+    /// Why a merge of it changes nothing, in words; `None` where it changes something.
+    pub zero_cause: Option<String>,
     /// The element type of B and its bytes, (m, r) row-major.
     pub b: (Dtype, Vec<u8>),
     /// The element type of A and its bytes, (r, n) row-major.
@@ -38,7 +40,14 @@ pub fn stored_factors(adapter: &Adapter) -> Result<Vec<StoredFactors>> {
         if zero::vanishes(shape, &|index| left[index], &|index| right[index]) {
             scaling = 0.0;
         }
-        found.push(StoredFactors { extents, scaling, b: (b_dtype, b), a: (a_dtype, a) });
+        let zero_cause = product.zero_cause(adapter, scaling)?;
+        found.push(StoredFactors {
+            extents,
+            scaling,
+            zero_cause,
+            b: (b_dtype, b),
+            a: (a_dtype, a),
+        });
     }
     adapter.check_unchanged()?;
     Ok(found)

@@ -8,7 +8,7 @@ use super::read::{digest, read, room};
 use super::record::{Counts, Modules, Record, Texts};
 use super::{Level, NonFinite, Scanned};
 use crate::adapter::format::AdapterSource;
-use crate::adapter::{Adapter, Expert};
+use crate::adapter::{Adapter, Expert, zero};
 use crate::error::{Error, Result};
 use crate::measure::analysis;
 use crate::measure::metrics::Shape;
@@ -349,11 +349,39 @@ impl Open {
         };
         let values = self.level.moments.then(|| summary_of(&of_tensors).1);
         Ok(Scanned {
+            zero_causes: self.zero_causes(&summaries, &findings.spectra)?,
             record: self.record(texts, counts, values.as_ref(), &summaries, &findings.spectra),
             non_finite,
             features: analysis::features(&self.adapter),
             notes: self.notes.clone(),
         })
+    }
+
+    /// The modules of which a merge changes nothing. Only where what was found may mean that is
+    /// anything read again.
+    fn zero_causes(
+        &self,
+        summaries: &HashMap<usize, Summary>,
+        spectra: &HashMap<usize, Spectrum>,
+    ) -> Result<Vec<(usize, String)>> {
+        let mut causes = Vec::new();
+        for (position, factors) in self.modules.iter().enumerate() {
+            let product = self.product(position);
+            let is_zero = |tensor| {
+                summaries.get(&tensor).is_some_and(|found: &Summary| found.zero_share == 1.0)
+            };
+            let may_be = match spectra.get(&position) {
+                Some(spectrum) => spectrum.spectral_norm == 0.0,
+                None if self.level.moments => {
+                    product.module.scaling == 0.0 || factors.tensors.into_iter().any(is_zero)
+                }
+                None => zero::is_told_by_headers(&self.adapter, product.module),
+            };
+            if may_be && let Some(cause) = product.zero_cause(&self.adapter, 0.0)? {
+                causes.push((position, cause));
+            }
+        }
+        Ok(causes)
     }
 
     fn record(

@@ -8,8 +8,8 @@
 //! PEFT's own merge adds every update to the one shared tensor, also where the model that was
 //! trained did not (`compat = "peft"`).
 
-use crate::adapter::LayerKind;
 use crate::adapter::factors::Pair;
+use crate::adapter::{LayerKind, zero};
 use crate::error::Result;
 use crate::kernel::convert::widen_f64;
 use crate::plan::context::{AdapterContext, Context};
@@ -215,7 +215,7 @@ fn effective<'c>(inputs: &Inputs, change: &'c TensorChange) -> Result<Vec<&'c Up
     for update in &change.updates {
         let adapter = &inputs.adapters[update.adapter];
         if update.kind != UpdateKind::LowRank
-            || adapter.modules()[&update.module].zero_cause()?.is_none()
+            || zero::cause(adapter, &adapter.modules()[&update.module])?.is_none()
         {
             effective.push(update);
         }
