@@ -153,6 +153,7 @@ class ChangedTensor(TypedDict):
     shape: list[int]
     updates: int
     residual: bool
+    staged_whole: bool
 
 @type_check_only
 class Product(TypedDict):

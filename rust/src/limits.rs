@@ -3,6 +3,8 @@
 
 /// The largest rank of a module: beyond any width that a model has.
 pub const RANK: u64 = 1 << 20;
+/// The most elements of the factors that a composed product expands to: more than those of any weight.
+pub const EXPANDED: u64 = 1 << 31;
 /// The most layers that `layer_replication` may make, and the most ranges it may have.
 pub const LAYERS: u64 = 16_384;
 /// The most tensors that a checkpoint may have once its layers are repeated.

@@ -596,6 +596,9 @@ def test_in_sequence_each_is_made_of_what_the_one_before_left(tmp_path: Path) ->
     lorafast.merge(base, files, tmp_path / "out")
     close(read_checkpoint(tmp_path / "out")[f"{MODULE}.weight"], expected, weight)
     assert lorafast.verify(base, files, tmp_path / "out").ok
+    pytest.importorskip("torch")
+    lorafast.merge(base, files, tmp_path / "torch", device="torch:cpu")
+    assert read_checkpoint(tmp_path / "torch") == read_checkpoint(tmp_path / "out")
     weighted = weight.copy()
     for name, share in zip(("glora", "lora", "oft"), (0.5, 0.25, 2.0), strict=True):
         _, parts = made(name, "linear", "F32")
@@ -703,6 +706,11 @@ BROKEN: dict[str, tuple[dict[str, tuple[int, ...] | float], str]] = {
     "a tensor of another program's": (
         {"lora_down.weight": (4, 20), "lora_up.weight": (24, 4), "lora_third": (24,)},
         "no part of an update that is known",
+    ),
+    # Four bytes a row in the file, and 10^12 of them in the product.
+    "a lokr beyond any weight": (
+        {"lokr_w1": (100_000, 1), "lokr_w2_a": (100_000, 1), "lokr_w2_b": (1, 1)},
+        "expand to more than",
     ),
     "blocks of another size": ({"oft_blocks": (5, 4, 4)}, "the base's is"),
 }

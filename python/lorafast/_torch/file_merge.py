@@ -103,6 +103,8 @@ def _reason_for_cpu(tensor: _core.ChangedTensor) -> str | None:
     """Why a tensor is merged on the CPU whatever the device, if it is."""
     if tensor["quantised"]:
         return "quantised weights are decoded and encoded on the CPU"
+    if tensor["staged_whole"]:
+        return "what is made of the whole of what other adapters leave is computed on the CPU"
     return None
 
 

@@ -130,7 +130,7 @@ def _program(
     if change.residual and change.turned:
         raise PlanError(
             f"{change.name} is square and lies otherwise than the plan has it, and the adapters "
-            "were begun from a part of it; merge the files"
+            "are made of all of it, or were begun from a part; merge the files"
         )
     if change.residual:
         whole = original.detach() if start is None else start

@@ -139,8 +139,8 @@ class MergedModule:
         residual = [change.name for change in plan.changes if change.residual]
         if residual:
             raise PlanError(
-                f"the adapters were begun from a part of {residual[0]} itself, which is not known "
-                "exactly without a kept copy; merge with keep='cpu' to swap to them"
+                f"the adapters are made of {residual[0]} itself or a part of it, which is not "
+                "known exactly without a kept copy; merge with keep='cpu' to swap to them"
             )
         old = {id(each.tensor): each for each in self._changed}
         new = in_place.prepare(plan, None, {})

@@ -58,7 +58,8 @@ class Change:
         segments: runs of rows that the same updates change.
         updates: how many.
         replaced: whether an adapter brings it whole.
-        residual: whether an initialisation took a part of it out.
+        residual: whether all of it is needed: an initialisation took a part of it out, or an
+            update is made of the whole.
         turned: the plan's idea of a square weight's orientation is wrong.
     """
 

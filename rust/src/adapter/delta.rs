@@ -74,6 +74,14 @@ pub trait Delta: Debug + Send + Sync {
         false
     }
 
+    /// The two factors of each of two matrices whose Kronecker product is its product, where it is one.
+    ///
+    /// # Errors
+    /// As [`Delta::pair`].
+    fn kronecker(&self) -> Result<Option<[Pair; 2]>> {
+        Ok(None)
+    }
+
     /// What it makes of the whole weight, where that is more than a sum with its product.
     fn transform(&self) -> Option<&dyn Transform> {
         None

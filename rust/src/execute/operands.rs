@@ -58,6 +58,9 @@ pub struct ChangedTensor<'a> {
     /// Whether all of W₀ is needed: some of it was taken out by an adapter's initialisation, or an
     /// update is made of the whole.
     pub residual: bool,
+    /// Whether an update is made of the whole of what those of earlier stages leave, which is done here
+    /// alone.
+    pub staged_whole: bool,
 }
 
 fn is_replaced(tensor: &PlannedTensor) -> bool {
@@ -113,6 +116,10 @@ pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
                 residual: tensor.updates().iter().any(|update| {
                     update.residual.is_some() || update.kind == UpdateKind::Transform
                 }),
+                staged_whole: tensor
+                    .updates()
+                    .iter()
+                    .any(|update| update.kind == UpdateKind::Transform && update.stage > 0),
             }
         })
         .collect()
@@ -198,7 +205,7 @@ pub fn operands(
             if update.stage > 0 {
                 return Err(Error::Argument(format!(
                     "{} is made of the whole of what other adapters leave of it, which is done on the \
-                     CPU alone (device=\"cpu\")",
+                     CPU alone; merge the files",
                     tensor.name
                 )));
             }

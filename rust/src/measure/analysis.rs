@@ -348,7 +348,7 @@ fn measure(
     task: &Task,
 ) -> Result<ModuleAnalysis> {
     let module = product.module;
-    let spectrum = Spectrum::of(update);
+    let spectrum = product.spectrum(update)?;
     let zero_cause = product.zero_cause(adapter, spectrum.spectral_norm)?;
     task.advance(product.bytes());
     let base = base.map(|(base, weight)| base_norm(base, weight, task)).transpose()?;

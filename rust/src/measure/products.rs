@@ -7,7 +7,7 @@ use crate::adapter::factors::Pair;
 use crate::adapter::zero::{self, ZeroCause};
 use crate::adapter::{Adapter, Expert, Module};
 use crate::error::Result;
-use crate::measure::spectrum::{Update, Values};
+use crate::measure::spectrum::{Spectrum, Update, Values};
 use crate::measure::statistics::{ElementType, Tensor};
 use crate::tensor::dtype::Dtype;
 
@@ -53,6 +53,42 @@ impl<'a> Product<'a> {
             true => self.module.rank as usize,
             false => self.extents().2,
         }
+    }
+
+    /// The spectrum of its update, whose factors these are unless the product tells it in a cheaper way.
+    ///
+    /// # Errors
+    /// As [`Product::read`].
+    pub fn spectrum(self, update: &Update<'_>) -> Result<Spectrum> {
+        Ok(match self.kronecker_spectrum()? {
+            Some(spectrum) => spectrum,
+            None => Spectrum::of(update),
+        })
+    }
+
+    /// The spectrum of a Kronecker product, whose singular values are the products of those of both
+    /// sides.
+    ///
+    /// # Errors
+    /// As [`Product::read`].
+    pub fn kronecker_spectrum(self) -> Result<Option<Spectrum>> {
+        let Some(sides) = self.module.delta.kronecker()? else { return Ok(None) };
+        let mut spectra = Vec::with_capacity(2);
+        for Pair { a, a_dtype, b, b_dtype, rank, outputs, inputs } in &sides {
+            let left = Values::Stored(Tensor::new(b, element(b_dtype))?);
+            let right = Values::Stored(Tensor::new(a, element(a_dtype))?);
+            spectra.push(Spectrum::of(&Update::new(*outputs, *inputs, *rank, left, right, 1.0)?));
+        }
+        let (rows, columns, _) = self.extents();
+        let scaling = self.scaling();
+        let other = &spectra[1].singular_values;
+        let size = scaling.abs();
+        let first = spectra[0].singular_values.iter().copied();
+        let products = first.flat_map(|value| other.iter().map(move |other| size * value * other));
+        let mut values: Vec<f64> = products.collect();
+        values.sort_unstable_by(|x, y| y.total_cmp(x));
+        let mean = scaling * spectra[0].entry_mean * spectra[1].entry_mean;
+        Ok(Some(Spectrum::from_values(rows, columns, values, mean)))
     }
 
     /// s of s·B·A as it is added to the weight.

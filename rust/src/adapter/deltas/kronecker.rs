@@ -117,6 +117,11 @@ impl Delta for Kronecker {
         Ok(pair.rows(outputs))
     }
 
+    fn kronecker(&self) -> Result<Option<[Pair; 2]>> {
+        let pair = |side: &KroneckerSide| side.factors().map(|(b, a)| Matrix::pair(b, a));
+        Ok(Some([pair(&self.first)?, pair(&self.second)?]))
+    }
+
     fn is_expanded(&self) -> bool {
         true
     }

@@ -391,6 +391,10 @@ impl Delta for RescaledInputs {
         self.delta.pair(expert, outputs)
     }
 
+    fn kronecker(&self) -> Result<Option<[Pair; 2]>> {
+        self.delta.kronecker()
+    }
+
     fn is_expanded(&self) -> bool {
         self.delta.is_expanded()
     }

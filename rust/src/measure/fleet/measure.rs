@@ -268,7 +268,10 @@ impl Open {
                 let (left, right) = (Values::Stored(b), Values::Stored(a));
                 Spectrum::of(&Update::new(rows, columns, rank, left, right, product.scaling())?)
             }
-            None => Spectrum::of(&product.read(&mut Vec::new())?.update()?),
+            None => match product.kronecker_spectrum()? {
+                Some(spectrum) => spectrum,
+                None => Spectrum::of(&product.read(&mut Vec::new())?.update()?),
+            },
         };
         self.keep(|findings| {
             findings.spectra.insert(module, spectrum);

@@ -90,7 +90,7 @@ enum Feedforward {
     /// Those whose paths end so.
     Ends(Vec<String>),
     /// Those that an expression matches.
-    Pattern(Table<()>),
+    Pattern(Box<Table<()>>),
 }
 
 impl PeftConfig {
@@ -171,7 +171,8 @@ impl PeftConfig {
                 let patterns = Patterns::new(keys.clone(), budget)
                     .map_err(|fault| refuse_pattern(path, "feedforward_modules", &keys, fault))?;
                 let field = "feedforward_modules";
-                Feedforward::Pattern(Table { field, patterns, keys, values: vec![()] })
+                let table = Table { field, patterns, keys, values: vec![()] };
+                Feedforward::Pattern(Box::new(table))
             }
             _ => Feedforward::Ends(Vec::new()),
         };
