@@ -401,6 +401,7 @@ class UpdatesSummary(TypedDict):
 class Analysis(TypedDict):
     path: str
     config: dict[str, Any]
+    base: str | None
     total_bytes: int
     weights: Moments
     tensors: list[TensorAnalysis]

@@ -386,6 +386,9 @@ def test_it_is_listed_scanned_and_accounted_for(tmp_path: Path) -> None:
     make_mlx(tmp_path / "fleet" / "mlx", tensors)
     fleet = lorafast.scan(tmp_path / "fleet")
     assert set(fleet.adapters["name"]) == {"mlx", "peft"}
+    rules = dict(zip(fleet.adapters["name"], fleet.adapters["scaling_rule"], strict=True))
+    assert rules == {"mlx": "scale", "peft": "alpha/r"}
+    assert lorafast.analyze(adapter).summary["base"] == "mlx-community/base"
     assert not fleet.errors
 
 
@@ -474,6 +477,16 @@ def test_a_loaded_module_takes_it(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         right = before[name] + delta(tensors, name.removesuffix(".weight"))
         assert np.allclose(value.numpy(), right, atol=1e-5)
+
+
+def test_mlx_s_usual_scale_is_nothing_out_of_the_ordinary(tmp_path: Path) -> None:
+    def kinds(scale: float) -> set[str]:
+        parameters = {"rank": 4, "scale": scale, "dropout": 0.0}
+        adapter = make_mlx(tmp_path / str(scale), factors(), lora_parameters=parameters)
+        return {finding.kind for finding in lorafast.analyze(adapter).findings}
+
+    assert "unusual_scale" not in kinds(20.0)
+    assert "unusual_scale" in kinds(21.0)
 
 
 MODULE = next(iter(MODULES))

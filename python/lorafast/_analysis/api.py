@@ -255,7 +255,7 @@ def _module(item: Mapping[str, Any]) -> ModuleAnalysis:
 def _summary(found: Mapping[str, Any], tensors: int, weights: TensorStatistics) -> dict[str, Any]:
     modules = dict(found["summary"])
     return {
-        "base": found["config"].get("base_model_name_or_path"),
+        "base": found["base"],
         "modules": modules.pop("modules"),
         "tensors": tensors,
         "total_parameters": weights.count,

@@ -19,6 +19,8 @@ Item = TypeVar("Item")
 
 #: Scales s that trainers choose: alpha from r/4 to 16·r.
 ORDINARY_SCALING = (0.25, 16.0)
+#: The scale that mlx-lm sets where nobody asks for another.
+MLX_SCALING = 20.0
 #: Ranks above this are rare, and cost more than they are known to bring (LoRA, §7.2).
 LARGEST_ORDINARY_RANK = 512
 #: ‖ΔW‖ below this share of the adapter's median: the module has practically not been trained.
@@ -174,7 +176,7 @@ def _of_scales(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
         elif scaling < 0:
             reason = f"{what}: it subtracts what was trained."
             yield Finding("warning", "unusual_scale", where, scaling, reason)
-        elif not low <= scaling <= high and not math.isnan(scaling):
+        elif not low <= scaling <= high and scaling != MLX_SCALING and not math.isnan(scaling):
             reason = f"{what}; usual are {low:g} to {high:g}."
             yield Finding("warning", "unusual_scale", where, scaling, reason)
         if rank > LARGEST_ORDINARY_RANK:

@@ -61,6 +61,8 @@ pub struct Semantics {
     pub stored_transposed: bool,
     /// How experts' factors lie, where the adapter tells.
     pub transposed_experts: Option<TransposedExperts>,
+    /// Whether its settings name s itself, and no alpha.
+    pub names_scale: bool,
     /// Whether s is α/√r instead of α/r (Kalajdzievski 2023, arXiv:2312.03732).
     pub rank_stabilized: bool,
     /// In which order the rows of some products are, in words, where it is not the weights' and

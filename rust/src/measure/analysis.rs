@@ -118,6 +118,8 @@ pub struct Analysis {
     pub path: String,
     /// `adapter_config.json` as it stands.
     pub config: Map<String, Value>,
+    /// The base that was trained, by the name that the adapter gives it.
+    pub base: Option<String>,
     /// Bytes of the weights file.
     pub total_bytes: u64,
     /// All values of all tensors taken together.
@@ -193,6 +195,7 @@ pub fn analyze(
         Ok(Analysis {
             path: adapter.path().display().to_string(),
             config: adapter.settings().clone(),
+            base: adapter.semantics().base.clone(),
             total_bytes: adapter.file().size(),
             weights: all,
             tensors,

@@ -28,8 +28,8 @@ def architectures_of(comparison: Comparison) -> list[Architecture]:
             if module.present[position]:
                 known = analysis.modules.get(path)
                 own[path] = module.shape if known is None else known.shape
-    bases = [analysis.config.get("base_model_name_or_path") for analysis in comparison.analyses]
-    return architectures([base if isinstance(base, str) else None for base in bases], shapes)
+    bases = [analysis.summary["base"] for analysis in comparison.analyses]
+    return architectures(bases, shapes)
 
 
 def subset(comparison: Comparison, members: Sequence[int]) -> Comparison:

@@ -117,6 +117,7 @@ impl Format for Mlx {
         let summary = summary(&config, &modules);
         let semantics = Semantics {
             scale_is_given: config.given.is_some(),
+            names_scale: true,
             // A head that shares the embeddings is trained with them.
             ties_weights: true,
             transposed_experts: Some(TransposedExperts::IfStoredTransposed),

@@ -336,8 +336,12 @@ impl Open {
         dtypes.sort();
         dtypes.dedup();
         let kind = self.adapter.summary().get("type").and_then(|value| value.as_str());
-        let is_stabilized = self.adapter.semantics().rank_stabilized;
-        let rule = if is_stabilized { "alpha/sqrt(r)" } else { "alpha/r" };
+        let semantics = self.adapter.semantics();
+        let rule = match (semantics.names_scale, semantics.rank_stabilized) {
+            (true, _) => "scale",
+            (false, true) => "alpha/sqrt(r)",
+            (false, false) => "alpha/r",
+        };
         let texts = Texts {
             peft_type: kind.map(str::to_owned),
             base: self.adapter.semantics().base.clone(),

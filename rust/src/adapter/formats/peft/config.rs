@@ -315,6 +315,7 @@ impl PeftConfig {
                 == Some(true),
             stored_transposed: self.fan_in_fan_out,
             transposed_experts: self.features.version.and_then(Version::transposed_experts),
+            names_scale: false,
             rank_stabilized: self.rank_stabilized,
             task: self.raw.get("task_type").and_then(Value::as_str).and_then(task_of),
             base: base.filter(|base| !base.is_empty()).map(str::to_owned),
