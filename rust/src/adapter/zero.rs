@@ -126,7 +126,10 @@ pub fn is_told_by_headers(adapter: &Adapter, module: &Module) -> bool {
 /// its start took components out of the base's weight, whatever is added to what is left.
 fn does_more(adapter: &Adapter, module: &Module) -> Result<bool> {
     let start = adapter.semantics().initialization;
-    if module.magnitude.is_some() || module.delta.transform().is_some() || start.takes_out(module.scaling) {
+    if module.magnitude.is_some()
+        || module.delta.transform().is_some()
+        || start.takes_out(module.scaling)
+    {
         return Ok(true);
     }
     // A bias has the product's scale.
