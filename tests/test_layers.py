@@ -143,6 +143,7 @@ PEFT_NAMES_ELSEWHERE = {
         "adapter_model.bin",
     },
     "measure/fleet/tables.rs": {"peft_type"},
+    "adapter/grammar/components.rs": {"base_model.model."},
 }
 #: What touches files. Metadata that was read already can be asked.
 FILE_ACCESS = re.compile(

@@ -150,7 +150,8 @@ const BLOCKS: [&str; 9] = [
 /// What stands in the names of those whose blocks are called as a language model's could be.
 const IN_BLOCKS: [&str; 4] = [".cross_attn.", ".adaln_modulation", ".attn2.", ".attn.wq."];
 
-fn is_denoisers(name: &str) -> bool {
+/// Whether a name, without what stands before the denoiser's in a file, is one that only denoisers have.
+pub fn is_denoisers(name: &str) -> bool {
     BLOCKS.iter().any(|blocks| name.starts_with(blocks))
         || name.starts_with("blocks.") && IN_BLOCKS.iter().any(|part| name.contains(part))
 }

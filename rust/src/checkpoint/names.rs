@@ -1,5 +1,6 @@
 //! Names of parameters: an adapter's and a base's, brought together.
 
+pub mod canonical;
 pub mod common;
 pub mod diffusion;
 pub mod endings;

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::adapter::Adapter;
 use crate::adapter::Expert;
-use crate::checkpoint::names::diffusion::Lie;
+use crate::checkpoint::names::canonical::Lie;
 use crate::checkpoint::names::prefix::PrefixChange;
 use crate::checkpoint::names::renames::{IndexedTensor, NameIndex, SliceIndex};
 

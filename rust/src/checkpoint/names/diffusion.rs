@@ -5,16 +5,16 @@
 //! base's own by looking names up, never by taking them apart: flattened names cannot be taken apart.
 
 mod families;
+pub mod family;
 mod rules;
 mod unet;
 
 use std::collections::{BTreeSet, HashMap};
 
 use families::Side;
-pub use rules::Lie;
 use rules::{to_diffusers, to_original};
 
-use super::renames::{Canonical, SliceIndex};
+use super::canonical::{Canonical, Lie, SliceIndex};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::components::{Component, ComponentKind};
 
@@ -68,6 +68,11 @@ impl Scheme {
             })
             .or_insert_with(|| Some(full.clone()));
         self.modules.insert(module, full);
+    }
+
+    /// Every module's name without the component's prefix, with its full name.
+    pub fn modules(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.modules.iter().map(|(name, full)| (name.as_str(), full.as_str()))
     }
 
     /// The full name of the module of that name, with dots or flattened.

@@ -7,7 +7,7 @@ use super::checks::{refuse_integers, refuse_subtracting, residual_of};
 use super::quantized;
 use super::targets::TargetedModule;
 use crate::adapter::{LayerKind, Module, Saved, Transform};
-use crate::checkpoint::names::diffusion::Lie;
+use crate::checkpoint::names::canonical::Lie;
 use crate::checkpoint::names::renames::SliceIndex;
 use crate::plan::context::AdapterContext;
 use crate::plan::draft::TensorChanges;

@@ -5,8 +5,9 @@ use std::sync::LazyLock;
 
 use indexmap::IndexMap;
 
-use super::rules::{Lie, Rule};
+use super::rules::Rule;
 use super::unet;
+use crate::checkpoint::names::canonical::Lie;
 
 /// Which of the two namings names are in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,17 +6,7 @@
 //! a name, or for a part of it that ends before a dot; what follows is kept. On diffusers' side
 //! `[x,y,z]` stands for several parameters, which lie below one another in the one of the author's.
 
-/// How the rows of the two parameters of a rule lie to one another.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub enum Lie {
-    /// In the same order.
-    #[default]
-    Same,
-    /// With the two halves of the rows in each other's place.
-    HalvesSwapped,
-    /// One is the transpose of the other.
-    Transposed,
-}
+use crate::checkpoint::names::canonical::Lie;
 
 /// One rule.
 #[derive(Debug, Clone)]

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use super::rules::{Lie, Rule};
+use super::rules::Rule;
+use crate::checkpoint::names::canonical::Lie;
 
 /// The modules of a residual block: diffusers' names and the author's.
 const RESIDUAL: [(&str, &str); 6] = [

@@ -8,7 +8,7 @@ use indexmap::IndexMap;
 
 use super::{Canonical, Renames, SliceIndex};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::names::diffusion::Lie;
+use crate::checkpoint::names::canonical::Lie;
 use crate::checkpoint::names::endings::Backwards;
 use crate::checkpoint::names::towers::TextTower;
 use crate::checkpoint::quantized::QuantizedWeights;
