@@ -54,11 +54,13 @@ __version__: str
 _NamedTensor: TypeAlias = tuple[str, str, Sequence[int], Buffer | Callable[[], Buffer] | None]
 #: A path; or a path, the file of its weights, and what reads that, from any thread and as often as
 #: the adapter is opened.
-_AdapterSource: TypeAlias = (
+_FoundSource: TypeAlias = (
     str
     | os.PathLike[str]
     | tuple[str | os.PathLike[str], str | os.PathLike[str], Callable[[], Sequence[_NamedTensor]]]
 )
+#: The same, or with the name of the adapter's format.
+_AdapterSource: TypeAlias = _FoundSource | tuple[_FoundSource, str]
 #: Options by name: those of `lorafast._merge`, as a test sees to.
 _Options: TypeAlias = Mapping[str, Any]
 #: A path; or the name, the config (JSON) and the tensors of a model in memory.

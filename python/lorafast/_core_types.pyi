@@ -278,6 +278,12 @@ class AdapterSummary(TypedDict):
     alpha: float | None
     rslora: bool
     peft_version: str | None
+    algorithm: str | None
+    trainer: str | None
+    family: str | None
+    components: list[str]
+    scale: str | None
+    needs: list[str]
     modules: list[ListedModule]
     features: list[str]
     notes: list[str]
@@ -298,6 +304,7 @@ class ListedComponent(TypedDict):
 @type_check_only
 class Listing(TypedDict):
     kind: Literal["checkpoint", "pipeline", "adapter"]
+    format: str | None
     path: str
     files: list[ListedFile]
     metadata: dict[str, str]

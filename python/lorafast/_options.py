@@ -153,5 +153,5 @@ def check_choices(options: "Table") -> None:
     given = options._asdict()
     for option in options_in(type(options)):
         value, choices = given[option.name], option.choices
-        if choices is not None and value not in choices:
+        if choices is not None and value not in (*choices, option.default):
             raise ValueError(f"{option.name} must be one of {', '.join(choices)}, not {value!r}")

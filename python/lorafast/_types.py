@@ -43,6 +43,19 @@ ExpertLayout = Literal["auto", "straight", "transposed"]
 #: Whose tokenizer the output of a merge has.
 TokenizerChoice = Literal["auto", "base", "adapter"]
 
+#: The formats of adapters that are read.
+AdapterFormat = Literal[
+    "peft",
+    "kohya",
+    "lycoris",
+    "diffusers",
+    "comfyui",
+    "onetrainer",
+    "xlabs",
+    "bfl",
+    "cloneofsimo",
+]
+
 #: How much a scan finds.
 Metrics = Literal["full", "headers", "moments", "spectra"]
 #: The plots of an analysis.

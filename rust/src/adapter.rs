@@ -2,6 +2,7 @@
 //! embeddings, and what all of them mean. It knows no format and no path of a file: tensors read
 //! themselves, wherever their bytes are.
 
+pub mod about;
 pub mod alignment;
 pub mod coverage;
 pub mod delta;

@@ -4,6 +4,7 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::adapter::about::About;
 use crate::adapter::coverage::PartUse;
 use crate::adapter::formats::unread::Unread;
 use crate::adapter::{Adapter, Coverage, Usage};
@@ -210,6 +211,8 @@ struct ListedModule {
 #[derive(Debug, Serialize)]
 pub struct Listing {
     kind: &'static str,
+    /// The name of an adapter's format; `None` where it cannot be read.
+    format: Option<&'static str>,
     path: String,
     files: Vec<FileDescription>,
     metadata: Value,
@@ -234,6 +237,7 @@ impl Listing {
     ) -> Self {
         let mut listing = Self {
             kind,
+            format: None,
             path: path.display().to_string(),
             files: Vec::new(),
             metadata: Value::Object(Map::new()),
@@ -349,6 +353,14 @@ pub fn adapter(adapter: &Adapter) -> Result<Listing> {
     summary.insert("notes".into(), Value::from(adapter.notes()));
     let coverage = serde_json::to_value(adapter.coverage(&[])?).unwrap_or(Value::Null);
     summary.insert("coverage".into(), coverage);
+    let About { algorithm, trainer, family, components, scale, needs } = About::of(adapter);
+    summary.insert("algorithm".into(), algorithm.into());
+    summary.insert("trainer".into(), trainer.into());
+    summary.insert("family".into(), family.into());
+    summary.insert("components".into(), components.into());
+    summary.insert("scale".into(), scale.into());
+    summary.insert("needs".into(), needs.into());
+    listing.format = Some(adapter.format());
     listing.config = Some(adapter.settings().clone());
     listing.adapter = Some(summary);
     Ok(listing)
@@ -370,6 +382,11 @@ pub fn unread_adapter(unread: &Unread) -> Listing {
         unread.summary().into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     summary.insert("modules".into(), Value::Array(Vec::new()));
     summary.insert("notes".into(), Value::Array(Vec::new()));
+    for unknown in ["algorithm", "trainer", "family", "scale"] {
+        summary.insert(unknown.into(), Value::Null);
+    }
+    summary.insert("components".into(), Value::Array(Vec::new()));
+    summary.insert("needs".into(), Value::Array(Vec::new()));
     summary.insert("features".into(), Value::from(vec![unread.identity.sentence()]));
     summary.insert("coverage".into(), serde_json::to_value(coverage).unwrap_or(Value::Null));
     listing.adapter = Some(summary);

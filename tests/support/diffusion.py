@@ -144,6 +144,101 @@ def original_name(family: str, name: str, last: int) -> tuple[str, int, int, str
     return name, 0, 1, ""
 
 
+#: UNets: which of their levels have attention on the way down and up, two layers each.
+UNETS: dict[str, dict[str, list[int]]] = {
+    "sd1": {"down": [1, 1, 1, 0], "up": [0, 1, 1, 1]},
+    "sd2": {"down": [1, 1, 1, 0], "up": [0, 1, 1, 1]},
+    "sdxl": {"down": [0, 1, 1], "up": [1, 1, 0]},
+}
+#: The modules of a residual block.
+RESIDUAL = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _unet_table(down: list[int], up: list[int]) -> dict[str, str]:
+    """diffusers' beginnings of names with the author's."""
+    table = {
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
+    for block in range(len(down)):
+        for layer in range(2):
+            place = 3 * block + layer + 1
+            table[f"down_blocks.{block}.resnets.{layer}"] = f"input_blocks.{place}.0"
+            table[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{place}.1"
+        conv = f"input_blocks.{3 * block + 3}.0.op"
+        table[f"down_blocks.{block}.downsamplers.0.conv"] = conv
+        for layer in range(3):
+            place = 3 * block + layer
+            table[f"up_blocks.{block}.resnets.{layer}"] = f"output_blocks.{place}.0"
+            table[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{place}.1"
+        behind = 2 if up[block] else 1
+        conv = f"output_blocks.{3 * block + 2}.{behind}.conv"
+        table[f"up_blocks.{block}.upsamplers.0.conv"] = conv
+    return table
+
+
+def unet_in_the_authors_names(kind: str, tensors: dict[str, Array]) -> dict[str, Array]:
+    """A UNet of diffusers' names in its author's."""
+    table = _unet_table(**UNETS[kind])
+
+    def theirs(name: str) -> str:
+        (start,) = (start for start in table if name.startswith(f"{start}."))
+        rest = name.removeprefix(start)
+        if ".resnets." in start:
+            _, module, leaf = rest.split(".")
+            rest = f".{RESIDUAL[module]}.{leaf}"
+        return table[start] + rest
+
+    return {theirs(name): value for name, value in tensors.items()}
+
+
+def unet(kind: str) -> Any:
+    """diffusers' own class in the structure of a kind, with narrow layers."""
+    import diffusers
+
+    shape = UNETS[kind]
+    levels = len(shape["down"])
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=tuple(4 * (level + 1) for level in range(levels)),
+        norm_num_groups=2,
+        layers_per_block=2,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+        use_linear_projection=kind != "sd1",
+        transformer_layers_per_block=(1, 1, 2) if kind == "sdxl" else 1,
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in shape["down"]
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in shape["up"]
+        ),
+        **(
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 2,
+                "projection_class_embeddings_input_dim": 8,
+            }
+            if kind == "sdxl"
+            else {}
+        ),
+    )
+
+
 def in_the_authors_names(family: str, tensors: dict[str, Array]) -> dict[str, Array]:
     """A model of diffusers' names in its author's, by the rules."""
     numbers = re.findall(r"(?<!single_)transformer_blocks\.(\d+)\.", "\n".join(tensors))

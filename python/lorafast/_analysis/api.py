@@ -36,7 +36,7 @@ from lorafast._options import pick
 from lorafast._types import HasPaths
 
 if TYPE_CHECKING:
-    from lorafast._types import Matrix, Progress, Source
+    from lorafast._types import AdapterFormat, Matrix, Progress, Source
 
 #: The percentiles of every tensor.
 PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
@@ -61,6 +61,7 @@ def analyze(
     entries: bool = False,
     alpha: float | None = None,
     scale: float | None = None,
+    format: AdapterFormat | None = None,
     threads: int | None = None,
     progress: Progress = False,
 ) -> AdapterAnalysis:
@@ -80,6 +81,7 @@ def analyze(
             its rank. Without it and `scale`, what depends on the scale (norms, singular values) is
             NaN, and a finding says so.
         scale: likewise, the scale itself.
+        format: the adapter's format, where its files do not tell it; `None` tells it by them.
         threads: worker threads; one for each core if `None`.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
@@ -114,7 +116,7 @@ def analyze_named(adapter: Source, name: str, options: AnalysisOptions) -> Adapt
     check_threads(options.threads)
     require_readers(adapter, options.base)
     base_path = None if options.base is None else locate(options.base, BASE_PATTERNS)
-    source = core_source(locate(adapter, ADAPTER_PATTERNS))
+    source = core_source(locate(adapter, ADAPTER_PATTERNS), options.format)
     with callback(options.progress, label="analyzing") as report:
         found = _core.analyze_adapter(
             source,

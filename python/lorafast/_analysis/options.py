@@ -4,7 +4,7 @@
 from typing import Annotated, NamedTuple
 
 from lorafast._options import THREADS, Flag
-from lorafast._types import Progress, Source
+from lorafast._types import AdapterFormat, Progress, Source
 
 #: Modules of more adapters than this are compared pair by pair only when it is asked for: their
 #: number grows with the square of the adapters'.
@@ -29,6 +29,13 @@ class AnalysisOptions(NamedTuple):
     scale: Annotated[
         float | None,
         Flag("scale of weights without their config, in alpha's place", metavar="S"),
+    ] = None
+    format: Annotated[
+        AdapterFormat | None,
+        Flag(
+            "the adapter's format, where its files do not tell it (default: told by the files)",
+            name="adapter-format",
+        ),
     ] = None
     threads: Annotated[int | None, THREADS] = None
     progress: Annotated[Progress, Flag(None)] = False

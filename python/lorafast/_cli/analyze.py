@@ -38,6 +38,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     )
     outcome.add_argument(
         "--format",
+        # The options of an analysis have a format, which is an adapter's.
+        dest="report_format",
         choices=FORMATS,
         help="the report: what --output writes beside the JSON (default: md); without --output it "
         "is printed in place of the tables",
@@ -76,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Analyse each adapter; those that are broken are named, and the others done all the same."""
     several = len(arguments.adapters) > 1
-    if arguments.format == "html" and arguments.output is None and several:
+    if arguments.report_format == "html" and arguments.output is None and several:
         arguments.parser.error("--format html of several adapters needs --output")
     from lorafast._analysis.api import analyze_named
     from lorafast._analysis.names import names_of
@@ -120,7 +122,7 @@ def _write(
             except MissingDependencyError as error:
                 terminal.warn(f"no plots were drawn: {error}")
     if analyses:
-        write_reports(output, analyses, None, arguments.format or "md")
+        write_reports(output, analyses, None, arguments.report_format or "md")
 
 
 def _print(
@@ -129,11 +131,11 @@ def _print(
     terminal: Terminal,
     failures: Failures,
 ) -> None:
-    if arguments.json or (arguments.format == "json" and arguments.output is None):
+    if arguments.json or (arguments.report_format == "json" and arguments.output is None):
         terminal.json(_all_as_json(analyses, failures))
-    elif arguments.format is not None and arguments.output is None:
+    elif arguments.report_format is not None and arguments.output is None:
         for analysis in analyses:
-            is_html = arguments.format == "html"
+            is_html = arguments.report_format == "html"
             terminal.document(analysis.to_html() if is_html else analysis.to_markdown())
     else:
         for position, analysis in enumerate(analyses):

@@ -99,7 +99,7 @@ def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Term
     for stem, analysis in zip(file_stems(comparison.names), comparison.analyses, strict=True):
         write_analysis(directory, stem, analysis)
     write_comparison(directory, comparison)
-    write_reports(output, [], comparison, arguments.format or "md")
+    write_reports(output, [], comparison, arguments.report_format or "md")
     if arguments.plots is not False:
         try:
             pictures = output / PLOT_DIRECTORY
@@ -109,11 +109,11 @@ def _write(comparison: Comparison, arguments: argparse.Namespace, terminal: Term
 
 
 def _print(comparison: Comparison, arguments: argparse.Namespace, terminal: Terminal) -> None:
-    prints_report = arguments.output is None and arguments.format is not None
-    if arguments.json or (prints_report and arguments.format == "json"):
+    prints_report = arguments.output is None and arguments.report_format is not None
+    if arguments.json or (prints_report and arguments.report_format == "json"):
         terminal.json(comparison.to_dict())
     elif prints_report:
-        is_html = arguments.format == "html"
+        is_html = arguments.report_format == "html"
         terminal.document(comparison.to_html() if is_html else comparison.to_markdown())
     else:
         show_comparison(comparison, terminal)

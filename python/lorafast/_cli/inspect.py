@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lorafast._cli.command import Command
 from lorafast._cli.format import bytes_text, count_text, number_text, plural, shape_text
 from lorafast._cli.patterns import collapse
 from lorafast._cli.terminal import Column
+from lorafast._types import AdapterFormat
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
     from lorafast._cli.terminal import Terminal
-    from lorafast._core import ListedComponent, ListedFile, ListedModule, ListedTensor, Listing
+    from lorafast._core import (
+        AdapterSummary,
+        ListedComponent,
+        ListedFile,
+        ListedModule,
+        ListedTensor,
+        Listing,
+    )
 
 
 # Trainers put whole training logs into the metadata; the table shows that they are there.
@@ -33,13 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensors", action="store_true", help="list every tensor by itself, with its file"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--format",
+        choices=get_args(AdapterFormat),
+        help="an adapter's format, where its files do not tell it (default: told by the files)",
+    )
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Inspect a path and print what is there."""
     import lorafast
 
-    contents = lorafast.inspect(arguments.path).to_dict()
+    contents = lorafast.inspect(arguments.path, format=arguments.format).to_dict()
     for warning in contents["warnings"]:
         terminal.warn(warning)
     if arguments.json:
@@ -78,19 +91,7 @@ def _show_summary(contents: Listing, terminal: Terminal) -> None:
     }
     adapter = contents["adapter"]
     if adapter is not None:
-        facts["type"] = str(adapter["type"])
-        if adapter["r"] is not None:
-            facts["rank"] = str(adapter["r"])
-        if adapter["alpha"] is not None:
-            rule = "alpha / √rank" if adapter["rslora"] else "alpha / rank"
-            facts["alpha"] = f"{number_text(adapter['alpha'])} (scale = {rule})"
-        if adapter["base"]:
-            facts["base"] = str(adapter["base"])
-        facts["modules"] = f"{len(adapter['modules']):,}"
-        if adapter["features"]:
-            facts["features"] = ", ".join(adapter["features"])
-        if adapter["notes"]:
-            facts["names"] = "; ".join(adapter["notes"])
+        facts |= _adapter_facts(contents["format"], adapter)
     elif contents["config"] is not None:
         config = contents["config"]
         architectures = config.get("architectures") or [
@@ -101,6 +102,34 @@ def _show_summary(contents: Listing, terminal: Terminal) -> None:
         schemes = contents["quantised"].items()
         facts["quantised"] = "; ".join(f"{count:,} × {scheme}" for scheme, count in schemes)
     terminal.facts(facts)
+
+
+def _adapter_facts(format_name: str | None, adapter: AdapterSummary) -> dict[str, str]:
+    """What there is to say of an adapter, beside its tensors."""
+    facts = {"type": str(adapter["type"])}
+    if format_name is not None:
+        facts["format"] = format_name
+    for fact in ("algorithm", "trainer", "family"):
+        if adapter[fact] is not None and format_name != "peft":
+            facts[fact] = str(adapter[fact])
+    if adapter["components"]:
+        facts["components"] = ", ".join(adapter["components"])
+    if adapter["r"] is not None:
+        facts["rank"] = str(adapter["r"])
+    if adapter["alpha"] is not None:
+        rule = "alpha / √rank" if adapter["rslora"] else "alpha / rank"
+        facts["alpha"] = f"{number_text(adapter['alpha'])} (scale = {rule})"
+    if adapter["base"]:
+        facts["base"] = str(adapter["base"])
+    if format_name not in ("peft", None):
+        facts["scale"] = str(adapter["scale"])
+        facts["to merge"] = "; ".join(adapter["needs"])
+    facts["modules"] = f"{len(adapter['modules']):,}"
+    if adapter["features"]:
+        facts["features"] = ", ".join(adapter["features"])
+    if adapter["notes"]:
+        facts["names"] = "; ".join(adapter["notes"])
+    return facts
 
 
 def _show_metadata(metadata: Mapping[str, str], terminal: Terminal) -> None:

@@ -23,6 +23,8 @@ from lorafast._io.torch_tensors import NAMES, dtype_name, memory_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lorafast._types import Source
 
 CONFIG = "adapter_config.json"
@@ -65,8 +67,10 @@ NamedTensor = tuple[str, str, list[int], memoryview | Callable[[], memoryview] |
 #: A loaded module as the core plans against it: what messages call it, its config (JSON), and its
 #: tensors.
 ModuleBase = tuple[str, str, list[NamedTensor]]
-#: An adapter as the core opens it: a path; or that, the file of its weights, and what reads it.
-CoreSource = Path | tuple[Path, Path, Callable[[], list[NamedTensor]]]
+#: An adapter as the core finds it: a path; or that, the file of its weights, and what reads it.
+FoundSource = Path | tuple[Path, Path, Callable[[], list[NamedTensor]]]
+#: The same, or with the name of its format.
+CoreSource = FoundSource | tuple[FoundSource, str]
 #: What the hub's client is needed for.
 _FETCH = "fetch {!r}, which is no path here, from the hub"
 #: `name` or `owner/name`, as the hub allows it.
@@ -254,15 +258,21 @@ def _lone_pickle(directory: Path) -> Path | None:
     return weights[0] if len(weights) == 1 and is_pickle(weights[0]) else None
 
 
-def core_source(adapter: Path) -> CoreSource:
+def core_source(adapter: Path, format: str | None = None) -> CoreSource:
     """An adapter as the core opens it: its path, or with it what reads its pickled weights.
 
     Args:
         adapter: the adapter's directory, or its weights file.
+        format: the name of its format, where that is not to be told by what lies there.
 
     Raises:
         OSError: what is there leads nowhere or may not be looked at.
     """
+    found = _found_source(adapter)
+    return found if format is None else (found, format)
+
+
+def _found_source(adapter: Path) -> FoundSource:
     if is_pickle(adapter):
         weights = adapter
     elif (lone := _lone_pickle(adapter)) is not None:
@@ -340,6 +350,8 @@ def read_pickle(pickle: Path) -> list[NamedTensor]:
             raise_interruption(error)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise AdapterError(f"{pickle}: cannot be read as plain tensors: {reason}") from error
+    if (pairs := _numbered(state)) is not None:
+        state = pairs
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise AdapterError(f"{pickle}: {_other_than_tensors(state)}")
     tensors: list[NamedTensor] = []
@@ -353,14 +365,38 @@ def read_pickle(pickle: Path) -> list[NamedTensor]:
     return tensors
 
 
+def _numbered(state: object) -> dict[str, Tensor] | None:
+    """The factors that cloneofsimo's lora saved in 2022, a list of up, down, up, down, ….
+
+    They get the names that its later releases give. Which model's they are their shapes tell: the
+    layers of CLIP's attention are all square and of one size, those of a UNet are not.
+    """
+    import torch
+
+    if not isinstance(state, list) or not state or len(state) % 2:
+        return None
+    if not all(isinstance(each, torch.Tensor) and each.ndim >= 2 for each in state):
+        return None
+    pairs = list(zip(state[::2], state[1::2], strict=True))
+    if any(up.shape[1] != down.shape[0] for up, down in pairs):
+        return None
+    sizes = {size for up, down in pairs for size in (up.shape[0], down.shape[1])}
+    component = "text_encoder" if len(sizes) == 1 else "unet"
+    named = {}
+    for number, (up, down) in enumerate(pairs):
+        named[f"{component}:{number}:up"] = up
+        named[f"{component}:{number}:down"] = down
+    return named
+
+
 def _other_than_tensors(state: object) -> str:
     """What a pickle holds that is no mapping of names to tensors."""
     import torch
 
     if isinstance(state, list) and state and all(isinstance(t, torch.Tensor) for t in state):
         return (
-            f"is a list of {len(state)} tensors without names, as cloneofsimo's lora saved a LoRA "
-            "in 2022, which cannot be read yet; convert it to PEFT's or to kohya's plain LoRA"
+            f"is a list of {len(state)} tensors without names, which are no pairs of factors as "
+            "cloneofsimo's lora saved them in 2022 (up, down, up, down, …)"
         )
     if isinstance(state, dict):
         names = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from lorafast._merge.options import ExecutionOptions
 from lorafast._merge.plan import make_plan
 from lorafast._options import Flag, Option, options_in, pick
-from lorafast._types import Compat, ExpertLayout, Progress, Source, Strategy, TokenizerChoice
+from lorafast._types import (
+    AdapterFormat,
+    Compat,
+    ExpertLayout,
+    Progress,
+    Source,
+    Strategy,
+    TokenizerChoice,
+)
 
 if TYPE_CHECKING:
     from lorafast._merge.plan import MergePlan
@@ -96,6 +104,11 @@ class MergeOptions(NamedTuple):
         ),
     ] = "auto"
 
+    format: Annotated[
+        AdapterFormat | None,
+        Flag("the adapters' format, where their files do not tell it (default: told by the files)"),
+    ] = None
+
     def to_core(self) -> dict[str, Any]:
         """What crosses to the core.
 
@@ -105,8 +118,10 @@ class MergeOptions(NamedTuple):
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
         implied = "sequential" if self.weights is None else "weighted"
+        # The format is that of the sources.
+        own = {name: value for name, value in self._asdict().items() if name != "format"}
         return {
-            **self._asdict(),
+            **own,
             "strategy": implied if self.strategy is None else self.strategy,
             "weights": None if self.weights is None else [float(each) for each in self.weights],
             "dtype": DTYPES[self.dtype],
@@ -144,6 +159,7 @@ def merge(
     report: bool = True,
     sync: bool = True,
     tokenizer: TokenizerChoice = "auto",
+    format: AdapterFormat | None = None,
 ) -> "MergeReport":
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
 
@@ -158,7 +174,8 @@ def merge(
             diffusers (its directory: `unet.` or `text_encoder.` before a name is its folder) or
             one of its components' directories, a single `.safetensors` file, or a hub id. Of a
             pipeline only the components that an adapter changes are written anew.
-        adapters: one or several adapters in PEFT's format: directories or hub ids.
+        adapters: one or several adapters, in any format that is read: directories, files or hub
+            ids.
         output: the directory to write. Absent or empty, unless `overwrite`.
         strategy: "sequential" adds every adapter at its full scale, "weighted" multiplies each by
             its weight, "average" by 1/N; `None` is weighted where weights are given, and sequential
@@ -207,6 +224,8 @@ def merge(
             tokens are not the base's and the merged embeddings have a row for each, of several
             adapters that one's which brought rows; else the base's, with a warning of what an
             adapter's does in another way. "base" and "adapter" decide.
+        format: the format of all adapters, where their files do not tell it: keys in the names of
+            several formats, weights that were put together. `None` tells it by the files.
 
     Returns:
         What was done, with the digests of what it was done from.
@@ -240,6 +259,7 @@ def plan(
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     tokenizer: TokenizerChoice = "auto",
+    format: AdapterFormat | None = None,
 ) -> "MergePlan":
     """Decides what a merge will do, and raises whatever can be known before writing.
 
@@ -262,6 +282,7 @@ def verify(
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     device: str = "cpu",
+    format: AdapterFormat | None = None,
 ) -> "Verification":
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
 
@@ -288,6 +309,7 @@ def verify(
         expert_layout: as for `lorafast.merge`.
         device: where the merge was made. "cpu:amx" lets pass, for 16-bit weights, what AMX's
             products are off (2⁻¹⁵ of their size); all others are held against the same bound.
+        format: as for `lorafast.merge`.
 
     Returns:
         What was found; `.ok` says whether anything is wrong.
@@ -328,6 +350,7 @@ def subtract(
     expert_layout: ExpertLayout = "auto",
     verify: bool = False,
     report: bool = True,
+    format: AdapterFormat | None = None,
 ) -> "SubtractReport":
     """Takes adapters out of a merged checkpoint and writes what they were merged into.
 
@@ -356,6 +379,7 @@ def subtract(
         expert_layout: as for `lorafast.merge`.
         verify: read the result back and prove it.
         report: write `subtract_report.json` and `subtract_report.md` beside the model.
+        format: as for `lorafast.merge`.
 
     Returns:
         What was done, and how near to the base the result is.

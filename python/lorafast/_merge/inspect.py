@@ -25,7 +25,7 @@ from lorafast._words import agree, plural
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lorafast._types import Source
+    from lorafast._types import AdapterFormat, Source
 
 #: Levels below a directory, and directories, that are looked into for adapters.
 MOST_LEVELS, MOST_LOOKED_INTO = 3, 1000
@@ -35,20 +35,28 @@ MOST_NAMED = 3
 OF_A_RUN = re.compile(r"checkpoint[-_]\d+")
 
 
-def inspect(path: Source) -> CheckpointListing | AdapterListing:
+def inspect(
+    path: Source,
+    *,
+    format: AdapterFormat | None = None,
+) -> CheckpointListing | AdapterListing:
     """Lists what a checkpoint or an adapter holds, from its headers alone.
 
     Args:
         path: a model's or an adapter's directory, a pipeline of diffusers, a `.safetensors` file, a
             pickle of an adapter's weights, or a hub id.
+        format: an adapter's format, where its files do not tell it; `None` tells it by them.
 
     Returns:
-        A frozen value: `kind` ("checkpoint", "pipeline" or "adapter"), `path`, `files` (name,
-        bytes, tensors), `metadata`, `tensors` (name, dtype, shape, bytes, file),
-        `total_parameters`, `total_bytes`, `config` (of a pipeline its `model_index.json`),
-        `warnings`; of a checkpoint `quantised` (how many weights are stored how) and, of a model of
-        diffusion, `components` (name, kind, class_name, tensors, parameters, bytes, dtypes); of an
-        adapter `type`, `base`, `r`, `alpha`, `rslora`, `peft_version`, `modules` (name, kind, rank,
+        A frozen value: `kind` ("checkpoint", "pipeline" or "adapter"), `format` (of an adapter that
+        can be read: "peft", "kohya", "diffusers", …), `path`, `files` (name, bytes, tensors),
+        `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
+        `config` (of a pipeline its `model_index.json`), `warnings`; of a checkpoint `quantised` (how
+        many weights are stored how) and, of a model of diffusion, `components` (name, kind,
+        class_name, tensors, parameters, bytes, dtypes); of an adapter `type`, `base`, `r`, `alpha`,
+        `rslora`, `peft_version`, `algorithm` (lora, locon, loha, lokr, …, mixed), `trainer` (where
+        the metadata tells), `family` (of image and video models, by the names), `components`,
+        `scale` (where scales come from), `needs` (what a merge needs), `modules` (name, kind, rank,
         alpha, scaling, shape (out, in)), `features` (what in it cannot be merged), `notes` (what
         was left out of its names), and of every tensor, every config field and every file of
         weights in its directory its `name`, `use` (used, not_needed, refused) and `reason`
@@ -63,7 +71,7 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
         AdapterError: the adapter is broken or of a type that cannot be read.
     """
     local = locate(path, BASE_PATTERNS)
-    if not is_adapter(local):
+    if format is None and not is_adapter(local):
         try:
             return CheckpointListing(_core.list_checkpoint(local))
         except CheckpointError as error:
@@ -71,7 +79,7 @@ def inspect(path: Source) -> CheckpointListing | AdapterListing:
             if said is None:
                 raise
             raise CheckpointError(f"{local}: {said}") from error
-    return AdapterListing(_core.list_adapter(core_source(local)))
+    return AdapterListing(_core.list_adapter(core_source(local, format)))
 
 
 def _adapters_below(directory: Path) -> str | None:

@@ -102,6 +102,11 @@ class Listing(Mapping[str, Any]):
         return self._plain["kind"]
 
     @property
+    def format(self) -> str | None:
+        """The name of an adapter's format, such as "peft"; `None` where none reads it."""
+        return self._plain["format"]
+
+    @property
     def path(self) -> str:
         """Where it lies."""
         return self._plain["path"]
@@ -232,6 +237,36 @@ class AdapterListing(Listing):
     def peft_version(self) -> str | None:
         """The version of PEFT that wrote it, where it says so."""
         return self._summary["peft_version"]
+
+    @property
+    def algorithm(self) -> str | None:
+        """What its modules add: lora, locon, loha, …; mixed where they are not of one kind."""
+        return self._summary["algorithm"]
+
+    @property
+    def trainer(self) -> str | None:
+        """The program that trained it, where its metadata says so."""
+        return self._summary["trainer"]
+
+    @property
+    def family(self) -> str | None:
+        """The family of image or video models that it is of, where its modules' names tell."""
+        return self._summary["family"]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components of an image model that it changes: denoiser, text_encoder, …."""
+        return tuple(self._summary["components"])
+
+    @property
+    def scale(self) -> str | None:
+        """Where its scales come from."""
+        return self._summary["scale"]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a merge needs."""
+        return tuple(self._summary["needs"])
 
     @cached_property
     def modules(self) -> tuple[ListedModule, ...]:

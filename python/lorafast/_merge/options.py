@@ -7,7 +7,7 @@ The latter are `MergeOptions` in `api`, beside the signatures that name each of 
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from lorafast._options import THREADS, Flag
-from lorafast._types import Compat, Progress
+from lorafast._types import AdapterFormat, Compat, Progress
 
 if TYPE_CHECKING:
     from typing import Protocol, Self
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
         @property
         def compat(self) -> Compat | None: ...
+
+        @property
+        def format(self) -> AdapterFormat | None: ...
 
         def to_core(self) -> dict[str, Any]: ...
 

@@ -447,7 +447,9 @@ def make_plan(
     adapters = as_list(adapters)
     require_readers(base, *adapters, device=device, needs=needs)
     located = base if isinstance(base, tuple) else locate(base, BASE_PATTERNS)
-    sources = [core_source(locate(adapter, ADAPTER_PATTERNS)) for adapter in adapters]
+    sources = [
+        core_source(locate(adapter, ADAPTER_PATTERNS), options.format) for adapter in adapters
+    ]
     try:
         core = _core.plan_merge(located, sources, core_options)
     except PlanError:

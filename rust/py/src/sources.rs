@@ -18,7 +18,7 @@ use lorafast::tensor::safetensors::NamedTensor;
 
 /// A path; or a path, the file that holds the weights, and a function without arguments that
 /// returns them as a list of (name, dtype, shape, bytes). It is called from any thread, as often as
-/// the adapter is opened.
+/// the adapter is opened. Or one of these and the name of its format.
 pub struct Source(pub AdapterSource);
 
 impl<'py> FromPyObject<'_, 'py> for Source {
@@ -27,6 +27,10 @@ impl<'py> FromPyObject<'_, 'py> for Source {
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
         if let Ok(path) = object.extract::<PathBuf>() {
             return Ok(Self(AdapterSource::at(path)));
+        }
+        if let Ok((source, format)) = object.extract::<(Bound<'py, PyAny>, String)>() {
+            let Self(source) = source.extract()?;
+            return Ok(Self(source.in_format(Some(format))));
         }
         let (path, file, load): (PathBuf, PathBuf, Py<PyAny>) = object.extract()?;
         let load = Arc::new(move || Python::attach(|py| unpickled(load.bind(py))).map_err(foreign));

@@ -10,6 +10,7 @@ mod interleaved;
 mod kronecker;
 mod low_rank;
 mod reordered;
+mod rows;
 mod transforms;
 mod tucker;
 
@@ -25,5 +26,6 @@ pub use interleaved::Interleaved;
 pub use kronecker::{Kronecker, KroneckerSide};
 pub use low_rank::LowRank;
 pub use reordered::{Order, Reordered};
+pub use rows::Rows;
 pub use transforms::{Generalized, Orthogonal, RescaledInputs, Scaled};
 pub use tucker::Tucker;

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::formats::image::LoneFile;
 use super::{Adapter, formats};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Owner, Result};
@@ -93,6 +94,13 @@ pub const FORMATS: &[&dyn Format] = &[
     &formats::tinker::Tinker,
     &formats::peft::Peft,
     &formats::gguf::Gguf,
+    &formats::image::CLONE_OF_SIMO,
+    &formats::image::XLABS,
+    &formats::image::ONE_TRAINER,
+    &formats::image::LYCORIS,
+    &formats::image::COMFY_UI,
+    &formats::image::DIFFUSERS,
+    &formats::image::BFL,
     &formats::kohya::Kohya,
 ];
 
@@ -144,12 +152,20 @@ pub struct AdapterSource {
     pub pickle: Option<Pickle>,
     /// What tells its scale, where its config is not there.
     pub scale: GivenScale,
+    /// The name of its format, where that is not to be told by what lies there.
+    pub format: Option<String>,
 }
 
 impl AdapterSource {
     /// Of an adapter whose weights are a safetensors file.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), store: None, pickle: None, scale: GivenScale::Refused }
+        Self {
+            path: path.into(),
+            store: None,
+            pickle: None,
+            scale: GivenScale::Refused,
+            format: None,
+        }
     }
 
     /// Of an adapter whose files are a store's.
@@ -166,6 +182,12 @@ impl AdapterSource {
     #[must_use]
     pub fn with_scale(self, scale: GivenScale) -> Self {
         Self { scale, ..self }
+    }
+
+    /// The same in a format of that name, whatever tells another.
+    #[must_use]
+    pub fn in_format(self, name: Option<String>) -> Self {
+        Self { format: name, ..self }
     }
 
     /// Opens the adapter, in whatever format it is.
@@ -212,7 +234,12 @@ impl AdapterSource {
     /// [`Error::Io`] if something is not there or cannot be looked at.
     pub fn is_adapter(&self) -> Result<bool> {
         let place = Place::find(self)?;
-        Ok(format_of(&place)?.is_some() || formats::unread::is_adapter(&place)?)
+        let found = format_of(&place);
+        // What is of several formats is an adapter all the same.
+        if found.is_err() && formats::image::ambiguity(&place).is_some() {
+            return Ok(true);
+        }
+        Ok(found?.is_some() || formats::unread::is_adapter(&place)?)
     }
 
     /// The name of its format; `None` where no format knows what lies there.
@@ -259,8 +286,19 @@ pub enum Found {
     Unread(formats::unread::Unread),
 }
 
-/// The format of what lies there, if it is one that can be read.
+/// The format of what lies there, if it is one that can be read: the one that was given, or the first that
+/// knows it.
 fn format_of(place: &Place<'_>) -> Result<Option<&'static dyn Format>> {
+    if let Some(name) = &place.source.format {
+        let Some(format) = FORMATS.iter().find(|format| format.name() == name) else {
+            let known: Vec<_> = FORMATS.iter().map(|format| format.name()).collect();
+            let known = known.join(", ");
+            return Err(Error::Argument(format!("format {name:?} is none of {known}")));
+        };
+        // PEFT's without its config is read by who looks at what no format knows.
+        let lacks_config = *name == formats::peft::Peft.name() && !format.detect(place)?;
+        return Ok((!lacks_config).then_some(*format));
+    }
     for format in FORMATS {
         if format.detect(place)? {
             return Ok(Some(*format));
@@ -288,6 +326,8 @@ pub struct Place<'a> {
     /// What was opened, by its name; of what somebody else reads, without one. A format that asks
     /// whether an adapter is its own and the one that reads it open a file once.
     opened: Mutex<HashMap<String, Arc<TensorFile>>>,
+    /// Its one file, once it was looked at.
+    pub lone_file: LoneFile,
 }
 
 impl<'a> Place<'a> {
@@ -311,7 +351,14 @@ impl<'a> Place<'a> {
     }
 
     fn new(source: &'a AdapterSource, store: Arc<dyn Store>, file: Option<String>) -> Self {
-        Self { source, store, file, base: None, opened: Mutex::default() }
+        Self {
+            source,
+            store,
+            file,
+            base: None,
+            opened: Mutex::default(),
+            lone_file: LoneFile::default(),
+        }
     }
 
     /// A safetensors file of the directory.

@@ -1,6 +1,7 @@
 //! The formats of adapters, one file or folder each.
 
 pub mod gguf;
+pub mod image;
 pub mod kohya;
 pub mod mlx;
 pub mod parts;

@@ -2,11 +2,13 @@
 //! letters once its dots are underscores. Of a base that is a diffusion model, names of its components.
 
 mod components;
+mod numbered;
 
 use std::collections::HashMap;
 
 use indexmap::IndexMap;
 
+use super::formats::image::layout::Layout;
 use super::{Adapter, Grammar, Module};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::diffusion::DiffusionNames;
@@ -37,7 +39,11 @@ const DEPTH: usize = 3;
 /// # Errors
 /// [`crate::Error::Adapter`] where names fit in several ways, or are one module twice.
 pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Result<Option<Adapter>> {
-    if let Some(names) = DiffusionNames::of(base) {
+    let names = DiffusionNames::of(base);
+    if adapter.format() == Layout::CloneOfSimo.name() {
+        return numbered::resolve(adapter, base, names.as_ref()).map(Some);
+    }
+    if let Some(names) = names {
         return components::resolve(adapter, &names);
     }
     if adapter.grammar() == Grammar::Dotted {

@@ -95,6 +95,18 @@ impl Joining {
     }
 }
 
+/// The scheme of names that have a component before them.
+const BY_COMPONENT: &str = "(components)";
+/// What stands before the names of a component of an image model, with dots and flattened.
+const COMPONENTS: [(&str, &[&str]); 6] = [
+    ("unet.", &["lora_unet_"]),
+    ("transformer.", &["lora_unet_", "lora_transformer_", "lycoris_"]),
+    ("diffusion_model.", &["lora_unet_"]),
+    ("text_encoder.", &["lora_te_", "lora_te1_"]),
+    ("text_encoder_2.", &["lora_te2_"]),
+    ("text_encoder_3.", &["lora_te3_"]),
+];
+
 /// Adapters whose modules have common names.
 #[derive(Debug, Default)]
 pub(super) struct Family {
@@ -258,6 +270,14 @@ impl Family {
             let Some(path) = full.strip_suffix(".weight") else { continue };
             for whole in longer {
                 let omitted = &whole[..whole.len() - full.len()];
+                // What stands before a component's names tells it in both.
+                for (_, prefixes) in COMPONENTS.iter().filter(|(dotted, _)| *dotted == omitted) {
+                    let names = schemes.entry(BY_COMPONENT).or_default();
+                    let bare = common::without_containers(whole);
+                    for prefix in *prefixes {
+                        names.insert(format!("{prefix}{}", path.replace('.', "_")), Some(bare));
+                    }
+                }
                 let names = schemes.entry(omitted).or_default();
                 let bare = common::without_containers(whole);
                 names

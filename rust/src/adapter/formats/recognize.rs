@@ -8,6 +8,16 @@ use crate::tensor::safetensors::TensorFile;
 /// What PEFT puts before the names of a model.
 const PEFT: &str = "base_model.";
 const READ_LATER: &str = "which cannot be read yet";
+/// What of the table below is read where it lies by itself.
+const READ: [&str; 7] = [
+    "a LoRA of cloneofsimo's",
+    "a LoRA in XLabs' names",
+    "a LoRA of diffusers' attention processors",
+    "a LoRA in diffusers' older names",
+    "a LoRA in the names of ComfyUI",
+    "a LoRA in diffusers' names",
+    "a LoRA in kohya's names",
+];
 const CONVERT: &str = "convert it to PEFT's or to kohya's plain LoRA";
 
 const CONTROL_LORA: &str = "a Control-LoRA";
@@ -135,6 +145,9 @@ pub fn kind_of(file: &TensorFile) -> Option<Kind> {
         if keys().any(mark.key) {
             if let Some((what, advice)) = ADVICE.iter().find(|(what, _)| *what == mark.what) {
                 return Some(Kind::Other(Identity::new(*what, *advice)));
+            }
+            if !of_peft() && READ.iter().any(|read| mark.what.starts_with(read)) {
+                return Some(Kind::Other(Identity::new(mark.what, "give that file by itself")));
             }
             // LyCORIS's methods are PEFT's as well.
             let what = match of_peft() {

@@ -61,10 +61,15 @@ const PARTS: usize = 3;
 /// A name as it may be meant: of which component, and what it is within that.
 type Reading<'a> = (Hint, &'a str);
 
+/// Whether a name's dots are underscores. One file may have names of both kinds.
+fn is_flattened(name: &str) -> bool {
+    !name.contains('.')
+}
+
 /// Every way in which a name can be read, that as it stands first.
-fn readings(name: &str, is_flattened: bool) -> Vec<Reading<'_>> {
+fn readings(name: &str) -> Vec<Reading<'_>> {
     let mut readings = vec![(Hint::Any, name)];
-    if is_flattened {
+    if is_flattened(name) {
         let begins =
             |(prefix, hint): &(&'static str, Hint)| Some((*hint, name.strip_prefix(prefix)?));
         readings.extend(FLATTENED.iter().filter_map(begins));
@@ -104,25 +109,26 @@ struct Candidate<'a> {
 
 impl<'a> Candidate<'a> {
     /// The full name of a module that is read so.
-    fn module(&self, readings: &[Reading<'_>], is_flattened: bool) -> Option<&'a str> {
-        let own = self.own(readings, is_flattened);
+    fn module(&self, readings: &[Reading<'_>]) -> Option<&'a str> {
+        let is_flattened = readings.first().is_some_and(|(_, name)| is_flattened(name));
+        let own = self.own(readings);
         let readings = readings.iter().filter(|(hint, _)| may_be(*hint, self.component));
         let bodies = own.into_iter().chain(readings.map(|(_, body)| *body));
         bodies.into_iter().find_map(|body| self.scheme.module(body, is_flattened))
     }
 
     fn parameter(&self, readings: &[Reading<'_>]) -> Option<&'a str> {
-        let own = self.own(readings, false);
+        let own = self.own(readings);
         let readings = readings.iter().filter(|(hint, _)| may_be(*hint, self.component));
         let bodies = own.into_iter().chain(readings.map(|(_, body)| *body));
         bodies.into_iter().find_map(|body| self.scheme.parameter(body))
     }
 
     /// What follows the component's own prefix in the base.
-    fn own<'b>(&self, readings: &[Reading<'b>], is_flattened: bool) -> Option<&'b str> {
+    fn own<'b>(&self, readings: &[Reading<'b>]) -> Option<&'b str> {
         let prefix = self.component.prefix.as_str();
         let (_, name) = readings.first()?;
-        (!is_flattened && !prefix.is_empty()).then(|| name.strip_prefix(prefix)).flatten()
+        (!prefix.is_empty()).then(|| name.strip_prefix(prefix)).flatten()
     }
 }
 
@@ -133,20 +139,19 @@ impl<'a> Candidate<'a> {
 /// [`Error::Adapter`] where nothing tells which of the base's components is meant, or where two names
 /// are one module.
 pub(super) fn resolve(adapter: &Adapter, names: &DiffusionNames) -> Result<Option<Adapter>> {
-    let is_flattened = adapter.grammar() == Grammar::Flattened;
     let mut groups = IndexMap::<Hint, Vec<&Module>>::new();
     for module in adapter.modules().values() {
-        groups.entry(hint_of(&module.path, is_flattened)).or_default().push(module);
+        groups.entry(hint_of(&module.path)).or_default().push(module);
     }
     let mut found = HashMap::<&str, &str>::new();
     let mut chosen = Vec::new();
     for (hint, modules) in &groups {
-        let Some(candidate) = choose(adapter, *hint, modules, names, is_flattened)? else {
+        let Some(candidate) = choose(adapter, *hint, modules, names)? else {
             continue;
         };
         for module in modules {
-            let readings = readings(&module.path, is_flattened);
-            if let Some(full) = candidate.module(&readings, is_flattened) {
+            let readings = readings(&module.path);
+            if let Some(full) = candidate.module(&readings) {
                 found.insert(&module.key, full);
             }
         }
@@ -160,7 +165,7 @@ pub(super) fn resolve(adapter: &Adapter, names: &DiffusionNames) -> Result<Optio
     check_distinct(adapter, &modules, names)?;
     let all: Vec<_> = candidates(names).collect();
     let parameter = |path: &str| {
-        let readings = readings(path, false);
+        let readings = readings(path);
         chosen.iter().chain(&all).find_map(|candidate| candidate.parameter(&readings))
     };
     let saved = adapter.saved().iter().map(|saved| {
@@ -176,8 +181,8 @@ pub(super) fn resolve(adapter: &Adapter, names: &DiffusionNames) -> Result<Optio
 }
 
 /// The component that a name tells most precisely.
-fn hint_of(name: &str, is_flattened: bool) -> Hint {
-    let told = readings(name, is_flattened).into_iter().map(|(hint, _)| hint);
+fn hint_of(name: &str) -> Hint {
+    let told = readings(name).into_iter().map(|(hint, _)| hint);
     told.filter(|hint| *hint != Hint::Any).last().unwrap_or(Hint::Any)
 }
 
@@ -193,18 +198,16 @@ fn choose<'a>(
     hint: Hint,
     modules: &[&Module],
     names: &'a DiffusionNames,
-    is_flattened: bool,
 ) -> Result<Option<Candidate<'a>>> {
-    let read: Vec<_> = modules.iter().map(|module| readings(&module.path, is_flattened)).collect();
+    let read: Vec<_> = modules.iter().map(|module| readings(&module.path)).collect();
     let mut best = Vec::<(usize, usize, Candidate<'a>)>::new();
     for candidate in candidates(names) {
         if !may_be(hint, candidate.component) {
             continue;
         }
-        let is_explained =
-            |readings: &&Vec<Reading<'_>>| candidate.module(readings, is_flattened).is_some();
+        let is_explained = |readings: &&Vec<Reading<'_>>| candidate.module(readings).is_some();
         let explained = read.iter().filter(is_explained).count();
-        let is_own = |readings: &&Vec<Reading<'_>>| candidate.own(readings, is_flattened).is_some();
+        let is_own = |readings: &&Vec<Reading<'_>>| candidate.own(readings).is_some();
         let own = read.iter().filter(is_own).count();
         if explained > 0 {
             best.push((explained, own, candidate));
