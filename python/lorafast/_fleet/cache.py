@@ -38,7 +38,7 @@ Known = tuple[_core.ScannedAdapter, list[tuple[Finding, int]]]
 
 FILE = "lorafast-scan.sqlite"
 #: Of a row; raised when its blobs are laid out otherwise, or mean something else.
-LAYOUT = 4
+LAYOUT = 5
 #: A file that changed within this time before it was read may change again without its time of
 #: change being another one; what is found in it is not kept. In nanoseconds.
 SETTLED = 2_000_000_000
