@@ -380,6 +380,13 @@ impl Adapter {
         &self.contents.summary
     }
 
+    /// The same adapter as a value of its own, which is no longer what its file and its settings hold.
+    #[must_use]
+    pub fn rewritten(mut self) -> Self {
+        self.contents.format = "";
+        self
+    }
+
     /// The same adapter with its modules and parameters under other names.
     pub fn renamed(
         &self,

@@ -16,6 +16,7 @@
 //! - [`plan`]: what a merge will do; [`execute`] carries it out, and [`verify`] proves the result.
 //! - [`measure`]: statistics, spectra and overlap of one adapter, of several, of a fleet;
 //!   [`similarity`]: of all pairs of thousands.
+//! - [`convert`]: an adapter in another format, held against what it was.
 //! - [`describe`]: plain data for JSON.
 
 // The kernels read stored numbers as they lie in memory, and safetensors files are little-endian.
@@ -24,6 +25,7 @@ compile_error!("lorafast runs on little-endian processors only");
 
 pub mod adapter;
 pub mod checkpoint;
+pub mod convert;
 pub mod describe;
 pub mod error;
 pub mod execute;

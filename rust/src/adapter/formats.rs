@@ -10,6 +10,7 @@ pub mod recognize;
 pub mod tinker;
 pub mod torchtune;
 pub mod unread;
+pub mod write_parts;
 
 #[cfg(test)]
 mod tests;

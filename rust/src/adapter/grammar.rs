@@ -11,6 +11,7 @@ use indexmap::IndexMap;
 use super::formats::image::layout::Layout;
 use super::{Adapter, Grammar, Module};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::components::ComponentKind;
 use crate::checkpoint::names::diffusion::DiffusionNames;
 use crate::error::Result;
 
@@ -75,6 +76,11 @@ pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Result<Option<Adapter>> 
     }
     let (saved, rows) = (adapter.saved().to_vec(), adapter.trained_rows().to_vec());
     Ok(Some(adapter.renamed(modules, saved, rows, Grammar::Dotted)))
+}
+
+/// The component that a dotted name is of, as far as it tells, and what it is within that.
+pub fn component_of(name: &str) -> (Option<ComponentKind>, &str) {
+    components::component_of(name)
 }
 
 /// The base's modules by their flattened names; `None` where two of them flatten alike.

@@ -216,6 +216,11 @@ pub fn remove(path: &Path) {
     let _ = fs::remove_file(path);
 }
 
+/// Removes a directory that was made for a time, with all that is in it, if that can be done.
+pub fn remove_all(directory: &Path) {
+    let _ = fs::remove_dir_all(directory);
+}
+
 /// Gives a file another name, in the place of what has that name.
 ///
 /// # Errors

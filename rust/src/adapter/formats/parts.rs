@@ -198,6 +198,15 @@ pub fn split(key: &str) -> Option<(&str, Part, Spelling)> {
     found.min_by_key(|(module, ..)| module.len())
 }
 
+/// The ending of a part's name in a spelling, which all share where no plain LoRA's part is meant.
+pub fn ending(part: Part, spelling: Spelling) -> Option<&'static str> {
+    let of = |wanted: Spelling| {
+        let found = ENDINGS.iter().find(|(_, own, other)| *own == part && *other == wanted);
+        found.map(|(ending, ..)| *ending)
+    };
+    of(spelling).or_else(|| of(Spelling::Lycoris)).or_else(|| of(Spelling::Shared))
+}
+
 /// Whether the first extent of a part is the rank as trainers call it.
 pub fn tells_rank(part: Part) -> bool {
     matches!(

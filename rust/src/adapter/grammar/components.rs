@@ -91,6 +91,17 @@ fn readings(name: &str) -> Vec<Reading<'_>> {
     readings
 }
 
+/// The component that a dotted name tells, and what it is within that.
+pub(super) fn component_of(name: &str) -> (Option<ComponentKind>, &str) {
+    let readings = readings(name, false);
+    let (hint, rest) = readings[readings.len() - 1];
+    match hint {
+        Hint::Any => (None, rest),
+        Hint::Denoiser => (Some(ComponentKind::Denoiser), rest),
+        Hint::Text(number) => (Some(ComponentKind::TextEncoder(number.unwrap_or(2))), rest),
+    }
+}
+
 /// Whether a component may be the one that is meant.
 fn may_be(hint: Hint, component: &ComponentNames) -> bool {
     match hint {

@@ -24,6 +24,8 @@ pub struct DiffusionNames {
     components: Vec<ComponentNames>,
     /// By every full name of a parameter, in either naming: the author's, and which part of it.
     canonical: HashMap<String, Canonical>,
+    /// By the author's full name of a parameter: diffusers' names of it, or of its parts.
+    diffusers: HashMap<String, Vec<Option<String>>>,
 }
 
 /// One component's modules in every naming.
@@ -47,6 +49,22 @@ pub struct Scheme {
     flattened: HashMap<String, Option<String>>,
     /// By a parameter's name without the prefix: its full name.
     parameters: HashMap<String, String>,
+}
+
+impl ComponentNames {
+    /// Whether it is a UNet.
+    pub fn is_unet(&self) -> bool {
+        self.has("conv_in.weight") || self.has("input_blocks.0.0.weight")
+    }
+
+    /// Whether a UNet takes conditions beside the prompt, as Stable Diffusion XL's does.
+    pub fn has_added_conditions(&self) -> bool {
+        self.has("add_embedding.linear_1.weight") || self.has("label_emb.0.0.weight")
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.schemes.iter().any(|scheme| scheme.parameter(name).is_some())
+    }
 }
 
 impl Scheme {
@@ -100,7 +118,11 @@ impl DiffusionNames {
         if components.is_empty() {
             return None;
         }
-        let mut names = Self { components: Vec::new(), canonical: HashMap::new() };
+        let mut names = Self {
+            components: Vec::new(),
+            canonical: HashMap::new(),
+            diffusers: HashMap::new(),
+        };
         for component in &components {
             names.add(base, component, &components);
         }
@@ -110,6 +132,18 @@ impl DiffusionNames {
     /// The components.
     pub fn components(&self) -> &[ComponentNames] {
         &self.components
+    }
+
+    /// The component that has a parameter or a module of that full name.
+    pub fn component_of(&self, name: &str) -> Option<&ComponentNames> {
+        let owns = |component: &&ComponentNames| name.starts_with(&component.prefix);
+        self.components.iter().filter(owns).max_by_key(|component| component.prefix.len())
+    }
+
+    /// diffusers' full names of a parameter of the author's: one, or those of its parts in their order,
+    /// as far as they are known. Empty where both call it the same.
+    pub fn diffusers_names(&self, original: &str) -> &[Option<String>] {
+        self.diffusers.get(original).map_or(&[], Vec::as_slice)
     }
 
     /// The canonical name of a parameter: the author's.
@@ -147,6 +181,9 @@ impl DiffusionNames {
                         theirs.add(&original, full(&original));
                         self.insert(full(&original), full(&original), None, Lie::Same);
                         self.insert(full(name), full(&original), slice, lie);
+                        let parts = self.diffusers.entry(full(&original)).or_default();
+                        parts.resize(slot.count, None);
+                        parts[slot.index] = Some(full(name));
                         if slot.count > 1 {
                             theirs.add_part(&original, slot.index, &full(name));
                         }
@@ -154,6 +191,8 @@ impl DiffusionNames {
                     Side::Original => {
                         let Some((parts, lie)) = to_diffusers(&rules, name) else { continue };
                         self.insert(full(name), full(name), None, Lie::Same);
+                        let known = parts.iter().map(|part| Some(full(part))).collect();
+                        self.diffusers.insert(full(name), known);
                         for (index, part) in parts.iter().enumerate() {
                             theirs.add(part, full(part));
                             self.insert(full(part), full(name), slice(index, parts.len()), lie);

@@ -1,0 +1,284 @@
+//! Conversions: an adapter of any format written in another one, read back, and held against what it
+//! was made from.
+
+mod difference;
+mod modules;
+mod naming;
+mod targets;
+mod tensors;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::format::{AdapterSource, FORMATS, Format, WriteOptions};
+use crate::adapter::{Adapter, Grammar, Module, grammar};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::names::diffusion::DiffusionNames;
+use crate::error::{Error, Result};
+use crate::parallel::task::Task;
+use crate::storage::local;
+use crate::tensor::dtype::Dtype;
+use modules::Converted;
+use targets::{Piece, Target};
+
+/// What is asked of a conversion.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// The name of the target's format.
+    pub to: String,
+    /// The element type of all factors; as they are, if none.
+    pub dtype: Option<String>,
+    /// `lora` to make plain factors of every algorithm that is a product of factors.
+    pub algorithm: Option<String>,
+    /// Whether what the target cannot hold may be left out.
+    pub lossy: bool,
+    /// Whether files of an adapter that is there already may be replaced.
+    pub overwrite: bool,
+}
+
+/// What became of a conversion.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The name of the source's format.
+    pub source_format: &'static str,
+    /// The name of the target's format.
+    pub target_format: &'static str,
+    /// The number of modules that were written.
+    pub modules: usize,
+    /// The largest relative difference of a module's update, read back; none where something was left
+    /// out whose share only the base could tell.
+    pub max_error: Option<f64>,
+    /// What was left out, in words.
+    pub lost: Vec<String>,
+    /// What a user would want to know besides.
+    pub notes: Vec<String>,
+    /// The files that were written.
+    pub files: Vec<PathBuf>,
+}
+
+/// Converts an adapter.
+///
+/// # Errors
+/// [`Error::Argument`] for a format that cannot be written; [`Error::Unsupported`] with what the target
+/// cannot hold, or what only a base tells; [`Error::Output`] if something is there already; those of
+/// reading the adapter. Nothing is left behind then.
+pub fn convert(
+    source: &AdapterSource,
+    base: Option<&Checkpoint>,
+    output: &Path,
+    options: &Options,
+    task: &Task,
+) -> Result<Report> {
+    let target = Target::of(&options.to)?;
+    let format = FORMATS.iter().find(|format| format.name() == target.name);
+    let format = *format.ok_or_else(|| unknown_format(&options.to))?;
+    let dtype = options.dtype.as_deref().filter(|name| *name != "auto").map(element_type);
+    let dtype = dtype.transpose()?;
+    let is_plain = match options.algorithm.as_deref() {
+        None | Some("auto") => false,
+        Some("lora") => true,
+        Some(other) => {
+            return Err(Error::Argument(format!(
+                "unknown algorithm {other:?}; there is lora, for plain factors of whatever can be \
+                 written so"
+            )));
+        }
+    };
+    check_output(output, target, options.overwrite)?;
+    let adapter = source.open_for(base, task)?;
+    let obstacles = adapter.obstacles(&[]);
+    if !obstacles.is_empty() {
+        return Err(Error::unsupported(adapter.path(), obstacles.join("; ")));
+    }
+    let mut lost = targets::left_out(&adapter, target);
+    if !lost.is_empty() && !options.lossy {
+        return Err(Error::unsupported(
+            adapter.path(),
+            format!(
+                "holds what the format {} has no place for: {}; convert with lossy to leave that out",
+                target.name,
+                lost.join("; ")
+            ),
+        ));
+    }
+    let leaves_magnitudes = !target.holds.magnitude
+        && adapter.modules().values().any(|module| module.magnitudes().is_some());
+    let names = base.and_then(DiffusionNames::of);
+    let resolved = match base {
+        Some(base) => grammar::resolve(&adapter, base)?,
+        None => None,
+    };
+    let named = resolved.as_ref().unwrap_or(&adapter);
+    let reduced: Vec<Module> =
+        named.modules().values().filter_map(|module| target.reduced(module)).collect();
+    let mut prepared = Vec::with_capacity(reduced.len());
+    for module in &reduced {
+        task.check()?;
+        let plain = is_plain || !target.holds.algorithms;
+        prepared.push(if plain { modules::plain(module, adapter.path())? } else { module.clone() });
+    }
+    let converted = match (&names, base) {
+        (Some(names), Some(base)) => {
+            let naming = |path: &str| target.naming(names, path);
+            modules::renamed(prepared.iter(), names, base, &naming, adapter.path())?
+        }
+        _ => modules::unchanged(prepared.iter()),
+    };
+    let pieces = target.pieces(named, converted, names.as_ref())?;
+    let written = Staged::new(output, target)?;
+    let mut max_error = 0.0f64;
+    let mut count = 0;
+    for piece in &pieces {
+        task.check()?;
+        let value = adapter_of(named, piece, target);
+        let path = written.path(piece.folder.as_deref());
+        let write = WriteOptions { base, dtype: dtype.clone() };
+        format.write(&value, &path, &write)?;
+        let back = AdapterSource::at(&path).open_for(base, task)?;
+        if back.format() != target.name {
+            return Err(Error::adapter(
+                adapter.path(),
+                format!("was written as {} and reads as {}", target.name, back.format()),
+            ));
+        }
+        let found = by_name(&back);
+        max_error = max_error.max(difference::largest(named, &piece.converted, &found, task)?);
+        count += piece.converted.len();
+    }
+    adapter.file().check_unchanged()?;
+    let files = written.commit()?;
+    let mut notes = adapter.notes().to_vec();
+    notes.extend(targets::notes(&adapter, target));
+    lost.extend(targets::metadata_left_out(&adapter, target));
+    Ok(Report {
+        source_format: adapter.format(),
+        target_format: target.name,
+        modules: count,
+        max_error: (!leaves_magnitudes).then_some(max_error),
+        lost,
+        notes,
+        files,
+    })
+}
+
+fn unknown_format(name: &str) -> Error {
+    Error::Argument(format!(
+        "adapters cannot be written in the format {name:?}; there are {}",
+        targets::names().join(", ")
+    ))
+}
+
+fn element_type(name: &str) -> Result<Dtype> {
+    let known = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F64];
+    known.into_iter().find(|dtype| dtype.torch_name() == Some(name)).ok_or_else(|| {
+        Error::Argument(format!(
+            "unknown dtype {name:?}; there are auto, float32, float16, bfloat16 and float64"
+        ))
+    })
+}
+
+/// The adapter that one piece of a conversion is.
+fn adapter_of(source: &Adapter, piece: &Piece, target: &Target) -> Adapter {
+    let modules: IndexMap<String, Module> = (piece.converted.iter())
+        .map(|Converted { module, .. }| (module.key.clone(), module.clone()))
+        .collect();
+    let grammar = if target.is_flattened { Grammar::Flattened } else { Grammar::Dotted };
+    let (saved, rows) = match target.holds.whole {
+        true => (source.saved().to_vec(), source.trained_rows().to_vec()),
+        false => (Vec::new(), Vec::new()),
+    };
+    source.renamed(modules, saved, rows, grammar).rewritten()
+}
+
+/// The modules of a written adapter by their keys, and by their paths where no key is so.
+fn by_name(adapter: &Adapter) -> HashMap<String, Module> {
+    let mut found = HashMap::new();
+    for module in adapter.modules().values() {
+        found.insert(module.title().into_owned(), module.clone());
+    }
+    for (key, module) in adapter.modules() {
+        found.insert(key.clone(), module.clone());
+    }
+    found
+}
+
+/// Refuses to write where something is, unless that may be replaced.
+fn check_output(output: &Path, target: &Target, overwrite: bool) -> Result<()> {
+    let refused = |message: String| Err(Error::Output { path: output.to_path_buf(), message });
+    let Some(found) = local::find(output)? else { return Ok(()) };
+    if found.is_dir() != target.is_directory {
+        let (is, wants) = match target.is_directory {
+            true => ("a file", "a directory"),
+            false => ("a directory", "a file"),
+        };
+        return refused(format!("is {is}, and an adapter in the format {} is {wants}", target.name));
+    }
+    let is_empty = found.is_dir() && local::paths_in(output)?.is_empty();
+    if overwrite || is_empty {
+        return Ok(());
+    }
+    refused("is there already; pass overwrite to replace it".to_owned())
+}
+
+/// What is written beside the output, and moved to it at the end.
+struct Staged<'a> {
+    output: &'a Path,
+    place: PathBuf,
+    is_directory: bool,
+}
+
+impl<'a> Staged<'a> {
+    fn new(output: &'a Path, target: &Target) -> Result<Self> {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(output.file_name().unwrap_or_default());
+        name.push(format!(".{}.partial", std::process::id()));
+        let place = output.with_file_name(name);
+        local::create_directories(&place)?;
+        Ok(Self { output, place, is_directory: target.is_directory })
+    }
+
+    /// Where a piece is written.
+    fn path(&self, folder: Option<&str>) -> PathBuf {
+        let inner = self.place.join(self.output.file_name().unwrap_or_default());
+        folder.map_or_else(|| inner.clone(), |folder| inner.join(folder))
+    }
+
+    /// Moves everything to the output.
+    fn commit(self) -> Result<Vec<PathBuf>> {
+        let from = self.path(None);
+        let mut files = Vec::new();
+        if self.is_directory {
+            move_into(&from, self.output, &mut files)?;
+        } else {
+            local::rename(&from, self.output)?;
+            files.push(self.output.to_path_buf());
+        }
+        Ok(files)
+    }
+}
+
+impl Drop for Staged<'_> {
+    fn drop(&mut self) {
+        local::remove_all(&self.place);
+    }
+}
+
+fn move_into(from: &Path, to: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    local::create_directories(to)?;
+    let mut found = local::paths_in(from)?;
+    found.sort();
+    for path in found {
+        let target = to.join(path.file_name().unwrap_or_default());
+        if local::is_directory(&path) {
+            move_into(&path, &target, files)?;
+        } else {
+            local::rename(&path, &target)?;
+            files.push(target);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! An adapter's modules as another format has them: under its names, cut or joined, with the factors
+//! that it can hold.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use indexmap::IndexMap;
+
+use super::naming::{Goal, Naming, goal};
+use super::tensors::{self, Block};
+use crate::adapter::deltas::LowRank;
+use crate::adapter::{LayerKind, Module};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::names::diffusion::{DiffusionNames, Lie};
+use crate::error::{Error, Result};
+use crate::tensor::safetensors::Tensor;
+
+/// A module as another format has it, and what it was made from.
+#[derive(Debug)]
+pub(super) struct Converted {
+    pub module: Module,
+    pub origins: Vec<Origin>,
+}
+
+/// A module, or rows of its product, and the rows of another's product that they became.
+#[derive(Debug, Clone)]
+pub(super) struct Origin {
+    /// The key of the source's module.
+    pub key: String,
+    /// The rows of its product; all, where there are none.
+    pub rows: Option<Range<u64>>,
+    /// The rows of the other's product; all, where there are none.
+    pub own: Option<Range<u64>>,
+    /// Whether the one product is the other's transpose.
+    pub transposed: bool,
+}
+
+impl Origin {
+    fn whole(module: &Module) -> Self {
+        Self { key: module.key.clone(), rows: None, own: None, transposed: false }
+    }
+}
+
+/// The modules as they are, under their own names.
+pub(super) fn unchanged<'a>(modules: impl Iterator<Item = &'a Module>) -> Vec<Converted> {
+    let same = |module: &Module| Converted {
+        module: module.clone(),
+        origins: vec![Origin::whole(module)],
+    };
+    modules.map(same).collect()
+}
+
+/// A module whose update is the product of two stored matrices, whatever it was made of.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an update that only the base makes, and for one that is no product of
+/// narrow factors; [`Error::Io`], or that a file changed meanwhile.
+pub(super) fn plain(module: &Module, path: &std::path::Path) -> Result<Module> {
+    if module.delta.plain().is_some() {
+        return Ok(module.clone());
+    }
+    let refused = |what: String| Err(Error::unsupported(path, what));
+    let title = module.title();
+    if module.delta.transform().is_some() || matches!(module.kind, LayerKind::Norm | LayerKind::Bias)
+    {
+        return refused(format!(
+            "changes {title} by no product of two factors ({}), and a plain LoRA can say nothing else",
+            module.delta.algorithm()
+        ));
+    }
+    if module.delta.holds_experts() {
+        return refused(format!("holds the factors of several experts for {title}"));
+    }
+    let pair = module.pair(None, None, None)?;
+    let least = pair.outputs.min(pair.inputs);
+    if pair.rank >= least && module.rank < least as u64 || module.delta.algorithm() == "FULL" {
+        return refused(format!(
+            "adds to {title} what is of full rank ({least}), which no LoRA holds in less than the \
+             weight itself"
+        ));
+    }
+    let (_, stored) = module.delta.tensors()[0];
+    let outputs = [pair.outputs as u64, pair.rank as u64];
+    let mut a_shape = vec![pair.rank as u64];
+    a_shape.extend(module.delta.input_shape());
+    let ones = a_shape.len() - 2;
+    let b_shape: Vec<u64> = outputs.into_iter().chain(std::iter::repeat_n(1, ones)).collect();
+    let place = stored.file().path();
+    let b = Tensor::in_memory(place, "lora_up", pair.b_dtype.clone(), b_shape, pair.b)?;
+    let a = Tensor::in_memory(place, "lora_down", pair.a_dtype.clone(), a_shape, pair.a)?;
+    Ok(low_rank(module, a, b, module.scaling))
+}
+
+/// A module with these factors instead of its own.
+fn low_rank(module: &Module, a: Tensor, b: Tensor, scaling: f64) -> Module {
+    let rank = a.shape[0];
+    Module {
+        delta: Arc::new(LowRank { a, b, diagonal: None }),
+        rank,
+        scaling,
+        alpha: scaling * rank as f64,
+        scale: None,
+        ..module.clone()
+    }
+}
+
+/// The parts of a fused module as they are found.
+#[derive(Default)]
+struct Gathered {
+    heights: Vec<u64>,
+    parts: Vec<(usize, Module)>,
+}
+
+/// The modules of a diffusion model under the names of a naming, which may differ from component to
+/// component. The modules have the full names of the base.
+///
+/// # Errors
+/// [`Error::Unsupported`] for what cannot be cut or joined, [`Error::Io`].
+pub(super) fn renamed<'a>(
+    modules: impl Iterator<Item = &'a Module>,
+    names: &DiffusionNames,
+    base: &Checkpoint,
+    naming_of: &dyn Fn(&str) -> Naming,
+    path: &std::path::Path,
+) -> Result<Vec<Converted>> {
+    let mut done = Vec::new();
+    let mut gathered = IndexMap::<String, Gathered>::new();
+    for module in modules {
+        let goal = goal(names, base, &module.path, naming_of(&module.path), module.outputs())?;
+        match goal {
+            Goal::Whole { name, lie } => done.push(whole(module, name, lie, path)?),
+            Goal::Parts(parts) => {
+                let module = plain(module, path)?;
+                for (name, rows) in parts {
+                    done.push(cut(&module, name, rows)?);
+                }
+            }
+            Goal::Part { name, slot, heights } => {
+                let group = gathered.entry(name).or_default();
+                group.heights = heights;
+                group.parts.push((slot, plain(module, path)?));
+            }
+        }
+    }
+    for (name, group) in gathered {
+        done.push(joined(name, group, path)?);
+    }
+    Ok(done)
+}
+
+/// A module under another name, with its rows in another order where that is so.
+fn whole(module: &Module, name: String, lie: Lie, path: &std::path::Path) -> Result<Converted> {
+    let mut origins = vec![Origin::whole(module)];
+    let module = match lie {
+        Lie::Same => Module { path: name, ..module.clone() },
+        Lie::HalvesSwapped => {
+            let own = plain(module, path)?;
+            let (a, b) = own.delta.plain().expect("made plain");
+            let half = own.outputs() / 2;
+            let halves = [half..half * 2, 0..half];
+            let swapped = |tensor: &Tensor| {
+                let parts: Vec<_> =
+                    halves.iter().map(|rows| tensors::rows(tensor, rows)).collect();
+                tensors::stacked(&parts)
+            };
+            origins = halves
+                .iter()
+                .zip([0..half, half..half * 2])
+                .map(|(rows, to)| Origin {
+                    rows: Some(rows.clone()),
+                    own: Some(to),
+                    ..Origin::whole(module)
+                })
+                .collect();
+            Module {
+                path: name,
+                magnitude: own.magnitude.as_ref().map(swapped).transpose()?,
+                bias: own.bias.as_ref().map(swapped).transpose()?,
+                ..low_rank(&own, a.clone(), swapped(b)?, own.scaling)
+            }
+        }
+        Lie::Transposed => {
+            let own = plain(module, path)?;
+            if own.magnitude.is_some() || own.bias.is_some() {
+                return Err(Error::unsupported(
+                    path,
+                    format!("has magnitudes or a bias for {}, which is stored transposed there", own.path),
+                ));
+            }
+            let (a, b) = own.delta.plain().expect("made plain");
+            origins[0].transposed = true;
+            let turned = low_rank(&own, tensors::transposed(b)?, tensors::transposed(a)?, own.scaling);
+            Module { path: name, ..turned }
+        }
+    };
+    Ok(Converted { module, origins })
+}
+
+/// Some rows of a module's product as a module of its own.
+fn cut(module: &Module, name: String, rows: Range<u64>) -> Result<Converted> {
+    let (a, b) = module.delta.plain().expect("made plain");
+    let of = |tensor: &Tensor| tensors::rows(tensor, &rows);
+    let part = Module {
+        path: name,
+        magnitude: module.magnitude.as_ref().map(of),
+        bias: module.bias.as_ref().map(of),
+        ..low_rank(module, a.clone(), of(b), module.scaling)
+    };
+    let origin = Origin { rows: Some(rows), ..Origin::whole(module) };
+    Ok(Converted { module: part, origins: vec![origin] })
+}
+
+/// Several modules as the one that they are parts of.
+fn joined(name: String, group: Gathered, path: &std::path::Path) -> Result<Converted> {
+    let Gathered { heights, mut parts } = group;
+    parts.sort_by_key(|(slot, _)| *slot);
+    let (_, first) = &parts[0];
+    let has = |of: fn(&Module) -> &Option<Tensor>| {
+        parts.iter().filter(|(_, module)| of(module).is_some()).count()
+    };
+    let all = heights.len();
+    for (count, what) in
+        [(has(|module| &module.magnitude), "magnitudes"), (has(|module| &module.bias), "a bias")]
+    {
+        if count != 0 && count != all {
+            return Err(Error::unsupported(
+                path,
+                format!("has {what} for some parts of {name} alone, which is one module there"),
+            ));
+        }
+    }
+    let factors: Vec<_> =
+        parts.iter().map(|(_, module)| module.delta.plain().expect("made plain")).collect();
+    let mut origins = Vec::new();
+    for (slot, module) in &parts {
+        let start = heights[..*slot].iter().sum::<u64>();
+        let own = Some(start..start + heights[*slot]);
+        origins.push(Origin { own, ..Origin::whole(module) });
+    }
+    let mut shares = factors.len() == all;
+    for (a, _) in &factors[1..] {
+        let alike = a.dtype == factors[0].0.dtype && a.shape == factors[0].0.shape;
+        shares = shares && alike && a.has_same_bytes(factors[0].0)?;
+    }
+    let same_scale = parts.iter().all(|(_, module)| module.scaling == first.scaling);
+    let scaling = first.scaling;
+    let (a, b) = if shares && same_scale {
+        let rows: Vec<Tensor> = factors.iter().map(|(_, b)| (*b).clone()).collect();
+        (factors[0].0.clone(), tensors::stacked(&rows)?)
+    } else {
+        let rows: Vec<Tensor> = factors.iter().map(|(a, _)| (*a).clone()).collect();
+        let block = |slot: usize| {
+            let found = parts.iter().zip(&factors).find(|((other, _), _)| *other == slot);
+            let factor = found.map(|((_, module), (_, b))| (module.scaling / scaling, *b));
+            Block { rows: heights[slot], factor }
+        };
+        let blocks: Vec<_> = (0..all).map(block).collect();
+        (tensors::stacked(&rows)?, tensors::block_diagonal(&blocks)?)
+    };
+    let stacked = |of: fn(&Module) -> &Option<Tensor>| -> Result<Option<Tensor>> {
+        let found: Vec<Tensor> = parts.iter().filter_map(|(_, module)| of(module).clone()).collect();
+        if found.is_empty() { Ok(None) } else { tensors::stacked(&found).map(Some) }
+    };
+    let module = Module {
+        path: name.clone(),
+        key: name,
+        magnitude: stacked(|module| &module.magnitude)?,
+        bias: stacked(|module| &module.bias)?,
+        ..low_rank(first, a, b, scaling)
+    };
+    Ok(Converted { module, origins })
+}
