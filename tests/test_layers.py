@@ -27,6 +27,7 @@ PYTHON = [
     ("_merge",),
     # Merging into loaded modules, which is planned like any other merge.
     ("_torch.module_plan", "_torch.in_place", "_torch.live_merge"),
+    ("_convert",),
     ("_analysis",),
     ("_fleet",),
     ("_similarity",),

@@ -3,8 +3,8 @@
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
 the model; `plan` says beforehand what it would do, `verify` afterwards whether it was done right,
 `subtract` undoes it, and `recover` brings to order what a killed one left; `inspect` lists what a
-file holds. `analyze` measures an adapter, `compare` several of them. `lorafast.analyzers` does the
-same under the names of NeuroTrain's tools.
+file holds, and `convert` writes an adapter in another format. `analyze` measures an adapter,
+`compare` several of them. `lorafast.analyzers` does the same under the names of NeuroTrain's tools.
 """
 
 from lorafast._core import __version__, build_info
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         TensorStatistics,
     )
     from lorafast._analysis.results import AdapterAnalysis, Comparison
+    from lorafast._convert.api import convert
+    from lorafast._convert.report import ConversionReport
     from lorafast._fleet.difference import AdapterChange, FindingChange, ScanDiff, scan_diff
     from lorafast._fleet.discovery import ScanError
     from lorafast._fleet.findings import FleetFinding
@@ -73,6 +75,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointListing",
     "Comparison",
+    "ConversionReport",
     "DeviceError",
     "DuplicateGroup",
     "Duplicates",
@@ -111,6 +114,7 @@ __all__ = [
     "analyze",
     "build_info",
     "compare",
+    "convert",
     "duplicates",
     "inspect",
     "lineage",
@@ -139,6 +143,8 @@ _HOMES = {
         "PairComparison",
         "TensorStatistics",
     ),
+    "_convert.api": ("convert",),
+    "_convert.report": ("ConversionReport",),
     "_fleet.difference": ("AdapterChange", "FindingChange", "ScanDiff", "scan_diff"),
     "_fleet.discovery": ("ScanError",),
     "_fleet.findings": ("FleetFinding",),

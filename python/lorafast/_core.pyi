@@ -29,6 +29,7 @@ __all__ = [
     "assemble_shards",
     "build_info",
     "compare_adapters",
+    "convert_adapter",
     "holds_adapter",
     "identify_path",
     "list_adapter",
@@ -170,6 +171,13 @@ def write_adapter(
     base: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
 ) -> None: ...
+def convert_adapter(
+    adapter: _AdapterSource,
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None,
+    options: str,
+) -> Conversion: ...
 def identify_path(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
     adapter: _AdapterSource,

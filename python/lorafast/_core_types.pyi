@@ -5,7 +5,21 @@ from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, type_check_o
 from lorafast._types import Strategy
 
 #: The formats of adapters that the core reads.
-AdapterFormat: TypeAlias = Literal["peft", "gguf", "kohya"]
+AdapterFormat: TypeAlias = Literal[
+    "bfl",
+    "cloneofsimo",
+    "comfyui",
+    "diffusers",
+    "gguf",
+    "kohya",
+    "lycoris",
+    "mlx",
+    "onetrainer",
+    "peft",
+    "tinker",
+    "torchtune",
+    "xlabs",
+]
 #: What kind of layer a module is.
 LayerKind: TypeAlias = Literal["linear", "embedding", "convolution"]
 #: What a component of a model of diffusion does.
@@ -302,6 +316,15 @@ class ListedComponent(TypedDict):
     dtypes: dict[str, int]
 
 @type_check_only
+class Conversion(TypedDict):
+    source_format: AdapterFormat
+    target_format: AdapterFormat
+    modules: int
+    max_error: float | None
+    lost: list[str]
+    notes: list[str]
+    files: list[str]
+
 class Listing(TypedDict):
     kind: Literal["checkpoint", "pipeline", "adapter"]
     format: str | None

@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::format::{AdapterSource, FORMATS, Format, WriteOptions};
+use crate::adapter::format::{self, AdapterSource, WriteOptions};
+use crate::adapter::formats::write_parts;
 use crate::adapter::{Adapter, Grammar, Module, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::diffusion::DiffusionNames;
@@ -22,7 +23,7 @@ use crate::parallel::task::Task;
 use crate::storage::local;
 use crate::tensor::dtype::Dtype;
 use modules::Converted;
-use targets::{Piece, Target};
+use targets::{Factors, Piece, Target};
 
 /// What is asked of a conversion.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -74,8 +75,7 @@ pub fn convert(
     task: &Task,
 ) -> Result<Report> {
     let target = Target::of(&options.to)?;
-    let format = FORMATS.iter().find(|format| format.name() == target.name);
-    let format = *format.ok_or_else(|| unknown_format(&options.to))?;
+    let format = format::named(target.name).ok_or_else(|| unknown_format(&options.to))?;
     let dtype = options.dtype.as_deref().filter(|name| *name != "auto").map(element_type);
     let dtype = dtype.transpose()?;
     let is_plain = match options.algorithm.as_deref() {
@@ -118,8 +118,11 @@ pub fn convert(
     let mut prepared = Vec::with_capacity(reduced.len());
     for module in &reduced {
         task.check()?;
-        let plain = is_plain || !target.holds.algorithms;
-        prepared.push(if plain { modules::plain(module, adapter.path())? } else { module.clone() });
+        prepared.push(match target.factors {
+            Factors::Any if !is_plain => modules::product(module, adapter.path())?,
+            Factors::Parts if !is_plain && write_parts::has_own_parts(module) => module.clone(),
+            _ => modules::plain(module, adapter.path())?,
+        });
     }
     let converted = match (&names, base) {
         (Some(names), Some(base)) => {
@@ -215,7 +218,10 @@ fn check_output(output: &Path, target: &Target, overwrite: bool) -> Result<()> {
             true => ("a file", "a directory"),
             false => ("a directory", "a file"),
         };
-        return refused(format!("is {is}, and an adapter in the format {} is {wants}", target.name));
+        return refused(format!(
+            "is {is}, and an adapter in the format {} is {wants}",
+            target.name
+        ));
     }
     let is_empty = found.is_dir() && local::paths_in(output)?.is_empty();
     if overwrite || is_empty {

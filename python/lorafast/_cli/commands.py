@@ -15,6 +15,7 @@ NAMES = (
     "subtract",
     "recover",
     "inspect",
+    "convert",
     "analyze",
     "compare",
     "scan",

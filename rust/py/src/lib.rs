@@ -3,6 +3,7 @@
 
 mod analyze;
 mod buffer;
+mod conversion;
 mod convert;
 mod errors;
 mod execution;
@@ -25,6 +26,8 @@ mod _core {
 
     #[pymodule_export]
     use super::analyze::{analyze_adapter, compare_adapters, stored_factors};
+    #[pymodule_export]
+    use super::conversion::convert_adapter;
     #[pymodule_export]
     use super::execution::{Execution, OutputLock, recover_output};
     #[pymodule_export]

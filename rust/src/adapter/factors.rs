@@ -124,12 +124,7 @@ impl Pair {
 ///
 /// # Errors
 /// [`crate::Error::Adapter`] if they do not fit the shape.
-pub fn of_values(
-    like: &Tensor,
-    dtype: &Dtype,
-    shape: Vec<u64>,
-    values: &[f64],
-) -> Result<Tensor> {
+pub fn of_values(like: &Tensor, dtype: &Dtype, shape: Vec<u64>, values: &[f64]) -> Result<Tensor> {
     let wide: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let bytes = match dtype {
         Dtype::F64 => wide,

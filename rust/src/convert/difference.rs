@@ -97,7 +97,8 @@ fn difference_of_vectors(one: &Option<Tensor>, other: &Option<Tensor>) -> Result
     if one.len() != other.len() {
         return Ok(f64::INFINITY);
     }
-    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
+    let square =
+        |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
     let difference = square(&mut one.iter().zip(&other).map(|(one, other)| one - other));
     let norm = square(&mut one.iter().copied());
     Ok(if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() })

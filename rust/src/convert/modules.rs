@@ -61,7 +61,8 @@ pub(super) fn plain(module: &Module, path: &std::path::Path) -> Result<Module> {
     }
     let refused = |what: String| Err(Error::unsupported(path, what));
     let title = module.title();
-    if module.delta.transform().is_some() || matches!(module.kind, LayerKind::Norm | LayerKind::Bias)
+    if module.delta.transform().is_some()
+        || matches!(module.kind, LayerKind::Norm | LayerKind::Bias)
     {
         return refused(format!(
             "changes {title} by no product of two factors ({}), and a plain LoRA can say nothing else",
@@ -89,6 +90,18 @@ pub(super) fn plain(module: &Module, path: &std::path::Path) -> Result<Module> {
     let b = Tensor::in_memory(place, "lora_up", pair.b_dtype.clone(), b_shape, pair.b)?;
     let a = Tensor::in_memory(place, "lora_down", pair.a_dtype.clone(), a_shape, pair.a)?;
     Ok(low_rank(module, a, b, module.scaling))
+}
+
+/// A module whose update is a product, whatever its factors.
+///
+/// # Errors
+/// [`Error::Unsupported`] for what only the base makes, and for vectors.
+pub(super) fn product(module: &Module, path: &std::path::Path) -> Result<Module> {
+    let is_vector = matches!(module.kind, LayerKind::Norm | LayerKind::Bias);
+    match module.delta.has_product() && module.delta.transform().is_none() && !is_vector {
+        true => Ok(module.clone()),
+        false => plain(module, path),
+    }
 }
 
 /// A module with these factors instead of its own.
@@ -159,8 +172,7 @@ fn whole(module: &Module, name: String, lie: Lie, path: &std::path::Path) -> Res
             let half = own.outputs() / 2;
             let halves = [half..half * 2, 0..half];
             let swapped = |tensor: &Tensor| {
-                let parts: Vec<_> =
-                    halves.iter().map(|rows| tensors::rows(tensor, rows)).collect();
+                let parts: Vec<_> = halves.iter().map(|rows| tensors::rows(tensor, rows)).collect();
                 tensors::stacked(&parts)
             };
             origins = halves
@@ -184,12 +196,16 @@ fn whole(module: &Module, name: String, lie: Lie, path: &std::path::Path) -> Res
             if own.magnitude.is_some() || own.bias.is_some() {
                 return Err(Error::unsupported(
                     path,
-                    format!("has magnitudes or a bias for {}, which is stored transposed there", own.path),
+                    format!(
+                        "has magnitudes or a bias for {}, which is stored transposed there",
+                        own.path
+                    ),
                 ));
             }
             let (a, b) = own.delta.plain().expect("made plain");
             origins[0].transposed = true;
-            let turned = low_rank(&own, tensors::transposed(b)?, tensors::transposed(a)?, own.scaling);
+            let turned =
+                low_rank(&own, tensors::transposed(b)?, tensors::transposed(a)?, own.scaling);
             Module { path: name, ..turned }
         }
     };
@@ -258,7 +274,8 @@ fn joined(name: String, group: Gathered, path: &std::path::Path) -> Result<Conve
         (tensors::stacked(&rows)?, tensors::block_diagonal(&blocks)?)
     };
     let stacked = |of: fn(&Module) -> &Option<Tensor>| -> Result<Option<Tensor>> {
-        let found: Vec<Tensor> = parts.iter().filter_map(|(_, module)| of(module).clone()).collect();
+        let found: Vec<Tensor> =
+            parts.iter().filter_map(|(_, module)| of(module).clone()).collect();
         if found.is_empty() { Ok(None) } else { tensors::stacked(&found).map(Some) }
     };
     let module = Module {

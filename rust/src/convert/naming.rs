@@ -80,7 +80,9 @@ fn module_of(parameter: &str) -> String {
 fn unknown(base: &Checkpoint, original: &str) -> Error {
     Error::unsupported(
         base.path(),
-        format!("does not tell how many rows each part of {original} has; give a base in diffusers' names"),
+        format!(
+            "does not tell how many rows each part of {original} has; give a base in diffusers' names"
+        ),
     )
 }
 
@@ -105,7 +107,8 @@ fn heights(
             3 => vec![inputs, all.saturating_sub(inputs) / 2, all.saturating_sub(inputs) / 2],
             _ => vec![inputs, inputs, inputs, all.saturating_sub(3 * inputs)],
         };
-        let agrees = found.iter().zip(&by_rule).all(|(one, rule)| one.is_none_or(|one| one == *rule));
+        let agrees =
+            found.iter().zip(&by_rule).all(|(one, rule)| one.is_none_or(|one| one == *rule));
         if by_rule.iter().sum::<u64>() != all || by_rule.contains(&0) || !agrees {
             return Err(unknown(base, original));
         }

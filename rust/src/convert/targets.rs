@@ -20,12 +20,23 @@ pub(super) struct Holds {
     pub bias: bool,
     /// Parameters that were trained whole, and rows of embeddings.
     pub whole: bool,
-    /// Updates that are no plain product: LoHa, LoKr, full differences and the like.
-    pub algorithms: bool,
+    /// Norms and biases.
+    pub vectors: bool,
     /// Updates of embeddings.
     pub embeddings: bool,
     /// Convolutions.
     pub convolutions: bool,
+}
+
+/// Which factors a format's writer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Factors {
+    /// Two matrices.
+    Plain,
+    /// These, and the parts of every algorithm of LyCORIS.
+    Parts,
+    /// Those of every product, which it brings into its own layout.
+    Any,
 }
 
 /// How a format names the modules of diffusion models.
@@ -48,6 +59,7 @@ pub(super) struct Target {
     pub is_directory: bool,
     pub is_flattened: bool,
     pub holds: Holds,
+    pub factors: Factors,
     names: Names,
 }
 
@@ -55,7 +67,7 @@ const NOTHING: Holds = Holds {
     magnitude: false,
     bias: false,
     whole: false,
-    algorithms: false,
+    vectors: false,
     embeddings: true,
     convolutions: false,
 };
@@ -66,6 +78,7 @@ const TARGETS: [Target; 6] = [
         is_directory: true,
         is_flattened: false,
         holds: Holds { magnitude: true, bias: true, whole: true, convolutions: true, ..NOTHING },
+        factors: Factors::Plain,
         names: Names::Folders,
     },
     Target {
@@ -74,11 +87,12 @@ const TARGETS: [Target; 6] = [
         is_flattened: true,
         holds: Holds {
             magnitude: true,
-            algorithms: true,
+            vectors: true,
             embeddings: false,
             convolutions: true,
             ..NOTHING
         },
+        factors: Factors::Parts,
         names: Names::Kohya,
     },
     Target {
@@ -92,6 +106,7 @@ const TARGETS: [Target; 6] = [
             convolutions: true,
             ..NOTHING
         },
+        factors: Factors::Plain,
         names: Names::Diffusers,
     },
     Target {
@@ -100,11 +115,12 @@ const TARGETS: [Target; 6] = [
         is_flattened: false,
         holds: Holds {
             magnitude: true,
-            algorithms: true,
+            vectors: true,
             embeddings: false,
             convolutions: true,
             ..NOTHING
         },
+        factors: Factors::Parts,
         names: Names::ComfyUi,
     },
     Target {
@@ -112,6 +128,7 @@ const TARGETS: [Target; 6] = [
         is_directory: true,
         is_flattened: false,
         holds: Holds { magnitude: true, ..NOTHING },
+        factors: Factors::Any,
         names: Names::Folders,
     },
     Target {
@@ -119,6 +136,7 @@ const TARGETS: [Target; 6] = [
         is_directory: false,
         is_flattened: false,
         holds: NOTHING,
+        factors: Factors::Any,
         names: Names::Folders,
     },
 ];
@@ -165,7 +183,7 @@ impl Target {
             LayerKind::Linear => true,
             LayerKind::Embedding => self.holds.embeddings,
             LayerKind::Convolution => self.holds.convolutions,
-            LayerKind::Norm | LayerKind::Bias => self.holds.algorithms,
+            LayerKind::Norm | LayerKind::Bias => self.holds.vectors,
         }
     }
 
@@ -294,14 +312,23 @@ fn locate(
             target.name
         ));
     }
-    Ok((kind, if target.names == Names::Folders { folder_body(&module.path, kind, body) } else { body.to_owned() }))
+    Ok((
+        kind,
+        if target.names == Names::Folders {
+            folder_body(&module.path, kind, body)
+        } else {
+            body.to_owned()
+        },
+    ))
 }
 
 /// The name that PEFT's format has: without the component, where one is told.
 fn folder_body(path: &str, kind: Option<ComponentKind>, body: &str) -> String {
     match kind {
         // `transformer.h.0` is a language model's own.
-        Some(ComponentKind::Denoiser) if !ORIGINAL.iter().chain(&DIFFUSERS).any(|block| body.starts_with(block)) => {
+        Some(ComponentKind::Denoiser)
+            if !ORIGINAL.iter().chain(&DIFFUSERS).any(|block| body.starts_with(block)) =>
+        {
             path.to_owned()
         }
         None => path.to_owned(),
@@ -310,8 +337,13 @@ fn folder_body(path: &str, kind: Option<ComponentKind>, body: &str) -> String {
 }
 
 /// What the modules of a denoiser begin with where diffusers names them.
-const DIFFUSERS: [&str; 5] =
-    ["transformer_blocks.", "single_transformer_blocks.", "down_blocks.", "up_blocks.", "mid_block."];
+const DIFFUSERS: [&str; 5] = [
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+    "down_blocks.",
+    "up_blocks.",
+    "mid_block.",
+];
 /// The same where the author does, and diffusers does not.
 const ORIGINAL: [&str; 6] = [
     "double_blocks.",
@@ -378,7 +410,8 @@ pub(super) fn left_out(adapter: &Adapter, target: &Target) -> Vec<String> {
         let found = adapter.modules().values().filter(|module| is(module));
         found.map(|module| module.title().into_owned()).collect()
     };
-    let kind = |kind: LayerKind| modules(&|module| module.kind == kind && !target.has_place(module));
+    let kind =
+        |kind: LayerKind| modules(&|module| module.kind == kind && !target.has_place(module));
     say("updates of embeddings", kind(LayerKind::Embedding));
     say("updates of convolutions", kind(LayerKind::Convolution));
     say("updates of norms", kind(LayerKind::Norm));
@@ -416,7 +449,9 @@ pub(super) fn metadata_left_out(adapter: &Adapter, target: &Target) -> Vec<Strin
 pub(super) fn notes(adapter: &Adapter, target: &Target) -> Vec<String> {
     let mut notes = Vec::new();
     if adapter.semantics().rank_stabilized && target.name != adapter.format() {
-        notes.push("its scale is α/√r; what was written has α/r with an alpha that gives the same".into());
+        notes.push(
+            "its scale is α/√r; what was written has α/r with an alpha that gives the same".into(),
+        );
     }
     notes
 }

@@ -10,7 +10,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use super::parts::{self, ModuleParts, Part, ScaleRule, Spelling};
-use super::recognize;
+use super::{recognize, write_parts};
 use crate::adapter::format::{Format, Place, WriteOptions};
 use crate::adapter::{
     Adapter, Contents, Directory, Grammar, Initialization, LayerKind, Module, PartUse, Role,
@@ -19,14 +19,10 @@ use crate::adapter::{
 use crate::checkpoint::names::wrappers;
 use crate::error::{Error, Owner, Result};
 use crate::parallel::task::Task;
-use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::{Tensor, TensorFile, write};
+use crate::tensor::safetensors::{Tensor, TensorFile};
 
 /// What stands before the names of modules that this writes.
 const PREFIX: &str = "lora_unet_";
-const DOWN: &str = ".lora_down.weight";
-const UP: &str = ".lora_up.weight";
-const ALPHA: &str = ".alpha";
 /// What the names of packed embeddings begin with.
 const EMBEDDINGS: &str = "bundle_emb.";
 
@@ -89,25 +85,22 @@ impl Format for Kohya {
         if !adapter.saved().is_empty() || !adapter.trained_rows().is_empty() {
             return Err(refused("brings parameters whole".into()));
         }
-        let mut tensors = Vec::new();
+        let mut modules = IndexMap::with_capacity(adapter.modules().len());
         for module in adapter.modules().values() {
-            let plain = module.delta.plain().filter(|_| {
-                module.kind != LayerKind::Embedding
-                    && module.magnitude.is_none()
-                    && module.bias.is_none()
-            });
-            let Some((down, up)) = plain else {
-                return Err(refused(format!("does more to {} than add a product", module.path)));
-            };
+            if module.kind == LayerKind::Embedding {
+                return Err(refused(format!("changes the embedding {}", module.path)));
+            }
             let key = match adapter.grammar() {
                 Grammar::Flattened => module.key.clone(),
-                Grammar::Dotted => format!("{PREFIX}{}", module.path.replace('.', "_")),
+                Grammar::Dotted => {
+                    let own = if module.kind == LayerKind::Bias { ".bias" } else { "" };
+                    format!("{PREFIX}{}{own}", module.path.replace('.', "_"))
+                }
             };
-            tensors.push((format!("{key}{DOWN}"), options.cast(down)?));
-            tensors.push((format!("{key}{UP}"), options.cast(up)?));
-            tensors.push((format!("{key}{ALPHA}"), alpha_of(module)?));
+            modules.insert(key.clone(), Module { key, ..module.clone() });
         }
-        write::write(target, IndexMap::new(), tensors)
+        let named = adapter.renamed(modules, Vec::new(), Vec::new(), Grammar::Flattened);
+        write_parts::write_parts(&named, target, &write_parts::KOHYA, options)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
@@ -193,18 +186,6 @@ impl Format for Kohya {
             },
         }))
     }
-}
-
-/// The alpha that gives a module's scale, α/r, in the narrowest type that holds it.
-fn alpha_of(module: &Module) -> Result<Tensor> {
-    let alpha = module.scaling * module.rank as f64;
-    let narrow = alpha as f32;
-    let (dtype, bytes) = if f64::from(narrow) == alpha {
-        (Dtype::F32, narrow.to_le_bytes().to_vec())
-    } else {
-        (Dtype::F64, alpha.to_le_bytes().to_vec())
-    };
-    Tensor::in_memory(Path::new("alpha"), "alpha", dtype, Vec::new(), bytes)
 }
 
 /// Whether a key is one of this format's, whatever the algorithm: in what is no plain LoRA, a name

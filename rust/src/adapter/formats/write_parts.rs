@@ -82,6 +82,16 @@ pub fn write_parts(
     write::write(target, metadata(adapter, style), tensors)
 }
 
+/// Whether a module's tensors are parts that these files have, beyond a plain product's: those of
+/// LoHa, LoKr, Tucker's form, and of what is no product.
+pub fn has_own_parts(module: &Module) -> bool {
+    let tensors = module.delta.tensors();
+    let part = |(_, tensor): &(&str, &Tensor)| parts::split(&tensor.name).map(|(_, part, _)| part);
+    let parts: Option<Vec<Part>> = tensors.iter().map(part).collect();
+    let is_plain = |part: &Part| matches!(part, Part::Down | Part::Up | Part::UpBias);
+    parts.is_some_and(|parts| !parts.iter().all(is_plain))
+}
+
 /// A module's key; a bias is a part of its layer.
 fn key_of(module: &Module) -> &str {
     match module.kind {
@@ -114,7 +124,7 @@ fn parts_of(
             found.push((ending(Part::Alpha)?, alpha_of(module)?));
         }
     } else {
-        if style.scale == ScaleGoes::IntoFactor {
+        if style.scale == ScaleGoes::IntoFactor || !has_own_parts(module) {
             return Err(refused("adds no plain product to"));
         }
         for (_, tensor) in module.delta.tensors() {
@@ -190,9 +200,9 @@ fn metadata(adapter: &Adapter, style: &Style) -> IndexMap<String, String> {
         let kept = settings.iter().filter(|(key, _)| {
             !DIGESTS.contains(&key.as_str()) && *key != DIFFUSERS_METADATA && *key != "format"
         });
-        metadata.extend(kept.map(|(key, value)| {
-            (key.clone(), value.as_str().unwrap_or_default().to_owned())
-        }));
+        metadata.extend(
+            kept.map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().to_owned())),
+        );
     }
     metadata.insert("format".to_owned(), "pt".to_owned());
     if style.scale == ScaleGoes::IntoFactor {

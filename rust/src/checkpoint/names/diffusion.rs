@@ -118,11 +118,8 @@ impl DiffusionNames {
         if components.is_empty() {
             return None;
         }
-        let mut names = Self {
-            components: Vec::new(),
-            canonical: HashMap::new(),
-            diffusers: HashMap::new(),
-        };
+        let mut names =
+            Self { components: Vec::new(), canonical: HashMap::new(), diffusers: HashMap::new() };
         for component in &components {
             names.add(base, component, &components);
         }

@@ -1,0 +1,1 @@
+"""Converting adapters from one format into another."""
