@@ -156,6 +156,13 @@ pub(crate) struct Factors<'b> {
 }
 
 impl Factors<'_> {
+    /// Whether another product has the same factors and the same scale, bit for bit.
+    pub fn is_same(&self, other: &Factors<'_>) -> bool {
+        (self.extents, self.scaling) == (other.extents, other.scaling)
+            && self.elements == other.elements
+            && (self.a == other.a && self.b == other.b)
+    }
+
     /// The update that they make.
     ///
     /// # Errors
