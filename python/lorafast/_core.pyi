@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, final
 from typing_extensions import Buffer
 
 from lorafast._core_types import *
-from lorafast._types import Metrics, Severity, SumPrecision
+from lorafast._types import AdapterFormat, Metrics, Severity, SumPrecision
 
 __all__ = [
     "Collection",

@@ -2,24 +2,8 @@
 
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, type_check_only
 
-from lorafast._types import Strategy
+from lorafast._types import AdapterFormat, Strategy
 
-#: The formats of adapters that the core reads.
-AdapterFormat: TypeAlias = Literal[
-    "bfl",
-    "cloneofsimo",
-    "comfyui",
-    "diffusers",
-    "gguf",
-    "kohya",
-    "lycoris",
-    "mlx",
-    "onetrainer",
-    "peft",
-    "tinker",
-    "torchtune",
-    "xlabs",
-]
 #: What kind of layer a module is.
 LayerKind: TypeAlias = Literal["linear", "embedding", "convolution"]
 #: What a component of a model of diffusion does.

@@ -54,6 +54,10 @@ AdapterFormat = Literal[
     "xlabs",
     "bfl",
     "cloneofsimo",
+    "mlx",
+    "gguf",
+    "torchtune",
+    "tinker",
 ]
 
 #: How much a scan finds.

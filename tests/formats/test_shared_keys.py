@@ -1,4 +1,4 @@
-"""Files and lists of keys that others made: each is read, or refused for an understandable reason."""
+"""Files and lists of keys that others made: each is read, or refused for a reason that is told."""
 
 from __future__ import annotations
 

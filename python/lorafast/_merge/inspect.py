@@ -51,8 +51,8 @@ def inspect(
         A frozen value: `kind` ("checkpoint", "pipeline" or "adapter"), `format` (of an adapter that
         can be read: "peft", "kohya", "diffusers", …), `path`, `files` (name, bytes, tensors),
         `metadata`, `tensors` (name, dtype, shape, bytes, file), `total_parameters`, `total_bytes`,
-        `config` (of a pipeline its `model_index.json`), `warnings`; of a checkpoint `quantised` (how
-        many weights are stored how) and, of a model of diffusion, `components` (name, kind,
+        `config` (of a pipeline its `model_index.json`), `warnings`; of a checkpoint `quantised`
+        (how many weights are stored how) and, of a model of diffusion, `components` (name, kind,
         class_name, tensors, parameters, bytes, dtypes); of an adapter `type`, `base`, `r`, `alpha`,
         `rslora`, `peft_version`, `algorithm` (lora, locon, loha, lokr, …, mixed), `trainer` (where
         the metadata tells), `family` (of image and video models, by the names), `components`,

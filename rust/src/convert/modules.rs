@@ -11,7 +11,8 @@ use super::tensors::{self, Block};
 use crate::adapter::deltas::LowRank;
 use crate::adapter::{LayerKind, Module};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::names::diffusion::{DiffusionNames, Lie};
+use crate::checkpoint::names::canonical::Lie;
+use crate::checkpoint::names::diffusion::DiffusionNames;
 use crate::error::{Error, Result};
 use crate::tensor::safetensors::Tensor;
 

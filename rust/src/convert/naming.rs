@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::names::diffusion::{DiffusionNames, Lie};
+use crate::checkpoint::names::canonical::Lie;
+use crate::checkpoint::names::diffusion::DiffusionNames;
 use crate::error::{Error, Result};
 
 /// A naming of a diffusion model's modules.

@@ -16,7 +16,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use super::parts::{DefaultScale, ModuleParts, Part};
-use super::recognize;
+use super::{recognize, write_parts};
 use crate::adapter::coverage::{PartUse, Usage};
 use crate::adapter::deltas::Rows;
 use crate::adapter::format::{Format, GivenScale, Place, WriteOptions};
@@ -132,9 +132,17 @@ impl Format for ImageFormat {
         weights(place)
     }
 
-    fn write(&self, adapter: &Adapter, _: &Path, _: &WriteOptions<'_>) -> Result<()> {
+    fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
+        let style = match self.0 {
+            Layout::Diffusers => Some(&write_parts::DIFFUSERS),
+            Layout::ComfyUi => Some(&write_parts::COMFYUI),
+            _ => None,
+        };
+        if let Some(style) = style {
+            return write_parts::write_parts(adapter, target, style, options);
+        }
         let problem = format!(
-            "cannot be written in the format {}, which is read alone; write PEFT's or kohya's",
+            "cannot be written in the format {}, which is read alone; write PEFT's, kohya's, diffusers' or ComfyUI's",
             self.name()
         );
         Err(Error::unsupported(adapter.path(), problem))

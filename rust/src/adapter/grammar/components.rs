@@ -93,7 +93,7 @@ fn readings(name: &str) -> Vec<Reading<'_>> {
 
 /// The component that a dotted name tells, and what it is within that.
 pub(super) fn component_of(name: &str) -> (Option<ComponentKind>, &str) {
-    let readings = readings(name, false);
+    let readings = readings(name);
     let (hint, rest) = readings[readings.len() - 1];
     match hint {
         Hint::Any => (None, rest),
