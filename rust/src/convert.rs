@@ -212,8 +212,11 @@ fn by_name(adapter: &Adapter) -> HashMap<String, Module> {
 /// Refuses to write where something is, unless that may be replaced.
 fn check_output(output: &Path, target: &Target, overwrite: bool) -> Result<()> {
     let refused = |message: String| Err(Error::Output { path: output.to_path_buf(), message });
-    let Some(found) = local::find(output)? else { return Ok(()) };
-    if found.is_dir() != target.is_directory {
+    if local::find(output)?.is_none() {
+        return Ok(());
+    }
+    let is_directory = local::is_directory(output);
+    if is_directory != target.is_directory {
         let (is, wants) = match target.is_directory {
             true => ("a file", "a directory"),
             false => ("a directory", "a file"),
@@ -223,7 +226,7 @@ fn check_output(output: &Path, target: &Target, overwrite: bool) -> Result<()> {
             target.name
         ));
     }
-    let is_empty = found.is_dir() && local::paths_in(output)?.is_empty();
+    let is_empty = is_directory && local::paths_in(output)?.is_empty();
     if overwrite || is_empty {
         return Ok(());
     }

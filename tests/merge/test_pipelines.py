@@ -152,8 +152,8 @@ def test_two_components_that_would_fit_are_an_error(tmp_path: Path) -> None:
 def test_what_no_component_has_is_an_error(tmp_path: Path, pipeline: Path) -> None:
     absent = make_adapter(tmp_path / "a", adapter_tensors({"unet.no_such.to_q": (24, 20)}))
     refuses(tmp_path, lorafast.PlanError, pipeline, absent, "no_such")
-    other = make_adapter(tmp_path / "b", adapter_tensors(prefixed("transformer.", UNET)))
-    with pytest.raises(lorafast.PlanError, match=r"transformer\.down_blocks.* fits no tensor"):
+    other = make_adapter(tmp_path / "b", adapter_tensors(prefixed("text_encoder_3.", UNET)))
+    with pytest.raises(lorafast.PlanError, match=r"text_encoder_3\.down_blocks.* fits no tensor"):
         lorafast.plan(pipeline, other)
 
 

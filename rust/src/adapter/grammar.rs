@@ -45,7 +45,7 @@ pub fn resolve(adapter: &Adapter, base: &Checkpoint) -> Result<Option<Adapter>> 
         return numbered::resolve(adapter, base, names.as_ref()).map(Some);
     }
     if let Some(names) = names {
-        return components::resolve(adapter, &names);
+        return components::resolve(adapter, &names, base);
     }
     if adapter.grammar() == Grammar::Dotted {
         return Ok(None);

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use indexmap::IndexMap;
 
 use crate::adapter::{Adapter, Grammar, Module, Saved, TrainedRows};
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::components::ComponentKind;
 use crate::checkpoint::names::diffusion::{ComponentNames, DiffusionNames, Scheme};
 use crate::error::{Error, Result};
@@ -149,7 +150,11 @@ impl<'a> Candidate<'a> {
 /// # Errors
 /// [`Error::Adapter`] where nothing tells which of the base's components is meant, or where two names
 /// are one module.
-pub(super) fn resolve(adapter: &Adapter, names: &DiffusionNames) -> Result<Option<Adapter>> {
+pub(super) fn resolve(
+    adapter: &Adapter,
+    names: &DiffusionNames,
+    base: &Checkpoint,
+) -> Result<Option<Adapter>> {
     let mut groups = IndexMap::<Hint, Vec<&Module>>::new();
     for module in adapter.modules().values() {
         groups.entry(hint_of(&module.path)).or_default().push(module);
@@ -157,7 +162,7 @@ pub(super) fn resolve(adapter: &Adapter, names: &DiffusionNames) -> Result<Optio
     let mut found = HashMap::<&str, &str>::new();
     let mut chosen = Vec::new();
     for (hint, modules) in &groups {
-        let Some(candidate) = choose(adapter, *hint, modules, names)? else {
+        let Some(candidate) = choose(adapter, *hint, modules, names, base)? else {
             continue;
         };
         for module in modules {
@@ -209,6 +214,7 @@ fn choose<'a>(
     hint: Hint,
     modules: &[&Module],
     names: &'a DiffusionNames,
+    base: &Checkpoint,
 ) -> Result<Option<Candidate<'a>>> {
     let read: Vec<_> = modules.iter().map(|module| readings(&module.path)).collect();
     let mut best = Vec::<(usize, usize, Candidate<'a>)>::new();
@@ -237,8 +243,23 @@ fn choose<'a>(
             best.retain(|(.., candidate)| is_numbered(candidate));
         }
     }
+    let fits = |candidate: &Candidate<'_>| {
+        let fits = |(module, readings): (&&Module, &Vec<Reading<'_>>)| {
+            let parameter = candidate.module(readings).map(|full| format!("{full}.weight"));
+            let stored = parameter.and_then(|parameter| base.tensor(&parameter));
+            stored.is_none_or(|stored| stored.shape.first() == Some(&module.outputs()))
+        };
+        modules.iter().zip(&read).filter(|pair| fits(*pair)).count()
+    };
+    let most = best.iter().map(|(.., candidate)| fits(candidate)).max().unwrap_or_default();
+    best.retain(|(.., candidate)| fits(candidate) == most);
     let (.., first) = best[0];
     let other = best.iter().find(|(.., other)| other.component.prefix != first.component.prefix);
+    // What has names with dots that differ from the base's by a leading part alone, the map of names
+    // tells apart, or says why it cannot.
+    if other.is_some() && !modules.iter().any(|module| is_flattened(&module.path)) {
+        return Ok(None);
+    }
     if let Some((.., other)) = other {
         return Err(Error::adapter(
             adapter.path(),
