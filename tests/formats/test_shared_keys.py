@@ -1,15 +1,19 @@
-"""Files and lists of keys that others made: each is read, or refused for a reason that is told."""
+"""Files and lists of keys that others made: each is read, or refused for a plain reason."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import lorafast
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support import diffusion
 
 DATA = Path(
     os.environ.get("LORAFAST_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")
@@ -32,29 +36,59 @@ KEYS: dict[str, tuple[str, str | None, int, list[str]]] = {
     "krea2_lora_kohya_format": ("kohya", "krea2", 40, ["denoiser"]),
     "qwen_image_lora_diffusers_format": ("diffusers", None, 3, ["denoiser"]),
 }
-#: Lists whose modules are no plain products of two matrices, with their formats.
-OTHER_ALGORITHMS: dict[str, str] = {
-    "anima_lora_lokr_format": "comfyui",
-    "flux_dora_onetrainer_format": "onetrainer",
-    "flux_lokr_bfl_format": "comfyui",
-    "qwen_image_lora_kohya_format": "kohya",
+#: Lists whose modules are no plain products of two matrices: likewise, or what the refusal says.
+OTHER_ALGORITHMS: dict[str, tuple[str, str, int, str] | str] = {
+    "anima_lora_lokr_format": r"dora_scale has shape \[2048\], which is neither the outputs'",
+    "flux_dora_onetrainer_format": ("onetrainer", "flux1", 506, "lora"),
+    "flux_lokr_bfl_format": ("comfyui", "flux1", 6, "lokr"),
+    "qwen_image_lora_kohya_format": ("kohya", "qwen_image", 8, "lokr"),
 }
-#: Of each file its format, its family and its modules; or what the refusal has to say.
-ADAPTERS: dict[str, tuple[str, str | None, int] | str] = {
-    "bloom_legacy_mergedlinear_bin__2023-04-07_d23b8e": ("peft", None, 24),
-    "cloneofsimo_examples__2022-12-12_cd7e2b": ("cloneofsimo", None, 128),
-    "cloneofsimo_examples__2022-12-25_bed542": ("cloneofsimo", None, 48),
-    "cloneofsimo_examples__2022-12-29_4abdd2": ("cloneofsimo", None, 48),
-    "cloneofsimo_examples__2023-01-08_4ffb06": ("cloneofsimo", None, 192),
-    "cloneofsimo_examples__2023-02-05_aaabaf": ("cloneofsimo", None, 192),
-    "diffusers_repo__2024-05-28_e9009c": ("diffusers", "sd1", 128),
-    "gpt2_cls_deepbiolab__2025-03-24_1f001f": ("peft", None, 36),
-    "gpt2_mycguo__2025-05-07_3b8dc5": ("peft", None, 36),
-    "peft_repo__2026-01-21_50564e": "",
-    "peft_repo__2026-03-16_43beef": ("peft", None, 24),
-    "sd15_catund_bin_and_st__2023-09-28_283f5c": ("diffusers", "sd1", 128),
-    "tiny_lora": ("peft", None, 12),
+#: What becomes of each list on a model of its family and its true size, in diffusers' names and in
+#: its author's: how many tensors are merged in each, or why none are.
+MERGES: dict[str, tuple[str, tuple[int, int] | str]] = {
+    "flux_control_lora_format": ("flux1", r"img_in.*\[3072, 128\]"),
+    "flux_dora_onetrainer_format": ("flux1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+    "flux_lokr_bfl_format": ("flux1", r"single_blocks\.0\.linear2|double_blocks\.0\.img_"),
+    "flux_lora_aitoolkit_format": ("flux1", (418, 228)),
+    "flux_lora_diffusers_base_model_format": ("flux1", (381, 191)),
+    "flux_lora_diffusers_format": ("flux1", (494, 304)),
+    "flux_lora_diffusers_no_proj_mlp_format": ("flux1", (342, 190)),
+    "flux_lora_kohya_format": ("flux1", (494, 304)),
+    "flux_lora_kohya_with_te1_format": ("flux1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+    "flux_lora_xlabs_format": ("flux1", (24, 12)),
+    "krea2_lora_kohya_format": ("krea2", (40, 40)),
+    "anima_lora_kohya_format": ("cosmos2", r"cross_attn.k_proj|attn2.to_k"),
+    "anima_lora_kohya_with_te_format": ("cosmos2", "lora_te_layers_0_self_attn_q_proj"),
+    "anima_lora_peft_format": ("cosmos2", r"cross_attn.k_proj|attn2.to_k"),
+    "qwen_image_lora_diffusers_format": ("qwen_image", (3, 3)),
+    "qwen_image_lora_kohya_format": ("qwen_image", r"transformer_blocks\.0\.attn\.to_k"),
 }
+#: Of each file its format, its family, its modules and its algorithm; or what the refusal says.
+ADAPTERS: dict[str, tuple[str, str | None, int, str] | str] = {
+    "bloom_legacy_mergedlinear_bin__2023-04-07_d23b8e": ("peft", None, 24, "lora"),
+    "cloneofsimo_examples__2022-12-12_cd7e2b": ("cloneofsimo", None, 128, "lora"),
+    "cloneofsimo_examples__2022-12-25_bed542": ("cloneofsimo", None, 48, "lora"),
+    "cloneofsimo_examples__2022-12-29_4abdd2": ("cloneofsimo", None, 48, "lora"),
+    "cloneofsimo_examples__2023-01-08_4ffb06": ("cloneofsimo", None, 192, "lora"),
+    "cloneofsimo_examples__2023-02-05_aaabaf": ("cloneofsimo", None, 192, "lora"),
+    "diffusers_repo__2024-05-28_e9009c": ("diffusers", "sd1", 128, "lora"),
+    "gpt2_cls_deepbiolab__2025-03-24_1f001f": ("peft", None, 36, "lora"),
+    "gpt2_mycguo__2025-05-07_3b8dc5": ("peft", None, 36, "lora"),
+    "lycoris_lokr__2023-04-07_091ca4": ("kohya", "sd1", 350, "lokr"),
+    "lycoris_lokr__2023-04-07_5a0b99": ("kohya", "sd1", 350, "lokr"),
+    "peft_repo__2023-08-07_040dd0": ("peft", None, 192, "ia3"),
+    "peft_repo__2026-01-21_50564e": "is a UNILORA adapter",
+    "peft_repo__2026-03-16_43beef": ("peft", None, 24, "lora"),
+    "peft_repo__2026-08-05_0d9d77": "is a FINEGATES adapter",
+    "sam_lora_ranks__2023-10-04_809a8e": "a LoRA of Sam_LoRA's",
+    "sam_lora_ranks__2023-10-04_aec092": "a LoRA of Sam_LoRA's",
+    "sam_lora_ranks__2023-10-04_b966bd": "a LoRA of Sam_LoRA's",
+    "sam_lora_ranks__2023-10-04_bb386f": "a LoRA of Sam_LoRA's",
+    "sd15_catund_bin_and_st__2023-09-28_283f5c": ("diffusers", "sd1", 128, "lora"),
+    "tiny_lora": ("peft", None, 12, "lora"),
+}
+#: Files of language models' formats, which have tests of their own.
+ELSEWHERE = {"mlx_test_dpo__2025-08-31_7bf77c"}
 
 
 def random_file(name: str, path: Path) -> Path:
@@ -92,33 +126,107 @@ def test_every_list_of_keys_is_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OTHER_ALGORITHMS)
-def test_every_list_of_another_algorithm_is_read_or_refused_by_name(
-    name: str, tmp_path: Path
+def test_every_list_of_another_algorithm_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    file = random_file(name, tmp_path / "a.safetensors")
+    expected = OTHER_ALGORITHMS[name]
+    if isinstance(expected, str):
+        with pytest.raises(lorafast.AdapterError, match=expected):
+            lorafast.inspect(file)
+        return
+    listing = lorafast.inspect(file)
+    assert isinstance(listing, lorafast.AdapterListing)
+    found = (listing.format, listing.family, len(listing.modules), listing.algorithm)
+    assert found == expected
+    assert {use.use for use in listing.tensors_use} == {"used"}
+
+
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A checkpoint of these shapes without content, which takes no room on the disk."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Models of true size in both namings, by family."""
+    diffusers = pytest.importorskip("diffusers", reason="the shapes are diffusers'")
+    import torch
+
+    classes = {
+        "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+        "krea2": ("Krea2Transformer2DModel", {}),
+        "cosmos2": ("CosmosTransformer3DModel", {"num_layers": 1}),
+        "qwen_image": ("QwenImageTransformer2DModel", {"num_layers": 2}),
+    }
+
+    @cache
+    def base(family: str) -> tuple[Path, Path]:
+        class_name, arguments = classes[family]
+        with torch.device("meta"):
+            model = getattr(diffusers, class_name)(**arguments)
+        ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        theirs: dict[str, tuple[int, ...]] = {}
+        numbers = re.findall(r"(?<!single_)transformer_blocks\.(\d+)\.", "\n".join(ours))
+        for name, shape in ours.items():
+            if family in diffusion.RULES:
+                last = max(map(int, numbers))
+                author, *_ = diffusion.original_name(family, name, last)
+            else:
+                author = name
+            rows = theirs.get(author, (0,))[0]
+            theirs[author] = (rows + shape[0], *shape[1:])
+        folder = tmp_path_factory.mktemp(family)
+        single = {f"model.diffusion_model.{name}": shape for name, shape in theirs.items()}
+        return sparse(folder / "ours.safetensors", ours), sparse(folder / "s.safetensors", single)
+
+    return base
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_every_list_fits_its_model_or_is_refused(
+    name: str, bases: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     file = random_file(name, tmp_path / "a.safetensors")
-    try:
-        listing = lorafast.inspect(file)
-    except lorafast.UnsupportedAdapterError as error:
-        assert any(word in str(error) for word in ("LoKr", "dora_scale"))  # noqa: PT017
-        return
-    assert isinstance(listing, lorafast.AdapterListing)
-    assert listing.format in (OTHER_ALGORITHMS[name], None)
+    family, expected = MERGES[name]
+    for place, base in enumerate(bases(family)):
+        if isinstance(expected, str):
+            with pytest.raises(lorafast.PlanError, match=expected):
+                lorafast.plan(base, file)
+        else:
+            plan = lorafast.plan(base, file).to_dict()
+            assert plan["tensors_merged"] == expected[place]
+            uses = {use["use"] for use in plan["adapters"][0]["coverage"]["tensors"]}
+            assert uses == {"used"}
+
+
+def test_every_file_has_its_place_here() -> None:
+    found = {path.name for path in (DATA / "adapters").iterdir() if path.is_dir()}
+    assert found == {*ADAPTERS, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_file_is_read_or_refused(name: str) -> None:
     folder = DATA / "adapters" / name
     expected = ADAPTERS[name]
-    if not folder.is_dir():
-        pytest.skip("not among the shared data")
     if any(file.suffix in {".bin", ".pt"} for file in folder.iterdir()):
         pytest.importorskip("torch", reason="the weights are a pickle")
     if isinstance(expected, str):
-        with pytest.raises(lorafast.LorafastError, match=expected or "."):
+        with pytest.raises(lorafast.UnsupportedAdapterError, match=expected):
             lorafast.analyze(folder)
         return
     listing = lorafast.inspect(folder)
     assert isinstance(listing, lorafast.AdapterListing)
-    assert (listing.format, listing.family, len(listing.modules)) == expected
+    found = (listing.format, listing.family, len(listing.modules), listing.algorithm)
+    assert found == expected
     assert listing.kind == "adapter"
-    assert len(lorafast.analyze(folder).modules) == expected[2]
+    # What scales the base's weight has no product that could be measured without it.
+    measured = 0 if expected[3] == "ia3" else expected[2]
+    assert len(lorafast.analyze(folder).modules) == measured
