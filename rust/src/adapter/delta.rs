@@ -23,7 +23,7 @@ pub trait Delta: Debug + Send + Sync {
 
     /// The outputs on which the product can be other than zero, in runs, ascending.
     fn changed_outputs(&self) -> Vec<Range<u64>> {
-        vec![0..self.outputs()]
+        std::iter::once(0..self.outputs()).collect()
     }
 
     /// The extents of the product's inputs: one, or those of a convolution's kernel as well.
