@@ -199,7 +199,7 @@ pub(super) fn resolve(
 /// The component that a name tells most precisely.
 fn hint_of(name: &str) -> Hint {
     let told = readings(name).into_iter().map(|(hint, _)| hint);
-    told.filter(|hint| *hint != Hint::Any).last().unwrap_or(Hint::Any)
+    told.filter(|hint| *hint != Hint::Any).next_back().unwrap_or(Hint::Any)
 }
 
 fn candidates(names: &DiffusionNames) -> impl Iterator<Item = Candidate<'_>> {

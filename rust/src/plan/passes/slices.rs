@@ -213,8 +213,11 @@ fn fits(saved: &Saved, stored: &TensorInfo, from: &Range<u64>, to: &Range<u64>) 
     same_width && saved.tensor.dtype.is_mergeable() && within && same_height
 }
 
+/// Rows of a parameter, and those of the stored tensor that they go to.
+type Moved = (Range<u64>, Range<u64>);
+
 /// Where each half of that many rows goes, if the halves change places.
-fn swapped_halves(rows: u64) -> Result<[(Range<u64>, Range<u64>); 2], String> {
+fn swapped_halves(rows: u64) -> Result<[Moved; 2], String> {
     let half = rows / 2;
     if half * 2 != rows {
         return Err(format!("has {rows} rows where two halves of equal size change places"));
