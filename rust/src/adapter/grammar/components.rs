@@ -198,8 +198,8 @@ pub(super) fn resolve(
 
 /// The component that a name tells most precisely.
 fn hint_of(name: &str) -> Hint {
-    let told = readings(name).into_iter().map(|(hint, _)| hint);
-    told.filter(|hint| *hint != Hint::Any).next_back().unwrap_or(Hint::Any)
+    let mut told = readings(name).into_iter().map(|(hint, _)| hint);
+    told.rfind(|hint| *hint != Hint::Any).unwrap_or(Hint::Any)
 }
 
 fn candidates(names: &DiffusionNames) -> impl Iterator<Item = Candidate<'_>> {
