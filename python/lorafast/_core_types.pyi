@@ -414,6 +414,7 @@ class UpdatesSummary(TypedDict):
 @type_check_only
 class Analysis(TypedDict):
     path: str
+    base: str | None
     config: dict[str, Any]
     base: str | None
     total_bytes: int

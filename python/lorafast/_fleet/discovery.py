@@ -37,7 +37,9 @@ MARKS = frozenset({CONFIG, WEIGHTS, PICKLED_WEIGHTS, MLX_WEIGHTS, ARCHIVED_WEIGH
 MODEL_MARKS = ("config.json", "model_index.json")
 #: In the tensors' names of adapters, whatever saved them.
 ADAPTER_NAMES = re.compile(
-    r"lora|hada_w|lokr_w|ia3|oft_|vera_lambda|:(up|down)\b|\.alpha\b|dora_scale", re.IGNORECASE
+    r"lora|hada_w|lokr_w|ia3|oft_|vera_lambda|:(up|down)\b|\.alpha\b|dora_scale"
+    r"|\.adapter\.linear_(in|out)\b|\.(diff|diff_b|w_norm|b_norm|on_input|[ab][12]\.weight)$",
+    re.IGNORECASE,
 )
 
 #: What a path's part is compared by, one after another.
@@ -316,7 +318,14 @@ def _names_an_adapter(file: Path) -> bool:
         LorafastError: its header cannot be read.
         OSError: it cannot be opened.
     """
-    return "lora" in file.name.lower() or any(map(ADAPTER_NAMES.search, read_header(file)))
+    try:
+        names = read_header(file)
+    except (CheckpointError, OSError):
+        # Whoever reads an adapter says what is wrong with it.
+        if "lora" in file.name.lower():
+            return True
+        raise
+    return any(map(ADAPTER_NAMES.search, names))
 
 
 def _archives_an_adapter(file: Path) -> bool:

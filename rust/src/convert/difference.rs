@@ -77,12 +77,15 @@ impl Sums {
         for (one, other) in own.products().zip(back.products()) {
             let one = Product { module: own, expert: one }.read(&mut room)?;
             let other = Product { module: back, expert: other }.read(&mut other_room)?;
-            let is_whole = origin.rows.is_none() && origin.own.is_none() && !origin.transposed;
+            // One format may have an embedding's product transposed.
+            let is_turned = own.delta.is_by_tokens() != back.delta.is_by_tokens();
+            let is_transposed = origin.transposed != is_turned;
+            let is_whole = origin.rows.is_none() && origin.own.is_none() && !is_transposed;
             if is_whole && one.is_same(&other) {
                 continue;
             }
             let one = one.part(false, origin.rows.as_ref())?;
-            let other = other.part(origin.transposed, origin.own.as_ref())?;
+            let other = other.part(is_transposed, origin.own.as_ref())?;
             let (one, other) = (one.update()?, other.update()?);
             self.difference += difference_norm(&one, &other)?.powi(2);
             self.norm += frobenius_norm(&one).powi(2);

@@ -221,6 +221,7 @@ fn adds(part: Part) -> bool {
         Part::Down
             | Part::Up
             | Part::Mid
+            | Part::UpBias
             | Part::Hadamard(_)
             | Part::Kronecker(_)
             | Part::Difference

@@ -7,6 +7,8 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value, json};
 
 use super::{WEIGHTS, config, key_names};
+use crate::adapter::deltas::transposed;
+use crate::adapter::factors::Pair;
 use crate::adapter::format::WriteOptions;
 use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
 use crate::error::{Error, Result};
@@ -83,6 +85,12 @@ fn factors_of(module: &Module) -> Result<Option<(Tensor, Tensor)>> {
     if let Some((a, b)) = module.delta.plain() {
         return Ok(Some((a.clone(), b.clone())));
     }
+    if module.delta.is_by_tokens() {
+        // PEFT's embedding is the transpose of its product, and has a magnitude for each column.
+        let pair = module.pair(None, None, None)?;
+        let is_plain = module.magnitude.is_none() && module.bias.is_none();
+        return is_plain.then(|| by_tokens(module, &pair)).transpose();
+    }
     if !module.delta.is_low_rank() || module.kind == LayerKind::Convolution {
         return Ok(None);
     }
@@ -92,6 +100,17 @@ fn factors_of(module: &Module) -> Result<Option<(Tensor, Tensor)>> {
     let a = Tensor::in_memory(name, "A", pair.a_dtype, vec![rank, inputs], pair.a)?;
     let b = Tensor::in_memory(name, "B", pair.b_dtype, vec![outputs, rank], pair.b)?;
     Ok(Some((a, b)))
+}
+
+/// The factors of an embedding whose product is its weight's, as those of the product's transpose.
+fn by_tokens(module: &Module, pair: &Pair) -> Result<(Tensor, Tensor)> {
+    let [rank, inputs, outputs] = [pair.rank, pair.inputs, pair.outputs].map(|each| each as u64);
+    let name = Path::new(&module.path);
+    let a = transposed(&pair.b, (pair.outputs, pair.rank), &pair.b_dtype);
+    let b = transposed(&pair.a, (pair.rank, pair.inputs), &pair.a_dtype);
+    let a = Tensor::in_memory(name, "A", pair.b_dtype.clone(), vec![rank, outputs], a)?;
+    let b = Tensor::in_memory(name, "B", pair.a_dtype.clone(), vec![inputs, rank], b)?;
+    Ok((a, b))
 }
 
 /// The value that most modules have, the first of those.

@@ -46,7 +46,7 @@ fn the_scale_is_alpha_over_rank_or_its_root() {
 #[test]
 fn broken_settings_are_named() {
     assert!(complaint(r#"{"r": 8}"#).contains("no peft_type"));
-    assert!(complaint(r#"{"peft_type": "IA3"}"#).contains("is an IA3 adapter"));
+    assert!(complaint(r#"{"peft_type": "OFT"}"#).contains("is an OFT adapter"));
     assert!(complaint(r#"{"fine_tune_type": "lora"}"#).contains("MLX"));
     let with = |rest: &str| complaint(&format!(r#"{{"peft_type": "LORA", {rest}}}"#));
     assert!(with(r#""lora_alpha": 8"#).contains("has no r"));
