@@ -38,7 +38,7 @@ MODEL_MARKS = ("config.json", "model_index.json")
 #: In the tensors' names of adapters, whatever saved them.
 ADAPTER_NAMES = re.compile(
     r"lora|hada_w|lokr_w|ia3|oft_|vera_lambda|:(up|down)\b|\.alpha\b|dora_scale"
-    r"|\.adapter\.linear_(in|out)\b|\.(diff|diff_b|w_norm|b_norm|on_input|[ab][12]\.weight)$",
+    r"|^w_[ab]_\d{3}$|\.adapter\.linear_(in|out)\b|\.(diff|diff_b|w_norm|b_norm|on_input|[ab][12]\.weight)$",
     re.IGNORECASE,
 )
 
