@@ -416,7 +416,6 @@ class Analysis(TypedDict):
     path: str
     base: str | None
     config: dict[str, Any]
-    base: str | None
     total_bytes: int
     weights: Moments
     tensors: list[TensorAnalysis]

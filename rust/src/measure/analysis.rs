@@ -132,8 +132,6 @@ pub struct Analysis {
     pub summary: AdapterSummary,
     /// What there is beside plain low-rank products, in words.
     pub features: Vec<String>,
-    /// The base that the adapter was trained on, by the name that it gives it.
-    pub base: Option<String>,
     /// What could not be measured, and why.
     pub notes: Vec<String>,
 }
@@ -204,7 +202,6 @@ pub fn analyze(
             summary: summary_of(&modules),
             modules,
             features: features(adapter),
-            base: adapter.semantics().base.clone(),
             notes,
         })
     })

@@ -221,7 +221,6 @@ fn adds(part: Part) -> bool {
         Part::Down
             | Part::Up
             | Part::Mid
-            | Part::UpBias
             | Part::Hadamard(_)
             | Part::Kronecker(_)
             | Part::Difference
