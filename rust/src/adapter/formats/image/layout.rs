@@ -289,7 +289,7 @@ mod tests {
                 { OneTrainer },
             ),
             (&["double_blocks.0.processor.qkv_lora1.up.weight"], XLabs),
-            (&["double_blocks.0.img_attn.qkv.lora_B.bias", "img_in.lora_B.weight"], Bfl),
+            (&["double_blocks.0.img_attn.qkv.lora_B.weight", "img_in.lora_B.bias"], Bfl),
             (&["base_model.model.double_blocks.0.img_attn.qkv.lora_B.weight"], Bfl),
             (&["unet:0:up", "unet:0:down", "<s1>"], CloneOfSimo),
             (&["lora_unet_x.lora_up.weight", "lora_te_x.lora_up.weight"], Kohya),
