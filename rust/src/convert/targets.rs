@@ -6,9 +6,10 @@ use serde_json::Value;
 
 use super::modules::Converted;
 use super::naming::Naming;
+use crate::adapter::formats::write_parts;
 use crate::adapter::{Adapter, Grammar, LayerKind, Module, grammar};
 use crate::checkpoint::components::ComponentKind;
-use crate::checkpoint::names::diffusion::DiffusionNames;
+use crate::checkpoint::names::diffusion::{ComponentNames, DiffusionNames};
 use crate::error::{Error, Result};
 
 /// What a format has a place for beside plain factors.
@@ -223,12 +224,12 @@ impl Target {
             Some(names) => names.components().iter().filter(|one| is_text(Some(one.kind))).count(),
             None => kinds.iter().filter(|order| (1..OTHERS).contains(*order)).count(),
         };
+        let is_unet = match names {
+            Some(names) => names.components().iter().any(ComponentNames::is_unet),
+            None => located.iter().any(|(_, body, _)| UNET.iter().any(|one| body.starts_with(one))),
+        };
         let mut pieces = Vec::<Piece>::new();
         for (kind, body, mut one) in located {
-            let is_unet = body.contains("down_blocks.")
-                || body.contains("up_blocks.")
-                || body.contains("mid_block.")
-                || body.contains("input_blocks.");
             let folder = || match kind {
                 None | Some(ComponentKind::Denoiser) if is_unet => "unet".to_owned(),
                 None | Some(ComponentKind::Denoiser) => "transformer".to_owned(),
@@ -344,6 +345,15 @@ const DIFFUSERS: [&str; 5] = [
     "up_blocks.",
     "mid_block.",
 ];
+/// What those of a UNet begin with, whoever names them.
+const UNET: [&str; 6] = [
+    "down_blocks.",
+    "up_blocks.",
+    "mid_block.",
+    "input_blocks.",
+    "output_blocks.",
+    "middle_block.",
+];
 /// The same where the author does, and diffusers does not.
 const ORIGINAL: [&str; 6] = [
     "double_blocks.",
@@ -448,6 +458,12 @@ pub(super) fn metadata_left_out(adapter: &Adapter, target: &Target) -> Vec<Strin
 /// What a user would want to know of the source.
 pub(super) fn notes(adapter: &Adapter, target: &Target) -> Vec<String> {
     let mut notes = Vec::new();
+    let digests: Vec<_> =
+        adapter.settings().keys().filter(|key| write_parts::is_digest(key)).cloned().collect();
+    if !digests.is_empty() && !target.is_directory {
+        notes
+            .push(format!("{} digested the file that it was in, and was left out", some(&digests)));
+    }
     if adapter.semantics().rank_stabilized && target.name != adapter.format() {
         notes.push(
             "its scale is α/√r; what was written has α/r with an alpha that gives the same".into(),

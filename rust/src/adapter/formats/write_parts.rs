@@ -59,6 +59,11 @@ pub const DIFFUSERS: Style = Style {
 
 /// Metadata that holds digests of the file that it was in.
 const DIGESTS: [&str; 3] = ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
+/// Whether an entry of a file's metadata is a digest of the file.
+pub fn is_digest(key: &str) -> bool {
+    DIGESTS.contains(&key)
+}
+
 /// diffusers' metadata.
 const DIFFUSERS_METADATA: &str = "lora_adapter_metadata";
 
