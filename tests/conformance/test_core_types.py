@@ -43,6 +43,9 @@ def test_what_crosses_is_what_the_stub_says(tmp_path: Path) -> None:
     unet = make_adapter(tmp_path / "unet", adapter_tensors(prefixed("unet.", UNET)))
     holds(lorafast.plan(pipeline, unet).core.describe(), "PlanDescription")
     holds(lorafast.inspect(pipeline).to_dict(), "Listing")
+    options = '{"to": "kohya"}'
+    file = tmp_path / "unet.safetensors"
+    holds(_core.convert_adapter(unet, file, base=None, options=options), "Conversion")
     carry_out_and_measure(tmp_path, holds)
     # Each dictionary of the stub was held against something.
     assert shapes.seen == shapes.types.keys()
