@@ -30,16 +30,14 @@ MERGED = {
     "tiny_lora",
     "peft_repo__2026-03-16",
 }
-# Merged in tests/formats/test_algorithms.py.
-ELSEWHERE = ("lycoris_lokr", "peft_repo__2023-08-07")
+# Merged in tests/formats/test_algorithms.py and test_shared_keys.py.
+ELSEWHERE = ("lycoris_lokr", "peft_repo__2023-08-07", "diffusers_repo", "sd15_catund")
 # The part of a folder's name -> words of the refusal.
 REFUSED = {
     "cloneofsimo_examples": ["cloneofsimo"],
-    "diffusers_repo": ["diffusers' older names"],
     "peft_repo__2026-01-21": ["peft_type"],
     "peft_repo__2026-08-05": ["peft_type"],
     "sam_lora_ranks": ["Sam_LoRA"],
-    "sd15_catund": ["diffusers' attention processors"],
 }
 
 

@@ -48,6 +48,8 @@ def one_of_each(folder: Path) -> Iterator[tuple[str, Any]]:
     yield "Verification", lorafast.verify(base, first, report.output_path)
     yield "SubtractReport", lorafast.subtract(report.output_path, first, folder / "again")
     yield "CheckpointListing", lorafast.inspect(base)
+    converted = folder / f"{ODD}.safetensors"
+    yield "ConversionReport", lorafast.convert(first, converted, to="kohya")
     yield "AdapterListing", lorafast.inspect(first)
     analysis = lorafast.analyze(first, base=base, entries=True)
     yield "AdapterAnalysis", analysis

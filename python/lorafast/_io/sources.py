@@ -230,7 +230,8 @@ def _other_weights(adapter: Path) -> Path | None:
         (WEIGHTS, PICKLED_WEIGHTS, TORCHTUNE_WEIGHTS),
         (MLX_WEIGHTS, ARCHIVED_WEIGHTS),
     ):
-        if find(adapter / safetensors) is not None or find(adapter / f"{safetensors}.index.json"):
+        # A link that leads nowhere is told of by who opens it.
+        if any(os.path.lexists(adapter / f"{safetensors}{end}") for end in ("", ".index.json")):
             return None
         for name in others:
             if find(adapter / name) is not None:
