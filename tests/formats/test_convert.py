@@ -177,6 +177,28 @@ def test_nothing_that_is_there_is_replaced_unless_asked(tmp_path: Path) -> None:
         lorafast.convert(adapter, tmp_path / "y", to="peft", dtype="int8")
 
 
+def test_a_language_models_transformer_is_no_component(tmp_path: Path) -> None:
+    modules = {"transformer.h.0.attn.c_attn": (24, 20), "transformer.h.1.mlp.c_fc": (50, 20)}
+    adapter = make_adapter(tmp_path / "peft", adapter_tensors(modules), lora_alpha=8)
+    lorafast.convert(adapter, tmp_path / "x.safetensors", to="kohya")
+    flat = {name.split(".")[0] for name in load_file(tmp_path / "x.safetensors")}
+    assert flat == {"lora_unet_" + module.replace(".", "_") for module in modules}
+    lorafast.convert(adapter, tmp_path / "mlx", to="mlx")
+    back = lorafast.convert(tmp_path / "mlx", tmp_path / "back", to="peft")
+    assert back.max_error == 0.0
+    assert peft_updates(tmp_path / "back").keys() == modules.keys()
+
+
+def test_what_is_in_the_format_already_keeps_its_names(tmp_path: Path) -> None:
+    modules = {"double_blocks.0.img_attn.qkv": (24, 8)}
+    adapter = make_adapter(tmp_path / "peft", adapter_tensors(modules), lora_alpha=8)
+    report = lorafast.convert(adapter, tmp_path / "half", to="peft", dtype="float16")
+    assert report.max_error is not None
+    assert 0 < report.max_error < 1e-3
+    listing = lorafast.inspect(tmp_path / "half").to_dict()
+    assert [module["name"] for module in listing["adapter"]["modules"]] == list(modules)
+
+
 def test_flattened_names_need_the_base(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "peft", adapter_tensors(rank=4), lora_alpha=8)
     lorafast.convert(adapter, tmp_path / "x.safetensors", to="kohya")

@@ -299,43 +299,29 @@ fn locate(
             false => needs("has flattened names, of which only the base tells where the dots were"),
         };
     }
-    let (kind, body) = grammar::component_of(&module.path);
-    let is_denoiser = !is_text(kind);
+    // `transformer.h.0` is a language model's own name, and no component of a pipeline.
+    let (kind, body) = match OF_LANGUAGE_MODELS.contains(&adapter.format()) {
+        true => (None, module.path.as_str()),
+        false => grammar::component_of(&module.path),
+    };
     let begins = |blocks: &[&str]| blocks.iter().any(|block| body.starts_with(block));
     let wrong = match target.names {
         Names::ComfyUi => begins(&DIFFUSERS),
         Names::Kohya => begins(&["transformer_blocks.", "single_transformer_blocks."]),
         Names::Diffusers | Names::Folders => begins(&ORIGINAL),
     };
-    if is_denoiser && wrong {
+    // What is in the format already keeps its names.
+    if !is_text(kind) && wrong && adapter.format() != target.name {
         return needs(&format!(
             "names its modules otherwise than files in the format {} do ({body})",
             target.name
         ));
     }
-    Ok((
-        kind,
-        if target.names == Names::Folders {
-            folder_body(&module.path, kind, body)
-        } else {
-            body.to_owned()
-        },
-    ))
+    Ok((kind, body.to_owned()))
 }
 
-/// The name that PEFT's format has: without the component, where one is told.
-fn folder_body(path: &str, kind: Option<ComponentKind>, body: &str) -> String {
-    match kind {
-        // `transformer.h.0` is a language model's own.
-        Some(ComponentKind::Denoiser)
-            if !ORIGINAL.iter().chain(&DIFFUSERS).any(|block| body.starts_with(block)) =>
-        {
-            path.to_owned()
-        }
-        None => path.to_owned(),
-        Some(_) => body.to_owned(),
-    }
-}
+/// The formats whose names tell no component.
+const OF_LANGUAGE_MODELS: [&str; 5] = ["peft", "mlx", "gguf", "torchtune", "tinker"];
 
 /// What the modules of a denoiser begin with where diffusers names them.
 const DIFFUSERS: [&str; 5] = [
