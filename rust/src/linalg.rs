@@ -10,6 +10,7 @@
 
 mod bidiagonal;
 mod cholesky;
+mod multiply;
 mod product;
 mod qr;
 mod svd;
@@ -19,6 +20,7 @@ mod tests;
 
 pub(crate) use bidiagonal::leading_singular_values;
 pub(crate) use cholesky::gram_factor;
+pub(crate) use multiply::{Multiply, View};
 #[cfg(test)]
 pub(crate) use product::gram;
 pub(crate) use product::{LongSide, PANEL, cross_product, gram_and_sums};

@@ -6,6 +6,7 @@ pub mod fleet;
 pub mod metrics;
 pub mod overlap;
 pub mod places;
+pub(crate) mod precision;
 pub(crate) mod products;
 pub mod spectrum;
 pub mod statistics;

@@ -2,7 +2,6 @@
 
 use std::ops::ControlFlow;
 
-use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -12,6 +11,7 @@ use super::load::{Factors, Reader};
 use crate::adapter::alignment::MemberNames;
 use crate::adapter::{Adapter, Module, zero};
 use crate::error::Result;
+use crate::measure::precision::Precision;
 use crate::measure::spectrum::values_of;
 use crate::parallel::task::Task;
 use crate::storage::digest::sha256_of_bytes;
@@ -132,7 +132,7 @@ pub(super) fn numerical_rank(values: &[f64]) -> usize {
 /// in every entry, E‖δB·A‖² = Σ_k Σ_i (ulp(b_ik)²/12)·‖a_k‖², and likewise for A; this depends on
 /// the factors as the errors do.
 fn rounding(factors: &Factors<f64>, rank: usize, columns: usize) -> f64 {
-    let (b, a) = (Format::of(&factors.b), Format::of(&factors.a));
+    let (b, a) = (Precision::of(&factors.b), Precision::of(&factors.a));
     let mut left = vec![(0.0, 0.0); rank];
     for row in factors.b.chunks_exact(rank) {
         for ((error, square), value) in left.iter_mut().zip(row) {
@@ -144,58 +144,16 @@ fn rounding(factors: &Factors<f64>, rank: usize, columns: usize) -> f64 {
     for ((b_error, b_square), row) in left.iter().zip(factors.a.chunks_exact(columns)) {
         let a_error: f64 = row.iter().map(|value| a.variance(*value)).sum();
         let a_square: f64 = row.iter().map(|value| value * value).sum();
-        sum += b_error * a_square * b.slack().powi(2) + a_error * b_square * a.slack().powi(2);
+        sum += b_error * a_square * slack(b).powi(2) + a_error * b_square * slack(a).powi(2);
     }
     sum * factors.scale * factors.scale
 }
 
-/// The coarsest format that holds all values, whatever type they are stored in: a float32 copy of
-/// bfloat16 numbers has been rounded to bfloat16.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Format {
-    Bf16,
-    F16,
-    F32,
-    F64,
-}
-
-impl Format {
-    fn of(values: &[f64]) -> Self {
-        let all = |test: fn(f64) -> bool| values.iter().all(|value| test(*value));
-        if all(|value| f64::from(bf16::from_f64(value)) == value) {
-            Self::Bf16
-        } else if all(|value| f64::from(f16::from_f64(value)) == value) {
-            Self::F16
-        } else if all(|value| f64::from(value as f32) == value) {
-            Self::F32
-        } else {
-            Self::F64
-        }
-    }
-
-    fn slack(self) -> f64 {
-        match self {
-            Self::Bf16 | Self::F16 => SLACK_OF_HALF,
-            Self::F32 | Self::F64 => SLACK,
-        }
-    }
-
-    /// The variance of the rounding of a value: ulp²/12.
-    fn variance(self, value: f64) -> f64 {
-        let (digits, smallest) = match self {
-            Self::Bf16 => (8, -126),
-            Self::F16 => (11, -14),
-            Self::F32 => (24, -126),
-            Self::F64 => (53, -1022),
-        };
-        if value == 0.0 {
-            return 0.0;
-        }
-        let exponent = ((value.to_bits() >> 52) & 0x7ff) as i32 - 1023;
-        // 2^(exponent + 1 − digits), made of its bits.
-        let power = (exponent.max(smallest) + 1 - digits).max(-1022);
-        let ulp = f64::from_bits(((power + 1023) as u64) << 52);
-        ulp * ulp / 12.0
+/// How many times its own rounding a copy may be apart.
+fn slack(precision: Precision) -> f64 {
+    match precision {
+        Precision::Bf16 | Precision::F16 => SLACK_OF_HALF,
+        Precision::F32 | Precision::F64 => SLACK,
     }
 }
 

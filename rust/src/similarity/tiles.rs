@@ -1,10 +1,11 @@
 //! Some adapters' factors of one module, stacked; and the products of two such stacks.
 
 use super::collection::Collection;
-use super::load::{Factors, Reader, Real, View};
+use super::load::{Factors, Reader, Real};
 use crate::error::Result;
 use crate::kernel::large_pages::zeros;
 use crate::kernel::vector::vectorized;
+use crate::linalg::{Multiply, View};
 
 /// Ranks that a tile holds side by side, where no adapter alone has more. As large as the products
 /// need to run at full speed, and small enough for a tile of the results to stay in the cache.
