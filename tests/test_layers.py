@@ -28,6 +28,7 @@ PYTHON = [
     # Merging into loaded modules, which is planned like any other merge.
     ("_torch.module_plan", "_torch.in_place", "_torch.live_merge"),
     ("_convert",),
+    ("_algebra",),
     ("_analysis",),
     ("_fleet",),
     ("_similarity",),

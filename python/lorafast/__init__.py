@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from lorafast import analyzers as analyzers
     from lorafast import errors as errors
     from lorafast import torch as torch
+    from lorafast._algebra.api import combine, resize
+    from lorafast._algebra.report import (
+        AlgebraReport,
+        BudgetUse,
+        CombineReport,
+        ModuleResult,
+        ResizeReport,
+    )
     from lorafast._analysis.api import analyze, compare
     from lorafast._analysis.records import (
         EntryStatistics,
@@ -71,9 +79,12 @@ __all__ = [
     "AdapterChange",
     "AdapterError",
     "AdapterListing",
+    "AlgebraReport",
+    "BudgetUse",
     "Checkpoint",
     "CheckpointError",
     "CheckpointListing",
+    "CombineReport",
     "Comparison",
     "ConversionReport",
     "DeviceError",
@@ -93,12 +104,14 @@ __all__ = [
     "MissingDependencyError",
     "ModuleAnalysis",
     "ModuleComparison",
+    "ModuleResult",
     "NumericError",
     "OutputError",
     "PairComparison",
     "PlanError",
     "PlanPart",
     "PlannedTensor",
+    "ResizeReport",
     "ScanDiff",
     "ScanError",
     "Similarity",
@@ -113,6 +126,7 @@ __all__ = [
     "__version__",
     "analyze",
     "build_info",
+    "combine",
     "compare",
     "convert",
     "duplicates",
@@ -121,6 +135,7 @@ __all__ = [
     "merge",
     "plan",
     "recover",
+    "resize",
     "scan",
     "scan_diff",
     "similarity",
@@ -132,6 +147,14 @@ __all__ = [
 # Where each of the other names is at home. The first use of one imports that module alone, so that
 # a command or a script waits only for what it uses.
 _HOMES = {
+    "_algebra.api": ("combine", "resize"),
+    "_algebra.report": (
+        "AlgebraReport",
+        "BudgetUse",
+        "CombineReport",
+        "ModuleResult",
+        "ResizeReport",
+    ),
     "_analysis.api": ("analyze", "compare"),
     "_analysis.results": ("AdapterAnalysis", "Comparison"),
     "_analysis.records": (

@@ -28,6 +28,7 @@ __all__ = [
     "analyze_adapter",
     "assemble_shards",
     "build_info",
+    "combine_adapters",
     "compare_adapters",
     "convert_adapter",
     "holds_adapter",
@@ -42,6 +43,7 @@ __all__ = [
     "plan_merge",
     "plan_shard_bytes",
     "recover_output",
+    "resize_adapter",
     "scan_adapters",
     "stored_factors",
     "write_adapter",
@@ -178,6 +180,22 @@ def convert_adapter(
     base: str | os.PathLike[str] | None,
     options: str,
 ) -> Conversion: ...
+def combine_adapters(
+    adapters: Sequence[_AdapterSource],
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None,
+    options: str,
+    progress: Callable[[int, int], object] | None,
+) -> AlgebraResult: ...
+def resize_adapter(
+    adapter: _AdapterSource,
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None,
+    options: str,
+    progress: Callable[[int, int], object] | None,
+) -> AlgebraResult: ...
 def identify_path(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
     adapter: _AdapterSource,

@@ -309,6 +309,33 @@ class Conversion(TypedDict):
     notes: list[str]
     files: list[str]
 
+class AlgebraModule(TypedDict):
+    shape: list[int]
+    source_rank: int
+    rank: int
+    kept: float
+    error: float
+    norm: float
+    singular_values: list[float]
+    coefficients: list[float] | None
+
+class AlgebraBudget(TypedDict):
+    measure: Literal["ranks", "parameters", "bytes"]
+    amount: int
+    spent: int
+    gap: float
+
+class AlgebraResult(TypedDict):
+    target_format: AdapterFormat
+    dtype: str
+    modules: dict[str, AlgebraModule]
+    error: float
+    budget: AlgebraBudget | None
+    lost: list[str]
+    notes: list[str]
+    bytes: int
+    files: list[str]
+
 class Listing(TypedDict):
     kind: Literal["checkpoint", "pipeline", "adapter"]
     format: str | None

@@ -399,6 +399,21 @@ impl Adapter {
         Self::new(Contents { saved, rows, ..renamed.contents })
     }
 
+    /// An adapter that was computed from this one, with these modules: its settings, and what was said of
+    /// its own tensors, are not the other's.
+    pub fn made_into(&self, modules: IndexMap<String, Module>, semantics: Semantics) -> Self {
+        let made = self.read_as(self.format(), modules, self.grammar(), semantics);
+        Self::new(Contents {
+            others: Vec::new(),
+            notes: Vec::new(),
+            fields: Vec::new(),
+            settings: Map::new(),
+            summary: IndexMap::new(),
+            directory: None,
+            ..made.contents
+        })
+    }
+
     /// The same adapter as one of another format, with its modules as that has them.
     pub fn read_as(
         &self,

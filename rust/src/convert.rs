@@ -74,6 +74,34 @@ pub fn convert(
     options: &Options,
     task: &Task,
 ) -> Result<Report> {
+    check_output(output, Target::of(&options.to)?, options.overwrite)?;
+    let adapter = source.open_for(base, task)?;
+    let obstacles = adapter.obstacles(&[]);
+    if !obstacles.is_empty() {
+        return Err(Error::unsupported(adapter.path(), obstacles.join("; ")));
+    }
+    write_adapter(&adapter, base, output, options, task)
+}
+
+/// Whether an adapter of that format can be written there.
+///
+/// # Errors
+/// [`Error::Argument`] for a format that cannot be written, [`Error::Output`] if something is there already.
+pub(crate) fn check(output: &Path, to: &str, overwrite: bool) -> Result<()> {
+    check_output(output, Target::of(to)?, overwrite)
+}
+
+/// Writes an adapter in a format, reads it back, and holds it against what it was.
+///
+/// # Errors
+/// As [`convert`].
+pub(crate) fn write_adapter(
+    adapter: &Adapter,
+    base: Option<&Checkpoint>,
+    output: &Path,
+    options: &Options,
+    task: &Task,
+) -> Result<Report> {
     let target = Target::of(&options.to)?;
     let format = format::named(target.name).ok_or_else(|| unknown_format(&options.to))?;
     let dtype = options.dtype.as_deref().filter(|name| *name != "auto").map(element_type);
@@ -89,12 +117,7 @@ pub fn convert(
         }
     };
     check_output(output, target, options.overwrite)?;
-    let adapter = source.open_for(base, task)?;
-    let obstacles = adapter.obstacles(&[]);
-    if !obstacles.is_empty() {
-        return Err(Error::unsupported(adapter.path(), obstacles.join("; ")));
-    }
-    let mut lost = targets::left_out(&adapter, target);
+    let mut lost = targets::left_out(adapter, target);
     if !lost.is_empty() && !options.lossy {
         return Err(Error::unsupported(
             adapter.path(),
@@ -109,10 +132,10 @@ pub fn convert(
         && adapter.modules().values().any(|module| module.magnitudes().is_some());
     let names = base.and_then(DiffusionNames::of);
     let resolved = match base {
-        Some(base) => grammar::resolve(&adapter, base)?,
+        Some(base) => grammar::resolve(adapter, base)?,
         None => None,
     };
-    let named = resolved.as_ref().unwrap_or(&adapter);
+    let named = resolved.as_ref().unwrap_or(adapter);
     let reduced: Vec<Module> =
         named.modules().values().filter_map(|module| target.reduced(module)).collect();
     let mut prepared = Vec::with_capacity(reduced.len());
@@ -155,8 +178,8 @@ pub fn convert(
     adapter.file().check_unchanged()?;
     let files = written.commit()?;
     let mut notes = adapter.notes().to_vec();
-    notes.extend(targets::notes(&adapter, target));
-    lost.extend(targets::metadata_left_out(&adapter, target));
+    notes.extend(targets::notes(adapter, target));
+    lost.extend(targets::metadata_left_out(adapter, target));
     Ok(Report {
         source_format: adapter.format(),
         target_format: target.name,
@@ -175,7 +198,11 @@ fn unknown_format(name: &str) -> Error {
     ))
 }
 
-fn element_type(name: &str) -> Result<Dtype> {
+/// The element type of that name, for factors.
+///
+/// # Errors
+/// [`Error::Argument`] for another.
+pub(crate) fn element_type(name: &str) -> Result<Dtype> {
     let known = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F64];
     known.into_iter().find(|dtype| dtype.torch_name() == Some(name)).ok_or_else(|| {
         Error::Argument(format!(

@@ -17,6 +17,7 @@
 //! - [`measure`]: statistics, spectra and overlap of one adapter, of several, of a fleet;
 //!   [`similarity`]: of all pairs of thousands.
 //! - [`convert`]: an adapter in another format, held against what it was.
+//! - [`algebra`]: adapters made from adapters.
 //! - [`describe`]: plain data for JSON.
 
 // The kernels read stored numbers as they lie in memory, and safetensors files are little-endian.
@@ -24,6 +25,7 @@
 compile_error!("lorafast runs on little-endian processors only");
 
 pub mod adapter;
+pub mod algebra;
 pub mod checkpoint;
 pub mod convert;
 pub mod describe;

@@ -1,6 +1,7 @@
 //! `lorafast._core`: the Python face of the core. Each function converts its arguments, detaches
 //! from the interpreter, calls the core, and wraps the result. No logic lives here.
 
+mod algebra;
 mod analyze;
 mod buffer;
 mod conversion;
@@ -24,6 +25,8 @@ use pyo3::prelude::*;
 mod _core {
     use super::*;
 
+    #[pymodule_export]
+    use super::algebra::{combine_adapters, resize_adapter};
     #[pymodule_export]
     use super::analyze::{analyze_adapter, compare_adapters, stored_factors};
     #[pymodule_export]

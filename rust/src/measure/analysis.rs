@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub(crate) use base::weight_norms;
 use base::{Weights, base_norm, find_weights};
 pub use compare::{Comparison, ModuleComparison, PairComparison, compare};
 

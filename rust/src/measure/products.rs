@@ -156,6 +156,12 @@ pub(crate) struct Factors<'b> {
 }
 
 impl Factors<'_> {
+    /// The same in memory of their own.
+    pub fn into_owned(self) -> Factors<'static> {
+        let Factors { extents, scaling, elements, b, a } = self;
+        Factors { extents, scaling, elements, b: b.into_owned().into(), a: a.into_owned().into() }
+    }
+
     /// Whether another product has the same factors and the same scale, bit for bit.
     pub fn is_same(&self, other: &Factors<'_>) -> bool {
         (self.extents, self.scaling) == (other.extents, other.scaling)

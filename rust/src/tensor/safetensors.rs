@@ -191,6 +191,15 @@ impl TensorFile {
         Self { path, owner, source, stamp, beginning: Vec::new(), data_start, header, positions }
     }
 
+    /// Tensors of a file that has nothing but their bytes: the header tells where each lies.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened.
+    pub(crate) fn of_raw_file(path: &Path, owner: Owner, header: Header) -> Result<Self> {
+        let source = LocalFile::open(path).map_err(|error| error.of(owner))?;
+        Ok(Self::of_header(path, owner, Box::new(source), 0, header))
+    }
+
     /// The files of one adapter or model as one: their tensors, and bytes one after the other. Errors
     /// about them name `path`.
     ///

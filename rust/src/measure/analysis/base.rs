@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use indexmap::IndexMap;
+
 use super::BaseNorm;
 use crate::adapter::{Adapter, Module, grammar};
 use crate::checkpoint::Checkpoint;
@@ -92,6 +94,22 @@ pub(super) fn find_weights<'a>(
         ));
     }
     Ok(found)
+}
+
+/// ‖W‖ of the base's weight of each module, by the module's key, as far as there is one.
+///
+/// # Errors
+/// As analysis: those of names that do not fit, and of reading.
+pub(crate) fn weight_norms(
+    adapter: &Adapter,
+    base: &Checkpoint,
+    task: &Task,
+) -> Result<IndexMap<String, f64>> {
+    let found = find_weights(adapter, base, task)?;
+    let norm = |(key, weight): (&&str, &TensorInfo)| {
+        Ok(((*key).to_owned(), base_norm(base, weight, task)?.norm))
+    };
+    found.by_module.iter().map(norm).collect()
 }
 
 /// The weight of that name; none, where its numbers are no norm.

@@ -1,0 +1,259 @@
+"""Combining and resizing adapters: `lorafast.combine`, `lorafast.resize`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lorafast import _core
+from lorafast._algebra.report import (
+    AlgebraReport,
+    BudgetUse,
+    CombineReport,
+    ModuleResult,
+    ResizeReport,
+)
+from lorafast._io.paths import expand
+from lorafast._io.sources import (
+    ADAPTER_PATTERNS,
+    BASE_PATTERNS,
+    core_source,
+    locate,
+    require_readers,
+)
+from lorafast._results import RecordDict
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from lorafast._core import AlgebraResult
+    from lorafast._types import Progress, Source
+
+    Report = TypeVar("Report", bound=AlgebraReport)
+
+    Method = Literal[
+        "linear",
+        "normalized",
+        "centroid",
+        "slerp",
+        "nuslerp",
+        "karcher",
+        "multislerp",
+        "model_stock",
+        "projection",
+    ]
+    #: A number for all modules, or numbers by patterns of module names.
+    Weight = float | Mapping[str, float]
+
+
+def combine(
+    adapters: Sequence[Source],
+    output: str | os.PathLike[str],
+    *,
+    method: Method = "linear",
+    weights: Sequence[Weight] | None = None,
+    rank: int | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    base: Source | None = None,
+    compat: str | None = None,
+    to: str = "peft",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress = False,
+) -> CombineReport:
+    """Writes one adapter that stands for a combination of several.
+
+    Updates are combined as what they are, ΔW = s·B·A of each module, and never factor by factor:
+    ranks, scales, formats and sets of modules may differ, and weights may be negative. A module
+    that an adapter lacks counts as zero there.
+
+    Args:
+        adapters: directories, files or hub ids, in any format.
+        output: what to write: a directory for "peft" and "mlx", a file for other formats.
+        method: how each module's updates Δᵢ become one. "linear" is Σwᵢ·Δᵢ, "normalized" divides
+            that by Σw, "centroid" is the mean; "slerp" goes from the first to the second on the
+            sphere (option "t", ½), "nuslerp" does with t = w₂/(w₁+w₂); "karcher" is the Riemannian
+            mean of the directions ("max_iter", "tol"), "multislerp" one step towards it ("eps");
+            "model_stock" shortens the mean by how much the updates agree (arXiv:2403.19522);
+            "projection" is the first without its part in the span of the others. All but the
+            first three need inner products alone, and none forms ΔW.
+        weights: a weight for each adapter: a number, or a mapping from patterns of module names
+            ("*.q_proj") to numbers, of which the first that fits counts and 1 where none does.
+            1 for all if `None`.
+        rank: `None` writes the factors next to one another, which is exact, with the sum of the
+            ranks; else a rule as for `resize`.
+        options: what the method takes, by name; all take "lambda", which multiplies the result.
+        base: the model that was trained, where names depend on it.
+        compat: "kohya" chooses ranks as its older scripts do.
+        to: the format to write.
+        dtype: the type of the factors; "auto" is the widest of the inputs'.
+        overwrite: replace an adapter that is there.
+        threads: worker threads; one for each core if `None`.
+        dry_run: compute everything, with its errors, and write nothing.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
+
+    Returns:
+        The report, with the rank and the error of each module.
+
+    Raises:
+        FileNotFoundError: an adapter is not there.
+        AdapterError: an adapter is broken, or does not fit the others.
+        UnsupportedAdapterError: an adapter is of another model, or holds what cannot be summed.
+        OutputError: there is something at the output.
+        ValueError: an option or a format is not known.
+    """
+    asked = {
+        "method": method,
+        "weights": None if weights is None else [_weight(weight) for weight in weights],
+        "rank": rank,
+        "options": dict(options or {}),
+        "compat": compat,
+        "write": _writing(to, dtype, overwrite, threads, dry_run),
+    }
+    if isinstance(adapters, (str, os.PathLike)):
+        raise TypeError("adapters is a list of adapters, and not one of them")
+    sources = list(adapters)
+    require_readers(*sources, base)
+    located = [locate(source, ADAPTER_PATTERNS) for source in sources]
+    local = None if base is None else locate(base, BASE_PATTERNS)
+    target = expand(output)
+    from lorafast._io.progress import callback
+
+    with callback(progress, label="combining") as report:
+        found = _core.combine_adapters(
+            [core_source(source) for source in located],
+            target,
+            base=local,
+            options=json.dumps(asked),
+            progress=report,
+        )
+    return _report(CombineReport, found, located, target)
+
+
+def resize(
+    adapter: Source,
+    output: str | os.PathLike[str],
+    *,
+    rank: int | str,
+    max_rank: int | None = None,
+    relative_to: Literal["absolute", "base"] = "absolute",
+    base: Source | None = None,
+    compat: str | None = None,
+    to: str = "peft",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress = False,
+) -> ResizeReport:
+    """Writes an adapter with other ranks: each module's best approximation of its rank.
+
+    Args:
+        adapter: a directory, a file or a hub id, in any format.
+        output: what to write: a directory for "peft" and "mlx", a file for other formats.
+        rank: how many singular values σ of each ΔW are kept, descending: a number (more than
+            there are adds zeros); "auto" for those that the rounding of the stored factors does
+            not explain; "energy:p" for the least number with Σσ² kept of p·Σσ²; "error:e" for the
+            least with ‖ΔW - kept‖ ≤ e·‖ΔW‖; "sv_ratio:q" for σ > σ₁/q; "sv_fro:p" for norms
+            (energy p²), "sv_cumulative:p" for Σσ; or, over all modules together,
+            "budget:ranks=N", "budget:parameters=N", "budget:bytes=20MB".
+        max_rank: no module gets more than this, as servers ask.
+        relative_to: what a budget weighs modules by: "absolute", their error itself, or "base",
+            that over the norm of the base's weight.
+        base: the model that was trained, for relative budgets and where names depend on it.
+        compat: "kohya" chooses ranks as its older scripts do, one more than the rules say.
+        to: the format to write.
+        dtype: the type of the factors; "auto" keeps it.
+        overwrite: replace an adapter that is there.
+        threads: worker threads; one for each core if `None`.
+        dry_run: compute everything, with its errors, and write nothing.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
+
+    Returns:
+        The report, with the rank, the error and the singular values of each module.
+
+    Raises:
+        FileNotFoundError: the adapter is not there.
+        AdapterError: the adapter is broken.
+        UnsupportedAdapterError: the adapter holds what has no rank.
+        OutputError: there is something at the output.
+        ValueError: an option or a format is not known.
+    """
+    asked = {
+        "rank": rank,
+        "max_rank": max_rank,
+        "relative_to": relative_to,
+        "compat": compat,
+        "write": _writing(to, dtype, overwrite, threads, dry_run),
+    }
+    require_readers(adapter, base)
+    located = locate(adapter, ADAPTER_PATTERNS)
+    local = None if base is None else locate(base, BASE_PATTERNS)
+    target = expand(output)
+    from lorafast._io.progress import callback
+
+    with callback(progress, label="resizing") as report:
+        found = _core.resize_adapter(
+            core_source(located), target, base=local, options=json.dumps(asked), progress=report
+        )
+    return _report(ResizeReport, found, [located], target)
+
+
+def _weight(weight: Weight) -> float | dict[str, float]:
+    """A weight as JSON has it."""
+    if isinstance(weight, Mapping):
+        return {str(pattern): float(number) for pattern, number in weight.items()}
+    return float(weight)
+
+
+def _writing(
+    to: str, dtype: str, overwrite: bool, threads: int | None, dry_run: bool
+) -> dict[str, object]:
+    return {
+        "to": to,
+        "dtype": dtype,
+        "overwrite": overwrite,
+        "threads": threads,
+        "dry_run": dry_run,
+    }
+
+
+def _report(
+    kind: type[Report],
+    found: AlgebraResult,
+    inputs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+) -> Report:
+    modules = RecordDict()
+    for name, record in found["modules"].items():
+        coefficients = record["coefficients"]
+        modules[name] = ModuleResult(
+            shape=(record["shape"][0], record["shape"][1]),
+            source_rank=record["source_rank"],
+            rank=record["rank"],
+            kept=record["kept"],
+            error=record["error"],
+            norm=record["norm"],
+            singular_values=tuple(record["singular_values"]),
+            coefficients=None if coefficients is None else tuple(coefficients),
+        )
+    budget = found["budget"]
+    return kind(
+        inputs=tuple(os.fspath(each) for each in inputs),
+        output=os.fspath(output),
+        target_format=found["target_format"],
+        dtype=found["dtype"],
+        modules=modules,
+        error=found["error"],
+        budget=None if budget is None else BudgetUse(**budget),
+        bytes=found["bytes"],
+        lost=tuple(found["lost"]),
+        notes=tuple(found["notes"]),
+        files=tuple(found["files"]),
+    )

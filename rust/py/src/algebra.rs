@@ -1,0 +1,63 @@
+//! Adapters made from adapters.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use serde::de::DeserializeOwned;
+
+use lorafast::algebra;
+use lorafast::checkpoint::Checkpoint;
+use lorafast::parallel::task::Task;
+use lorafast::{Error, Result};
+
+use crate::convert::to_object;
+use crate::job;
+use crate::sources::Source;
+
+/// Combines adapters; the options are JSON. Returns the report as plain objects.
+#[pyfunction]
+#[pyo3(signature = (adapters, output, *, base, options, progress))]
+pub fn combine_adapters(
+    py: Python<'_>,
+    adapters: Vec<Source>,
+    output: PathBuf,
+    base: Option<PathBuf>,
+    options: String,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Py<PyAny>> {
+    let sources: Vec<_> = adapters.into_iter().map(|adapter| adapter.0).collect();
+    let report = job::run(py, progress, |task| {
+        let options = parsed(&options)?;
+        let base = opened(base.as_deref(), task)?;
+        algebra::combine(&sources, base.as_ref(), &output, &options, task)
+    })?;
+    to_object(py, &report)
+}
+
+/// Cuts or pads an adapter's ranks; the options are JSON. Returns the report as plain objects.
+#[pyfunction]
+#[pyo3(signature = (adapter, output, *, base, options, progress))]
+pub fn resize_adapter(
+    py: Python<'_>,
+    adapter: Source,
+    output: PathBuf,
+    base: Option<PathBuf>,
+    options: String,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Py<PyAny>> {
+    let report = job::run(py, progress, |task| {
+        let options = parsed(&options)?;
+        let base = opened(base.as_deref(), task)?;
+        algebra::resize(&adapter.0, base.as_ref(), &output, &options, task)
+    })?;
+    to_object(py, &report)
+}
+
+fn parsed<T: DeserializeOwned>(options: &str) -> Result<T> {
+    serde_json::from_str(options)
+        .map_err(|error| Error::Argument(format!("the options are not sound: {error}")))
+}
+
+fn opened(base: Option<&std::path::Path>, task: &Task) -> Result<Option<Checkpoint>> {
+    base.map(|base| Checkpoint::open_with(base, task)).transpose()
+}

@@ -1,0 +1,339 @@
+//! Truncated singular value decompositions of updates in factored form.
+//!
+//! ΔW = L·D·Rᵀ with L = [B₁, …] m×R, R = [A₁ᵀ, …] n×R and the scales D. With QR decompositions of both
+//! sides, L = Q_L·T_L and R = Q_R·T_R, the singular values of ΔW are those of the R×R core
+//! T_L·D·T_Rᵀ = U·Σ·Vᵀ. Where the Gram matrices give T (they do unless directions are shared or small),
+//! no Q is formed: Q_L·U·Σ = L·D·T_Rᵀ·V, and likewise on the other side. Where they do not, or where what
+//! is kept is small against what went in, both sides are decomposed by Householder reflections.
+
+use crate::linalg::{Matrix, Multiply, View, decompose, gram_factor};
+use crate::measure::spectrum::{Update, decompose_update};
+
+/// Below this share of the first singular value, the Gram matrices are not trusted.
+const SHORT_SPECTRUM: f64 = 1e-5;
+/// The same of ‖ΣcᵢΔᵢ‖ against Σ|cᵢ|‖Δᵢ‖: an update that cancels.
+const CANCELLATION: f64 = 1e-5;
+
+/// A matrix row after row.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rows {
+    pub rows: usize,
+    pub columns: usize,
+    pub values: Vec<f64>,
+}
+
+impl Rows {
+    pub fn zeros(rows: usize, columns: usize) -> Self {
+        Self { rows, columns, values: vec![0.0; rows * columns] }
+    }
+
+    fn view(&self) -> View<'_, f64> {
+        View {
+            data: &self.values,
+            first: 0,
+            depth: self.columns,
+            depth_step: 1,
+            count: self.rows,
+            step: self.columns,
+        }
+    }
+
+    /// The columns as vectors.
+    fn columns_view(&self) -> View<'_, f64> {
+        View {
+            data: &self.values,
+            first: 0,
+            depth: self.rows,
+            depth_step: self.columns,
+            count: self.columns,
+            step: 1,
+        }
+    }
+
+    /// selfᵀ · self.
+    pub fn gram(&self) -> Matrix {
+        self.cross(self)
+    }
+
+    /// selfᵀ · other, of matrices of one height.
+    pub fn cross(&self, other: &Self) -> Matrix {
+        let mut result = Matrix::zeros(self.columns, other.columns);
+        f64::multiply(
+            self.columns_view(),
+            other.columns_view(),
+            &mut result.data,
+            self.columns.max(1),
+        );
+        result
+    }
+
+    /// self · small.
+    pub fn times(&self, small: &Matrix) -> Self {
+        let mut result = Self::zeros(self.rows, small.columns);
+        let right = View {
+            data: &small.data,
+            first: 0,
+            depth: small.rows,
+            depth_step: 1,
+            count: small.columns,
+            step: small.rows,
+        };
+        // Row-major is the transpose of what is written: the columns of `small` come first.
+        f64::multiply(right, self.view(), &mut result.values, small.columns.max(1));
+        result
+    }
+
+    /// Column after column.
+    pub fn of_columns(matrix: &Matrix) -> Self {
+        let mut result = Self::zeros(matrix.rows, matrix.columns);
+        for column in 0..matrix.columns {
+            for (row, value) in matrix.column(column).iter().enumerate() {
+                result.values[row * matrix.columns + column] = *value;
+            }
+        }
+        result
+    }
+
+    pub fn transposed(&self) -> Self {
+        let mut result = Self::zeros(self.columns, self.rows);
+        for (row, values) in self.values.chunks_exact(self.columns.max(1)).enumerate() {
+            for (column, value) in values.iter().enumerate() {
+                result.values[column * self.rows + row] = *value;
+            }
+        }
+        result
+    }
+}
+
+/// How the two factors of a truncated update share its singular values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Gauge {
+    /// U·√Σ and √Σ·Vᵀ: in narrow types small updates keep most digits so.
+    #[default]
+    Balanced,
+}
+
+/// An update by its singular value decomposition, of which as much is made as is asked for.
+pub(crate) struct Decomposed {
+    /// All singular values of ΔW that can differ from zero, descending.
+    pub values: Vec<f64>,
+    sides: Sides,
+}
+
+enum Sides {
+    /// L, R, and what brings them to Q·U·Σ^½ and Q·V·Σ^½ but for a power of Σ: L·D·T_Rᵀ·V·Σ^-½.
+    Gram { left: Rows, right: Rows, left_map: Matrix, right_map: Matrix },
+    /// U and V.
+    Explicit { left: Rows, right: Rows },
+}
+
+/// The two factors of an update: B (m×k) and A (k×n), row after row.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Factors {
+    pub b: Rows,
+    pub a: Rows,
+}
+
+/// L and R of an update without its scales, row after row.
+pub(crate) fn sides(update: &Update<'_>) -> (Rows, Rows) {
+    let (rows, columns, rank) = (update.rows(), update.columns(), update.rank());
+    let (mut left, mut right) = (Rows::zeros(rows, rank), Rows::zeros(rank, columns));
+    let mut first = 0;
+    for term in update.terms() {
+        let mut values = vec![0.0; rows * term.rank];
+        term.left.read(0, &mut values);
+        if term.rank == rank {
+            left.values = values;
+        } else {
+            for (row, part) in values.chunks_exact(term.rank.max(1)).enumerate() {
+                left.values[row * rank + first..][..term.rank].copy_from_slice(part);
+            }
+        }
+        term.right.read(0, &mut right.values[first * columns..(first + term.rank) * columns]);
+        first += term.rank;
+    }
+    (left, right)
+}
+
+/// Decomposes an update; `None` of one that is not finite.
+pub(crate) fn decomposed(update: &Update<'_>) -> Option<Decomposed> {
+    let scales = update.scales();
+    if scales.iter().any(|scale| !scale.is_finite()) {
+        return None;
+    }
+    // ΔW is at most Σ|s_k|‖b_k‖‖a_k‖: what is nothing against that is what rounding leaves of zero.
+    let explicit = |bound: f64| {
+        let mut found = decompose_update(update)?;
+        let terms = update.rows().max(update.columns()) + update.rank();
+        if found.values.first().is_some_and(|first| *first <= terms as f64 * f64::EPSILON * bound) {
+            found.values.fill(0.0);
+        }
+        let (left, right) = (Rows::of_columns(&found.left), Rows::of_columns(&found.right));
+        Some(Decomposed { values: found.values, sides: Sides::Explicit { left, right } })
+    };
+    let (left, right) = sides(update);
+    // A is R transposed: its Gram matrix is over its rows.
+    let right = right.transposed();
+    let (left_gram, right_gram) = (left.gram(), right.gram());
+    let sizes = |k: usize| left_gram.get(k, k).sqrt() * right_gram.get(k, k).sqrt();
+    let bound: f64 = scales.iter().enumerate().map(|(k, scale)| scale.abs() * sizes(k)).sum();
+    if update.rank() > update.spectrum_len() {
+        return explicit(bound);
+    }
+    let (Some(left_root), Some(right_root)) = (gram_factor(&left_gram), gram_factor(&right_gram))
+    else {
+        return explicit(bound);
+    };
+    let core = left_root.scaled_product(&scales, &right_root);
+    let found = decompose(&core);
+    let (first, last) = (found.values[0], *found.values.last().expect("there is one"));
+    let norm = found.values.iter().map(|value| value * value).sum::<f64>().sqrt();
+    if last < SHORT_SPECTRUM * first || norm < CANCELLATION * bound {
+        return explicit(bound);
+    }
+    let scaled = |root: &Matrix, vectors: &Matrix| {
+        // D·Tᵀ·V, R×R.
+        let mut map = root.transposed().product(vectors);
+        for column in 0..map.columns {
+            for (value, scale) in map.column_mut(column).iter_mut().zip(&scales) {
+                *value *= scale;
+            }
+        }
+        map
+    };
+    let left_map = scaled(&right_root, &found.right);
+    let right_map = scaled(&left_root, &found.left);
+    Some(Decomposed {
+        values: found.values,
+        sides: Sides::Gram { left, right, left_map, right_map },
+    })
+}
+
+impl Decomposed {
+    /// The first k singular triplets as two factors; the entry of largest size in each column of U, the
+    /// first of equals, is positive, so that the bytes depend on ΔW alone.
+    pub fn truncated(&self, k: usize, gauge: Gauge) -> Factors {
+        let Gauge::Balanced = gauge;
+        let scales: Vec<f64> = self.values[..k].iter().map(|value| value.sqrt()).collect();
+        self.with_scales(&scales, &scales)
+    }
+
+    /// U·diag(left) and diag(right)·Vᵀ of the first triplets.
+    pub fn with_scales(&self, left_scales: &[f64], right_scales: &[f64]) -> Factors {
+        let k = left_scales.len();
+        let values = &self.values[..k];
+        let (mut b, mut a) = match &self.sides {
+            Sides::Gram { left, right, left_map, right_map } => {
+                // L·map is U·Σ.
+                let weights = |scales: &[f64]| -> Vec<f64> {
+                    scales.iter().zip(values).map(|(scale, value)| scale / value).collect()
+                };
+                let b = left.times(&columns_times(left_map, &weights(left_scales)));
+                let a = right.times(&columns_times(right_map, &weights(right_scales)));
+                (b, a)
+            }
+            Sides::Explicit { left, right } => {
+                (leading_times(left, left_scales), leading_times(right, right_scales))
+            }
+        };
+        fix_signs(&mut b, &mut a);
+        Factors { b, a: a.transposed() }
+    }
+}
+
+/// The first columns, each times a number.
+fn columns_times(matrix: &Matrix, factors: &[f64]) -> Matrix {
+    let mut result = matrix.leading(factors.len());
+    for (column, factor) in factors.iter().enumerate() {
+        result.column_mut(column).iter_mut().for_each(|value| *value *= factor);
+    }
+    result
+}
+
+fn leading_times(matrix: &Rows, factors: &[f64]) -> Rows {
+    let mut result = Rows::zeros(matrix.rows, factors.len());
+    for row in 0..matrix.rows {
+        let source = &matrix.values[row * matrix.columns..][..factors.len()];
+        let target = &mut result.values[row * factors.len()..][..factors.len()];
+        for ((target, value), factor) in target.iter_mut().zip(source).zip(factors) {
+            *target = value * factor;
+        }
+    }
+    result
+}
+
+/// Turns pairs of columns so that the entry of largest size of the left one is positive.
+fn fix_signs(left: &mut Rows, right: &mut Rows) {
+    let width = left.columns;
+    for column in 0..width {
+        let mut largest = 0.0f64;
+        for row in left.values.chunks_exact(width) {
+            // Values that differ by rounding alone are equal: the first of them decides.
+            if row[column].abs() > largest.abs() * (1.0 + 1e-9) {
+                largest = row[column];
+            }
+        }
+        if largest < 0.0 {
+            for side in [&mut *left, &mut *right] {
+                for row in side.values.chunks_exact_mut(width) {
+                    row[column] = -row[column];
+                }
+            }
+        }
+    }
+}
+
+/// ⟨Δᵢ, Δⱼ⟩ of updates of one weight; 0 where one is missing.
+pub(crate) fn inner_products(updates: &[Option<&Update<'_>>]) -> Matrix {
+    let sides: Vec<_> = updates
+        .iter()
+        .map(|update| {
+            update.map(|update| {
+                let (left, right) = sides(update);
+                (left, right.transposed(), update.scales())
+            })
+        })
+        .collect();
+    let mut products = Matrix::zeros(updates.len(), updates.len());
+    for (i, one) in sides.iter().enumerate() {
+        for (j, other) in sides[..=i].iter().enumerate() {
+            let (Some((l, r, s)), Some((ol, or, os))) = (one, other) else { continue };
+            let (left, right) = (l.cross(ol), r.cross(or));
+            let mut sum = 0.0;
+            for (column, scale) in os.iter().enumerate() {
+                let terms = left.column(column).iter().zip(right.column(column)).zip(s);
+                sum += scale * terms.map(|((l, r), own)| own * l * r).sum::<f64>();
+            }
+            products.set(i, j, sum);
+            products.set(j, i, sum);
+        }
+    }
+    products
+}
+
+/// ‖B·A − B′·A′‖ for factors that were rounded to B′ and A′, from what each element lost: with E for that,
+/// it is ‖E_B·A′ + B·E_A‖, in which nothing cancels.
+pub(crate) fn rounding_error(exact: &Factors, rounded: &Factors) -> f64 {
+    let lost = |exact: &Rows, rounded: &Rows| -> Option<Rows> {
+        let values: Vec<f64> =
+            exact.values.iter().zip(&rounded.values).map(|(one, other)| one - other).collect();
+        let any = values.iter().any(|value| *value != 0.0);
+        any.then_some(Rows { values, ..*exact })
+    };
+    let terms: Vec<(Rows, Rows)> = [
+        lost(&exact.b, &rounded.b).map(|b| (b, rounded.a.transposed())),
+        lost(&exact.a, &rounded.a).map(|a| (exact.b.clone(), a.transposed())),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let mut sum = 0.0;
+    for (i, (b, a)) in terms.iter().enumerate() {
+        for (j, (other_b, other_a)) in terms[..=i].iter().enumerate() {
+            let (left, right) = (b.cross(other_b), a.cross(other_a));
+            let inner: f64 = left.data.iter().zip(&right.data).map(|(l, r)| l * r).sum();
+            sum += if i == j { inner } else { 2.0 * inner };
+        }
+    }
+    sum.max(0.0).sqrt()
+}

@@ -1,0 +1,245 @@
+//! The modules of several adapters, brought together: for each, what every adapter adds to it.
+
+use indexmap::IndexMap;
+
+use crate::adapter::alignment::{Alignment, Identity, Layout, Unit};
+use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
+use crate::error::{Error, Result};
+use crate::measure::products::{Factors, PartFactors, Product, products_of};
+use crate::measure::spectrum::Update;
+use crate::parallel::task::Task;
+
+/// What one adapter adds to a module: one of its products, or a part of one.
+#[derive(Debug, Clone)]
+pub(crate) struct Part<'a> {
+    /// The adapter's place among all.
+    pub adapter: usize,
+    product: Product<'a>,
+    unit: Unit,
+}
+
+/// A module, and what adapters add to it.
+#[derive(Debug)]
+pub(crate) struct Sum<'a> {
+    /// The module as the result has it, of the first adapter that has it whole.
+    pub module: &'a Module,
+    /// (outputs, inputs).
+    pub shape: [usize; 2],
+    /// At most one for each adapter.
+    pub parts: Vec<Part<'a>>,
+}
+
+/// The adapters' modules, and the adapter whose names they have.
+#[derive(Debug)]
+pub(crate) struct Sums<'a> {
+    pub modules: Vec<Sum<'a>>,
+    /// The place of the adapter whose names the result takes.
+    pub names: usize,
+}
+
+impl<'a> Sums<'a> {
+    /// Brings the modules of adapters together.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for adapters of different models, and for updates that are no sums of
+    /// products, each named; [`Error::Argument`] for shapes that differ.
+    pub fn of(adapters: &'a [Adapter], task: &Task) -> Result<Self> {
+        for adapter in adapters {
+            refuse_what_is_no_product(adapter)?;
+        }
+        let layouts: Vec<Layout> = adapters.iter().map(Layout::of).collect();
+        let alignment = Alignment::of(&layouts.iter().collect::<Vec<_>>(), task)?;
+        for index in 1..adapters.len() {
+            if let Some(reason) = alignment.reason(0, index) {
+                return Err(Error::unsupported(
+                    adapters[index].path(),
+                    format!(
+                        "changes another model than {} does: {reason}",
+                        adapters[0].path().display()
+                    ),
+                ));
+            }
+        }
+        // Names with dots say more than flattened ones.
+        let names = adapters.iter().position(|one| one.grammar() == Grammar::Dotted).unwrap_or(0);
+        let order = [names].into_iter().chain((0..adapters.len()).filter(|index| *index != names));
+        let mut found = IndexMap::<&Identity, Vec<Part<'a>>>::new();
+        let members = &alignment.members;
+        let products: Vec<Vec<Product<'a>>> = adapters.iter().map(products_of).collect();
+        for adapter in order {
+            for unit in &members[adapter].units {
+                let product = products[adapter][unit.part];
+                let part = Part { adapter, product, unit: unit.clone() };
+                found.entry(&unit.identity).or_default().push(part);
+            }
+        }
+        let sums = found.into_values().map(|parts| Sum::of(parts, adapters));
+        Ok(Self { modules: sums.collect::<Result<_>>()?, names })
+    }
+}
+
+impl<'a> Sum<'a> {
+    fn of(mut parts: Vec<Part<'a>>, adapters: &[Adapter]) -> Result<Self> {
+        let path = |part: &Part<'_>| adapters[part.adapter].path();
+        let first = &parts[0];
+        let Some(whole) = parts.iter().find(|part| part.is_whole()) else {
+            return Err(Error::unsupported(
+                path(first),
+                format!(
+                    "holds the factors of several layers for {} together, and a sum of such is not \
+                     known how to write",
+                    first.product.module.title()
+                ),
+            ));
+        };
+        let (module, shape) = (whole.product.module, whole.unit.shape);
+        if let Some(other) = parts.iter().find(|part| part.unit.shape != shape) {
+            let [rows, columns] = other.unit.shape;
+            return Err(Error::adapter(
+                path(other),
+                format!(
+                    "adds a {rows}×{columns} product to {}, to which {} adds one of {}×{}: they \
+                     belong to different models",
+                    other.product.module.title(),
+                    path(whole).display(),
+                    shape[0],
+                    shape[1]
+                ),
+            ));
+        }
+        parts.sort_by_key(|part| part.adapter);
+        if let Some(twice) = parts.windows(2).find(|pair| pair[0].adapter == pair[1].adapter) {
+            return Err(Error::unsupported(
+                path(&twice[0]),
+                format!("changes {} by several of its modules", module.title()),
+            ));
+        }
+        Ok(Self { module, shape: shape.map(|extent| extent as usize), parts })
+    }
+
+    /// What is added by an adapter, if it has the module.
+    pub fn part_of(&self, adapter: usize) -> Option<&Part<'a>> {
+        self.parts.iter().find(|part| part.adapter == adapter)
+    }
+
+    /// What it is called in messages and reports.
+    pub fn name(&self) -> String {
+        self.module.title().into_owned()
+    }
+
+    /// Bytes of all factors.
+    pub fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.product.bytes()).sum()
+    }
+}
+
+impl<'a> Part<'a> {
+    /// The module of the adapter.
+    pub fn module(&self) -> &'a Module {
+        self.product.module
+    }
+
+    /// Whether it is all that its module adds, as it stands.
+    pub fn is_whole(&self) -> bool {
+        self.unit.outputs.is_none() && self.product.expert.is_none() && !self.unit.is_transposed
+    }
+
+    /// Its factors in numbers.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if a file changed meanwhile, [`Error::Io`].
+    pub fn read(&self) -> Result<ReadPart> {
+        let mut room = Vec::new();
+        let module = self.product.module;
+        let read = self.product.read(&mut room)?;
+        // The result's module has the same place, and is added as often.
+        let repeats = module.repeats();
+        if self.unit.outputs.is_none() && !self.unit.is_transposed {
+            return Ok(ReadPart { factors: Read::Whole(read.into_owned()), repeats });
+        }
+        let part = read.part(self.unit.is_transposed, self.unit.outputs.as_ref())?;
+        Ok(ReadPart { factors: Read::Part(part), repeats })
+    }
+}
+
+/// The factors of a part, read.
+pub(crate) struct ReadPart {
+    factors: Read,
+    repeats: f64,
+}
+
+enum Read {
+    Whole(Factors<'static>),
+    Part(PartFactors),
+}
+
+impl ReadPart {
+    /// The update that they make.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] never: the shapes are those of the tensors.
+    pub fn update(&self) -> Result<Update<'_>> {
+        let update = match &self.factors {
+            Read::Whole(factors) => factors.update(),
+            Read::Part(factors) => factors.update(),
+        };
+        Ok(update?.scaled(1.0 / self.repeats))
+    }
+}
+
+/// Refuses an adapter of which some part is no product of two factors that stands by itself.
+///
+/// # Errors
+/// [`Error::Unsupported`] with all such parts.
+pub(crate) fn refuse_what_is_no_product(adapter: &Adapter) -> Result<()> {
+    let mut found = adapter.obstacles(&[]);
+    let mut say = |what: &str, names: Vec<String>| match names.as_slice() {
+        [] => {}
+        [only] => found.push(format!("{what} ({only})")),
+        [first, ..] => found.push(format!("{what} ({first} and {} more)", names.len() - 1)),
+    };
+    let modules = |is: &dyn Fn(&Module) -> bool| -> Vec<String> {
+        let found = adapter.modules().values().filter(|module| is(module));
+        found.map(|module| module.title().into_owned()).collect()
+    };
+    say(
+        "DoRA's magnitudes, with which the update is no sum; make it plain with its base first \
+         (lorafast.bake with plain and base)",
+        modules(&|module| module.magnitudes().is_some()),
+    );
+    say(
+        "updates that only the base's weight makes",
+        modules(&|module| !module.delta.has_product() || module.delta.transform().is_some()),
+    );
+    say(
+        "updates of norms and biases",
+        modules(&|module| matches!(module.kind, LayerKind::Norm | LayerKind::Bias)),
+    );
+    say("the factors of several experts together", modules(&|module| module.delta.holds_experts()));
+    say(
+        "parameters that were trained whole",
+        adapter.saved().iter().map(|saved| saved.path.clone()).collect(),
+    );
+    say(
+        "trained rows of embeddings",
+        adapter.trained_rows().iter().map(|rows| rows.path.clone()).collect(),
+    );
+    let semantics = adapter.semantics();
+    if semantics.initialization != Initialization::Plain {
+        found.push(
+            "factors that began with a part of the base's weight (PiSSA, OLoRA or the like); make \
+             them plain with the base first (lorafast.bake with plain and base)"
+                .to_owned(),
+        );
+    }
+    if let Some(order) = &semantics.unknown_order {
+        found.push(format!("rows in {order}, which the base tells (base=, --base)"));
+    }
+    match found.is_empty() {
+        true => Ok(()),
+        false => Err(Error::unsupported(
+            adapter.path(),
+            format!("cannot be summed: it has {}", found.join("; ")),
+        )),
+    }
+}

@@ -1,0 +1,146 @@
+//! The result of a computation, written in a format with its provenance.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use serde_json::{Map, Value, json};
+
+use super::options::Writing;
+use super::report::Report;
+use crate::adapter::{Adapter, Module, Semantics};
+use crate::checkpoint::Checkpoint;
+use crate::convert;
+use crate::error::Result;
+use crate::parallel::task::Task;
+use crate::storage::local;
+
+/// The file that says what an adapter was made from.
+const PROVENANCE: &str = "adapter_provenance.json";
+
+/// Where a result goes, and a directory beside it for what is not finished, which is removed with this
+/// value.
+#[derive(Debug)]
+pub(crate) struct Output<'a> {
+    path: &'a Path,
+    writing: &'a Writing,
+    work: PathBuf,
+}
+
+/// What a result was made by: the verb, and its parameters.
+pub(crate) type Made = (&'static str, Map<String, Value>);
+
+impl<'a> Output<'a> {
+    /// Checks that a result can be written there.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] for a format that cannot be written, [`crate::Error::Output`] if
+    /// something is there already.
+    pub fn check(path: &'a Path, writing: &'a Writing) -> Result<Self> {
+        writing.dtype()?;
+        convert::check(path, writing.target()?, writing.overwrite)?;
+        let mut name = OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(format!(".{}.factors", std::process::id()));
+        Ok(Self { path, writing, work: path.with_file_name(name) })
+    }
+
+    /// How it is written.
+    pub fn writing(&self) -> &'a Writing {
+        self.writing
+    }
+
+    /// A directory for what is not finished.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] if it cannot be made.
+    pub fn directory(&self) -> Result<&Path> {
+        local::create_directories(&self.work)?;
+        Ok(&self.work)
+    }
+
+    /// Writes modules as an adapter like `names`.
+    ///
+    /// # Errors
+    /// Those of conversions; that one of the inputs changed meanwhile.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a result, what it is like, and what it is made of"
+    )]
+    pub fn write(
+        self,
+        names: &Adapter,
+        modules: IndexMap<String, Module>,
+        inputs: &[Adapter],
+        base: Option<&Checkpoint>,
+        made: Made,
+        task: &Task,
+        report: &mut Report,
+    ) -> Result<()> {
+        let semantics = Semantics {
+            rank_stabilized: false,
+            names_scale: false,
+            scale_is_given: false,
+            ..names.semantics().clone()
+        };
+        let value = names.made_into(modules, semantics);
+        let provenance = provenance(inputs, made)?;
+        for input in inputs {
+            input.check_unchanged()?;
+        }
+        let options = convert::Options {
+            to: self.writing.target()?.to_owned(),
+            overwrite: self.writing.overwrite,
+            ..convert::Options::default()
+        };
+        let written = convert::write_adapter(&value, base, self.path, &options, task)?;
+        report.lost.extend(written.lost);
+        report.notes.extend(written.notes);
+        report.files.extend(written.files);
+        if let Some(error) = written.max_error.filter(|error| *error > 0.0) {
+            report.notes.push(format!(
+                "the format {} needed factors of its own, which add {error:.1e} at most to a module's \
+                 error",
+                report.target_format
+            ));
+        }
+        let path = provenance_path(self.path);
+        local::write_small(&path, &provenance)?;
+        report.files.push(path);
+        Ok(())
+    }
+}
+
+impl Drop for Output<'_> {
+    fn drop(&mut self) {
+        local::remove_all(&self.work);
+    }
+}
+
+/// In the adapter's directory; of a lone file beside it, under its name.
+fn provenance_path(output: &Path) -> PathBuf {
+    if local::is_directory(output) {
+        return output.join(PROVENANCE);
+    }
+    let mut name = output.file_stem().unwrap_or_default().to_owned();
+    name.push(".provenance.json");
+    output.with_file_name(name)
+}
+
+fn provenance(inputs: &[Adapter], (verb, parameters): Made) -> Result<Vec<u8>> {
+    let mut found = Vec::with_capacity(inputs.len());
+    for input in inputs {
+        found.push(json!({
+            "path": input.path().display().to_string(),
+            "format": input.format(),
+            "sha256": input.sha256()?,
+        }));
+    }
+    let text = json!({
+        "made_by": format!("lorafast {}", env!("CARGO_PKG_VERSION")),
+        "verb": verb,
+        "inputs": found,
+        "parameters": parameters,
+    });
+    Ok(serde_json::to_vec_pretty(&text).expect("plain data"))
+}

@@ -1,0 +1,54 @@
+//! A file for what is made before its place is known.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::local;
+use crate::error::{Error, Result};
+
+/// A file to which several threads add bytes, in any order. It is removed with this value.
+#[derive(Debug)]
+pub struct ScratchFile {
+    path: PathBuf,
+    file: File,
+    end: AtomicU64,
+}
+
+impl ScratchFile {
+    /// An empty one of that name.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be made.
+    pub fn create(path: PathBuf) -> Result<Self> {
+        let file = local::create(&path)?;
+        Ok(Self { path, file, end: AtomicU64::new(0) })
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Adds runs of bytes one after the other, and tells where the first begins.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn append(&self, runs: &[&[u8]]) -> Result<u64> {
+        let length: usize = runs.iter().map(|run| run.len()).sum();
+        let start = self.end.fetch_add(length as u64, Ordering::Relaxed);
+        let mut offset = start;
+        for run in runs {
+            local::write_at(&self.file, run, offset)
+                .map_err(|error| Error::io(&self.path, error))?;
+            offset += run.len() as u64;
+        }
+        Ok(start)
+    }
+}
+
+impl Drop for ScratchFile {
+    fn drop(&mut self) {
+        local::remove(&self.path);
+    }
+}
