@@ -149,7 +149,8 @@ def test_commands(block: str, here: Callable[[str], Path], tmp_path: Path) -> No
 NAMED = re.compile(r"`([\w./*{},-]+(?:\.(?:py|rs|md|toml|json|pyi|js|css|txt)|/))`")
 #: What lorafast or others write, and what is no file of this project.
 WRITTEN = re.compile(
-    r"(adapter_config|adapter_model|merge_report|subtract_report|config|tokenizer\w*|model|commit|"
+    r"(adapter_config|adapter_provenance|adapter_model|merge_report|subtract_report|config|tokenizer\w*|"
+    r"model|commit|"
     r"hf_quant_config|lorafast_manifest|generation_config|special_tokens_map|modules|gpu|\w*index|"
     r"README\.base)"
     r"(\.\w+)*\.(json|md)$|^(\.|transformer|unet|analysis/|plots/|runs/|/)"

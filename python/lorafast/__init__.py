@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from lorafast import analyzers as analyzers
     from lorafast import errors as errors
     from lorafast import torch as torch
-    from lorafast._algebra.api import combine, resize
+    from lorafast._algebra.api import bake, combine, resize
     from lorafast._algebra.report import (
         AlgebraReport,
+        BakeReport,
         BudgetUse,
         CombineReport,
         ModuleResult,
@@ -80,6 +81,7 @@ __all__ = [
     "AdapterError",
     "AdapterListing",
     "AlgebraReport",
+    "BakeReport",
     "BudgetUse",
     "Checkpoint",
     "CheckpointError",
@@ -125,6 +127,7 @@ __all__ = [
     "WrittenShard",
     "__version__",
     "analyze",
+    "bake",
     "build_info",
     "combine",
     "compare",
@@ -147,9 +150,10 @@ __all__ = [
 # Where each of the other names is at home. The first use of one imports that module alone, so that
 # a command or a script waits only for what it uses.
 _HOMES = {
-    "_algebra.api": ("combine", "resize"),
+    "_algebra.api": ("bake", "combine", "resize"),
     "_algebra.report": (
         "AlgebraReport",
+        "BakeReport",
         "BudgetUse",
         "CombineReport",
         "ModuleResult",

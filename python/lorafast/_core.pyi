@@ -27,6 +27,7 @@ __all__ = [
     "adapter_format",
     "analyze_adapter",
     "assemble_shards",
+    "bake_adapter",
     "build_info",
     "combine_adapters",
     "compare_adapters",
@@ -189,6 +190,14 @@ def combine_adapters(
     progress: Callable[[int, int], object] | None,
 ) -> AlgebraResult: ...
 def resize_adapter(
+    adapter: _AdapterSource,
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None,
+    options: str,
+    progress: Callable[[int, int], object] | None,
+) -> AlgebraResult: ...
+def bake_adapter(
     adapter: _AdapterSource,
     output: str | os.PathLike[str],
     *,

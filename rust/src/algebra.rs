@@ -4,8 +4,10 @@
 //! brought together by `sums`, updates are decomposed by `factored`, ranks are chosen by `ranks`; what is
 //! made lies in `results` until `write` hands it to the conversion, and each module has its error.
 
+mod bake;
 mod coefficients;
 mod combine;
+mod engine;
 mod factored;
 mod options;
 mod ranks;
@@ -16,6 +18,7 @@ mod sums;
 mod weights;
 mod write;
 
+pub use bake::{BakeOptions, bake};
 pub use combine::{CombineOptions, ResizeOptions, combine, resize};
 pub use options::{MethodOptions, Writing};
 pub use report::{BudgetReport, Record, Report};

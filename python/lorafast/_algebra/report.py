@@ -121,3 +121,10 @@ class ResizeReport(AlgebraReport):
     """An adapter of other ranks; see `AlgebraReport`."""
 
     _kind = "resize"
+
+
+@dataclass(frozen=True, repr=False)
+class BakeReport(AlgebraReport):
+    """An adapter in other factors; see `AlgebraReport`."""
+
+    _kind = "bake"

@@ -15,6 +15,7 @@ from lorafast._results import view
 from lorafast._words import plural
 
 if TYPE_CHECKING:
+    from lorafast._algebra.report import AlgebraReport
     from lorafast._analysis.records import Finding
     from lorafast._analysis.results import AdapterAnalysis, Comparison
     from lorafast._fleet.difference import ScanDiff
@@ -266,6 +267,17 @@ def subtract_text(report: SubtractReport) -> str:
         f"<SubtractReport: {plural(len(report.adapters), 'adapter')} out of "
         f"{clipped(report.merged, 40)} → {clipped(report.output_path, 40)}; "
         f"{plural(report.tensors_changed, 'tensor')} changed, {exact}{_noticed(report.warnings)}>"
+    )
+
+
+def algebra_text(report: AlgebraReport) -> str:
+    """What was made of what, with which ranks, and how near it is."""
+    ranks = [rank for rank in report.ranks.values() if rank]
+    span = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)}–{max(ranks)}"
+    return (
+        f"<{type(report).__name__}: {plural(len(report.inputs), 'input')} → "
+        f"{clipped(report.output, 48)}; {plural(len(ranks), 'module')}, {span}, "
+        f"error {report.error:.3g}{_noticed(report.lost)}>"
     )
 
 

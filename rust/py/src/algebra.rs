@@ -1,6 +1,7 @@
 //! Adapters made from adapters.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use serde::de::DeserializeOwned;
@@ -49,6 +50,25 @@ pub fn resize_adapter(
         let options = parsed(&options)?;
         let base = opened(base.as_deref(), task)?;
         algebra::resize(&adapter.0, base.as_ref(), &output, &options, task)
+    })?;
+    to_object(py, &report)
+}
+
+/// Writes an adapter's updates in other factors; the options are JSON. Returns the report as plain objects.
+#[pyfunction]
+#[pyo3(signature = (adapter, output, *, base, options, progress))]
+pub fn bake_adapter(
+    py: Python<'_>,
+    adapter: Source,
+    output: PathBuf,
+    base: Option<PathBuf>,
+    options: String,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Py<PyAny>> {
+    let report = job::run(py, progress, |task| {
+        let options = parsed(&options)?;
+        let base = opened(base.as_deref(), task)?.map(Arc::new);
+        algebra::bake(&adapter.0, base, &output, &options, task)
     })?;
     to_object(py, &report)
 }

@@ -1,8 +1,7 @@
 //! The coefficients c of ΣcᵢΔᵢ for methods that need no more of the updates than their inner products.
 //!
 //! Everything is of one tensor. Sources: task arithmetic, arXiv:2212.04089; model stock, arXiv:2403.19522;
-//! slerp, Shoemake 1985; the Riemannian mean (karcher) and the step in the tangent space (multislerp) as
-//! mergekit has them.
+//! slerp, Shoemake 1985; the Riemannian mean (karcher) and multislerp as mergekit has them.
 
 use crate::linalg::Matrix;
 
@@ -21,7 +20,8 @@ pub(crate) enum Gram {
     Nuslerp,
     /// The Riemannian mean of the directions, of the mean length.
     Karcher { steps: u64, tolerance: f64 },
-    /// One step of that from the normalized mean, of the weighted mean length.
+    /// The normalized mean of the directions, of the weighted mean length. mergekit's step from there, along
+    /// the mean of what each direction has beside it, is of no length, as that mean is zero.
     Multislerp { epsilon: f64 },
     /// The mean, shortened by how much the updates agree.
     ModelStock,
@@ -66,10 +66,10 @@ impl Gram {
                 let sum: f64 = weights.iter().sum();
                 let shares: Vec<f64> = weights.iter().map(|weight| weight / sum).collect();
                 let length: f64 = shares.iter().zip(&norms).map(|(share, norm)| share * norm).sum();
-                multislerp(products, &norms, &shares, *epsilon)
-                    .iter()
-                    .map(|value| value * length)
-                    .collect()
+                match mean_direction(products, &norms, &shares, *epsilon) {
+                    Some(mean) => mean.coefficients.iter().map(|value| value * length).collect(),
+                    None => vec![0.0; count],
+                }
             }
             Self::ModelStock => {
                 let mut sum = 0.0;
@@ -138,12 +138,7 @@ impl Point<'_> {
 }
 
 /// Σ wᵢ log_u(δᵢ): the mean of the directions as seen from u, of unit length.
-fn tangent<'a>(
-    at: &Point<'a>,
-    norms: &[f64],
-    shares: &[f64],
-    keeps: impl Fn(f64, f64) -> bool,
-) -> Point<'a> {
+fn tangent<'a>(at: &Point<'a>, norms: &[f64], shares: &[f64]) -> Point<'a> {
     let mut mean = Point { products: at.products, coefficients: vec![0.0; norms.len()] };
     for (index, (norm, share)) in norms.iter().zip(shares).enumerate() {
         if *norm == 0.0 {
@@ -152,7 +147,7 @@ fn tangent<'a>(
         let cosine = (at.with(index) / norm).clamp(-1.0, 1.0);
         let angle = cosine.acos();
         let sine = angle.sin();
-        if !keeps(angle, sine) {
+        if sine < 1e-12 {
             continue;
         }
         let factor = share * angle / sine;
@@ -173,12 +168,17 @@ fn step(at: &mut Point<'_>, along: &Point<'_>, length: f64) {
 }
 
 /// Σ wᵢδᵢ of unit length; `None` where the directions cancel.
-fn mean_direction<'a>(products: &'a Matrix, norms: &[f64], shares: &[f64]) -> Option<Point<'a>> {
+fn mean_direction<'a>(
+    products: &'a Matrix,
+    norms: &[f64],
+    shares: &[f64],
+    epsilon: f64,
+) -> Option<Point<'a>> {
     let of = |(share, norm): (&f64, &f64)| if *norm == 0.0 { 0.0 } else { share / norm };
     let coefficients = shares.iter().zip(norms).map(of).collect();
     let mut mean = Point { products, coefficients };
     let length = mean.norm();
-    if length < 1e-12 {
+    if length < epsilon {
         return None;
     }
     mean.scale(1.0 / length);
@@ -193,11 +193,11 @@ fn karcher(
     steps: u64,
     tolerance: f64,
 ) -> Vec<f64> {
-    let Some(mut mean) = mean_direction(products, norms, shares) else {
+    let Some(mut mean) = mean_direction(products, norms, shares, 1e-12) else {
         return vec![0.0; norms.len()];
     };
     for _ in 0..steps {
-        let along = tangent(&mean, norms, shares, |_, sine| sine > 1e-12);
+        let along = tangent(&mean, norms, shares);
         let length = along.norm();
         if length < tolerance {
             break;
@@ -206,19 +206,6 @@ fn karcher(
         // Rounding would let it grow.
         let norm = mean.norm();
         mean.scale(1.0 / norm);
-    }
-    mean.coefficients
-}
-
-/// One step from the mean direction.
-fn multislerp(products: &Matrix, norms: &[f64], shares: &[f64], epsilon: f64) -> Vec<f64> {
-    let Some(mut mean) = mean_direction(products, norms, shares) else {
-        return vec![0.0; norms.len()];
-    };
-    let along = tangent(&mean, norms, shares, |_, sine| sine > epsilon);
-    let length = along.norm();
-    if length > epsilon {
-        step(&mut mean, &along, length);
     }
     mean.coefficients
 }

@@ -8,21 +8,22 @@ use rayon::prelude::*;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::engine::{Compute, Done, Job, run};
 use super::factored::{Factors, Gauge, Rows, decomposed, inner_products, rounding_error, sides};
 use super::options::{Method, MethodOptions, Writing};
 use super::ranks::{Candidate, Measure, Rule, Spent, within};
-use super::report::{BudgetReport, Record, Report, overall};
-use super::results::{Place, Results, Rounded, rounded};
+use super::report::{BudgetReport, Record, Report};
+use super::results::{Results, Rounded, rounded};
 use super::rounding;
-use super::sums::{ReadPart, Sum, Sums};
+use super::sums::{Allowed, ReadPart, Sum, Sums};
 use super::weights::Weight;
 use super::write::Output;
+use crate::adapter::Adapter;
 use crate::adapter::format::AdapterSource;
-use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::measure::spectrum::{Term, Update, values_of};
-use crate::parallel::task::{Task, build_pool};
+use crate::parallel::task::Task;
 use crate::tensor::dtype::Dtype;
 
 /// What is asked of a sum.
@@ -98,7 +99,7 @@ pub fn combine(
     let cut = rule.map(|rule| Cut { rule, max_rank: None, is_kohya });
     let place = Output::check(output, &options.write)?;
     let adapters = opened(sources, base, task)?;
-    let sums = Sums::of(&adapters, task)?;
+    let sums = Sums::of(&adapters, Allowed::NOTHING, task)?;
     let weights = options.weights.clone().unwrap_or_else(|| vec![Weight::All(1.0); count]);
     let names: Vec<String> = sums.modules.iter().map(Sum::name).collect();
     for weight in &weights {
@@ -107,14 +108,25 @@ pub fn combine(
     method.check_weights(&weights, &names)?;
     let mut notes = missing(&adapters, &sums);
     notes.extend(adapters.iter().flat_map(|adapter| adapter.notes().iter().cloned()));
-    let work =
-        Work { sums: &sums, method: &method, weights: &weights, cut, norms: None, keeps: false };
+    let mut work = Work {
+        sums: &sums,
+        adapters: count,
+        method: &method,
+        weights: &weights,
+        cut,
+        norms: None,
+        keeps: false,
+        spent: None,
+    };
     let mut parameters = Map::new();
     parameters.insert("method".into(), options.method.clone().into());
     parameters.insert("weights".into(), plain(options.weights.as_ref()));
     parameters.insert("rank".into(), options.rank.clone().unwrap_or(Value::Null));
     parameters.insert("options".into(), options.options.plain());
-    run(&work, &adapters, base, place, "combine", parameters, notes, task)
+    let (sums, adapters) = (&sums, &adapters[..]);
+    let verb = "combine";
+    let job = Job { sums, adapters, base, verb, parameters, notes, rank_stabilized: false };
+    run(job, &mut work, place, task)
 }
 
 /// Cuts an adapter to smaller ranks, or pads it to larger ones.
@@ -161,19 +173,31 @@ pub fn resize(
             ));
         }
     };
-    let sums = Sums::of(&adapters, task)?;
+    let sums = Sums::of(&adapters, Allowed::OF_ONE, task)?;
     let weights = [Weight::All(1.0)];
     let cut = Some(Cut { rule, max_rank: options.max_rank, is_kohya });
     // One scale for all is kept where all ranks are the same after it.
     let scales: Vec<f64> = adapters[0].modules().values().map(|module| module.scaling).collect();
     let keeps = matches!(rule, Rule::Fixed(_)) && scales.windows(2).all(|pair| pair[0] == pair[1]);
-    let work = Work { sums: &sums, method: &Method::LINEAR, weights: &weights, cut, norms, keeps };
+    let mut work = Work {
+        sums: &sums,
+        adapters: 1,
+        method: &Method::LINEAR,
+        weights: &weights,
+        cut,
+        norms,
+        keeps,
+        spent: None,
+    };
     let mut parameters = Map::new();
     parameters.insert("rank".into(), options.rank.clone());
     parameters.insert("max_rank".into(), options.max_rank.into());
     parameters.insert("relative_to".into(), plain(options.relative_to.as_ref()));
     let notes = adapters[0].notes().to_vec();
-    run(&work, &adapters, base, place, "resize", parameters, notes, task)
+    let (sums, adapters) = (&sums, &adapters[..]);
+    let verb = "resize";
+    let job = Job { sums, adapters, base, verb, parameters, notes, rank_stabilized: false };
+    run(job, &mut work, place, task)
 }
 
 fn plain(value: impl serde::Serialize) -> Value {
@@ -192,7 +216,7 @@ fn compat(name: Option<&str>) -> Result<bool> {
 }
 
 /// The adapters, with the names of the base where there is one.
-fn opened(
+pub(super) fn opened(
     sources: &[AdapterSource],
     base: Option<&Checkpoint>,
     task: &Task,
@@ -227,6 +251,8 @@ fn missing(adapters: &[Adapter], sums: &Sums<'_>) -> Vec<String> {
 /// What is to be computed.
 struct Work<'a> {
     sums: &'a Sums<'a>,
+    /// The number of adapters.
+    adapters: usize,
     method: &'a Method,
     weights: &'a [Weight],
     cut: Option<Cut>,
@@ -234,88 +260,32 @@ struct Work<'a> {
     norms: Option<IndexMap<String, f64>>,
     /// Whether the modules keep their scale.
     keeps: bool,
+    /// The ranks that a budget gave.
+    spent: Option<Spent>,
 }
 
-/// A module that was computed: its record, and where its factors are.
-type Done = (Record, Option<(Module, Place, f64)>);
+impl Compute for Work<'_> {
+    fn passes(&self) -> u64 {
+        if matches!(self.cut, Some(Cut { rule: Rule::Budget(..), .. })) { 2 } else { 1 }
+    }
 
-#[expect(clippy::too_many_arguments, reason = "what both verbs hand over")]
-fn run(
-    work: &Work<'_>,
-    adapters: &[Adapter],
-    base: Option<&Checkpoint>,
-    place: Output<'_>,
-    verb: &'static str,
-    parameters: Map<String, Value>,
-    mut notes: Vec<String>,
-    task: &Task,
-) -> Result<Report> {
-    let writing = place.writing();
-    let dtype = match writing.dtype()? {
-        Some(dtype) => dtype,
-        None => rounding::widest(adapters),
-    };
-    let pool = build_pool(writing.threads)?;
-    let passes = if matches!(work.cut, Some(Cut { rule: Rule::Budget(..), .. })) { 2 } else { 1 };
-    task.expect(passes * work.sums.modules.iter().map(Sum::bytes).sum::<u64>());
-    let results = if writing.dry_run { None } else { Some(Results::new(place.directory()?)?) };
-    let spent = pool.install(|| work.spend(&dtype, task))?;
-    let done: Vec<Done> = pool.install(|| {
-        let all: Vec<usize> = (0..work.sums.modules.len()).collect();
-        all.par_iter()
-            .map(|index| {
-                task.check()?;
-                let sum = &work.sums.modules[*index];
-                let rank = spent.as_ref().map(|(spent, _)| spent.ranks[*index]);
-                let done = work.module(sum, adapters, rank, &dtype, results.as_ref());
-                task.advance(sum.bytes());
-                done
-            })
-            .collect::<Result<_>>()
-    })?;
-    let mut records = IndexMap::new();
-    let mut made = Vec::new();
-    let mut bytes = 0;
-    for (sum, (record, one)) in work.sums.modules.iter().zip(done) {
-        bytes += ((record.shape[0] + record.shape[1]) * record.rank * dtype.size()) as u64;
-        records.insert(sum.name(), record);
-        made.extend(one);
+    fn prepare(&mut self, dtype: &Dtype, task: &Task) -> Result<Option<BudgetReport>> {
+        let Some((spent, report)) = self.spend(dtype, task)? else { return Ok(None) };
+        self.spent = Some(spent);
+        Ok(Some(report))
     }
-    let left_out = records.values().filter(|record| record.rank == 0).count();
-    if left_out == records.len() {
-        return Err(Error::Argument(
-            "nothing would be left: every module's update is zero".to_owned(),
-        ));
+
+    fn module(
+        &self,
+        index: usize,
+        sum: &Sum<'_>,
+        dtype: &Dtype,
+        results: Option<&Results>,
+        _task: &Task,
+    ) -> Result<Done> {
+        let rank = self.spent.as_ref().map(|spent| spent.ranks[index]);
+        self.computed(sum, rank, dtype, results)
     }
-    if left_out > 0 {
-        let first = records.iter().find(|(_, record)| record.rank == 0).expect("there is one");
-        notes
-            .push(format!("{left_out} modules are left out, with rank 0 (the first: {})", first.0));
-    }
-    let mut report = Report {
-        target_format: writing.target()?.to_owned(),
-        dtype: dtype.torch_name().unwrap_or(dtype.name()).to_owned(),
-        error: overall(records.values()),
-        modules: records,
-        budget: spent.map(|(_, report)| report),
-        lost: Vec::new(),
-        notes,
-        bytes,
-        files: Vec::new(),
-    };
-    if let Some(results) = results {
-        let modules = results.modules(made)?;
-        place.write(
-            &adapters[work.sums.names],
-            modules,
-            adapters,
-            base,
-            (verb, parameters),
-            task,
-            &mut report,
-        )?;
-    }
-    Ok(report)
 }
 
 impl Work<'_> {
@@ -397,10 +367,9 @@ impl Work<'_> {
         Ok((total, coefficients))
     }
 
-    fn module(
+    fn computed(
         &self,
         sum: &Sum<'_>,
-        adapters: &[Adapter],
         rank: Option<usize>,
         dtype: &Dtype,
         results: Option<&Results>,
@@ -422,7 +391,7 @@ impl Work<'_> {
             error: 0.0,
             norm: 0.0,
             singular_values: Vec::new(),
-            coefficients: (adapters.len() > 1).then_some(coefficients),
+            coefficients: (self.adapters > 1).then_some(coefficients),
         };
         let (factors, tail, norm) = match self.cut {
             None => {
@@ -478,24 +447,16 @@ impl Work<'_> {
             return Ok((record, None));
         };
         record.rank = factors.a.rows;
-        let too_large = || {
-            Error::Argument(format!(
-                "{} has values too large for {dtype}; write it in a wider type",
-                sum.name()
-            ))
-        };
-        // An embedding's product is the transpose of its weight, but of formats that have it by tokens.
-        let factors = match sum.module.delta.is_by_tokens() {
-            true => Factors { b: factors.a.transposed(), a: factors.b.transposed() },
-            false => factors,
-        };
+        let too_large = || too_large(sum, dtype);
+        let factors = fitting(sum, factors);
         let own = Rounded::of(&factors, dtype).ok_or_else(too_large)?;
         let lost = scale_out.abs() * rounding_error(&factors, &own.factors(&factors));
         // To first order, rounding is orthogonal to what was cut off: ⟨U₂Σ₂V₂ᵀ, E_B·A + B·E_A⟩ = 0.
         record.error = if norm == 0.0 { 0.0 } else { tail.hypot(lost) / norm };
         let bias = bias.map(|values| Rows { rows: 1, columns: values.len(), values });
         let bias = bias.map(|bias| rounded(&bias, dtype).ok_or_else(too_large)).transpose()?;
-        let module = Module { magnitude: None, ..sum.module.clone() };
+        // One adapter's magnitudes stay what they are.
+        let module = sum.module.clone();
         let place = results.map(|results| results.put(&own, bias.as_deref())).transpose()?;
         Ok((record, place.map(|place| (module, place, scale_out))))
     }
@@ -523,16 +484,32 @@ fn updates(read: &[Option<ReadPart>]) -> Result<Vec<Option<Update<'_>>>> {
     read.iter().map(|part| part.as_ref().map(ReadPart::update).transpose()).collect()
 }
 
-fn not_finite(sum: &Sum<'_>) -> Error {
+pub(super) fn not_finite(sum: &Sum<'_>) -> Error {
     Error::Argument(format!(
         "{} has values that are not finite (NaN or infinity), of which nothing can be computed",
         sum.name()
     ))
 }
 
+pub(super) fn too_large(sum: &Sum<'_>, dtype: &Dtype) -> Error {
+    Error::Argument(format!(
+        "{} has values too large for {dtype}; write it in a wider type",
+        sum.name()
+    ))
+}
+
+/// The factors as plain ones of the module's layer: an embedding's product is the transpose of its weight,
+/// but of formats that have it by tokens.
+pub(super) fn fitting(sum: &Sum<'_>, factors: Factors) -> Factors {
+    match sum.module.delta.is_by_tokens() {
+        true => Factors { b: factors.a.transposed(), a: factors.b.transposed() },
+        false => factors,
+    }
+}
+
 /// The factors of a sum next to one another, each product's scale on its smaller side; a power of two is
 /// exact on either.
-fn side_by_side(total: &Update<'_>) -> Factors {
+pub(super) fn side_by_side(total: &Update<'_>) -> Factors {
     let (mut b, mut a) = sides(total);
     let scales = total.scales();
     if total.rows() <= total.columns() {
@@ -548,14 +525,14 @@ fn side_by_side(total: &Update<'_>) -> Factors {
 }
 
 /// An update over a number, with the quotients of scales that are that number exactly one.
-fn without_scale<'u>(update: &Update<'u>, scale: f64) -> Result<Update<'u>> {
+pub(super) fn without_scale<'u>(update: &Update<'u>, scale: f64) -> Result<Update<'u>> {
     let divided = |term: &Term<'u>| Term { scale: term.scale / scale, ..*term };
     let terms = update.terms().iter().map(divided).collect();
     Update::sum(update.rows(), update.columns(), terms)
 }
 
 /// The same with zeros up to that rank.
-fn padded(factors: Factors, rank: usize) -> Factors {
+pub(super) fn padded(factors: Factors, rank: usize) -> Factors {
     let Factors { b, mut a } = factors;
     if b.columns >= rank {
         return Factors { b, a };

@@ -59,7 +59,7 @@ pub struct MethodOptions {
     /// The length of a step that is none any more (karcher).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tol: Option<f64>,
-    /// The sine below which two directions are one (multislerp).
+    /// The length of the mean direction below which the directions cancel (multislerp).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eps: Option<f64>,
 }

@@ -29,10 +29,29 @@ pub(crate) struct Sum<'a> {
     pub parts: Vec<Part<'a>>,
 }
 
+/// What an adapter may have beside products of two factors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Allowed {
+    /// What is kept as it is: DoRA's magnitudes of the outputs, norms and biases, parameters that were
+    /// trained whole and trained rows.
+    pub kept: bool,
+    /// Factors that began with a part of the base's weight.
+    pub initialization: bool,
+}
+
+impl Allowed {
+    /// Nothing, where several adapters are summed.
+    pub const NOTHING: Self = Self { kept: false, initialization: false };
+    /// What one adapter keeps.
+    pub const OF_ONE: Self = Self { kept: true, initialization: false };
+}
+
 /// The adapters' modules, and the adapter whose names they have.
 #[derive(Debug)]
 pub(crate) struct Sums<'a> {
     pub modules: Vec<Sum<'a>>,
+    /// The modules that the result has as they are.
+    pub kept: Vec<&'a Module>,
     /// The place of the adapter whose names the result takes.
     pub names: usize,
 }
@@ -43,9 +62,9 @@ impl<'a> Sums<'a> {
     /// # Errors
     /// [`Error::Unsupported`] for adapters of different models, and for updates that are no sums of
     /// products, each named; [`Error::Argument`] for shapes that differ.
-    pub fn of(adapters: &'a [Adapter], task: &Task) -> Result<Self> {
+    pub fn of(adapters: &'a [Adapter], allowed: Allowed, task: &Task) -> Result<Self> {
         for adapter in adapters {
-            refuse_what_is_no_product(adapter)?;
+            refuse_what_is_no_product(adapter, allowed)?;
         }
         let layouts: Vec<Layout> = adapters.iter().map(Layout::of).collect();
         let alignment = Alignment::of(&layouts.iter().collect::<Vec<_>>(), task)?;
@@ -69,12 +88,17 @@ impl<'a> Sums<'a> {
         for adapter in order {
             for unit in &members[adapter].units {
                 let product = products[adapter][unit.part];
+                if is_vector(product.module) {
+                    continue;
+                }
                 let part = Part { adapter, product, unit: unit.clone() };
                 found.entry(&unit.identity).or_default().push(part);
             }
         }
         let sums = found.into_values().map(|parts| Sum::of(parts, adapters));
-        Ok(Self { modules: sums.collect::<Result<_>>()?, names })
+        let kept = adapters.iter().flat_map(|adapter| adapter.modules().values());
+        let kept = kept.filter(|module| is_vector(module)).collect();
+        Ok(Self { modules: sums.collect::<Result<_>>()?, kept, names })
     }
 }
 
@@ -139,6 +163,11 @@ impl<'a> Part<'a> {
         self.product.module
     }
 
+    /// The rank of its product.
+    pub fn rank(&self) -> usize {
+        self.product.extents().2
+    }
+
     /// Whether it is all that its module adds, as it stands.
     pub fn is_whole(&self) -> bool {
         self.unit.outputs.is_none() && self.product.expert.is_none() && !self.unit.is_transposed
@@ -187,59 +216,60 @@ impl ReadPart {
     }
 }
 
+/// Whether a module adds a vector.
+fn is_vector(module: &Module) -> bool {
+    matches!(module.kind, LayerKind::Norm | LayerKind::Bias)
+}
+
 /// Refuses an adapter of which some part is no product of two factors that stands by itself.
 ///
 /// # Errors
 /// [`Error::Unsupported`] with all such parts.
-pub(crate) fn refuse_what_is_no_product(adapter: &Adapter) -> Result<()> {
+pub(crate) fn refuse_what_is_no_product(adapter: &Adapter, allowed: Allowed) -> Result<()> {
     let mut found = adapter.obstacles(&[]);
     let mut say = |what: &str, names: Vec<String>| match names.as_slice() {
         [] => {}
-        [only] => found.push(format!("{what} ({only})")),
-        [first, ..] => found.push(format!("{what} ({first} and {} more)", names.len() - 1)),
+        [only] => found.push(format!("has {what} ({only})")),
+        [first, ..] => found.push(format!("has {what} ({first} and {} more)", names.len() - 1)),
     };
     let modules = |is: &dyn Fn(&Module) -> bool| -> Vec<String> {
         let found = adapter.modules().values().filter(|module| is(module));
         found.map(|module| module.title().into_owned()).collect()
     };
+    let is_kept = |is: bool| is && allowed.kept;
     say(
         "DoRA's magnitudes, with which the update is no sum; make it plain with its base first \
          (lorafast.bake with plain and base)",
-        modules(&|module| module.magnitudes().is_some()),
+        modules(&|module| module.magnitudes().is_some() && !is_kept(module.magnitude.is_some())),
     );
     say(
         "updates that only the base's weight makes",
         modules(&|module| !module.delta.has_product() || module.delta.transform().is_some()),
     );
-    say(
-        "updates of norms and biases",
-        modules(&|module| matches!(module.kind, LayerKind::Norm | LayerKind::Bias)),
-    );
+    say("updates of norms and biases", modules(&|module| is_vector(module) && !allowed.kept));
     say("the factors of several experts together", modules(&|module| module.delta.holds_experts()));
-    say(
-        "parameters that were trained whole",
-        adapter.saved().iter().map(|saved| saved.path.clone()).collect(),
-    );
-    say(
-        "trained rows of embeddings",
-        adapter.trained_rows().iter().map(|rows| rows.path.clone()).collect(),
-    );
+    if !allowed.kept {
+        let saved = adapter.saved().iter().map(|saved| saved.path.clone()).collect();
+        say("parameters that were trained whole", saved);
+        let rows = adapter.trained_rows().iter().map(|rows| rows.path.clone()).collect();
+        say("trained rows of embeddings", rows);
+    }
     let semantics = adapter.semantics();
-    if semantics.initialization != Initialization::Plain {
+    if semantics.initialization != Initialization::Plain && !allowed.initialization {
         found.push(
-            "factors that began with a part of the base's weight (PiSSA, OLoRA or the like); make \
+            "has factors that began with a part of the base's weight (PiSSA, OLoRA or the like); make \
              them plain with the base first (lorafast.bake with plain and base)"
                 .to_owned(),
         );
     }
     if let Some(order) = &semantics.unknown_order {
-        found.push(format!("rows in {order}, which the base tells (base=, --base)"));
+        found.push(format!("has rows in {order}, which the base tells (base=, --base)"));
     }
     match found.is_empty() {
         true => Ok(()),
         false => Err(Error::unsupported(
             adapter.path(),
-            format!("cannot be summed: it has {}", found.join("; ")),
+            format!("cannot be computed with: it {}", found.join("; ")),
         )),
     }
 }

@@ -4,12 +4,12 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
+use super::engine::Job;
 use super::options::Writing;
 use super::report::Report;
-use crate::adapter::{Adapter, Module, Semantics};
-use crate::checkpoint::Checkpoint;
+use crate::adapter::{Initialization, Module, Semantics};
 use crate::convert;
 use crate::error::Result;
 use crate::parallel::task::Task;
@@ -26,9 +26,6 @@ pub(crate) struct Output<'a> {
     writing: &'a Writing,
     work: PathBuf,
 }
-
-/// What a result was made by: the verb, and its parameters.
-pub(crate) type Made = (&'static str, Map<String, Value>);
 
 impl<'a> Output<'a> {
     /// Checks that a result can be written there.
@@ -59,33 +56,28 @@ impl<'a> Output<'a> {
         Ok(&self.work)
     }
 
-    /// Writes modules as an adapter like `names`.
+    /// Writes modules as an adapter like the one whose names they have.
     ///
     /// # Errors
     /// Those of conversions; that one of the inputs changed meanwhile.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "a result, what it is like, and what it is made of"
-    )]
     pub fn write(
         self,
-        names: &Adapter,
+        job: &Job<'_>,
         modules: IndexMap<String, Module>,
-        inputs: &[Adapter],
-        base: Option<&Checkpoint>,
-        made: Made,
         task: &Task,
         report: &mut Report,
     ) -> Result<()> {
+        let names = &job.adapters[job.sums.names];
         let semantics = Semantics {
-            rank_stabilized: false,
+            initialization: Initialization::Plain,
+            rank_stabilized: job.rank_stabilized,
             names_scale: false,
             scale_is_given: false,
             ..names.semantics().clone()
         };
         let value = names.made_into(modules, semantics);
-        let provenance = provenance(inputs, made)?;
-        for input in inputs {
+        let provenance = provenance(job)?;
+        for input in job.adapters {
             input.check_unchanged()?;
         }
         let options = convert::Options {
@@ -93,7 +85,7 @@ impl<'a> Output<'a> {
             overwrite: self.writing.overwrite,
             ..convert::Options::default()
         };
-        let written = convert::write_adapter(&value, base, self.path, &options, task)?;
+        let written = convert::write_adapter(&value, job.base, self.path, &options, task)?;
         report.lost.extend(written.lost);
         report.notes.extend(written.notes);
         report.files.extend(written.files);
@@ -127,9 +119,9 @@ fn provenance_path(output: &Path) -> PathBuf {
     output.with_file_name(name)
 }
 
-fn provenance(inputs: &[Adapter], (verb, parameters): Made) -> Result<Vec<u8>> {
-    let mut found = Vec::with_capacity(inputs.len());
-    for input in inputs {
+fn provenance(job: &Job<'_>) -> Result<Vec<u8>> {
+    let mut found = Vec::with_capacity(job.adapters.len());
+    for input in job.adapters {
         found.push(json!({
             "path": input.path().display().to_string(),
             "format": input.format(),
@@ -138,9 +130,9 @@ fn provenance(inputs: &[Adapter], (verb, parameters): Made) -> Result<Vec<u8>> {
     }
     let text = json!({
         "made_by": format!("lorafast {}", env!("CARGO_PKG_VERSION")),
-        "verb": verb,
+        "verb": job.verb,
         "inputs": found,
-        "parameters": parameters,
+        "parameters": job.parameters,
     });
     Ok(serde_json::to_vec_pretty(&text).expect("plain data"))
 }

@@ -31,12 +31,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lorafast._algebra.report import AlgebraReport
     from lorafast._analysis.results import AdapterAnalysis, Comparison
 
     Draw = TypeVar("Draw", bound=Callable[[Any], Figure])
 
 #: What results with plots are called in messages.
-NOUNS = {"AdapterAnalysis": "an analysis", "Comparison": "a comparison"}
+NOUNS = {
+    "AdapterAnalysis": "an analysis",
+    "Comparison": "a comparison",
+    "AlgebraReport": "a computed adapter",
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def _load() -> None:
             import_module(f"{plots.__name__}.{module.name}")
 
 
-def plots_of(result: str | AdapterAnalysis | Comparison) -> dict[str, Plot]:
+def plots_of(result: str | AdapterAnalysis | AlgebraReport | Comparison) -> dict[str, Plot]:
     """The plots of a result, or of those of a class by its name, by their kinds."""
     _load()
     if isinstance(result, str):
@@ -111,7 +116,9 @@ def plots_of(result: str | AdapterAnalysis | Comparison) -> dict[str, Plot]:
     return dict(next(_PLOTS[name] for name in names if name in _PLOTS))
 
 
-def draw(result: AdapterAnalysis | Comparison, kind: str, ax: Axes | None = None) -> Figure:
+def draw(
+    result: AdapterAnalysis | AlgebraReport | Comparison, kind: str, ax: Axes | None = None
+) -> Figure:
     """Draws one plot of a result.
 
     Args:

@@ -131,9 +131,11 @@ fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
     };
     let dora = all(|module| module.magnitude.is_some(), "magnitudes")?;
     let bias = all(|module| module.bias.is_some(), "biases")?;
-    // α/r, whatever the scale was made of.
+    // The alpha of α/r, or of α/√r, whatever the scale was made of.
+    let stabilized = adapter.semantics().rank_stabilized;
+    let divisor = |rank: f64| if stabilized { rank.sqrt() } else { rank };
     let alphas: Vec<f64> =
-        modules.iter().map(|module| module.scaling * module.rank as f64).collect();
+        modules.iter().map(|module| module.scaling * divisor(module.rank as f64)).collect();
     let ranks: Vec<u64> = modules.iter().map(|module| module.rank).collect();
     let rank = usual(&ranks).unwrap_or(1);
     let alpha = usual(&alphas).unwrap_or(rank as f64);
@@ -160,7 +162,7 @@ fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
         "target_modules": targets,
         "use_dora": dora,
         "lora_bias": bias,
-        "use_rslora": false,
+        "use_rslora": stabilized,
         "bias": "none",
         "fan_in_fan_out": adapter.semantics().stored_transposed,
         "init_lora_weights": true,

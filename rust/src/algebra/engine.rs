@@ -1,0 +1,133 @@
+//! The way of every computation: modules one by one on several threads, each with its record, then the
+//! result in its format.
+
+use indexmap::IndexMap;
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+
+use super::options::Writing;
+use super::report::{BudgetReport, Record, Report, overall};
+use super::results::{Place, Results};
+use super::rounding;
+use super::sums::{Sum, Sums};
+use super::write::Output;
+use crate::adapter::{Adapter, Module};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::parallel::task::{Task, build_pool};
+use crate::tensor::dtype::Dtype;
+
+/// A module that was computed: its record, and where its factors are, with the scale that they have.
+pub(crate) type Done = (Record, Option<(Module, Place, f64)>);
+
+/// What computes the modules.
+pub(crate) trait Compute: Send + Sync {
+    /// How often the factors are read.
+    fn passes(&self) -> u64 {
+        1
+    }
+
+    /// What has to be known of all modules before the first is computed.
+    ///
+    /// # Errors
+    /// Those of reading, and of what cannot be computed.
+    fn prepare(&mut self, _dtype: &Dtype, _task: &Task) -> Result<Option<BudgetReport>> {
+        Ok(None)
+    }
+
+    /// One module, rounded to that type, and put into the results where there are any.
+    ///
+    /// # Errors
+    /// Those of reading, and of what cannot be computed.
+    fn module(
+        &self,
+        index: usize,
+        sum: &Sum<'_>,
+        dtype: &Dtype,
+        results: Option<&Results>,
+        task: &Task,
+    ) -> Result<Done>;
+}
+
+/// What a computation is done with.
+pub(crate) struct Job<'a> {
+    pub sums: &'a Sums<'a>,
+    pub adapters: &'a [Adapter],
+    pub base: Option<&'a Checkpoint>,
+    pub verb: &'static str,
+    pub parameters: Map<String, Value>,
+    pub notes: Vec<String>,
+    /// Whether alphas are written for a scale of α/√r, where the format can say so.
+    pub rank_stabilized: bool,
+}
+
+/// Computes all modules, and writes them.
+///
+/// # Errors
+/// Those of the computation and of writing.
+pub(crate) fn run(
+    mut job: Job<'_>,
+    compute: &mut dyn Compute,
+    place: Output<'_>,
+    task: &Task,
+) -> Result<Report> {
+    let writing: &Writing = place.writing();
+    let dtype = match writing.dtype()? {
+        Some(dtype) => dtype,
+        None => rounding::widest(job.adapters),
+    };
+    let pool = build_pool(writing.threads)?;
+    let sums = &job.sums.modules;
+    task.expect(compute.passes() * sums.iter().map(Sum::bytes).sum::<u64>());
+    let results = if writing.dry_run { None } else { Some(Results::new(place.directory()?)?) };
+    let budget = pool.install(|| compute.prepare(&dtype, task))?;
+    let compute = &*compute;
+    let done: Vec<Done> = pool.install(|| {
+        let all: Vec<usize> = (0..sums.len()).collect();
+        let one = |index: &usize| {
+            task.check()?;
+            let done = compute.module(*index, &sums[*index], &dtype, results.as_ref(), task);
+            task.advance(sums[*index].bytes());
+            done
+        };
+        all.par_iter().map(one).collect::<Result<_>>()
+    })?;
+    let mut records = IndexMap::new();
+    let mut made = Vec::new();
+    let mut bytes = 0;
+    for (sum, (record, one)) in sums.iter().zip(done) {
+        bytes += ((record.shape[0] + record.shape[1]) * record.rank * dtype.size()) as u64;
+        records.insert(sum.name(), record);
+        made.extend(one);
+    }
+    let left_out = records.values().filter(|record| record.rank == 0).count();
+    if left_out == records.len() {
+        return Err(Error::Argument(
+            "nothing would be left: every module's update is zero".to_owned(),
+        ));
+    }
+    if left_out > 0 {
+        let first = records.iter().find(|(_, record)| record.rank == 0).expect("there is one");
+        job.notes
+            .push(format!("{left_out} modules are left out, with rank 0 (the first: {})", first.0));
+    }
+    let mut report = Report {
+        target_format: writing.target()?.to_owned(),
+        dtype: dtype.torch_name().unwrap_or(dtype.name()).to_owned(),
+        error: overall(records.values()),
+        modules: records,
+        budget,
+        lost: Vec::new(),
+        notes: std::mem::take(&mut job.notes),
+        bytes,
+        files: Vec::new(),
+    };
+    if let Some(results) = results {
+        let mut modules = results.modules(made)?;
+        for module in &job.sums.kept {
+            modules.insert(module.key.clone(), (*module).clone());
+        }
+        place.write(&job, modules, task, &mut report)?;
+    }
+    Ok(report)
+}
