@@ -395,9 +395,12 @@ impl Work<'_> {
         };
         let (factors, tail, norm) = match self.cut {
             None => {
-                let norm = crate::measure::spectrum::frobenius_norm(&total);
-                let factors = if norm == 0.0 { None } else { Some(side_by_side(&inner)) };
-                (factors, 0.0, norm)
+                let factors = side_by_side(&inner);
+                let norm = match factors.norm() {
+                    Some(norm) => norm * scale_out.abs(),
+                    None => crate::measure::spectrum::frobenius_norm(&total),
+                };
+                ((norm != 0.0).then_some(factors), 0.0, norm)
             }
             Some(cut) => {
                 let Some(found) = decomposed(&total) else { return Err(not_finite(sum)) };

@@ -55,6 +55,13 @@ impl Rows {
         self.cross(self)
     }
 
+    /// self · selfᵀ.
+    pub fn row_gram(&self) -> Matrix {
+        let mut result = Matrix::zeros(self.rows, self.rows);
+        f64::multiply(self.view(), self.view(), &mut result.data, self.rows.max(1));
+        result
+    }
+
     /// selfᵀ · other, of matrices of one height.
     pub fn cross(&self, other: &Self) -> Matrix {
         let mut result = Matrix::zeros(self.columns, other.columns);
@@ -209,6 +216,19 @@ pub(crate) fn decomposed(update: &Update<'_>) -> Option<Decomposed> {
     })
 }
 
+impl Factors {
+    /// ‖B·A‖ from the Gram matrices; `None` where the products cancel, so that too few digits are left.
+    pub fn norm(&self) -> Option<f64> {
+        let (left, right) = (self.b.gram(), self.a.row_gram());
+        let square: f64 = left.data.iter().zip(&right.data).map(|(l, r)| l * r).sum();
+        let sizes = (0..left.rows).map(|k| (left.get(k, k) * right.get(k, k)).sqrt());
+        let bound: f64 = sizes.sum();
+        // Nine digits are left of what is a thousandth of its terms.
+        let is_safe = square > (1e-3 * bound).powi(2) || !bound.is_finite();
+        is_safe.then(|| square.sqrt())
+    }
+}
+
 impl Decomposed {
     /// The first k singular triplets as two factors; the entry of largest size in each column of U, the
     /// first of equals, is positive, so that the bytes depend on ΔW alone.
@@ -315,10 +335,11 @@ pub(crate) fn inner_products(updates: &[Option<&Update<'_>>]) -> Matrix {
 /// it is ‖E_B·A′ + B·E_A‖, in which nothing cancels.
 pub(crate) fn rounding_error(exact: &Factors, rounded: &Factors) -> f64 {
     let lost = |exact: &Rows, rounded: &Rows| -> Option<Rows> {
-        let values: Vec<f64> =
-            exact.values.iter().zip(&rounded.values).map(|(one, other)| one - other).collect();
-        let any = values.iter().any(|value| *value != 0.0);
-        any.then_some(Rows { values, ..*exact })
+        if exact.values == rounded.values {
+            return None;
+        }
+        let values = exact.values.iter().zip(&rounded.values).map(|(one, other)| one - other);
+        Some(Rows { values: values.collect(), ..*exact })
     };
     let terms: Vec<(Rows, Rows)> = [
         lost(&exact.b, &rounded.b).map(|b| (b, rounded.a.transposed())),

@@ -58,12 +58,12 @@ impl Rounded {
 
 /// Numbers in that type; `None` if a finite one is none in it.
 pub(crate) fn rounded(rows: &Rows, dtype: &Dtype) -> Option<Vec<u8>> {
-    let wide: Vec<u8> = rows.values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let wide: &[u8] = bytemuck::cast_slice(&rows.values);
     if *dtype == Dtype::F64 {
-        return Some(wide);
+        return Some(wide.to_vec());
     }
     let mut bytes = vec![0; rows.values.len() * dtype.size()];
-    convert(&Dtype::F64, &wide, dtype, &mut bytes).then_some(bytes)
+    convert(&Dtype::F64, wide, dtype, &mut bytes).then_some(bytes)
 }
 
 impl Results {
