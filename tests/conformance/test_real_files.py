@@ -30,7 +30,7 @@ MERGED = {
     "tiny_lora",
     "peft_repo__2026-03-16",
 }
-# Merged in tests/formats/test_algorithms.py and test_shared_keys.py.
+# Merged in tests/formats/test_algorithms_of_tools.py and test_shared_keys.py.
 ELSEWHERE = ("lycoris_lokr", "peft_repo__2023-08-07", "diffusers_repo", "sd15_catund")
 # The part of a folder's name -> words of the refusal.
 REFUSED = {

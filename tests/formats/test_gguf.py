@@ -75,7 +75,7 @@ def test_a_merge_is_what_the_formulas_say(tmp_path: Path) -> None:
 
 
 def test_gguf_py_writes_what_is_read(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="gguf is in the extra test-formats")
+    gguf = pytest.importorskip("gguf", reason="gguf is in the extra test")
     made = factors(LLAMA)
     writer = gguf.GGUFWriter(tmp_path / "style.gguf", "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)

@@ -38,7 +38,7 @@ def written(adapter: Path, target: Path, base: Path, dtype: str | None = None) -
 
 def read_back(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """A file's fields and tensors as gguf-py reads them."""
-    gguf = pytest.importorskip("gguf", reason="gguf is in the extra test-formats")
+    gguf = pytest.importorskip("gguf", reason="gguf is in the extra test")
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     return fields, {
@@ -216,7 +216,7 @@ def test_the_head_of_a_tied_model_has_no_tensor(tmp_path: Path) -> None:
 
 def test_names_are_those_of_gguf_py(tmp_path: Path) -> None:
     """Each tensor of each architecture that is read belongs to the module that gguf-py gives it."""
-    gguf = pytest.importorskip("gguf", reason="gguf is in the extra test-formats")
+    gguf = pytest.importorskip("gguf", reason="gguf is in the extra test")
     file = tmp_path / "x.gguf"
     known: dict[str, int] = {}
     unknown: list[str] = []

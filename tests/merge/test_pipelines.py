@@ -516,7 +516,7 @@ def test_a_linked_pipeline_is_read_through_its_links(
 
 @pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None,
-    reason="diffusers is not installed (the extra test-formats has it)",
+    reason="diffusers is not installed (the extra test has it)",
 )
 def test_diffusers_loads_what_was_merged_from_what_it_saved(tmp_path: Path) -> None:
     import diffusers
