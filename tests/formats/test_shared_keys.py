@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from functools import cache
@@ -12,12 +11,9 @@ from pathlib import Path
 import lorafast
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from support import diffusion
+from support.shared_data import DATA, random_file, shapes_of
 
-DATA = Path(
-    os.environ.get("LORAFAST_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")
-)
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not there")
 
 #: Of each list its format, its family, its modules and its components.
@@ -91,22 +87,6 @@ ADAPTERS: dict[str, tuple[str, str | None, int, str] | str] = {
 ELSEWHERE = {"mlx_test_dpo__2025-08-31_7bf77c"}
 
 
-def random_file(name: str, path: Path) -> Path:
-    """Random tensors of the shapes of a list."""
-    shapes = json.loads((DATA / "keys" / f"{name}.json").read_text())["keys"]
-    random = np.random.default_rng(1)
-
-    def value(key: str, shape: list[int]) -> np.ndarray:
-        if key.endswith(".alpha"):
-            return np.full(shape, 8, np.float16)
-        # The values do not matter, and large tensors take time.
-        block = random.normal(size=min(int(np.prod(shape)), 1024)).astype(np.float16)
-        return np.resize(block, shape)
-
-    save_file({key: value(key, shape) for key, shape in shapes.items()}, path)
-    return path
-
-
 def test_every_list_has_its_place_here() -> None:
     found = {path.stem for path in (DATA / "keys").glob("*.json")}
     assert found == {*KEYS, *OTHER_ALGORITHMS}
@@ -157,22 +137,11 @@ def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Models of true size in both namings, by family."""
-    diffusers = pytest.importorskip("diffusers", reason="the shapes are diffusers'")
-    import torch
-
-    classes = {
-        "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-        "krea2": ("Krea2Transformer2DModel", {}),
-        "cosmos2": ("CosmosTransformer3DModel", {"num_layers": 1}),
-        "qwen_image": ("QwenImageTransformer2DModel", {"num_layers": 2}),
-    }
+    pytest.importorskip("diffusers", reason="the shapes are diffusers'")
 
     @cache
     def base(family: str) -> tuple[Path, Path]:
-        class_name, arguments = classes[family]
-        with torch.device("meta"):
-            model = getattr(diffusers, class_name)(**arguments)
-        ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        ours = shapes_of(family)
         theirs: dict[str, tuple[int, ...]] = {}
         numbers = re.findall(r"(?<!single_)transformer_blocks\.(\d+)\.", "\n".join(ours))
         for name, shape in ours.items():
