@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import lorafast
-import numpy as np
 import pytest
 from support import diffusion
-from support.shared_data import DATA, random_file, shapes_of
+from support.shared_data import DATA, random_file, shapes_of, sparse
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not there")
 
@@ -118,20 +116,6 @@ def test_every_list_of_another_algorithm_is_read_or_refused(name: str, tmp_path:
     found = (listing.format, listing.family, len(listing.modules), listing.algorithm)
     assert found == expected
     assert {use.use for use in listing.tensors_use} == {"used"}
-
-
-def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A checkpoint of these shapes without content, which takes no room on the disk."""
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * int(np.prod(shape))
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -78,3 +78,17 @@ def random_file(name: str, path: Path, width: Callable[[int], int] = same) -> Pa
 
     save_file({key: value(key, shape) for key, shape in listed(name).items()}, path)
     return path
+
+
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A checkpoint of these shapes without content, which takes no room on the disk."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return path
