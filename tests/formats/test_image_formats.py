@@ -3,95 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lorafast
 import numpy as np
 import pytest
-from lorafast._cli.main import main
-from safetensors.numpy import load_file
 from support import image_formats as toys
-from support.image_formats import Pair, Tensors, assert_equal, merge, pipeline, save, sums
-
-FLUX = toys.flux()
-UNET = toys.unet()
-CLIP = toys.clip()
-DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
-#: Modules of the toy Flux that a trainer of attention would take, by diffusers' names.
-ATTENTION = [f"{DOUBLE}.attn.{name}" for name in ("to_q", "to_k", "to_v", "add_k_proj", "to_out.0")]
-FLUX_MODULES = [*ATTENTION, f"{DOUBLE}.ff.net.2", f"{SINGLE}.attn.to_v", f"{SINGLE}.proj_mlp"]
-IN_UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
-UNET_MODULES = [
-    f"{IN_UNET}.attn1.to_q",
-    f"{IN_UNET}.attn2.to_k",
-    f"{IN_UNET}.attn1.to_out.0",
-    f"{IN_UNET}.ff.net.0.proj",
-    "mid_block.attentions.0.transformer_blocks.0.attn1.to_v",
-    "up_blocks.2.attentions.1.transformer_blocks.0.attn2.to_v",
-]
-IN_CLIP = "text_model.encoder.layers.1"
-CLIP_MODULES = [f"{IN_CLIP}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
-
-
-def pairs_of(
-    weights: Tensors, modules: list[str], scale: float = 1.0, rank: int = 2
-) -> dict[str, Pair]:
-    """Factors of modules, each from a seed of its own."""
-    return {
-        name: Pair(weights[f"{name}.weight"], seed, rank, scale)
-        for seed, name in enumerate(modules)
-    }
-
-
-def deltas_of(pairs: dict[str, Pair]) -> Tensors:
-    return {f"{name}.weight": pair.delta for name, pair in pairs.items()}
-
-
-def written(
-    pairs: dict[str, Pair],
-    name: Callable[[str], str],
-    down: str = ".lora_A.weight",
-    up: str = ".lora_B.weight",
-    alpha: float | None = None,
-) -> Tensors:
-    """Factors under a trainer's keys."""
-    tensors: Tensors = {}
-    for module, pair in pairs.items():
-        tensors[name(module) + down] = pair.down
-        tensors[name(module) + up] = pair.up
-        if alpha is not None:
-            tensors[f"{name(module)}.alpha"] = np.array(alpha, np.float32)
-    return tensors
-
-
-def check(
-    family: str, weights: Tensors, adapter: Path, expected: Tensors, root: Path, **options: Any
-) -> None:
-    """Merges into the model in both namings; `expected` is in the author's."""
-    ours = save(root / "ours" / "model.safetensors", weights)
-    assert_equal(
-        toys.in_the_authors_names(family, merge(ours, adapter, root / "merged", **options)),
-        expected,
-    )
-    theirs = toys.in_the_authors_names(family, weights)
-    prefix = "model.diffusion_model."
-    single = save(root / "single.safetensors", {prefix + k: v for k, v in theirs.items()})
-    found = merge(single, adapter, root / "merged_single", **options)
-    assert_equal({name.removeprefix(prefix): value for name, value in found.items()}, expected)
-
-
-def theirs(family: str, weights: Tensors, deltas: Tensors) -> Tensors:
-    """What a merge gives, in the author's names, of deltas in diffusers'."""
-    return toys.in_the_authors_names(family, sums(weights, deltas))
-
-
-def formats(path: Path) -> tuple[str, str]:
-    listing = lorafast.inspect(path).to_dict()
-    assert listing["kind"] == "adapter"
-    return listing["kind"], str(listing["format"])
-
+from support.image_formats import (
+    CLIP,
+    CLIP_MODULES,
+    DOUBLE,
+    FLUX,
+    FLUX_MODULES,
+    SINGLE,
+    UNET,
+    UNET_MODULES,
+    Pair,
+    Tensors,
+    assert_equal,
+    check,
+    deltas_of,
+    formats,
+    merge,
+    pairs_of,
+    pipeline,
+    save,
+    sums,
+    theirs,
+    written,
+)
 
 # diffusers
 
@@ -475,167 +416,3 @@ def test_layers_that_cannot_be_counted_are_refused(tmp_path: Path) -> None:
     base = save(tmp_path / "base.safetensors", UNET)
     with pytest.raises(lorafast.AdapterError, match="cloneofsimo's format"):
         lorafast.merge(base, adapter, tmp_path / "out")
-
-
-# Recognition
-
-
-def test_names_of_two_formats_need_the_format(tmp_path: Path) -> None:
-    pairs = pairs_of(UNET, UNET_MODULES)
-    first, second = dict(list(pairs.items())[:3]), dict(list(pairs.items())[3:])
-    tensors = written(first, lambda name: f"unet.{name}") | written(
-        second,
-        lambda name: "lora_unet_" + name.replace(".", "_"),
-        ".lora_down.weight",
-        ".lora_up.weight",
-    )
-    adapter = save(tmp_path / "a.safetensors", tensors)
-    base = save(tmp_path / "base.safetensors", UNET)
-    message = r"names of several formats: diffusers \(unet\..*\), kohya \(lora_unet_.*format="
-    for call in (
-        lambda: lorafast.merge(base, adapter, tmp_path / "out"),
-        lambda: lorafast.inspect(adapter),
-        lambda: lorafast.analyze(adapter),
-    ):
-        with pytest.raises(lorafast.AdapterError, match=message):
-            call()
-    found = merge(base, adapter, tmp_path / "out", format="diffusers")
-    assert_equal(found, sums(UNET, deltas_of(pairs)))
-    assert lorafast.inspect(adapter, format="diffusers").to_dict()["format"] == "diffusers"
-    assert len(lorafast.analyze(adapter, format="diffusers").modules) == len(pairs)
-
-
-def test_the_command_takes_the_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = pairs_of(UNET, UNET_MODULES)
-    adapter = save(tmp_path / "a.safetensors", written(pairs, lambda name: f"unet.{name}"))
-    base = save(tmp_path / "base.safetensors", UNET)
-    words = ["merge", "-b", str(base), "-a", str(adapter), "-o", str(tmp_path / "out")]
-    assert main([*words, "--format", "diffusers", "--quiet"]) == 0
-    assert_equal(
-        load_file(next((tmp_path / "out").glob("*.safetensors"))), sums(UNET, deltas_of(pairs))
-    )
-    assert main(["inspect", str(adapter), "--format", "diffusers"]) == 0
-    shown = capsys.readouterr().out
-    assert "diffusers" in shown
-    assert "down_blocks" in shown
-    assert main(["analyze", str(adapter), "--adapter-format", "diffusers", "--quiet"]) == 0
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("odd", "message"),
-    [
-        (
-            {"model.layers.0.mlp.up_proj.weight": np.ones((2, 2), np.float32)},
-            "model.layers.0.mlp.up_proj.weight",
-        ),
-        ({"unet.conv_in.lora_C.weight": np.ones((2, 2), np.float32)}, "lora_C"),
-        (
-            {"unet.conv_in.alpha": np.array(1.0, np.float32)},
-            "unet.conv_in.alpha but not its factors",
-        ),
-        ({"unet.conv_in.lora_A.weight": np.ones((2, 4, 3, 3), np.float32)}, "but not its lora_up"),
-        (
-            {f"unet.{UNET_MODULES[0]}.lora.down.weight": np.ones((2, 4), np.float32)},
-            "which are one part of one module",
-        ),
-        ({f"unet.{UNET_MODULES[0]}.bora_scale_r": np.ones(4, np.float32)}, "bora_scale_r"),
-        ({f"unet.{UNET_MODULES[0]}.lambda_layer": np.ones(4, np.float32)}, "T-LoRA"),
-        ({"bundle_emb.x.string_to_param.*": np.ones((2, 4), np.float32)}, "bundle_emb"),
-        ({"emb_params": np.ones((2, 4), np.float32)}, "embeddings of a textual inversion"),
-        ({f"unet.{UNET_MODULES[0]}.alpha": np.array(0.0, np.float32)}, "is 0"),
-        ({f"unet.{UNET_MODULES[0]}.alpha": np.array(np.inf, np.float32)}, "finite"),
-    ],
-)
-def test_what_belongs_to_nothing_is_refused_by_name(
-    odd: Tensors, message: str, tmp_path: Path
-) -> None:
-    tensors = written(pairs_of(UNET, UNET_MODULES), lambda name: f"unet.{name}") | odd
-    adapter = save(tmp_path / "a.safetensors", tensors)
-    base = save(tmp_path / "base.safetensors", UNET)
-    with pytest.raises(lorafast.LorafastError, match=message):
-        lorafast.merge(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_embeddings_are_left_out_where_they_are_allowed(tmp_path: Path) -> None:
-    pairs = pairs_of(UNET, UNET_MODULES)
-    tensors = written(pairs, lambda name: f"unet.{name}")
-    tensors["bundle_emb.style.clip_l"] = np.ones((2, 6), np.float32)
-    adapter = save(tmp_path / "a.safetensors", tensors)
-    base = save(tmp_path / "base.safetensors", UNET)
-    found = merge(base, adapter, tmp_path / "out", allow="bundle_emb")
-    assert_equal(found, sums(UNET, deltas_of(pairs)))
-
-
-def test_an_adapter_of_another_family_fits_nothing(tmp_path: Path) -> None:
-    pairs = pairs_of(FLUX, FLUX_MODULES)
-    adapter = save(tmp_path / "a.safetensors", written(pairs, lambda name: f"transformer.{name}"))
-    base = save(tmp_path / "base.safetensors", UNET)
-    with pytest.raises(lorafast.PlanError, match="transformer_blocks"):
-        lorafast.merge(base, adapter, tmp_path / "out")
-
-
-def test_half_of_the_keys_of_another_model_are_listed(tmp_path: Path) -> None:
-    pairs = pairs_of(UNET, UNET_MODULES)
-    tensors = written(pairs, lambda name: f"unet.{name}")
-    tensors |= written(pairs_of(FLUX, FLUX_MODULES), lambda name: f"unet.{name}")
-    adapter = save(tmp_path / "a.safetensors", tensors)
-    base = save(tmp_path / "base.safetensors", UNET)
-    with pytest.raises(lorafast.PlanError, match=r"transformer_blocks\.0\.attn\.to_q"):
-        lorafast.merge(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_one_module_in_two_spellings_is_an_error(tmp_path: Path) -> None:
-    pairs = pairs_of(FLUX, FLUX_MODULES[:1])
-    tensors = written(pairs, lambda name: f"transformer.{name}")
-    tensors |= written(pairs, lambda name: f"transformer.base_model.model.{name}")
-    adapter = save(tmp_path / "a.safetensors", tensors)
-    base = save(tmp_path / "base.safetensors", FLUX)
-    with pytest.raises(lorafast.AdapterError, match="one module of the base"):
-        lorafast.merge(base, adapter, tmp_path / "out")
-
-
-# Fleets and comparisons
-
-
-def test_a_scan_finds_lone_files_by_what_they_are(tmp_path: Path) -> None:
-    pairs = pairs_of(UNET, UNET_MODULES)
-    save(tmp_path / "fleet" / "one.safetensors", written(pairs, lambda name: f"unet.{name}"))
-    flat = written(
-        pairs,
-        lambda name: "lora_unet_" + name.replace(".", "_"),
-        ".lora_down.weight",
-        ".lora_up.weight",
-    )
-    save(tmp_path / "fleet" / "two.safetensors", flat)
-    differences = {"diffusion_model.x.diff_b": np.ones(3, np.float32)}
-    save(tmp_path / "fleet" / "three.safetensors", differences)
-    save(tmp_path / "fleet" / "model.safetensors", UNET)
-    fleet = lorafast.scan(tmp_path / "fleet")
-    assert {"one", "two"} <= {Path(name).stem for name in fleet.names}
-    assert "model" not in {Path(name).stem for name in fleet.names}
-    comparison = lorafast.compare(
-        [tmp_path / "fleet" / "one.safetensors", tmp_path / "fleet" / "two.safetensors"]
-    )
-    assert comparison.cosine[0, 1] == pytest.approx(1.0, abs=1e-6)
-
-
-def test_components_meet_across_namings_without_a_base(tmp_path: Path) -> None:
-    unet, clip = pairs_of(UNET, UNET_MODULES), pairs_of(CLIP, CLIP_MODULES)
-    dotted = written(unet, lambda name: f"unet.{name}")
-    dotted |= written(clip, lambda name: f"text_encoder.{name}")
-    flat: Tensors = {}
-    for prefix, pairs in (("lora_unet_", unet), ("lora_te_", clip)):
-        flat |= written(
-            pairs,
-            lambda name, prefix=prefix: prefix + name.replace(".", "_"),  # type: ignore[misc]
-            ".lora_down.weight",
-            ".lora_up.weight",
-        )
-    files = [save(tmp_path / "a.safetensors", dotted), save(tmp_path / "b.safetensors", flat)]
-    comparison = lorafast.compare(files)
-    assert comparison.cosine[0, 1] == pytest.approx(1.0, abs=1e-6)

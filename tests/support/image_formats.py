@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,99 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=4e-6, err_msg=name)
+
+
+FLUX = flux()
+
+
+UNET = unet()
+
+
+CLIP = clip()
+
+
+DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+
+
+#: Modules of the toy Flux that a trainer of attention would take, by diffusers' names.
+ATTENTION = [f"{DOUBLE}.attn.{name}" for name in ("to_q", "to_k", "to_v", "add_k_proj", "to_out.0")]
+
+
+FLUX_MODULES = [*ATTENTION, f"{DOUBLE}.ff.net.2", f"{SINGLE}.attn.to_v", f"{SINGLE}.proj_mlp"]
+
+
+IN_UNET = "down_blocks.1.attentions.0.transformer_blocks.0"
+
+
+UNET_MODULES = [
+    f"{IN_UNET}.attn1.to_q",
+    f"{IN_UNET}.attn2.to_k",
+    f"{IN_UNET}.attn1.to_out.0",
+    f"{IN_UNET}.ff.net.0.proj",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_v",
+    "up_blocks.2.attentions.1.transformer_blocks.0.attn2.to_v",
+]
+
+
+IN_CLIP = "text_model.encoder.layers.1"
+
+
+CLIP_MODULES = [f"{IN_CLIP}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+
+
+def pairs_of(
+    weights: Tensors, modules: list[str], scale: float = 1.0, rank: int = 2
+) -> dict[str, Pair]:
+    """Factors of modules, each from a seed of its own."""
+    return {
+        name: Pair(weights[f"{name}.weight"], seed, rank, scale)
+        for seed, name in enumerate(modules)
+    }
+
+
+def deltas_of(pairs: dict[str, Pair]) -> Tensors:
+    return {f"{name}.weight": pair.delta for name, pair in pairs.items()}
+
+
+def written(
+    pairs: dict[str, Pair],
+    name: Callable[[str], str],
+    down: str = ".lora_A.weight",
+    up: str = ".lora_B.weight",
+    alpha: float | None = None,
+) -> Tensors:
+    """Factors under a trainer's keys."""
+    tensors: Tensors = {}
+    for module, pair in pairs.items():
+        tensors[name(module) + down] = pair.down
+        tensors[name(module) + up] = pair.up
+        if alpha is not None:
+            tensors[f"{name(module)}.alpha"] = np.array(alpha, np.float32)
+    return tensors
+
+
+def check(
+    family: str, weights: Tensors, adapter: Path, expected: Tensors, root: Path, **options: Any
+) -> None:
+    """Merges into the model in both namings; `expected` is in the author's."""
+    ours = save(root / "ours" / "model.safetensors", weights)
+    assert_equal(
+        in_the_authors_names(family, merge(ours, adapter, root / "merged", **options)),
+        expected,
+    )
+    theirs = in_the_authors_names(family, weights)
+    prefix = "model.diffusion_model."
+    single = save(root / "single.safetensors", {prefix + k: v for k, v in theirs.items()})
+    found = merge(single, adapter, root / "merged_single", **options)
+    assert_equal({name.removeprefix(prefix): value for name, value in found.items()}, expected)
+
+
+def theirs(family: str, weights: Tensors, deltas: Tensors) -> Tensors:
+    """What a merge gives, in the author's names, of deltas in diffusers'."""
+    return in_the_authors_names(family, sums(weights, deltas))
+
+
+def formats(path: Path) -> tuple[str, str]:
+    listing = lorafast.inspect(path).to_dict()
+    assert listing["kind"] == "adapter"
+    return listing["kind"], str(listing["format"])
