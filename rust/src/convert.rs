@@ -239,11 +239,9 @@ fn by_name(adapter: &Adapter) -> HashMap<String, Module> {
 /// Refuses to write where something is, unless that may be replaced.
 fn check_output(output: &Path, target: &Target, overwrite: bool) -> Result<()> {
     let refused = |message: String| Err(Error::Output { path: output.to_path_buf(), message });
-    if local::find(output)?.is_none() {
-        return Ok(());
-    }
-    let is_directory = local::is_directory(output);
-    if is_directory != target.is_directory {
+    let is_there = local::find(output)?.is_some();
+    let is_directory = is_there && local::is_directory(output);
+    if is_there && is_directory != target.is_directory {
         let (is, wants) = match target.is_directory {
             true => ("a file", "a directory"),
             false => ("a directory", "a file"),
@@ -253,8 +251,16 @@ fn check_output(output: &Path, target: &Target, overwrite: bool) -> Result<()> {
             target.name
         ));
     }
+    // Nothing would read it under another name.
+    let is_safetensors = !target.is_directory && target.name != "gguf";
+    if is_safetensors && output.extension().is_none_or(|ending| ending != "safetensors") {
+        return refused(format!(
+            "an adapter in the format {} is a safetensors file; give it a name that ends in .safetensors",
+            target.name
+        ));
+    }
     let is_empty = is_directory && local::paths_in(output)?.is_empty();
-    if overwrite || is_empty {
+    if !is_there || overwrite || is_empty {
         return Ok(());
     }
     refused("is there already; pass overwrite to replace it".to_owned())

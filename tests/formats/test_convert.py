@@ -158,6 +158,17 @@ def test_what_has_no_place_is_refused_by_name_or_left_out(tmp_path: Path) -> Non
     assert left_in(target.parent) == {"x.gguf"}
 
 
+@pytest.mark.parametrize("name", ["style", "style.v1", "style.gguf"])
+def test_a_file_that_nothing_would_read_by_its_name_is_not_begun(name: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    source = make_adapter(tmp_path / "adapter")
+    output = tmp_path / "out" / name
+    with pytest.raises(lorafast.LorafastError, match=r"ends in \.safetensors") as raised:
+        lorafast.convert(source, output, to="kohya", base=base)
+    assert str(output) in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_that_is_there_is_replaced_unless_asked(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "peft", adapter_tensors(rank=4), lora_alpha=8)
     target = tmp_path / "out" / "x.safetensors"
