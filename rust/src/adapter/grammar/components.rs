@@ -285,7 +285,7 @@ fn check_distinct(
 ) -> Result<()> {
     let mut known = HashMap::<(String, Option<usize>), &str>::new();
     for (key, module) in modules.iter().filter(|(_, module)| module.parameters.is_empty()) {
-        let parameter = format!("{}.weight", module.path);
+        let parameter = format!("{}.{}", module.path, module.leaf());
         let (name, slot) = match names.canonical(&parameter) {
             Some(found) => (found.name.clone(), found.slice.as_ref().map(|slice| slice.slot)),
             None => (parameter, None),
