@@ -9,6 +9,7 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
+use super::image::layout;
 use super::parts::{self, ModuleParts, Part, ScaleRule, Spelling};
 use super::{recognize, write_parts};
 use crate::adapter::format::{Format, Place, WriteOptions};
@@ -193,6 +194,10 @@ impl Format for Kohya {
 fn is_own(key: &str) -> bool {
     parts::split(key).is_some_and(|(module, part, spelling)| match (part, spelling) {
         (Part::Down, Spelling::Kohya) => true,
+        // kohya's names with PEFT's endings.
+        (Part::Down, Spelling::Peft | Spelling::PeftDefault | Spelling::PeftBare) => {
+            layout::is_flattened(module)
+        }
         (Part::Difference | Part::BiasDifference, _) | (_, Spelling::Lycoris) => {
             !module.contains('.')
         }

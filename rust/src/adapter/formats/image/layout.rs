@@ -76,6 +76,9 @@ const COMMON: [(&str, Layout); 3] = [
     ("transformer_2.", Layout::Diffusers),
     ("net.", Layout::ComfyUi),
 ];
+/// What flattened names begin with, whichever trainer flattened them.
+const FLATTENED: [&str; 5] =
+    ["lora_unet_", "lora_transformer_", "lora_prior_", "lora_te", "lycoris_"];
 /// What PEFT puts before the names of a model.
 const PEFT: &str = "base_model.model.";
 /// Blocks whose names only the models' authors give.
@@ -110,6 +113,8 @@ struct Found {
     /// Names after which only those of an image model decide, and the format if one is there.
     common: IndexMap<Layout, String>,
     is_image_model: bool,
+    /// The first key of a text encoder under a flattened name.
+    text_encoder: Option<String>,
     /// The first key without a component before it.
     bare: Option<String>,
     bare_is_image_model: bool,
@@ -139,7 +144,9 @@ impl Found {
         if !adds(part) {
             return;
         }
-        if !module.contains('.') && spelling != Spelling::Peft {
+        let is_bare =
+            matches!(spelling, Spelling::Peft | Spelling::PeftDefault | Spelling::PeftBare);
+        if !module.contains('.') && (!is_bare || is_flattened(module)) {
             return self.look_at_flattened(module, key);
         }
         let Some((layout, body, is_common)) = component(module) else {
@@ -167,8 +174,10 @@ impl Found {
         } else if begins("lora_transformer_") {
             self.tell(Layout::OneTrainer, key);
         } else if !begins("lora_te") && !begins("lora_prior_te") {
-            // Those of text encoders are alike in several formats.
             self.tell(Layout::Kohya, key);
+        } else {
+            // Those of text encoders are alike in several formats.
+            self.text_encoder.get_or_insert_with(|| key.to_owned());
         }
     }
 
@@ -200,11 +209,14 @@ impl Found {
             };
             self.tell(layout, &key);
         }
+        if let Some(key) = self.text_encoder.take().filter(|_| self.told.is_empty()) {
+            self.tell(Layout::Kohya, &key);
+        }
         let mut told: Vec<_> = self.told.into_iter().collect();
         match told.as_slice() {
             [] => Recognized::Nothing,
             [(Layout::XLabs | Layout::CloneOfSimo, _)] => Recognized::As(told[0].0),
-            [_] if is_of_onetrainer => Recognized::As(Layout::OneTrainer),
+            _ if is_of_onetrainer => Recognized::As(Layout::OneTrainer),
             [(only, _)] => Recognized::As(*only),
             _ => {
                 told.sort_by_key(|(layout, _)| layout.name());
@@ -242,6 +254,11 @@ fn component(module: &str) -> Option<(Layout, &str, bool)> {
     };
     let told = of(&BEGINNINGS).map(|(layout, body)| (layout, body, false));
     told.or_else(|| of(&COMMON).map(|(layout, body)| (layout, body, true)))
+}
+
+/// Whether a name without dots is a flattened one by its beginning.
+pub fn is_flattened(module: &str) -> bool {
+    FLATTENED.iter().any(|beginning| module.starts_with(beginning))
 }
 
 /// Whether a name is one of an image or video model's denoiser.
@@ -311,6 +328,27 @@ mod tests {
         let keys = ["lora_unet_x.lora_up.weight"];
         assert_eq!(of(&keys, &["ot_branch"]), Recognized::As(Layout::OneTrainer));
         assert_eq!(of(&keys, &["ss_network_dim"]), Recognized::As(Layout::Kohya));
+        for keys in [
+            &["lora_te1_x.lora_up.weight"][..],
+            &["transformer.txt_in.lora_up.weight", "transformer.double_blocks.0.x.lora_up.weight"],
+        ] {
+            assert_eq!(of(keys, &["ot_branch"]), Recognized::As(Layout::OneTrainer), "{keys:?}");
+        }
+    }
+
+    #[test]
+    fn a_flattened_name_may_have_the_endings_of_peft() {
+        for (keys, layout) in [
+            (&["lora_unet_x.lora_A.weight", "lora_te1_x.lora_B.weight"][..], Layout::Kohya),
+            (&["lora_te_x.lora_A.default.weight"], Layout::Kohya),
+            (&["lora_unet_x.lora_A"], Layout::Kohya),
+            (&["lycoris_x.lora_A.weight"], Layout::Lycoris),
+            (&["lora_transformer_x.lora_B.weight"], Layout::OneTrainer),
+        ] {
+            assert_eq!(of(keys, &[]), Recognized::As(layout), "{keys:?}");
+        }
+        // A module of a language model at the top.
+        assert_eq!(of(&["lora_head.lora_A.weight"], &[]), Recognized::Nothing);
     }
 
     #[test]
