@@ -4,6 +4,7 @@
 mod difference;
 mod modules;
 mod naming;
+mod places;
 mod targets;
 mod tensors;
 
@@ -14,7 +15,6 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::format::{self, AdapterSource, WriteOptions};
-use crate::adapter::formats::write_parts;
 use crate::adapter::{Adapter, Grammar, Module, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::diffusion::DiffusionNames;
@@ -23,6 +23,7 @@ use crate::parallel::task::Task;
 use crate::storage::local;
 use crate::tensor::dtype::Dtype;
 use modules::Converted;
+use places::Places;
 use targets::{Factors, Piece, Target};
 
 /// What is asked of a conversion.
@@ -117,7 +118,17 @@ pub(crate) fn write_adapter(
         }
     };
     check_output(output, target, options.overwrite)?;
+    let leaves_magnitudes = !target.holds.magnitude
+        && adapter.modules().values().any(|module| module.magnitudes().is_some());
+    let names = base.and_then(DiffusionNames::of);
+    let resolved = match base {
+        Some(base) => grammar::resolve(adapter, base)?,
+        None => None,
+    };
+    let named = resolved.as_ref().unwrap_or(adapter);
+    let places = Places::of(named, target, names.as_ref())?;
     let mut lost = targets::left_out(adapter, target);
+    lost.extend(places.left_out(target));
     if !lost.is_empty() && !options.lossy {
         return Err(Error::unsupported(
             adapter.path(),
@@ -128,22 +139,23 @@ pub(crate) fn write_adapter(
             ),
         ));
     }
-    let leaves_magnitudes = !target.holds.magnitude
-        && adapter.modules().values().any(|module| module.magnitudes().is_some());
-    let names = base.and_then(DiffusionNames::of);
-    let resolved = match base {
-        Some(base) => grammar::resolve(adapter, base)?,
-        None => None,
-    };
-    let named = resolved.as_ref().unwrap_or(adapter);
-    let reduced: Vec<Module> =
-        named.modules().values().filter_map(|module| target.reduced(module)).collect();
+    let kept = named.modules().values().filter(|module| places.has(module));
+    let reduced: Vec<Module> = kept.filter_map(|module| target.reduced(module)).collect();
+    if reduced.is_empty() && adapter.saved().is_empty() {
+        return Err(Error::unsupported(
+            adapter.path(),
+            format!("holds nothing that the format {} has a place for", target.name),
+        ));
+    }
     let mut prepared = Vec::with_capacity(reduced.len());
     for module in &reduced {
         task.check()?;
         prepared.push(match target.factors {
             Factors::Any if !is_plain => modules::product(module, adapter.path())?,
-            Factors::Parts if !is_plain && write_parts::has_own_parts(module) => module.clone(),
+            // Norms and biases have no factors, plain or other.
+            _ if target.keeps(module) && (!is_plain || modules::is_vector(module)) => {
+                module.clone()
+            }
             _ => modules::plain(module, adapter.path())?,
         });
     }
@@ -172,7 +184,8 @@ pub(crate) fn write_adapter(
             ));
         }
         let found = by_name(&back);
-        max_error = max_error.max(difference::largest(named, &piece.converted, &found, task)?);
+        let compared = modules::as_read(&piece.converted, &found);
+        max_error = max_error.max(difference::largest(named, &compared, &found, task)?);
         count += piece.converted.len();
     }
     adapter.file().check_unchanged()?;

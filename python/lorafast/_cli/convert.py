@@ -12,7 +12,18 @@ if TYPE_CHECKING:
 
     from lorafast._cli.terminal import Terminal
 
-FORMATS = ("peft", "kohya", "diffusers", "comfyui", "mlx", "gguf")
+FORMATS = (
+    "peft",
+    "kohya",
+    "diffusers",
+    "comfyui",
+    "lycoris",
+    "onetrainer",
+    "xlabs",
+    "bfl",
+    "mlx",
+    "gguf",
+)
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 

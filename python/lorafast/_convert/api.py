@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
     from lorafast._types import Source
 
-    Target = Literal["peft", "kohya", "diffusers", "comfyui", "mlx", "gguf"]
+    Target = Literal[
+        "peft",
+        "kohya",
+        "diffusers",
+        "comfyui",
+        "lycoris",
+        "onetrainer",
+        "xlabs",
+        "bfl",
+        "mlx",
+        "gguf",
+    ]
 
 
 def convert(
@@ -49,7 +60,9 @@ def convert(
             of several components of a pipeline become folders of a directory ("unet",
             "text_encoder", ...).
         to: the format. "kohya" is for sd-scripts, A1111 and Forge, "comfyui" for ComfyUI,
-            "diffusers" for its `load_lora_weights`, "gguf" for llama.cpp.
+            "diffusers" for its `load_lora_weights`, "lycoris" for LyCORIS by itself and what reads
+            its files, "onetrainer" for OneTrainer, "xlabs" and "bfl" for programs that take Flux's
+            adapters in the names of XLabs and of Black Forest Labs, "gguf" for llama.cpp.
         base: the model that was trained, where it is needed: for flattened names, for families
             whose modules are fused or named otherwise in the target, for GGUF.
         dtype: "auto" keeps the element types of the factors; else one of "float32", "float16",

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use indexmap::IndexMap;
 
 use super::formats::parts::{self, Part};
+use super::formats::write_parts;
 use super::{Adapter, Module};
 use crate::checkpoint::names::diffusion::family;
 
@@ -86,7 +87,7 @@ fn algorithm(adapter: &Adapter) -> &'static str {
 fn trainer(metadata: &IndexMap<String, String>) -> Option<String> {
     let value =
         |key: &str| metadata.get(key).filter(|value| !matches!(value.as_str(), "" | "None"));
-    if metadata.keys().any(|key| key.starts_with("ot_")) {
+    if metadata.keys().any(|key| key.starts_with("ot_") && key != write_parts::LAYOUT) {
         return Some("OneTrainer".to_owned());
     }
     if let Some(software) = value("software") {

@@ -1,6 +1,7 @@
 //! An adapter's modules as another format has them: under its names, cut or joined, with the factors
 //! that it can hold.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -40,6 +41,24 @@ impl Origin {
     fn whole(module: &Module) -> Self {
         Self { key: module.key.clone(), rows: None, own: None, transposed: false }
     }
+
+    /// What of it became some of the rows of a module, counted from the first of these.
+    fn within(&self, module: &Module, rows: &Range<u64>) -> Option<Self> {
+        let own = self.own.clone().unwrap_or(0..module.outputs());
+        let source = self.rows.as_ref().map_or(0, |rows| rows.start);
+        let shared = own.start.max(rows.start)..own.end.min(rows.end);
+        if shared.is_empty() {
+            return None;
+        }
+        let from = |range: &Range<u64>, start: u64, other: u64| {
+            range.start - start + other..range.end - start + other
+        };
+        Some(Self {
+            rows: Some(from(&shared, own.start, source)),
+            own: Some(from(&shared, rows.start, 0)),
+            ..self.clone()
+        })
+    }
 }
 
 /// The modules as they are, under their own names.
@@ -62,9 +81,7 @@ pub(super) fn plain(module: &Module, path: &std::path::Path) -> Result<Module> {
     }
     let refused = |what: String| Err(Error::unsupported(path, what));
     let title = module.title();
-    if module.delta.transform().is_some()
-        || matches!(module.kind, LayerKind::Norm | LayerKind::Bias)
-    {
+    if module.delta.transform().is_some() || is_vector(module) {
         return refused(format!(
             "changes {title} by no product of two factors ({}), and a plain LoRA can say nothing else",
             module.delta.algorithm()
@@ -93,13 +110,17 @@ pub(super) fn plain(module: &Module, path: &std::path::Path) -> Result<Module> {
     Ok(low_rank(module, a, b, module.scaling))
 }
 
+/// Whether a module is a norm or a bias.
+pub(super) fn is_vector(module: &Module) -> bool {
+    matches!(module.kind, LayerKind::Norm | LayerKind::Bias)
+}
+
 /// A module whose update is a product, whatever its factors.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for what only the base makes, and for vectors.
 pub(super) fn product(module: &Module, path: &std::path::Path) -> Result<Module> {
-    let is_vector = matches!(module.kind, LayerKind::Norm | LayerKind::Bias);
-    match module.delta.has_product() && module.delta.transform().is_none() && !is_vector {
+    match module.delta.has_product() && module.delta.transform().is_none() && !is_vector(module) {
         true => Ok(module.clone()),
         false => plain(module, path),
     }
@@ -225,6 +246,30 @@ fn cut(module: &Module, name: String, rows: Range<u64>) -> Result<Converted> {
     };
     let origin = Origin { rows: Some(rows), ..Origin::whole(module) };
     Ok(Converted { module: part, origins: vec![origin] })
+}
+
+/// The modules as a reader has them: one that is read as parts, each under its number behind the name
+/// of the whole, as those.
+pub(super) fn as_read(converted: &[Converted], found: &HashMap<String, Module>) -> Vec<Converted> {
+    let mut read = Vec::with_capacity(converted.len());
+    for Converted { module, origins } in converted {
+        let part = |number: u64| found.get(&format!("{}.{number}", module.path));
+        if found.contains_key(&*module.title()) || part(0).is_none() {
+            read.push(Converted { module: module.clone(), origins: origins.clone() });
+            continue;
+        }
+        let mut start = 0;
+        for (number, part) in (0..).map_while(|number| Some((number, part(number)?))) {
+            let rows = start..start + part.outputs();
+            start = rows.end;
+            let path = format!("{}.{number}", module.path);
+            read.push(Converted {
+                module: Module { path, ..module.clone() },
+                origins: origins.iter().filter_map(|origin| origin.within(module, &rows)).collect(),
+            });
+        }
+    }
+    read
 }
 
 /// Several modules as the one that they are parts of.

@@ -14,7 +14,13 @@ pub(super) enum Naming {
     Diffusers,
     /// The author's.
     Original,
+    /// That in the layer in which Flux's authors fuse q, k, v and an MLP, of q, k and v alone, as XLabs'
+    /// trainer has it.
+    WithoutMlp,
 }
+
+/// The parts q, k and v of a fused layer.
+pub(super) const ATTENTION: usize = 3;
 
 /// Where a module goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,11 +50,17 @@ pub(super) fn goal(
     let original = canonical.name.as_str();
     let parts = names.diffusers_names(original);
     let is_original = own == *original && canonical.slice.is_none();
+    let has_mlp = naming == Naming::WithoutMlp && parts.len() > ATTENTION;
     match naming {
-        Naming::Original => match &canonical.slice {
+        Naming::WithoutMlp if has_mlp && canonical.slice.is_none() => {
+            let heights = heights(base, original, parts, None)?;
+            Ok(Goal::Parts(vec![(module_of(original), 0..heights[..ATTENTION].iter().sum())]))
+        }
+        Naming::Original | Naming::WithoutMlp => match &canonical.slice {
             None => Ok(whole(original, canonical.lie)),
             Some(slice) => {
-                let heights = heights(base, original, parts, Some((slice.slot, outputs)))?;
+                let mut heights = heights(base, original, parts, Some((slice.slot, outputs)))?;
+                heights.truncate(if has_mlp { ATTENTION } else { heights.len() });
                 Ok(Goal::Part { name: module_of(original), slot: slice.slot, heights })
             }
         },

@@ -6,6 +6,9 @@ use serde_json::Value;
 
 use super::modules::Converted;
 use super::naming::Naming;
+use super::places;
+use crate::adapter::formats::image::NUMBERED;
+use crate::adapter::formats::image::layout::Layout;
 use crate::adapter::formats::write_parts;
 use crate::adapter::{Adapter, Grammar, LayerKind, Module, grammar};
 use crate::checkpoint::components::ComponentKind;
@@ -27,6 +30,8 @@ pub(super) struct Holds {
     pub embeddings: bool,
     /// Convolutions.
     pub convolutions: bool,
+    /// Text encoders beside the model that they are of.
+    pub text_encoders: bool,
 }
 
 /// Which factors a format's writer takes.
@@ -36,13 +41,15 @@ pub(super) enum Factors {
     Plain,
     /// These, and the parts of every algorithm of LyCORIS.
     Parts,
+    /// Two matrices, and the parts of LoHa and LoKr that OneTrainer has.
+    PartsOfOneTrainer,
     /// Those of every product, which it brings into its own layout.
     Any,
 }
 
 /// How a format names the modules of diffusion models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Names {
+pub(super) enum Names {
     /// `lora_unet_` and the like before flattened names.
     Kohya,
     /// `diffusion_model.` before the author's names.
@@ -51,6 +58,14 @@ enum Names {
     Diffusers,
     /// The bare names of one component, which has a folder of its own where there are several.
     Folders,
+    /// `lycoris_` before diffusers' flattened names, and kohya's names of text encoders beside them.
+    Lycoris,
+    /// `lora_transformer_` or `lora_unet_` before diffusers' flattened names.
+    OneTrainer,
+    /// The author's names as they are.
+    Bfl,
+    /// XLabs' names of attention's layers in Flux.
+    XLabs,
 }
 
 /// A format that can be written.
@@ -61,7 +76,7 @@ pub(super) struct Target {
     pub is_flattened: bool,
     pub holds: Holds,
     pub factors: Factors,
-    names: Names,
+    pub(super) names: Names,
 }
 
 const NOTHING: Holds = Holds {
@@ -71,9 +86,10 @@ const NOTHING: Holds = Holds {
     vectors: false,
     embeddings: true,
     convolutions: false,
+    text_encoders: true,
 };
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 10] = [
     Target {
         name: "peft",
         is_directory: true,
@@ -125,6 +141,50 @@ const TARGETS: [Target; 6] = [
         names: Names::ComfyUi,
     },
     Target {
+        name: "lycoris",
+        is_directory: false,
+        is_flattened: true,
+        holds: Holds {
+            magnitude: true,
+            vectors: true,
+            embeddings: false,
+            convolutions: true,
+            ..NOTHING
+        },
+        factors: Factors::Parts,
+        names: Names::Lycoris,
+    },
+    Target {
+        name: "onetrainer",
+        is_directory: false,
+        is_flattened: true,
+        holds: Holds { magnitude: true, embeddings: false, convolutions: true, ..NOTHING },
+        factors: Factors::PartsOfOneTrainer,
+        names: Names::OneTrainer,
+    },
+    Target {
+        name: "xlabs",
+        is_directory: false,
+        is_flattened: false,
+        holds: Holds { embeddings: false, text_encoders: false, ..NOTHING },
+        factors: Factors::Plain,
+        names: Names::XLabs,
+    },
+    Target {
+        name: "bfl",
+        is_directory: false,
+        is_flattened: false,
+        holds: Holds {
+            bias: true,
+            whole: true,
+            embeddings: false,
+            text_encoders: false,
+            ..NOTHING
+        },
+        factors: Factors::Plain,
+        names: Names::Bfl,
+    },
+    Target {
         name: "mlx",
         is_directory: true,
         is_flattened: false,
@@ -160,8 +220,22 @@ impl Target {
     /// # Errors
     /// [`Error::Argument`] if it cannot be written.
     pub fn of(name: &str) -> Result<&'static Self> {
+        if name == Layout::CloneOfSimo.name() {
+            return Err(Error::Argument(format!("adapters {NUMBERED}")));
+        }
         let found = TARGETS.iter().find(|target| target.name == name);
         found.ok_or_else(|| super::unknown_format(name))
+    }
+
+    /// Whether the format has a module's own factors as they are.
+    pub fn keeps(&self, module: &Module) -> bool {
+        match self.factors {
+            Factors::Plain | Factors::Any => false,
+            Factors::Parts => write_parts::has_own_parts(module),
+            Factors::PartsOfOneTrainer => {
+                write_parts::has_own_parts(module) && write_parts::is_of_one_trainer(module)
+            }
+        }
     }
 
     /// A module with what the format can hold of it; `None` if that is nothing.
@@ -195,12 +269,15 @@ impl Target {
             return Naming::Diffusers;
         }
         match self.names {
-            Names::ComfyUi => Naming::Original,
+            Names::ComfyUi | Names::Bfl => Naming::Original,
+            Names::XLabs => Naming::WithoutMlp,
             Names::Kohya if component.is_unet() && !component.has_added_conditions() => {
                 Naming::Diffusers
             }
             Names::Kohya => Naming::Original,
-            Names::Diffusers | Names::Folders => Naming::Diffusers,
+            Names::Diffusers | Names::Folders | Names::Lycoris | Names::OneTrainer => {
+                Naming::Diffusers
+            }
         }
     }
 
@@ -239,7 +316,7 @@ impl Target {
                 Some(ComponentKind::Other) => "other".to_owned(),
             };
             let key = match (self.names, kind) {
-                (Names::Kohya, _) if adapter.grammar() == Grammar::Flattened => {
+                _ if self.is_flattened && adapter.grammar() == Grammar::Flattened => {
                     one.module.path.clone()
                 }
                 (Names::Kohya, kind) => format!(
@@ -254,7 +331,24 @@ impl Target {
                     format!("text_encoders.{}.transformer.{body}", comfy_name(kind, &body))
                 }
                 (Names::Diffusers, _) => format!("{}.{body}", folder()),
-                (Names::Folders, _) => body,
+                (Names::Lycoris, Some(ComponentKind::TextEncoder(_))) if kinds.len() > 1 => {
+                    format!(
+                        "{}{}",
+                        kohya_prefix(kind, &body, text_encoders),
+                        body.replace('.', "_")
+                    )
+                }
+                (Names::Lycoris, _) => format!("lycoris_{}", body.replace('.', "_")),
+                (Names::OneTrainer, Some(ComponentKind::TextEncoder(number))) => {
+                    // By its number, a T5's too.
+                    let number = if text_encoders < 2 { String::new() } else { number.to_string() };
+                    format!("lora_te{number}_{}", body.replace('.', "_"))
+                }
+                (Names::OneTrainer, _) => {
+                    let model = if is_unet { "unet" } else { "transformer" };
+                    format!("lora_{model}_{}", body.replace('.', "_"))
+                }
+                (Names::Folders | Names::XLabs | Names::Bfl, _) => body,
             };
             let folder = (self.names == Names::Folders && kinds.len() > 1).then(folder);
             let is_bias = one.module.kind == LayerKind::Bias;
@@ -294,7 +388,7 @@ fn locate(
         ))
     };
     if adapter.grammar() == Grammar::Flattened {
-        return match target.is_flattened {
+        return match places::keeps_flattened(adapter, &module.path, target) {
             true => Ok((None, module.path.clone())),
             false => needs("has flattened names, of which only the base tells where the dots were"),
         };
@@ -306,12 +400,14 @@ fn locate(
     };
     let begins = |blocks: &[&str]| blocks.iter().any(|block| body.starts_with(block));
     let wrong = match target.names {
-        Names::ComfyUi => begins(&DIFFUSERS),
+        Names::ComfyUi | Names::XLabs | Names::Bfl => begins(&DIFFUSERS),
         Names::Kohya => begins(&["transformer_blocks.", "single_transformer_blocks."]),
-        Names::Diffusers | Names::Folders => begins(&ORIGINAL),
+        Names::Diffusers | Names::Folders | Names::Lycoris | Names::OneTrainer => begins(&ORIGINAL),
     };
-    // What is in the format already keeps its names.
-    if !is_text(kind) && wrong && adapter.format() != target.name {
+    // What is in the format already keeps its names, but where those of several programs are in it.
+    let keeps = adapter.format() == target.name && target.names != Names::OneTrainer;
+    let is_other = wrong && !keeps || places::needs_base(adapter, body, target);
+    if !is_text(kind) && is_other {
         return needs(&format!(
             "names its modules otherwise than files in the format {} do ({body})",
             target.name
@@ -387,7 +483,7 @@ fn comfy_name(kind: ComponentKind, body: &str) -> &'static str {
 }
 
 /// A few of many names, in words.
-fn some(names: &[String]) -> String {
+pub(super) fn some(names: &[String]) -> String {
     match names {
         [first, second, _, ..] => format!("{first}, {second} and {} more", names.len() - 2),
         names => names.join(" and "),
@@ -431,10 +527,13 @@ pub(super) fn left_out(adapter: &Adapter, target: &Target) -> Vec<String> {
 pub(super) fn metadata_left_out(adapter: &Adapter, target: &Target) -> Vec<String> {
     let settings = adapter.settings();
     let is_metadata = settings.values().all(Value::is_string) && !settings.is_empty();
-    if !is_metadata || !target.is_directory {
+    if !is_metadata {
         return Vec::new();
     }
-    let names: Vec<_> = settings.keys().filter(|key| *key != "format").cloned().collect();
+    let names: Vec<String> = match target.is_directory {
+        true => settings.keys().filter(|key| *key != "format").cloned().collect(),
+        false => write_parts::metadata_left_out(adapter, target.name).map(str::to_owned).collect(),
+    };
     match names.is_empty() {
         true => Vec::new(),
         false => vec![format!("metadata of the file ({})", some(&names))],
@@ -446,9 +545,8 @@ pub(super) fn notes(adapter: &Adapter, target: &Target) -> Vec<String> {
     let mut notes = Vec::new();
     let digests: Vec<_> =
         adapter.settings().keys().filter(|key| write_parts::is_digest(key)).cloned().collect();
-    if !digests.is_empty() && !target.is_directory {
-        notes
-            .push(format!("{} digested the file that it was in, and was left out", some(&digests)));
+    if !digests.is_empty() && !target.is_directory && target.name != "gguf" {
+        notes.push(format!("{} was made anew, of the file that was written", some(&digests)));
     }
     if adapter.semantics().rank_stabilized && target.name != adapter.format() {
         notes.push(

@@ -32,6 +32,9 @@ use scales::Scales;
 
 /// The file that diffusers' training scripts write.
 const WEIGHTS: &str = "pytorch_lora_weights.safetensors";
+/// Why cloneofsimo's files are not written.
+pub const NUMBERED: &str = "cannot be written in the format cloneofsimo, whose layers have a number and no name: \
+     the order in which they are counted is another in each release of diffusers, and no file says which";
 /// Keys that a message lists.
 const LISTED: usize = 4;
 
@@ -134,18 +137,18 @@ impl Format for ImageFormat {
 
     fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
         let style = match self.0 {
-            Layout::Diffusers => Some(&write_parts::DIFFUSERS),
-            Layout::ComfyUi => Some(&write_parts::COMFYUI),
-            _ => None,
+            Layout::Diffusers => &write_parts::DIFFUSERS,
+            Layout::ComfyUi => &write_parts::COMFYUI,
+            Layout::Lycoris => &write_parts::LYCORIS,
+            Layout::OneTrainer => &write_parts::ONE_TRAINER,
+            Layout::XLabs => &write_parts::XLABS,
+            Layout::Bfl => &write_parts::BFL,
+            Layout::Kohya => &write_parts::KOHYA,
+            Layout::CloneOfSimo => {
+                return Err(Error::unsupported(adapter.path(), NUMBERED));
+            }
         };
-        if let Some(style) = style {
-            return write_parts::write_parts(adapter, target, style, options);
-        }
-        let problem = format!(
-            "cannot be written in the format {}, which is read alone; write PEFT's, kohya's, diffusers' or ComfyUI's",
-            self.name()
-        );
-        Err(Error::unsupported(adapter.path(), problem))
+        write_parts::write_parts(adapter, target, style, options)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {

@@ -1,9 +1,10 @@
 //! The writer of files of one tensor a part, in the spelling of the programs that read them.
 
-use std::path::Path;
+mod digests;
+mod metadata;
+pub mod xlabs;
 
-use indexmap::IndexMap;
-use serde_json::{Map, Value};
+use std::path::Path;
 
 use super::parts::{self, Part, Spelling};
 use crate::adapter::factors::times;
@@ -11,7 +12,9 @@ use crate::adapter::format::WriteOptions;
 use crate::adapter::{Adapter, LayerKind, Module};
 use crate::error::{Error, Result};
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::{Tensor, write};
+use crate::tensor::safetensors::Tensor;
+pub use digests::is_digest;
+pub use metadata::{LAYOUT, left_out as metadata_left_out};
 
 /// Where a scale goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +23,28 @@ pub enum ScaleGoes {
     ToAlpha,
     /// Into the second factor, for programs that read no alpha.
     IntoFactor,
+}
+
+/// How a program names a module beside the endings of its parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Modules {
+    /// By its key.
+    ByKey,
+    /// As XLabs' trainer does: by the processor of the attention that it is of.
+    ByProcessor,
+}
+
+/// What a program writes into the header of its files beside what the trainer wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Says {
+    /// Nothing.
+    Nothing,
+    /// diffusers' ranks and alphas by component.
+    Configs,
+    /// What kohya's scripts say of a network and the model that it is of, and digests of the file.
+    Network,
+    /// That the names are OneTrainer's.
+    OneTrainer,
 }
 
 /// How a program spells the parts of a module.
@@ -33,6 +58,10 @@ pub struct Style {
     pub magnitude: &'static str,
     /// Where a module's scale goes.
     pub scale: ScaleGoes,
+    /// How modules are named.
+    pub modules: Modules,
+    /// What the header says.
+    pub says: Says,
 }
 
 /// kohya's scripts, and LyCORIS within them.
@@ -41,6 +70,8 @@ pub const KOHYA: Style = Style {
     spelling: Spelling::Kohya,
     magnitude: ".dora_scale",
     scale: ScaleGoes::ToAlpha,
+    modules: Modules::ByKey,
+    says: Says::Network,
 };
 /// ComfyUI.
 pub const COMFYUI: Style = Style {
@@ -48,6 +79,8 @@ pub const COMFYUI: Style = Style {
     spelling: Spelling::Peft,
     magnitude: ".dora_scale",
     scale: ScaleGoes::ToAlpha,
+    modules: Modules::ByKey,
+    says: Says::Nothing,
 };
 /// diffusers.
 pub const DIFFUSERS: Style = Style {
@@ -55,17 +88,23 @@ pub const DIFFUSERS: Style = Style {
     spelling: Spelling::Peft,
     magnitude: ".lora_magnitude_vector",
     scale: ScaleGoes::IntoFactor,
+    modules: Modules::ByKey,
+    says: Says::Configs,
 };
-
-/// Metadata that holds digests of the file that it was in.
-const DIGESTS: [&str; 3] = ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
-/// Whether an entry of a file's metadata is a digest of the file.
-pub fn is_digest(key: &str) -> bool {
-    DIGESTS.contains(&key)
-}
-
-/// diffusers' metadata.
-const DIFFUSERS_METADATA: &str = "lora_adapter_metadata";
+/// LyCORIS by itself.
+pub const LYCORIS: Style = Style { name: "lycoris", says: Says::Nothing, ..KOHYA };
+/// OneTrainer, in the layout that all of its releases load.
+pub const ONE_TRAINER: Style = Style { name: "onetrainer", says: Says::OneTrainer, ..KOHYA };
+/// XLabs' trainer.
+pub const XLABS: Style = Style {
+    name: "xlabs",
+    spelling: Spelling::AttentionProcessor,
+    modules: Modules::ByProcessor,
+    says: Says::Nothing,
+    ..DIFFUSERS
+};
+/// Black Forest Labs.
+pub const BFL: Style = Style { name: "bfl", says: Says::Nothing, ..DIFFUSERS };
 
 /// Writes the modules of an adapter, each under its key.
 ///
@@ -80,11 +119,29 @@ pub fn write_parts(
     let mut tensors = Vec::new();
     for module in adapter.modules().values() {
         for (ending, tensor) in parts_of(adapter, module, style, options)? {
-            let name = format!("{}{ending}", key_of(module));
-            tensors.push((name, tensor));
+            tensors.push((name_of(adapter, module, ending, style)?, tensor));
         }
     }
-    write::write(target, metadata(adapter, style), tensors)
+    for saved in adapter.saved() {
+        tensors.push((saved.tensor.name.clone(), options.cast(&saved.tensor)?));
+    }
+    metadata::write(adapter, target, style, options, tensors)
+}
+
+/// The name of a module's part.
+fn name_of(adapter: &Adapter, module: &Module, ending: &str, style: &Style) -> Result<String> {
+    let key = key_of(module);
+    if style.modules == Modules::ByKey {
+        return Ok(format!("{key}{ending}"));
+    }
+    let layer = xlabs::layer(key).ok_or_else(|| {
+        Error::unsupported(
+            adapter.path(),
+            format!("changes {key}, which the format {} has no name for", style.name),
+        )
+    })?;
+    let ending = ending.strip_prefix("_lora").unwrap_or(ending);
+    Ok(format!("{layer}{ending}"))
 }
 
 /// Whether a module's tensors are parts that these files have, beyond a plain product's: those of
@@ -95,6 +152,20 @@ pub fn has_own_parts(module: &Module) -> bool {
     let parts: Option<Vec<Part>> = tensors.iter().map(part).collect();
     let is_plain = |part: &Part| matches!(part, Part::Down | Part::Up | Part::UpBias);
     parts.is_some_and(|parts| !parts.iter().all(is_plain))
+}
+
+/// Whether OneTrainer reads such parts: of LoHa and LoKr without Tucker's form, and of DoRA.
+pub fn is_of_one_trainer(module: &Module) -> bool {
+    module.delta.tensors().iter().all(|(_, tensor)| {
+        use super::parts::{Hadamard, Kronecker};
+        let part = parts::split(&tensor.name).map(|(_, part, _)| part);
+        match part {
+            Some(Part::Hadamard(part)) => !matches!(part, Hadamard::T1 | Hadamard::T2),
+            Some(Part::Kronecker(part)) => part != Kronecker::T2,
+            Some(part) => matches!(part, Part::Down | Part::Up | Part::Magnitude),
+            None => false,
+        }
+    })
 }
 
 /// A module's key; a bias is a part of its layer.
@@ -193,60 +264,4 @@ pub(super) fn alpha_of(module: &Module) -> Result<Tensor> {
 /// Whether a tensor is an alpha, and no scale.
 fn is_alpha(tensor: &Tensor) -> bool {
     matches!(parts::split(&tensor.name), Some((_, Part::Alpha, _)))
-}
-
-/// What the file's header says of it: the trainer's own words without digests, and for diffusers the
-/// ranks, by component, with alphas that make every scale one.
-fn metadata(adapter: &Adapter, style: &Style) -> IndexMap<String, String> {
-    let mut metadata = IndexMap::new();
-    // Of a trainer whose settings are a file's metadata, all are texts.
-    let settings = adapter.settings();
-    if settings.values().all(Value::is_string) {
-        let kept = settings.iter().filter(|(key, _)| {
-            !DIGESTS.contains(&key.as_str()) && *key != DIFFUSERS_METADATA && *key != "format"
-        });
-        metadata.extend(
-            kept.map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().to_owned())),
-        );
-    }
-    metadata.insert("format".to_owned(), "pt".to_owned());
-    if style.scale == ScaleGoes::IntoFactor {
-        let text = Value::Object(lora_config(adapter)).to_string();
-        metadata.insert(DIFFUSERS_METADATA.to_owned(), text);
-    }
-    metadata
-}
-
-/// The fields of PEFT's config of each component, each under its component's name.
-fn lora_config(adapter: &Adapter) -> Map<String, Value> {
-    let mut components = IndexMap::<&str, Vec<(&str, &Module)>>::new();
-    for module in adapter.modules().values() {
-        let (component, body) = module.key.split_once('.').unwrap_or(("", &module.key));
-        components.entry(component).or_default().push((body, module));
-    }
-    let mut fields = Map::new();
-    for (component, modules) in components {
-        let ranks: Vec<u64> = modules.iter().map(|(_, module)| module.rank).collect();
-        let count = |rank: &u64| ranks.iter().filter(|other| *other == rank).count();
-        let rank = ranks.iter().copied().max_by_key(|rank| (count(rank), *rank)).unwrap_or(1);
-        let others = || modules.iter().filter(|(_, module)| module.rank != rank);
-        let pattern: Map<String, Value> =
-            others().map(|(body, module)| ((*body).to_owned(), module.rank.into())).collect();
-        let targets: Vec<Value> = modules.iter().map(|(body, _)| (*body).into()).collect();
-        let dora = modules.iter().any(|(_, module)| module.magnitude.is_some());
-        let bias = modules.iter().any(|(_, module)| module.bias.is_some());
-        for (field, value) in [
-            ("r", rank.into()),
-            ("lora_alpha", rank.into()),
-            ("rank_pattern", Value::Object(pattern.clone())),
-            ("alpha_pattern", Value::Object(pattern)),
-            ("target_modules", Value::Array(targets)),
-            ("use_dora", dora.into()),
-            ("lora_bias", bias.into()),
-            ("use_rslora", false.into()),
-        ] {
-            fields.insert(format!("{component}.{field}"), value);
-        }
-    }
-    fields
 }

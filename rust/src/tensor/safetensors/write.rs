@@ -10,6 +10,17 @@ use super::{Header, Tensor, TensorInfo};
 use crate::error::{Error, Result};
 use crate::storage::local;
 
+/// What goes into a header once the data behind it is known: values of metadata that are as long as
+/// those that stood there before.
+pub trait Afterwards {
+    /// The header as it is written first.
+    fn begin(&mut self, header: &Header);
+    /// The data, in order.
+    fn update(&mut self, bytes: &[u8]);
+    /// The metadata as it is in the end.
+    fn finish(self: Box<Self>, metadata: &mut IndexMap<String, String>);
+}
+
 /// Writes a safetensors file with these tensors under these names: whole, or not at all. The widest
 /// elements come first, so that each tensor begins at a multiple of its element's size.
 ///
@@ -18,7 +29,20 @@ use crate::storage::local;
 pub fn write(
     path: &Path,
     metadata: IndexMap<String, String>,
+    tensors: Vec<(String, Tensor)>,
+) -> Result<()> {
+    write_with(path, metadata, tensors, None)
+}
+
+/// The same with what its data makes of the metadata.
+///
+/// # Errors
+/// Those of [`write`].
+pub fn write_with(
+    path: &Path,
+    metadata: IndexMap<String, String>,
     mut tensors: Vec<(String, Tensor)>,
+    mut afterwards: Option<Box<dyn Afterwards>>,
 ) -> Result<()> {
     let mut names = HashSet::new();
     if let Some((name, _)) = tensors.iter().find(|(name, _)| !names.insert(name.as_str())) {
@@ -41,21 +65,31 @@ pub fn write(
     let written = || -> Result<()> {
         let file = local::create(&partial)?;
         local::write_at(&file, &beginning, 0).map_err(failed)?;
+        if let Some(afterwards) = &mut afterwards {
+            afterwards.begin(&header);
+        }
         for ((_, tensor), info) in tensors.iter().zip(&header.tensors) {
             let start = beginning.len() as u64 + info.range.start;
             let mut failure = None;
-            tensor.for_each_chunk(&mut |offset, bytes| match local::write_at(
-                &file,
-                bytes,
-                start + offset,
-            ) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => {
-                    failure = Some(failed(error));
-                    ControlFlow::Break(())
+            tensor.for_each_chunk(&mut |offset, bytes| {
+                if let Some(afterwards) = &mut afterwards {
+                    afterwards.update(bytes);
+                }
+                match local::write_at(&file, bytes, start + offset) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(error) => {
+                        failure = Some(failed(error));
+                        ControlFlow::Break(())
+                    }
                 }
             })?;
             failure.map_or(Ok(()), Err)?;
+        }
+        if let Some(afterwards) = afterwards {
+            afterwards.finish(&mut header.metadata);
+            let last = header.encode();
+            assert_eq!(last.len(), beginning.len(), "values of the same length");
+            local::write_at(&file, &last, 0).map_err(failed)?;
         }
         file.sync_all().map_err(failed)?;
         local::rename(&partial, path)

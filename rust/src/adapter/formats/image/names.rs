@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use crate::adapter::formats::parts::{self, Part, Spelling};
+use crate::adapter::formats::write_parts::xlabs::STREAMS;
 use crate::checkpoint::names::wrappers::{self, Wrappers};
 
 /// What a tensor is by its key.
@@ -31,8 +32,6 @@ pub(super) enum Key {
 
 /// What the keys of vectors of a textual inversion begin with.
 const EMBEDDINGS: [&str; 5] = ["bundle_emb.", "emb_params", "string_to_param", "<", "clip_l_emb"];
-/// What the two streams of a block of Flux are called by XLabs' numbers.
-const STREAMS: [(&str, &str); 2] = [("1", "img_attn"), ("2", "txt_attn")];
 /// The layers of CLIP by the names that early releases of diffusers gave them.
 const CLIP: [(&str, &str); 4] =
     [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")];
@@ -139,6 +138,35 @@ pub(super) fn is_of_norm(parameter: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::formats::write_parts::xlabs::layer;
+
+    #[test]
+    fn xlabs_names_are_read_as_they_are_written() {
+        for module in [
+            "double_blocks.0.img_attn.qkv",
+            "double_blocks.12.txt_attn.proj",
+            "single_blocks.3.linear1",
+            "single_blocks.3.linear2",
+        ] {
+            let key = format!("{}.up.weight", layer(module).expect("known"));
+            match of_xlabs(&key) {
+                Some(Key::Part { module: found, .. } | Key::Fused { module: found, .. }) => {
+                    assert_eq!(found, module);
+                }
+                found => panic!("{key}: {found:?}"),
+            }
+        }
+        for module in [
+            "double_blocks.0.img_mlp.0",
+            "double_blocks.0.img_attn.norm",
+            "single_blocks.linear1",
+            "single_blocks.0.modulation.lin",
+            "img_in",
+            "transformer_blocks.0.linear1",
+        ] {
+            assert_eq!(layer(module), None, "{module}");
+        }
+    }
 
     #[test]
     fn a_key_names_its_module_whatever_the_spelling() {
