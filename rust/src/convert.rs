@@ -170,6 +170,7 @@ pub(crate) fn write_adapter(
     let written = Staged::new(output, target)?;
     let mut max_error = 0.0f64;
     let mut count = 0;
+    let mut notes = adapter.notes().to_vec();
     for piece in &pieces {
         task.check()?;
         let value = adapter_of(named, piece, target);
@@ -177,10 +178,16 @@ pub(crate) fn write_adapter(
         let write = WriteOptions { base, dtype: dtype.clone() };
         format.write(&value, &path, &write)?;
         let back = AdapterSource::at(&path).open_for(base, task)?;
-        if back.format() != target.name {
+        if back.format() != target.name && !target.also_reads_as(back.format()) {
             return Err(Error::adapter(
                 adapter.path(),
                 format!("was written as {} and reads as {}", target.name, back.format()),
+            ));
+        }
+        if back.format() != target.name {
+            notes.push(format!(
+                "nothing in it is named otherwise than in {}'s format, as which it is read",
+                back.format()
             ));
         }
         let found = by_name(&back);
@@ -190,7 +197,6 @@ pub(crate) fn write_adapter(
     }
     adapter.file().check_unchanged()?;
     let files = written.commit()?;
-    let mut notes = adapter.notes().to_vec();
     notes.extend(targets::notes(adapter, target));
     lost.extend(targets::metadata_left_out(adapter, target));
     Ok(Report {

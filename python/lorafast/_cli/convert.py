@@ -23,6 +23,8 @@ FORMATS = (
     "bfl",
     "mlx",
     "gguf",
+    "torchtune",
+    "tinker",
 )
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="PATH",
-        help="a directory for peft and mlx, a file for the others",
+        help="a directory for peft, mlx, torchtune and tinker, a file for the others",
     )
     parser.add_argument(
         "-b",

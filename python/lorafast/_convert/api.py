@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         "bfl",
         "mlx",
         "gguf",
+        "torchtune",
+        "tinker",
     ]
 
 
@@ -56,15 +58,17 @@ def convert(
 
     Args:
         adapter: the source, in any format that is read: a directory, a file or a hub id.
-        output: what to write: a directory for "peft" and "mlx", a file for the others. Adapters
-            of several components of a pipeline become folders of a directory ("unet",
-            "text_encoder", ...).
+        output: what to write: a directory for "peft", "mlx", "torchtune" and "tinker", a file
+            for the others. Adapters of several components of a pipeline become folders of a
+            directory ("unet", "text_encoder", ...).
         to: the format. "kohya" is for sd-scripts, A1111 and Forge, "comfyui" for ComfyUI,
             "diffusers" for its `load_lora_weights`, "lycoris" for LyCORIS by itself and what reads
             its files, "onetrainer" for OneTrainer, "xlabs" and "bfl" for programs that take Flux's
-            adapters in the names of XLabs and of Black Forest Labs, "gguf" for llama.cpp.
+            adapters in the names of XLabs and of Black Forest Labs, "gguf" for llama.cpp;
+            "torchtune" is in torchtune's own names and order of rows.
         base: the model that was trained, where it is needed: for flattened names, for families
-            whose modules are fused or named otherwise in the target, for GGUF.
+            whose modules are fused or named otherwise in the target, for GGUF, for
+            torchtune's rows of q_proj and k_proj.
         dtype: "auto" keeps the element types of the factors; else one of "float32", "float16",
             "bfloat16", "float64" for all of them. What a narrower one rounds away counts in
             `max_error`.

@@ -5,6 +5,7 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -101,6 +102,12 @@ pub trait Delta: Debug + Send + Sync {
     /// stores its experts; else the adapter tells.
     fn is_of_layers(&self) -> bool {
         false
+    }
+
+    /// The two products whose rows lie in turn in its product, where it is made of them; one can be
+    /// missing.
+    fn rows_in_turn(&self) -> Option<[Option<Arc<dyn Delta>>; 2]> {
+        None
     }
 
     /// Whether the outputs of an embedding's product are its tokens, so that the product is added to

@@ -89,7 +89,7 @@ const NOTHING: Holds = Holds {
     text_encoders: true,
 };
 
-const TARGETS: [Target; 10] = [
+const TARGETS: [Target; 12] = [
     Target {
         name: "peft",
         is_directory: true,
@@ -200,6 +200,22 @@ const TARGETS: [Target; 10] = [
         factors: Factors::Any,
         names: Names::Folders,
     },
+    Target {
+        name: "torchtune",
+        is_directory: true,
+        is_flattened: false,
+        holds: Holds { magnitude: true, ..NOTHING },
+        factors: Factors::Plain,
+        names: Names::Folders,
+    },
+    Target {
+        name: "tinker",
+        is_directory: true,
+        is_flattened: false,
+        holds: NOTHING,
+        factors: Factors::Plain,
+        names: Names::Folders,
+    },
 ];
 
 /// The names of all of them.
@@ -236,6 +252,12 @@ impl Target {
                 write_parts::has_own_parts(module) && write_parts::is_of_one_trainer(module)
             }
         }
+    }
+
+    /// Whether what reads as that format is in this one as well: tinker's files are PEFT's where no
+    /// module has a name of tinker's.
+    pub fn also_reads_as(&self, format: &str) -> bool {
+        self.name == "tinker" && format == "peft"
     }
 
     /// A module with what the format can hold of it; `None` if that is nothing.

@@ -96,6 +96,10 @@ impl Delta for Interleaved {
     fn is_of_layers(&self) -> bool {
         self.any().is_of_layers()
     }
+
+    fn rows_in_turn(&self) -> Option<[Option<Arc<dyn Delta>>; 2]> {
+        Some([self.gate.clone(), self.up.clone()])
+    }
 }
 
 /// Numbers in one type for both.

@@ -43,11 +43,21 @@ impl Format for Tinker {
         Peft.weights(place)
     }
 
-    fn write(&self, adapter: &Adapter, _: &Path, _: &WriteOptions<'_>) -> Result<()> {
-        Err(Error::unsupported(
-            adapter.path(),
-            "cannot be written as tinker's, which only tinker makes; PEFT's format holds the same",
-        ))
+    fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
+        let mut modules = IndexMap::with_capacity(adapter.modules().len());
+        let mut is_of_gpt_oss = has_rows_in_turn(options.base).unwrap_or(false);
+        is_of_gpt_oss |= adapter.modules().values().any(|one| one.delta.rows_in_turn().is_some());
+        for module in adapter.modules().values() {
+            let path = own_path(&module.path, is_of_gpt_oss);
+            modules.insert(path.clone(), Module { path, ..module.clone() });
+        }
+        let value = adapter.renamed(
+            modules,
+            adapter.saved().to_vec(),
+            adapter.trained_rows().to_vec(),
+            adapter.grammar(),
+        );
+        Peft.write(&value.rewritten(), target, options)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
@@ -101,6 +111,18 @@ fn is_of_attention(path: &str) -> bool {
         && ["q_proj", "k_proj", "v_proj", "o_proj"].contains(&last)
 }
 
+/// What tinker calls a module.
+fn own_path(path: &str, is_of_gpt_oss: bool) -> String {
+    if path == "lm_head" {
+        return format!("model.{HEAD}");
+    }
+    let renamed = path.replace(".self_attn.", ".attn.");
+    match is_of_gpt_oss && is_of_attention(&renamed) {
+        true => renamed,
+        false => path.to_owned(),
+    }
+}
+
 fn with_attention(path: &str) -> String {
     match is_of_attention(path) {
         true => path.replace(".attn.", ".self_attn."),
@@ -144,5 +166,16 @@ mod tests {
         assert_eq!(with_head("model.layers.0.mlp"), "model.layers.0.mlp");
         assert_eq!(with_attention("model.layers.0.attn.q_proj"), "model.layers.0.self_attn.q_proj");
         assert_eq!(with_attention("h.0.attn.c_attn"), "h.0.attn.c_attn");
+        for (path, of_gpt_oss, others) in [
+            ("lm_head", "model.unembed_tokens", "model.unembed_tokens"),
+            (
+                "model.layers.0.self_attn.q_proj",
+                "model.layers.0.attn.q_proj",
+                "model.layers.0.self_attn.q_proj",
+            ),
+        ] {
+            assert_eq!(own_path(path, true), of_gpt_oss);
+            assert_eq!(own_path(path, false), others);
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! torchtune's adapters in its own names of modules (`layers.0.attn.q_proj.lora_a.weight`), before they
 //! are brought to Hugging Face's: one file, with PEFT's config beside it.
 
+mod write;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -64,11 +66,8 @@ impl Format for Torchtune {
         place.file.clone().unwrap_or_else(|| WEIGHTS.to_owned())
     }
 
-    fn write(&self, adapter: &Adapter, _: &Path, _: &WriteOptions<'_>) -> Result<()> {
-        Err(Error::unsupported(
-            adapter.path(),
-            "cannot be written in torchtune's own names; torchtune reads PEFT's format, too",
-        ))
+    fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
+        write::write_adapter(adapter, target, options)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
