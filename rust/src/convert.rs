@@ -2,6 +2,7 @@
 //! was made from.
 
 mod difference;
+mod methods;
 mod modules;
 mod naming;
 mod places;
@@ -159,18 +160,26 @@ pub(crate) fn write_adapter(
             _ => modules::plain(module, adapter.path())?,
         });
     }
-    let converted = match (&names, base) {
+    let mut converted = match (&names, base) {
         (Some(names), Some(base)) => {
             let naming = |path: &str| target.naming(names, path);
             modules::renamed(prepared.iter(), names, base, &naming, adapter.path())?
         }
         _ => modules::unchanged(prepared.iter()),
     };
-    let pieces = target.pieces(named, converted, names.as_ref())?;
+    if let (Factors::Methods, Some(base)) = (target.factors, base) {
+        methods::with_kernels(&mut converted, base, names.as_ref())?;
+    }
+    let mut pieces = target.pieces(named, converted, names.as_ref())?;
+    let mut notes = adapter.notes().to_vec();
+    if target.factors == Factors::Methods {
+        for piece in &mut pieces {
+            notes.extend(methods::settled(&mut piece.converted, base.is_some(), adapter.path())?);
+        }
+    }
     let written = Staged::new(output, target)?;
     let mut max_error = 0.0f64;
     let mut count = 0;
-    let mut notes = adapter.notes().to_vec();
     for piece in &pieces {
         task.check()?;
         let value = adapter_of(named, piece, target);

@@ -74,7 +74,7 @@ def convert(
             `max_error`.
         algorithm: "lora" writes plain factors for LoHa, LoKr and Tucker's form as well, which is
             exact but for the rounding of their products; "auto" does so where the target has no
-            other.
+            other, and for "peft" where no one config describes all modules (a note says why).
         lossy: leave out what the target has no place for, and say so in `lost`.
         overwrite: replace an adapter that is there.
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
+use super::methods;
 use super::modules::Converted;
 use super::naming::Naming;
 use super::places;
@@ -43,6 +44,8 @@ pub(super) enum Factors {
     Parts,
     /// Two matrices, and the parts of LoHa and LoKr that OneTrainer has.
     PartsOfOneTrainer,
+    /// Two matrices, or the parts of LoHa, LoKr or IA3 where all modules are of one of them.
+    Methods,
     /// Those of every product, which it brings into its own layout.
     Any,
 }
@@ -95,7 +98,7 @@ const TARGETS: [Target; 12] = [
         is_directory: true,
         is_flattened: false,
         holds: Holds { magnitude: true, bias: true, whole: true, convolutions: true, ..NOTHING },
-        factors: Factors::Plain,
+        factors: Factors::Methods,
         names: Names::Folders,
     },
     Target {
@@ -247,6 +250,7 @@ impl Target {
     pub fn keeps(&self, module: &Module) -> bool {
         match self.factors {
             Factors::Plain | Factors::Any => false,
+            Factors::Methods => methods::is_of_method(module),
             Factors::Parts => write_parts::has_own_parts(module),
             Factors::PartsOfOneTrainer => {
                 write_parts::has_own_parts(module) && write_parts::is_of_one_trainer(module)

@@ -3,6 +3,7 @@
 pub mod config;
 mod key_names;
 mod keys;
+mod methods;
 mod others;
 mod write;
 
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use config::{Method, PeftConfig};
+pub use write::check_method;
 
 use super::recognize::{self, Kind};
 use super::unread;

@@ -62,7 +62,12 @@ pub(super) fn names_of(path: &str, embedding: bool) -> [String; 4] {
         }
         false => [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_B.bias"],
     };
-    endings.map(|ending| format!("{}.{path}{ending}", PREFIX.join(".")))
+    endings.map(|ending| name_of(path, ending))
+}
+
+/// The key of a module's part, which ends so.
+pub(super) fn name_of(path: &str, ending: &str) -> String {
+    format!("{}.{path}{ending}", PREFIX.join("."))
 }
 
 /// Reads the keys of one file, and remembers what it left out of them.

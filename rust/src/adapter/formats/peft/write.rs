@@ -6,6 +6,8 @@ use std::path::Path;
 use indexmap::IndexMap;
 use serde_json::{Map, Value, json};
 
+use super::config::Method;
+use super::methods::{self, Laid};
 use super::{WEIGHTS, config, key_names};
 use crate::adapter::deltas::transposed;
 use crate::adapter::factors::Pair;
@@ -26,7 +28,12 @@ pub(super) fn write_adapter(
             all.map(|info| (info.name.clone(), Tensor::new(adapter.file().clone(), info.clone())));
         (adapter.settings().clone(), tensors.collect())
     } else {
-        (config_of(adapter)?, tensors_of(adapter)?)
+        check(adapter)?;
+        let laid = methods::laid_out(adapter.modules().values(), options.base.is_some());
+        match laid.map_err(|why| Error::unsupported(adapter.path(), why))? {
+            Some(laid) => (config_of_method(adapter, &laid)?, tensors_of_method(adapter, &laid)?),
+            None => (config_of(adapter)?, tensors_of(adapter)?),
+        }
     };
     for (_, tensor) in &mut tensors {
         *tensor = options.cast(tensor)?;
@@ -42,8 +49,9 @@ fn refused(adapter: &Adapter, what: &str) -> Error {
     Error::unsupported(adapter.path(), format!("{what}, which PEFT's format cannot say of it"))
 }
 
-/// The tensors of every module, saved parameter and trained row under PEFT's keys.
-fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
+/// # Errors
+/// What the format cannot say of the whole adapter.
+fn check(adapter: &Adapter) -> Result<()> {
     if adapter.grammar() != Grammar::Dotted {
         return Err(Error::unsupported(
             adapter.path(),
@@ -63,6 +71,34 @@ fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
     if !adapter.trained_rows().is_empty() || !adapter.saved().is_empty() {
         return Err(refused(adapter, "brings parameters whole"));
     }
+    Ok(())
+}
+
+/// Whether one config of PEFT's describes all of the modules, in words if none does: as one method, or
+/// as plain factors. What the base tells of kernels is told in the modules where it `knows_kernels`.
+///
+/// # Errors
+/// Why none does.
+pub fn check_method<'a>(
+    modules: impl Iterator<Item = &'a Module> + Clone,
+    knows_kernels: bool,
+) -> Result<(), String> {
+    methods::laid_out(modules, knows_kernels).map(|_| ())
+}
+
+/// The tensors of every module of one of the other methods under PEFT's keys.
+fn tensors_of_method(adapter: &Adapter, laid: &Laid) -> Result<Vec<(String, Tensor)>> {
+    let mut tensors = Vec::new();
+    for (module, own) in adapter.modules().values().zip(&laid.modules) {
+        for (ending, tensor) in own.tensors()? {
+            tensors.push((key_names::name_of(&module.path, ending), tensor));
+        }
+    }
+    Ok(tensors)
+}
+
+/// The tensors of every module under PEFT's keys.
+fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
     let mut tensors = Vec::new();
     for module in adapter.modules().values() {
         let Some((a, b)) = factors_of(module)? else {
@@ -120,6 +156,72 @@ fn usual<T: PartialEq + Copy>(values: &[T]) -> Option<T> {
     values.iter().find(|value| count(value) == most).copied()
 }
 
+/// The ranks and alphas of a config.
+struct Scales {
+    rank: u64,
+    alpha: f64,
+    rank_pattern: Map<String, Value>,
+    alpha_pattern: Map<String, Value>,
+}
+
+impl Scales {
+    /// Of modules that have these ranks: α/r is their scale, or α/√r, whatever that was made of.
+    fn of(modules: &[&Module], ranks: &[u64], stabilized: bool) -> Self {
+        let alpha_of = |(module, rank): (&&Module, &u64)| {
+            let divisor = if stabilized { (*rank as f64).sqrt() } else { *rank as f64 };
+            match module.rank == *rank && module.alpha / divisor == module.scaling {
+                true => module.alpha,
+                false => module.scaling * divisor,
+            }
+        };
+        let alphas: Vec<f64> = modules.iter().zip(ranks).map(alpha_of).collect();
+        let rank = usual(ranks).unwrap_or(1);
+        let alpha = usual(&alphas).unwrap_or(rank as f64);
+        let mut rank_pattern = Map::new();
+        let mut alpha_pattern = Map::new();
+        for (module, (own_rank, own)) in modules.iter().zip(ranks.iter().zip(&alphas)) {
+            // The keys are expressions; a whole path matches itself alone.
+            let key = format!("^{}$", module.path.replace('.', r"\."));
+            if *own_rank != rank {
+                rank_pattern.insert(key.clone(), (*own_rank).into());
+            }
+            if *own != alpha {
+                alpha_pattern.insert(key, json!(own));
+            }
+        }
+        Self { rank, alpha, rank_pattern, alpha_pattern }
+    }
+}
+
+fn config_of_method(adapter: &Adapter, laid: &Laid) -> Result<Map<String, Value>> {
+    let modules: Vec<&Module> = adapter.modules().values().collect();
+    if let Some(module) = modules.iter().find(|module| !module.scaling.is_finite()) {
+        return Err(refused(adapter, &format!("tells no scale for {}", module.path)));
+    }
+    let targets: Vec<&str> = modules.iter().map(|module| module.path.as_str()).collect();
+    let mut config = laid.settings.clone();
+    let mut set = |field: &str, value: Value| config.insert(field.to_owned(), value);
+    set("peft_type", laid.method.name().into());
+    set("base_model_name_or_path", json!(adapter.semantics().base));
+    set("target_modules", json!(targets));
+    set("inference_mode", true.into());
+    if laid.method == Method::Ia3 {
+        set("init_ia3_weights", true.into());
+        set("fan_in_fan_out", adapter.semantics().stored_transposed.into());
+        return Ok(config);
+    }
+    let ranks: Vec<u64> = laid.modules.iter().map(|module| module.rank).collect();
+    let Scales { rank, alpha, rank_pattern, alpha_pattern } = Scales::of(&modules, &ranks, false);
+    set("r", rank.into());
+    set("alpha", json!(alpha));
+    set("rank_pattern", rank_pattern.into());
+    set("alpha_pattern", alpha_pattern.into());
+    set("rank_dropout", json!(0.0));
+    set("module_dropout", json!(0.0));
+    set("init_weights", true.into());
+    Ok(config)
+}
+
 fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
     let modules: Vec<&Module> = adapter.modules().values().collect();
     let all = |has: fn(&Module) -> bool, what: &str| {
@@ -131,26 +233,10 @@ fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
     };
     let dora = all(|module| module.magnitude.is_some(), "magnitudes")?;
     let bias = all(|module| module.bias.is_some(), "biases")?;
-    // The alpha of α/r, or of α/√r, whatever the scale was made of.
     let stabilized = adapter.semantics().rank_stabilized;
-    let divisor = |rank: f64| if stabilized { rank.sqrt() } else { rank };
-    let alphas: Vec<f64> =
-        modules.iter().map(|module| module.scaling * divisor(module.rank as f64)).collect();
     let ranks: Vec<u64> = modules.iter().map(|module| module.rank).collect();
-    let rank = usual(&ranks).unwrap_or(1);
-    let alpha = usual(&alphas).unwrap_or(rank as f64);
-    let mut rank_pattern = Map::new();
-    let mut alpha_pattern = Map::new();
-    for (module, own) in modules.iter().zip(&alphas) {
-        // The keys are expressions; a whole path matches itself alone.
-        let key = format!("^{}$", module.path.replace('.', r"\."));
-        if module.rank != rank {
-            rank_pattern.insert(key.clone(), module.rank.into());
-        }
-        if *own != alpha {
-            alpha_pattern.insert(key, json!(own));
-        }
-    }
+    let Scales { rank, alpha, rank_pattern, alpha_pattern } =
+        Scales::of(&modules, &ranks, stabilized);
     let targets: Vec<&str> = modules.iter().map(|module| module.path.as_str()).collect();
     let config = json!({
         "peft_type": "LORA",
