@@ -2,6 +2,7 @@
 //! was made from.
 
 mod difference;
+mod experts;
 mod methods;
 mod modules;
 mod naming;
@@ -127,6 +128,8 @@ pub(crate) fn write_adapter(
         None => None,
     };
     let named = resolved.as_ref().unwrap_or(adapter);
+    let of_parameters = experts::resolved(named);
+    let named = of_parameters.as_ref().unwrap_or(named);
     let places = Places::of(named, target, names.as_ref())?;
     let mut lost = targets::left_out(adapter, target);
     lost.extend(places.left_out(target));
@@ -149,8 +152,13 @@ pub(crate) fn write_adapter(
         ));
     }
     let mut prepared = Vec::with_capacity(reduced.len());
+    let mut of_experts = Vec::new();
     for module in &reduced {
         task.check()?;
+        if experts::is_of_experts(module, target) {
+            of_experts.push(module);
+            continue;
+        }
         prepared.push(match target.factors {
             Factors::Any if !is_plain => modules::product(module, adapter.path())?,
             // Norms and biases have no factors, plain or other.
@@ -167,6 +175,7 @@ pub(crate) fn write_adapter(
         }
         _ => modules::unchanged(prepared.iter()),
     };
+    converted.extend(experts::converted(&of_experts, named, base, target)?);
     if let (Factors::Methods, Some(base)) = (target.factors, base) {
         methods::with_kernels(&mut converted, base, names.as_ref())?;
     }
@@ -199,7 +208,8 @@ pub(crate) fn write_adapter(
                 back.format()
             ));
         }
-        let found = by_name(&back);
+        let of_parameters = experts::resolved(&back);
+        let found = by_name(of_parameters.as_ref().unwrap_or(&back));
         let compared = modules::as_read(&piece.converted, &found);
         max_error = max_error.max(difference::largest(named, &compared, &found, task)?);
         count += piece.converted.len();
@@ -257,6 +267,9 @@ fn by_name(adapter: &Adapter) -> HashMap<String, Module> {
     let mut found = HashMap::new();
     for module in adapter.modules().values() {
         found.insert(module.title().into_owned(), module.clone());
+        if let Some(parameter) = module.only_parameter() {
+            found.insert(format!("{}.{}", module.path, parameter.name), module.clone());
+        }
     }
     for (key, module) in adapter.modules() {
         found.insert(key.clone(), module.clone());

@@ -199,6 +199,19 @@ pub fn interleave(modules: IndexMap<String, Module>) -> Result<IndexMap<String, 
     Ok(others)
 }
 
+/// Gate and upward matrix of a module in which their rows lie in turn, under these names; none where it
+/// is no such module.
+pub fn apart(module: &Module, names: [&str; 2]) -> Option<Vec<Module>> {
+    let parts = module.delta.rows_in_turn()?.into_iter().zip(names);
+    let count = module.products().count() as u64;
+    let own = parts.filter_map(|(delta, name)| {
+        let delta = delta?;
+        let (key, rank) = (format!("{}.{name}", module.path), delta.rank() / count);
+        Some(self::module(key.clone(), &key, delta, rank, module.scaling))
+    });
+    Some(own.collect())
+}
+
 /// What models call the one weight of both.
 const GATE_UP: &str = "gate_up_proj";
 /// What one matrix of an expert is called, by the three that it has: for the gate, upwards, and back.

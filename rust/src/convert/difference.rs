@@ -28,10 +28,15 @@ pub(super) fn largest(
     let mut largest = 0.0f64;
     for Converted { module, origins } in converted {
         task.check()?;
-        let Some(back) = written.get(&*module.title()) else {
+        // The parameters of experts share their module's path.
+        let title = match module.parameters.is_empty() {
+            true => module.title(),
+            false => module.key.as_str().into(),
+        };
+        let Some(back) = written.get(&*title) else {
             return Err(Error::adapter(
                 source.path(),
-                format!("the module {} was written and not read back", module.title()),
+                format!("the module {title} was written and not read back"),
             ));
         };
         largest = largest.max(difference_of_vectors(&module.magnitude, &back.magnitude)?);

@@ -38,7 +38,7 @@ pub(super) struct Origin {
 }
 
 impl Origin {
-    fn whole(module: &Module) -> Self {
+    pub(super) fn whole(module: &Module) -> Self {
         Self { key: module.key.clone(), rows: None, own: None, transposed: false }
     }
 

@@ -378,8 +378,10 @@ impl Target {
             };
             let folder = (self.names == Names::Folders && kinds.len() > 1).then(folder);
             let is_bias = one.module.kind == LayerKind::Bias;
+            let is_of_experts = !one.module.parameters.is_empty();
+            let own = is_of_experts.then(|| one.module.key.clone());
             one.module.path.clone_from(&key);
-            one.module.key = if is_bias { format!("{key}.bias") } else { key };
+            one.module.key = if is_bias { format!("{key}.bias") } else { own.unwrap_or(key) };
             match pieces.iter_mut().find(|piece| piece.folder == folder) {
                 Some(piece) => piece.converted.push(one),
                 None => pieces.push(Piece { folder, converted: vec![one] }),

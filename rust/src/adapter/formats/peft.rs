@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use config::{Method, PeftConfig};
+use write::ExpertLayout;
 pub use write::check_method;
 
 use super::recognize::{self, Kind};
@@ -56,7 +57,7 @@ impl Format for Peft {
     }
 
     fn write(&self, adapter: &Adapter, target: &Path, options: &WriteOptions<'_>) -> Result<()> {
-        write::write_adapter(adapter, target, options)
+        write::write_adapter(adapter, target, options, ExpertLayout::Parameters)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {
@@ -81,6 +82,22 @@ impl Format for Peft {
             read_from.push((place.store.path(shard), stamp));
         }
         assemble(place, config, file, shards, read_from, task)
+    }
+}
+
+impl Peft {
+    /// Writes an adapter with the factors of all experts as [experts, …] under their own names, as other
+    /// programs than PEFT have them.
+    ///
+    /// # Errors
+    /// As [`Format::write`].
+    pub(super) fn write_stacked(
+        &self,
+        adapter: &Adapter,
+        target: &Path,
+        options: &WriteOptions<'_>,
+    ) -> Result<()> {
+        write::write_adapter(adapter, target, options, ExpertLayout::Stacked)
     }
 }
 

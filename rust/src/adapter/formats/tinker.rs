@@ -6,7 +6,7 @@ use std::path::Path;
 use indexmap::IndexMap;
 
 use super::peft::Peft;
-use crate::adapter::expert_factors::{has_rows_in_turn, interleave};
+use crate::adapter::expert_factors::{self, has_rows_in_turn, interleave};
 use crate::adapter::format::{Format, Place, WriteOptions};
 use crate::adapter::{Adapter, Grammar, Module, TransposedExperts};
 use crate::checkpoint::Checkpoint;
@@ -48,6 +48,14 @@ impl Format for Tinker {
         let mut is_of_gpt_oss = has_rows_in_turn(options.base).unwrap_or(false);
         is_of_gpt_oss |= adapter.modules().values().any(|one| one.delta.rows_in_turn().is_some());
         for module in adapter.modules().values() {
+            if let Some(parts) = expert_factors::apart(module, ["w1", "w3"]) {
+                modules.extend(parts.into_iter().map(|part| (part.key.clone(), part)));
+                continue;
+            }
+            if module.delta.holds_experts() {
+                modules.insert(module.key.clone(), module.clone());
+                continue;
+            }
             let path = own_path(&module.path, is_of_gpt_oss);
             modules.insert(path.clone(), Module { path, ..module.clone() });
         }
@@ -57,7 +65,7 @@ impl Format for Tinker {
             adapter.trained_rows().to_vec(),
             adapter.grammar(),
         );
-        Peft.write(&value.rewritten(), target, options)
+        Peft.write_stacked(&value.rewritten(), target, options)
     }
 
     fn read(&self, place: &Place<'_>, task: &Task) -> Result<Adapter> {

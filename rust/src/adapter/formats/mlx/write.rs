@@ -11,7 +11,7 @@ use crate::adapter::deltas::transposed;
 use crate::adapter::factors::Pair;
 use crate::adapter::format::WriteOptions;
 use crate::adapter::formats::peft::config;
-use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module};
+use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module, expert_factors};
 use crate::error::{Error, Owner, Result};
 use crate::kernel::convert::widen_f64;
 use crate::storage::local;
@@ -25,7 +25,12 @@ pub(super) fn write_adapter(
     options: &WriteOptions<'_>,
 ) -> Result<()> {
     check(adapter)?;
-    let modules = || adapter.modules().values();
+    let apart = |module: &Module| {
+        let parts = expert_factors::apart(module, ["gate_proj", "up_proj"]);
+        parts.unwrap_or_else(|| vec![module.clone()])
+    };
+    let all: Vec<Module> = adapter.modules().values().flat_map(apart).collect();
+    let modules = || all.iter();
     let rank = modules().map(|module| module.rank).max().unwrap_or(1);
     let mut scales = modules().map(|module| module.scaling * module.repeats());
     let first = scales.next().unwrap_or(1.0);

@@ -12,15 +12,26 @@ use super::{WEIGHTS, config, key_names};
 use crate::adapter::deltas::transposed;
 use crate::adapter::factors::Pair;
 use crate::adapter::format::WriteOptions;
-use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
+use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module};
 use crate::error::{Error, Result};
 use crate::storage::local;
 use crate::tensor::safetensors::{Tensor, write};
+
+/// How the factors of all experts are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ExpertLayout {
+    /// As those of a parameter (`target_parameters`): A (experts · rank, in), and B (out, rank · experts)
+    /// with the expert as the fastest index.
+    Parameters,
+    /// A [experts, rank, in] and B [experts, out, rank].
+    Stacked,
+}
 
 pub(super) fn write_adapter(
     adapter: &Adapter,
     directory: &Path,
     options: &WriteOptions<'_>,
+    experts: ExpertLayout,
 ) -> Result<()> {
     let (config, mut tensors): (_, Vec<_>) = if adapter.format() == "peft" {
         let all = adapter.file().header().tensors.iter();
@@ -32,7 +43,7 @@ pub(super) fn write_adapter(
         let laid = methods::laid_out(adapter.modules().values(), options.base.is_some());
         match laid.map_err(|why| Error::unsupported(adapter.path(), why))? {
             Some(laid) => (config_of_method(adapter, &laid)?, tensors_of_method(adapter, &laid)?),
-            None => (config_of(adapter)?, tensors_of(adapter)?),
+            None => (config_of(adapter, experts)?, tensors_of(adapter, experts)?),
         }
     };
     for (_, tensor) in &mut tensors {
@@ -98,9 +109,15 @@ fn tensors_of_method(adapter: &Adapter, laid: &Laid) -> Result<Vec<(String, Tens
 }
 
 /// The tensors of every module under PEFT's keys.
-fn tensors_of(adapter: &Adapter) -> Result<Vec<(String, Tensor)>> {
+fn tensors_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Vec<(String, Tensor)>> {
     let mut tensors = Vec::new();
     for module in adapter.modules().values() {
+        if module.delta.holds_experts() {
+            let [name_a, name_b, ..] = key_names::names_of(&module.key, false);
+            let [a, b] = factors_of_experts(module, experts)?;
+            tensors.extend([(name_a, a), (name_b, b)]);
+            continue;
+        }
         let Some((a, b)) = factors_of(module)? else {
             let what = format!("adds to {} what is no product of two stored matrices", module.path);
             return Err(refused(adapter, &what));
@@ -136,6 +153,49 @@ fn factors_of(module: &Module) -> Result<Option<(Tensor, Tensor)>> {
     let a = Tensor::in_memory(name, "A", pair.a_dtype, vec![rank, inputs], pair.a)?;
     let b = Tensor::in_memory(name, "B", pair.b_dtype, vec![outputs, rank], pair.b)?;
     Ok(Some((a, b)))
+}
+
+/// The factors of all experts in that layout.
+fn factors_of_experts(module: &Module, layout: ExpertLayout) -> Result<[Tensor; 2]> {
+    let count = module.products().count() as u64;
+    let pairs: Vec<Pair> = (0..count)
+        .map(|index| module.pair(Some(Expert { index, count }), None, None))
+        .collect::<Result<_>>()?;
+    let name = Path::new(&module.path);
+    let Some(first) = pairs.first() else {
+        return Err(Error::Argument(format!("{} has no experts", module.key)));
+    };
+    let [rank, inputs, outputs] = [first.rank, first.inputs, first.outputs].map(|one| one as u64);
+    let (a_dtype, b_dtype) = (first.a_dtype.clone(), first.b_dtype.clone());
+    let all = |bytes: fn(&Pair) -> &Vec<u8>, count: u64| -> Vec<u8> {
+        pairs.iter().take(count as usize).flat_map(bytes).copied().collect()
+    };
+    let (a, a_shape, b, b_shape) = match layout {
+        ExpertLayout::Stacked => {
+            // One factor that all experts share is written once.
+            let share = |bytes: fn(&Pair) -> &Vec<u8>| {
+                pairs.iter().all(|pair| bytes(pair) == bytes(first)) && count > 1
+            };
+            let (shares_a, shares_b) = (share(|pair| &pair.a), share(|pair| &pair.b));
+            let a_count = if shares_a { 1 } else { count };
+            let b_count = if shares_b && !shares_a { 1 } else { count };
+            let (a, b) = (all(|pair| &pair.a, a_count), all(|pair| &pair.b, b_count));
+            (a, vec![a_count, rank, inputs], b, vec![b_count, outputs, rank])
+        }
+        ExpertLayout::Parameters => {
+            let a = all(|pair| &pair.a, count);
+            let size = b_dtype.size();
+            let mut b = Vec::with_capacity(pairs.iter().map(|pair| pair.b.len()).sum());
+            for place in (0..first.b.len()).step_by(size) {
+                b.extend(pairs.iter().flat_map(|pair| &pair.b[place..place + size]));
+            }
+            (a, vec![count * rank, inputs], b, vec![outputs, rank * count])
+        }
+    };
+    Ok([
+        Tensor::in_memory(name, "A", a_dtype, a_shape, a)?,
+        Tensor::in_memory(name, "B", b_dtype, b_shape, b)?,
+    ])
 }
 
 /// The factors of an embedding whose product is its weight's, as those of the product's transpose.
@@ -181,7 +241,7 @@ impl Scales {
         let mut alpha_pattern = Map::new();
         for (module, (own_rank, own)) in modules.iter().zip(ranks.iter().zip(&alphas)) {
             // The keys are expressions; a whole path matches itself alone.
-            let key = format!("^{}$", module.path.replace('.', r"\."));
+            let key = format!("^{}$", known_as(module).replace('.', r"\."));
             if *own_rank != rank {
                 rank_pattern.insert(key.clone(), (*own_rank).into());
             }
@@ -222,7 +282,18 @@ fn config_of_method(adapter: &Adapter, laid: &Laid) -> Result<Map<String, Value>
     Ok(config)
 }
 
-fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
+/// The path by which a config knows a module, or the parameter that its factors belong to.
+fn known_as(module: &Module) -> String {
+    match module.only_parameter() {
+        Some(parameter) => format!("{}.{}", module.path, parameter.name),
+        None => module.path.clone(),
+    }
+}
+
+/// The first release that lays the experts of every model so that the factors are those of layers.
+const OF_LAYERS: &str = "0.19.1";
+
+fn config_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Map<String, Value>> {
     let modules: Vec<&Module> = adapter.modules().values().collect();
     let all = |has: fn(&Module) -> bool, what: &str| {
         let count = modules.iter().filter(|module| has(module)).count();
@@ -237,7 +308,9 @@ fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
     let ranks: Vec<u64> = modules.iter().map(|module| module.rank).collect();
     let Scales { rank, alpha, rank_pattern, alpha_pattern } =
         Scales::of(&modules, &ranks, stabilized);
-    let targets: Vec<&str> = modules.iter().map(|module| module.path.as_str()).collect();
+    let (parameters, targets): (Vec<&&Module>, Vec<&&Module>) =
+        modules.iter().partition(|module| is_parameter(module, experts));
+    let targets: Vec<String> = targets.into_iter().map(|module| known_as(module)).collect();
     let config = json!({
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.semantics().base,
@@ -254,8 +327,16 @@ fn config_of(adapter: &Adapter) -> Result<Map<String, Value>> {
         "init_lora_weights": true,
         "inference_mode": true,
     });
-    match config {
-        Value::Object(fields) => Ok(fields),
-        _ => unreachable!("an object was written down"),
+    let Value::Object(mut fields) = config else { unreachable!("an object was written down") };
+    if !parameters.is_empty() {
+        let names: Vec<String> = parameters.into_iter().map(|module| known_as(module)).collect();
+        fields.insert("target_parameters".to_owned(), json!(names));
+        fields.insert("peft_version".to_owned(), OF_LAYERS.into());
     }
+    Ok(fields)
+}
+
+/// Whether a module's factors are those of a parameter in PEFT's sense.
+fn is_parameter(module: &Module, experts: ExpertLayout) -> bool {
+    module.delta.holds_experts() && experts == ExpertLayout::Parameters
 }
