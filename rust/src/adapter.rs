@@ -4,6 +4,7 @@
 
 pub mod about;
 pub mod alignment;
+pub mod computed;
 pub mod coverage;
 pub mod delta;
 pub mod deltas;

@@ -8,7 +8,6 @@ mod modules;
 mod naming;
 mod places;
 mod targets;
-mod tensors;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
+pub use super::computed::times;
 use crate::error::Result;
 use crate::kernel::Operand;
-use crate::kernel::convert::{convert, widen_f64};
+use crate::kernel::convert::widen_f64;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
 use crate::tensor::safetensors::Tensor;
@@ -120,23 +121,6 @@ impl Pair {
     }
 }
 
-/// Numbers of that shape as a tensor of that type, rounded once. Messages call it as they call another.
-///
-/// # Errors
-/// [`crate::Error::Adapter`] if they do not fit the shape.
-pub fn of_values(like: &Tensor, dtype: &Dtype, shape: Vec<u64>, values: &[f64]) -> Result<Tensor> {
-    let wide: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    let bytes = match dtype {
-        Dtype::F64 => wide,
-        dtype => {
-            let mut bytes = vec![0; values.len() * dtype.size()];
-            convert(&Dtype::F64, &wide, dtype, &mut bytes);
-            bytes
-        }
-    };
-    Tensor::in_memory(like.file().path(), like.name.clone(), dtype.clone(), shape, bytes)
-}
-
 /// A type that holds all values of both.
 pub fn common(one: &Dtype, other: &Dtype) -> Dtype {
     match (one, other) {
@@ -152,21 +136,4 @@ pub fn common(one: &Dtype, other: &Dtype) -> Dtype {
 /// [`crate::Error::Adapter`] if the file changed meanwhile, [`crate::Error::Io`].
 pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(widen_f64(&tensor.dtype, &tensor.read()?))
-}
-
-/// A tensor times a number: in its own type where that is exact, else in one of at least 32 bits.
-///
-/// # Errors
-/// As [`values`].
-pub fn times(tensor: &Tensor, factor: f64) -> Result<Tensor> {
-    if factor == 1.0 {
-        return Ok(tensor.clone());
-    }
-    let product: Vec<f64> = values(tensor)?.iter().map(|value| value * factor).collect();
-    let shape = tensor.shape.clone();
-    let own = of_values(tensor, &tensor.dtype, shape.clone(), &product)?;
-    if values(&own)? == product {
-        return Ok(own);
-    }
-    of_values(tensor, &common(&tensor.dtype, &Dtype::F32), shape, &product)
 }

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::formats::image::LoneFile;
-use super::{Adapter, formats};
+use super::{Adapter, computed, formats};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Owner, Result};
-use crate::kernel::convert::{convert, for_each_f64};
 use crate::parallel::task::Task;
 use crate::storage::directory::{self, LocalDirectory};
 use crate::storage::local::{self, Stamp};
@@ -58,11 +57,10 @@ pub struct WriteOptions<'a> {
 }
 
 impl WriteOptions<'_> {
-    /// A tensor in the type that was asked for.
+    /// A tensor in the type that was asked for, which is made when it is read.
     ///
     /// # Errors
-    /// That the file changed, [`Error::Io`]; [`Error::Argument`] if a finite value is none in that
-    /// type.
+    /// When it is read, [`Error::Argument`] if a finite value is none in that type.
     pub fn cast(&self, tensor: &Tensor) -> Result<Tensor> {
         let Some(dtype) = self.dtype.as_ref().filter(|dtype| **dtype != tensor.dtype) else {
             return Ok(tensor.clone());
@@ -70,20 +68,12 @@ impl WriteOptions<'_> {
         if !tensor.dtype.is_mergeable() {
             return Ok(tensor.clone());
         }
-        let source = tensor.read()?;
-        let mut bytes = vec![0; tensor.elements() as usize * dtype.size()];
-        if !convert(&tensor.dtype, &source, dtype, &mut bytes) {
-            let mut is_finite = true;
-            for_each_f64(&tensor.dtype, &source, |_, value| is_finite &= value.is_finite());
-            if is_finite {
-                return Err(Error::Argument(format!(
-                    "{} has values too large for {dtype}; write it in a wider type",
-                    tensor.name
-                )));
-            }
-        }
-        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
-        Tensor::in_memory(tensor.file().path(), name, dtype.clone(), shape, bytes)
+        let (name, own) = (tensor.name.clone(), dtype.clone());
+        computed::cast(tensor, dtype, move || {
+            Error::Argument(format!(
+                "{name} has values too large for {own}; write it in a wider type"
+            ))
+        })
     }
 }
 

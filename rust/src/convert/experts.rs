@@ -8,9 +8,10 @@ use indexmap::IndexMap;
 
 use super::modules::{Converted, Origin};
 use super::targets::Target;
+use crate::adapter::computed;
 use crate::adapter::deltas::{Interleaved, SharedReads};
 use crate::adapter::expert_factors::{self, Stack, StackLayout};
-use crate::adapter::factors::{common, of_values};
+use crate::adapter::factors::common;
 use crate::adapter::{Adapter, Delta, Expert, Module, TransposedExperts};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -268,8 +269,8 @@ impl Factors {
     fn delta(&self, like: &Module) -> Result<Arc<dyn Delta>> {
         let Self { count, rank, outputs, inputs, .. } = *self;
         let (_, named) = like.delta.tensors()[0];
-        let a = of_values(named, &self.dtype, vec![count, rank, inputs], &self.a)?;
-        let b = of_values(named, &self.dtype, vec![count, outputs, rank], &self.b)?;
+        let a = computed::in_memory(named, &self.dtype, vec![count, rank, inputs], &self.a)?;
+        let b = computed::in_memory(named, &self.dtype, vec![count, outputs, rank], &self.b)?;
         let stack = Stack { layout: StackLayout::Stacked, count, rank };
         let made = stack.delta(a, b, &Arc::new(SharedReads::default()));
         made.map_err(|problem| Error::adapter(named.file().path(), problem))

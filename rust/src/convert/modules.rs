@@ -8,7 +8,7 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 
 use super::naming::{Goal, Naming, goal};
-use super::tensors::{self, Block};
+use crate::adapter::computed::{self, Block};
 use crate::adapter::deltas::LowRank;
 use crate::adapter::{LayerKind, Module};
 use crate::checkpoint::Checkpoint;
@@ -90,23 +90,21 @@ pub(super) fn plain(module: &Module, path: &std::path::Path) -> Result<Module> {
     if module.delta.holds_experts() {
         return refused(format!("holds the factors of several experts for {title}"));
     }
-    let pair = module.pair(None, None, None)?;
-    let least = pair.outputs.min(pair.inputs);
-    if pair.rank >= least && module.rank < least as u64 || module.delta.algorithm() == "FULL" {
+    let [a, b] = computed::expanded(&module.delta, None)?;
+    let (outputs, rank, inputs) = (b.shape[0], a.shape[0], a.shape[1]);
+    let least = outputs.min(inputs);
+    if rank >= least && module.rank < least || module.delta.algorithm() == "FULL" {
         return refused(format!(
             "adds to {title} what is of full rank ({least}), which no LoRA holds in less than the \
              weight itself"
         ));
     }
-    let (_, stored) = module.delta.tensors()[0];
-    let outputs = [pair.outputs as u64, pair.rank as u64];
-    let mut a_shape = vec![pair.rank as u64];
+    let mut a_shape = vec![rank];
     a_shape.extend(module.delta.input_shape());
     let ones = a_shape.len() - 2;
-    let b_shape: Vec<u64> = outputs.into_iter().chain(std::iter::repeat_n(1, ones)).collect();
-    let place = stored.file().path();
-    let b = Tensor::in_memory(place, "lora_up", pair.b_dtype.clone(), b_shape, pair.b)?;
-    let a = Tensor::in_memory(place, "lora_down", pair.a_dtype.clone(), a_shape, pair.a)?;
+    let b_shape: Vec<u64> =
+        [outputs, rank].into_iter().chain(std::iter::repeat_n(1, ones)).collect();
+    let (a, b) = (computed::reshaped(&a, a_shape), computed::reshaped(&b, b_shape));
     Ok(low_rank(module, a, b, module.scaling))
 }
 
@@ -194,8 +192,9 @@ fn whole(module: &Module, name: String, lie: Lie, path: &std::path::Path) -> Res
             let half = own.outputs() / 2;
             let halves = [half..half * 2, 0..half];
             let swapped = |tensor: &Tensor| {
-                let parts: Vec<_> = halves.iter().map(|rows| tensors::rows(tensor, rows)).collect();
-                tensors::stacked(&parts)
+                let parts: Vec<_> =
+                    halves.iter().map(|rows| computed::rows(tensor, rows)).collect();
+                computed::stacked(&parts)
             };
             origins = halves
                 .iter()
@@ -227,7 +226,7 @@ fn whole(module: &Module, name: String, lie: Lie, path: &std::path::Path) -> Res
             let (a, b) = own.delta.plain().expect("made plain");
             origins[0].transposed = true;
             let turned =
-                low_rank(&own, tensors::transposed(b)?, tensors::transposed(a)?, own.scaling);
+                low_rank(&own, computed::transposed(b)?, computed::transposed(a)?, own.scaling);
             Module { path: name, ..turned }
         }
     };
@@ -237,7 +236,7 @@ fn whole(module: &Module, name: String, lie: Lie, path: &std::path::Path) -> Res
 /// Some rows of a module's product as a module of its own.
 fn cut(module: &Module, name: String, rows: Range<u64>) -> Result<Converted> {
     let (a, b) = module.delta.plain().expect("made plain");
-    let of = |tensor: &Tensor| tensors::rows(tensor, &rows);
+    let of = |tensor: &Tensor| computed::rows(tensor, &rows);
     let part = Module {
         path: name,
         magnitude: module.magnitude.as_ref().map(of),
@@ -308,7 +307,7 @@ fn joined(name: String, group: Gathered, path: &std::path::Path) -> Result<Conve
     let scaling = first.scaling;
     let (a, b) = if shares && same_scale {
         let rows: Vec<Tensor> = factors.iter().map(|(_, b)| (*b).clone()).collect();
-        (factors[0].0.clone(), tensors::stacked(&rows)?)
+        (factors[0].0.clone(), computed::stacked(&rows)?)
     } else {
         let rows: Vec<Tensor> = factors.iter().map(|(a, _)| (*a).clone()).collect();
         let block = |slot: usize| {
@@ -317,12 +316,12 @@ fn joined(name: String, group: Gathered, path: &std::path::Path) -> Result<Conve
             Block { rows: heights[slot], factor }
         };
         let blocks: Vec<_> = (0..all).map(block).collect();
-        (tensors::stacked(&rows)?, tensors::block_diagonal(&blocks)?)
+        (computed::stacked(&rows)?, computed::block_diagonal(&blocks)?)
     };
     let stacked = |of: fn(&Module) -> &Option<Tensor>| -> Result<Option<Tensor>> {
         let found: Vec<Tensor> =
             parts.iter().filter_map(|(_, module)| of(module).clone()).collect();
-        if found.is_empty() { Ok(None) } else { tensors::stacked(&found).map(Some) }
+        if found.is_empty() { Ok(None) } else { computed::stacked(&found).map(Some) }
     };
     let module = Module {
         path: name.clone(),

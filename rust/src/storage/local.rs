@@ -34,6 +34,16 @@ impl Stamp {
             identity: identity(metadata),
         }
     }
+
+    /// Of several taken together, in their order, as far as it is not their length.
+    pub fn of_all(stamps: impl Iterator<Item = Self>) -> Self {
+        let none = Self { length: 0, modified: 0, identity: (0, 0) };
+        stamps.fold(none, |all, one| {
+            let ((device, file), (own_device, own_file)) = (all.identity, one.identity);
+            let identity = (device ^ own_device, file.rotate_left(7) ^ own_file);
+            Self { length: 0, modified: all.modified.max(one.modified), identity }
+        })
+    }
 }
 
 /// Device and inode, which two names of one file share.

@@ -34,6 +34,11 @@ pub trait Source: Debug + Send + Sync {
         None
     }
 
+    /// How many bytes are best read together where all of them go by, if fewer take as long.
+    fn piece(&self) -> Option<u64> {
+        None
+    }
+
     /// The file that the bytes were made from, where they are not a file's as they stand.
     fn origin(&self) -> Option<&Path> {
         None

@@ -5,6 +5,7 @@
 //! error like any other. What was written to in place is found by [`TensorFile::check_unchanged`]
 //! once everything was read.
 
+mod computed;
 mod data;
 mod header;
 mod joined;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+pub use computed::{Make, Recipe};
 pub use data::Tensor;
 pub use header::{Header, TensorInfo};
 
@@ -316,6 +318,13 @@ impl TensorFile {
         self.source.read_at(buffer, offset).map_err(|error| self.unread(error))
     }
 
+    /// The bytes of a run, where all of them go by.
+    fn run(&self) -> usize {
+        // A multiple of any element's.
+        let piece = self.source.piece().unwrap_or(0).min(self.size()) as usize;
+        piece.next_multiple_of(8).max(CHUNK)
+    }
+
     /// Hands a tensor's bytes on in order, run after run with where each begins, until nobody wants
     /// more. All runs but the last are of one length that is a multiple of any element's.
     ///
@@ -326,9 +335,18 @@ impl TensorFile {
         tensor: &TensorInfo,
         each: &mut dyn FnMut(u64, &[u8]) -> ControlFlow<()>,
     ) -> Result<()> {
-        let mut buffer = vec![0; CHUNK.min(tensor.bytes() as usize)];
-        for start in (0..tensor.bytes()).step_by(CHUNK) {
-            let chunk = &mut buffer[..CHUNK.min((tensor.bytes() - start) as usize)];
+        self.for_each_run(tensor, self.run(), each)
+    }
+
+    fn for_each_run(
+        &self,
+        tensor: &TensorInfo,
+        run: usize,
+        each: &mut dyn FnMut(u64, &[u8]) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let mut buffer = vec![0; run.min(tensor.bytes() as usize)];
+        for start in (0..tensor.bytes()).step_by(run) {
+            let chunk = &mut buffer[..run.min((tensor.bytes() - start) as usize)];
             self.read_into(tensor, start, chunk)?;
             if each(start, chunk).is_break() {
                 break;
@@ -348,9 +366,10 @@ impl TensorFile {
             return self.check_unchanged().map(|()| digest);
         }
         let mut hasher = Sha256::new();
-        let mut buffer = vec![0; CHUNK.min(self.size() as usize)];
-        for start in (0..self.size()).step_by(CHUNK) {
-            let chunk = &mut buffer[..CHUNK.min((self.size() - start) as usize)];
+        let run = self.run();
+        let mut buffer = vec![0; run.min(self.size() as usize)];
+        for start in (0..self.size()).step_by(run) {
+            let chunk = &mut buffer[..run.min((self.size() - start) as usize)];
             self.read_raw(start, chunk)?;
             hasher.update(chunk);
         }
@@ -406,7 +425,8 @@ pub fn same_bytes(
     }
     let (mut same, mut failure) = (true, None);
     let mut buffer = Vec::new();
-    left_file.for_each_chunk(left, &mut |start, bytes| {
+    let run = left_file.run().max(right_file.run());
+    left_file.for_each_run(left, run, &mut |start, bytes| {
         buffer.resize(bytes.len(), 0);
         match right_file.read_into(right, start, &mut buffer) {
             Ok(()) => same = buffer == bytes,

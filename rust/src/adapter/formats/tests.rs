@@ -106,7 +106,8 @@ fn what_is_written_has_the_type_that_was_asked_for() {
     }
     let tiny = WriteOptions { dtype: Some(Dtype::F16), ..as_it_is() };
     let large = Tensor::in_memory(root, "x", Dtype::F32, vec![1], 1e6f32.to_le_bytes().to_vec());
-    let error = tiny.cast(&large.expect("one number")).expect_err("too large");
+    let narrow = tiny.cast(&large.expect("one number")).expect("made when it is read");
+    let error = narrow.read().expect_err("too large");
     assert!(error.to_string().contains("x has values too large for F16"), "{error}");
 }
 

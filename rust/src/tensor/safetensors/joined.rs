@@ -29,14 +29,7 @@ pub(super) struct Joined {
 impl Source for Joined {
     fn stamp(&self) -> Stamp {
         let length = self.end + self.names.len() as u64;
-        let stamps = || self.parts.iter().map(|part| part.source.stamp());
-        let modified = stamps().map(|stamp| stamp.modified).max().unwrap_or(0);
-        // That of all of them, in their order.
-        let identity = stamps().fold((0u64, 0u64), |(device, file), stamp| {
-            let (own_device, own_file) = stamp.identity;
-            (device ^ own_device, file.rotate_left(7) ^ own_file)
-        });
-        Stamp { length, modified, identity }
+        Stamp { length, ..Stamp::of_all(self.parts.iter().map(|part| part.source.stamp())) }
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {

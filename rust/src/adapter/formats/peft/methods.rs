@@ -6,7 +6,8 @@ use std::collections::{BTreeSet, HashMap};
 use serde_json::{Map, Value, json};
 
 use super::config::Method;
-use crate::adapter::factors::{common, of_values};
+use crate::adapter::computed;
+use crate::adapter::factors::common;
 use crate::adapter::formats::parts::{self, Hadamard, Kronecker, Part, Spelling};
 use crate::adapter::matrix::Matrix;
 use crate::adapter::{LayerKind, Module};
@@ -65,7 +66,7 @@ impl Made {
                 tensors.iter().fold(tensors[0].dtype.clone(), |all, one| common(&all, &one.dtype));
             // A product of narrow factors has more digits than they.
             let dtype = common(&dtype, &Dtype::F32);
-            of_values(tensors[0], &dtype, shape.to_vec(), &matrix.values)
+            computed::in_memory(tensors[0], &dtype, shape.to_vec(), &matrix.values)
         };
         match self {
             Self::Stored(tensor, shape) => {
@@ -83,7 +84,7 @@ impl Made {
             Self::Transposed(tensor) => {
                 let matrix = Matrix::read(tensor)?.transposed();
                 let shape = vec![matrix.rows as u64, matrix.columns as u64];
-                of_values(tensor, &tensor.dtype, shape, &matrix.values)
+                computed::in_memory(tensor, &tensor.dtype, shape, &matrix.values)
             }
             Self::Whole([core, a, b], shape) => {
                 let right = Matrix::contract(&Matrix::read(core)?, &Matrix::read(b)?);

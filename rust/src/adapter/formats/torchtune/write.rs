@@ -7,8 +7,9 @@ use indexmap::IndexMap;
 use serde_json::{Value, json};
 
 use super::{A, B, Heads, MAGNITUDE, MODEL_CONFIG, hugging_face_path, is_rotated};
+use crate::adapter::computed;
 use crate::adapter::deltas::RowOrder;
-use crate::adapter::factors::{of_values, times, values};
+use crate::adapter::factors::{times, values};
 use crate::adapter::format::WriteOptions;
 use crate::adapter::formats::peft::{WEIGHTS, config};
 use crate::adapter::{Adapter, Grammar, Initialization, LayerKind};
@@ -202,7 +203,7 @@ fn padded(matrix: &Tensor, [rows, columns]: [u64; 2]) -> Result<Tensor> {
     {
         to[..width].copy_from_slice(from);
     }
-    of_values(matrix, &matrix.dtype, vec![rows, columns], &all)
+    computed::in_memory(matrix, &matrix.dtype, vec![rows, columns], &all)
 }
 
 /// A tensor with its rows as torchtune stores them.
