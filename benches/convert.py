@@ -2,7 +2,7 @@
 
 A conversion of a file of the given size is timed beside `cp` and a SHA-256 of the copy; a merge
 from kohya's file beside the same merge from PEFT's. Shown are medians of interleaved runs and
-their ratios.
+their ratios, and by how much the peak of the memory grows in a conversion that transposes all factors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import hashlib
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +25,23 @@ import numpy as np
 from safetensors.numpy import save_file
 
 WIDTH, RANK = 2048, 64
+
+#: Converts in a process of its own, and prints how many MiB its peak grew by.
+PEAK = """
+import sys
+from pathlib import Path
+import lorafast
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+source, target, base = sys.argv[1:]
+lorafast.inspect(source)
+before = peak()
+lorafast.convert(source, target, to="mlx", base=base, overwrite=True)
+print((peak() - before) / 1024)
+"""
 
 
 def scene(root: Path, megabytes: int) -> tuple[Path, Path, Path]:
@@ -103,6 +122,11 @@ def main() -> None:
         reference = seconds["cp and SHA-256"]
         for name, own in seconds.items():
             print(f"{name:20} {own:8.3f} s   {own / reference:6.2f} x cp and SHA-256")
+        paths = [str(path) for path in (peft, root / "mlx", base)]
+        grown = subprocess.run(
+            [sys.executable, "-c", PEAK, *paths], check=True, capture_output=True, text=True
+        )
+        print(f"peft -> mlx          {float(grown.stdout):8.1f} MiB of memory")
         merges = compare(
             {
                 "merge from PEFT's": lambda: lorafast.merge(

@@ -6,11 +6,13 @@ mod experts;
 mod methods;
 mod modules;
 mod naming;
+mod on_base;
 mod places;
 mod targets;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,7 @@ use crate::parallel::task::Task;
 use crate::storage::local;
 use crate::tensor::dtype::Dtype;
 use modules::Converted;
+use on_base::OnBase;
 use places::Places;
 use targets::{Factors, Piece, Target};
 
@@ -52,8 +55,9 @@ pub struct Report {
     pub target_format: &'static str,
     /// The number of modules that were written.
     pub modules: usize,
-    /// The largest relative difference of a module's update, read back; none where something was left
-    /// out whose share only the base could tell.
+    /// The largest relative difference of a module's update, read back: of DoRA and others that only the
+    /// base's weight makes that of W′ − W, where there is a base. None where something was left out
+    /// whose share only the base could tell.
     pub max_error: Option<f64>,
     /// What was left out, in words.
     pub lost: Vec<String>,
@@ -77,7 +81,7 @@ pub fn convert(
     task: &Task,
 ) -> Result<Report> {
     check_output(output, Target::of(&options.to)?, options.overwrite)?;
-    let adapter = source.open_for(base, task)?;
+    let adapter = Arc::new(source.open_for(base, task)?);
     let obstacles = adapter.obstacles(&[]);
     if !obstacles.is_empty() {
         return Err(Error::unsupported(adapter.path(), obstacles.join("; ")));
@@ -98,7 +102,7 @@ pub(crate) fn check(output: &Path, to: &str, overwrite: bool) -> Result<()> {
 /// # Errors
 /// As [`convert`].
 pub(crate) fn write_adapter(
-    adapter: &Adapter,
+    adapter: &Arc<Adapter>,
     base: Option<&Checkpoint>,
     output: &Path,
     options: &Options,
@@ -186,7 +190,9 @@ pub(crate) fn write_adapter(
         }
     }
     let written = Staged::new(output, target)?;
+    let on_base = base.map(|base| OnBase::new(base, adapter.clone()));
     let mut max_error = 0.0f64;
+    let mut apart = None;
     let mut count = 0;
     for piece in &pieces {
         task.check()?;
@@ -194,7 +200,7 @@ pub(crate) fn write_adapter(
         let path = written.path(piece.folder.as_deref());
         let write = WriteOptions { base, dtype: dtype.clone() };
         format.write(&value, &path, &write)?;
-        let back = AdapterSource::at(&path).open_for(base, task)?;
+        let back = Arc::new(AdapterSource::at(&path).open_for(base, task)?);
         if back.format() != target.name && !target.also_reads_as(back.format()) {
             return Err(Error::adapter(
                 adapter.path(),
@@ -210,18 +216,30 @@ pub(crate) fn write_adapter(
         let of_parameters = experts::resolved(&back);
         let found = by_name(of_parameters.as_ref().unwrap_or(&back));
         let compared = modules::as_read(&piece.converted, &found);
-        max_error = max_error.max(difference::largest(named, &compared, &found, task)?);
+        let of_base = on_base
+            .as_ref()
+            .map(|on_base| |keys: &HashSet<&str>| on_base.errors(back.clone(), keys, task));
+        let of_base = of_base.as_ref().map(|of_base| of_base as &difference::OnBaseOf<'_>);
+        let difference = difference::largest(named, &compared, &found, of_base, task)?;
+        max_error = max_error.max(difference.largest);
+        apart = apart.or(difference.apart);
         count += piece.converted.len();
     }
     adapter.file().check_unchanged()?;
     let files = written.commit()?;
     notes.extend(targets::notes(adapter, target));
+    let is_told = !leaves_magnitudes || apart.is_none();
+    if let Some(reason) = apart.filter(|_| !leaves_magnitudes) {
+        notes.push(format!(
+            "max_error counts DoRA's magnitudes and the products beside them apart: {reason}"
+        ));
+    }
     lost.extend(targets::metadata_left_out(adapter, target));
     Ok(Report {
         source_format: adapter.format(),
         target_format: target.name,
         modules: count,
-        max_error: (!leaves_magnitudes).then_some(max_error),
+        max_error: is_told.then_some(max_error),
         lost,
         notes,
         files,

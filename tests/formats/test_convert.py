@@ -153,7 +153,9 @@ def test_what_has_no_place_is_refused_by_name_or_left_out(tmp_path: Path) -> Non
         lorafast.convert(adapter, target, to="gguf", base=base)
     assert left_in(target.parent) == set()
     report = lorafast.convert(adapter, target, to="gguf", base=base, lossy=True)
-    assert report.max_error is None
+    # With the base it is known how much that is.
+    assert report.max_error is not None
+    assert report.max_error > 0.1
     assert report.lost[0].startswith("DoRA's magnitudes (")
     assert left_in(target.parent) == {"x.gguf"}
 

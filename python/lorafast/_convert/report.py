@@ -19,8 +19,10 @@ class ConversionReport(Result):
         target_format: the name of the format that was written.
         modules: the number of modules that were written.
         max_error: the largest ‖ΔW - ΔW'‖/‖ΔW‖ (Frobenius norms) of any module, ΔW being the
-            source's update and ΔW' what was read back; of DoRA's magnitudes m, ‖m - m'‖/‖m‖ counts
-            as well. `None` where magnitudes were left out, whose share only the base could tell.
+            source's update and ΔW' what was read back. Of DoRA ΔW is W' - W on the base's weight,
+            where there is a base; without one the product and the magnitudes m count apart
+            (‖m - m'‖/‖m‖), and `notes` say so. `None` where magnitudes were left out without a
+            base, which alone could tell their share.
         lost: what was left out, in words; empty unless `lossy`, but for a file's metadata.
         notes: what else a user would want to know.
         files: the paths of the files that were written.

@@ -9,7 +9,7 @@ use super::factors::{Pair, common};
 use crate::error::Result;
 use crate::kernel::convert::{convert, for_each_f64, widen_f64};
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::{Recipe, Tensor, TensorInfo};
+use crate::tensor::safetensors::{CHUNK, Recipe, Tensor, TensorInfo};
 
 /// Elements that are widened together.
 const BLOCK: usize = 512;
@@ -176,7 +176,12 @@ pub fn stacked(tensors: &[Tensor]) -> Result<Tensor> {
     let dtype = tensors.iter().fold(first.dtype.clone(), |all, one| common(&all, &one.dtype));
     let mut shape = first.shape.clone();
     shape[0] = tensors.iter().map(|tensor| tensor.shape[0]).sum();
-    let piece = together(tensors, shape.iter().product());
+    let mut piece = together(tensors, shape.iter().product());
+    if piece.is_some() && tensors.iter().all(|one| one.elements() == first.elements()) {
+        // Some of them whole, as many as one reads together.
+        let part = first.elements().max(1);
+        piece = Some((CHUNK as u64).div_ceil(part * dtype.size() as u64) * part);
+    }
     let (parts, own) = (tensors.to_vec(), dtype.clone());
     let recipe = Recipe::new(move |elements| {
         let mut bytes = Vec::with_capacity((elements.end - elements.start) as usize * own.size());
@@ -325,14 +330,26 @@ pub fn transposed(tensor: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`Delta::pair`].
 pub fn expanded(delta: &Arc<dyn Delta>, expert: Option<Expert>) -> Result<[Tensor; 2]> {
+    let own = delta.clone();
+    changed(delta, move || own.pair(expert, None))
+}
+
+/// The same of the factors that something makes of a delta's.
+///
+/// # Errors
+/// Those of `make`.
+pub fn changed(
+    delta: &Arc<dyn Delta>,
+    make: impl Fn() -> Result<Pair> + Send + Sync + 'static,
+) -> Result<[Tensor; 2]> {
     let tensors = delta.tensors();
-    let like = tensors[0].1;
-    let found = delta.pair(expert, None)?;
+    let (like, make) = (tensors[0].1, Arc::new(make));
+    let found = make()?;
     let [rank, inputs, outputs] = [found.rank, found.inputs, found.outputs].map(|one| one as u64);
     let factor = |dtype: &Dtype, shape: Vec<u64>, of: fn(Pair) -> Vec<u8>| {
-        let (own, size) = (delta.clone(), dtype.size());
+        let (make, size) = (make.clone(), dtype.size());
         let recipe = Recipe::new(move |elements: Range<u64>| {
-            let mut bytes = of(own.pair(expert, None)?);
+            let mut bytes = of(make()?);
             bytes.truncate(elements.end as usize * size);
             bytes.drain(..elements.start as usize * size);
             Ok(bytes)

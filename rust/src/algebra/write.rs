@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use indexmap::IndexMap;
 use serde_json::json;
@@ -75,7 +76,7 @@ impl<'a> Output<'a> {
             scale_is_given: false,
             ..names.semantics().clone()
         };
-        let value = names.made_into(modules, semantics);
+        let value = Arc::new(names.made_into(modules, semantics));
         let provenance = provenance(job)?;
         for input in job.adapters {
             input.check_unchanged()?;

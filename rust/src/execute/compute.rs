@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::accumulator::Real;
 use super::queue;
 use super::rounding::RoundingSums;
-use super::tile::{Prepared, Segment};
+pub(crate) use super::tile::Prepared;
+use super::tile::Segment;
 use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
 use crate::execute::residual::Weight;
@@ -250,6 +251,41 @@ impl Computer<'_> {
         let mut scan =
             |each: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>| self.scan(tensor, &wide, each);
         Prepared::new(self.set, self.inputs, tensor, &wide, removed, &mut scan)
+    }
+
+    /// The same for [`Computer::wide_rows`], of a tensor that is written in f64.
+    ///
+    /// # Errors
+    /// As [`Computer::prepare`].
+    pub fn prepare_wide(&self, tensor: &PlannedTensor) -> Result<Prepared> {
+        let removed = self.removed(tensor)?;
+        let mut scan = |each: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>| {
+            self.scan(tensor, &Dtype::F64, each)
+        };
+        Prepared::new(self.set, self.inputs, tensor, &Dtype::F64, removed, &mut scan)
+    }
+
+    /// Whole rows in f64, as they are and as the updates make them, computed in f64 whatever the
+    /// weight's type.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or that a file changed.
+    pub fn wide_rows(
+        &self,
+        tensor: &PlannedTensor,
+        prepared: &Prepared,
+        rows: &Range<usize>,
+    ) -> Result<[Vec<f64>; 2]> {
+        let from = &tensor.source.dtype;
+        let (first, count) = (rows.start * prepared.columns(), rows.len() * prepared.columns());
+        let mut stored = vec![0; count * from.size()];
+        self.read(tensor, &mut stored, first * from.size())?;
+        let before = kernel::convert::widen_f64(from, &stored);
+        let mut start = before.clone();
+        let (mut scratch, mut after) = (vec![0.0; count], vec![0.0; count]);
+        let segment = prepared.segment(rows);
+        segment.apply(self.set, rows, &mut start, &mut scratch, &mut after)?;
+        Ok([before, after])
     }
 
     /// A whole tensor in f64.

@@ -34,7 +34,7 @@ use header::{PREFIX, Parsed, Positions};
 
 /// Bytes that are looked at together where a whole tensor or file goes by: small enough to stay in
 /// the second-level cache beside what they are held against.
-const CHUNK: usize = 256 << 10;
+pub const CHUNK: usize = 256 << 10;
 
 /// Tensors under one header, and the source from which their data is read: an opened safetensors
 /// file, or tensors in memory.
@@ -320,13 +320,11 @@ impl TensorFile {
 
     /// The bytes of a run, where all of them go by.
     fn run(&self) -> usize {
-        // A multiple of any element's.
-        let piece = self.source.piece().unwrap_or(0).min(self.size()) as usize;
-        piece.next_multiple_of(8).max(CHUNK)
+        (self.source.piece().unwrap_or(0).min(self.size()) as usize).max(CHUNK)
     }
 
     /// Hands a tensor's bytes on in order, run after run with where each begins, until nobody wants
-    /// more. All runs but the last are of one length that is a multiple of any element's.
+    /// more. All runs but the last are of one length that is a multiple of an element's.
     ///
     /// # Errors
     /// As [`TensorFile::read`].

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::parts::{self, Part, Spelling};
 use crate::adapter::factors::times;
 use crate::adapter::format::WriteOptions;
-use crate::adapter::{Adapter, LayerKind, Module};
+use crate::adapter::{Adapter, LayerKind, Module, computed};
 use crate::error::{Error, Result};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::Tensor;
@@ -242,8 +242,7 @@ fn shaped(magnitude: &Tensor, module: &Module, style: &Style) -> Result<Tensor> 
             std::iter::once(outputs).chain(std::iter::repeat_n(1, ones)).collect()
         }
     };
-    let (name, dtype) = (magnitude.name.clone(), magnitude.dtype.clone());
-    Tensor::in_memory(magnitude.file().path(), name, dtype, shape, magnitude.read()?)
+    Ok(computed::reshaped(magnitude, shape))
 }
 
 /// The alpha that gives a module's scale, α/r, in the narrowest type that holds it.

@@ -48,8 +48,11 @@ impl Planned {
     }
 }
 
+/// What takes the bytes of a tensor, one run after the other.
+pub type Take<'a> = dyn FnMut(&[u8]) -> Result<()> + 'a;
+
 /// Writes a GGUF file: whole, or not at all. The bytes of each tensor are asked for by its place, one
-/// after the other.
+/// after the other, and handed over in as many runs as one likes.
 ///
 /// # Errors
 /// [`Error::Argument`] for two tensors of one name, [`Error::Io`], what `bytes` returns.
@@ -57,7 +60,7 @@ pub fn write(
     path: &Path,
     metadata: &[(String, Entry)],
     tensors: &[Planned],
-    mut bytes: impl FnMut(usize) -> Result<Vec<u8>>,
+    mut bytes: impl FnMut(usize, &mut Take<'_>) -> Result<()>,
 ) -> Result<()> {
     let mut names = HashSet::new();
     if let Some(twice) = tensors.iter().find(|tensor| !names.insert(tensor.name.as_str())) {
@@ -72,10 +75,16 @@ pub fn write(
         let file = local::create(&partial)?;
         local::write_at(&file, &beginning, 0).map_err(failed)?;
         for (place, (tensor, start)) in tensors.iter().zip(&starts).enumerate() {
-            let mut content = bytes(place)?;
-            debug_assert_eq!(content.len() as u64, tensor.bytes(), "as planned");
-            content.resize(content.len().next_multiple_of(DEFAULT_ALIGNMENT as usize), 0);
-            local::write_at(&file, &content, beginning.len() as u64 + start).map_err(failed)?;
+            let first = beginning.len() as u64 + start;
+            let mut position = first;
+            bytes(place, &mut |run| {
+                local::write_at(&file, run, position).map_err(failed)?;
+                position += run.len() as u64;
+                Ok(())
+            })?;
+            debug_assert_eq!(position - first, tensor.bytes(), "as planned");
+            let padding = position.next_multiple_of(DEFAULT_ALIGNMENT) - position;
+            local::write_at(&file, &vec![0; padding as usize], position).map_err(failed)?;
         }
         file.sync_all().map_err(failed)?;
         local::rename(&partial, path)

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::kernel::convert::{convert, for_each_f64, widen_f64};
 use crate::limits;
 use crate::tensor::dtype::Dtype;
-use crate::tensor::gguf::write::{Entry, Planned, write};
+use crate::tensor::gguf::write::{Entry, Planned, Take, write};
 
 /// llama.cpp's numbers of file types (`LlamaFileType`).
 const FILE_TYPES: [(Dtype, u32); 3] = [(Dtype::F32, 0), (Dtype::F16, 1), (Dtype::Bf16, 32)];
@@ -66,9 +66,9 @@ pub(super) fn write_adapter(
         planned.extend(pairing.planned());
     }
     let metadata = writer.metadata(&planned);
-    write(target, &metadata, &planned, |place| {
+    write(target, &metadata, &planned, |place, take| {
         let pairing = &pairings[place / 2];
-        if place % 2 == 0 { writer.first(pairing) } else { writer.second(pairing) }
+        if place % 2 == 0 { writer.first(pairing, take) } else { writer.second(pairing, take) }
     })
 }
 
@@ -319,13 +319,12 @@ impl<'a> Writer<'a> {
     }
 
     /// The bytes of the first factor: (r, in), of embeddings transposed; of experts one below the
-    /// other.
-    fn first(&self, pairing: &Pairing<'a>) -> Result<Vec<u8>> {
+    /// other, each handed over by itself.
+    fn first(&self, pairing: &Pairing<'a>, take: &mut Take<'_>) -> Result<()> {
         let (rank, inputs) = (pairing.rank as usize, pairing.inputs as usize);
         let size = pairing.a_dtype.size();
-        let mut all = Vec::new();
         for module in &pairing.modules {
-            let start = all.len();
+            let mut bytes = Vec::new();
             if let Some(module) = module {
                 let pair = self.pair(module)?;
                 let mut values = widen_f64(&pair.a_dtype, &pair.a);
@@ -336,24 +335,25 @@ impl<'a> Writer<'a> {
                         .flat_map(|row| inverse.iter().map(|place| row[*place as usize]))
                         .collect();
                 }
-                all.extend(self.narrowed(&values, &pairing.a_dtype, module)?);
+                bytes = self.narrowed(&values, &pairing.a_dtype, module)?;
             }
-            all.resize(start + rank * inputs * size, 0);
+            bytes.resize(rank * inputs * size, 0);
+            if pairing.own == EMBEDDINGS {
+                bytes = transposed(&bytes, (rank, inputs), &pairing.a_dtype);
+            }
+            take(&bytes)?;
         }
-        Ok(match pairing.own {
-            EMBEDDINGS => transposed(&all, (rank, inputs), &pairing.a_dtype),
-            _ => all,
-        })
+        Ok(())
     }
 
-    /// The bytes of the second factor, (out, r), which holds what the common alpha does not say.
-    fn second(&self, pairing: &Pairing<'a>) -> Result<Vec<u8>> {
+    /// The bytes of the second factor, (out, r), which holds what the common alpha does not say; of
+    /// experts as the first.
+    fn second(&self, pairing: &Pairing<'a>, take: &mut Take<'_>) -> Result<()> {
         let (rank, outputs) = (pairing.rank as usize, pairing.outputs as usize);
         let size = pairing.b_dtype.size();
         let inverse = pairing.orders.outputs.as_ref().map(|order| inverse(order));
-        let mut all = Vec::new();
         for module in &pairing.modules {
-            let start = all.len();
+            let mut bytes = Vec::new();
             if let Some(module) = module {
                 let pair = self.pair(module)?;
                 let factor = self.factor(module, pairing.rank);
@@ -365,11 +365,12 @@ impl<'a> Writer<'a> {
                     values.extend(line.iter().map(|value| value * factor));
                     values.resize((row + 1) * rank, 0.0);
                 }
-                all.extend(self.narrowed(&values, &pairing.b_dtype, module)?);
+                bytes = self.narrowed(&values, &pairing.b_dtype, module)?;
             }
-            all.resize(start + outputs * rank * size, 0);
+            bytes.resize(outputs * rank * size, 0);
+            take(&bytes)?;
         }
-        Ok(all)
+        Ok(())
     }
 
     fn narrowed(&self, values: &[f64], dtype: &Dtype, module: &Module) -> Result<Vec<u8>> {

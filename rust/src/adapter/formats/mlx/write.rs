@@ -1,23 +1,22 @@
 //! An adapter written as MLX's: factors transposed, one rank and one scale in all.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use indexmap::IndexMap;
 use serde_json::json;
 
 use super::{CONTAINERS, WEIGHTS};
-use crate::adapter::deltas::transposed;
 use crate::adapter::factors::Pair;
 use crate::adapter::format::WriteOptions;
 use crate::adapter::formats::peft::config;
-use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module, expert_factors};
-use crate::error::{Error, Owner, Result};
+use crate::adapter::{
+    Adapter, Expert, Grammar, Initialization, LayerKind, Module, computed, expert_factors,
+};
+use crate::error::{Error, Result};
 use crate::kernel::convert::widen_f64;
 use crate::storage::local;
-use crate::storage::memory::Bytes;
 use crate::tensor::dtype::Dtype;
-use crate::tensor::safetensors::{NamedTensor, Tensor, TensorFile, write};
+use crate::tensor::safetensors::{Tensor, write};
 
 pub(super) fn write_adapter(
     adapter: &Adapter,
@@ -153,6 +152,7 @@ fn layers(keys: &[String]) -> u64 {
 }
 
 /// The common rank, and what a module's second factor is multiplied by.
+#[derive(Clone, Copy)]
 struct Layout {
     rank: u64,
     factor: f64,
@@ -160,49 +160,41 @@ struct Layout {
 
 impl Layout {
     /// The factors of a module, transposed.
-    fn pair(&self, module: &Module) -> Result<[Tensor; 2]> {
-        let pair = self.filled(module.pair(None, None, None)?);
-        let (rank, inputs, outputs) = (pair.rank, pair.inputs, pair.outputs);
-        let turned = |bytes: &[u8], extents, dtype: &Dtype| transposed(bytes, extents, dtype);
-        let (first, second) = if module.delta.is_by_tokens() {
+    fn pair(self, module: &Module) -> Result<[Tensor; 2]> {
+        let [a, b] = self.factors(module, None)?;
+        if module.delta.is_by_tokens() {
             // Outputs are tokens: lora_a is B as it stands, and lora_b is A.
-            let shapes = [vec![outputs as u64, rank as u64], vec![rank as u64, inputs as u64]];
-            let [a, b] = shapes;
-            ((pair.b_dtype, a, pair.b), (pair.a_dtype, b, pair.a))
-        } else {
-            let a = turned(&pair.a, (rank, inputs), &pair.a_dtype);
-            let b = turned(&pair.b, (outputs, rank), &pair.b_dtype);
-            (
-                (pair.a_dtype, vec![inputs as u64, rank as u64], a),
-                (pair.b_dtype, vec![rank as u64, outputs as u64], b),
-            )
-        };
-        Ok([tensor(first)?, tensor(second)?])
+            return Ok([b, a]);
+        }
+        Ok([computed::transposed(&a)?, computed::transposed(&b)?])
     }
 
     /// The factors of all experts, one after the other.
-    fn experts(&self, module: &Module) -> Result<[Tensor; 2]> {
-        let (mut a, mut b) = (Vec::new(), Vec::new());
-        let mut last: Option<Pair> = None;
+    fn experts(self, module: &Module) -> Result<[Tensor; 2]> {
+        let (mut first, mut second) = (Vec::new(), Vec::new());
         let count = module.products().count() as u64;
         for index in 0..count {
-            let pair = self.filled(module.pair(Some(Expert { index, count }), None, None)?);
-            a.extend_from_slice(&pair.a);
-            b.extend_from_slice(&pair.b);
-            last = Some(pair);
+            let factors = self.factors(module, Some(Expert { index, count }))?;
+            let [a, b] = factors.map(|one| {
+                let shape = [1, one.shape[0], one.shape[1]];
+                computed::reshaped(&one, shape.to_vec())
+            });
+            first.push(a);
+            second.push(b);
         }
-        let Some(Pair { a_dtype, b_dtype, rank, outputs, inputs, .. }) = last else {
+        if count == 0 {
             return Err(Error::Argument(format!("{} has no experts", module.key)));
-        };
-        let (rank, outputs, inputs) = (rank as u64, outputs as u64, inputs as u64);
-        Ok([
-            tensor((a_dtype, vec![count, rank, inputs], a))?,
-            tensor((b_dtype, vec![count, outputs, rank], b))?,
-        ])
+        }
+        Ok([computed::stacked(&first)?, computed::stacked(&second)?])
+    }
+
+    fn factors(self, module: &Module, expert: Option<Expert>) -> Result<[Tensor; 2]> {
+        let delta = module.delta.clone();
+        computed::changed(&module.delta, move || Ok(self.filled(delta.pair(expert, None)?)))
     }
 
     /// The same product of the common rank, without a factor.
-    fn filled(&self, mut pair: Pair) -> Pair {
+    fn filled(self, mut pair: Pair) -> Pair {
         if self.factor != 1.0 {
             let (_, exponent) = (self.factor, self.factor.abs().log2());
             let is_power = exponent.fract() == 0.0;
@@ -236,12 +228,4 @@ impl Layout {
         }
         pair
     }
-}
-
-fn tensor((dtype, shape, bytes): (Dtype, Vec<u64>, Vec<u8>)) -> Result<Tensor> {
-    let name = "factor".to_owned();
-    let bytes = Some(Bytes::Loaded(bytes));
-    let tensor = NamedTensor { name: name.clone(), dtype, shape, bytes };
-    let file = TensorFile::in_memory(Path::new(&name), Owner::Adapter, vec![tensor], None)?;
-    Ok(Arc::new(file).value(&name).expect("the one that it holds"))
 }

@@ -9,10 +9,9 @@ use serde_json::{Map, Value, json};
 use super::config::Method;
 use super::methods::{self, Laid};
 use super::{WEIGHTS, config, key_names};
-use crate::adapter::deltas::transposed;
 use crate::adapter::factors::Pair;
 use crate::adapter::format::WriteOptions;
-use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module};
+use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module, computed};
 use crate::error::{Error, Result};
 use crate::storage::local;
 use crate::tensor::safetensors::{Tensor, write};
@@ -140,18 +139,16 @@ fn factors_of(module: &Module) -> Result<Option<(Tensor, Tensor)>> {
     }
     if module.delta.is_by_tokens() {
         // PEFT's embedding is the transpose of its product, and has a magnitude for each column.
-        let pair = module.pair(None, None, None)?;
-        let is_plain = module.magnitude.is_none() && module.bias.is_none();
-        return is_plain.then(|| by_tokens(module, &pair)).transpose();
+        if module.magnitude.is_some() || module.bias.is_some() {
+            return Ok(None);
+        }
+        let [a, b] = computed::expanded(&module.delta, None)?;
+        return Ok(Some((computed::transposed(&b)?, computed::transposed(&a)?)));
     }
     if !module.delta.is_low_rank() || module.kind == LayerKind::Convolution {
         return Ok(None);
     }
-    let pair = module.pair(None, None, None)?;
-    let [rank, inputs, outputs] = [pair.rank, pair.inputs, pair.outputs].map(|each| each as u64);
-    let name = Path::new(&module.path);
-    let a = Tensor::in_memory(name, "A", pair.a_dtype, vec![rank, inputs], pair.a)?;
-    let b = Tensor::in_memory(name, "B", pair.b_dtype, vec![outputs, rank], pair.b)?;
+    let [a, b] = computed::expanded(&module.delta, None)?;
     Ok(Some((a, b)))
 }
 
@@ -196,17 +193,6 @@ fn factors_of_experts(module: &Module, layout: ExpertLayout) -> Result<[Tensor; 
         Tensor::in_memory(name, "A", a_dtype, a_shape, a)?,
         Tensor::in_memory(name, "B", b_dtype, b_shape, b)?,
     ])
-}
-
-/// The factors of an embedding whose product is its weight's, as those of the product's transpose.
-fn by_tokens(module: &Module, pair: &Pair) -> Result<(Tensor, Tensor)> {
-    let [rank, inputs, outputs] = [pair.rank, pair.inputs, pair.outputs].map(|each| each as u64);
-    let name = Path::new(&module.path);
-    let a = transposed(&pair.b, (pair.outputs, pair.rank), &pair.b_dtype);
-    let b = transposed(&pair.a, (pair.rank, pair.inputs), &pair.a_dtype);
-    let a = Tensor::in_memory(name, "A", pair.b_dtype.clone(), vec![rank, outputs], a)?;
-    let b = Tensor::in_memory(name, "B", pair.a_dtype.clone(), vec![inputs, rank], b)?;
-    Ok((a, b))
 }
 
 /// The value that most modules have, the first of those.
