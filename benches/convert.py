@@ -2,7 +2,7 @@
 
 A conversion of a file of the given size is timed beside `cp` and a SHA-256 of the copy; a merge
 from kohya's file beside the same merge from PEFT's. Shown are medians of interleaved runs and
-their ratios, and by how much the peak of the memory grows in a conversion that transposes all factors.
+their ratios, and by how much the peak of the memory grows in one that transposes all factors.
 """
 
 from __future__ import annotations
