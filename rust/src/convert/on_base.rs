@@ -108,7 +108,11 @@ fn planned(inputs: &Inputs, task: &Task) -> Result<std::result::Result<Plan, Str
             | Error::Unsupported { .. }
             | Error::Checkpoint { .. }
             | Error::Argument(_)),
-        ) => Ok(Err(error.to_string())),
+        ) => {
+            // What is written lies at that place for a moment only.
+            let place = format!("{}: ", inputs.adapters[0].path().display());
+            Ok(Err(error.to_string().replace(&place, "")))
+        }
         Err(error) => Err(error),
     }
 }
