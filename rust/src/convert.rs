@@ -216,9 +216,12 @@ pub(crate) fn write_adapter(
         let of_parameters = experts::resolved(&back);
         let found = by_name(of_parameters.as_ref().unwrap_or(&back));
         let compared = modules::as_read(&piece.converted, &found);
-        let of_base = on_base
-            .as_ref()
-            .map(|on_base| |keys: &HashSet<&str>| on_base.errors(back.clone(), keys, task));
+        let of_base = on_base.as_ref().map(|on_base| {
+            |keys: &HashSet<&str>| {
+                let placed = in_folder(&back, piece.folder.as_deref());
+                on_base.errors(placed.unwrap_or_else(|| back.clone()), keys, task)
+            }
+        });
         let of_base = of_base.as_ref().map(|of_base| of_base as &difference::OnBaseOf<'_>);
         let difference = difference::largest(named, &compared, &found, of_base, task)?;
         max_error = max_error.max(difference.largest);
@@ -277,6 +280,17 @@ fn adapter_of(source: &Adapter, piece: &Piece, target: &Target) -> Adapter {
         false => (Vec::new(), Vec::new()),
     };
     source.renamed(modules, saved, rows, grammar).rewritten()
+}
+
+/// An adapter that lies in a component's folder, under names that begin with the component.
+fn in_folder(adapter: &Adapter, folder: Option<&str>) -> Option<Arc<Adapter>> {
+    let folder = folder?;
+    let placed = |(key, module): (&String, &Module)| {
+        (key.clone(), Module { path: format!("{folder}.{}", module.path), ..module.clone() })
+    };
+    let modules = adapter.modules().iter().map(placed).collect();
+    let (saved, rows) = (adapter.saved().to_vec(), adapter.trained_rows().to_vec());
+    Some(Arc::new(adapter.renamed(modules, saved, rows, adapter.grammar())))
 }
 
 /// The modules of a written adapter by their keys, and by their paths where no key is so.

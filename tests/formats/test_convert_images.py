@@ -139,3 +139,13 @@ def test_diffusers_loads_what_is_written_for_it(tmp_path: Path) -> None:
     model.unload_lora()
     for name, value in model.state_dict().items():
         np.testing.assert_allclose(value.numpy(), expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_the_error_of_dora_is_found_in_every_component(to: Any, tmp_path: Path) -> None:
+    base, file = scene(tmp_path, "sdxl", 1.5, dora=True)
+    output = tmp_path / ("peft" if to == "peft" else f"{to}.safetensors")
+    report = lorafast.convert(file, output, to=to, base=base, dtype="bfloat16")
+    assert report.max_error is not None
+    assert 1e-3 < report.max_error < 1e-2
+    assert not any("apart" in note for note in report.notes)
