@@ -28,7 +28,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 pub use coverage::{Coverage, PartUse, Usage};
-pub use delta::{Delta, Expert, Transform};
+pub use delta::{Delta, Expert, Formula, Transform};
 pub use directory::Directory;
 pub use semantics::{Initialization, Semantics, TransposedExperts};
 
@@ -265,7 +265,7 @@ pub enum Grammar {
 }
 
 /// What an adapter holds, as a format reads it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Contents {
     /// What messages call it: the path that was opened.
     pub path: PathBuf,
@@ -300,7 +300,7 @@ pub struct Contents {
 }
 
 /// A read adapter.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Adapter {
     contents: Contents,
 }

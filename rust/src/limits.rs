@@ -29,5 +29,7 @@ pub const ASSIGNMENTS: usize = 100_000;
 pub const LEADING_PARTS: usize = 64;
 /// The most model types of a config and of those within it.
 pub const MODEL_TYPES: usize = 64;
+/// The most terms of the series of a rotation (`num_cayley_neumann_terms`).
+pub const SERIES: u64 = 1_000;
 /// The most worker threads.
 pub const THREADS: usize = 1_024;

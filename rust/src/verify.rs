@@ -13,6 +13,7 @@ mod exact;
 mod matching;
 mod quantized;
 pub mod subtraction;
+mod transforms;
 
 use std::ops::Range;
 use std::path::Path;

@@ -513,6 +513,9 @@ REFUSALS = (
         by_hand={"megatron_config": {"tensor_model_parallel_size": 2}},
     ),
     Refusal(
-        "Types other than LoRA, LoHa, LoKr, IA3", lora("lin0"), "OFT", by_hand={"peft_type": "OFT"}
+        "Types other than LoRA, LoHa, LoKr, IA3, OFT",
+        lora("lin0"),
+        "BOFT",
+        by_hand={"peft_type": "BOFT"},
     ),
 )

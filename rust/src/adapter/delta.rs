@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::deltas::{Generalized, Orthogonal, RescaledInputs, RotatedInputs, Scaled};
 use super::factors::Pair;
 use super::matrix::Matrix;
 use crate::error::Result;
@@ -128,17 +129,39 @@ pub trait Transform {
     fn name(&self) -> &'static str;
 
     /// Makes the new weight of the old one, (outputs, inputs) with a kernel among the inputs, or of a
-    /// layer's bias, whose elements are rows.
+    /// layer's bias, whose elements are rows. `outputs` says which rows these are, where the weight is
+    /// stored in pieces: some for which [`Transform::is_of_rows`] holds.
     ///
     /// # Errors
     /// [`crate::Error::Adapter`] if a file changed meanwhile or holds what cannot be computed with,
     /// [`crate::Error::Io`].
-    fn apply(&self, weight: &mut Matrix, scaling: f64) -> Result<()>;
+    fn apply(&self, weight: &mut Matrix, scaling: f64, outputs: Option<&Range<u64>>) -> Result<()>;
+
+    /// Whether it makes these rows of themselves alone, so that a piece of a weight can be changed.
+    fn is_of_rows(&self, outputs: &Range<u64>) -> bool;
+
+    /// The formula and its tensors, for whoever computes it in a way of his own.
+    fn formula(&self) -> Formula<'_>;
 
     /// Whether the layer's bias, where there is one, is changed in the same way.
     fn changes_bias(&self) -> bool {
         false
     }
+}
+
+/// The formulas of transforms, each with the tensors and settings that it is made from.
+#[derive(Debug, Clone, Copy)]
+pub enum Formula<'a> {
+    /// GLoRA.
+    Generalized(&'a Generalized),
+    /// IA³.
+    Scaled(&'a Scaled),
+    /// LyCORIS's orthogonal blocks of outputs.
+    Orthogonal(&'a Orthogonal),
+    /// PEFT's orthogonal blocks of inputs.
+    RotatedInputs(&'a RotatedInputs),
+    /// DoRA of the inputs.
+    RescaledInputs(&'a RescaledInputs),
 }
 
 /// One of the experts whose factors a module holds together.

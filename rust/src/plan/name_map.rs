@@ -120,7 +120,8 @@ impl<'a> NameMap<'a> {
             let mut slices = AdapterSlices::new();
             for module in adapter.modules().values() {
                 let found = self.names.canonical(&format!("{}.{kind}", module.path));
-                if let Some(slice) = found.slice {
+                // Of a module of no product it may be unknown, which is 0.
+                if let Some(slice) = found.slice.filter(|_| module.outputs() > 0) {
                     let slice = AdapterSlice { slot: slice.slot, outputs: module.outputs() };
                     slices.entry(found.name).or_default().push(slice);
                 }

@@ -188,6 +188,7 @@ impl Update {
     }
 
     /// Makes of the rows on which it lies what it makes of them: all of them, as they are stored.
+    /// Where it lies on some of its module's outputs alone, the rows are these.
     ///
     /// # Errors
     /// As [`Update::pair`].
@@ -197,11 +198,12 @@ impl Update {
     pub fn transform(&self, adapter: &Adapter, weight: &mut Matrix) -> Result<()> {
         let module = &adapter.modules()[&self.module];
         let transform = module.delta.transform().expect("planned from it");
+        let outputs = self.slice.outputs.as_ref();
         match self.orientation() {
-            Orientation::OutIn => transform.apply(weight, self.scale),
+            Orientation::OutIn => transform.apply(weight, self.scale, outputs),
             Orientation::InOut => {
                 let mut turned = weight.transposed();
-                transform.apply(&mut turned, self.scale)?;
+                transform.apply(&mut turned, self.scale, outputs)?;
                 *weight = turned.transposed();
                 Ok(())
             }

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use crate::adapter::matrix::Matrix;
 use crate::error::Result;
 use crate::execute::compute::Computer;
 use crate::kernel::PRODUCT_ERROR;
@@ -11,7 +10,7 @@ use crate::plan::{PlannedTensor, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
 
-use super::{Arithmetic, Change};
+use super::{Arithmetic, Change, transforms};
 
 /// How often PEFT's merge rounds what one adapter adds at most, beyond the last time: its product,
 /// the scaled product, and a sum before the last one (in attention's projections).
@@ -216,14 +215,27 @@ impl<'a> ExactRow<'a> {
 
     /// What a transform makes of all of its rows.
     fn transformed(&self, update: &Update, term: &Term) -> Result<Vec<f64>> {
-        let mut whole = Matrix::zeros(term.row_range.len(), self.columns);
-        for (place, row) in term.row_range.clone().enumerate() {
+        let mut start = Vec::with_capacity(term.row_range.len());
+        for row in term.row_range.clone() {
             self.computer.task.check()?;
-            let start = self.row(row, &self.base(row)?, term.stage, |_, _| {}).0;
-            whole.row_mut(place).copy_from_slice(&start);
+            start.push(self.row(row, &self.base(row)?, term.stage, |_, _| {}).0);
         }
-        update.transform(&self.computer.inputs.adapters[update.adapter], &mut whole)?;
-        Ok(whole.values)
+        let module = &self.computer.inputs.adapters[update.adapter].modules()[&update.module];
+        let formula = module.delta.transform().expect("planned from it").formula();
+        let (rows, columns, outputs) = (start.len(), self.columns, update.slice.outputs.as_ref());
+        match update.orientation() {
+            Orientation::OutIn => {
+                let weight = |row: usize, column: usize| start[row][column];
+                transforms::exact(formula, &weight, [rows, columns], update.scale, outputs)
+            }
+            Orientation::InOut => {
+                let weight = |row: usize, column: usize| start[column][row];
+                let turned =
+                    transforms::exact(formula, &weight, [columns, rows], update.scale, outputs)?;
+                let row = |row: usize| turned.iter().skip(row).step_by(rows);
+                Ok((0..rows).flat_map(row).copied().collect())
+            }
+        }
     }
 
     fn column_scales(&self, term: &Term) -> Result<Vec<f64>> {

@@ -1,10 +1,10 @@
-//! What is made of a whole weight, and is no sum with a product that the adapter holds: GLoRA, IA³,
-//! orthogonal blocks, and DoRA whose magnitudes are the inputs'.
+//! What is made of a whole weight, and is no sum with a product that the adapter holds: GLoRA, IA³, and
+//! DoRA whose magnitudes are the inputs'.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::adapter::delta::{Delta, Expert, Transform};
+use crate::adapter::delta::{Delta, Expert, Formula, Transform};
 use crate::adapter::factors::Pair;
 use crate::adapter::matrix::Matrix;
 use crate::error::{Error, Result};
@@ -12,12 +12,17 @@ use crate::kernel::convert::widen_f64;
 use crate::tensor::safetensors::Tensor;
 
 /// That there is no product without the base's weight.
-fn no_product<T>(tensor: &Tensor, what: &str) -> Result<T> {
+pub(super) fn no_product<T>(tensor: &Tensor, what: &str) -> Result<T> {
     let message = format!(
         "{} is a part of {what}, of which only the base's weight makes an update",
         tensor.name
     );
     Err(Error::unsupported(tensor.file().path(), message))
+}
+
+/// The first of some rows.
+pub(super) fn first_of(outputs: Option<&Range<u64>>) -> usize {
+    outputs.map_or(0, |outputs| outputs.start as usize)
 }
 
 /// W + s·(W·(a1·a2) + b1·b2), the first over the input channels (GLoRA; Chavan et al. 2023,
@@ -28,18 +33,22 @@ pub struct Generalized {
     pub of_weight: [Tensor; 2],
     /// (out, r) and (r, in, k…).
     pub added: [Tensor; 2],
+    /// What lies between these two in Tucker's form, (r, r, k…); the second is then (r, in).
+    pub core: Option<Tensor>,
 }
 
 impl Delta for Generalized {
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         let [a1, a2] = &self.of_weight;
         let [b1, b2] = &self.added;
-        vec![
+        let mut tensors = vec![
             ("the left factor on the weight", a1),
             ("the right factor on the weight", a2),
             ("the left factor beside it", b1),
             ("the right factor beside it", b2),
-        ]
+        ];
+        tensors.extend(self.core.iter().map(|core| ("the core between these", core)));
+        tensors
     }
 
     fn outputs(&self) -> u64 {
@@ -47,7 +56,10 @@ impl Delta for Generalized {
     }
 
     fn input_shape(&self) -> Vec<u64> {
-        self.added[1].shape[1..].to_vec()
+        match &self.core {
+            Some(core) => [&self.added[1].shape[1..2], &core.shape[2..]].concat(),
+            None => self.added[1].shape[1..].to_vec(),
+        }
     }
 
     fn rank(&self) -> u64 {
@@ -84,11 +96,24 @@ impl Transform for Generalized {
         "GLoRA"
     }
 
-    fn apply(&self, weight: &mut Matrix, scaling: f64) -> Result<()> {
+    fn is_of_rows(&self, _outputs: &Range<u64>) -> bool {
+        true
+    }
+
+    fn formula(&self) -> Formula<'_> {
+        Formula::Generalized(self)
+    }
+
+    fn apply(&self, weight: &mut Matrix, scaling: f64, outputs: Option<&Range<u64>>) -> Result<()> {
         let [a1, a2] = &self.of_weight;
         let [b1, b2] = &self.added;
         let (a1, a2) = (Matrix::read(a1)?, Matrix::read(a2)?);
-        let added = Matrix::read(b1)?.times(&Matrix::read(b2)?);
+        let right = match &self.core {
+            Some(core) => Matrix::contract(&Matrix::read(core)?, &Matrix::read(b2)?),
+            None => Matrix::read(b2)?,
+        };
+        let added = Matrix::read(b1)?.times(&right);
+        let first = first_of(outputs);
         let kernel = weight.columns / a1.rows;
         let mut middle = vec![0.0; a1.columns];
         for row in 0..weight.rows {
@@ -109,7 +134,10 @@ impl Transform for Generalized {
                     target[channel * kernel + place] += scaling * terms.sum::<f64>();
                 }
             }
-            target.iter_mut().zip(added.row(row)).for_each(|(to, from)| *to += scaling * from);
+            target
+                .iter_mut()
+                .zip(added.row(first + row))
+                .for_each(|(to, from)| *to += scaling * from);
         }
         Ok(())
     }
@@ -176,11 +204,25 @@ impl Transform for Scaled {
         "IA3"
     }
 
-    fn apply(&self, weight: &mut Matrix, _scaling: f64) -> Result<()> {
+    fn is_of_rows(&self, _outputs: &Range<u64>) -> bool {
+        true
+    }
+
+    fn formula(&self) -> Formula<'_> {
+        Formula::Scaled(self)
+    }
+
+    fn apply(
+        &self,
+        weight: &mut Matrix,
+        _scaling: f64,
+        outputs: Option<&Range<u64>>,
+    ) -> Result<()> {
         let mut factors = self.vector.read_f64()?;
         if self.less_one {
             factors.iter_mut().for_each(|factor| *factor += 1.0);
         }
+        let first = first_of(outputs);
         let kernel = weight.columns / factors.len().max(1);
         for row in 0..weight.rows {
             let values = weight.row_mut(row);
@@ -189,7 +231,7 @@ impl Transform for Scaled {
                     values.iter_mut().for_each(|value| *value *= factor);
                 }
             } else {
-                values.iter_mut().for_each(|value| *value *= factors[row]);
+                values.iter_mut().for_each(|value| *value *= factors[first + row]);
             }
         }
         Ok(())
@@ -198,160 +240,6 @@ impl Transform for Scaled {
     fn changes_bias(&self) -> bool {
         self.with_bias
     }
-}
-
-/// Runs of outputs turned by orthogonal matrices: Diag-OFT (Qiu et al. 2023, arXiv:2306.07280), or in
-/// stages with butterflies between them BOFT (Liu et al. 2024, arXiv:2311.06243), as LyCORIS has them.
-#[derive(Debug, Clone)]
-pub struct Orthogonal {
-    /// (n, b, b), or (stages, n, b, b).
-    pub blocks: Tensor,
-    /// The constraint on the blocks' joint norm, a share of the outputs; none without one.
-    pub constraint: Option<Tensor>,
-    /// A factor on each output.
-    pub rescale: Option<Tensor>,
-}
-
-impl Orthogonal {
-    fn is_staged(&self) -> bool {
-        self.blocks.shape.len() == 4
-    }
-
-    /// R = (I + Q)·(I − Q)⁻¹ of every block, with Q = X − Xᵀ, which is shrunk where all of them
-    /// together are larger than the constraint allows.
-    fn rotations(&self) -> Result<Vec<Matrix>> {
-        let extent = self.blocks.shape[self.blocks.shape.len() - 1] as usize;
-        let values = self.blocks.read_f64()?;
-        let mut skew: Vec<Matrix> = values
-            .chunks_exact(extent * extent)
-            .map(|block| {
-                let block = Matrix { rows: extent, columns: extent, values: block.to_vec() };
-                let transposed = block.transposed();
-                let pairs = block.values.iter().zip(&transposed.values);
-                let values = pairs.map(|(value, other)| value - other).collect();
-                Matrix { values, ..transposed }
-            })
-            .collect();
-        let allowed = match &self.constraint {
-            Some(constraint) => constraint.read_f64()?[0] * self.outputs() as f64,
-            None => 0.0,
-        };
-        let all = skew.iter().flat_map(|block| &block.values);
-        let norm = all.map(|value| value * value).sum::<f64>().sqrt();
-        if allowed > 0.0 && norm > allowed {
-            let factor = allowed / norm;
-            skew.iter_mut().flat_map(|block| &mut block.values).for_each(|value| *value *= factor);
-        }
-        let rotation = |skew: Matrix| {
-            let (mut plus, mut minus) = (Matrix::identity(extent), Matrix::identity(extent));
-            plus.values.iter_mut().zip(&skew.values).for_each(|(to, from)| *to += from);
-            minus.values.iter_mut().zip(&skew.values).for_each(|(to, from)| *to -= from);
-            // The two commute.
-            minus.solve(&plus).ok_or_else(|| {
-                let message = format!("{} holds numbers that are not finite", self.blocks.name);
-                Error::adapter(self.blocks.file().path(), message)
-            })
-        };
-        skew.into_iter().map(rotation).collect()
-    }
-}
-
-impl Delta for Orthogonal {
-    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        let constraint = self.constraint.iter().map(|tensor| ("the constraint", tensor));
-        let rescale = self.rescale.iter().map(|tensor| ("the factors on the outputs", tensor));
-        let blocks = std::iter::once(("the orthogonal blocks", &self.blocks));
-        blocks.chain(constraint).chain(rescale).collect()
-    }
-
-    fn outputs(&self) -> u64 {
-        let shape = &self.blocks.shape;
-        shape[shape.len() - 3] * shape[shape.len() - 1]
-    }
-
-    /// 0, for nothing tells it.
-    fn input_shape(&self) -> Vec<u64> {
-        vec![0]
-    }
-
-    fn rank(&self) -> u64 {
-        self.blocks.shape[self.blocks.shape.len() - 1]
-    }
-
-    fn form(&self) -> String {
-        "Orthogonal".to_owned()
-    }
-
-    fn pair(&self, _expert: Option<Expert>, _outputs: Option<&Range<u64>>) -> Result<Pair> {
-        no_product(&self.blocks, "an orthogonal adapter")
-    }
-
-    fn transform(&self) -> Option<&dyn Transform> {
-        Some(self)
-    }
-
-    fn has_product(&self) -> bool {
-        false
-    }
-
-    fn algorithm(&self) -> &'static str {
-        if self.is_staged() { "BOFT" } else { "OFT" }
-    }
-}
-
-impl Transform for Orthogonal {
-    fn name(&self) -> &'static str {
-        if self.is_staged() { "BOFT" } else { "Diag-OFT" }
-    }
-
-    fn apply(&self, weight: &mut Matrix, _scaling: f64) -> Result<()> {
-        let rotations = self.rotations()?;
-        let extent = rotations[0].rows;
-        if self.is_staged() {
-            let count = self.blocks.shape[1] as usize;
-            for (stage, rotations) in rotations.chunks_exact(count).enumerate() {
-                let order = butterfly(weight.rows, (extent << stage) / 2);
-                let mut gathered = Matrix::zeros(weight.rows, weight.columns);
-                for (place, row) in order.iter().enumerate() {
-                    gathered.row_mut(place).copy_from_slice(weight.row(*row));
-                }
-                turn(&mut gathered, rotations);
-                for (place, row) in order.iter().enumerate() {
-                    weight.row_mut(*row).copy_from_slice(gathered.row(place));
-                }
-            }
-        } else {
-            let transposed: Vec<Matrix> = rotations.iter().map(Matrix::transposed).collect();
-            turn(weight, &transposed);
-        }
-        if let Some(rescale) = &self.rescale {
-            for (row, factor) in rescale.read_f64()?.into_iter().enumerate() {
-                weight.row_mut(row).iter_mut().for_each(|value| *value *= factor);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Multiplies each run of rows by its matrix.
-fn turn(weight: &mut Matrix, matrices: &[Matrix]) {
-    let columns = weight.columns;
-    let extent = matrices[0].rows;
-    for (matrix, rows) in matrices.iter().zip(weight.values.chunks_exact_mut(extent * columns)) {
-        let run = Matrix { rows: extent, columns, values: rows.to_vec() };
-        rows.copy_from_slice(&matrix.times(&run).values);
-    }
-}
-
-/// Which row goes to each place where those that are `half` apart come to lie side by side.
-fn butterfly(rows: usize, half: usize) -> Vec<usize> {
-    let mut order = vec![0; rows];
-    for row in 0..rows {
-        let (run, within) = (row / (2 * half), row % (2 * half));
-        let place = run * 2 * half + 2 * (within % half) + within / half;
-        order[place] = row;
-    }
-    order
 }
 
 /// DoRA whose magnitudes are the inputs': m/‖V‖ ∘ V with V = W + s·B·A, a norm for each input over
@@ -421,7 +309,21 @@ impl Transform for RescaledInputs {
         "DoRA of the inputs"
     }
 
-    fn apply(&self, weight: &mut Matrix, scaling: f64) -> Result<()> {
+    /// The norms run over all of them.
+    fn is_of_rows(&self, outputs: &Range<u64>) -> bool {
+        *outputs == (0..self.outputs())
+    }
+
+    fn formula(&self) -> Formula<'_> {
+        Formula::RescaledInputs(self)
+    }
+
+    fn apply(
+        &self,
+        weight: &mut Matrix,
+        scaling: f64,
+        _outputs: Option<&Range<u64>>,
+    ) -> Result<()> {
         let pair = self.delta.pair(None, None)?;
         let b = Matrix {
             rows: pair.outputs,

@@ -50,6 +50,10 @@ pub enum Part {
     OrthogonalBlocks,
     /// The factor on each output beside them.
     Rescale,
+    /// What stands above the diagonals of PEFT's orthogonal blocks.
+    OrthogonalElements,
+    /// The same of an embedding.
+    EmbeddingElements,
     /// What cannot be read, and in words what it is.
     Refused(&'static str),
 }
@@ -117,7 +121,7 @@ const T_LORA: &str = "a part of a T-LoRA, whose update needs the factors that it
                       come from a decomposition of the base";
 const SPARSE: &str = "a sparse part that early releases of LyCORIS wrote beside the factors";
 const FORK: &str = "of a fork that changes how magnitudes are applied";
-const OFT: &str = "a part of an OFT as PEFT and OneTrainer write it";
+const OFT: &str = "a part of an OFT of early releases of LyCORIS";
 const WHOLE: &str = "a parameter that replaces the base's, or widens it, as Flux's control adapters \
                      have it";
 
@@ -183,7 +187,8 @@ const ENDINGS: &[(&str, Part, Spelling)] = &[
     (".wd_for_diff", Part::Refused(FORK), Spelling::Lycoris),
     (".bora_scale_r", Part::Refused(FORK), Spelling::Lycoris),
     (".bora_scale_c", Part::Refused(FORK), Spelling::Lycoris),
-    (".oft_R.weight", Part::Refused(OFT), Spelling::Peft),
+    (".oft_R.weight", Part::OrthogonalElements, Spelling::Peft),
+    (".oft_embedding_R.weight", Part::EmbeddingElements, Spelling::Peft),
     (".oft_diag", Part::Refused(OFT), Spelling::Lycoris),
     (".set_weight", Part::Refused(WHOLE), Spelling::Shared),
     (".reshape_weight", Part::Refused(WHOLE), Spelling::Shared),

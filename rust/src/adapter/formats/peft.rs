@@ -128,7 +128,7 @@ fn assemble(
     let fields = config.uses();
     let sort = match config.method() {
         Method::Lora => keys::sort,
-        Method::Loha | Method::Lokr | Method::Ia3 => others::sort,
+        Method::Loha | Method::Lokr | Method::Ia3 | Method::Oft => others::sort,
     };
     let sorted = sort(&file, &config, Wrappers::of(place.base), task).map_err(|error| {
         // Factors that do not pair up are no damage where the config says why.

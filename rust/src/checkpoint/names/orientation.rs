@@ -50,7 +50,11 @@ fn may_be_transposed(base: &Checkpoint, module: &str, outputs: u64, flag: bool) 
         || bias.is_some_and(|bias| bias.shape == [outputs])
 }
 
-fn decide_square(base: &Checkpoint, module: &str, flag: bool) -> Result<Orientation, String> {
+/// The orientation of a weight whose shape does not tell it.
+///
+/// # Errors
+/// In words, where nothing else does.
+pub fn decide_square(base: &Checkpoint, module: &str, flag: bool) -> Result<Orientation, String> {
     let layer = module.rsplit('.').next().unwrap_or(module);
     let may_be_conv1d = CONV1D_LAYERS.contains(&layer);
     if may_be_conv1d {

@@ -61,7 +61,9 @@ pub(in crate::plan) fn resolve(
 /// In words, where an update is made of a whole weight of which other updates change or replace a part.
 fn check_transforms(change: &TensorChange) -> Result<(), String> {
     let transforms = || change.updates.iter().filter(|update| update.kind == UpdateKind::Transform);
-    let Some(first) = transforms().next() else { return Ok(()) };
+    if transforms().next().is_none() {
+        return Ok(());
+    }
     let replaces = |update: &Update| update.kind == UpdateKind::Replace;
     if change.origin.is_some() || change.updates.iter().any(replaces) {
         return Err(
@@ -70,7 +72,12 @@ fn check_transforms(change: &TensorChange) -> Result<(), String> {
                 .into(),
         );
     }
-    if change.updates.iter().any(|update| update.slice.rows != first.slice.rows) {
+    // Pieces that have nothing in common are no matter to each other.
+    let meets_in_part = |one: &Update, other: &Update| match (&one.slice.rows, &other.slice.rows) {
+        (Some(one), Some(other)) => one != other && one.start < other.end && other.start < one.end,
+        (one, other) => one != other,
+    };
+    if transforms().any(|own| change.updates.iter().any(|other| meets_in_part(own, other))) {
         return Err(
             "is changed by an update that is made of the whole weight, while some of its rows are \
              changed on their own; merge them one after the other"

@@ -209,7 +209,8 @@ fn known_extents(module: &Module, shape: &[u64]) -> (u64, u64) {
     let (outputs, inputs) = (module.outputs(), module.inputs());
     let rest = shape.iter().skip(1).product();
     match (outputs, inputs, shape) {
-        (0, 0, _) => (0, 0),
+        (0, 0, [first, ..]) => (*first, rest),
+        (0, inputs, [first, _, ..]) if rest == inputs && shape.len() > 2 => (*first, rest),
         (0, inputs, [first, second, ..]) => match (*second == inputs, *first == inputs) {
             (false, true) if shape.len() == 2 => (*second, inputs),
             (true, _) => (*first, rest),
@@ -237,6 +238,11 @@ fn orientation_on(
     shape: &[u64],
 ) -> Result<Orientation, String> {
     let path = &module.path;
+    if (module.outputs(), module.inputs(), shape.len()) == (0, 0, 2) {
+        // As of a square weight, for nothing but the architecture tells.
+        let flag = adapter.semantics().stored_transposed;
+        return orientation::decide_square(context.base, path, flag);
+    }
     let extents @ (outputs, inputs) = known_extents(module, shape);
     let kernel = module.delta.input_shape();
     let is_flat = !module.delta.has_product()

@@ -47,13 +47,6 @@ pub(in crate::plan) fn update(
     let context = adapter.plan;
     let kind = targeted.kind();
     refuse_subtracting(context, path, kind)?;
-    if kind == UpdateKind::Transform {
-        return Err(format!(
-            "its module {path} is made of the whole of a weight ({}), which the base stores in pieces \
-             or as a part of another",
-            module.delta.transform().map_or("", Transform::name)
-        ));
-    }
     if adapter.adapter.semantics().layer_replication.is_some() && context.is_for_peft() {
         return Err(format!(
             "its module {path} is in a layer that PEFT repeats, and the base stores its weight \
@@ -74,6 +67,10 @@ pub(in crate::plan) fn update(
         if !module.delta.holds_experts() {
             slice.expert = None;
         }
+        if let Some(transform) = module.delta.transform() {
+            check_piece(transform, &slice)
+                .map_err(|problem| format!("its module {path} {problem} in {tensor}"))?;
+        }
         let (rank, scale) = (targeted.rank(), targeted.scale());
         let own = adapter.update(&module.key, kind);
         updates.push((tensor, Update { rank, scale, transposed, slice, ..own }));
@@ -84,6 +81,14 @@ pub(in crate::plan) fn update(
             updates.push((tensor, Update { rank: 1, scale: targeted.scale(), slice, ..own }));
         }
     }
+    if module.delta.transform().is_some_and(Transform::changes_bias)
+        && adapter.names.locate(&format!("{path}.bias"))?.is_some()
+    {
+        for PlacedBias { tensor, slice } in place_bias(adapter, module)? {
+            let own = adapter.update(&module.key, UpdateKind::Transform);
+            updates.push((tensor, Update { rank: 1, scale: targeted.scale(), slice, ..own }));
+        }
+    }
     for (name, update) in updates {
         let tensor = context.source(&name).expect("one of the base's");
         quantized::refuse_unreadable(context, path, &name)?;
@@ -91,6 +96,20 @@ pub(in crate::plan) fn update(
         changes.entry(&name).updates.push(update);
     }
     Ok(true)
+}
+
+/// # Errors
+/// In words, where what is made of a whole weight cannot be made of such a piece of it.
+fn check_piece(transform: &dyn Transform, slice: &Slice) -> Result<(), String> {
+    let is_whole = slice.inputs.is_none()
+        && slice.outputs.as_ref().is_none_or(|outputs| transform.is_of_rows(outputs));
+    match is_whole {
+        true => Ok(()),
+        false => Err(format!(
+            "is made of more of a weight at once ({}) than the base stores",
+            transform.name()
+        )),
+    }
 }
 
 /// Replaces the slices in which the base stores a parameter, or its rows of a tensor, by a saved one;
@@ -239,7 +258,11 @@ fn place_product(
     location: ParameterLocation,
 ) -> Result<Vec<PlacedProduct>, String> {
     let TargetedModule { module, target } = targeted;
-    let (outputs, inputs) = (module.outputs(), module.inputs());
+    // What a module of no product does not tell, the base does.
+    let known = |(outputs, inputs): (u64, u64)| {
+        let or = |own: u64, stored| if own == 0 { stored } else { own };
+        (or(module.outputs(), outputs), or(module.inputs(), inputs))
+    };
     match location {
         ParameterLocation::Tensor(tensor) => {
             Ok(vec![PlacedProduct { tensor, slice: Slice::default(), transposed: false }])
@@ -247,7 +270,7 @@ fn place_product(
         ParameterLocation::Otherwise { tensor, lie: Lie::HalvesSwapped } => {
             let columns = columns(adapter, &tensor);
             let rows = adapter.plan.source(&tensor).map_or(0, |found| rows_of(&found.shape));
-            if (outputs, inputs) != (rows, columns) {
+            if known((rows, columns)) != (rows, columns) {
                 return Err(misfit(module, &tensor, (rows, columns)));
             }
             let placed = |(from, to)| PlacedProduct {
@@ -255,11 +278,13 @@ fn place_product(
                 slice: Slice { outputs: Some(from), rows: Some(to), ..Slice::default() },
                 transposed: false,
             };
-            Ok(swapped_halves(outputs)?.into_iter().map(placed).collect())
+            Ok(swapped_halves(rows)?.into_iter().map(placed).collect())
         }
         ParameterLocation::Otherwise { tensor, .. } => {
             let shape = adapter.plan.source(&tensor).map_or(&[][..], |found| &found.shape);
-            if shape != [inputs, outputs] {
+            let fits = matches!(*shape, [rows, columns]
+                if known((columns, rows)) == (columns, rows));
+            if !fits {
                 let stored = (shape.first().copied().unwrap_or(0), columns(adapter, &tensor));
                 return Err(misfit(module, &tensor, stored));
             }
@@ -269,8 +294,8 @@ fn place_product(
             let transposed = target.layout == Some(ExpertLayout::Transposed);
             let rows = slices.iter().map(|slice| slice.rows.end).max().unwrap_or(0);
             let columns = columns(adapter, &slices[0].tensor);
-            let extents = if transposed { (inputs, outputs) } else { (outputs, inputs) };
-            if extents != (rows, columns) {
+            let extents = if transposed { (columns, rows) } else { (rows, columns) };
+            if known(extents) != extents {
                 return Err(misfit(module, &slices[0].tensor, (rows, columns)));
             }
             let placed = slices.into_iter().map(|stored| {
@@ -283,11 +308,13 @@ fn place_product(
         }
         ParameterLocation::Rows { tensor, slice } => {
             let matrix = matrix_of(adapter, &tensor, &slice, module)?;
-            let within = rows_of_slice(adapter, &target.parameter, &slice, matrix.rows, outputs)?;
+            let within =
+                rows_of_slice(adapter, &target.parameter, &slice, matrix.rows, module.outputs())?;
             let extents = (within.end - within.start, matrix.columns);
-            let orientation = if (outputs, inputs) == extents {
+            let turned = (extents.1, extents.0);
+            let orientation = if known(extents) == extents {
                 Orientation::OutIn
-            } else if slice.slots == 1 && (inputs, outputs) == extents {
+            } else if slice.slots == 1 && known(turned) == turned {
                 Orientation::InOut
             } else {
                 return Err(misfit(module, &tensor, extents));
@@ -405,7 +432,7 @@ fn rows_of_slice(
     // Slices of several sizes: the adapter's own modules have them, if it has all of them.
     let mut heights = adapter.names.own_heights(adapter.adapter, parameter, slice.slots);
     if !slice.alike.is_empty() {
-        heights[slice.slot] = Some(outputs);
+        heights[slice.slot] = Some(outputs).filter(|outputs| *outputs > 0);
         let alike = heights[slice.alike.clone()].iter().copied().flatten().next();
         heights[slice.alike.clone()].fill(alike);
         if let Some(rows) = rows_of_some(&heights, slice.slot, height) {

@@ -196,13 +196,7 @@ impl ModuleParts {
     pub(super) fn generalized(&mut self) -> Result<Made> {
         use GLora::{A1, A2, B1, B2, BM};
         let words = "other factors (a1, a2, b1, b2)";
-        if let Some(core) = self.get(Part::GLora(BM)) {
-            let message = format!(
-                "has {}, the core of a GLoRA in Tucker's form, which cannot be read",
-                core.name
-            );
-            return Err(Error::unsupported(core.file().path(), message));
-        }
+        let core = self.take(Part::GLora(BM));
         let mut need = |part| self.need(Part::GLora(part), words);
         let (a1, a2, b1, b2) = (need(A1)?, need(A2)?, need(B1)?, need(B2)?);
         let all = [a1, a2, b1, b2];
@@ -230,9 +224,19 @@ impl ModuleParts {
         if inputs != [inputs[0]; 3] || !ones(&of_weight[1].shape[2..]) || is_empty {
             return Err(broken(no_factors(&all, "a GLoRA")));
         }
+        if let Some(core) = &core {
+            let fits = matches!(*core.shape.as_slice(), [left, right, ..]
+                if (left, right) == (added[0].shape[1], added[1].shape[0]))
+                && ones(&added[1].shape[2..])
+                && core.elements() > 0;
+            if !fits {
+                let all: Vec<_> = all.iter().chain([core]).cloned().collect();
+                return Err(broken(no_factors(&all, "a GLoRA")));
+            }
+        }
         let rank = added[1].shape[0];
         check_rank(&added[1], rank).map_err(broken)?;
-        Ok(Made::of(Arc::new(Generalized { of_weight, added }), rank))
+        Ok(Made::of(Arc::new(Generalized { of_weight, added, core }), rank))
     }
 
     /// LyCORIS's IA³.
@@ -263,6 +267,16 @@ impl ModuleParts {
 
     /// Diag-OFT or BOFT.
     pub(super) fn orthogonal(&mut self) -> Result<Made> {
+        for part in [Part::OrthogonalElements, Part::EmbeddingElements] {
+            if let Some(elements) = self.get(part) {
+                let message = format!(
+                    "holds {}, a part of an OFT as PEFT and OneTrainer write it, of which PEFT's config \
+                     tells how rotations are made of it",
+                    elements.name
+                );
+                return Err(Error::unsupported(elements.file().path(), message));
+            }
+        }
         let blocks = self.need(Part::OrthogonalBlocks, "oft_blocks")?;
         let (rescale, constraint) = (self.take(Part::Rescale), self.take(Part::Alpha));
         let broken = |message: String| Error::adapter(blocks.file().path(), message);

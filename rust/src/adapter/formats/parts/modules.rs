@@ -43,7 +43,10 @@ impl Algorithm {
             Part::NormDifference | Part::NormBiasDifference => Self::Norm,
             Part::GLora(_) => Self::GLora,
             Part::OnInput | Part::Weight | Part::Ia3 => Self::Ia3,
-            Part::OrthogonalBlocks | Part::Rescale => Self::Orthogonal,
+            Part::OrthogonalBlocks
+            | Part::Rescale
+            | Part::OrthogonalElements
+            | Part::EmbeddingElements => Self::Orthogonal,
             _ => return None,
         })
     }

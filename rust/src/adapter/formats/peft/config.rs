@@ -4,6 +4,7 @@
 mod features;
 mod fields;
 mod patterns;
+mod rotation;
 
 use std::path::{Path, PathBuf};
 
@@ -20,6 +21,7 @@ use crate::limits;
 
 use features::{Features, Version};
 use patterns::{Budget, Fault, MAXIMUM_PATTERNS, Patterns};
+pub use rotation::Rotation;
 
 /// The config's file name.
 pub const FILE_NAME: &str = "adapter_config.json";
@@ -52,6 +54,7 @@ pub struct PeftConfig {
     missing: Option<GivenScale>,
     method: Method,
     feedforward: Feedforward,
+    rotation: Option<Rotation>,
 }
 
 /// What kind of adapter a config describes.
@@ -65,6 +68,8 @@ pub enum Method {
     Lokr,
     /// A factor on each input or output.
     Ia3,
+    /// Orthogonal blocks on the inputs.
+    Oft,
 }
 
 impl Method {
@@ -75,6 +80,7 @@ impl Method {
             Self::Loha => "LOHA",
             Self::Lokr => "LOKR",
             Self::Ia3 => "IA3",
+            Self::Oft => "OFT",
         }
     }
 
@@ -120,12 +126,13 @@ impl PeftConfig {
             Some("LOHA") => Method::Loha,
             Some("LOKR") => Method::Lokr,
             Some("IA3") => Method::Ia3,
+            Some("OFT") => Method::Oft,
             Some(other) => {
                 return Err(Error::unsupported(
                     path,
                     format!(
-                        "is {} adapter (peft_type); only LoRA, LoHa, LoKr and IA3 adapters can be \
-                         merged",
+                        "is {} adapter (peft_type); only LoRA, LoHa, LoKr, IA3 and OFT adapters can \
+                         be merged",
                         with_article(other)
                     ),
                 ));
@@ -140,8 +147,8 @@ impl PeftConfig {
             None => return Err(reader.broken("has no peft_type; it is no PEFT adapter config")),
         };
         let (rank, alpha) = match method {
-            // It has neither.
-            Method::Ia3 => (1, 1.0),
+            // They have neither; r is a number of blocks, which the tensors tell.
+            Method::Ia3 | Method::Oft => (1, 1.0),
             Method::Lora | Method::Loha | Method::Lokr => {
                 let alpha = method.alpha();
                 (
@@ -150,6 +157,7 @@ impl PeftConfig {
                 )
             }
         };
+        let rotation = (method == Method::Oft).then(|| Rotation::read(&reader)).transpose()?;
         let budget = Budget::default();
         let rank_patterns = reader.patterns("rank_pattern", Reader::rank, &budget)?;
         let alpha_patterns = reader.patterns("alpha_pattern", Reader::alpha, &budget)?;
@@ -191,6 +199,7 @@ impl PeftConfig {
             missing: None,
             method,
             feedforward,
+            rotation,
             raw,
         })
     }
@@ -213,6 +222,11 @@ impl PeftConfig {
     /// What kind of adapter it describes.
     pub fn method(&self) -> Method {
         self.method
+    }
+
+    /// How the rotations of an OFT adapter are made.
+    pub fn rotation(&self) -> Option<Rotation> {
+        self.rotation
     }
 
     /// Whether IA3 scales the inputs of a module and not its outputs.

@@ -1,18 +1,19 @@
-//! PEFT's LoHa, LoKr and IA3: files of the same kind as its LoRA, whose tensors are a module's parts as
+//! PEFT's LoHa, LoKr, IA3 and OFT: files of the same kind as its LoRA, whose tensors are a module's parts as
 //! LyCORIS names them.
 
 use std::sync::Arc;
 
 use indexmap::IndexMap;
 
-use super::config::{Method, PeftConfig};
+use super::config::{Method, PeftConfig, Rotation};
 use super::key_names::{Key, KeyReader, NamedPath};
 use super::keys::Sorted;
-use crate::adapter::deltas::Scaled;
+use crate::adapter::deltas::{RotatedInputs, Scaled};
 use crate::adapter::formats::parts::{self, DefaultScale, ModuleParts, Part, ScaleRule};
 use crate::adapter::{Delta, LayerKind, Module, Role, Saved};
 use crate::checkpoint::names::wrappers::Wrappers;
 use crate::error::{Error, Result, with_article};
+use crate::limits;
 use crate::parallel::task::Task;
 use crate::tensor::safetensors::{Tensor, TensorFile};
 
@@ -102,6 +103,7 @@ fn is_of(part: Part, method: Method) -> bool {
         Part::Hadamard(_) => method == Method::Loha,
         Part::Kronecker(_) => method == Method::Lokr,
         Part::Ia3 => method == Method::Ia3,
+        Part::OrthogonalElements | Part::EmbeddingElements => method == Method::Oft,
         _ => false,
     }
 }
@@ -123,6 +125,11 @@ fn modules_of(
     if config.method() == Method::Ia3 {
         let vector = parts.get(Part::Ia3).expect("the only part of this method").clone();
         return scaled(key, path, written, vector, config).map(|module| vec![module]);
+    }
+    if let Some(rotation) = config.rotation() {
+        let (part, elements) = parts.tensors().first().expect("a module has a part").clone();
+        let of_embedding = part == Part::EmbeddingElements;
+        return rotated(key, path, elements, rotation, of_embedding).map(|module| vec![module]);
     }
     let (rank, alpha) = (config.rank_of(path, written)?, config.alpha_of(path, written)?);
     let stored = parts.tensors().iter().find_map(|(part, tensor)| {
@@ -175,7 +182,44 @@ fn scaled(
     let kind = if vector.shape.len() > 2 { LayerKind::Convolution } else { LayerKind::Linear };
     let delta: Arc<dyn Delta> =
         Arc::new(Scaled { vector, on_input, less_one: false, with_bias: !on_input, flag: None });
-    Ok(Module {
+    Ok(without_scale(key, path, kind, delta))
+}
+
+/// OFT, whose blocks are given by what stands above their diagonals.
+fn rotated(
+    key: &str,
+    path: &str,
+    elements: Tensor,
+    Rotation { shared, bound, cayley }: Rotation,
+    of_embedding: bool,
+) -> Result<Module> {
+    // b·(b − 1)/2 of b rows.
+    let extent = match *elements.shape.as_slice() {
+        [count, above @ 1..=limits::EXPANDED] if count > 0 && (count == 1 || !shared) => {
+            let extent = (1 + 8 * above).isqrt().div_ceil(2);
+            (extent * (extent - 1) / 2 == above && extent <= limits::RANK).then_some(extent)
+        }
+        _ => None,
+    };
+    let Some(extent) = extent.filter(|_| elements.dtype.is_mergeable()) else {
+        return Err(Error::adapter(
+            elements.file().path(),
+            format!(
+                "{} of type {} and shape {:?} holds no skew-symmetric blocks, each row b·(b − 1)/2 \
+                 elements of one",
+                elements.name, elements.dtype, elements.shape
+            ),
+        ));
+    };
+    let kind = if of_embedding { LayerKind::Embedding } else { LayerKind::Linear };
+    let delta: Arc<dyn Delta> =
+        Arc::new(RotatedInputs { elements, extent, shared, of_embedding, bound, cayley });
+    Ok(Module { rank: extent, ..without_scale(key, path, kind, delta) })
+}
+
+/// A module of what has neither a rank nor a scale.
+fn without_scale(key: &str, path: &str, kind: LayerKind, delta: Arc<dyn Delta>) -> Module {
+    Module {
         key: key.to_owned(),
         path: path.to_owned(),
         parameters: Vec::new(),
@@ -187,5 +231,5 @@ fn scaled(
         rank: 1,
         alpha: 1.0,
         scaling: 1.0,
-    })
+    }
 }

@@ -74,7 +74,7 @@ impl Version {
         })
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(super) fn parse(text: &str) -> Option<Self> {
         let mut numbers = text.split(['.', '@', '+']);
         let mut next = || numbers.next().and_then(|number| number.parse().ok());
         let release = (next()?, next()?, next().unwrap_or(0));

@@ -30,6 +30,10 @@ fn meaning(field: &str) -> Option<(Usage, &'static str)> {
         "use_effective_conv2d" | "decompose_both" | "decompose_factor" => {
             (NotNeeded, "the tensors in the file say the same")
         }
+        "oft_block_size" => (NotNeeded, "the tensors in the file say the same"),
+        "coft" | "eps" | "block_share" | "use_cayley_neumann" | "num_cayley_neumann_terms" => {
+            (Used, "says how rotations are made of the blocks")
+        }
         "r" | "rank_pattern" => (Used, "gives the modules' ranks"),
         "lora_alpha" | "alpha_pattern" => (Used, "gives the modules' scales"),
         "use_rslora" => (Used, "makes the scale α/√r"),

@@ -46,7 +46,17 @@ fn the_scale_is_alpha_over_rank_or_its_root() {
 #[test]
 fn broken_settings_are_named() {
     assert!(complaint(r#"{"r": 8}"#).contains("no peft_type"));
-    assert!(complaint(r#"{"peft_type": "OFT"}"#).contains("is an OFT adapter"));
+    assert!(complaint(r#"{"peft_type": "BOFT"}"#).contains("is a BOFT adapter"));
+    assert!(complaint(r#"{"peft_type": "OFT"}"#).contains("before 0.14"));
+    let rotated =
+        |rest: &str| complaint(&format!(r#"{{"peft_type": "OFT", "oft_block_size": 4{rest}}}"#));
+    assert!(rotated("").contains("before 0.18"));
+    assert!(rotated(r#", "peft_version": "0.17.1""#).contains("before 0.18"));
+    assert!(
+        rotated(r#", "peft_version": "0.18.0", "num_cayley_neumann_terms": 0"#)
+            .contains("whole number")
+    );
+    assert!(rotated(r#", "use_cayley_neumann": false, "coft": true, "eps": "x""#).contains("eps"));
     assert!(complaint(r#"{"fine_tune_type": "lora"}"#).contains("MLX"));
     let with = |rest: &str| complaint(&format!(r#"{{"peft_type": "LORA", {rest}}}"#));
     assert!(with(r#""lora_alpha": 8"#).contains("has no r"));
