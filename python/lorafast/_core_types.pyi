@@ -385,6 +385,7 @@ class TensorAnalysis(Moments):
 class BaseNorm(TypedDict):
     tensor: str
     norm: float
+    change: float | None
 
 @type_check_only
 class EntryAnalysis(TypedDict):
@@ -409,6 +410,8 @@ class ModuleSpectrum(TypedDict):
     alpha: float
     scaling: float
     zero_cause: str | None
+    rescaled: bool
+    made_of_weight: bool
     a_name: str
     b_name: str
     singular_values: list[float]

@@ -49,7 +49,7 @@ STATISTICS = (
 )
 FIELDS = (
     *("path", "kind", "block", "layer", "rank", "alpha", "scaling", "a_name", "b_name"),
-    *("singular_values", "zero_cause"),
+    *("singular_values", "zero_cause", "rescaled", "made_of_weight"),
 )
 
 
@@ -247,6 +247,7 @@ def _module(item: Mapping[str, Any]) -> ModuleAnalysis:
         relative_norm=relative,
         base_norm=None if base is None else base["norm"],
         base_tensor=None if base is None else base["tensor"],
+        change_norm=None if base is None else base["change"],
         entries=None
         if entries is None
         else EntryStatistics(**{**entries, "histogram": Histogram(**entries["histogram"])}),

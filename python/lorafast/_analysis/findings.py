@@ -213,19 +213,15 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
         if module.relative_norm is not None and module.relative_norm > OVERWHELMING_RELATIVE_NORM:
             reason = f"‖ΔW‖ is {module.relative_norm:.3g} times ‖W₀‖."
             yield Finding("warning", "overwhelming_update", path, module.relative_norm, reason)
+    yield from _dead(finite, alive)
     if len(alive) < MIN_MODULES_TO_JUDGE:
         return
-    typical = median(module.frobenius_norm for module in alive.values())
     typical_spectral = median(module.spectral_norm for module in alive.values())
     largest = max(module.frobenius_norm for module in alive.values())
     # Relative to the largest, squares neither over- nor underflow.
     squares = {p: (m.frobenius_norm / largest) ** 2 for p, m in alive.items()}
     energy = math.fsum(squares.values())
     for path, module in alive.items():
-        share = module.frobenius_norm / typical
-        if share < DEAD_SHARE:
-            reason = f"‖ΔW‖ is {share:.1e} of the adapter's median: practically not trained."
-            yield Finding("warning", "dead_module", path, share, reason)
         ratio = module.spectral_norm / typical_spectral
         if ratio > SPECTRAL_OUTLIER:
             reason = (
@@ -239,9 +235,31 @@ def _of_updates(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
             yield Finding("warning", "dominant_module", path, part, reason)
 
 
+def _dead(finite: dict[str, ModuleAnalysis], alive: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
+    """Modules whose change is next to nothing.
+
+    A magnitude changes the weight whatever the product is, so that of DoRA only a base tells.
+    """
+    sizes = {path: module.frobenius_norm for path, module in alive.items() if not module.rescaled}
+    for path, module in finite.items():
+        if module.rescaled and module.change_norm is not None:
+            sizes[path] = module.change_norm
+    known = [size for size in sizes.values() if 0 < size < math.inf]
+    if len(known) < MIN_MODULES_TO_JUDGE:
+        return
+    typical = median(known)
+    for path, size in sizes.items():
+        share = size / typical
+        if share < DEAD_SHARE:
+            what = "‖W′ − W₀‖" if finite[path].rescaled else "‖ΔW‖"
+            reason = f"{what} is {share:.1e} of the adapter's median: practically not trained."
+            yield Finding("warning", "dead_module", path, share, reason)
+
+
 def _of_ranks(modules: dict[str, ModuleAnalysis]) -> Iterable[Finding]:
     for path, module in modules.items():
-        possible = len(module.singular_values)
+        # What is made of a whole weight has no factors whose rank could be judged.
+        possible = 0 if module.made_of_weight else len(module.singular_values)
         if possible < MIN_RANK_TO_JUDGE or not module.frobenius_norm > 0:
             continue
         if module.k99 <= UNUSED_RANK_SHARE * possible:

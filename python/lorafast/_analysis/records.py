@@ -192,6 +192,8 @@ class EntryStatistics:
 class ModuleAnalysis:
     """One module's update ΔW = s·B·A, with σ₁ ≥ σ₂ ≥ … its singular values.
 
+    Of what only the base's weight makes an update of (`made_of_weight`) it is W′ − W₀.
+
     Of an update with NaN or infinity every figure is NaN and every count 0; of a zero update
     norms and ranks are 0 and the condition is infinite.
 
@@ -219,10 +221,15 @@ class ModuleAnalysis:
         numerical_rank: σ above max(out, in)·ε·σ₁, as `numpy.linalg.matrix_rank` in float64.
         condition: σ₁ over the last singular value.
         entry_mean: the mean of ΔW's entries.
+        rescaled: whether DoRA's magnitudes rescale the whole weight; figures are of s·B·A alone.
+        made_of_weight: whether the figures are of W′ − W₀, as of what only the base's weight makes
+            an update of (IA³, GLoRA, orthogonal blocks). Of large weights there are norms alone.
         zero_cause: why a merge of the module changes nothing, as it says itself; `None` where it
             changes something, be it by a DoRA magnitude, by a bias, or by what its start took out
             of the base's weight, beside a product of zero.
         relative_norm: ‖ΔW‖_F/‖W₀‖_F, with a base; else `None`.
+        change_norm: ‖W′ − W₀‖_F of a module that makes more of its weight than a sum with a product
+            (DoRA, IA³, GLoRA, orthogonal blocks), with a base; else `None`.
         base_norm: ‖W₀‖_F, with a base; else `None`.
         base_tensor: the base's tensor, with a base; else `None`.
         entries: statistics of ΔW's entries where they were asked for; else `None`.
@@ -256,6 +263,9 @@ class ModuleAnalysis:
     base_norm: float | None = None
     base_tensor: str | None = None
     entries: EntryStatistics | None = None
+    rescaled: bool = False
+    made_of_weight: bool = False
+    change_norm: float | None = None
 
 
 @shown

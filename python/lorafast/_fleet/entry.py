@@ -35,11 +35,16 @@ class _Judged:
     __slots__ = (
         *("alpha", "rank", "scaling", "shape", "relative_norm", "frobenius_norm"),
         *("spectral_norm", "k90", "k99", "singular_values", "zero_cause"),
+        *("rescaled", "made_of_weight", "change_norm"),
     )
 
-    def __init__(self, cells: Sequence[Any], zero_cause: str | None) -> None:
+    def __init__(self, cells: Sequence[Any], zero_cause: str | None, rescaled: bool) -> None:
         """The cells are those of `JUDGED`."""
         self.zero_cause = zero_cause
+        self.rescaled = rescaled
+        # There is no base.
+        self.made_of_weight = False
+        self.change_norm = None
         self.alpha, self.rank, self.scaling, *shape = cells[:5]
         self.shape = tuple(shape)
         self.relative_norm = None
@@ -56,9 +61,9 @@ def findings_of(found: _core.ScannedAdapter) -> list[tuple[Finding, int]]:
     for name, absent in JUDGED.items():
         column = found.column(name)
         columns.append([absent] * len(found.modules) if column is None else column)
-    zero_causes = dict(found.zero_causes)
+    zero_causes, rescaled = dict(found.zero_causes), set(found.rescaled)
     modules: dict[str, Any] = {
-        path: _Judged(cells, zero_causes.get(path))
+        path: _Judged(cells, zero_causes.get(path), path in rescaled)
         for path, *cells in zip(found.modules, *columns, strict=True)
     }
     tensors: dict[str, Any] = {

@@ -140,6 +140,13 @@ impl ScannedAdapter {
         causes.map(|(position, cause)| (paths[*position].as_str(), cause.as_str())).collect()
     }
 
+    /// The modules that DoRA's magnitudes rescale.
+    #[getter]
+    fn rescaled(&self) -> Vec<&str> {
+        let paths = &self.scanned.record.modules.paths;
+        self.scanned.rescaled.iter().map(|position| paths[*position].as_str()).collect()
+    }
+
     /// A metric of every module, or how many singular values each has; `None` where this level of
     /// metrics has it not.
     fn column(&self, py: Python<'_>, name: &str) -> PyResult<Option<Vec<Py<PyAny>>>> {
@@ -203,8 +210,8 @@ impl ScannedAdapter {
     fn decode(py: Python<'_>, metrics: &str, details: &str, numbers: &[u8]) -> PyResult<Self> {
         let level = level_of(py, metrics)?;
         let record = Record::decode(level, details, numbers).map_err(PyValueError::new_err)?;
-        let (non_finite, zero_causes, features, notes) = Default::default();
-        let scanned = Scanned { record, non_finite, zero_causes, features, notes };
+        let (non_finite, zero_causes, rescaled, features, notes) = Default::default();
+        let scanned = Scanned { record, non_finite, zero_causes, rescaled, features, notes };
         Ok(Self { level, scanned })
     }
 }

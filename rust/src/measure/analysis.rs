@@ -4,6 +4,7 @@
 //! read.
 
 mod base;
+mod change;
 mod compare;
 pub mod stored;
 
@@ -16,9 +17,10 @@ use serde_json::{Map, Value};
 
 pub(crate) use base::weight_norms;
 use base::{Weights, base_norm, find_weights};
+use change::Change;
 pub use compare::{Comparison, ModuleComparison, PairComparison, compare};
 
-use crate::adapter::{Adapter, Initialization};
+use crate::adapter::{Adapter, Initialization, Module};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Result, agree, counted};
 use crate::measure::entries::{EntryStatistics, scan_entries};
@@ -76,9 +78,17 @@ pub struct BaseNorm {
     pub tensor: String,
     /// ‖W₀‖_F.
     pub norm: f64,
+    /// ‖W′ − W₀‖_F, where the module makes more of W₀ than a sum with its product.
+    pub change: Option<f64>,
 }
 
-/// One module's update ΔW = s·B·A.
+impl BaseNorm {
+    fn new(tensor: String, norm: f64) -> Self {
+        Self { tensor, norm, change: None }
+    }
+}
+
+/// One module's update ΔW = s·B·A; of what has no such product W′ − W₀.
 #[derive(Debug, Clone, Serialize)]
 pub struct ModuleAnalysis {
     /// The module's path in the model; of a parameter that holds experts, with the expert's index.
@@ -99,6 +109,10 @@ pub struct ModuleAnalysis {
     pub scaling: f64,
     /// Why a merge of it changes nothing, in words; `None` where it changes something.
     pub zero_cause: Option<String>,
+    /// Whether a magnitude rescales the whole weight beside the product (DoRA).
+    pub rescaled: bool,
+    /// Whether the figures are of W′ − W₀, as there is no product.
+    pub made_of_weight: bool,
     /// The tensor of A.
     pub a_name: String,
     /// The tensor of B.
@@ -172,20 +186,46 @@ pub fn analyze(
     task.expect(work(adapter, weights.as_ref(), options));
     pool.install(|| {
         let mut notes = Vec::new();
+        let changes = match base {
+            Some(base) => change::find(adapter, base, task, &mut notes)?,
+            None => None,
+        };
         let (tensors, all) = tensors(adapter, options, task, &mut notes)?;
-        let mut modules: Vec<ModuleAnalysis> = products_of(adapter)
+        let measured: Vec<Option<(ModuleAnalysis, bool)>> = measurable(adapter)
             .par_iter()
             .map(|product| {
                 task.check()?;
+                let Product { module, expert } = *product;
                 let weights = weights.as_ref().map(|found| &found.by_module);
-                let weight = weights.and_then(|found| found.get(product.module.key.as_str()));
-                with_room(|room| {
+                let weight = weights.and_then(|found| found.get(module.key.as_str()));
+                let change = changes.as_ref().map(|changes| changes.of(module, expert, task));
+                let change = change.transpose()?.flatten();
+                if !module.delta.has_product() {
+                    let found = change.map(|change| measure_change(*product, change, options));
+                    return found.transpose();
+                }
+                let mut found = with_room(|room| {
                     let factors = product.read(room)?;
                     let base = base.zip(weight);
                     measure(adapter, *product, &factors.update()?, base, options, task)
-                })
+                })?;
+                if let Some(change) = change {
+                    let size = change.norm();
+                    found.base.get_or_insert(change.base).change = Some(size);
+                }
+                Ok(Some((found, false)))
             })
             .collect::<Result<_>>()?;
+        let measured: Vec<_> = measured.into_iter().flatten().collect();
+        let large = measured.iter().filter(|(_, is_large)| *is_large).count();
+        if large > 0 {
+            notes.push(format!(
+                "{} of large {} norms alone (σ₁ from below, by power iteration)",
+                counted(large, "change"),
+                agree(large, "weights has", "weights have"),
+            ));
+        }
+        let mut modules: Vec<_> = measured.into_iter().map(|(found, _)| found).collect();
         adapter.check_unchanged()?;
         base.map_or(Ok(()), Checkpoint::check_unchanged)?;
         notes.extend(weights.into_iter().flat_map(|found| found.notes));
@@ -201,8 +241,8 @@ pub fn analyze(
             weights: all,
             tensors,
             summary: summary_of(&modules),
+            features: features(adapter, modules.iter().any(|module| module.made_of_weight)),
             modules,
-            features: features(adapter),
             notes,
         })
     })
@@ -226,7 +266,7 @@ fn summary_of(modules: &[ModuleAnalysis]) -> AdapterSummary {
 }
 
 /// What the figures of s·B·A do not tell of an adapter.
-pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
+pub(crate) fn features(adapter: &Adapter, has_changes: bool) -> Vec<String> {
     let mut features = adapter.obstacles(&[]);
     if adapter.semantics().initialization != Initialization::Plain {
         features.push(
@@ -253,12 +293,14 @@ pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
     }
     let without = modules().filter(|module| !module.delta.has_product()).count();
     if without > 0 {
+        let figures = match has_changes {
+            true => "whose figures are of W′ − W₀".to_owned(),
+            false => format!("so that there are no figures of {}", agree(without, "it", "them")),
+        };
         features.push(format!(
-            "{} {} the base's whole weight (GLoRA, IA3 or orthogonal blocks), so that there are no \
-             figures of {}",
+            "{} {} the base's whole weight (GLoRA, IA3 or orthogonal blocks), {figures}",
             counted(without, "module"),
             agree(without, "changes", "change"),
-            agree(without, "it", "them"),
         ));
     }
     let biases = modules().filter(|module| module.bias.is_some()).count();
@@ -292,6 +334,56 @@ pub(crate) fn features(adapter: &Adapter) -> Vec<String> {
         ));
     }
     features
+}
+
+/// What can have figures: all products, and modules of which only the base makes an update.
+fn measurable(adapter: &Adapter) -> Vec<Product<'_>> {
+    let of_module = |module| {
+        let products = Module::products(module).map(move |expert| Product { module, expert });
+        let alone = (!module.delta.has_product()).then_some(Product { module, expert: None });
+        products.chain(alone)
+    };
+    adapter.modules().values().flat_map(of_module).collect()
+}
+
+/// What is made of a whole weight: W′ − W₀, and whether there are norms alone.
+fn measure_change(
+    product: Product<'_>,
+    change: Change,
+    options: &Options,
+) -> Result<(ModuleAnalysis, bool)> {
+    let module = product.module;
+    let (spectrum, is_large) = change.spectrum(&change.base.tensor)?;
+    let entries = if options.entries {
+        let typical = spectrum.frobenius_norm / (change.values().len() as f64).sqrt();
+        let threshold = if typical.is_finite() { SMALL_ENTRY * typical } else { 0.0 };
+        let statistics = change.entries(&Bins::Automatic(options.bins), threshold)?;
+        Some(EntryAnalysis { threshold, statistics })
+    } else {
+        None
+    };
+    let size = change.norm();
+    let shape = change.shape();
+    let tensors = module.delta.tensors();
+    let found = ModuleAnalysis {
+        path: product.name(),
+        kind: module.kind.name(),
+        block: None,
+        layer: String::new(),
+        shape,
+        rank: module.rank,
+        alpha: module.alpha,
+        scaling: module.scaling,
+        zero_cause: (size == 0.0).then(|| "what it makes of the weight is the weight".to_owned()),
+        rescaled: false,
+        made_of_weight: true,
+        a_name: tensors[0].1.name.clone(),
+        b_name: tensors.get(1).unwrap_or(&tensors[0]).1.name.clone(),
+        spectrum,
+        base: Some(BaseNorm { change: Some(size), ..change.base }),
+        entries,
+    };
+    Ok((found, is_large))
 }
 
 /// The bytes that an analysis reads.
@@ -388,6 +480,8 @@ fn measure(
         alpha: module.alpha,
         scaling: module.scaling,
         zero_cause,
+        rescaled: module.magnitudes().is_some(),
+        made_of_weight: false,
         a_name: tensors[0].1.name.clone(),
         b_name: tensors.get(1).unwrap_or(&tensors[0]).1.name.clone(),
         spectrum,

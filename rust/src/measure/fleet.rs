@@ -88,6 +88,8 @@ pub struct Scanned {
     /// The modules' positions of which a merge changes nothing, as far as this level tells, each with
     /// why, in words.
     pub zero_causes: Vec<(usize, String)>,
+    /// The positions of those that DoRA's magnitudes rescale.
+    pub rescaled: Vec<usize>,
     /// What there is beside plain low-rank products, in words.
     pub features: Vec<String>,
     /// What could not be measured, and why.

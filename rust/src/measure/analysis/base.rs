@@ -140,5 +140,5 @@ pub(super) fn base_norm(base: &Checkpoint, weight: &TensorInfo, task: &Task) -> 
     task.advance(weight.bytes());
     // Statistics leave NaN and infinities out; a norm that did would mislead.
     let norm = if summary.non_finite == 0 { summary.l2_norm } else { f64::NAN };
-    Ok(BaseNorm { tensor: weight.name.clone(), norm })
+    Ok(BaseNorm::new(weight.name.clone(), norm))
 }

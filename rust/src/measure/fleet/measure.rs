@@ -357,9 +357,12 @@ impl Open {
         let values = self.level.moments.then(|| summary_of(&of_tensors).1);
         Ok(Scanned {
             zero_causes: self.zero_causes(&summaries, &findings.spectra)?,
+            rescaled: (0..self.modules.len())
+                .filter(|position| self.product(*position).module.magnitudes().is_some())
+                .collect(),
             record: self.record(texts, counts, values.as_ref(), &summaries, &findings.spectra),
             non_finite,
-            features: analysis::features(&self.adapter),
+            features: analysis::features(&self.adapter, false),
             notes: self.notes.clone(),
         })
     }
