@@ -17,7 +17,7 @@ mod value;
 use std::sync::Arc;
 
 use crate::adapter::formats::recognize;
-use crate::adapter::{Adapter, grammar, zero};
+use crate::adapter::{Adapter, about, grammar, zero};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result, shorten_all};
@@ -127,6 +127,11 @@ impl Plan {
             }
             zero_updates.extend(zero::warnings(adapter)?);
         }
+        let split = |adapter: &Arc<Adapter>| {
+            let words = about::split_scales(adapter)?;
+            Some(format!("{}: {words}", adapter.path().display()))
+        };
+        warnings.extend(inputs.adapters.iter().filter_map(split));
         shorten_all(zero_updates.iter_mut());
         warnings.extend(zero_updates.iter().cloned());
         warnings.extend(of_adapters);

@@ -12,6 +12,7 @@ import huggingface_hub
 import lorafast
 import pytest
 from support.files import tensor, write_safetensors
+from support.gguf_files import LLAMA, factors, llama_base, peft
 from support.handmade import adapter_tensors, make_adapter, make_base
 from support.pipelines import UNET, make_pipeline, prefixed
 
@@ -115,3 +116,66 @@ def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     # A plain name is a mistyped path more often than one of the few ids without an owner.
     with pytest.raises(FileNotFoundError):
         lorafast.inspect("base")
+
+
+def gguf_repository(monkeypatch: pytest.MonkeyPatch, repository: Path, cache: Path) -> list[str]:
+    """A hub whose one repository is this directory; what was fetched of it, and what was asked."""
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert name == "owner/gguf"
+        cache.mkdir(exist_ok=True)
+        for path in repository.iterdir():
+            if not local_files_only and any(fnmatch(path.name, p) for p in allow_patterns):
+                shutil.copy(path, cache / path.name)
+                fetched.append(path.name)
+        return str(cache)
+
+    def list_repo_files(name: str) -> list[str]:
+        assert name == "owner/gguf"
+        return [path.name for path in repository.iterdir()]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    return fetched
+
+
+def test_a_gguf_adapter_is_fetched_where_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    base = llama_base(tmp_path / "base")
+    adapter = peft(tmp_path / "adapter", factors(LLAMA), "F32")
+    lorafast.convert(adapter, repository / "lora-f32.gguf", to="gguf", base=base)
+    (repository / "README.md").write_text("x")
+    fetched = gguf_repository(monkeypatch, repository, tmp_path / "cache")
+    lorafast.merge(base, "owner/gguf", tmp_path / "out")
+    assert fetched == ["lora-f32.gguf"]
+    lorafast.merge(base, repository / "lora-f32.gguf", tmp_path / "expected")
+    for path in (tmp_path / "expected").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    # What is in the cache is found without the hub.
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", None)
+    from lorafast._io.sources import ADAPTER_PATTERNS, locate
+
+    again = locate("owner/gguf", ADAPTER_PATTERNS, local_files_only=True)
+    assert again == tmp_path / "cache" / "lora-f32.gguf"
+    # Beside an adapter of PEFT's nobody asks for more.
+    shutil.copytree(adapter, repository, dirs_exist_ok=True)
+    fetched.clear()
+    lorafast.analyze("owner/gguf")
+    assert "lora-f32.gguf" not in fetched
+
+
+def test_of_several_gguf_files_none_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("lora-f16.gguf", "lora-f32.gguf"):
+        (repository / name).write_bytes(b"GGUF")
+    fetched = gguf_repository(monkeypatch, repository, tmp_path / "cache")
+    with pytest.raises(lorafast.LorafastError, match=r"owner/gguf: has 2 files .*lora-f16\.gguf"):
+        lorafast.analyze("owner/gguf")
+    assert fetched == []

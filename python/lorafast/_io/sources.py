@@ -137,7 +137,12 @@ def locate(
             from lorafast._io.hub_pipelines import fetch_base
 
             return fetch_base(fetch, patterns)
-        return Path(fetch(patterns))
+        found = Path(fetch(patterns))
+        if patterns is ADAPTER_PATTERNS and not _holds_usual_weights(found):
+            is_offline = local_files_only or _OFFLINE.get()
+            names = [] if is_offline else huggingface_hub.list_repo_files(text)
+            return _fetch_lone_weights(text, found, fetch, names)
+        return found
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         # Nothing was fetched and nothing can be: the path is what the user can mend.
         raise FileNotFoundError(
@@ -150,6 +155,38 @@ def locate(
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LorafastError(f"{text}: could not be fetched from the hub: {reason}") from error
+
+
+def _holds_usual_weights(directory: Path) -> bool:
+    """Whether an adapter's directory has its config, or weights under a usual name."""
+    return any(directory.glob("adapter_model*")) or any(
+        find(directory / name) is not None for name in (CONFIG, *USUAL_WEIGHTS)
+    )
+
+
+def _fetch_lone_weights(
+    repository: str, found: Path, fetch: Callable[[Sequence[str]], str], names: Sequence[str]
+) -> Path:
+    """The GGUF adapter of a repository that has no other: fetched, where it is the only one.
+
+    Args:
+        repository: the hub id.
+        found: what was fetched of it.
+        fetch: fetches the files that patterns name, and returns their directory.
+        names: all files of the repository; none where the hub may not be asked.
+
+    Raises:
+        LorafastError: it has several files of which one could be meant.
+    """
+    local = [each.name for each in found.glob("*") if each.suffix.lower() == GGUF]
+    files = [name for name in names or local if "/" not in name and name.lower().endswith(GGUF)]
+    if len(files) > 1:
+        listed = ", ".join(files[:4]) + (", …" if len(files) > 4 else "")
+        raise LorafastError(
+            f"{repository}: has {len(files)} files of which each could be the adapter ({listed}); "
+            "download the one that is meant, and give its path"
+        )
+    return Path(fetch(files)) / files[0] if files else found
 
 
 def as_list(adapters: Source | Sequence[Source]) -> list[Source]:

@@ -9,6 +9,7 @@ use super::formats::parts::{self, Part};
 use super::formats::write_parts;
 use super::{Adapter, Module};
 use crate::checkpoint::names::diffusion::family;
+use crate::error::counted;
 
 /// What is known of an adapter by its keys and its metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,12 +32,14 @@ impl About {
     /// Of an opened adapter.
     pub fn of(adapter: &Adapter) -> Self {
         let metadata = &adapter.file().header().metadata;
-        let family = family::of(
-            adapter
-                .modules()
-                .values()
-                .map(|module| (module.path.as_str(), (module.outputs(), module.inputs()))),
-        );
+        let modules = || {
+            let modules = adapter.modules().values();
+            modules.map(|module| (module.path.as_str(), (module.outputs(), module.inputs())))
+        };
+        let family = match adapter.format() {
+            "cloneofsimo" => family::of_numbered(modules()),
+            _ => family::of(modules()),
+        };
         let algorithm = algorithm(adapter);
         Self {
             algorithm,
@@ -67,6 +70,7 @@ fn algorithm(adapter: &Adapter) -> &'static str {
             Part::NormDifference | Part::NormBiasDifference => Some("norm"),
             Part::GLora(_) => Some("glora"),
             Part::Ia3 | Part::OnInput => Some("ia3"),
+            Part::OrthogonalElements | Part::EmbeddingElements => Some("oft"),
             Part::OrthogonalBlocks => Some(if tensor.shape.len() == 4 { "boft" } else { "oft" }),
             _ => None,
         });
@@ -81,6 +85,42 @@ fn algorithm(adapter: &Adapter) -> &'static str {
         ([], 0) => "lora",
         _ => "mixed",
     }
+}
+
+/// That the scales are smaller than those that were trained, in words, where sd-scripts cut the factors
+/// of fused layers apart and kept their alphas (`split_qkv`): the rank that is stored is then 3 or 4
+/// times the one that the scale was made with.
+pub fn split_scales(adapter: &Adapter) -> Option<String> {
+    let arguments = adapter.file().header().metadata.get("ss_network_args")?;
+    let arguments: serde_json::Value = serde_json::from_str(arguments).ok()?;
+    let is_split = match arguments.get("split_qkv")? {
+        serde_json::Value::Bool(flag) => *flag,
+        serde_json::Value::String(text) => text.eq_ignore_ascii_case("true"),
+        _ => false,
+    };
+    let found: Vec<_> = adapter.modules().values().filter_map(split_times).collect();
+    let (first, times, scaling) = *found.first().filter(|_| is_split)?;
+    Some(format!(
+        "was trained with split_qkv (ss_network_args), where sd-scripts saves {} of fused layers with the \
+         parts' ranks added up and the alphas as they were; by alpha/rank the scale of these is 3 times \
+         (qkv) or 4 times (linear1) smaller than the one that was trained (the first: {first}, \
+         {scaling}, trained with {}); if it looks too weak, multiply the alphas of these modules",
+        counted(found.len(), "module"),
+        scaling * times
+    ))
+}
+
+/// A module of a fused layer with an alpha of its own: its path, how many parts the layer has, and its
+/// scale.
+fn split_times(module: &Module) -> Option<(&str, f64, f64)> {
+    let path = module.path.as_str();
+    let ends = |endings: [&str; 2]| endings.iter().any(|ending| path.ends_with(ending));
+    let times = match (ends(["_attn_qkv", "_attn.qkv"]), ends(["_linear1", ".linear1"])) {
+        (true, _) => 3.0,
+        (_, true) => 4.0,
+        _ => return None,
+    };
+    module.scale.as_ref().map(|_| (path, times, module.scaling))
 }
 
 /// The program that trained an adapter, by its metadata.

@@ -20,7 +20,7 @@ use base::{Weights, base_norm, find_weights};
 use change::Change;
 pub use compare::{Comparison, ModuleComparison, PairComparison, compare};
 
-use crate::adapter::{Adapter, Initialization, Module};
+use crate::adapter::{Adapter, Initialization, Module, about};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Result, agree, counted};
 use crate::measure::entries::{EntryStatistics, scan_entries};
@@ -268,6 +268,7 @@ fn summary_of(modules: &[ModuleAnalysis]) -> AdapterSummary {
 /// What the figures of s·B·A do not tell of an adapter.
 pub(crate) fn features(adapter: &Adapter, has_changes: bool) -> Vec<String> {
     let mut features = adapter.obstacles(&[]);
+    features.extend(about::split_scales(adapter).map(|words| format!("it {words}")));
     if adapter.semantics().initialization != Initialization::Plain {
         features.push(
             "the factors began with components taken out of the base's weights, which a merge \

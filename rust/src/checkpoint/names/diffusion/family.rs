@@ -157,6 +157,22 @@ pub fn of<'a>(
     told.or_else(|| has_second.then_some("sdxl")).or(Some("unet"))
 }
 
+/// The family of a UNet whose layers are numbered (`unet:0`), by the width of the text that some take:
+/// one that no layer of the families' own has.
+pub fn of_numbered<'a>(
+    modules: impl Iterator<Item = (&'a str, (u64, u64))>,
+) -> Option<&'static str> {
+    let mut is_unet = false;
+    let mut told = None;
+    for (_, (_, inputs)) in modules.filter(|(name, _)| name.starts_with("unet:")) {
+        is_unet = true;
+        // 1280 is a width of all of them.
+        let of_width = UNETS.iter().find(|(width, _)| *width == inputs && *width != 1280);
+        told = told.or(of_width.map(|(_, family)| *family));
+    }
+    told.or(is_unet.then_some("unet"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
