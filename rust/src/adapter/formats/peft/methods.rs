@@ -126,7 +126,8 @@ pub(super) fn laid_out<'a>(
         }
     }
     match found {
-        None | Some(Method::Lora) => Ok(None),
+        // Orthogonal factors are read and not written.
+        None | Some(Method::Lora | Method::Oft) => Ok(None),
         Some(Method::Ia3) => Ok(Some(scaled(modules))),
         Some(Method::Loha) => hadamard(modules, knows_kernels).map(Some),
         Some(Method::Lokr) => kronecker(modules, knows_kernels).map(Some),
