@@ -147,7 +147,7 @@ def test_what_began_with_the_base_becomes_plain(tmp_path: Path, start: str) -> N
         ({"alpha": 0}, "above zero"),
         ({"alpha": float("inf")}, "finite"),
         ({"pad_to": 3}, "resize cuts"),
-        ({"rslora": True, "to": "kohya"}, "only PEFT"),
+        ({"rslora": True, "to": "mlx"}, "only PEFT"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -142,8 +142,8 @@ def test_others_have_no_place_for_them(to: Any, tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "fused")
     adapter = make(tmp_path / "tinker", OF_TINKER)
     with pytest.raises(lorafast.UnsupportedAdapterError, match="experts"):
-        lorafast.convert(adapter, tmp_path / "out", to=to, base=base)
-    assert not (tmp_path / "out").exists()
+        lorafast.convert(adapter, tmp_path / "out.safetensors", to=to, base=base)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")

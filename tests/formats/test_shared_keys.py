@@ -60,11 +60,11 @@ MERGES: dict[str, tuple[str, tuple[int, int] | str]] = {
 #: Of each file its format, its family, its modules and its algorithm; or what the refusal says.
 ADAPTERS: dict[str, tuple[str, str | None, int, str] | str] = {
     "bloom_legacy_mergedlinear_bin__2023-04-07_d23b8e": ("peft", None, 24, "lora"),
-    "cloneofsimo_examples__2022-12-12_cd7e2b": ("cloneofsimo", None, 128, "lora"),
+    "cloneofsimo_examples__2022-12-12_cd7e2b": ("cloneofsimo", "sd2", 128, "lora"),
     "cloneofsimo_examples__2022-12-25_bed542": ("cloneofsimo", None, 48, "lora"),
     "cloneofsimo_examples__2022-12-29_4abdd2": ("cloneofsimo", None, 48, "lora"),
-    "cloneofsimo_examples__2023-01-08_4ffb06": ("cloneofsimo", None, 192, "lora"),
-    "cloneofsimo_examples__2023-02-05_aaabaf": ("cloneofsimo", None, 192, "lora"),
+    "cloneofsimo_examples__2023-01-08_4ffb06": ("cloneofsimo", "sd1", 192, "lora"),
+    "cloneofsimo_examples__2023-02-05_aaabaf": ("cloneofsimo", "sd1", 192, "lora"),
     "diffusers_repo__2024-05-28_e9009c": ("diffusers", "sd1", 128, "lora"),
     "gpt2_cls_deepbiolab__2025-03-24_1f001f": ("peft", None, 36, "lora"),
     "gpt2_mycguo__2025-05-07_3b8dc5": ("peft", None, 36, "lora"),

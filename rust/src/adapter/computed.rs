@@ -346,6 +346,11 @@ pub fn changed(
     let (like, make) = (tensors[0].1, Arc::new(make));
     let found = make()?;
     let [rank, inputs, outputs] = [found.rank, found.inputs, found.outputs].map(|one| one as u64);
+    // Names tell what part a tensor plays: these are no longer the parts of what they are made from.
+    let named = |tensor: Tensor, name: &str| {
+        let info = TensorInfo { name: name.to_owned(), ..tensor.info().clone() };
+        Tensor::new(tensor.file().clone(), info)
+    };
     let factor = |dtype: &Dtype, shape: Vec<u64>, of: fn(Pair) -> Vec<u8>| {
         let (make, size) = (make.clone(), dtype.size());
         let recipe = Recipe::new(move |elements: Range<u64>| {
@@ -359,7 +364,8 @@ pub fn changed(
         computed(like, dtype, shape, recipe)
     };
     let a = factor(&found.a_dtype, vec![rank, inputs], |pair| pair.a)?;
-    Ok([a, factor(&found.b_dtype, vec![outputs, rank], |pair| pair.b)?])
+    let b = factor(&found.b_dtype, vec![outputs, rank], |pair| pair.b)?;
+    Ok([named(a, "lora_down"), named(b, "lora_up")])
 }
 
 #[cfg(test)]

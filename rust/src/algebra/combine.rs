@@ -395,12 +395,16 @@ impl Work<'_> {
         };
         let (factors, tail, norm) = match self.cut {
             None => {
-                let factors = side_by_side(&inner);
-                let norm = match factors.norm() {
+                // Of no adapter with a weight, nothing is added.
+                let factors = match source_rank {
+                    0 => None,
+                    _ => Some(side_by_side(&inner)),
+                };
+                let norm = match factors.as_ref().map_or(Some(0.0), Factors::norm) {
                     Some(norm) => norm * scale_out.abs(),
                     None => crate::measure::spectrum::frobenius_norm(&total),
                 };
-                ((norm != 0.0).then_some(factors), 0.0, norm)
+                (factors.filter(|_| norm != 0.0), 0.0, norm)
             }
             Some(cut) => {
                 let Some(found) = decomposed(&total) else { return Err(not_finite(sum)) };
