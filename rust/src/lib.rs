@@ -11,6 +11,7 @@
 //! - [`storage`]: the only place that touches files.
 //! - [`tensor`]: element types, and the safetensors format.
 //! - [`kernel`], `linalg`: products and conversions; decompositions in f64.
+//! - [`entrywise`]: methods that look at each element of several updates.
 //! - [`checkpoint`]: shards seen as one map from names to tensors, their names and quantization.
 //! - [`adapter`]: what an adapter's modules add, and how it is read.
 //! - [`plan`]: what a merge will do; [`execute`] carries it out, and [`verify`] proves the result.
@@ -29,6 +30,7 @@ pub mod algebra;
 pub mod checkpoint;
 pub mod convert;
 pub mod describe;
+pub mod entrywise;
 pub mod error;
 pub mod execute;
 #[cfg(test)]
