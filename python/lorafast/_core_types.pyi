@@ -117,6 +117,10 @@ class PlanDescription(TypedDict):
     components: list[PlannedComponent]
     adapters: list[PlannedAdapter]
     strategy: Strategy
+    #: What the strategy was given, if anything.
+    strategy_options: NotRequired[dict[str, float | bool]]
+    #: What random masks depend on, where there are any.
+    seed: NotRequired[int]
     weights: list[float] | None
     dtype: Literal["auto", "float16", "bfloat16", "float32"]
     tensors: list[TensorDescription]

@@ -70,6 +70,11 @@ class Option(NamedTuple):
         return None
 
     @property
+    def is_mapping(self) -> bool:
+        """Whether it is some values by their names."""
+        return any(get_origin(member) is Mapping for member in self.members)
+
+    @property
     def items(self) -> type | None:
         """The type of its items, where it is a sequence."""
         for member in self.members:

@@ -34,8 +34,27 @@ class HasPaths(Protocol):
 #: called with (done, total).
 Progress = bool | Callable[[int, int], object]
 
-#: How several adapters are combined.
-Strategy = Literal["sequential", "weighted", "average"]
+#: How several adapters are combined: as sums; element by element; and by the names that PEFT has
+#: for such.
+Strategy = Literal[
+    "sequential",
+    "weighted",
+    "average",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "magnitude_prune",
+    "sce",
+    "cat",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
 #: Whose results a merge gives where those differ from what was trained.
 Compat = Literal["peft"]
 #: How factors of experts that are stored as one tensor lie on it.

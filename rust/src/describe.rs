@@ -12,7 +12,9 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::components::Component;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
-use crate::plan::{Action, ConfigChanges, Inputs, Origin, Plan, PlannedChange, Strategy, Update};
+use crate::plan::{
+    ConfigChanges, Inputs, Origin, Plan, PlannedChange, Strategy, StrategyOptions, Update,
+};
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
 /// An adapter within a plan.
@@ -69,6 +71,10 @@ pub struct PlanDescription<'a> {
     components: Vec<PlannedComponent>,
     adapters: Vec<PlannedAdapter<'a>>,
     strategy: Strategy,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    strategy_options: Option<&'a StrategyOptions>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
     weights: Option<&'a [f64]>,
     dtype: &'a str,
     tensors: Vec<TensorDescription<'a>>,
@@ -116,10 +122,7 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
             Origin::Base(_) => None,
         },
         origin: (tensor.name != tensor.source.name).then_some(tensor.source.name.as_str()),
-        updates: match &tensor.action {
-            Action::Merge(updates) => updates,
-            Action::Copy | Action::Cast | Action::Rescale => &[],
-        },
+        updates: tensor.updates(),
         quantized: tensor.quantized.as_ref().map(|quantized| quantized.scheme.as_str()),
     });
     let changed: Vec<_> = (plan.tensors().map(|(_, tensor)| tensor))
@@ -139,6 +142,9 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
         base: inputs.base.path().display().to_string(),
         adapters: adapters.collect(),
         strategy: plan.options.strategy,
+        strategy_options: (plan.options.strategy_options != StrategyOptions::default())
+            .then_some(&plan.options.strategy_options),
+        seed: plan.options.uses_seed().then_some(plan.options.seed),
         weights: (plan.options.strategy != Strategy::Sequential).then_some(plan.weights.as_slice()),
         dtype: plan.options.dtype.as_ref().and_then(|dtype| dtype.torch_name()).unwrap_or("auto"),
         tensors: tensors.collect(),

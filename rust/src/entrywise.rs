@@ -8,7 +8,7 @@
 //! same bits in every pass.
 //!
 //! Sources: TIES, arXiv:2306.01708; DARE, arXiv:2311.03099; DELLA, arXiv:2406.11617; model breadcrumbs,
-//! arXiv:2312.06795; SCE, arXiv:2408.07990. Where tools differ, `docs/algebra.md` has what is chosen here.
+//! arXiv:2312.06795; SCE, arXiv:2408.07990. Where tools differ, `docs/strategies.md` has what is chosen here.
 
 mod finder;
 mod masks;

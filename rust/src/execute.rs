@@ -6,6 +6,7 @@
 
 mod accumulator;
 pub(crate) mod compute;
+mod entries;
 pub mod operands;
 pub mod parts;
 pub(crate) mod queue;
@@ -14,7 +15,7 @@ pub(crate) mod residual;
 pub(crate) mod rewrite;
 pub mod rounding;
 pub mod session;
-mod tile;
+pub(crate) mod tile;
 
 use std::collections::HashMap;
 use std::ops::Range;

@@ -4,6 +4,7 @@
 
 mod context;
 mod draft;
+mod entries;
 mod layout;
 mod name_map;
 mod options;
@@ -25,15 +26,15 @@ use crate::parallel::task::Task;
 
 use context::Context;
 use options::weights_of;
-pub use options::{Compat, Options, Strategy, TokenizerChoice};
+pub use options::{Compat, Options, Strategy, StrategyOptions, TokenizerChoice};
 pub(crate) use passes::quantized::{dequantized_plan, updates_in_model};
 use passes::replication::ReplicatedInputs;
 pub use passes::side_files::{CARD, CARD_OF_BASE};
 use passes::{backbone, coverage, names, replication, undo};
 pub use update::{ExpertLayout, Residual, Slice, Update, UpdateKind};
 pub use value::{
-    Action, ConfigChanges, FileOrigin, Inputs, Origin, Plan, PlannedChange, PlannedShard,
-    PlannedTensor, Replication, SideFile, SideFiles, TaskHead,
+    Action, ConfigChanges, EntryMerge, FileOrigin, Inputs, Origin, Plan, PlannedChange,
+    PlannedShard, PlannedTensor, Replication, SideFile, SideFiles, TaskHead,
 };
 
 /// Whether every parameter of the adapters has its tensor in the base, by the names as they stand
@@ -74,6 +75,7 @@ impl Plan {
     /// Those of [`Plan::new`], and [`Error::Cancelled`].
     pub fn new_with(inputs: &Inputs, options: Options, task: &Task) -> Result<Self> {
         let mut weights = weights_of(&options, inputs.adapters.len())?;
+        options.check_strategy()?;
         if options.subtract {
             weights.iter_mut().for_each(|weight| *weight = -*weight);
         }
@@ -139,7 +141,8 @@ impl Plan {
         let ignored = std::mem::take(&mut draft.ignored);
         let side_files = std::mem::take(&mut draft.side_files);
         task.check()?;
-        let shards = layout::plan_shards(inputs, &options, draft, &quantized);
+        let mut shards = layout::plan_shards(inputs, &options, draft, &quantized);
+        entries::merge_by_entries(inputs, &options, &mut shards)?;
         task.check()?;
         if options.dtype.is_some() {
             let kept = layout::kept_components(inputs, &shards);

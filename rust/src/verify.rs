@@ -242,7 +242,7 @@ pub fn verify(
         outcome.problems.extend(problem);
         outcome.elements += job.planned.source.elements();
         match job.planned.action {
-            Action::Merge(_) => {
+            Action::Merge(_) | Action::MergeEntries(_) => {
                 outcome.tensors_merged += 1;
                 outcome.rows_exact += change.rows;
                 total.add(&change);
@@ -405,10 +405,12 @@ impl Checker<'_> {
                 Ok(Checked { problem, ..Checked::default() })
             }
             Action::Rescale => Ok(Checked::default()),
-            Action::Merge(_) if planned.requantized => {
+            Action::Merge(_) | Action::MergeEntries(_) if planned.requantized => {
                 self.compare_requantized(planned, merged, room)
             }
-            Action::Merge(_) => self.compare_merged(planned, merged, room),
+            Action::Merge(_) | Action::MergeEntries(_) => {
+                self.compare_merged(planned, merged, room)
+            }
         }
     }
 
@@ -421,7 +423,7 @@ impl Checker<'_> {
         let (rows, columns) = planned.matrix();
         let row_bytes = columns * planned.output_dtype.size();
         let prepared = self.computer.prepare(planned)?;
-        let mut exact = ExactRow::new(self.computer, planned, self.tolerance)?;
+        let mut exact = ExactRow::new(self.computer, planned, &prepared, self.tolerance)?;
         let mut change = Change::default();
         let sample = sample_rows(&planned.name, rows);
         for tile in queue::tiles(planned) {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lorafast import _types
 from lorafast._options import Option, members_of
 
 #: What signatures name in their annotations.
-NAMES = {**vars(_types), "os": os, "Callable": Callable, "Sequence": Sequence}
+NAMES = {**vars(_types), "os": os, "Callable": Callable, "Mapping": Mapping, "Sequence": Sequence}
 
 
 def keywords(function: Any) -> dict[str, inspect.Parameter]:

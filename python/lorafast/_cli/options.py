@@ -56,6 +56,34 @@ def chosen(arguments: argparse.Namespace, options: Iterable[Option]) -> dict[str
     return given
 
 
+class NamedValue(argparse.Action):
+    """A flag that is given once for each of some values, with the value's name: `density=0.5`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add the value to those that were given before."""
+        name, equals, text = str(values).partition("=")
+        words = {"true": True, "false": False}
+        try:
+            value = words[text.lower()] if text.lower() in words else float(text)
+        except ValueError:
+            equals = ""
+        if not (name and equals):
+            parser.error(
+                f"{option_string} takes NAME=VALUE, the value a number, true or false, not "
+                f"{values!r}"
+            )
+        whole = isinstance(value, float) and value.is_integer()
+        given = dict(getattr(namespace, self.dest) or {})
+        given[name.replace("-", "_")] = int(value) if whole else value
+        setattr(namespace, self.dest, given)
+
+
 class Renamed(argparse.Action):
     """A flag that has another name now: it says so, and is taken for that one."""
 
@@ -94,7 +122,9 @@ def _settings(option: Option) -> dict[str, Any]:
     settings: dict[str, Any] = {"default": option.default}
     if option.flag.metavar is not None:
         settings["metavar"] = option.flag.metavar
-    if option.choices is not None:
+    if option.is_mapping:
+        settings["action"] = NamedValue
+    elif option.choices is not None:
         settings["choices"] = option.choices
     elif option.items is not None:
         default = None if option.default is None else list(option.default)

@@ -1,7 +1,7 @@
 """Merging adapters into a checkpoint, planning, proving and undoing it: the public functions."""
 
 # Annotations are evaluated here, as the flags are read from them.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from lorafast._merge.options import ExecutionOptions
@@ -45,10 +45,29 @@ class MergeOptions(NamedTuple):
         Strategy | None,
         Flag(
             "sequential: each adapter at its full scale; weighted: each times its weight; "
-            "average: each times 1/N (default: weighted where weights are given, else sequential)",
+            "average: each times 1/N; ties, dare_linear and the others: element by element "
+            "(default: weighted where weights are given, else sequential)",
+            metavar="NAME",
             older_name="merge-strategy",
         ),
     ] = None
+    strategy_options: Annotated[
+        Mapping[str, float] | None,
+        Flag(
+            "what the strategy takes: density, epsilon, gamma, lambda, normalize, select_topk; "
+            "again for each other",
+            metavar="KEY=VALUE",
+            name="strategy-option",
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        Flag(
+            "what the random masks of DARE and DELLA depend on, beside names and places "
+            "(default: %(default)s)",
+            metavar="N",
+        ),
+    ] = 0
     weights: Annotated[
         Sequence[float] | None,
         Flag(
@@ -117,6 +136,8 @@ class MergeOptions(NamedTuple):
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}; it is a whole number from 0 to 2**64 - 1")
         implied = "sequential" if self.weights is None else "weighted"
         # The format is that of the sources.
         own = {name: value for name, value in self._asdict().items() if name != "format"}
@@ -124,6 +145,7 @@ class MergeOptions(NamedTuple):
             **own,
             "strategy": implied if self.strategy is None else self.strategy,
             "weights": None if self.weights is None else [float(each) for each in self.weights],
+            "strategy_options": dict(self.strategy_options or {}),
             "dtype": DTYPES[self.dtype],
             "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),
             "expert_layout": None if self.expert_layout == "auto" else self.expert_layout,
@@ -145,6 +167,8 @@ def merge(
     output: Source,
     *,
     strategy: Strategy | None = None,
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     device: str = "cpu",
@@ -179,8 +203,18 @@ def merge(
         output: the directory to write. Absent or empty, unless `overwrite`.
         strategy: "sequential" adds every adapter at its full scale, "weighted" multiplies each by
             its weight, "average" by 1/N; `None` is weighted where weights are given, and sequential
-            where none are.
-        weights: for "weighted", one finite number an adapter, negative ones too; all 1 if missing.
+            where none are. "ties", "dare_linear", "dare_ties", "della", "della_linear",
+            "breadcrumbs", "breadcrumbs_ties", "magnitude_prune" and "sce" merge the products
+            sᵢ·Bᵢ·Aᵢ of every tensor element by element and add the result; `docs/strategies.md`
+            defines them. PEFT's names for the same are understood.
+        strategy_options: what such a strategy takes, by name: "density" (the share that is kept, 1
+            if missing), "epsilon" (DELLA), "gamma" (breadcrumbs), "select_topk" (SCE), "normalize"
+            (whether the sum over those that agree is divided by their weights; it is unless false),
+            "lambda" (a factor on the result).
+        seed: what the masks of DARE and DELLA depend on, beside each adapter's position, the
+            module's name and the element's place.
+        weights: for "weighted" and the strategies that merge element by element, one finite number
+            an adapter, negative ones too; all 1 if missing.
         dtype: "auto" keeps each tensor's; "float16", "bfloat16", "float32" (or "fp16", "bf16",
             "fp32") convert every floating-point tensor of 16 bits and more (in a pipeline those of
             the components that an adapter changes), and write quantised weights out, without their
@@ -253,6 +287,8 @@ def plan(
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy | None = None,
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     allow: str | Sequence[str] = (),
@@ -274,6 +310,8 @@ def verify(
     merged: Source,
     *,
     strategy: Strategy | None = None,
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     weights: Sequence[float] | None = None,
     full: bool = False,
     threads: int | None = None,
@@ -299,7 +337,9 @@ def verify(
         adapters: as for `lorafast.merge`.
         merged: the merged checkpoint: a directory or a `.safetensors` file.
         strategy: how the adapters were combined.
-        weights: the adapters' weights, for "weighted".
+        strategy_options: what the strategy was given.
+        seed: that of the merge.
+        weights: the adapters' weights, where the strategy takes any.
         full: compute every row of the merged tensors in float64 as well, not a seeded sample.
         threads: worker threads; one per core if missing.
         progress: as for `lorafast.merge`.
@@ -340,6 +380,8 @@ def subtract(
     *,
     original: Source | None = None,
     strategy: Strategy | None = None,
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -368,8 +410,11 @@ def subtract(
         adapters: what to take out, in the order of the merge.
         output: the directory to write. Absent or empty, unless `overwrite`.
         original: the base that the adapters were merged into, if it is at hand.
-        strategy: how the adapters were combined in the merge.
-        weights: their weights in the merge, for "weighted".
+        strategy: how the adapters were combined in the merge. One that merges element by element
+            can only be undone with `original`.
+        strategy_options: what the strategy was given.
+        seed: that of the merge.
+        weights: their weights in the merge, where the strategy takes any.
         dtype: as for `lorafast.merge`; "auto" keeps that of `merged`, or of `original`.
         overwrite: as for `lorafast.merge`.
         threads: as for `lorafast.merge`.

@@ -356,6 +356,8 @@ class MergePlan(Result):
             base=self.base,
             adapters=list(self.adapters),
             strategy=description["strategy"],
+            strategy_options=description.get("strategy_options"),
+            seed=description.get("seed"),
             weights=description["weights"],
             output_path=output,
             dtype=description["dtype"],

@@ -126,6 +126,8 @@ class _MergeReportFields(NamedTuple):
     rounding: RoundingLoss | None = None
     verification: dict[str, Any] | None = None
     timestamp: str | None = None
+    strategy_options: dict[str, Any] | None = None
+    seed: int | None = None
 
 
 @shown
@@ -135,7 +137,7 @@ class MergeReport(_MergeReportFields, OutputReport):
     Attributes:
         base: path of the base.
         adapters: paths of the adapters, in the order in which they were added.
-        strategy: sequential, weighted or average.
+        strategy: sequential, weighted, average, or the method that merged element by element.
         weights: the weight of each adapter, or `None` under sequential.
         output_path: the directory that was written.
         dtype: auto, or the dtype of the output's floating-point tensors.
@@ -180,6 +182,8 @@ class MergeReport(_MergeReportFields, OutputReport):
             and a sample of rows of those of 16 bits, on every device. A fifth and more is a
             warning.
         timestamp: when it was finished, in local time.
+        strategy_options: what the strategy was given, if anything.
+        seed: what the random masks of the strategy depend on, where it has any.
     """
 
     __slots__ = ()

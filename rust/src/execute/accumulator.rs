@@ -3,7 +3,7 @@
 use crate::tensor::dtype::Dtype;
 
 /// A type in which tiles are accumulated.
-pub(crate) trait Real: bytemuck::Pod + Default {
+pub(crate) trait Real: bytemuck::Pod + Default + Into<f64> {
     /// Its dtype.
     const DTYPE: Dtype;
     fn from_f64(value: f64) -> Self;

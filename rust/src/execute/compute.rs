@@ -367,7 +367,7 @@ impl Computer<'_> {
 
     /// Names an adapter whose tensors are not finite themselves, or else the operation.
     pub(super) fn culprit(&self, tensor: &PlannedTensor) -> String {
-        if !matches!(tensor.action, Action::Merge(_)) {
+        if !matches!(tensor.action, Action::Merge(_) | Action::MergeEntries(_)) {
             return "the conversion".into();
         }
         for update in tensor.updates() {

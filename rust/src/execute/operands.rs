@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::execute::residual::Weight;
 use crate::kernel::{InstructionSet, convert};
 use crate::parallel::task::Task;
-use crate::plan::{Inputs, Origin, Plan, PlannedTensor, UpdateKind};
+use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor, UpdateKind};
 use crate::tensor::dtype::Dtype;
 
 /// A tensor that adapters change, as an executor has to know it.
@@ -167,6 +167,12 @@ pub fn operands(
     tensor: &PlannedTensor,
     weight: Option<Vec<f64>>,
 ) -> Result<Vec<Operands>> {
+    if matches!(tensor.action, Action::MergeEntries(_)) {
+        return Err(Error::Argument(format!(
+            "{} is merged element by element, which is done on the CPU alone; leave device out",
+            tensor.name
+        )));
+    }
     let (rows, columns) = tensor.matrix();
     let task = Task::new();
     let computer = Computer { inputs, set: InstructionSet::detect(), task: &task };

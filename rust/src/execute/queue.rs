@@ -110,7 +110,7 @@ pub(super) fn queue_of(
             }
             // Written with the weight that it belongs to.
             Action::Rescale => {}
-            Action::Merge(_) => {
+            Action::Merge(_) | Action::MergeEntries(_) => {
                 flush(&mut run, &mut queue);
                 let slot = tiles.len();
                 let units =
@@ -131,7 +131,7 @@ pub(super) fn queue_of(
 
 /// Rows of a tile: as many whole register blocks as fit, at least one. The same for every output
 /// type and kind of update, so that a plan's tiles are a matter of shapes alone.
-fn tile_rows(columns: usize, from: &Dtype) -> usize {
+pub(super) fn tile_rows(columns: usize, from: &Dtype) -> usize {
     let rows = TILE_BYTES / (columns * from.size()).max(1);
     (rows / kernel::ROW_MULTIPLE).max(1) * kernel::ROW_MULTIPLE
 }

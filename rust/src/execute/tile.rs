@@ -8,12 +8,15 @@
 use std::ops::Range;
 
 use super::accumulator::{Real, sum_of_squares};
+use super::entries::{Entries, Products};
+use super::queue;
 use crate::adapter::Adapter;
 use crate::adapter::factors::Pair;
 use crate::adapter::matrix::Matrix;
+use crate::entrywise::{Finder, Mask};
 use crate::error::Result;
 use crate::kernel::{self, Factors, InstructionSet};
-use crate::plan::{Inputs, PlannedTensor, Update, UpdateKind};
+use crate::plan::{Action, EntryMerge, Inputs, PlannedTensor, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
 use crate::tensor::safetensors::Tensor;
@@ -43,6 +46,8 @@ struct Stage {
     /// The factor on W₀: 1 − Σ wᵢ over the overrides.
     base_coefficient: f64,
     overrides: Vec<Override>,
+    /// The products that an entry-wise method merges; there is then nothing else.
+    entries: Option<Entries>,
 }
 
 /// An update that is more than W₀ with something added.
@@ -162,9 +167,14 @@ impl Packing<'_> {
         &self,
         rows: Range<usize>,
         updates: &[&Update],
+        entries: Option<&EntryMerge>,
         scan: &mut Scan<'_>,
     ) -> Result<Segment> {
         let mut segment = Segment { rows, columns: self.columns, stages: Vec::new() };
+        if let Some(merge) = entries.filter(|_| !updates.is_empty()) {
+            segment.stages.push(self.entries(&segment.rows, updates, merge)?);
+            return Ok(segment);
+        }
         let dtype = self.dtype_of_sums(updates);
         for stage in updates.chunk_by(|left, right| left.stage == right.stage) {
             let stage = self.stage(&segment, stage, dtype, scan)?;
@@ -239,7 +249,58 @@ impl Packing<'_> {
                 sums.push(self.pack(dtype, orientation, rows, &pairs));
             }
         }
-        Ok(Stage { sums, base_coefficient, overrides })
+        Ok(Stage { sums, base_coefficient, overrides, entries: None })
+    }
+
+    /// The only stage of a segment whose products an entry-wise method merges.
+    fn entries(
+        &self,
+        rows: &Range<usize>,
+        updates: &[&Update],
+        merge: &EntryMerge,
+    ) -> Result<Stage> {
+        let mut adapters: Vec<Vec<Factors>> = Vec::new();
+        let (mut weights, mut masks) = (Vec::new(), Vec::new());
+        let mut last = None;
+        for update in updates {
+            let pairs = self.pairs(update, rows)?;
+            let factors = self.pack(self.dtype, update.orientation(), rows, &pairs);
+            if last == Some(update.adapter) {
+                adapters.last_mut().expect("there is one").push(factors);
+                continue;
+            }
+            last = Some(update.adapter);
+            adapters.push(vec![factors]);
+            weights.push(update.weight);
+            masks.push(self.mask(update, rows, merge.seed));
+        }
+        let is_transposed = updates.iter().any(|update| update.transposed);
+        let missing = merge.adapters - adapters.len();
+        let shape = [rows.len(), self.columns];
+        let finder = Finder::new(merge.method, shape, weights, masks, missing);
+        let finder = if is_transposed { finder.transposed() } else { finder };
+        let tile_rows = queue::tile_rows(self.columns, self.dtype);
+        let products = Products::new(self.set, self.columns, adapters);
+        let entries = products.select(finder, rows.len(), tile_rows, self.dtype);
+        let (sums, overrides) = (Vec::new(), Vec::new());
+        Ok(Stage { sums, base_coefficient: 1.0, overrides, entries: Some(entries) })
+    }
+
+    /// The random numbers of an update's elements in some rows: those that they have in the module's whole
+    /// product.
+    fn mask(&self, update: &Update, rows: &Range<usize>, seed: u64) -> Mask {
+        let module = match update.slice.expert {
+            Some(expert) => format!("{}.{}", update.module, expert.index),
+            None => update.module.clone(),
+        };
+        let first = update.slice.outputs.as_ref().map_or(0, |outputs| outputs.start);
+        let elements = match update.orientation() {
+            Orientation::OutIn => {
+                (first + Self::rows_within(update, rows).start as u64) * self.columns as u64
+            }
+            Orientation::InOut => first * rows.len() as u64,
+        };
+        Mask::new(seed, &module, update.adapter).after(elements)
     }
 
     /// The rows of an adapter's tensor that lie on a segment.
@@ -365,6 +426,10 @@ impl Prepared {
         let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let in_place = (from == to).then_some(from);
         let packing = Packing { set, inputs, dtype, in_place, columns, removed };
+        let entries = match &tensor.action {
+            Action::MergeEntries(merge) => Some(merge),
+            _ => None,
+        };
         let segments = tensor.segments().into_iter().map(|rows| {
             let updates: Vec<_> = tensor
                 .updates()
@@ -376,7 +441,7 @@ impl Prepared {
                     None => true,
                 })
                 .collect();
-            packing.segment(rows, &updates, scan)
+            packing.segment(rows, &updates, entries, scan)
         });
         Ok(Self { columns, segments: segments.collect::<Result<_>>()? })
     }
@@ -410,12 +475,21 @@ impl Segment {
     /// The packed product, if that is all there is, so that it can be added in place.
     pub fn only_sum(&self) -> Option<&Factors> {
         match self.stages.as_slice() {
-            [Stage { sums, overrides, .. }] if overrides.is_empty() => match sums.as_slice() {
-                [factors] => Some(factors),
-                _ => None,
-            },
+            [Stage { sums, overrides, entries: None, .. }] if overrides.is_empty() => {
+                match sums.as_slice() {
+                    [factors] => Some(factors),
+                    _ => None,
+                }
+            }
             _ => None,
         }
+    }
+
+    /// What an entry-wise method makes of the products in a row of the tensor, and each adapter's own
+    /// product there; `None` where there are but sums.
+    pub fn entries_of(&self, row: usize, dtype: &Dtype) -> Option<(Vec<f64>, Vec<Vec<f64>>)> {
+        let entries = self.stages.first()?.entries.as_ref()?;
+        Some(entries.row(row - self.rows.start, dtype))
     }
 
     /// Applies everything to whole rows, counted in the tensor. `start` holds W₀ and is used up,
@@ -459,6 +533,9 @@ impl Stage {
         } else if self.base_coefficient != 1.0 {
             let base_coefficient = T::from_f64(self.base_coefficient);
             result.iter_mut().zip(start).for_each(|(to, from)| *to = from.times(base_coefficient));
+        }
+        if let Some(entries) = &self.entries {
+            entries.apply(rows, result);
         }
         for factors in &self.sums {
             let bytes = bytemuck::cast_slice_mut(result);

@@ -1,16 +1,16 @@
 //! What the caller decides about a plan: how adapters are combined, and what the output is.
 
 use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::ExpertLayout;
 use crate::checkpoint::names::renames::Renames;
+use crate::entrywise;
 use crate::error::{Error, Result, agree, counted};
 use crate::tensor::dtype::Dtype;
 
 /// How several adapters are combined.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Strategy {
     /// Each adapter at its full scale into the result of those before it, rounded once at the end.
     #[default]
@@ -19,7 +19,19 @@ pub enum Strategy {
     Weighted,
     /// Weighted with 1/N.
     Average,
+    /// base + the sum of updates, for every tensor merged element by element by the method of that name.
+    Entries(&'static str),
 }
+
+/// Names of PEFT's for the same: what it makes of its factors again by an SVD is merged into a base as it
+/// is.
+const NAMES_OF_PEFT: [(&str, &str); 5] = [
+    ("ties_svd", "ties"),
+    ("dare_linear_svd", "dare_linear"),
+    ("dare_ties_svd", "dare_ties"),
+    ("magnitude_prune_svd", "magnitude_prune"),
+    ("cat", "weighted"),
+];
 
 impl Strategy {
     /// The strategy of that name.
@@ -27,14 +39,95 @@ impl Strategy {
     /// # Errors
     /// [`Error::Argument`] if there is none.
     pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "sequential" => Ok(Self::Sequential),
-            "weighted" => Ok(Self::Weighted),
-            "average" => Ok(Self::Average),
-            _ => Err(Error::Argument(format!(
-                "unknown strategy {name:?}; there are sequential, weighted and average"
-            ))),
+        let own = NAMES_OF_PEFT.iter().find(|(other, _)| *other == name);
+        let own = own.map_or(name, |(_, own)| *own);
+        match own {
+            "sequential" => return Ok(Self::Sequential),
+            "weighted" => return Ok(Self::Weighted),
+            "average" => return Ok(Self::Average),
+            _ => {}
         }
+        match entrywise::METHODS.iter().find(|(known, _)| *known == own) {
+            Some((known, _)) => Ok(Self::Entries(known)),
+            None => {
+                let methods: Vec<&str> = entrywise::METHODS.iter().map(|(name, _)| *name).collect();
+                Err(Error::Argument(format!(
+                    "unknown strategy {name:?}; there are sequential, weighted, average, {}",
+                    methods.join(", ")
+                )))
+            }
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sequential => "sequential",
+            Self::Weighted => "weighted",
+            Self::Average => "average",
+            Self::Entries(name) => name,
+        }
+    }
+}
+
+impl Serialize for Strategy {
+    fn serialize<S: Serializer>(&self, target: S) -> std::result::Result<S::Ok, S::Error> {
+        target.serialize_str(self.name())
+    }
+}
+
+/// What strategies take beside weights and a seed.
+pub type StrategyOptions = entrywise::Options;
+
+impl Options {
+    /// The method that merges element by element, if the strategy is one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for options that the strategy does not take, or outside of their domain.
+    pub(super) fn entry_method(&self) -> Result<Option<entrywise::Method>> {
+        let Strategy::Entries(name) = self.strategy else {
+            if self.strategy_options != StrategyOptions::default() {
+                return Err(Error::Argument(format!(
+                    "options were given for the strategy {}, which takes none",
+                    self.strategy.name()
+                )));
+            }
+            return Ok(None);
+        };
+        entrywise::Method::new(name, &self.strategy_options).map(Some)
+    }
+
+    /// Whether the result depends on the seed.
+    pub fn uses_seed(&self) -> bool {
+        self.entry_method().is_ok_and(|method| method.is_some_and(|method| method.is_random()))
+    }
+
+    /// Checks what the strategy is given, before any work.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub(super) fn check_strategy(&self) -> Result<()> {
+        let Some(method) = self.entry_method()? else { return Ok(()) };
+        let name = self.strategy.name();
+        if self.subtract {
+            return Err(Error::Argument(format!(
+                "what the strategy {name} adds is no sum of the adapters' own updates, so that it is taken \
+                 out with the base alone; {}",
+                super::passes::undo::GIVE_THE_BASE
+            )));
+        }
+        if self.compat.is_some() {
+            return Err(Error::Argument(format!(
+                "PEFT merges the factors of adapters by {name}, not their products, and has no merge into \
+                 a base by that name; leave compat out"
+            )));
+        }
+        if self.weights.is_some() && !method.takes_weights() {
+            return Err(Error::Argument(format!(
+                "the strategy {name} takes no weights: it finds them itself"
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -46,7 +139,11 @@ pub struct Options {
     /// How adapters are combined.
     #[serde(deserialize_with = "strategy")]
     pub strategy: Strategy,
-    /// One weight an adapter, for [`Strategy::Weighted`]; missing, all are 1.
+    /// What the strategy takes beside weights and a seed.
+    pub strategy_options: StrategyOptions,
+    /// What the random masks of strategies depend on beside names and places.
+    pub seed: u64,
+    /// One weight an adapter, for strategies that take weights; missing, all are 1.
     pub weights: Option<Vec<f64>>,
     /// The type of the output's floating-point tensors; `None` keeps each as it is.
     #[serde(deserialize_with = "dtype")]
@@ -163,7 +260,7 @@ pub(super) fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>>
         return Err(Error::Argument("no adapter was given; a merge needs at least one".into()));
     }
     match (options.strategy, &options.weights) {
-        (Strategy::Weighted, Some(weights)) => {
+        (Strategy::Weighted | Strategy::Entries(_), Some(weights)) => {
             if weights.len() != adapters {
                 return Err(Error::Argument(format!(
                     "{} {} given for {}; give as many weights as adapters",
@@ -178,9 +275,11 @@ pub(super) fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>>
             Ok(weights.clone())
         }
         (_, Some(_)) => Err(Error::Argument(
-            "weights were given, but only the strategy \"weighted\" uses them".into(),
+            "weights were given, but only the strategy \"weighted\" and those that merge element by element \
+             use them"
+                .into(),
         )),
-        (Strategy::Sequential | Strategy::Weighted, None) => Ok(vec![1.0; adapters]),
+        (Strategy::Sequential | Strategy::Weighted | Strategy::Entries(_), None) => Ok(vec![1.0; adapters]),
         (Strategy::Average, None) => Ok(vec![1.0 / adapters as f64; adapters]),
     }
 }

@@ -26,7 +26,7 @@ fn merged(plan: &Plan) -> Vec<(String, bool)> {
     plan.tensors()
         .filter_map(|(_, tensor)| match &tensor.action {
             Action::Merge(updates) => Some((tensor.source.name.clone(), updates[0].transposed)),
-            Action::Copy | Action::Cast | Action::Rescale => None,
+            _ => None,
         })
         .collect()
 }

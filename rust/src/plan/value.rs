@@ -13,6 +13,7 @@ use crate::adapter::{Adapter, Coverage, Directory};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::heads;
 use crate::checkpoint::quantized::Quantized;
+use crate::entrywise;
 use crate::error::Result;
 use crate::storage::local::Stamp;
 use crate::storage::store::Store;
@@ -49,6 +50,8 @@ pub enum Action {
     Cast,
     /// Updates are added to it, all in one pass with one rounding.
     Merge(Vec<Update>),
+    /// Products are merged element by element by an entry-wise method, and what that makes is added.
+    MergeEntries(EntryMerge),
     /// It holds the scales of a quantised weight that is merged, and is written with that.
     Rescale,
 }
@@ -59,10 +62,23 @@ impl Action {
         match self {
             Self::Copy => "copy",
             Self::Cast => "cast",
-            Self::Merge(_) => "merge",
+            Self::Merge(_) | Self::MergeEntries(_) => "merge",
             Self::Rescale => "rescale",
         }
     }
+}
+
+/// Products that an entry-wise method merges.
+#[derive(Debug, Clone)]
+pub struct EntryMerge {
+    /// What each adapter adds, with its weight.
+    pub updates: Vec<Update>,
+    /// The method with its parameters.
+    pub method: entrywise::Method,
+    /// What random masks depend on beside names and places.
+    pub seed: u64,
+    /// How many adapters are merged, those that lack the tensor among them.
+    pub adapters: usize,
 }
 
 /// What becomes of a tensor of the base, as plans and reports tell it.
@@ -155,7 +171,7 @@ impl PlannedTensor {
     /// What becomes of it: what is written in the place of the base's tensor of that name.
     pub fn change(&self) -> PlannedChange {
         match (&self.action, self.origin) {
-            (Action::Merge(_), _) => PlannedChange::Merge,
+            (Action::Merge(_) | Action::MergeEntries(_), _) => PlannedChange::Merge,
             (Action::Rescale, _) => PlannedChange::Rescale,
             (_, Origin::Adapter(_)) => PlannedChange::Replace,
             _ if self.name != self.source.name && !self.is_renamed() => PlannedChange::Repeat,
@@ -167,7 +183,7 @@ impl PlannedTensor {
     /// Its updates, if it is merged.
     pub fn updates(&self) -> &[Update] {
         match &self.action {
-            Action::Merge(updates) => updates,
+            Action::Merge(updates) | Action::MergeEntries(EntryMerge { updates, .. }) => updates,
             Action::Copy | Action::Cast | Action::Rescale => &[],
         }
     }

@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::execute::compute::Computer;
+use crate::execute::queue;
+use crate::execute::tile::Prepared;
 use crate::kernel::PRODUCT_ERROR;
 use crate::kernel::convert::widen_f64;
-use crate::plan::{PlannedTensor, Update, UpdateKind};
+use crate::plan::{Action, PlannedTensor, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
 
@@ -29,6 +31,8 @@ pub(super) struct Tolerance {
 pub(super) struct ExactRow<'a> {
     computer: Computer<'a>,
     planned: &'a PlannedTensor,
+    /// The products as they were merged, where an entry-wise method decides by their values.
+    prepared: &'a Prepared,
     columns: usize,
     terms: Vec<Term>,
     /// Whether PEFT's further roundings are allowed.
@@ -115,6 +119,7 @@ impl<'a> ExactRow<'a> {
     pub fn new(
         computer: Computer<'a>,
         planned: &'a PlannedTensor,
+        prepared: &'a Prepared,
         Tolerance { peft, arithmetic }: Tolerance,
     ) -> Result<Self> {
         let (_, columns) = planned.matrix();
@@ -123,6 +128,7 @@ impl<'a> ExactRow<'a> {
         let mut this = Self {
             computer,
             planned,
+            prepared,
             columns,
             terms: Vec::new(),
             peft,
@@ -323,6 +329,10 @@ impl<'a> ExactRow<'a> {
     ) -> (Vec<f64>, Vec<f64>) {
         let mut exact = base.to_vec();
         let mut sizes: Vec<_> = base.iter().map(|value| value.abs()).collect();
+        if let Action::MergeEntries(_) = self.planned.action {
+            self.add_entries(row, (&mut exact, &mut sizes), each);
+            return (exact, sizes);
+        }
         for stage in self.terms.chunk_by(|left, right| left.stage == right.stage) {
             if stage[0].stage >= end {
                 break;
@@ -336,6 +346,46 @@ impl<'a> ExactRow<'a> {
             }
         }
         (exact, sizes)
+    }
+
+    /// Adds what an entry-wise method makes of the products. Which elements it takes is decided by their
+    /// values as the kernels made them, which have to be the products within the bound.
+    fn add_entries(
+        &self,
+        row: usize,
+        (exact, sizes): (&mut [f64], &mut [f64]),
+        mut each: impl FnMut(usize, f64),
+    ) {
+        let dtype = queue::accumulator(&self.planned.source.dtype);
+        let segment = self.prepared.segment(&(row..row + 1));
+        let Some((merged, products)) = segment.entries_of(row, &dtype) else { return };
+        let unit = if dtype == Dtype::F64 { 2f64.powi(-53) } else { 2f64.powi(-24) };
+        let mut products = products.into_iter();
+        let terms: Vec<&Term> =
+            self.terms.iter().filter(|term| term.row_range.contains(&row)).collect();
+        for own in terms.chunk_by(|left, right| left.adapter == right.adapter) {
+            let product = products.next().expect("one for each adapter");
+            let steps: usize = own.iter().map(|term| term.steps() + 4).sum();
+            let mut square = 0.0;
+            for (column, value) in product.iter().enumerate() {
+                let (mut sum, mut size) = (0.0, 0.0);
+                for term in own {
+                    let (one, one_size) = term.product(row, column, self.columns);
+                    sum += one;
+                    size += one_size;
+                }
+                if (value - sum).abs() > steps as f64 * unit * size {
+                    // No sum with it is right.
+                    exact[column] = f64::NAN;
+                }
+                square += (own[0].weight * value).powi(2);
+            }
+            each(own[0].adapter, square);
+        }
+        for ((exact, size), merged) in exact.iter_mut().zip(sizes).zip(merged) {
+            *exact += merged;
+            *size += merged.abs();
+        }
     }
 
     /// Adds w·(W' − W₀) of one term to a row, and the sizes of what it is made of.

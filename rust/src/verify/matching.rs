@@ -107,7 +107,7 @@ fn with_dtype_of(planned: &PlannedTensor, stored: &TensorInfo) -> Result<Planned
         }
         planned.output_dtype = stored.dtype.clone();
         planned.action = match planned.action {
-            Action::Merge(updates) => Action::Merge(updates),
+            action @ (Action::Merge(_) | Action::MergeEntries(_)) => action,
             _ if planned.output_dtype == planned.source.dtype => Action::Copy,
             _ => Action::Cast,
         };

@@ -145,7 +145,7 @@ impl Checker<'_> {
         }
         wanted.sort_unstable();
         wanted.dedup();
-        let mut exact = ExactRow::new(self.computer, planned, Tolerance::default())?;
+        let mut exact = ExactRow::new(self.computer, planned, &prepared, Tolerance::default())?;
         let mut change = Change::default();
         for row in wanted {
             self.computer.task.check()?;
