@@ -34,12 +34,21 @@ class HasPaths(Protocol):
 #: called with (done, total).
 Progress = bool | Callable[[int, int], object]
 
-#: How several adapters are combined: as sums; element by element; and by the names that PEFT has
-#: for such.
+#: How several adapters are combined: as sums; as sums with coefficients of each tensor; element by
+#: element; and by the names that PEFT has for such.
 Strategy = Literal[
     "sequential",
     "weighted",
     "average",
+    "linear",
+    "normalized",
+    "centroid",
+    "slerp",
+    "nuslerp",
+    "karcher",
+    "multislerp",
+    "model_stock",
+    "projection",
     "ties",
     "dare_linear",
     "dare_ties",
@@ -50,6 +59,7 @@ Strategy = Literal[
     "magnitude_prune",
     "sce",
     "cat",
+    "svd",
     "ties_svd",
     "dare_linear_svd",
     "dare_ties_svd",

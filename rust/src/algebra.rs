@@ -5,7 +5,6 @@
 //! made lies in `results` until `write` hands it to the conversion, and each module has its error.
 
 mod bake;
-mod coefficients;
 mod combine;
 mod engine;
 mod factored;

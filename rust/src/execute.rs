@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use indexmap::IndexMap;
 use serde::de::Error as _;
@@ -30,7 +30,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::Task;
-use crate::plan::{Inputs, Origin, Plan, PlannedTensor};
+use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor};
 use crate::storage::directory::LocalDirectory;
 use crate::storage::local::CopyError;
 use crate::storage::sink::{Destination, OutputLock, Sink};
@@ -40,6 +40,7 @@ use queue::{Work, WorkQueues};
 use requantize::Requantizing;
 use rounding::{RoundingLoss, RoundingSums};
 use session::{Session, WorkFilter};
+use tile::Selections;
 
 /// What the caller decides about the execution. As plain data, see [`crate::plan::Options`].
 #[derive(Debug, Clone, Deserialize)]
@@ -166,6 +167,10 @@ struct Job<'a> {
     digests: Vec<Mutex<Option<String>>>,
     /// What rounding takes away.
     rounding: Mutex<RoundingSums>,
+    /// What entry-wise methods found out of tensors that they merge, by shard and position.
+    selections: Mutex<HashMap<(usize, usize), Arc<Selections>>>,
+    /// The tensors of which that has to be found out.
+    unknown: Vec<(usize, usize)>,
     /// What is known so far of tensors that are quantised again, by shard and position.
     requantizing: HashMap<(usize, usize), Requantizing>,
 }
@@ -210,6 +215,13 @@ impl<'a> Job<'a> {
             .map(|(position, shard)| queue::queue_of(inputs, position, shard, &mut tiles))
             .collect();
         queues.iter_mut().for_each(|queue| queue.retain(|work| filter.takes(work)));
+        let mut unknown: Vec<_> =
+            queues.iter().flatten().filter_map(|work| work.merged()).collect();
+        unknown.dedup();
+        unknown.retain(|(shard, tensor)| {
+            let action = &plan.shards[*shard].tensors[*tensor].action;
+            matches!(action, Action::MergeEntries(merge) if merge.method.needs_passes())
+        });
         let slots = tiles.into_iter().map(Slot::new).collect();
         let computer = Computer { inputs, set, task };
         let mut remaining: Vec<_> = queues.iter().map(Vec::len).collect();
@@ -236,6 +248,8 @@ impl<'a> Job<'a> {
             remaining,
             digests,
             rounding: Mutex::default(),
+            selections: Mutex::default(),
+            unknown,
             requantizing,
         }
     }
@@ -249,6 +263,17 @@ impl<'a> Job<'a> {
             }
         }
         let failure = Mutex::new(None);
+        // A tensor's tiles wait for each other in this; so whole tensors are shared out before.
+        let next = AtomicUsize::new(0);
+        pool.broadcast(|_| {
+            while let Some(id) = self.unknown.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Err(error) = self.task.check().and_then(|()| self.find_out(*id)) {
+                    *lock(&failure) = Some(error);
+                    next.store(self.unknown.len(), Ordering::Relaxed);
+                    self.queues.stop();
+                }
+            }
+        });
         pool.broadcast(|_| {
             let mut buffers = Buffers::default();
             let mut queue = None;
@@ -266,6 +291,13 @@ impl<'a> Job<'a> {
             }
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    /// Finds out what an entry-wise method has to know of a whole tensor.
+    fn find_out(&self, (shard, tensor): (usize, usize)) -> Result<()> {
+        let found = self.computer.prepare(self.tensor(shard, tensor).0)?.selections();
+        lock(&self.selections).insert((shard, tensor), Arc::new(found));
+        Ok(())
     }
 
     fn rounding(&self) -> RoundingSums {
@@ -398,9 +430,10 @@ impl<'a> Job<'a> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let requantizing = self.requantizing.get(&(shard, tensor));
+        let known = lock(&self.selections).get(&(shard, tensor)).cloned();
         let (tensor, target) = self.tensor(shard, tensor);
         let slot = &self.slots[slot];
-        let prepared = slot.prepared(|| self.computer.prepare(tensor))?;
+        let prepared = slot.prepared(|| self.computer.prepare_with(tensor, known.as_deref()))?;
         if let Some(requantizing) = requantizing {
             let unit = requantizing.encode(&self.computer, tensor, &prepared, rows, buffers)?;
             lock(&self.rounding).add(&unit.rounding);

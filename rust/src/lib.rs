@@ -11,6 +11,7 @@
 //! - [`storage`]: the only place that touches files.
 //! - [`tensor`]: element types, and the safetensors format.
 //! - [`kernel`], `linalg`: products and conversions; decompositions in f64.
+//! - `coefficients`: methods that need inner products of updates alone.
 //! - [`entrywise`]: methods that look at each element of several updates.
 //! - [`checkpoint`]: shards seen as one map from names to tensors, their names and quantization.
 //! - [`adapter`]: what an adapter's modules add, and how it is read.
@@ -28,6 +29,7 @@ compile_error!("lorafast runs on little-endian processors only");
 pub mod adapter;
 pub mod algebra;
 pub mod checkpoint;
+mod coefficients;
 pub mod convert;
 pub mod describe;
 pub mod entrywise;

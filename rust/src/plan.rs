@@ -10,6 +10,7 @@ mod name_map;
 mod options;
 mod passes;
 mod planner;
+mod products;
 mod split;
 mod tie;
 mod update;
@@ -143,6 +144,7 @@ impl Plan {
         task.check()?;
         let mut shards = layout::plan_shards(inputs, &options, draft, &quantized);
         entries::merge_by_entries(inputs, &options, &mut shards)?;
+        products::weigh_by_products(inputs, &options, &mut shards, task)?;
         task.check()?;
         if options.dtype.is_some() {
             let kept = layout::kept_components(inputs, &shards);

@@ -45,8 +45,9 @@ class MergeOptions(NamedTuple):
         Strategy | None,
         Flag(
             "sequential: each adapter at its full scale; weighted: each times its weight; "
-            "average: each times 1/N; ties, dare_linear and the others: element by element "
-            "(default: weighted where weights are given, else sequential)",
+            "average: each times 1/N; slerp, karcher and others: with coefficients of each tensor; "
+            "ties, dare_linear and others: element by element (default: weighted where weights are "
+            "given, else sequential)",
             metavar="NAME",
             older_name="merge-strategy",
         ),
@@ -54,8 +55,8 @@ class MergeOptions(NamedTuple):
     strategy_options: Annotated[
         Mapping[str, float] | None,
         Flag(
-            "what the strategy takes: density, epsilon, gamma, lambda, normalize, select_topk; "
-            "again for each other",
+            "what the strategy takes, such as density=0.5 (ties) or t=0.3 (slerp); again for each "
+            "other",
             metavar="KEY=VALUE",
             name="strategy-option",
         ),
@@ -203,18 +204,22 @@ def merge(
         output: the directory to write. Absent or empty, unless `overwrite`.
         strategy: "sequential" adds every adapter at its full scale, "weighted" multiplies each by
             its weight, "average" by 1/N; `None` is weighted where weights are given, and sequential
-            where none are. "ties", "dare_linear", "dare_ties", "della", "della_linear",
-            "breadcrumbs", "breadcrumbs_ties", "magnitude_prune" and "sce" merge the products
-            sᵢ·Bᵢ·Aᵢ of every tensor element by element and add the result; `docs/strategies.md`
-            defines them. PEFT's names for the same are understood.
-        strategy_options: what such a strategy takes, by name: "density" (the share that is kept, 1
-            if missing), "epsilon" (DELLA), "gamma" (breadcrumbs), "select_topk" (SCE), "normalize"
-            (whether the sum over those that agree is divided by their weights; it is unless false),
-            "lambda" (a factor on the result).
+            where none are. "linear", "normalized" (by the sum of the weights) and "centroid" are
+            such sums; "slerp", "nuslerp", "karcher", "multislerp", "model_stock" and "projection"
+            find the coefficients of every tensor from inner products of the updates. "ties",
+            "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
+            "magnitude_prune" and "sce" merge the products sᵢ·Bᵢ·Aᵢ of every tensor element by
+            element and add the result. `docs/strategies.md` defines them. PEFT's names for the same
+            are understood.
+        strategy_options: what such a strategy takes, by name: "lambda" (a factor on the result),
+            "t" (slerp), "max_iter" and "tol" (karcher), "eps" (multislerp), "density" (the share
+            that is kept, 1 if missing), "epsilon" (DELLA), "gamma" (breadcrumbs), "select_topk"
+            (SCE), "normalize" (whether the sum over those that agree is divided by their weights;
+            it is unless false).
         seed: what the masks of DARE and DELLA depend on, beside each adapter's position, the
             module's name and the element's place.
-        weights: for "weighted" and the strategies that merge element by element, one finite number
-            an adapter, negative ones too; all 1 if missing.
+        weights: for "weighted" and the strategies that take weights, one finite number an adapter,
+            negative ones too where nothing is divided by their sum; all 1 if missing.
         dtype: "auto" keeps each tensor's; "float16", "bfloat16", "float32" (or "fp16", "bf16",
             "fp32") convert every floating-point tensor of 16 bits and more (in a pipeline those of
             the components that an adapter changes), and write quantised weights out, without their

@@ -244,11 +244,14 @@ def sources_of(description: PlanDescription, summary: Summary) -> list[dict[str,
 
 
 def groups_of(description: PlanDescription) -> list[dict[str, Any]]:
-    """Counts the updates by adapter, rank, scale and weight."""
+    """Counts the updates by adapter, rank, scale and the adapter's weight."""
     counts: dict[tuple[int, int, float, float], int] = {}
+    weights = description["weights"]
     for tensor in description["tensors"]:
         for update in tensor["updates"]:
-            key = (update["adapter"], update["rank"], update["scale"], update["weight"])
+            # Some strategies find a coefficient for each tensor.
+            weight = update["weight"] if weights is None else weights[update["adapter"]]
+            key = (update["adapter"], update["rank"], update["scale"], weight)
             counts[key] = counts.get(key, 0) + 1
     names = ("adapter", "rank", "scale", "weight")
     return [

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::coefficients::Gram;
 use super::weights::Weight;
+use crate::coefficients::Gram;
 use crate::error::{Error, Result};
 use crate::tensor::dtype::Dtype;
 

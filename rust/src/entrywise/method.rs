@@ -168,6 +168,11 @@ impl Method {
         matches!(self.trim, Trim::Ranked { .. })
     }
 
+    /// Whether something of a whole tensor has to be known, for which its tiles are looked at before.
+    pub fn needs_passes(&self) -> bool {
+        !self.is_random()
+    }
+
     /// Whether it depends on a seed.
     pub fn is_random(&self) -> bool {
         matches!(self.trim, Trim::Random { .. } | Trim::Ranked { .. })

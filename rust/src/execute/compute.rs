@@ -8,7 +8,7 @@ use super::accumulator::Real;
 use super::queue;
 use super::rounding::RoundingSums;
 pub(crate) use super::tile::Prepared;
-use super::tile::Segment;
+use super::tile::{Segment, Selections};
 use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
 use crate::execute::residual::Weight;
@@ -246,11 +246,23 @@ impl Computer<'_> {
     /// # Errors
     /// That a file changed, or [`Error::Io`].
     pub fn prepare(&self, tensor: &PlannedTensor) -> Result<Prepared> {
+        self.prepare_with(tensor, None)
+    }
+
+    /// The same with what entry-wise methods found out before.
+    ///
+    /// # Errors
+    /// As [`Computer::prepare`].
+    pub fn prepare_with(
+        &self,
+        tensor: &PlannedTensor,
+        known: Option<&Selections>,
+    ) -> Result<Prepared> {
         let wide = queue::accumulator(&tensor.source.dtype);
         let removed = self.removed(tensor)?;
         let mut scan =
             |each: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>| self.scan(tensor, &wide, each);
-        Prepared::new(self.set, self.inputs, tensor, &wide, removed, &mut scan)
+        Prepared::new(self.set, self.inputs, tensor, &wide, removed, known, &mut scan)
     }
 
     /// The same for [`Computer::wide_rows`], of a tensor that is written in f64.
@@ -262,7 +274,7 @@ impl Computer<'_> {
         let mut scan = |each: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>| {
             self.scan(tensor, &Dtype::F64, each)
         };
-        Prepared::new(self.set, self.inputs, tensor, &Dtype::F64, removed, &mut scan)
+        Prepared::new(self.set, self.inputs, tensor, &Dtype::F64, removed, None, &mut scan)
     }
 
     /// Whole rows in f64, as they are and as the updates make them, computed in f64 whatever the

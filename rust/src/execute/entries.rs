@@ -62,6 +62,11 @@ impl Products {
         }
     }
 
+    /// With what was found out before.
+    pub fn with(self, selection: Selection) -> Entries {
+        Entries { products: self, selection }
+    }
+
     /// Finds out what the method has to know of a segment of so many rows.
     pub fn select(
         self,
@@ -93,6 +98,11 @@ fn slices<'a>(keys: &'a [Cow<'_, [f32]>]) -> Vec<&'a [f32]> {
 }
 
 impl Entries {
+    /// What was found out of the whole segment.
+    pub fn selection(&self) -> &Selection {
+        &self.selection
+    }
+
     /// Adds the merged product to rows of the segment.
     pub fn apply<T: Real>(&self, rows: &Range<usize>, result: &mut [T]) {
         let mut merged = vec![0.0; result.len()];

@@ -31,6 +31,16 @@ pub(super) enum Work {
     Digest { adapter: usize },
 }
 
+impl Work {
+    /// The tensor that it is about, by shard and position, where that is merged.
+    pub fn merged(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::Merge { shard, tensor, .. } => Some((*shard, *tensor)),
+            _ => None,
+        }
+    }
+}
+
 /// The type in which a tensor of that type is added to.
 pub(crate) fn accumulator(dtype: &Dtype) -> Dtype {
     if *dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 }

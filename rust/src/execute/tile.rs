@@ -13,13 +13,16 @@ use super::queue;
 use crate::adapter::Adapter;
 use crate::adapter::factors::Pair;
 use crate::adapter::matrix::Matrix;
-use crate::entrywise::{Finder, Mask};
+use crate::entrywise::{Finder, Mask, Selection};
 use crate::error::Result;
 use crate::kernel::{self, Factors, InstructionSet};
 use crate::plan::{Action, EntryMerge, Inputs, PlannedTensor, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
 use crate::tensor::safetensors::Tensor;
+
+/// What entry-wise methods found out of a tensor's segments, in their order.
+pub(crate) type Selections = Vec<Option<Selection>>;
 
 /// One tensor's updates, ready to be applied to any of its tiles.
 #[derive(Debug)]
@@ -167,12 +170,12 @@ impl Packing<'_> {
         &self,
         rows: Range<usize>,
         updates: &[&Update],
-        entries: Option<&EntryMerge>,
+        (entries, known): (Option<&EntryMerge>, Option<&Selection>),
         scan: &mut Scan<'_>,
     ) -> Result<Segment> {
         let mut segment = Segment { rows, columns: self.columns, stages: Vec::new() };
         if let Some(merge) = entries.filter(|_| !updates.is_empty()) {
-            segment.stages.push(self.entries(&segment.rows, updates, merge)?);
+            segment.stages.push(self.entries(&segment.rows, updates, merge, known)?);
             return Ok(segment);
         }
         let dtype = self.dtype_of_sums(updates);
@@ -258,6 +261,7 @@ impl Packing<'_> {
         rows: &Range<usize>,
         updates: &[&Update],
         merge: &EntryMerge,
+        known: Option<&Selection>,
     ) -> Result<Stage> {
         let mut adapters: Vec<Vec<Factors>> = Vec::new();
         let (mut weights, mut masks) = (Vec::new(), Vec::new());
@@ -281,7 +285,10 @@ impl Packing<'_> {
         let finder = if is_transposed { finder.transposed() } else { finder };
         let tile_rows = queue::tile_rows(self.columns, self.dtype);
         let products = Products::new(self.set, self.columns, adapters);
-        let entries = products.select(finder, rows.len(), tile_rows, self.dtype);
+        let entries = match known {
+            Some(selection) => products.with(selection.clone()),
+            None => products.select(finder, rows.len(), tile_rows, self.dtype),
+        };
         let (sums, overrides) = (Vec::new(), Vec::new());
         Ok(Stage { sums, base_coefficient: 1.0, overrides, entries: Some(entries) })
     }
@@ -413,13 +420,15 @@ impl Prepared {
     /// Packs the updates of a tensor that is accumulated in `dtype` (f32 or f64).
     ///
     /// `scan` streams W₀ once, in that type and in order; it is only called for norms of columns.
-    /// `removed` has what initialisations took out of W₀, by the adapter and its module.
+    /// `removed` has what initialisations took out of W₀, by the adapter and its module; `known` what
+    /// entry-wise methods found out of each segment, where that was done before.
     pub fn new(
         set: InstructionSet,
         inputs: &Inputs,
         tensor: &PlannedTensor,
         dtype: &Dtype,
         removed: Vec<((usize, &str), Pair)>,
+        known: Option<&Selections>,
         scan: &mut Scan<'_>,
     ) -> Result<Self> {
         let (_, columns) = tensor.matrix();
@@ -430,7 +439,8 @@ impl Prepared {
             Action::MergeEntries(merge) => Some(merge),
             _ => None,
         };
-        let segments = tensor.segments().into_iter().map(|rows| {
+        let segments = tensor.segments().into_iter().enumerate().map(|(position, rows)| {
+            let known = known.and_then(|known| known.get(position)?.as_ref());
             let updates: Vec<_> = tensor
                 .updates()
                 .iter()
@@ -441,9 +451,14 @@ impl Prepared {
                     None => true,
                 })
                 .collect();
-            packing.segment(rows, &updates, entries, scan)
+            packing.segment(rows, &updates, (entries, known), scan)
         });
         Ok(Self { columns, segments: segments.collect::<Result<_>>()? })
+    }
+
+    /// What entry-wise methods found out of each segment.
+    pub fn selections(&self) -> Selections {
+        self.segments.iter().map(|segment| Some(segment.entries()?.selection().clone())).collect()
     }
 
     /// Elements of a row.
@@ -467,6 +482,11 @@ impl Prepared {
 }
 
 impl Segment {
+    /// The products that an entry-wise method merges.
+    fn entries(&self) -> Option<&Entries> {
+        self.stages.first()?.entries.as_ref()
+    }
+
     /// The segment's first row in the tensor.
     pub fn first_row(&self) -> usize {
         self.rows.start
@@ -488,7 +508,7 @@ impl Segment {
     /// What an entry-wise method makes of the products in a row of the tensor, and each adapter's own
     /// product there; `None` where there are but sums.
     pub fn entries_of(&self, row: usize, dtype: &Dtype) -> Option<(Vec<f64>, Vec<Vec<f64>>)> {
-        let entries = self.stages.first()?.entries.as_ref()?;
+        let entries = self.entries()?;
         Some(entries.row(row - self.rows.start, dtype))
     }
 

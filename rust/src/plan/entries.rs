@@ -17,22 +17,15 @@ pub(super) fn merge_by_entries(
     shards: &mut [PlannedShard],
 ) -> Result<()> {
     let Some(method) = options.entry_method()? else { return Ok(()) };
-    let mut refused = IndexMap::<(usize, &'static str), Vec<String>>::new();
+    let mut refused = NoProducts::default();
     for tensor in shards.iter_mut().flat_map(|shard| &mut shard.tensors) {
-        if let Origin::Adapter(adapter) = tensor.origin {
-            let what = "parameters that were trained whole";
-            refused.entry((adapter, what)).or_default().push(tensor.name.clone());
-        }
-        for update in tensor.updates() {
-            let ranks_turned = method.looks_at_rows() && update.transposed;
-            if let Some(what) = what_is_no_product(tensor, update) {
-                refused.entry((update.adapter, what)).or_default().push(tensor.name.clone());
-            } else if ranks_turned {
-                let what = "updates of weights that are stored transposed, whose rows (in which elements \
-                            are ranked) lie across all of the tensor";
-                refused.entry((update.adapter, what)).or_default().push(tensor.name.clone());
-            }
-        }
+        refused.look(tensor, &|update| {
+            let is_turned = method.looks_at_rows() && update.transposed;
+            what_is_no_product(tensor, update).or(is_turned.then_some(
+                "updates of weights that are stored transposed, whose rows (in which elements are ranked) \
+                 lie across all of the tensor",
+            ))
+        });
         if let Action::Merge(updates) = &mut tensor.action {
             tensor.action = Action::MergeEntries(EntryMerge {
                 updates: std::mem::take(updates),
@@ -42,35 +35,60 @@ pub(super) fn merge_by_entries(
             });
         }
     }
-    let mut messages = IndexMap::<usize, Vec<String>>::new();
-    for ((adapter, what), names) in &refused {
-        let more = match names.len() {
-            1 => String::new(),
-            count => format!(" and {} more", count - 1),
+    refused.finish(
+        inputs,
+        options.strategy.name(),
+        "merges products of two factors element by element",
+    )
+}
+
+/// What is refused because it is no product: the tensors, by the adapter and the kind.
+#[derive(Debug, Default)]
+pub(super) struct NoProducts(IndexMap<(usize, &'static str), Vec<String>>);
+
+impl NoProducts {
+    /// Looks at all that makes a tensor.
+    pub fn look(&mut self, tensor: &PlannedTensor, what: &dyn Fn(&Update) -> Option<&'static str>) {
+        let mut refuse = |adapter: usize, what: &'static str| {
+            self.0.entry((adapter, what)).or_default().push(tensor.name.clone());
         };
-        messages.entry(*adapter).or_default().push(format!("{what} ({}{more})", names[0]));
-    }
-    let Some((first, _)) = messages.first() else { return Ok(()) };
-    let first = inputs.adapters[*first].path();
-    let lines: Vec<String> = messages
-        .iter()
-        .map(|(adapter, found)| {
-            let line = format!(
-                "the strategy {} merges products of two factors element by element, and it has {}",
-                options.strategy.name(),
-                found.join("; ")
-            );
-            match inputs.adapters[*adapter].path() {
-                path if path == first => line,
-                path => format!("{}: {line}", path.display()),
+        if let Origin::Adapter(adapter) = tensor.origin {
+            refuse(adapter, "parameters that were trained whole");
+        }
+        for update in tensor.updates() {
+            if let Some(what) = what(update) {
+                refuse(update.adapter, what);
             }
-        })
-        .collect();
-    Err(Error::unsupported(first, lines.join("\n")))
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Unsupported`] if anything was refused.
+    pub fn finish(self, inputs: &Inputs, strategy: &str, does: &str) -> Result<()> {
+        let mut messages = IndexMap::<usize, Vec<String>>::new();
+        for ((adapter, what), names) in &self.0 {
+            let more = match names.len() {
+                1 => String::new(),
+                count => format!(" and {} more", count - 1),
+            };
+            messages.entry(*adapter).or_default().push(format!("{what} ({}{more})", names[0]));
+        }
+        let Some((first, _)) = messages.first() else { return Ok(()) };
+        let first = *first;
+        let lines = messages.iter().map(|(adapter, found)| {
+            let line = format!("the strategy {strategy} {does}, and it has {}", found.join("; "));
+            match *adapter == first {
+                true => line,
+                false => format!("{}: {line}", inputs.adapters[*adapter].path().display()),
+            }
+        });
+        let message = lines.collect::<Vec<_>>().join("\n");
+        Err(Error::unsupported(inputs.adapters[first].path(), message))
+    }
 }
 
 /// What an update is, if it is no product that stands by itself.
-fn what_is_no_product(tensor: &PlannedTensor, update: &Update) -> Option<&'static str> {
+pub(super) fn what_is_no_product(tensor: &PlannedTensor, update: &Update) -> Option<&'static str> {
     match update.kind {
         UpdateKind::Dora => Some("DoRA's magnitudes, with which the update is no sum"),
         UpdateKind::Replace => Some("parameters that were trained whole"),

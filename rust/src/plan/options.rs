@@ -4,7 +4,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::ExpertLayout;
+use super::products::plain_weights;
 use crate::checkpoint::names::renames::Renames;
+use crate::coefficients::{self, Gram, Numbers};
 use crate::entrywise;
 use crate::error::{Error, Result, agree, counted};
 use crate::tensor::dtype::Dtype;
@@ -21,16 +23,19 @@ pub enum Strategy {
     Average,
     /// base + the sum of updates, for every tensor merged element by element by the method of that name.
     Entries(&'static str),
+    /// base + Σ cᵢ·(mergedᵢ − base), for every tensor with coefficients that the method of that name finds.
+    Gram(&'static str),
 }
 
 /// Names of PEFT's for the same: what it makes of its factors again by an SVD is merged into a base as it
 /// is.
-const NAMES_OF_PEFT: [(&str, &str); 5] = [
+const NAMES_OF_PEFT: [(&str, &str); 6] = [
     ("ties_svd", "ties"),
     ("dare_linear_svd", "dare_linear"),
     ("dare_ties_svd", "dare_ties"),
     ("magnitude_prune_svd", "magnitude_prune"),
-    ("cat", "weighted"),
+    ("cat", "linear"),
+    ("svd", "linear"),
 ];
 
 impl Strategy {
@@ -47,16 +52,19 @@ impl Strategy {
             "average" => return Ok(Self::Average),
             _ => {}
         }
-        match entrywise::METHODS.iter().find(|(known, _)| *known == own) {
-            Some((known, _)) => Ok(Self::Entries(known)),
-            None => {
-                let methods: Vec<&str> = entrywise::METHODS.iter().map(|(name, _)| *name).collect();
-                Err(Error::Argument(format!(
-                    "unknown strategy {name:?}; there are sequential, weighted, average, {}",
-                    methods.join(", ")
-                )))
-            }
+        if let Some((known, _)) = coefficients::METHODS.iter().find(|(known, _)| *known == own) {
+            return Ok(Self::Gram(known));
         }
+        if let Some((known, _)) = entrywise::METHODS.iter().find(|(known, _)| *known == own) {
+            return Ok(Self::Entries(known));
+        }
+        let sums = coefficients::METHODS.iter().map(|(name, _)| *name);
+        let methods: Vec<&str> =
+            sums.chain(entrywise::METHODS.iter().map(|(name, _)| *name)).collect();
+        Err(Error::Argument(format!(
+            "unknown strategy {name:?}; there are sequential, weighted, average, {}",
+            methods.join(", ")
+        )))
     }
 
     /// Its name.
@@ -65,7 +73,7 @@ impl Strategy {
             Self::Sequential => "sequential",
             Self::Weighted => "weighted",
             Self::Average => "average",
-            Self::Entries(name) => name,
+            Self::Entries(name) | Self::Gram(name) => name,
         }
     }
 }
@@ -77,7 +85,61 @@ impl Serialize for Strategy {
 }
 
 /// What strategies take beside weights and a seed.
-pub type StrategyOptions = entrywise::Options;
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StrategyOptions {
+    /// The share of elements that is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub density: Option<f64>,
+    /// How far keep probabilities lie from the density (DELLA).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epsilon: Option<f64>,
+    /// The share of the largest elements that is dropped (breadcrumbs).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gamma: Option<f64>,
+    /// Whether sums are divided by the weights of those that agree (methods that elect a sign).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub normalize: Option<bool>,
+    /// The share of positions that is kept, those of the largest variance (SCE).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub select_topk: Option<f64>,
+    /// What the result is multiplied by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lambda: Option<f64>,
+    /// Where on the way from the first to the second (slerp).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub t: Option<f64>,
+    /// Steps at most (karcher).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_iter: Option<u64>,
+    /// The length of a step that is none any more (karcher).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tol: Option<f64>,
+    /// The sine below which two directions are one (multislerp).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eps: Option<f64>,
+}
+
+impl StrategyOptions {
+    /// Checks that there are but these, and a factor on the result.
+    fn check_known(&self, strategy: &str, known: &[&str]) -> Result<()> {
+        let given = serde_json::to_value(self).expect("plain data");
+        let given = given.as_object().expect("a struct is an object");
+        let is_known = |name: &str| name == "lambda" || known.contains(&name);
+        let Some(other) = given.keys().find(|name| !is_known(name)) else {
+            return match self.lambda.unwrap_or(1.0) {
+                lambda if lambda.is_finite() => Ok(()),
+                lambda => Err(Error::Argument(format!("the option lambda is {lambda}"))),
+            };
+        };
+        let mut all: Vec<&str> = known.iter().copied().filter(|name| *name != "lambda").collect();
+        all.push("lambda");
+        Err(Error::Argument(format!(
+            "the strategy {strategy} takes no option {other:?}; it takes {}",
+            all.join(", ")
+        )))
+    }
+}
 
 impl Options {
     /// The method that merges element by element, if the strategy is one.
@@ -85,16 +147,32 @@ impl Options {
     /// # Errors
     /// [`Error::Argument`] for options that the strategy does not take, or outside of their domain.
     pub(super) fn entry_method(&self) -> Result<Option<entrywise::Method>> {
-        let Strategy::Entries(name) = self.strategy else {
-            if self.strategy_options != StrategyOptions::default() {
-                return Err(Error::Argument(format!(
-                    "options were given for the strategy {}, which takes none",
-                    self.strategy.name()
-                )));
-            }
-            return Ok(None);
-        };
-        entrywise::Method::new(name, &self.strategy_options).map(Some)
+        let Strategy::Entries(name) = self.strategy else { return Ok(None) };
+        let StrategyOptions { density, epsilon, gamma, normalize, select_topk, lambda, .. } =
+            self.strategy_options;
+        let known = entrywise::METHODS.iter().find(|(known, _)| *known == name);
+        self.strategy_options.check_known(name, known.map_or(&[], |(_, options)| options))?;
+        let options =
+            entrywise::Options { density, epsilon, gamma, lambda, normalize, select_topk };
+        entrywise::Method::new(name, &options).map(Some)
+    }
+
+    /// The method that finds coefficients, if the strategy is one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for what the strategy does not take.
+    pub(super) fn gram(&self, count: usize) -> Result<Option<Gram>> {
+        let Strategy::Gram(name) = self.strategy else { return Ok(None) };
+        let known = coefficients::METHODS.iter().find(|(known, _)| *known == name);
+        self.strategy_options.check_known(name, known.map_or(&[], |(_, options)| options))?;
+        let StrategyOptions { t, max_iter, tol, eps, .. } = self.strategy_options;
+        let numbers = Numbers { t, max_iter, tol, eps };
+        Gram::named(name, &numbers, count, self.weights.as_deref()).map(Some)
+    }
+
+    /// The factor on the result.
+    pub(super) fn lambda(&self) -> f64 {
+        self.strategy_options.lambda.unwrap_or(1.0)
     }
 
     /// Whether the result depends on the seed.
@@ -107,6 +185,13 @@ impl Options {
     /// # Errors
     /// [`Error::Argument`].
     pub(super) fn check_strategy(&self) -> Result<()> {
+        let is_plain = !matches!(self.strategy, Strategy::Entries(_) | Strategy::Gram(_));
+        if is_plain && self.strategy_options != StrategyOptions::default() {
+            return Err(Error::Argument(format!(
+                "options were given for the strategy {}, which takes none",
+                self.strategy.name()
+            )));
+        }
         let Some(method) = self.entry_method()? else { return Ok(()) };
         let name = self.strategy.name();
         if self.subtract {
@@ -259,27 +344,30 @@ pub(super) fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>>
     if adapters == 0 {
         return Err(Error::Argument("no adapter was given; a merge needs at least one".into()));
     }
-    match (options.strategy, &options.weights) {
-        (Strategy::Weighted | Strategy::Entries(_), Some(weights)) => {
-            if weights.len() != adapters {
-                return Err(Error::Argument(format!(
-                    "{} {} given for {}; give as many weights as adapters",
-                    counted(weights.len(), "weight"),
-                    agree(weights.len(), "was", "were"),
-                    counted(adapters, "adapter"),
-                )));
-            }
-            if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {
-                return Err(Error::Argument(format!("the weight {weight} is not a finite number")));
-            }
-            Ok(weights.clone())
+    if let Some(weights) = &options.weights {
+        if matches!(options.strategy, Strategy::Sequential | Strategy::Average) {
+            return Err(Error::Argument(format!(
+                "weights were given, but only the strategy \"weighted\" uses them, or a method such as \
+                 ties or linear, not {}",
+                options.strategy.name()
+            )));
         }
-        (_, Some(_)) => Err(Error::Argument(
-            "weights were given, but only the strategy \"weighted\" and those that merge element by element \
-             use them"
-                .into(),
-        )),
-        (Strategy::Sequential | Strategy::Weighted | Strategy::Entries(_), None) => Ok(vec![1.0; adapters]),
-        (Strategy::Average, None) => Ok(vec![1.0 / adapters as f64; adapters]),
+        if weights.len() != adapters {
+            return Err(Error::Argument(format!(
+                "{} {} given for {}; give as many weights as adapters",
+                counted(weights.len(), "weight"),
+                agree(weights.len(), "was", "were"),
+                counted(adapters, "adapter"),
+            )));
+        }
+        if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {
+            return Err(Error::Argument(format!("the weight {weight} is not a finite number")));
+        }
     }
+    let given = options.weights.clone().unwrap_or_else(|| vec![1.0; adapters]);
+    Ok(match (options.strategy, options.gram(adapters)?) {
+        (Strategy::Average, _) => vec![1.0 / adapters as f64; adapters],
+        (_, Some(method)) => plain_weights(&method, &given, options.lambda()),
+        _ => given,
+    })
 }

@@ -3,7 +3,30 @@
 //! Everything is of one tensor. Sources: task arithmetic, arXiv:2212.04089; model stock, arXiv:2403.19522;
 //! slerp, Shoemake 1985; the Riemannian mean (karcher) and multislerp as mergekit has them.
 
+use crate::error::{Error, Result};
 use crate::linalg::Matrix;
+
+/// The methods by their names, with the options that each takes beside a factor on the result.
+pub(crate) const METHODS: [(&str, &[&str]); 9] = [
+    ("linear", &[]),
+    ("normalized", &[]),
+    ("centroid", &[]),
+    ("slerp", &["t"]),
+    ("nuslerp", &[]),
+    ("karcher", &["max_iter", "tol"]),
+    ("multislerp", &["eps"]),
+    ("model_stock", &[]),
+    ("projection", &[]),
+];
+
+/// The numbers that methods take.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Numbers {
+    pub t: Option<f64>,
+    pub max_iter: Option<u64>,
+    pub tol: Option<f64>,
+    pub eps: Option<f64>,
+}
 
 /// A method, with what it was given.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +58,83 @@ const ALIGNED: f64 = 0.9995;
 const SINE: f64 = 1e-8;
 
 impl Gram {
+    /// The method of that name for so many adapters.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for numbers outside of their domain, weights that the method does not take, and
+    /// another number of adapters than it is for.
+    ///
+    /// # Panics
+    /// For a name that is not among [`METHODS`].
+    pub fn named(
+        name: &str,
+        numbers: &Numbers,
+        count: usize,
+        weights: Option<&[f64]>,
+    ) -> Result<Self> {
+        let number = |name: &str, value: Option<f64>, default: f64, is_valid: fn(f64) -> bool| {
+            let value = value.unwrap_or(default);
+            match is_valid(value) {
+                true => Ok(value),
+                false => Err(Error::Argument(format!("the option {name} is {value}"))),
+            }
+        };
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        let (least, most) = match name {
+            "linear" | "normalized" | "centroid" | "karcher" => (1, usize::MAX),
+            "slerp" | "nuslerp" => (2, 2),
+            _ => (2, usize::MAX),
+        };
+        if !(least..=most).contains(&count) {
+            return Err(Error::Argument(format!(
+                "{name} is for {} adapters, and there {} {count}",
+                if least == most { least.to_string() } else { format!("at least {least}") },
+                if count == 1 { "is" } else { "are" }
+            )));
+        }
+        let method = match name {
+            "linear" => Self::Linear,
+            "normalized" => Self::Normalized,
+            "centroid" => Self::Centroid,
+            "slerp" => {
+                Self::Slerp { t: number("t", numbers.t, 0.5, |t| (0.0..=1.0).contains(&t))? }
+            }
+            "nuslerp" => Self::Nuslerp,
+            "karcher" => Self::Karcher {
+                steps: numbers.max_iter.unwrap_or(1000),
+                tolerance: number("tol", numbers.tol, 1e-12, positive)?,
+            },
+            "multislerp" => {
+                Self::Multislerp { epsilon: number("eps", numbers.eps, 1e-8, positive)? }
+            }
+            "model_stock" => Self::ModelStock,
+            "projection" => Self::Projection,
+            _ => unreachable!("the name of a method"),
+        };
+        let Some(weights) = weights else { return Ok(method) };
+        match method {
+            Self::Linear => {}
+            Self::Normalized | Self::Nuslerp | Self::Karcher { .. } | Self::Multislerp { .. } => {
+                let sum: f64 = weights.iter().sum();
+                if weights.iter().any(|weight| *weight < 0.0) || sum <= 0.0 {
+                    return Err(Error::Argument(format!(
+                        "the weights {weights:?} are divided by their sum, for which none may be negative \
+                         and one has to be above zero; linear takes any"
+                    )));
+                }
+            }
+            Self::Centroid | Self::Slerp { .. } | Self::ModelStock | Self::Projection => {
+                return Err(Error::Argument(format!("{name} takes no weights")));
+            }
+        }
+        Ok(method)
+    }
+
+    /// Whether coefficients need no inner products.
+    pub fn needs_no_products(&self) -> bool {
+        matches!(self, Self::Linear | Self::Normalized | Self::Centroid)
+    }
+
     /// The coefficients of N updates with these inner products and weights. The first three methods need
     /// no products.
     pub fn coefficients(&self, products: &Matrix, weights: &[f64]) -> Vec<f64> {
