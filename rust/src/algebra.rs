@@ -3,18 +3,30 @@
 //! An adapter of any format comes in and one of any format goes out. Modules of several adapters are
 //! brought together by `sums`, updates are decomposed by `factored`, ranks are chosen by `ranks`; what is
 //! made lies in `results` until `write` hands it to the conversion, and each module has its error.
+//!
+//! `combine` says what is asked for, `engine` goes through the modules, which `work` or `bake` compute, `methods` knows the methods by name and
+//! family, and `made` is what one makes of a module: a sum (`coefficients`), a decomposition (`joint`), a matrix
+//! (`dense`) or PEFT's factors (`raw`).
 
 mod bake;
+mod bases;
 mod combine;
+mod dense;
 mod engine;
 mod factored;
+mod joint;
+mod made;
+mod merge;
+mod methods;
 mod options;
 mod ranks;
+mod raw;
 mod report;
 mod results;
 mod rounding;
 mod sums;
 mod weights;
+mod work;
 mod write;
 
 pub use bake::{BakeOptions, bake};

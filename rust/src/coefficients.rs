@@ -123,16 +123,43 @@ impl Gram {
                     )));
                 }
             }
-            Self::Centroid | Self::Slerp { .. } | Self::ModelStock | Self::Projection => {
+            _ => {
                 return Err(Error::Argument(format!("{name} takes no weights")));
             }
         }
         Ok(method)
     }
 
+    /// Whether adapters can have weights.
+    pub fn takes_weights(&self) -> bool {
+        !matches!(self, Self::Centroid | Self::Slerp { .. } | Self::ModelStock | Self::Projection)
+    }
+
     /// Whether coefficients need no inner products.
     pub fn needs_no_products(&self) -> bool {
         matches!(self, Self::Linear | Self::Normalized | Self::Centroid)
+    }
+
+    /// The coefficients; the inner products are asked for where they are needed.
+    pub fn coefficients_with(
+        &self,
+        products: impl FnOnce() -> Matrix,
+        weights: &[f64],
+    ) -> Vec<f64> {
+        match self {
+            Self::Linear | Self::Normalized | Self::Centroid => {
+                self.coefficients(&Matrix::zeros(0, 0), weights)
+            }
+            _ => self.coefficients(&products(), weights),
+        }
+    }
+
+    /// Whether weights are divided by their sum.
+    pub fn divides_by_weights(&self) -> bool {
+        matches!(
+            self,
+            Self::Normalized | Self::Nuslerp | Self::Karcher { .. } | Self::Multislerp { .. }
+        )
     }
 
     /// The coefficients of N updates with these inner products and weights. The first three methods need

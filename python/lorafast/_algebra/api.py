@@ -1,4 +1,4 @@
-"""Adapters made from adapters: `lorafast.combine`, `lorafast.resize`, `lorafast.bake`."""
+"""Combining and resizing adapters: `lorafast.combine`, `lorafast.resize`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorafast import _core
 from lorafast._algebra.report import (
     AlgebraReport,
-    BakeReport,
     BudgetUse,
     CombineReport,
     ModuleResult,
@@ -44,6 +43,20 @@ if TYPE_CHECKING:
         "multislerp",
         "model_stock",
         "projection",
+        "svd",
+        "knots",
+        "tsv_m",
+        "iso_c",
+        "core_space",
+        "ties",
+        "dare_linear",
+        "dare_ties",
+        "della",
+        "della_linear",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "magnitude_prune",
+        "sce",
     ]
     #: A number for all modules, or numbers by patterns of module names.
     Weight = float | Mapping[str, float]
@@ -53,10 +66,11 @@ def combine(
     adapters: Sequence[Source],
     output: str | os.PathLike[str],
     *,
-    method: Method = "linear",
+    method: Method | Literal["cat"] = "linear",
     weights: Sequence[Weight] | None = None,
     rank: int | str | None = None,
     options: Mapping[str, Any] | None = None,
+    seed: int = 0,
     base: Source | None = None,
     compat: str | None = None,
     to: str = "peft",
@@ -75,21 +89,41 @@ def combine(
     Args:
         adapters: directories, files or hub ids, in any format.
         output: what to write: a directory for "peft" and "mlx", a file for other formats.
-        method: how each module's updates Δᵢ become one. "linear" is Σwᵢ·Δᵢ, "normalized" divides
-            that by Σw, "centroid" is the mean; "slerp" goes from the first to the second on the
-            sphere (option "t", ½), "nuslerp" does with t = w₂/(w₁+w₂); "karcher" is the Riemannian
-            mean of the directions ("max_iter", "tol"), "multislerp" their normalized mean ("eps");
-            "model_stock" shortens the mean by how much the updates agree (arXiv:2403.19522);
-            "projection" is the first without its part in the span of the others. All but the
-            first three need inner products alone, and none forms ΔW.
+        method: how each module's updates Δᵢ become one. Sums, exact in the factors: "linear" is
+            Σwᵢ·Δᵢ, "normalized" divides that by Σw, "centroid" is the mean; "slerp" goes from the
+            first to the second on the sphere (option "t", ½), "nuslerp" does with
+            t = w₂/(w₁+w₂); "karcher" is the Riemannian mean of the directions ("max_iter",
+            "tol"), "multislerp" one step towards it ("eps"); "model_stock" shortens the mean by
+            how much the updates agree (arXiv:2403.19522); "projection" is the first without its
+            part in the span of the others. "svd" is "linear", cut to `rank`, the largest of the
+            inputs' in each module if that is `None`.
+            Of singular vectors, in factored form: "knots" (arXiv:2410.19735) merges coordinates
+            in the left singular vectors of [Δ₁ … Δ_N], "core_space" (arXiv:2509.17786) in bases
+            of the stored factors, on whose gauge it depends ("merge": "ties", or any sum or
+            method below, with its options); "tsv_m" (arXiv:2412.00081) makes all singular vectors
+            orthonormal ("k", the triplets of each; directions that adapters share are an error);
+            "iso_c" (arXiv:2502.04959) gives the sum equal singular values, up to its numerical
+            rank.
+            Of each element ("density", the share kept, 1): "ties" (arXiv:2306.01708),
+            "dare_linear" and "dare_ties" (arXiv:2311.03099), "della" and "della_linear"
+            (arXiv:2406.11617; "epsilon"), "breadcrumbs" and "breadcrumbs_ties"
+            (arXiv:2312.06795; "gamma"), "magnitude_prune", "sce" (arXiv:2408.07990;
+            "select_topk"). "normalize" is `True` where signs are elected. What they make has full
+            rank, so that `rank` is needed, and the report's errors are those of the truncation;
+            `merge` with the same strategy loses nothing.
         weights: a weight for each adapter: a number, or a mapping from patterns of module names
             ("*.q_proj") to numbers, of which the first that fits counts and 1 where none does.
             1 for all if `None`.
         rank: `None` writes the factors next to one another, which is exact, with the sum of the
             ranks; else a rule as for `resize`.
         options: what the method takes, by name; all take "lambda", which multiplies the result.
+        seed: of random masks ("dare_linear", "dare_ties", "della", "della_linear"), which depend
+            on it, the module, the adapter's place in the list, and the element alone.
         base: the model that was trained, where names depend on it.
-        compat: "kohya" chooses ranks as its older scripts do.
+        compat: "kohya" chooses ranks as its older scripts do; "peft" gives what PEFT's
+            `add_weighted_adapter` makes of the factors, with cross terms between the adapters:
+            "linear", "ties" and "magnitude_prune" ("density"), beside "cat" and "svd", which have
+            none.
         to: the format to write.
         dtype: the type of the factors; "auto" is the widest of the inputs'.
         overwrite: replace an adapter that is there.
@@ -113,6 +147,7 @@ def combine(
         "weights": None if weights is None else [_weight(weight) for weight in weights],
         "rank": rank,
         "options": dict(options or {}),
+        "seed": seed,
         "compat": compat,
         "write": _writing(to, dtype, overwrite, threads, dry_run),
     }
@@ -130,7 +165,7 @@ def combine(
             [core_source(source) for source in located],
             target,
             base=local,
-            options=_text(asked),
+            options=json.dumps(asked),
             progress=report,
         )
     return _report(CombineReport, found, located, target)
@@ -201,86 +236,9 @@ def resize(
 
     with callback(progress, label="resizing") as report:
         found = _core.resize_adapter(
-            core_source(located), target, base=local, options=_text(asked), progress=report
+            core_source(located), target, base=local, options=json.dumps(asked), progress=report
         )
     return _report(ResizeReport, found, [located], target)
-
-
-def bake(
-    adapter: Source,
-    output: str | os.PathLike[str],
-    *,
-    scale: Literal["keep", "fold"] = "keep",
-    alpha: float | None = None,
-    rslora: bool | None = None,
-    pad_to: int | None = None,
-    gauge: Literal["keep", "balanced", "orthonormal"] = "keep",
-    plain: bool = False,
-    base: Source | None = None,
-    to: str = "peft",
-    dtype: str = "auto",
-    overwrite: bool = False,
-    threads: int | None = None,
-    dry_run: bool = False,
-    progress: Progress = False,
-) -> BakeReport:
-    """Writes an adapter's updates in other factors, for whoever reads them.
-
-    ΔW stays what it is: whatever is multiplied by a power of two, padded or relabeled is exact,
-    and what is rounded counts in the report.
-
-    Args:
-        adapter: a directory, a file or a hub id, in any format.
-        output: what to write: a directory for "peft" and "mlx", a file for other formats.
-        scale: "fold" multiplies the factors by s, so that alpha is the rank and every reader finds
-            a scale of 1; "keep" leaves it.
-        alpha: the alpha that is written for all modules; the factors change so that ΔW does not.
-        rslora: write a scale of α/√r (`True`) or of α/r (`False`), with an alpha that leaves the
-            factors as they are; as the adapter has it if `None`.
-        pad_to: the rank that all modules are brought to, with zeros.
-        gauge: "balanced" gives each column of B and its row of A one length but for a power of
-            two; "orthonormal" writes U√Σ and √ΣVᵀ, σ descending.
-        plain: make plain factors, of twice the rank, of those that began with a part of the base's
-            weight (PiSSA, OLoRA, KaSA); needs `base`.
-        base: the model that was trained.
-        to: the format to write.
-        dtype: the type of the factors; "auto" keeps it.
-        overwrite: replace an adapter that is there.
-        threads: worker threads; one for each core if `None`.
-        dry_run: compute everything, with its errors, and write nothing.
-        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
-            (done, total) bytes.
-
-    Returns:
-        The report, with the rank and the error of each module.
-
-    Raises:
-        FileNotFoundError: the adapter is not there.
-        AdapterError: the adapter is broken.
-        UnsupportedAdapterError: the adapter holds what has no other factors.
-        OutputError: there is something at the output.
-        ValueError: an option or a format is not known, or two of them contradict each other.
-    """
-    asked = {
-        "scale": scale,
-        "alpha": alpha,
-        "rslora": rslora,
-        "pad_to": pad_to,
-        "gauge": gauge,
-        "plain": plain,
-        "write": _writing(to, dtype, overwrite, threads, dry_run),
-    }
-    require_readers(adapter, base)
-    located = locate(adapter, ADAPTER_PATTERNS)
-    local = None if base is None else locate(base, BASE_PATTERNS)
-    target = expand(output)
-    from lorafast._io.progress import callback
-
-    with callback(progress, label="baking") as report:
-        found = _core.bake_adapter(
-            core_source(located), target, base=local, options=_text(asked), progress=report
-        )
-    return _report(BakeReport, found, [located], target)
 
 
 def _weight(weight: Weight) -> float | dict[str, float]:
@@ -288,14 +246,6 @@ def _weight(weight: Weight) -> float | dict[str, float]:
     if isinstance(weight, Mapping):
         return {str(pattern): float(number) for pattern, number in weight.items()}
     return float(weight)
-
-
-def _text(asked: Mapping[str, object]) -> str:
-    """What is asked, as JSON."""
-    try:
-        return json.dumps(asked, allow_nan=False)
-    except ValueError as error:
-        raise ValueError("weights and options are finite numbers, and one is not") from error
 
 
 def _writing(

@@ -25,8 +25,10 @@ class ModuleResult:
         kept: the share of Σσ² that is kept.
         error: ‖ΔW - written‖/‖ΔW‖ (Frobenius norms) of the factors as they were rounded.
         norm: ‖ΔW‖.
-        singular_values: σ of ΔW, descending; empty where nothing asked for them.
-        coefficients: what each adapter's update was multiplied by; `None` of a single adapter.
+        singular_values: σ of ΔW, descending; empty where nothing asked for them, and the leading
+            ones where a method looks at each element.
+        coefficients: what each adapter's update was multiplied by; `None` of a single adapter and
+            where the result is no sum of them.
     """
 
     shape: tuple[int, int]

@@ -8,13 +8,15 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::Map;
 
-use super::combine::{fitting, opened, padded};
+use super::combine::opened;
 use super::engine::{Compute, Done, Job, run};
 use super::factored::{Factors, Gauge, Rows, decomposed, rounding_error};
+use super::made::{padded, side_by_side, without_scale};
 use super::options::Writing;
 use super::report::{Record, Report};
 use super::results::{Results, Rounded, rounded};
 use super::sums::{Allowed, Sum, Sums};
+use super::work::{fitting, not_finite, too_large};
 use super::write::Output;
 use crate::adapter::format::AdapterSource;
 use crate::adapter::{Adapter, Initialization};
@@ -254,21 +256,21 @@ impl Compute for Work {
         };
         let norm = frobenius_norm(&whole);
         if !norm.is_finite() {
-            return Err(super::combine::not_finite(sum));
+            return Err(not_finite(sum));
         }
         // The scale stays outside of the factors where all of it is one number.
         let scale = match whole.terms() {
             [term] if term.scale != 0.0 => term.scale,
             _ => 1.0,
         };
-        let inner = super::combine::without_scale(&whole, scale)?;
+        let inner = without_scale(&whole, scale);
         let source_rank = whole.rank();
-        let mut factors = super::combine::side_by_side(&inner);
+        let mut factors = side_by_side(&inner);
         match self.factoring {
             Factoring::Keep => {}
             Factoring::Balanced => balance(&mut factors),
             Factoring::Orthonormal => {
-                let found = decomposed(&inner).ok_or_else(|| super::combine::not_finite(sum))?;
+                let found = decomposed(&inner).ok_or_else(|| not_finite(sum))?;
                 factors = found.truncated(found.values.len(), Gauge::Balanced);
             }
         }
@@ -286,7 +288,7 @@ impl Compute for Work {
             ratio => Factors { b: times(factors.b, ratio), ..factors },
         };
         let factors = fitting(sum, factors);
-        let too_large = || super::combine::too_large(sum, dtype);
+        let too_large = || too_large(sum, dtype);
         let own = Rounded::of(&factors, dtype).ok_or_else(too_large)?;
         let lost = wanted.abs() * rounding_error(&factors, &own.factors(&factors));
         let record = Record {

@@ -1,6 +1,8 @@
 //! The way of every computation: modules one by one on several threads, each with its record, then the
 //! result in its format.
 
+use std::ops::Range;
+
 use indexmap::IndexMap;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
@@ -16,6 +18,9 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::parallel::task::{Task, build_pool};
 use crate::tensor::dtype::Dtype;
+
+/// Elements of the matrices that are in memory together, of methods that make them: 256 MB in f32.
+const DENSE_ELEMENTS: usize = 1 << 26;
 
 /// A module that was computed: its record, and where its factors are, with the scale that they have.
 pub(crate) type Done = (Record, Option<(Module, Place, f64)>);
@@ -33,6 +38,11 @@ pub(crate) trait Compute: Send + Sync {
     /// Those of reading, and of what cannot be computed.
     fn prepare(&mut self, _dtype: &Dtype, _task: &Task) -> Result<Option<BudgetReport>> {
         Ok(None)
+    }
+
+    /// The elements of the matrices that are made of a module, for methods that make some.
+    fn elements(&self, _sum: &Sum<'_>) -> usize {
+        0
     }
 
     /// One module, rounded to that type, and put into the results where there are any.
@@ -83,14 +93,12 @@ pub(crate) fn run(
     let budget = pool.install(|| compute.prepare(&dtype, task))?;
     let compute = &*compute;
     let done: Vec<Done> = pool.install(|| {
-        let all: Vec<usize> = (0..sums.len()).collect();
-        let one = |index: &usize| {
+        each(sums, &|sum| compute.elements(sum), |index| {
             task.check()?;
-            let done = compute.module(*index, &sums[*index], &dtype, results.as_ref(), task);
-            task.advance(sums[*index].bytes());
+            let done = compute.module(index, &sums[index], &dtype, results.as_ref(), task);
+            task.advance(sums[index].bytes());
             done
-        };
-        all.par_iter().map(one).collect::<Result<_>>()
+        })
     })?;
     let mut records = IndexMap::new();
     let mut made = Vec::new();
@@ -130,4 +138,36 @@ pub(crate) fn run(
         place.write(&job, modules, task, &mut report)?;
     }
     Ok(report)
+}
+
+/// What is computed of all modules: of as many at once as there are threads, or as may be in memory.
+///
+/// # Errors
+/// The first of the function's.
+pub(crate) fn each<R: Send>(
+    sums: &[Sum<'_>],
+    elements_of: &dyn Fn(&Sum<'_>) -> usize,
+    function: impl Fn(usize) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let mut groups: Vec<Range<usize>> = Vec::new();
+    let mut elements = 0;
+    for (index, sum) in sums.iter().enumerate() {
+        let own = elements_of(sum);
+        match groups.last_mut() {
+            Some(last) if elements + own <= DENSE_ELEMENTS => {
+                last.end = index + 1;
+                elements += own;
+            }
+            _ => {
+                groups.push(index..index + 1);
+                elements = own;
+            }
+        }
+    }
+    let mut all = Vec::with_capacity(sums.len());
+    for group in groups {
+        let found: Result<Vec<R>> = group.into_par_iter().map(&function).collect();
+        all.extend(found?);
+    }
+    Ok(all)
 }

@@ -90,7 +90,7 @@ impl Rows {
         result
     }
 
-    /// Column after column.
+    /// Of a matrix column after column.
     pub fn of_columns(matrix: &Matrix) -> Self {
         let mut result = Self::zeros(matrix.rows, matrix.columns);
         for column in 0..matrix.columns {
@@ -99,6 +99,11 @@ impl Rows {
             }
         }
         result
+    }
+
+    /// Column after column.
+    pub fn to_matrix(&self) -> Matrix {
+        Matrix { rows: self.rows, columns: self.columns, data: self.transposed().values }
     }
 
     pub fn transposed(&self) -> Self {
@@ -230,6 +235,35 @@ impl Factors {
 }
 
 impl Decomposed {
+    /// U·diag(values)·Vᵀ with orthonormal columns in U and V.
+    pub fn explicit(left: Rows, values: Vec<f64>, right: Rows) -> Self {
+        Self { values, sides: Sides::Explicit { left, right } }
+    }
+
+    /// The decomposition of L·(this)·Rᵀ for L and R with orthonormal columns; without R it is one.
+    pub fn turned(self, left: &Rows, right: Option<&Rows>) -> Self {
+        let count = self.values.len();
+        let one = vec![1.0; count];
+        let own = self.with_scales(&one, &one);
+        let (u, v) = (own.b.to_matrix(), own.a.transposed());
+        let v = right.map_or_else(|| v.clone(), |right| right.times(&v.to_matrix()));
+        Self::explicit(left.times(&u), self.values, v)
+    }
+
+    /// This times a number.
+    pub fn scaled(self, factor: f64) -> Self {
+        if factor == 1.0 {
+            return self;
+        }
+        let one = vec![1.0; self.values.len()];
+        let mut own = self.with_scales(&one, &one);
+        if factor < 0.0 {
+            own.b.values.iter_mut().for_each(|value| *value = -*value);
+        }
+        let values = self.values.iter().map(|value| value * factor.abs()).collect();
+        Self::explicit(own.b, values, own.a.transposed())
+    }
+
     /// The first k singular triplets as two factors; the entry of largest size in each column of U, the
     /// first of equals, is positive, so that the bytes depend on ΔW alone.
     pub fn truncated(&self, k: usize, gauge: Gauge) -> Factors {
@@ -283,7 +317,7 @@ fn leading_times(matrix: &Rows, factors: &[f64]) -> Rows {
 }
 
 /// Turns pairs of columns so that the entry of largest size of the left one is positive.
-fn fix_signs(left: &mut Rows, right: &mut Rows) {
+pub(crate) fn fix_signs(left: &mut Rows, right: &mut Rows) {
     let width = left.columns;
     for column in 0..width {
         let mut largest = 0.0f64;

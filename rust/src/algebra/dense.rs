@@ -1,0 +1,267 @@
+//! Updates that are no product of small factors: made row by row, and decomposed as far as is asked for.
+//!
+//! The leading singular triplets come from a randomized subspace iteration (Halko, Martinsson and Tropp
+//! 2011, arXiv:0909.4061), which goes on until the energy that it finds no longer grows; where a large part
+//! of all triplets is asked for, from a decomposition of the whole. What a truncation leaves out is measured
+//! against the matrix itself.
+
+use std::ops::Range;
+
+use faer::MatRef;
+use rayon::prelude::*;
+
+use super::bases::orthonormal;
+use super::factored::{Decomposed, Factors, Rows, sides};
+use super::merge::Updates;
+use super::ranks::Rule;
+use crate::entrywise::{self, Mask, Room};
+use crate::linalg::{Matrix, decompose};
+
+/// Elements of one tile.
+const TILE: usize = 1 << 18;
+/// Up to this extent the whole is decomposed.
+const SMALL: usize = 96;
+/// How many more directions are iterated than are asked for, at least.
+const OVERSAMPLING: usize = 10;
+/// An iteration that adds less than this share of what is left out is the last.
+const GAIN: f64 = 1e-4;
+const MOST_ITERATIONS: usize = 12;
+/// Triplets that are tried first where a rule decides about their number.
+const FIRST_GUESS: usize = 32;
+/// The rows are split in so many parts at most, whose sums are added in their order.
+const PARTS: usize = 8;
+
+/// A matrix in f32, row after row.
+pub(crate) struct Dense {
+    rows: usize,
+    columns: usize,
+    values: Vec<f32>,
+}
+
+/// Rows of an update: what elements are chosen by, and what they are.
+struct Tile {
+    narrow: Vec<f32>,
+    wide: Vec<f64>,
+}
+
+impl Tile {
+    fn of(wide: Vec<f64>) -> Self {
+        Self { narrow: wide.iter().map(|value| *value as f32).collect(), wide }
+    }
+}
+
+/// Some leading singular triplets.
+pub(crate) struct Leading {
+    /// The triplets that were found, of which the first `trusted` are the leading ones.
+    pub found: Decomposed,
+    pub trusted: usize,
+    pub is_all: bool,
+}
+
+impl Dense {
+    /// What an entry-wise method makes of updates, times a number; `None` if it is not finite.
+    pub fn of(method: entrywise::Method, lambda: f64, of: &Updates<'_, '_>) -> Option<Self> {
+        let [rows, columns] = of.shape;
+        let factors: Vec<(Rows, Matrix)> = (of.updates.iter().flatten())
+            .map(|update| {
+                let (mut left, right) = sides(update);
+                let scales = update.scales();
+                for row in left.values.chunks_exact_mut(scales.len().max(1)) {
+                    row.iter_mut().zip(&scales).for_each(|(value, scale)| *value *= scale);
+                }
+                (left, right.to_matrix())
+            })
+            .collect();
+        let height = (TILE / columns.max(1)).max(1);
+        let tiles: Vec<Range<usize>> =
+            (0..rows).step_by(height).map(|first| first..rows.min(first + height)).collect();
+        let tile = |range: &Range<usize>| -> Vec<Tile> {
+            let product = |(left, right): &(Rows, Matrix)| {
+                let width = left.columns;
+                let values = left.values[range.start * width..range.end * width].to_vec();
+                let part = Rows { rows: range.len(), columns: width, values };
+                Tile::of(part.times(right).values)
+            };
+            factors.iter().map(product).collect()
+        };
+        let mut finder = of.finder(method, of.shape);
+        while !finder.is_done() {
+            let each = tiles.len().div_ceil(rayon::current_num_threads()).max(1);
+            let counted = tiles.par_chunks(each).map(|tiles| {
+                let mut counters = finder.counters();
+                for range in tiles {
+                    let tile = tile(range);
+                    let views: Vec<&[f32]> = tile.iter().map(|tile| &tile.narrow[..]).collect();
+                    finder.count(&mut counters, range.start, &views);
+                }
+                counters
+            });
+            let counted = counted.collect();
+            finder.advance(counted);
+        }
+        let selection = finder.selection();
+        let mut values = vec![0.0f32; rows * columns];
+        let parts = values.par_chunks_mut((height * columns).max(1)).zip(&tiles);
+        parts.for_each_init(
+            || (Room::default(), Vec::new()),
+            |(room, merged), (target, range)| {
+                let tile = tile(range);
+                let narrow: Vec<&[f32]> = tile.iter().map(|tile| &tile.narrow[..]).collect();
+                let wide: Vec<&[f64]> = tile.iter().map(|tile| &tile.wide[..]).collect();
+                merged.clear();
+                merged.resize(target.len(), 0.0);
+                selection.merge(range.start, &narrow, &wide, room, merged);
+                target
+                    .iter_mut()
+                    .zip(merged)
+                    .for_each(|(value, wide)| *value = (lambda * *wide) as f32);
+            },
+        );
+        values.iter().all(|value| value.is_finite()).then_some(Self { rows, columns, values })
+    }
+
+    /// ‖·‖.
+    pub fn norm(&self) -> f64 {
+        let square = |values: &[f32]| values.iter().map(|value| f64::from(*value).powi(2)).sum();
+        let parts: Vec<f64> = self.values.par_chunks(TILE).map(square).collect();
+        parts.into_iter().sum::<f64>().sqrt()
+    }
+
+    /// ‖this − B·A‖.
+    pub fn distance(&self, factors: &Factors) -> f64 {
+        let right = factors.a.to_matrix();
+        let height = (TILE / self.columns.max(1)).max(1);
+        let tiles = self.values.par_chunks((height * self.columns).max(1)).enumerate();
+        let squares = tiles.map(|(index, values)| {
+            let (rows, width) = (values.len() / self.columns, factors.b.columns);
+            let own = factors.b.values[index * height * width..][..rows * width].to_vec();
+            let product = Rows { rows, columns: width, values: own }.times(&right);
+            let pairs = values.iter().zip(&product.values);
+            pairs.map(|(value, other)| (f64::from(*value) - other).powi(2)).sum()
+        });
+        squares.collect::<Vec<f64>>().into_iter().sum::<f64>().sqrt()
+    }
+
+    /// Singular triplets of which so many are the leading ones, or all.
+    pub fn leading(&self, count: usize) -> Option<Leading> {
+        let most = self.rows.min(self.columns);
+        let width = count.saturating_add(OVERSAMPLING.max(count / 2));
+        if most <= SMALL || width >= most / 2 {
+            return self.all();
+        }
+        let mask = Mask::new(0, "", 0);
+        let mut start = Rows::zeros(self.columns, width);
+        for (index, value) in start.values.iter_mut().enumerate() {
+            *value = mask.uniform(index as u64) - 0.5;
+        }
+        let whole = self.norm().powi(2);
+        let mut energy = 0.0;
+        for iteration in 0.. {
+            let (q, _) = orthonormal(&self.times(&start));
+            let (right, core) = orthonormal(&self.transposed_times(&q));
+            // D ≈ Q·Qᵀ·D = Q·(right·core)ᵀ.
+            let small = decompose(&core);
+            let own: f64 = small.values[..count].iter().map(|value| value * value).sum();
+            if iteration > 0 && own - energy <= GAIN * (whole - own).max(0.0)
+                || iteration == MOST_ITERATIONS
+            {
+                let left = q.times(&small.right);
+                let found = Decomposed::explicit(left, small.values, right.times(&small.left));
+                return Some(Leading { found, trusted: count, is_all: false });
+            }
+            energy = own;
+            start = right;
+        }
+        unreachable!("iterations end")
+    }
+
+    /// All singular triplets; `None` if they cannot be found.
+    pub fn all(&self) -> Option<Leading> {
+        let wide: Vec<f64> = self.values.iter().map(|value| f64::from(*value)).collect();
+        let found = MatRef::from_row_major_slice(&wide, self.rows, self.columns).thin_svd().ok()?;
+        let values: Vec<f64> = found.S().column_vector().iter().copied().collect();
+        let rows = |matrix: MatRef<'_, f64>| {
+            let mut rows = Rows::zeros(matrix.nrows(), matrix.ncols());
+            for (row, target) in rows.values.chunks_exact_mut(matrix.ncols().max(1)).enumerate() {
+                target.iter_mut().enumerate().for_each(|(k, value)| *value = matrix[(row, k)]);
+            }
+            rows
+        };
+        let trusted = values.len();
+        let found = Decomposed::explicit(rows(found.U()), values, rows(found.V()));
+        Some(Leading { found, trusted, is_all: true })
+    }
+
+    /// The triplets that a rule keeps, and how many they are.
+    pub fn chosen(&self, rule: Rule, is_kohya: bool) -> Option<(Leading, usize)> {
+        let mut count = FIRST_GUESS;
+        loop {
+            let needs_all = matches!(rule, Rule::SvCumulative(_) | Rule::Budget(..));
+            let found = match rule {
+                Rule::Fixed(number) => self.leading(number as usize)?,
+                _ if needs_all => self.all()?,
+                _ => self.leading(count)?,
+            };
+            let mut values = found.found.values[..found.trusted].to_vec();
+            if found.is_all || matches!(rule, Rule::Fixed(_)) {
+                let k = rule.choose(&values, 0.0, is_kohya);
+                return Some((found, k));
+            }
+            // What was not found counts as one more value, which decides nothing of what lies before it.
+            if !matches!(rule, Rule::SvRatio(_)) {
+                let energy: f64 = values.iter().map(|value| value * value).sum();
+                values.push((self.norm().powi(2) - energy).max(0.0).sqrt());
+            }
+            let k = rule.choose(&values, 0.0, is_kohya);
+            if k < found.trusted || (k == found.trusted && values.len() > k) {
+                return Some((found, k));
+            }
+            count *= 2;
+        }
+    }
+
+    /// this · small.
+    fn times(&self, small: &Rows) -> Rows {
+        let right = small.to_matrix();
+        let height = (TILE / self.columns.max(1)).max(1);
+        let tiles = self.values.par_chunks(height * self.columns);
+        let products = tiles.map(|values| self.tile(values).times(&right).values);
+        let values = products.collect::<Vec<_>>().concat();
+        Rows { rows: self.rows, columns: small.columns, values }
+    }
+
+    /// thisᵀ · tall.
+    fn transposed_times(&self, tall: &Rows) -> Rows {
+        let height = (TILE / self.columns.max(1)).max(1);
+        let part = self.rows.div_ceil(PARTS).next_multiple_of(height);
+        let width = tall.columns;
+        let parts = self.values.par_chunks(part * self.columns).enumerate();
+        let sums: Vec<Matrix> = parts
+            .map(|(index, values)| {
+                let mut sum = Matrix::zeros(self.columns, width);
+                let tiles = values.chunks(height * self.columns).enumerate();
+                for (tile, values) in tiles {
+                    let own = self.tile(values);
+                    let first = (index * part + tile * height) * width;
+                    let values = tall.values[first..first + own.rows * width].to_vec();
+                    let other = Rows { rows: own.rows, columns: width, values };
+                    let product = own.cross(&other);
+                    sum.data.iter_mut().zip(product.data).for_each(|(sum, value)| *sum += value);
+                }
+                sum
+            })
+            .collect();
+        let mut sums = sums.into_iter();
+        let mut total = sums.next().unwrap_or_else(|| Matrix::zeros(self.columns, width));
+        for other in sums {
+            total.data.iter_mut().zip(other.data).for_each(|(sum, value)| *sum += value);
+        }
+        Rows::of_columns(&total)
+    }
+
+    fn tile(&self, values: &[f32]) -> Rows {
+        let rows = values.len() / self.columns.max(1);
+        let values = values.iter().map(|value| f64::from(*value)).collect();
+        Rows { rows, columns: self.columns, values }
+    }
+}

@@ -1,0 +1,300 @@
+//! The methods that make one update of several: their names, what they take, and what they do with the
+//! updates of one module.
+
+use serde_json::Value;
+
+use super::factored::inner_products;
+use super::joint::Joint;
+use super::merge::{Merge, Updates};
+use super::options::MethodOptions;
+use super::ranks::Rule;
+use super::raw::Raw;
+use super::weights::Weight;
+use crate::coefficients::{self, Gram, Numbers};
+use crate::entrywise;
+use crate::error::{Error, Result};
+
+/// A method with what it was given.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Method {
+    pub family: Family,
+    /// What the result is multiplied by, where the family does not do so itself.
+    pub lambda: f64,
+    /// Whether the result has the largest rank of what goes in where no rule is given.
+    pub shortens: bool,
+}
+
+/// What a method needs of the updates.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Family {
+    /// Their inner products: the result is a sum of them.
+    Sum(Gram),
+    /// Their singular vectors.
+    Joint(Joint),
+    /// Each of their elements.
+    Entries(entrywise::Method),
+    /// Their factors as they are stored.
+    Raw(Raw),
+}
+
+/// The further methods that are computed with factors, with the options that each takes beside `lambda`.
+const FACTORED: [(&str, &[&str]); 5] = [
+    ("svd", &[]),
+    ("knots", &["merge"]),
+    ("tsv_m", &["k"]),
+    ("iso_c", &[]),
+    ("core_space", &["merge"]),
+];
+
+/// PEFT's, by its names.
+const PEFT: [(&str, &[&str]); 5] = [
+    ("linear", &[]),
+    ("cat", &[]),
+    ("svd", &[]),
+    ("ties", &["density"]),
+    ("magnitude_prune", &["density"]),
+];
+
+/// Whose results are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Compat {
+    /// Those that are defined here.
+    #[default]
+    Own,
+    /// PEFT's.
+    Peft,
+    /// The ranks of kohya's older scripts.
+    Kohya,
+}
+
+impl Compat {
+    /// # Errors
+    /// [`Error::Argument`] for a name that is none.
+    pub fn parse(name: Option<&str>) -> Result<Self> {
+        match name {
+            None => Ok(Self::Own),
+            Some("peft") => Ok(Self::Peft),
+            Some("kohya") => Ok(Self::Kohya),
+            Some(other) => Err(Error::Argument(format!(
+                "compat is {other:?}; there are \"peft\", for what its add_weighted_adapter makes of \
+                 the factors, and \"kohya\", for the ranks of its older resize_lora.py"
+            ))),
+        }
+    }
+}
+
+/// What a method is for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Inputs {
+    /// The number of adapters.
+    pub count: usize,
+    /// Whether weights were given.
+    pub has_weights: bool,
+    pub compat: Compat,
+}
+
+/// The options of a method, of those that its family has.
+fn options_of(
+    name: &str,
+    families: &[&[(&'static str, &'static [&'static str])]],
+) -> Option<&'static [&'static str]> {
+    let mut all = families.iter().copied().flatten();
+    all.find(|(known, _)| *known == name).map(|(_, options)| *options)
+}
+
+fn names(families: &[&[(&'static str, &'static [&'static str])]]) -> String {
+    let all = families.iter().copied().flatten().map(|(name, _)| *name);
+    all.collect::<Vec<_>>().join(", ")
+}
+
+impl Method {
+    /// The sum of all with weights as they are.
+    pub const LINEAR: Self =
+        Self { family: Family::Sum(Gram::Linear), lambda: 1.0, shortens: false };
+
+    /// The method of that name with these options.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a name that is none, options that it does not take, numbers outside of
+    /// their domain, and another number of adapters than it is for.
+    pub fn parse(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<Self> {
+        let is_peft = inputs.compat == Compat::Peft;
+        let families: &[&[(&str, &[&str])]] = match is_peft {
+            true => &[&PEFT],
+            false => &[&coefficients::METHODS, &FACTORED, &entrywise::METHODS],
+        };
+        let Some(own) = options_of(name, families) else {
+            return Err(Error::Argument(match is_peft {
+                true => format!(
+                    "method is {name:?}; of PEFT's methods there are {} under compat=\"peft\" (its \
+                     random masks depend on torch's generator and the device)",
+                    names(families)
+                ),
+                false => format!("method is {name:?}; there are {}", names(families)),
+            }));
+        };
+        let mut known = own.to_vec();
+        // A merge within a method takes its own options beside.
+        let merge = options.merge.as_deref().unwrap_or("ties");
+        if own.contains(&"merge") {
+            known.extend(Merge::options(merge)?);
+        }
+        if !known.contains(&"lambda") {
+            known.push("lambda");
+        }
+        let Value::Object(given) = options.plain() else { unreachable!("a struct is an object") };
+        if let Some(other) = given.keys().find(|key| !known.contains(&key.as_str())) {
+            return Err(Error::Argument(format!(
+                "the method {name} takes no option {other:?}; it takes {}",
+                known.join(", ")
+            )));
+        }
+        let lambda = options.number("lambda", options.lambda, 1.0, f64::is_finite)?;
+        let family = match name {
+            _ if is_peft => match name {
+                "linear" => Family::Raw(Raw::Linear),
+                "ties" => Family::Raw(Raw::Ties { density: options.density()? }),
+                "magnitude_prune" => Family::Raw(Raw::Pruned { density: options.density()? }),
+                _ => Family::Sum(Gram::Linear),
+            },
+            "knots" => Family::Joint(Joint::Knots(Merge::parse(merge, options, inputs)?)),
+            "core_space" => Family::Joint(Joint::CoreSpace(Merge::parse(merge, options, inputs)?)),
+            "tsv_m" => Family::Joint(Joint::TsvM { k: options.k()? }),
+            "iso_c" => Family::Joint(Joint::IsoC),
+            "svd" => Family::Sum(Gram::Linear),
+            name if entrywise::Method::is_known(name) => {
+                Family::Entries(entries(name, options, inputs)?)
+            }
+            name => Family::Sum(Gram::parse(name, options, inputs)?),
+        };
+        Ok(Self { family, lambda, shortens: name == "svd" })
+    }
+
+    /// Whether it depends on a seed.
+    pub fn is_random(&self) -> bool {
+        match &self.family {
+            Family::Entries(entries)
+            | Family::Joint(
+                Joint::Knots(Merge::Entries(entries)) | Joint::CoreSpace(Merge::Entries(entries)),
+            ) => entries.is_random(),
+            _ => false,
+        }
+    }
+
+    /// Checks that a rule for ranks fits.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub fn check_rule(&self, name: &str, rule: Option<Rule>) -> Result<()> {
+        match (&self.family, rule) {
+            (Family::Entries(_), None) => Err(Error::Argument(format!(
+                "the method {name} makes updates of full rank, which an adapter holds with a loss: give \
+                 a rank (rank=, --rank), and the report has each module's error, or merge into the base \
+                 with the strategy {name}, which loses nothing"
+            ))),
+            (Family::Entries(_), Some(Rule::Auto)) => Err(Error::Argument(format!(
+                "rank is \"auto\", which drops what the rounding of the stored factors explains; the \
+                 updates that the method {name} makes are of full rank, and need a number, or a rule as \
+                 \"error:0.1\""
+            ))),
+            (Family::Joint(_), Some(Rule::Auto)) => Err(Error::Argument(format!(
+                "rank is \"auto\", which drops what the rounding of the stored factors explains; the \
+                 singular values of the method {name} are not those of a sum of them, and need a number, \
+                 or a rule as \"error:0.1\""
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks the weights of each module for methods that divide by their sum.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub fn check_weights(&self, weights: &[Weight], modules: &[String]) -> Result<()> {
+        let divides = match &self.family {
+            Family::Sum(gram)
+            | Family::Joint(Joint::Knots(Merge::Sum(gram)) | Joint::CoreSpace(Merge::Sum(gram))) => {
+                gram.divides_by_weights()
+            }
+            _ => false,
+        };
+        if !divides {
+            return Ok(());
+        }
+        for module in modules {
+            let own: Vec<f64> = weights.iter().map(|weight| weight.of(module)).collect();
+            let sum: f64 = own.iter().sum();
+            if own.iter().any(|weight| *weight < 0.0) || sum <= 0.0 {
+                return Err(Error::Argument(format!(
+                    "the weights {own:?} are divided by their sum, for which none may be negative \
+                     and one has to be above zero ({module}); the method linear takes any"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Merge {
+    /// Those that need inner products, or each element.
+    const NAMES: [&[(&'static str, &'static [&'static str])]; 2] =
+        [FACTORED.split_at(9).0, &entrywise::METHODS];
+
+    /// The options that a merge takes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a name that is none.
+    fn options(name: &str) -> Result<&'static [&'static str]> {
+        options_of(name, &Self::NAMES).ok_or_else(|| {
+            Error::Argument(format!(
+                "the option merge is {name:?}; there are {}",
+                names(&Self::NAMES)
+            ))
+        })
+    }
+
+    /// The merge of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    fn parse(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<Self> {
+        match entrywise::Method::is_known(name) {
+            true => entries(name, options, inputs).map(Self::Entries),
+            false => Gram::parse(name, options, inputs).map(Self::Sum),
+        }
+    }
+}
+
+/// The entry-wise method of that name; the result's factor is not its own.
+fn entries(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<entrywise::Method> {
+    let method = entrywise::Method::new(name, &options.entrywise())?;
+    match inputs.has_weights && !method.takes_weights() {
+        true => Err(Error::Argument(format!(
+            "the method {name} takes no weights: it finds them from the updates"
+        ))),
+        false => Ok(method),
+    }
+}
+
+impl Gram {
+    /// The coefficients of one module's updates.
+    pub fn of(&self, of: &Updates<'_, '_>) -> Vec<f64> {
+        let updates: Vec<_> = of.updates.iter().map(Option::as_ref).collect();
+        self.coefficients_with(|| inner_products(&updates), of.weights)
+    }
+
+    /// The method of that name with these options, for so many adapters.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub fn parse(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<Self> {
+        let MethodOptions { t, max_iter, tol, eps, .. } = *options;
+        let numbers = Numbers { t, max_iter, tol, eps };
+        let method = Self::named(name, &numbers, inputs.count, None)?;
+        // Those of a module are checked when its name is known.
+        if inputs.has_weights && !method.takes_weights() {
+            return Err(Error::Argument(format!("{name} takes no weights")));
+        }
+        Ok(method)
+    }
+}

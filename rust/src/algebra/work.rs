@@ -1,0 +1,282 @@
+//! The modules of a combination, or of one adapter alone: the updates are combined, cut to a rank, rounded,
+//! and held against what they stand for.
+
+use indexmap::IndexMap;
+
+use super::engine::{Compute, Done, each};
+use super::factored::{Factors, Rows, rounding_error};
+use super::made::{Made, Short};
+use super::merge::Updates;
+use super::methods::{Family, Method};
+use super::ranks::{Candidate, Measure, Rule, Spent, within};
+use super::report::{BudgetReport, Record};
+use super::results::{Place, Results, Rounded, rounded};
+use super::sums::{ReadPart, Sum, Sums};
+use super::weights::Weight;
+use crate::adapter::Module;
+use crate::error::{Error, Result};
+use crate::measure::spectrum::Update;
+use crate::parallel::task::Task;
+use crate::tensor::dtype::Dtype;
+
+/// How the ranks are chosen.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cut {
+    pub rule: Rule,
+    pub max_rank: Option<u64>,
+    pub is_kohya: bool,
+}
+
+/// What is to be computed.
+pub(crate) struct Work<'a> {
+    pub sums: &'a Sums<'a>,
+    pub method: &'a Method,
+    pub weights: &'a [Weight],
+    /// Of random masks.
+    pub seed: u64,
+    pub cut: Option<Cut>,
+    /// Norms of the base's weights by the keys of modules, for budgets relative to them.
+    pub norms: Option<IndexMap<String, f64>>,
+    /// Whether the modules keep their scale.
+    pub keeps: bool,
+    /// The ranks that a budget gave.
+    pub spent: Option<Spent>,
+}
+
+impl Compute for Work<'_> {
+    fn passes(&self) -> u64 {
+        if matches!(self.cut, Some(Cut { rule: Rule::Budget(..), .. })) { 2 } else { 1 }
+    }
+
+    fn prepare(&mut self, dtype: &Dtype, task: &Task) -> Result<Option<BudgetReport>> {
+        let Some((spent, report)) = self.spend(dtype, task)? else { return Ok(None) };
+        self.spent = Some(spent);
+        Ok(Some(report))
+    }
+
+    fn elements(&self, sum: &Sum<'_>) -> usize {
+        match self.method.family {
+            Family::Entries(_) => sum.shape[0] * sum.shape[1],
+            _ => 0,
+        }
+    }
+
+    fn module(
+        &self,
+        index: usize,
+        sum: &Sum<'_>,
+        dtype: &Dtype,
+        results: Option<&Results>,
+        _task: &Task,
+    ) -> Result<Done> {
+        let rank = self.spent.as_ref().map(|spent| spent.ranks[index]);
+        self.computed(sum, rank, dtype, results)
+    }
+}
+
+impl Work<'_> {
+    /// The ranks that a budget gives, where one is asked for.
+    fn spend(&self, dtype: &Dtype, task: &Task) -> Result<Option<(Spent, BudgetReport)>> {
+        let Some(Cut { rule: Rule::Budget(measure, amount), max_rank, .. }) = self.cut else {
+            return Ok(None);
+        };
+        let elements = |sum: &Sum<'_>| self.elements(sum);
+        let candidates: Vec<Candidate> = each(&self.sums.modules, &elements, |index| {
+            task.check()?;
+            let sum = &self.sums.modules[index];
+            let mut values = self.with_updates(sum, |of| {
+                let made = Made::of(self.method, of)?.ok_or_else(|| not_finite(sum))?;
+                made.values().ok_or_else(|| not_finite(sum))
+            })?;
+            task.advance(sum.bytes());
+            if values.iter().any(|value| !value.is_finite()) {
+                return Err(not_finite(sum));
+            }
+            if let Some(max) = max_rank {
+                values.truncate(max as usize);
+            }
+            let norm = match &self.norms {
+                None => 1.0,
+                Some(norms) => *norms.get(&sum.module.key).ok_or_else(|| {
+                    Error::Argument(format!(
+                        "relative_to=\"base\": the base tells no norm for {}",
+                        sum.name()
+                    ))
+                })?,
+            };
+            let worth = values.iter().map(|value| (value / norm).powi(2)).collect();
+            let elements = (sum.shape[0] + sum.shape[1]) as u64;
+            let cost = match measure {
+                Measure::Ranks => 1,
+                Measure::Parameters => elements,
+                Measure::Bytes => elements * dtype.size() as u64,
+            };
+            Ok(Candidate { worth, cost })
+        })?;
+        let spent = within(&candidates, amount);
+        if spent.cost == 0 {
+            return Err(Error::Argument(format!(
+                "a budget of {amount} {} leaves room for nothing: one rank of the smallest module takes \
+                 {}",
+                measure.name(),
+                candidates.iter().map(|one| one.cost).min().unwrap_or(0)
+            )));
+        }
+        let report =
+            BudgetReport { measure: measure.name(), amount, spent: spent.cost, gap: spent.gap };
+        Ok(Some((spent, report)))
+    }
+
+    /// The factors of all that is added to a module, by adapter.
+    fn read(&self, sum: &Sum<'_>) -> Result<Vec<Option<ReadPart>>> {
+        let part = |adapter| sum.part_of(adapter).map(|part| part.read()).transpose();
+        (0..self.weights.len()).map(part).collect()
+    }
+
+    /// What a function makes of a module's updates.
+    fn with_updates<R>(
+        &self,
+        sum: &Sum<'_>,
+        function: impl FnOnce(&Updates<'_, '_>) -> Result<R>,
+    ) -> Result<R> {
+        let read = self.read(sum)?;
+        let updates: Vec<Option<Update<'_>>> = (read.iter())
+            .map(|part| part.as_ref().map(ReadPart::update).transpose())
+            .collect::<Result<_>>()?;
+        let name = sum.name();
+        let weights: Vec<f64> = self.weights.iter().map(|weight| weight.of(&name)).collect();
+        let (shape, seed) = (sum.shape, self.seed);
+        function(&Updates { name: &name, updates: &updates, weights: &weights, shape, seed })
+    }
+
+    fn computed(
+        &self,
+        sum: &Sum<'_>,
+        rank: Option<usize>,
+        dtype: &Dtype,
+        results: Option<&Results>,
+    ) -> Result<Done> {
+        self.with_updates(sum, |of| {
+            let made = Made::of(self.method, of)?.ok_or_else(|| not_finite(sum))?;
+            // Of one adapter's modules with one scale, the factors are those without it.
+            let scaling = if self.keeps { sum.module.scaling } else { 1.0 };
+            let scale_out = if scaling == 0.0 { 1.0 } else { scaling };
+            let ranks = || of.updates.iter().flatten().map(Update::rank);
+            let largest = || Rule::Fixed(ranks().max().unwrap_or(1).max(1) as u64);
+            let shortest = || Cut { rule: largest(), max_rank: None, is_kohya: false };
+            let cut = self.cut.or_else(|| self.method.shortens.then(shortest));
+            let short = made.short(cut, rank, scale_out).ok_or_else(|| not_finite(sum))?;
+            let scaled = || of.weights.iter().map(|weight| weight * self.method.lambda).collect();
+            let coefficients = made.coefficients().map_or_else(scaled, <[f64]>::to_vec);
+            let bias = self.bias(sum, &coefficients)?;
+            let mut record = Record {
+                shape: sum.shape,
+                source_rank: ranks().sum(),
+                rank: 0,
+                kept: short.kept,
+                error: 0.0,
+                norm: short.norm,
+                singular_values: Vec::new(),
+                coefficients: (made.coefficients().is_some() && self.weights.len() > 1)
+                    .then_some(coefficients),
+            };
+            self.write(sum, &made, short, bias, &mut record, (dtype, scale_out), results)
+                .map(|place| (record, place.map(|(module, place)| (module, place, scale_out))))
+        })
+    }
+
+    /// Rounds what is kept of a module, and measures it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a module, what was made of it, and where it goes"
+    )]
+    fn write(
+        &self,
+        sum: &Sum<'_>,
+        made: &Made<'_>,
+        short: Short,
+        bias: Option<Vec<f64>>,
+        record: &mut Record,
+        (dtype, scale_out): (&Dtype, f64),
+        results: Option<&Results>,
+    ) -> Result<Option<(Module, Place)>> {
+        let Short { factors, tail, norm, values, .. } = short;
+        record.singular_values = values;
+        let Some(factors) = factors else {
+            record.error = if norm == 0.0 { 0.0 } else { 1.0 };
+            record.kept = if norm == 0.0 { 1.0 } else { 0.0 };
+            return Ok(None);
+        };
+        record.rank = factors.a.rows;
+        let too_large = || too_large(sum, dtype);
+        let factors = fitting(sum, factors);
+        let own = Rounded::of(&factors, dtype).ok_or_else(too_large)?;
+        let written = own.factors(&factors);
+        record.error = match made {
+            _ if norm == 0.0 => 0.0,
+            Made::Dense(dense) => dense.distance(&fitting(sum, written)) / norm,
+            _ => {
+                let lost = scale_out.abs() * rounding_error(&factors, &written);
+                // To first order, rounding is orthogonal to what was cut off:
+                // ⟨U₂Σ₂V₂ᵀ, E_B·A + B·E_A⟩ = 0.
+                tail.hypot(lost) / norm
+            }
+        };
+        let bias = bias.map(|values| Rows { rows: 1, columns: values.len(), values });
+        let bias = bias.map(|bias| rounded(&bias, dtype).ok_or_else(too_large)).transpose()?;
+        // One adapter's magnitudes stay what they are.
+        let module = sum.module.clone();
+        let place = results.map(|results| results.put(&own, bias.as_deref())).transpose()?;
+        Ok(place.map(|place| (module, place)))
+    }
+
+    /// Σ cᵢsᵢbᵢ of the second factors' biases, where there are any, for a result with a scale of one.
+    fn bias(&self, sum: &Sum<'_>, coefficients: &[f64]) -> Result<Option<Vec<f64>>> {
+        let mut total: Option<Vec<f64>> = None;
+        for part in &sum.parts {
+            let module = part.module();
+            let Some(bias) = &module.bias else { continue };
+            let own = if self.keeps { 1.0 } else { module.scaling };
+            let factor = coefficients[part.adapter] * own;
+            let values = bias.read_f64()?;
+            let target = total.get_or_insert_with(|| vec![0.0; values.len()]);
+            for (target, value) in target.iter_mut().zip(values) {
+                *target += factor * value;
+            }
+        }
+        Ok(total)
+    }
+}
+
+pub(super) fn not_finite(sum: &Sum<'_>) -> Error {
+    Error::Argument(format!(
+        "{} has values that are not finite (NaN or infinity), of which nothing can be computed",
+        sum.name()
+    ))
+}
+
+pub(super) fn too_large(sum: &Sum<'_>, dtype: &Dtype) -> Error {
+    Error::Argument(format!(
+        "{} has values too large for {dtype}; write it in a wider type",
+        sum.name()
+    ))
+}
+
+/// The factors as plain ones of the module's layer, and back: an embedding's product is the transpose of
+/// its weight, but of formats that have it by tokens.
+pub(super) fn fitting(sum: &Sum<'_>, factors: Factors) -> Factors {
+    match sum.module.delta.is_by_tokens() {
+        true => Factors { b: factors.a.transposed(), a: factors.b.transposed() },
+        false => factors,
+    }
+}
+
+impl Measure {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ranks => "ranks",
+            Self::Parameters => "parameters",
+            Self::Bytes => "bytes",
+        }
+    }
+}
