@@ -22,6 +22,8 @@ from support.dense_methods import (
     tsv_m,
     written,
 )
+from support.files import read_safetensors, tensor
+from support.reference import PREFIX
 
 SHAPES = [
     {"wide": (12, 30, 3), "tall": (25, 9, 2), "square": (16, 16, 4)},
@@ -277,3 +279,29 @@ def test_updates_of_zero_are_left_out(tmp_path: Path, method: str) -> None:
     report = lorafast.combine(paths, tmp_path / "out", method=method)
     assert report.ranks == {"m": 2, "n": 0}
     assert list(written(tmp_path / "out")) == ["m"]
+
+
+def test_biases_of_the_factors_are_summed_and_said(tmp_path: Path) -> None:
+    paths, biases = [], []
+    for index in range(2):
+        bias = np.arange(6.0) + index
+        biases.append(bias)
+        key = f"{PREFIX}m.lora_B.bias"
+        paths.append(
+            write_factors(
+                tmp_path / f"in{index}",
+                random_factors({"m": (6, 5, 2)}, seed=index),
+                others={key: tensor(bias, "F64")},
+                lora_bias=True,
+            )
+        )
+    asked: dict[str, Any] = {"weights": [1.0, -0.5], "options": {"lambda": 2.0}}
+    report = lorafast.combine(
+        paths, tmp_path / "out", method="iso_c", dtype="float64", rank=2, **asked
+    )
+    assert any("biases of the second factors" in note for note in report.notes)
+    tensors = read_safetensors(tmp_path / "out/adapter_model.safetensors")
+    [found] = [value for name, value in tensors.items() if name.endswith("bias")]
+    np.testing.assert_allclose(found.float64(), 2 * (biases[0] - biases[1] / 2), atol=1e-12)
+    linear = lorafast.combine(paths, tmp_path / "linear", **asked)
+    assert not any("biases" in note for note in linear.notes)

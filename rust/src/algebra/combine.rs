@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::engine::{Job, run};
-use super::methods::{Compat, Inputs, Method};
+use super::methods::{Compat, Family, Inputs, Method};
 use super::options::{MethodOptions, Writing};
 use super::ranks::Rule;
 use super::report::Report;
@@ -99,6 +99,14 @@ pub fn combine(
     method.check_weights(&weights, &names)?;
     let mut notes = missing(&adapters, &sums);
     notes.extend(adapters.iter().flat_map(|adapter| adapter.notes().iter().cloned()));
+    let modules = || adapters.iter().flat_map(|adapter| adapter.modules().values());
+    if !matches!(method.family, Family::Sum(_)) && modules().any(|module| module.bias.is_some()) {
+        notes.push(format!(
+            "the biases of the second factors are no matrices: they are summed with the weights, and \
+             the method {} is for the updates",
+            options.method
+        ));
+    }
     let seed = options.seed;
     let mut work = Work {
         sums: &sums,
