@@ -259,6 +259,24 @@ def test_threads_and_other_modules_do_not_matter(tmp_path: Path) -> None:
     assert (tmp_path / "other/adapter_model.safetensors").read_bytes() != texts[0]
 
 
+@pytest.mark.parametrize("method", [name for name in CASES if not name.startswith("d")])
+def test_order_and_gauge_do_not_matter(tmp_path: Path, method: str) -> None:
+    paths, turned = [], []
+    for index in range(3):
+        b, a = random_factors({"m": (14, 11, 2 + index)}, seed=index)["m"]
+        paths.append(write_factors(tmp_path / f"in{index}", {"m": (b, a)}))
+        # Powers of two leave all bits of the product.
+        turned.append(write_factors(tmp_path / f"turned{index}", {"m": (b * 8, a / 8)}))
+    asked: dict[str, Any] = {"method": method, "rank": 11, "dtype": "float64"}
+    asked["options"] = CASES[method][0]
+    weights = None if method == "sce" else WEIGHTS
+    lorafast.combine(paths, tmp_path / "one", weights=weights, **asked)
+    other = None if weights is None else weights[::-1]
+    lorafast.combine(turned[::-1], tmp_path / "two", weights=other, **asked)
+    one, two = written(tmp_path / "one")["m"], written(tmp_path / "two")["m"]
+    assert np.abs(one - two).max() < 1e-6 * np.abs(one).max()
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

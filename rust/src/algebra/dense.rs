@@ -10,12 +10,12 @@ use std::ops::Range;
 use faer::MatRef;
 use rayon::prelude::*;
 
-use super::bases::orthonormal;
+use super::bases::{fast_decomposition, orthonormal};
 use super::factored::{Decomposed, Factors, Rows, sides};
 use super::merge::Updates;
 use super::ranks::Rule;
 use crate::entrywise::{self, Mask, Room};
-use crate::linalg::{Matrix, decompose};
+use crate::linalg::Matrix;
 
 /// Elements of one tile.
 const TILE: usize = 1 << 18;
@@ -160,7 +160,8 @@ impl Dense {
             let (q, _) = orthonormal(&self.times(&start));
             let (right, core) = orthonormal(&self.transposed_times(&q));
             // D ≈ Q·Qᵀ·D = Q·(right·core)ᵀ.
-            let small = decompose(&core);
+            let core = MatRef::from_column_major_slice(&core.data, core.rows, core.columns);
+            let small = fast_decomposition(core)?;
             let own: f64 = small.values[..count].iter().map(|value| value * value).sum();
             if iteration > 0 && own - energy <= GAIN * (whole - own).max(0.0)
                 || iteration == MOST_ITERATIONS
@@ -178,17 +179,11 @@ impl Dense {
     /// All singular triplets; `None` if they cannot be found.
     pub fn all(&self) -> Option<Leading> {
         let wide: Vec<f64> = self.values.iter().map(|value| f64::from(*value)).collect();
-        let found = MatRef::from_row_major_slice(&wide, self.rows, self.columns).thin_svd().ok()?;
-        let values: Vec<f64> = found.S().column_vector().iter().copied().collect();
-        let rows = |matrix: MatRef<'_, f64>| {
-            let mut rows = Rows::zeros(matrix.nrows(), matrix.ncols());
-            for (row, target) in rows.values.chunks_exact_mut(matrix.ncols().max(1)).enumerate() {
-                target.iter_mut().enumerate().for_each(|(k, value)| *value = matrix[(row, k)]);
-            }
-            rows
-        };
-        let trusted = values.len();
-        let found = Decomposed::explicit(rows(found.U()), values, rows(found.V()));
+        let whole = MatRef::from_row_major_slice(&wide, self.rows, self.columns);
+        let found = fast_decomposition(whole)?;
+        let (left, right) = (Rows::of_columns(&found.left), Rows::of_columns(&found.right));
+        let trusted = found.values.len();
+        let found = Decomposed::explicit(left, found.values, right);
         Some(Leading { found, trusted, is_all: true })
     }
 
