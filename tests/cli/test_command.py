@@ -167,7 +167,7 @@ def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str])
     ("extra", "complaint"),
     [
         (["--nonsense"], "--nonsense"),
-        (["--strategy", "ties"], "'ties'"),
+        (["--strategy", "tie"], "'tie'"),
         (["--dtype", "int8"], "'int8'"),
         (["--device", "tpu"], "'tpu'"),
         (["--strategy", "weighted", "--weights", "much"], "'much'"),

@@ -168,8 +168,6 @@ def merge(
     output: Source,
     *,
     strategy: Strategy | None = None,
-    strategy_options: Mapping[str, float] | None = None,
-    seed: int = 0,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     device: str = "cpu",
@@ -184,6 +182,8 @@ def merge(
     report: bool = True,
     sync: bool = True,
     tokenizer: TokenizerChoice = "auto",
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     format: AdapterFormat | None = None,
 ) -> "MergeReport":
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
@@ -292,14 +292,14 @@ def plan(
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy | None = None,
-    strategy_options: Mapping[str, float] | None = None,
-    seed: int = 0,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     tokenizer: TokenizerChoice = "auto",
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     format: AdapterFormat | None = None,
 ) -> "MergePlan":
     """Decides what a merge will do, and raises whatever can be known before writing.
@@ -315,8 +315,6 @@ def verify(
     merged: Source,
     *,
     strategy: Strategy | None = None,
-    strategy_options: Mapping[str, float] | None = None,
-    seed: int = 0,
     weights: Sequence[float] | None = None,
     full: bool = False,
     threads: int | None = None,
@@ -325,6 +323,8 @@ def verify(
     compat: Compat | None = None,
     expert_layout: ExpertLayout = "auto",
     device: str = "cpu",
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     format: AdapterFormat | None = None,
 ) -> "Verification":
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
@@ -385,8 +385,6 @@ def subtract(
     *,
     original: Source | None = None,
     strategy: Strategy | None = None,
-    strategy_options: Mapping[str, float] | None = None,
-    seed: int = 0,
     weights: Sequence[float] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -397,6 +395,8 @@ def subtract(
     expert_layout: ExpertLayout = "auto",
     verify: bool = False,
     report: bool = True,
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
     format: AdapterFormat | None = None,
 ) -> "SubtractReport":
     """Takes adapters out of a merged checkpoint and writes what they were merged into.

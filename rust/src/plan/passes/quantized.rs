@@ -18,7 +18,7 @@ use crate::plan::layout::touched_components;
 use crate::plan::name_map::NameMap;
 use crate::plan::options::Options;
 use crate::plan::update::{Slice, Update, UpdateKind};
-use crate::plan::value::{Action, Origin, PlannedTensor};
+use crate::plan::value::{Action, EntryMerge, Origin, PlannedTensor};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::TensorInfo;
 
@@ -256,7 +256,13 @@ pub(crate) fn dequantized_plan(
     let output_dtype = dtype.unwrap_or(&quantized.stored.tensor.dtype).clone();
     // Decoding is a conversion even to the type in which it is done.
     let merges = !updates.is_empty() && source.elements() > 0;
-    let action = if merges { Action::Merge(updates) } else { Action::Cast };
+    let action = match planned.action {
+        Action::MergeEntries(merge) if merges => {
+            Action::MergeEntries(EntryMerge { updates, ..merge })
+        }
+        _ if merges => Action::Merge(updates),
+        _ => Action::Cast,
+    };
     let quantized = Some(quantized.clone());
     // Under the name of the codes, or of what they mean.
     let name = if planned.name == planned.source.name { source.name.clone() } else { planned.name };
