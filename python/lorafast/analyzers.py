@@ -159,7 +159,7 @@ class LoRAAnalyzer:
             self._locate(base_model, BASE_PATTERNS),
             [self._locate(adapter, ADAPTER_PATTERNS) for adapter in sources],
             strategy=merge_strategy,
-            weights=given if merge_strategy == "weighted" else None,
+            weights=None if merge_strategy in ("sequential", "average") else given,
             dtype="auto" if merge_dtype is None else str(merge_dtype).removeprefix("torch."),
         )
         execution = ExecutionOptions(device=self.device, overwrite=True)

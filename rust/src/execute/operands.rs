@@ -169,7 +169,8 @@ pub fn operands(
 ) -> Result<Vec<Operands>> {
     if matches!(tensor.action, Action::MergeEntries(_)) {
         return Err(Error::Argument(format!(
-            "{} is merged element by element, which is done on the CPU alone; leave device out",
+            "{} is merged element by element, which is done in files and on the CPU alone; use \
+             lorafast.merge, without a device",
             tensor.name
         )));
     }
