@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from lorafast import analyzers as analyzers
     from lorafast import errors as errors
     from lorafast import torch as torch
-    from lorafast._algebra.api import bake, combine, resize
+    from lorafast._algebra.api import bake, combine, extract, resize
     from lorafast._algebra.report import (
         AlgebraReport,
         BakeReport,
         BudgetUse,
         CombineReport,
+        ExtractReport,
+        ModuleExtraction,
         ModuleResult,
         ResizeReport,
     )
@@ -94,6 +96,7 @@ __all__ = [
     "Duplicates",
     "EntryStatistics",
     "Evidence",
+    "ExtractReport",
     "Finding",
     "FindingChange",
     "Fleet",
@@ -106,6 +109,7 @@ __all__ = [
     "MissingDependencyError",
     "ModuleAnalysis",
     "ModuleComparison",
+    "ModuleExtraction",
     "ModuleResult",
     "NumericError",
     "OutputError",
@@ -133,6 +137,7 @@ __all__ = [
     "compare",
     "convert",
     "duplicates",
+    "extract",
     "inspect",
     "lineage",
     "merge",
@@ -150,12 +155,14 @@ __all__ = [
 # Where each of the other names is at home. The first use of one imports that module alone, so that
 # a command or a script waits only for what it uses.
 _HOMES = {
-    "_algebra.api": ("bake", "combine", "resize"),
+    "_algebra.api": ("bake", "combine", "extract", "resize"),
     "_algebra.report": (
         "AlgebraReport",
         "BakeReport",
         "BudgetUse",
         "CombineReport",
+        "ExtractReport",
+        "ModuleExtraction",
         "ModuleResult",
         "ResizeReport",
     ),

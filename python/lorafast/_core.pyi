@@ -32,6 +32,7 @@ __all__ = [
     "combine_adapters",
     "compare_adapters",
     "convert_adapter",
+    "extract_adapter",
     "holds_adapter",
     "identify_path",
     "list_adapter",
@@ -205,6 +206,14 @@ def bake_adapter(
     options: str,
     progress: Callable[[int, int], object] | None,
 ) -> AlgebraResult: ...
+def extract_adapter(
+    tuned: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    options: str,
+    progress: Callable[[int, int], object] | None,
+) -> ExtractResult: ...
 def identify_path(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
     adapter: _AdapterSource,

@@ -340,6 +340,18 @@ class AlgebraResult(TypedDict):
     bytes: int
     files: list[str]
 
+class ExtractedModule(TypedDict):
+    floor: float
+    mean_floor: float
+    energy_above: float
+    certificate: float
+
+class ExtractResult(AlgebraResult):
+    extraction: dict[str, ExtractedModule]
+    saved: list[str]
+    unchanged: int
+    resumed: int
+
 class Listing(TypedDict):
     kind: Literal["checkpoint", "pipeline", "adapter"]
     format: str | None

@@ -13,6 +13,7 @@ mod bases;
 mod combine;
 mod dense;
 mod engine;
+mod extract;
 mod factored;
 mod joint;
 mod made;
@@ -31,6 +32,7 @@ mod write;
 
 pub use bake::{BakeOptions, bake};
 pub use combine::{CombineOptions, ResizeOptions, combine, resize};
+pub use extract::{ExtractOptions, ExtractReport, Extraction, extract};
 pub use options::{MethodOptions, Writing};
 pub use report::{BudgetReport, Record, Report};
 pub use weights::Weight;

@@ -97,6 +97,16 @@ pub(crate) fn check(output: &Path, to: &str, overwrite: bool) -> Result<()> {
     check_output(output, Target::of(to)?, overwrite)
 }
 
+/// Of what adapters in that format can hold: parameters that were trained whole, updates of embeddings,
+/// and of convolutions.
+///
+/// # Errors
+/// [`Error::Argument`] for a format that cannot be written.
+pub(crate) fn holds(to: &str) -> Result<[bool; 3]> {
+    let holds = &Target::of(to)?.holds;
+    Ok([holds.whole, holds.embeddings, holds.convolutions])
+}
+
 /// Writes an adapter in a format, reads it back, and holds it against what it was.
 ///
 /// # Errors

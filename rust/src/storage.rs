@@ -6,6 +6,7 @@ pub mod file_names;
 pub mod identify;
 pub mod local;
 pub mod memory;
+pub mod resumable;
 pub mod scratch;
 pub mod sink;
 pub mod source;

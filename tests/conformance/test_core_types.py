@@ -47,8 +47,20 @@ def test_what_crosses_is_what_the_stub_says(tmp_path: Path) -> None:
     file = tmp_path / "unet.safetensors"
     holds(_core.convert_adapter(unet, file, base=None, options=options), "Conversion")
     carry_out_and_measure(tmp_path, holds)
+    make_adapters(tmp_path, holds)
     # Each dictionary of the stub was held against something.
     assert shapes.seen == shapes.types.keys()
+
+
+def make_adapters(tmp_path: Path, holds: Callable[[Any, str], None]) -> None:
+    adapter, base, merged = (tmp_path / name for name in ("one", "base", "merged"))
+    options = '{"rank": "budget:ranks=4"}'
+    made = tmp_path / "made"
+    found = _core.resize_adapter(adapter, made, base=None, options=options, progress=None)
+    holds(found, "AlgebraResult")
+    made = tmp_path / "extracted"
+    extracted = _core.extract_adapter(merged, base, made, options=options, progress=None)
+    holds(extracted, "ExtractResult")
 
 
 def carry_out_and_measure(tmp_path: Path, holds: Callable[[Any, str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Combining and resizing adapters: `lorafast.combine`, `lorafast.resize`."""
+"""Adapters from adapters and models: `lorafast.combine`, `lorafast.resize`, `lorafast.extract`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lorafast._algebra.report import (
     AlgebraReport,
     BudgetUse,
     CombineReport,
+    ExtractReport,
+    ModuleExtraction,
     ModuleResult,
     ResizeReport,
 )
@@ -241,6 +243,101 @@ def resize(
     return _report(ResizeReport, found, [located], target)
 
 
+def extract(
+    tuned: Source,
+    base: Source,
+    output: str | os.PathLike[str],
+    *,
+    rank: int | str = "auto",
+    max_rank: int | None = None,
+    seed: int = 0,
+    embeddings: Literal["save", "factors", "skip"] = "save",
+    strict: bool = False,
+    to: str = "peft",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress = False,
+) -> ExtractReport:
+    """Writes an adapter that makes the tuned model of its base, as far as its ranks allow.
+
+    Each layer's difference D of the weights is cut to a rank by a randomized singular value
+    decomposition (arXiv:0909.4061), module by module: memory holds one module, whatever the size of
+    the model. Both checkpoints may be sharded, of any types, and quantized. The report has for each
+    module the error, a bound on how far it is from the best of the same rank, and the floor below
+    which nothing can be told from rounding. What is finished when a call is interrupted lies in a
+    directory `.NAME.extract` beside the output, and the same call goes on from there.
+
+    Args:
+        tuned: the model after training: a directory, a file or a hub id.
+        base: the model before it.
+        output: what to write: a directory for "peft" and "mlx", a file for other formats.
+        rank: how many singular values σ of each D are kept, descending: "auto" for those above
+            what the rounding of both checkpoints explains; a number; "energy:p" for the least
+            number with Σσ² kept of p·‖D‖², which fits rounding, too, where updates are small;
+            "error:e" for the least with ‖D - kept‖ ≤ e·‖D‖; "sv_ratio:q" for σ > σ₁/q; "sv_fro:p"
+            for norms (energy p²); or, over all modules together, "budget:ranks=N",
+            "budget:parameters=N", "budget:bytes=20MB".
+        max_rank: no module gets more than this; without it rules stop at 512, and budgets at 128.
+        seed: of the random vectors. The bytes depend on it, and not on threads.
+        embeddings: "save" writes embeddings and language heads that differ whole
+            (`modules_to_save`) where the format holds that, "factors" extracts them like layers, as
+            servers ask, "skip" leaves them out. Tables that grew are written whole.
+        strict: an error, with the names, where norms, biases or other parameters differ that no
+            factors can say. Otherwise they are written whole where the format holds that, and else
+            listed in `lost`.
+        to: the format to write.
+        dtype: the type of the factors; "auto" is the widest of both checkpoints'.
+        overwrite: replace an adapter that is there.
+        threads: worker threads; one for each core if `None`.
+        dry_run: compute everything, with its errors, and write nothing.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
+
+    Returns:
+        The report, with ranks, errors, floors and certificates of all modules.
+
+    Raises:
+        FileNotFoundError: a checkpoint is not there.
+        CheckpointError: a checkpoint is broken, or has values that are not finite.
+        PlanError: the two have other tensors or shapes: they are not two states of one model.
+        UnsupportedAdapterError: the format cannot hold what differs (`strict`).
+        OutputError: there is something at the output.
+        ValueError: an option or a format is not known, both are the same files, or nothing differs.
+    """
+    asked = {
+        "rank": rank,
+        "max_rank": max_rank,
+        "seed": seed,
+        "embeddings": embeddings,
+        "strict": strict,
+        "write": _writing(to, dtype, overwrite, threads, dry_run),
+    }
+    require_readers(tuned, base)
+    inputs = (locate(tuned, BASE_PATTERNS), locate(base, BASE_PATTERNS))
+    target = expand(output)
+    from lorafast._io.progress import callback
+
+    with callback(progress, label="extracting") as report:
+        found = _core.extract_adapter(
+            inputs[0], inputs[1], target, options=json.dumps(asked), progress=report
+        )
+    extraction = RecordDict(
+        {name: ModuleExtraction(**record) for name, record in found["extraction"].items()}
+    )
+    return _report(
+        ExtractReport,
+        found,
+        inputs,
+        target,
+        extraction=extraction,
+        saved=tuple(found["saved"]),
+        unchanged=found["unchanged"],
+        resumed=found["resumed"],
+    )
+
+
 def _weight(weight: Weight) -> float | dict[str, float]:
     """A weight as JSON has it."""
     if isinstance(weight, Mapping):
@@ -265,6 +362,7 @@ def _report(
     found: AlgebraResult,
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
+    **more: Any,
 ) -> Report:
     modules = RecordDict()
     for name, record in found["modules"].items():
@@ -292,4 +390,5 @@ def _report(
         lost=tuple(found["lost"]),
         notes=tuple(found["notes"]),
         files=tuple(found["files"]),
+        **more,
     )

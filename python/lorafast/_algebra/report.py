@@ -130,3 +130,58 @@ class BakeReport(AlgebraReport):
     """An adapter in other factors; see `AlgebraReport`."""
 
     _kind = "bake"
+
+
+@shown
+@dataclass(frozen=True, repr=False)
+class ModuleExtraction:
+    """What an extraction knows of a module, of the difference D of its weights.
+
+    Attributes:
+        floor: the singular value at or below which the rounding of both checkpoints explains what
+            is there, whatever its scale in rows and columns (arXiv:1408.6185).
+        mean_floor: where the spectrum of rounding of the same size would end if it were even
+            (Marchenko and Pastur); lower, and right where no rows or columns are larger than
+            others.
+        energy_above: the share of ‖D‖² in singular values above the floor, of those that were
+            computed; what is left lies below it, or was not looked at.
+        certificate: a bound on (error² - optimum²)/‖D‖², how much of the squared error a best
+            approximation of the same rank could at most avoid.
+    """
+
+    floor: float
+    mean_floor: float
+    energy_above: float
+    certificate: float
+
+
+@dataclass(frozen=True, repr=False)
+class ExtractReport(AlgebraReport):
+    """An adapter extracted from two checkpoints; see `AlgebraReport`.
+
+    `singular_values` of a module are the leading ones, and `error` and `kept` are of the whole
+    difference of its weights, what rounding made of it included.
+
+    Attributes:
+        extraction: the floor and the certificate of each module, by its path.
+        saved: the parameters that are written whole.
+        unchanged: how many parameters are the same in both checkpoints.
+        resumed: how many parameters an interrupted call with the same arguments had finished.
+    """
+
+    extraction: Mapping[str, ModuleExtraction]
+    saved: tuple[str, ...]
+    unchanged: int
+    resumed: int
+
+    _kind = "extraction"
+
+    @property
+    def certificate(self) -> dict[str, float]:
+        """A bound on (error² - optimum²)/‖D‖² of each module, by its path."""
+        return {name: module.certificate for name, module in self.extraction.items()}
+
+    @property
+    def floor(self) -> dict[str, float]:
+        """The singular value that rounding explains in each module, by its path."""
+        return {name: module.floor for name, module in self.extraction.items()}

@@ -19,6 +19,7 @@ NAMES = (
     "combine",
     "resize",
     "bake",
+    "extract",
     "analyze",
     "compare",
     "scan",

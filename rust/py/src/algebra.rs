@@ -73,6 +73,26 @@ pub fn bake_adapter(
     to_object(py, &report)
 }
 
+/// Extracts an adapter from two checkpoints; the options are JSON. Returns the report as plain objects.
+#[pyfunction]
+#[pyo3(signature = (tuned, base, output, *, options, progress))]
+pub fn extract_adapter(
+    py: Python<'_>,
+    tuned: PathBuf,
+    base: PathBuf,
+    output: PathBuf,
+    options: String,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Py<PyAny>> {
+    let report = job::run(py, progress, |task| {
+        let options = parsed(&options)?;
+        let tuned = Checkpoint::open_with(&tuned, task)?;
+        let base = Checkpoint::open_with(&base, task)?;
+        algebra::extract(&tuned, &base, &output, &options, task)
+    })?;
+    to_object(py, &report)
+}
+
 fn parsed<T: DeserializeOwned>(options: &str) -> Result<T> {
     serde_json::from_str(options)
         .map_err(|error| Error::Argument(format!("the options are not sound: {error}")))

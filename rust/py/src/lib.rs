@@ -26,7 +26,7 @@ mod _core {
     use super::*;
 
     #[pymodule_export]
-    use super::algebra::{bake_adapter, combine_adapters, resize_adapter};
+    use super::algebra::{bake_adapter, combine_adapters, extract_adapter, resize_adapter};
     #[pymodule_export]
     use super::analyze::{analyze_adapter, compare_adapters, stored_factors};
     #[pymodule_export]

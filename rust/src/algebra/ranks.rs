@@ -41,6 +41,17 @@ pub(crate) enum Measure {
     Bytes,
 }
 
+impl Measure {
+    /// What it counts, in a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ranks => "ranks",
+            Self::Parameters => "parameters",
+            Self::Bytes => "bytes",
+        }
+    }
+}
+
 /// The forms that a rule is given in, for messages.
 const FORMS: &str = "a number, \"auto\", \"energy:0.95\", \"error:0.01\", \"sv_ratio:20\", \
      \"sv_fro:0.95\", \"sv_cumulative:0.9\", \"budget:ranks=512\", \"budget:parameters=2000000\" or \

@@ -270,13 +270,3 @@ pub(super) fn fitting(sum: &Sum<'_>, factors: Factors) -> Factors {
         false => factors,
     }
 }
-
-impl Measure {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Ranks => "ranks",
-            Self::Parameters => "parameters",
-            Self::Bytes => "bytes",
-        }
-    }
-}

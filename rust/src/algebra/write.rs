@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::engine::Job;
 use super::options::Writing;
 use super::report::Report;
-use crate::adapter::{Initialization, Module, Semantics};
+use crate::adapter::{Adapter, Initialization, Module, Semantics};
+use crate::checkpoint::Checkpoint;
 use crate::convert;
 use crate::error::Result;
 use crate::parallel::task::Task;
@@ -27,6 +28,9 @@ pub(crate) struct Output<'a> {
     writing: &'a Writing,
     work: PathBuf,
 }
+
+/// What a result was made by: the verb, and its parameters.
+pub(crate) type Made = (&'static str, Map<String, Value>);
 
 impl<'a> Output<'a> {
     /// Checks that a result can be written there.
@@ -77,16 +81,34 @@ impl<'a> Output<'a> {
             ..names.semantics().clone()
         };
         let value = Arc::new(names.made_into(modules, semantics));
-        let provenance = provenance(job)?;
+        let found = described(job.adapters)?;
         for input in job.adapters {
             input.check_unchanged()?;
         }
+        let made = (job.verb, job.parameters.clone());
+        self.write_value(&value, found, job.base, made, task, report)
+    }
+
+    /// Writes an adapter that was made of inputs with these descriptions.
+    ///
+    /// # Errors
+    /// Those of conversions.
+    pub fn write_value(
+        self,
+        value: &Arc<Adapter>,
+        inputs: Vec<Value>,
+        base: Option<&Checkpoint>,
+        made: Made,
+        task: &Task,
+        report: &mut Report,
+    ) -> Result<()> {
+        let provenance = provenance(inputs, made);
         let options = convert::Options {
             to: self.writing.target()?.to_owned(),
             overwrite: self.writing.overwrite,
             ..convert::Options::default()
         };
-        let written = convert::write_adapter(&value, job.base, self.path, &options, task)?;
+        let written = convert::write_adapter(value, base, self.path, &options, task)?;
         report.lost.extend(written.lost);
         report.notes.extend(written.notes);
         report.files.extend(written.files);
@@ -120,20 +142,25 @@ fn provenance_path(output: &Path) -> PathBuf {
     output.with_file_name(name)
 }
 
-fn provenance(job: &Job<'_>) -> Result<Vec<u8>> {
-    let mut found = Vec::with_capacity(job.adapters.len());
-    for input in job.adapters {
+/// Inputs as a provenance has them.
+fn described(inputs: &[Adapter]) -> Result<Vec<Value>> {
+    let mut found = Vec::with_capacity(inputs.len());
+    for input in inputs {
         found.push(json!({
             "path": input.path().display().to_string(),
             "format": input.format(),
             "sha256": input.sha256()?,
         }));
     }
+    Ok(found)
+}
+
+fn provenance(inputs: Vec<Value>, (verb, parameters): Made) -> Vec<u8> {
     let text = json!({
         "made_by": format!("lorafast {}", env!("CARGO_PKG_VERSION")),
-        "verb": job.verb,
-        "inputs": found,
-        "parameters": job.parameters,
+        "verb": verb,
+        "inputs": inputs,
+        "parameters": parameters,
     });
-    Ok(serde_json::to_vec_pretty(&text).expect("plain data"))
+    serde_json::to_vec_pretty(&text).expect("plain data")
 }

@@ -199,6 +199,16 @@ pub fn create(path: &Path) -> Result<File> {
     File::options().read(true).write(true).create_new(true).open(path).map_err(failed)
 }
 
+/// Opens a file for reading and writing, with what is in it; an empty one where there is none.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn open_or_create(path: &Path) -> Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    options.open(path).map_err(|error| Error::io(path, error))
+}
+
 /// Writes a small file, whole or not at all.
 ///
 /// # Errors

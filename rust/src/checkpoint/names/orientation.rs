@@ -40,6 +40,16 @@ pub fn decide(
     }
 }
 
+/// Whether the weight of a module is stored (in, out) as Conv1D's, by its name and what the base says.
+pub fn is_conv1d(base: &Checkpoint, module: &str) -> bool {
+    let layer = module.rsplit('.').next().unwrap_or(module);
+    CONV1D_LAYERS.contains(&layer)
+        && match base.config_of(module) {
+            Some(config) => names_conv1d_model(config),
+            None => siblings(base) == Some(Orientation::InOut),
+        }
+}
+
 fn may_be_transposed(base: &Checkpoint, module: &str, outputs: u64, flag: bool) -> bool {
     let layer = module.rsplit('.').next().unwrap_or(module);
     // A layer's bias is as long as its output. PEFT's flag is that of the last layer it adapted, so

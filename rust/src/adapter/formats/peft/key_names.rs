@@ -70,6 +70,11 @@ pub(super) fn name_of(path: &str, ending: &str) -> String {
     format!("{}.{path}{ending}", PREFIX.join("."))
 }
 
+/// The key of a parameter that was trained whole, as PEFT saves it.
+pub(super) fn saved_name(path: &str) -> String {
+    format!("{}.{path}", PREFIX.join("."))
+}
+
 /// Reads the keys of one file, and remembers what it left out of them.
 pub(super) struct KeyReader<'a> {
     wrappers: Wrappers<'a>,

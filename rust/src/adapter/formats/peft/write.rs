@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use indexmap::IndexMap;
+use indexmap::{IndexMap, IndexSet};
 use serde_json::{Map, Value, json};
 
 use super::config::Method;
@@ -11,7 +11,9 @@ use super::methods::{self, Laid};
 use super::{WEIGHTS, config, key_names};
 use crate::adapter::factors::Pair;
 use crate::adapter::format::WriteOptions;
-use crate::adapter::{Adapter, Expert, Grammar, Initialization, LayerKind, Module, computed};
+use crate::adapter::{
+    Adapter, Expert, Grammar, Initialization, LayerKind, Module, Saved, computed,
+};
 use crate::error::{Error, Result};
 use crate::storage::local;
 use crate::tensor::safetensors::{Tensor, write};
@@ -78,8 +80,8 @@ fn check(adapter: &Adapter) -> Result<()> {
     if semantics.initialization != Initialization::Plain || semantics.layer_replication.is_some() {
         return Err(refused(adapter, "changed the base before it was trained"));
     }
-    if !adapter.trained_rows().is_empty() || !adapter.saved().is_empty() {
-        return Err(refused(adapter, "brings parameters whole"));
+    if !adapter.trained_rows().is_empty() {
+        return Err(refused(adapter, "brings rows of embeddings"));
     }
     Ok(())
 }
@@ -128,7 +130,26 @@ fn tensors_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Vec<(String, T
         tensors.extend(module.magnitude.iter().map(|tensor| (magnitude.clone(), tensor.clone())));
         tensors.extend(module.bias.iter().map(|tensor| (bias.clone(), tensor.clone())));
     }
+    for saved in adapter.saved() {
+        let (module, leaf) = module_of(saved);
+        let is_bias = !saved.trained_apart && leaf == "bias";
+        if !is_bias
+            && (module.is_empty() || adapter.modules().values().any(|own| own.path == module))
+        {
+            return Err(refused(adapter, &format!("brings {} whole", saved.path)));
+        }
+        // PEFT puts a layer of its own around one that it updates.
+        let is_inside = adapter.modules().values().any(|own| own.path == module);
+        let name =
+            if is_inside { format!("{module}.base_layer.{leaf}") } else { saved.path.clone() };
+        tensors.push((key_names::saved_name(&name), saved.tensor.clone()));
+    }
     Ok(tensors)
+}
+
+/// The module of a parameter that was trained whole, and the parameter's name in it.
+fn module_of(saved: &Saved) -> (&str, &str) {
+    saved.path.rsplit_once('.').unwrap_or(("", &saved.path))
 }
 
 /// The two factors of a module, as they are stored or put together; `None` where there is more than
@@ -297,6 +318,11 @@ fn config_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Map<String, Val
     let (parameters, targets): (Vec<&&Module>, Vec<&&Module>) =
         modules.iter().partition(|module| is_parameter(module, experts));
     let targets: Vec<String> = targets.into_iter().map(|module| known_as(module)).collect();
+    let has_biases = adapter.saved().iter().any(|saved| !saved.trained_apart);
+    let saved: IndexSet<&str> = (adapter.saved().iter())
+        .filter(|saved| saved.trained_apart)
+        .map(|saved| module_of(saved).0)
+        .collect();
     let config = json!({
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.semantics().base,
@@ -308,12 +334,16 @@ fn config_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Map<String, Val
         "use_dora": dora,
         "lora_bias": bias,
         "use_rslora": stabilized,
-        "bias": "none",
+        "bias": if has_biases { "all" } else { "none" },
+        "modules_to_save": if saved.is_empty() { Value::Null } else { json!(saved) },
         "fan_in_fan_out": adapter.semantics().stored_transposed,
         "init_lora_weights": true,
         "inference_mode": true,
     });
     let Value::Object(mut fields) = config else { unreachable!("an object was written down") };
+    if adapter.semantics().ties_weights {
+        fields.insert("ensure_weight_tying".to_owned(), Value::Bool(true));
+    }
     if !parameters.is_empty() {
         let names: Vec<String> = parameters.into_iter().map(|module| known_as(module)).collect();
         fields.insert("target_parameters".to_owned(), json!(names));

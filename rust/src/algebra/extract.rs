@@ -1,0 +1,429 @@
+//! An adapter extracted from two checkpoints: each layer's difference cut to a rank, module by module, in
+//! memory for one module, with the floor of rounding below which nothing is told apart, and a bound on how
+//! far each cut is from the best one of its rank.
+
+mod difference;
+mod pairs;
+mod result;
+mod sketch;
+mod store;
+
+use std::path::Path;
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::factored::{Factors, Rows, fix_signs, rounding_error};
+use super::options::Writing;
+use super::ranks::{Candidate, Measure, Rule, Spent, within};
+use super::report::{BudgetReport, Report};
+use super::results::Rounded;
+use super::write::Output;
+use crate::adapter::factors::common;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::quantized::QuantizedWeights;
+use crate::convert;
+use crate::error::{Error, Result};
+use crate::parallel::task::{Task, build_pool};
+use crate::storage::digest::sha256_of_bytes;
+use crate::tensor::dtype::Dtype;
+use difference::{Difference, differ};
+use pairs::{Pair, Part, Tables};
+use sketch::{Leading, key, leading};
+use store::{Done, Layer, Store};
+
+/// The largest rank that a rule gives, where no other is asked for.
+const LARGEST_RANK: usize = 512;
+/// The same of a budget, which needs the triplets of all modules before it is spent.
+const BUDGET_RANK: usize = 128;
+/// The rank that a rule is tried with first.
+const FIRST_RANK: usize = 32;
+
+/// What is asked of an extraction.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExtractOptions {
+    /// The rule for ranks; `auto` if there is none.
+    pub rank: Value,
+    /// No module has more than this.
+    pub max_rank: Option<u64>,
+    /// Of the random vectors.
+    pub seed: u64,
+    /// How embeddings and language heads are written: `save`, `factors` or `skip`; `save` if there is none.
+    pub embeddings: Option<String>,
+    /// Whether what no factors can say, tables of tokens aside, is an error.
+    pub strict: bool,
+    /// How the result is written.
+    pub write: Writing,
+}
+
+/// What an extraction knows of a module beside its record.
+#[derive(Debug, Clone, Serialize)]
+pub struct Extraction {
+    /// The singular value at or below which rounding explains what is there.
+    pub floor: f64,
+    /// Where the spectrum of the rounding would end if it were even.
+    pub mean_floor: f64,
+    /// The share of ‖D‖² in singular values above the floor, as far as they were computed.
+    pub energy_above: f64,
+    /// A bound on (error² − optimum²)/‖D‖² of the cut before it was rounded.
+    pub certificate: f64,
+}
+
+/// What became of an extraction.
+#[derive(Debug, Clone, Serialize)]
+pub struct ExtractReport {
+    /// As of other computations.
+    #[serde(flatten)]
+    pub report: Report,
+    /// By modules.
+    pub extraction: IndexMap<String, Extraction>,
+    /// Parameters that are written whole.
+    pub saved: Vec<String>,
+    /// How many parameters are the same in both.
+    pub unchanged: usize,
+    /// How many parameters an earlier call had finished.
+    pub resumed: usize,
+}
+
+/// How the ranks are chosen.
+#[derive(Debug, Clone, Copy)]
+struct Ask {
+    rule: Rule,
+    max_rank: Option<usize>,
+}
+
+/// Extracts what makes the tuned model of the base.
+///
+/// # Errors
+/// [`Error::Argument`] for options that make no sense, and where nothing differs; [`Error::Plan`] for
+/// checkpoints of different models; [`Error::Checkpoint`] for what cannot be read or is not finite;
+/// [`Error::Unsupported`] for what the format cannot hold; [`Error::Output`] if something is there already.
+pub fn extract(
+    tuned: &Checkpoint,
+    base: &Checkpoint,
+    output: &Path,
+    options: &ExtractOptions,
+    task: &Task,
+) -> Result<ExtractReport> {
+    let ask = Ask::of(options)?;
+    let place = Output::check(output, &options.write)?;
+    let [holds_whole, holds_embeddings, holds_convolutions] =
+        convert::holds(options.write.target()?)?;
+    let tables = match options.embeddings.as_deref() {
+        None | Some("save") if holds_whole => Tables::Whole,
+        None | Some("save" | "factors") => Tables::Factors,
+        Some("skip") => Tables::Skipped,
+        Some(other) => {
+            return Err(Error::Argument(format!(
+                "embeddings is {other:?}; it is \"save\", \"factors\" or \"skip\""
+            )));
+        }
+    };
+    refuse_same_files(tuned, base)?;
+    let own = QuantizedWeights::of(tuned);
+    let others = QuantizedWeights::of(base);
+    let mut pairs = pairs::pairs((tuned, &own), (base, &others), tables)?;
+    pairs::settle(&mut pairs);
+    for pair in &mut pairs {
+        use crate::adapter::LayerKind::{Convolution, Embedding};
+        pair.part = match pair.part {
+            Part::Whole | Part::Bias if !holds_whole => Part::Other,
+            Part::Factors { kind: Embedding, .. } if !holds_embeddings => Part::Other,
+            Part::Factors { kind: Convolution, .. } if !holds_convolutions => Part::Other,
+            part => part,
+        };
+    }
+    let dtype = match options.write.dtype()? {
+        Some(dtype) => dtype,
+        None => widest(&pairs),
+    };
+    let parameters = parameters(options);
+    let digest = digest_of(&[tuned, base], &parameters, &dtype);
+    let mut store = Store::open(output, &digest)?;
+    let resumed = store.done.len();
+    let pool = build_pool(options.write.threads)?;
+    task.expect(pairs.iter().map(|pair| pair.tuned.bytes() + pair.base.bytes()).sum());
+    let done = pool.install(|| {
+        for pair in &pairs {
+            task.check()?;
+            if store.done.contains_key(&pair.name) {
+                task.advance(pair.tuned.bytes() + pair.base.bytes());
+                continue;
+            }
+            let found = ask.examine(pair, options.seed, &dtype, &mut store, task)?;
+            store.finish(found)?;
+        }
+        Ok(())
+    });
+    if let Err(error) = done {
+        if matches!(error, Error::Cancelled | Error::Io { .. }) {
+            store.keep();
+        }
+        return Err(error);
+    }
+    let spent = ask.spend(&pairs, &store, &dtype)?;
+    let work =
+        result::Work { pairs: &pairs, store: &store, ask, dtype: &dtype, spent, holds_whole };
+    let finished = pool.install(|| work.finish(tuned, base, options, place, parameters, task));
+    let mut report = finished?;
+    report.resumed = resumed;
+    Ok(report)
+}
+
+fn parameters(options: &ExtractOptions) -> Map<String, Value> {
+    let given = json!({
+        "rank": if options.rank.is_null() { json!("auto") } else { options.rank.clone() },
+        "max_rank": options.max_rank,
+        "seed": options.seed,
+        "embeddings": options.embeddings,
+        "to": options.write.to,
+    });
+    match given {
+        Value::Object(fields) => fields,
+        _ => unreachable!("an object was written down"),
+    }
+}
+
+/// The narrowest type of factors that holds what both are stored in.
+fn widest(pairs: &[Pair<'_>]) -> Dtype {
+    let factors = pairs.iter().filter(|pair| matches!(pair.part, Part::Factors { .. }));
+    let types = factors.flat_map(|pair| [pair.tuned.dtype(), pair.base.dtype()]);
+    match types.reduce(|one, other| common(&one, &other)) {
+        Some(dtype @ (Dtype::F16 | Dtype::Bf16 | Dtype::F64)) => dtype,
+        _ => Dtype::F32,
+    }
+}
+
+fn refuse_same_files(tuned: &Checkpoint, base: &Checkpoint) -> Result<()> {
+    let identities = |checkpoint: &Checkpoint| -> Vec<(u64, u64)> {
+        checkpoint.shards().iter().map(|shard| shard.file.stamp().identity).collect()
+    };
+    let same_files = identities(tuned) == identities(base) && identities(tuned) != [(0, 0)];
+    if same_files || tuned.path() == base.path() {
+        return Err(Error::Argument(format!(
+            "{} and {} are the same files: the tuned model is compared with the base that it was made \
+             from",
+            tuned.path().display(),
+            base.path().display()
+        )));
+    }
+    Ok(())
+}
+
+/// Tells one extraction from others: files by their sizes, times and headers, and all that is asked.
+fn digest_of(inputs: &[&Checkpoint], parameters: &Map<String, Value>, dtype: &Dtype) -> String {
+    let mut text = format!("{} {dtype} {}\n", env!("CARGO_PKG_VERSION"), json!(parameters));
+    for input in inputs {
+        for shard in input.shards() {
+            let stamp = shard.file.stamp();
+            let header = sha256_of_bytes(shard.file.header_bytes());
+            text += &format!("{} {stamp:?} {header}\n", shard.name);
+        }
+        text.push('\n');
+    }
+    sha256_of_bytes(text.as_bytes())
+}
+
+impl Ask {
+    fn of(options: &ExtractOptions) -> Result<Self> {
+        let rule = match &options.rank {
+            Value::Null => Rule::Auto,
+            given => Rule::parse(given)?,
+        };
+        if matches!(rule, Rule::SvCumulative(_)) {
+            return Err(Error::Argument(
+                "sv_cumulative needs every singular value, and an extraction computes the leading ones; \
+                 energy:… says nearly the same"
+                    .to_owned(),
+            ));
+        }
+        match options.max_rank {
+            Some(0) => Err(Error::Argument("max_rank is 0, which would leave nothing".to_owned())),
+            most => Ok(Self { rule, max_rank: most.map(|most| most as usize) }),
+        }
+    }
+
+    /// The largest rank that is asked for.
+    fn most(self) -> usize {
+        let own = match self.rule {
+            Rule::Fixed(rank) => rank as usize,
+            Rule::Budget(..) => BUDGET_RANK,
+            _ => LARGEST_RANK,
+        };
+        match self.rule {
+            Rule::Fixed(_) => self.max_rank.map_or(own, |most| most.min(own)),
+            _ => self.max_rank.unwrap_or(own),
+        }
+    }
+
+    /// How many leading singular values the rule keeps, of those that are known; all of them where it
+    /// would keep more.
+    fn choose(self, values: &[f64], total: f64, floor: f64) -> usize {
+        /// So that rounding does not decide.
+        const TOLERANCE: f64 = 1e-9;
+        if total == 0.0 {
+            return 0;
+        }
+        let reaching = |target: f64| {
+            let mut sum = 0.0;
+            let found = values.iter().position(|value| {
+                sum += value * value;
+                sum >= target * (1.0 - TOLERANCE)
+            });
+            found.map_or(values.len(), |index| index + 1)
+        };
+        match self.rule {
+            Rule::Fixed(rank) => values.len().min(rank as usize),
+            Rule::Budget(..) => values.len(),
+            Rule::Auto => values.iter().take_while(|value| **value > floor).count(),
+            Rule::Energy(share) => reaching(share * total),
+            Rule::SvFro(share) => reaching(share * share * total),
+            Rule::Error(error) => reaching((1.0 - error * error) * total),
+            Rule::SvRatio(ratio) => {
+                values.iter().take_while(|value| **value * ratio > values[0]).count()
+            }
+            Rule::SvCumulative(_) => values.len(),
+        }
+    }
+
+    /// The triplets that the rule needs, and its rank.
+    fn triplets(
+        self,
+        matrix: &Difference<'_>,
+        total: f64,
+        floor: f64,
+        key: u64,
+    ) -> Result<(Leading, usize, bool)> {
+        let most = self.most();
+        let least = matrix.rows.min(matrix.columns);
+        let is_sure = matches!(self.rule, Rule::Fixed(_) | Rule::Budget(..));
+        let mut rank = if is_sure { most } else { most.min(FIRST_RANK) };
+        loop {
+            let width = rank + 8.max(rank / 4);
+            let kept = |values: &[f64]| self.choose(values, total, floor).min(most);
+            let found = leading(matrix, total, width, key, &kept)?;
+            let wanted = self.choose(&found.spectrum.values, total, floor);
+            let is_limited = !is_sure && wanted > most && self.max_rank.is_none();
+            // The last of the values are not near enough to decide.
+            if width >= least || wanted <= rank || rank == most {
+                return Ok((found, wanted.min(most), is_limited));
+            }
+            rank = most.min(2 * rank);
+        }
+    }
+
+    /// Looks at one parameter; what is kept of it lies in the store.
+    fn examine(
+        self,
+        pair: &Pair<'_>,
+        seed: u64,
+        dtype: &Dtype,
+        store: &mut Store,
+        task: &Task,
+    ) -> Result<Done> {
+        let name = pair.name.clone();
+        if pair.has_grown() {
+            task.advance(pair.tuned.bytes() + pair.base.bytes());
+            return Ok(Done { name, differs: true, layer: None });
+        }
+        let Part::Factors { is_transposed, .. } = pair.part else {
+            let differs = differ(&pair.tuned, &pair.base, task)?;
+            return Ok(Done { name, differs, layer: None });
+        };
+        let rows = pair.tuned.shape[0] as usize;
+        let columns = pair.tuned.shape[1..].iter().product::<u64>() as usize;
+        if rows * columns == 0 {
+            return Ok(Done { name, differs: false, layer: None });
+        }
+        let mut matrix = Difference::new(&pair.tuned, &pair.base, [rows, columns]);
+        let (total, floor) = matrix.measure(task)?;
+        if total == 0.0 {
+            return Ok(Done { name, differs: false, layer: None });
+        }
+        let (found, rank, is_limited) =
+            self.triplets(&matrix, total, floor.bound, key(seed, pair.module()))?;
+        drop(matrix);
+        let is_budget = matches!(self.rule, Rule::Budget(..));
+        let own = factors(&found, rank, is_transposed);
+        let stored = if is_budget { Dtype::F32 } else { dtype.clone() };
+        let (place, lost) = match rank {
+            0 => Default::default(),
+            _ => {
+                let rounded =
+                    Rounded::of(&own, &stored).ok_or_else(|| too_large(&name, &stored))?;
+                let lost = rounding_error(&own, &rounded.factors(&own));
+                (store.put(&rounded.b, &rounded.a)?, lost)
+            }
+        };
+        let spectrum = found.spectrum;
+        let (floor, mean_floor) = (floor.bound, floor.mean);
+        let layer = Layer { spectrum, floor, mean_floor, is_limited, rank, lost, place };
+        Ok(Done { name, differs: true, layer: Some(layer) })
+    }
+
+    /// The ranks that a budget gives to the layers that differ, in their order.
+    fn spend(
+        self,
+        pairs: &[Pair<'_>],
+        store: &Store,
+        dtype: &Dtype,
+    ) -> Result<Option<(IndexMap<String, usize>, BudgetReport)>> {
+        let Rule::Budget(measure, amount) = self.rule else { return Ok(None) };
+        let mut names = Vec::new();
+        let mut candidates = Vec::new();
+        for pair in pairs {
+            let Some(layer) = &store.done[&pair.name].layer else { continue };
+            let elements = pair.tuned.shape[0] + pair.tuned.shape[1..].iter().product::<u64>();
+            let values = &layer.spectrum.values[..layer.rank];
+            names.push(pair.name.clone());
+            candidates.push(Candidate {
+                worth: values.iter().map(|value| value * value).collect(),
+                cost: match measure {
+                    Measure::Ranks => 1,
+                    Measure::Parameters => elements,
+                    Measure::Bytes => elements * dtype.size() as u64,
+                },
+            });
+        }
+        let Spent { ranks, cost, gap } = within(&candidates, amount);
+        if cost == 0 && !candidates.is_empty() {
+            return Err(Error::Argument(format!(
+                "a budget of {amount} {} leaves room for nothing: one rank of the smallest module takes {}",
+                measure.name(),
+                candidates.iter().map(|one| one.cost).min().unwrap_or(0)
+            )));
+        }
+        let report = BudgetReport { measure: measure.name(), amount, spent: cost, gap };
+        Ok(Some((names.into_iter().zip(ranks).collect(), report)))
+    }
+}
+
+fn too_large(name: &str, dtype: &Dtype) -> Error {
+    Error::Argument(format!("{name} has values too large for {dtype}; write it in a wider type"))
+}
+
+/// Balanced factors of the first triplets; of the transpose, where the weight is stored so.
+fn factors(found: &Leading, rank: usize, is_transposed: bool) -> Factors {
+    let scaled = |side: &Rows| {
+        let mut result = Rows::zeros(side.rows, rank);
+        let width = side.columns;
+        for (target, row) in
+            result.values.chunks_exact_mut(rank.max(1)).zip(side.values.chunks_exact(width))
+        {
+            for ((target, value), sigma) in target.iter_mut().zip(row).zip(&found.spectrum.values) {
+                *target = value * sigma.sqrt();
+            }
+        }
+        result
+    };
+    let (mut left, mut right) = (scaled(&found.left), scaled(&found.right));
+    if is_transposed {
+        std::mem::swap(&mut left, &mut right);
+    }
+    if rank > 0 {
+        fix_signs(&mut left, &mut right);
+    }
+    Factors { b: left, a: right.transposed() }
+}

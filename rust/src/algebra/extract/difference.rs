@@ -1,0 +1,399 @@
+//! The difference of two stored weights: its rows, its norm, and what the rounding of both explains.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::sketch::Source;
+use crate::checkpoint::quantized::Quantized;
+use crate::checkpoint::{Checkpoint, Location};
+use crate::error::{Error, Result};
+use crate::kernel::convert::{widen, widen_f64};
+use crate::parallel::task::Task;
+use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::TensorInfo;
+
+/// Elements of the rows that are read together.
+const TILE: usize = 1 << 20;
+/// A difference of more elements than this is not held in memory (512 MiB), but read again for each pass.
+pub(super) const HELD: usize = 1 << 27;
+/// How many roundings of the terms of a sum are allowed for, where the result is as fine as they are.
+const TERMS: f64 = 64.0;
+
+/// A weight of a checkpoint as the model has it, whatever it is stored as.
+#[derive(Debug, Clone)]
+pub(super) struct Weight<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub name: String,
+    pub shape: Vec<u64>,
+    pub stored: Stored,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Stored {
+    Plain(Location),
+    Quantized(Arc<Quantized>),
+}
+
+impl Weight<'_> {
+    pub fn info(&self) -> Option<&TensorInfo> {
+        match &self.stored {
+            Stored::Plain(location) => Some(self.checkpoint.at(*location)),
+            Stored::Quantized(_) => None,
+        }
+    }
+
+    /// Its element type; of codes that of the numbers that they mean.
+    pub fn dtype(&self) -> Dtype {
+        self.info().map_or(Dtype::F32, |info| info.dtype.clone())
+    }
+
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// Bytes that it takes in its file, codes without their scales.
+    pub fn bytes(&self) -> u64 {
+        match &self.stored {
+            Stored::Plain(location) => self.checkpoint.at(*location).bytes(),
+            Stored::Quantized(quantized) => quantized.stored.tensor.bytes(),
+        }
+    }
+
+    fn read_bytes(&self, elements: &Range<usize>) -> Result<Vec<u8>> {
+        match &self.stored {
+            Stored::Plain(location) => {
+                let info = self.checkpoint.at(*location);
+                let size = info.dtype.size() as u64;
+                let file = &self.checkpoint.shards()[location.shard].file;
+                file.read_range(info, elements.start as u64 * size..elements.end as u64 * size)
+            }
+            Stored::Quantized(quantized) => {
+                let mut bytes = vec![0; elements.len() * 4];
+                quantized.read(self.checkpoint, &mut bytes, elements.start * 4, false)?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// All of its numbers, as f32.
+    pub fn read(&self) -> Result<Vec<u8>> {
+        self.read_bytes(&(0..self.elements() as usize))
+    }
+
+    /// The distance of neighboring codes at some of its elements.
+    fn steps(
+        &self,
+        quantized: &Quantized,
+        elements: &Range<usize>,
+        values: &[f32],
+    ) -> Result<Vec<f32>> {
+        let codes = &quantized.codes;
+        let mut steps = vec![0f32; values.len()];
+        if quantized.transposed.is_some() {
+            // Scales lie in another order; the largest number of the rows tells one for all.
+            let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+            let scale = f64::from(largest / codes.largest());
+            steps.fill((2.0 * codes.half_gap(f64::from(codes.largest()) / 2.0) * scale) as f32);
+            return Ok(steps);
+        }
+        let blocks = quantized.blocks.covering(elements);
+        let scales = quantized.scales.read(self.checkpoint, blocks.clone())?;
+        quantized.blocks.runs(elements, |run, block| {
+            let scale = f64::from(scales[block - blocks.start]);
+            for index in run.start - elements.start..run.end - elements.start {
+                let value = if scale == 0.0 { 0.0 } else { f64::from(values[index]) / scale };
+                let gap = 2.0 * codes.half_gap(value);
+                steps[index] = if gap.is_finite() { (gap * scale.abs()) as f32 } else { 0.0 };
+            }
+        });
+        Ok(steps)
+    }
+}
+
+/// W₁ − W₀ of a matrix.
+pub(super) struct Difference<'a> {
+    pub tuned: &'a Weight<'a>,
+    pub base: &'a Weight<'a>,
+    pub rows: usize,
+    pub columns: usize,
+    held: Option<Vec<f32>>,
+}
+
+/// What rounding explains of a difference.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Floor {
+    /// √(largest row sum of the variance) + √(largest column sum): above it, rounding explains nothing.
+    pub bound: f64,
+    /// √(mean variance)·(√m + √n), where the spectrum of even noise ends.
+    pub mean: f64,
+}
+
+/// Sums over rows and columns of a matrix of squares.
+#[derive(Clone)]
+struct Sums {
+    rows: Vec<f64>,
+    columns: Vec<f64>,
+    /// The bits that any of the numbers has, which tell what they were rounded to.
+    bits: u32,
+    is_single: bool,
+}
+
+impl Sums {
+    fn new(rows: usize, columns: usize) -> Self {
+        Self { rows: vec![0.0; rows], columns: vec![0.0; columns], bits: 0, is_single: true }
+    }
+
+    /// Of the squares of the powers of two at or below each number, none below `least` but of zero.
+    fn add_powers(&mut self, values: &[f32], least: f32) {
+        let width = self.columns.len();
+        let mut sums = vec![0f32; width];
+        let mut bits = 0;
+        for (sum, row) in self.rows.iter_mut().zip(values.chunks_exact(width)) {
+            sums.fill(0.0);
+            for (target, value) in sums.iter_mut().zip(row) {
+                let own = value.to_bits();
+                bits |= own;
+                let power = f32::from_bits(own & 0x7f80_0000);
+                let power = if *value == 0.0 { 0.0 } else { power.max(least) };
+                *target = power * power;
+            }
+            *sum = sums.iter().map(|value| f64::from(*value)).sum();
+            self.columns.iter_mut().zip(&sums).for_each(|(sum, value)| *sum += f64::from(*value));
+        }
+        self.bits |= bits;
+    }
+
+    fn add_squares(&mut self, values: &[f32]) {
+        let width = self.columns.len();
+        for (sum, row) in self.rows.iter_mut().zip(values.chunks_exact(width)) {
+            for (target, value) in self.columns.iter_mut().zip(row) {
+                let square = f64::from(*value) * f64::from(*value);
+                *sum += square;
+                *target += square;
+            }
+        }
+    }
+
+    /// Puts those of rows below.
+    fn append(&mut self, below: Self) {
+        self.rows.extend(below.rows);
+        self.columns.iter_mut().zip(below.columns).for_each(|(sum, value)| *sum += value);
+        self.bits |= below.bits;
+        self.is_single &= below.is_single;
+    }
+
+    /// ulp²/12 for each unit that was summed, by what the numbers were rounded to, whatever type they
+    /// are stored in.
+    fn variance(&self, dtype: &Dtype) -> f64 {
+        let digits = match dtype {
+            Dtype::Bf16 => 8,
+            Dtype::F16 => 11,
+            Dtype::F64 if !self.is_single => 53,
+            _ if self.bits & 0xffff == 0 => 8,
+            _ if self.bits & 0x1fff == 0 => 11,
+            _ => 24,
+        };
+        4f64.powi(1 - digits) / 12.0
+    }
+}
+
+/// What a tile tells beside its numbers.
+struct Tile {
+    square: f64,
+    sums: [Sums; 3],
+}
+
+impl<'a> Difference<'a> {
+    pub fn new(tuned: &'a Weight<'a>, base: &'a Weight<'a>, [rows, columns]: [usize; 2]) -> Self {
+        Self { tuned, base, rows, columns, held: None }
+    }
+
+    fn tile(&self) -> usize {
+        (TILE / self.columns.max(1)).max(1)
+    }
+
+    /// Reads rows of both and their difference.
+    fn both(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<[(Vec<f32>, bool); 2]> {
+        let elements = rows.start * self.columns..rows.end * self.columns;
+        let [tuned, base] = [self.tuned, self.base]
+            .map(|weight| weight.read_bytes(&elements).map(|bytes| (weight.dtype(), bytes)));
+        let ((tuned_type, tuned), (base_type, base)) = (tuned?, base?);
+        let single = |dtype: &Dtype, bytes: &[u8]| {
+            let mut wide = vec![0f32; elements.len()];
+            if *dtype == Dtype::F64 {
+                let double = widen_f64(dtype, bytes);
+                let mut is_single = true;
+                for (target, value) in wide.iter_mut().zip(double) {
+                    *target = value as f32;
+                    is_single &= f64::from(*target) == value;
+                }
+                return (wide, is_single);
+            }
+            widen(dtype, bytes, &mut wide);
+            (wide, true)
+        };
+        let (own, other) = (single(&tuned_type, &tuned), single(&base_type, &base));
+        if own.1 && other.1 {
+            for ((target, one), other) in values.iter_mut().zip(&own.0).zip(&other.0) {
+                *target = one - other;
+            }
+        } else {
+            let (one, other) = (widen_f64(&tuned_type, &tuned), widen_f64(&base_type, &base));
+            for ((target, one), other) in values.iter_mut().zip(one).zip(other) {
+                *target = (one - other) as f32;
+            }
+        }
+        Ok([own, other])
+    }
+
+    fn describe(&self, rows: Range<usize>, values: &mut [f32]) -> Result<Tile> {
+        let weights = self.both(&rows, values)?;
+        let mut square = 0.0;
+        for row in values.chunks_exact(self.columns) {
+            square += row.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>();
+        }
+        if !square.is_finite() {
+            return Err(self.not_finite(&weights));
+        }
+        let mut sums = [0; 3].map(|_| Sums::new(rows.len(), self.columns));
+        for ((sums, weight), (own, is_single)) in
+            sums.iter_mut().zip([self.tuned, self.base]).zip(&weights)
+        {
+            sums.is_single = *is_single;
+            match &weight.stored {
+                Stored::Quantized(quantized) => {
+                    let elements = rows.start * self.columns..rows.end * self.columns;
+                    sums.add_squares(&weight.steps(quantized, &elements, own)?);
+                }
+                Stored::Plain(_) => {
+                    let least = if weight.dtype() == Dtype::F16 { 2f32.powi(-14) } else { 0.0 };
+                    sums.add_powers(own, least);
+                }
+            }
+        }
+        if matches!(self.tuned.dtype(), Dtype::F32 | Dtype::F64) {
+            sums[2].add_powers(values, 0.0);
+        }
+        Ok(Tile { square, sums })
+    }
+
+    fn not_finite(&self, weights: &[(Vec<f32>, bool); 2]) -> Error {
+        let is_at_fault = |index: usize| weights[index].0.iter().any(|value| !value.is_finite());
+        let weight = if is_at_fault(0) || !is_at_fault(1) { self.tuned } else { self.base };
+        Error::checkpoint(
+            weight.checkpoint.path(),
+            format!(
+                "{} has values that are not finite (NaN or infinity), of which no difference can be \
+                 computed",
+                weight.name
+            ),
+        )
+    }
+
+    /// Reads everything once: ‖D‖² and what rounding explains. What is small enough is held from then on.
+    pub fn measure(&mut self, task: &Task) -> Result<(f64, Floor)> {
+        let (columns, tile) = (self.columns, self.tile());
+        let elements = self.rows * columns;
+        let bytes = (self.tuned.bytes() + self.base.bytes()) as f64 / elements as f64;
+        let starts: Vec<usize> = (0..self.rows).step_by(tile).collect();
+        let range = |start: usize| start..self.rows.min(start + tile);
+        let each = |start: usize, values: &mut [f32]| {
+            task.check()?;
+            let found = self.describe(range(start), values);
+            task.advance((values.len() as f64 * bytes) as u64);
+            found
+        };
+        let mut square = 0.0;
+        let mut all = [0; 3].map(|_| Sums::new(0, columns));
+        let mut take = |tiles: Vec<Tile>| {
+            for tile in tiles {
+                square += tile.square;
+                all.iter_mut().zip(tile.sums).for_each(|(all, own)| all.append(own));
+            }
+        };
+        if elements <= HELD {
+            let mut values = vec![0f32; elements];
+            let parts: Vec<&mut [f32]> = values.chunks_mut(tile * columns).collect();
+            let tiles = starts.par_iter().zip(parts).map(|(start, part)| each(*start, part));
+            take(tiles.collect::<Result<_>>()?);
+            self.held = Some(values);
+        } else {
+            for group in starts.chunks(16) {
+                let tiles = group.par_iter().map(|start| {
+                    let mut values = vec![0f32; range(*start).len() * columns];
+                    each(*start, &mut values)
+                });
+                take(tiles.collect::<Result<_>>()?);
+            }
+        }
+        Ok((square, self.floor(&all)))
+    }
+
+    fn floor(&self, [tuned, base, sums]: &[Sums; 3]) -> Floor {
+        let of = |weight: &Weight<'_>, sums: &Sums| match &weight.stored {
+            Stored::Quantized(_) => 1.0 / 12.0,
+            Stored::Plain(_) => sums.variance(&weight.dtype()),
+        };
+        let (one, other) = (of(self.tuned, tuned), of(self.base, base));
+        // Sums are made in f32, or in f64 where that is stored.
+        let digits = if self.tuned.dtype() == Dtype::F64 && !tuned.is_single { 53 } else { 24 };
+        let terms = TERMS * 4f64.powi(1 - digits) / 12.0;
+        let total = |tuned: &[f64], base: &[f64], sums: &[f64]| -> (f64, f64) {
+            let values = tuned.iter().zip(base).zip(sums);
+            values
+                .map(|((tuned, base), sums)| one * tuned + other * base + terms * sums)
+                .fold((0.0, 0.0), |(largest, sum), value| (value.max(largest), sum + value))
+        };
+        let (row, all) = total(&tuned.rows, &base.rows, &sums.rows);
+        let (column, _) = total(&tuned.columns, &base.columns, &sums.columns);
+        let (rows, columns) = (self.rows as f64, self.columns as f64);
+        Floor {
+            bound: row.sqrt() + column.sqrt(),
+            mean: (all / (rows * columns)).sqrt() * (rows.sqrt() + columns.sqrt()),
+        }
+    }
+}
+
+impl Source for Difference<'_> {
+    fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    fn held(&self) -> Option<&[f32]> {
+        self.held.as_deref()
+    }
+
+    fn read(&self, rows: Range<usize>, values: &mut [f32]) -> Result<()> {
+        self.both(&rows, values).map(|_| ())
+    }
+}
+
+/// Whether two weights of one shape differ in any number.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if one has values that are not finite, [`Error::Io`].
+pub(super) fn differ(tuned: &Weight<'_>, base: &Weight<'_>, task: &Task) -> Result<bool> {
+    if let (Some(own), Some(other)) = (tuned.info(), base.info())
+        && !(own.dtype.is_mergeable() && other.dtype.is_mergeable())
+    {
+        return Ok(own.dtype != other.dtype || tuned.read()? != base.read()?);
+    }
+    let elements = tuned.elements() as usize;
+    let pair = Difference::new(tuned, base, [elements, 1]);
+    let starts: Vec<usize> = (0..elements).step_by(TILE).collect();
+    let is_same = starts.par_iter().map(|start| {
+        task.check()?;
+        let rows = *start..elements.min(start + TILE);
+        let mut values = vec![0f32; rows.len()];
+        let weights = pair.both(&rows, &mut values)?;
+        if weights[0].0.iter().any(|value| !value.is_finite()) {
+            return Err(pair.not_finite(&weights));
+        }
+        task.advance((tuned.bytes() + base.bytes()) * rows.len() as u64 / elements as u64);
+        Ok(values.iter().all(|value| *value == 0.0))
+    });
+    let found: Vec<bool> = is_same.collect::<Result<_>>()?;
+    Ok(found.contains(&false))
+}
