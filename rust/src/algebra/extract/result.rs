@@ -99,7 +99,7 @@ impl Work<'_> {
             parameters.insert("dtype".to_owned(), report.dtype.clone().into());
             let inputs = vec![described(tuned)?, described(base)?];
             place.write_value(
-                &std::sync::Arc::new(value),
+                &Arc::new(value),
                 inputs,
                 Some(base),
                 ("extract", parameters),
