@@ -145,6 +145,7 @@ pub fn extract(
     let resumed = store.done.len();
     let pool = build_pool(options.write.threads)?;
     task.expect(pairs.iter().map(|pair| pair.tuned.bytes() + pair.base.bytes()).sum());
+    let mut room = Vec::new();
     let done = pool.install(|| {
         for pair in &pairs {
             task.check()?;
@@ -152,7 +153,7 @@ pub fn extract(
                 task.advance(pair.tuned.bytes() + pair.base.bytes());
                 continue;
             }
-            let found = ask.examine(pair, options.seed, &dtype, &mut store, task)?;
+            let found = ask.examine(pair, options.seed, &dtype, &mut store, &mut room, task)?;
             store.finish(found)?;
         }
         Ok(())
@@ -321,6 +322,7 @@ impl Ask {
         seed: u64,
         dtype: &Dtype,
         store: &mut Store,
+        room: &mut Vec<f32>,
         task: &Task,
     ) -> Result<Done> {
         let name = pair.name.clone();
@@ -338,13 +340,14 @@ impl Ask {
             return Ok(Done { name, differs: false, layer: None });
         }
         let mut matrix = Difference::new(&pair.tuned, &pair.base, [rows, columns]);
-        let (total, floor) = matrix.measure(task)?;
+        let (total, floor) = matrix.measure(room, task)?;
         if total == 0.0 {
+            *room = matrix.into_room();
             return Ok(Done { name, differs: false, layer: None });
         }
         let (found, rank, is_limited) =
             self.triplets(&matrix, total, floor.bound, key(seed, pair.module()))?;
-        drop(matrix);
+        *room = matrix.into_room();
         let is_budget = matches!(self.rule, Rule::Budget(..));
         let own = factors(&found, rank, is_transposed);
         let stored = if is_budget { Dtype::F32 } else { dtype.clone() };

@@ -210,6 +210,11 @@ impl<'a> Difference<'a> {
         Self { tuned, base, rows, columns, held: None }
     }
 
+    /// What held it, for the next.
+    pub fn into_room(self) -> Vec<f32> {
+        self.held.unwrap_or_default()
+    }
+
     fn tile(&self) -> usize {
         (TILE / self.columns.max(1)).max(1)
     }
@@ -292,8 +297,9 @@ impl<'a> Difference<'a> {
         )
     }
 
-    /// Reads everything once: ‖D‖² and what rounding explains. What is small enough is held from then on.
-    pub fn measure(&mut self, task: &Task) -> Result<(f64, Floor)> {
+    /// Reads everything once: ‖D‖² and what rounding explains. What is small enough is held from then on,
+    /// in a buffer of another that was held before.
+    pub fn measure(&mut self, room: &mut Vec<f32>, task: &Task) -> Result<(f64, Floor)> {
         let (columns, tile) = (self.columns, self.tile());
         let elements = self.rows * columns;
         let bytes = (self.tuned.bytes() + self.base.bytes()) as f64 / elements as f64;
@@ -314,7 +320,8 @@ impl<'a> Difference<'a> {
             }
         };
         if elements <= HELD {
-            let mut values = vec![0f32; elements];
+            let mut values = std::mem::take(room);
+            values.resize(elements, 0.0);
             let parts: Vec<&mut [f32]> = values.chunks_mut(tile * columns).collect();
             let tiles = starts.par_iter().zip(parts).map(|(start, part)| each(*start, part));
             take(tiles.collect::<Result<_>>()?);

@@ -30,8 +30,8 @@ const SINGLE: f64 = (DEPTH + 8) as f64 * 5.960_464_477_539_063e-8;
 const DOUBLE: f64 = 1e-11;
 /// A certificate below this asks for no further power iteration.
 const ROOM: f64 = 1e-4;
-/// Nor does an iteration that gained less of ‖D‖² than this.
-const GAIN: f64 = 1e-6;
+/// Nor does an iteration that took less than this share off the error squared.
+const GAIN: f64 = 1e-2;
 /// Power iterations at most.
 const ITERATIONS: usize = 4;
 /// The least share of a column that stands clear of those before it for a Cholesky factor to be trusted.
@@ -143,7 +143,7 @@ pub(super) fn leading(
         let image = times(matrix, &result.right)?;
         result.spectrum.residuals = Some(residuals(&image, &result));
         let energy: f64 = result.spectrum.values[..k].iter().map(|value| value * value).sum();
-        let has_gained = before.is_none_or(|before| energy - before > GAIN * total);
+        let has_gained = before.is_none_or(|before| energy - before > GAIN * (total - before));
         if result.spectrum.certificate(k) <= ROOM || !has_gained || iteration == ITERATIONS {
             return Ok(result);
         }
