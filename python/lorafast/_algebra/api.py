@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorafast import _core
 from lorafast._algebra.report import (
     AlgebraReport,
+    BakeReport,
     BudgetUse,
     CombineReport,
     ExtractReport,
@@ -167,7 +168,7 @@ def combine(
             [core_source(source) for source in located],
             target,
             base=local,
-            options=json.dumps(asked),
+            options=_text(asked),
             progress=report,
         )
     return _report(CombineReport, found, located, target)
@@ -238,7 +239,7 @@ def resize(
 
     with callback(progress, label="resizing") as report:
         found = _core.resize_adapter(
-            core_source(located), target, base=local, options=json.dumps(asked), progress=report
+            core_source(located), target, base=local, options=_text(asked), progress=report
         )
     return _report(ResizeReport, found, [located], target)
 
@@ -321,7 +322,7 @@ def extract(
 
     with callback(progress, label="extracting") as report:
         found = _core.extract_adapter(
-            inputs[0], inputs[1], target, options=json.dumps(asked), progress=report
+            inputs[0], inputs[1], target, options=_text(asked), progress=report
         )
     extraction = RecordDict(
         {name: ModuleExtraction(**record) for name, record in found["extraction"].items()}
@@ -338,11 +339,96 @@ def extract(
     )
 
 
+def bake(
+    adapter: Source,
+    output: str | os.PathLike[str],
+    *,
+    scale: Literal["keep", "fold"] = "keep",
+    alpha: float | None = None,
+    rslora: bool | None = None,
+    pad_to: int | None = None,
+    gauge: Literal["keep", "balanced", "orthonormal"] = "keep",
+    plain: bool = False,
+    base: Source | None = None,
+    to: str = "peft",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress = False,
+) -> BakeReport:
+    """Writes an adapter's updates in other factors, for whoever reads them.
+
+    ΔW stays what it is: whatever is multiplied by a power of two, padded or relabeled is exact,
+    and what is rounded counts in the report.
+
+    Args:
+        adapter: a directory, a file or a hub id, in any format.
+        output: what to write: a directory for "peft" and "mlx", a file for other formats.
+        scale: "fold" multiplies the factors by s, so that alpha is the rank and every reader finds
+            a scale of 1; "keep" leaves it.
+        alpha: the alpha that is written for all modules; the factors change so that ΔW does not.
+        rslora: write a scale of α/√r (`True`) or of α/r (`False`), with an alpha that leaves the
+            factors as they are; as the adapter has it if `None`.
+        pad_to: the rank that all modules are brought to, with zeros.
+        gauge: "balanced" gives each column of B and its row of A one length but for a power of
+            two; "orthonormal" writes U√Σ and √ΣVᵀ, σ descending.
+        plain: make plain factors, of twice the rank, of those that began with a part of the base's
+            weight (PiSSA, OLoRA, KaSA); needs `base`.
+        base: the model that was trained.
+        to: the format to write.
+        dtype: the type of the factors; "auto" keeps it.
+        overwrite: replace an adapter that is there.
+        threads: worker threads; one for each core if `None`.
+        dry_run: compute everything, with its errors, and write nothing.
+        progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
+            (done, total) bytes.
+
+    Returns:
+        The report, with the rank and the error of each module.
+
+    Raises:
+        FileNotFoundError: the adapter is not there.
+        AdapterError: the adapter is broken.
+        UnsupportedAdapterError: the adapter holds what has no other factors.
+        OutputError: there is something at the output.
+        ValueError: an option or a format is not known, or two of them contradict each other.
+    """
+    asked = {
+        "scale": scale,
+        "alpha": alpha,
+        "rslora": rslora,
+        "pad_to": pad_to,
+        "gauge": gauge,
+        "plain": plain,
+        "write": _writing(to, dtype, overwrite, threads, dry_run),
+    }
+    require_readers(adapter, base)
+    located = locate(adapter, ADAPTER_PATTERNS)
+    local = None if base is None else locate(base, BASE_PATTERNS)
+    target = expand(output)
+    from lorafast._io.progress import callback
+
+    with callback(progress, label="baking") as report:
+        found = _core.bake_adapter(
+            core_source(located), target, base=local, options=_text(asked), progress=report
+        )
+    return _report(BakeReport, found, [located], target)
+
+
 def _weight(weight: Weight) -> float | dict[str, float]:
     """A weight as JSON has it."""
     if isinstance(weight, Mapping):
         return {str(pattern): float(number) for pattern, number in weight.items()}
     return float(weight)
+
+
+def _text(asked: Mapping[str, object]) -> str:
+    """What is asked, as JSON."""
+    try:
+        return json.dumps(asked, allow_nan=False)
+    except ValueError as error:
+        raise ValueError("weights and options are finite numbers, and one is not") from error
 
 
 def _writing(

@@ -10,6 +10,7 @@ from lorafast._cli.terminal import Column
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
     from lorafast._algebra.report import AlgebraReport
     from lorafast._cli.terminal import Terminal
@@ -68,7 +69,11 @@ def rank_of(text: str) -> int | str:
 
 
 def finish(
-    report: AlgebraReport, title: str, arguments: argparse.Namespace, terminal: Terminal
+    report: AlgebraReport,
+    title: str,
+    arguments: argparse.Namespace,
+    terminal: Terminal,
+    further: Mapping[str, str] | None = None,
 ) -> int:
     """Show a report, and write the pages that were asked for."""
     for lost in report.lost:
@@ -87,7 +92,7 @@ def finish(
     ranks = [rank for rank in report.ranks.values() if rank]
     facts = {
         "modules": f"{len(ranks)} of {plural(len(report.modules), 'module')}",
-        "ranks": f"{min(ranks)} to {max(ranks)}, {sum(ranks):,} in all",
+        "ranks": f"{min(ranks)} to {max(ranks)}, {sum(ranks):,} in all" if ranks else "none",
         "size": f"{bytes_text(report.bytes)} of {report.dtype} factors, as {report.target_format}",
         "error": f"{number_text(report.error)} of ‖ΔW‖ over all modules",
         "output": report.output,
@@ -100,6 +105,7 @@ def finish(
             else f"at most {number_text(budget.gap)} of Σσ² missed"
         )
         facts["budget"] = f"{budget.spent:,} of {budget.amount:,} {budget.measure}, {best}"
+    facts |= further or {}
     if report.notes:
         facts["notes"] = "; ".join(report.notes)
     terminal.facts(facts)

@@ -22,6 +22,21 @@ METHODS = (
     "multislerp",
     "model_stock",
     "projection",
+    "svd",
+    "knots",
+    "tsv_m",
+    "iso_c",
+    "core_space",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "magnitude_prune",
+    "sce",
+    "cat",
 )
 
 
@@ -31,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapters", nargs="+", metavar="ADAPTER", help="the adapters, in any format"
     )
     parser.add_argument(
-        "-m", "--method", default="linear", choices=METHODS, help="how they become one"
+        "-m",
+        "--method",
+        default="linear",
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"how they become one: {', '.join(METHODS)}",
     )
     parser.add_argument(
         "-w",
@@ -54,7 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an option of the method, as t=0.3 for slerp",
     )
-    parser.add_argument("--compat", choices=("kohya",), help="the rank rules of older scripts")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of random masks (default: 0)"
+    )
+    parser.add_argument(
+        "--compat",
+        choices=("peft", "kohya"),
+        help="PEFT's results on raw factors, or the rank rules of kohya's older scripts",
+    )
     add_base(parser, "where names depend on it")
     add_output(parser)
 
@@ -71,6 +98,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         weights=None if weights is None else [_weight(arguments, text) for text in weights],
         rank=None if arguments.rank is None else rank_of(arguments.rank),
         options=dict(_option(arguments, text) for text in arguments.option),
+        seed=arguments.seed,
         base=arguments.base,
         compat=arguments.compat,
         **writing(arguments),
@@ -121,6 +149,7 @@ COMMAND = Command(
     examples=(
         "lorafast combine style subject --weights 1 0.6 -o both",
         "lorafast combine a b c --method karcher --rank 16 -o mean",
+        "lorafast combine a b --method ties --option density=0.5 --rank 32 -o both",
         "lorafast combine a b --rank budget:bytes=20MB --dry-run -o small",
     ),
     add_arguments=add_arguments,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorafast._cli.algebra import add_output, finish, rank_of, writing
 from lorafast._cli.command import Command
-from lorafast._cli.convert import DTYPES, FORMATS
 from lorafast._cli.format import number_text, plural
 
 if TYPE_CHECKING:
@@ -18,13 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `lorafast extract`."""
     parser.add_argument("tuned", metavar="TUNED", help="the model after training")
     parser.add_argument("base", metavar="BASE", help="the model before it")
-    parser.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        metavar="PATH",
-        help="a directory for peft and mlx, a file for the others",
-    )
     parser.add_argument(
         "--rank",
         default="auto",
@@ -50,21 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="an error where norms, biases or others differ that no factors can say",
     )
-    parser.add_argument(
-        "--to", default="peft", choices=FORMATS, help="the format to write (default: peft)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="the type of the factors (default: theirs)"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="worker threads (default: one for each core)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show ranks, bytes and errors, and write nothing"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -75,45 +54,23 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         arguments.tuned,
         arguments.base,
         arguments.output,
-        rank=arguments.rank,
+        rank=rank_of(arguments.rank),
         max_rank=arguments.max_rank,
         seed=arguments.seed,
         embeddings=arguments.embeddings,
         strict=arguments.strict,
-        to=arguments.to,
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        threads=arguments.threads,
-        dry_run=arguments.dry_run,
-        progress=not arguments.quiet,
+        **writing(arguments),
     )
-    for lost in report.lost:
-        terminal.warn(f"left out: {lost}")
-    if arguments.json:
-        terminal.json(report.to_dict())
-        return 0
-    ranks = [rank for rank in report.ranks.values() if rank]
-    terminal.heading("Would extract" if arguments.dry_run else "Extracted")
-    facts = {
-        "tuned": report.inputs[0],
-        "base": report.inputs[1],
-        "modules": f"{plural(len(ranks), 'module')} of {len(report.modules)} that differ",
-        "ranks": f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in all" if ranks else "none",
-        "error": f"{number_text(report.error)} of what differs",
-        "factors": f"{report.bytes / 1e6:.1f} MB in {report.dtype}",
-    }
+    further = {}
     if report.certificate:
         worst = max(report.certificate.values())
-        facts["certificate"] = f"at most {number_text(worst)} of a module's ‖D‖² from the optimum"
+        further["certificate"] = f"at most {number_text(worst)} of a module's ‖D‖² from the optimum"
     if report.saved:
-        facts["saved whole"] = plural(len(report.saved), "parameter")
+        further["saved whole"] = plural(len(report.saved), "parameter")
     if report.resumed:
-        facts["resumed"] = f"{plural(report.resumed, 'parameter')} were finished before"
-    facts["output"] = report.output
-    if report.notes:
-        facts["notes"] = "; ".join(report.notes)
-    terminal.facts(facts)
-    return 0
+        further["resumed"] = f"{plural(report.resumed, 'parameter')} were finished before"
+    title = f"Extracted {arguments.tuned} from {arguments.base}"
+    return finish(report, title, arguments, terminal, further)
 
 
 COMMAND = Command(

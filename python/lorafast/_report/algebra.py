@@ -29,7 +29,7 @@ def algebra_page(report: AlgebraReport) -> str:
         "Output": code(report.output, LONGEST_PATH),
         "Format": f"{cell(report.target_format)}, {cell(report.dtype)}",
         "Modules": f"{len(written)} of {len(report.modules)}",
-        "Ranks": f"{min(written)} to {max(written)}, {sum(written):,} in all",
+        "Ranks": f"{min(written)} to {max(written)}, {sum(written):,} in all" if written else "-",
         "Size of the factors": f"{report.bytes / 1e6:,.2f} MB",
         "Error": f"{format_number(report.error, 4)} of ‖ΔW‖ over all modules",
     }

@@ -273,7 +273,8 @@ def subtract_text(report: SubtractReport) -> str:
 def algebra_text(report: AlgebraReport) -> str:
     """What was made of what, with which ranks, and how near it is."""
     ranks = [rank for rank in report.ranks.values() if rank]
-    span = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)}–{max(ranks)}"
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    span = f"rank {low}" if low == high else f"ranks {low}–{high}"
     return (
         f"<{type(report).__name__}: {plural(len(report.inputs), 'input')} → "
         f"{clipped(report.output, 48)}; {plural(len(ranks), 'module')}, {span}, "

@@ -238,7 +238,7 @@ impl Method {
 impl Merge {
     /// Those that need inner products, or each element.
     const NAMES: [&[(&'static str, &'static [&'static str])]; 2] =
-        [FACTORED.split_at(9).0, &entrywise::METHODS];
+        [&coefficients::METHODS, &entrywise::METHODS];
 
     /// The options that a merge takes.
     ///
