@@ -44,6 +44,8 @@ pub struct Options {
     pub lossy: bool,
     /// Whether files of an adapter that is there already may be replaced.
     pub overwrite: bool,
+    /// Whether it is left to the system when the files come to the disk.
+    pub unsynced: bool,
 }
 
 /// What became of a conversion.
@@ -239,7 +241,7 @@ pub(crate) fn write_adapter(
         count += piece.converted.len();
     }
     adapter.file().check_unchanged()?;
-    let files = written.commit()?;
+    let files = written.commit(!options.unsynced)?;
     notes.extend(targets::notes(adapter, target));
     let is_told = !leaves_magnitudes || apart.is_none();
     if let Some(reason) = apart.filter(|_| !leaves_magnitudes) {
@@ -372,12 +374,15 @@ impl<'a> Staged<'a> {
     }
 
     /// Moves everything to the output.
-    fn commit(self) -> Result<Vec<PathBuf>> {
+    fn commit(self, is_synced: bool) -> Result<Vec<PathBuf>> {
         let from = self.path(None);
         let mut files = Vec::new();
         if self.is_directory {
-            move_into(&from, self.output, &mut files)?;
+            move_into(&from, self.output, is_synced, &mut files)?;
         } else {
+            if is_synced {
+                local::sync_file(&from)?;
+            }
             local::rename(&from, self.output)?;
             files.push(self.output.to_path_buf());
         }
@@ -391,15 +396,18 @@ impl Drop for Staged<'_> {
     }
 }
 
-fn move_into(from: &Path, to: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+fn move_into(from: &Path, to: &Path, is_synced: bool, files: &mut Vec<PathBuf>) -> Result<()> {
     local::create_directories(to)?;
     let mut found = local::paths_in(from)?;
     found.sort();
     for path in found {
         let target = to.join(path.file_name().unwrap_or_default());
         if local::is_directory(&path) {
-            move_into(&path, &target, files)?;
+            move_into(&path, &target, is_synced, files)?;
         } else {
+            if is_synced {
+                local::sync_file(&path)?;
+            }
             local::rename(&path, &target)?;
             files.push(target);
         }

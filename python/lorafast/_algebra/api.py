@@ -81,6 +81,7 @@ def combine(
     overwrite: bool = False,
     threads: int | None = None,
     dry_run: bool = False,
+    sync: bool = True,
     progress: Progress = False,
 ) -> CombineReport:
     """Writes one adapter that stands for a combination of several.
@@ -132,6 +133,7 @@ def combine(
         overwrite: replace an adapter that is there.
         threads: worker threads; one for each core if `None`.
         dry_run: compute everything, with its errors, and write nothing.
+        sync: wait until the files are on the disk.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
 
@@ -152,7 +154,7 @@ def combine(
         "options": dict(options or {}),
         "seed": seed,
         "compat": compat,
-        "write": _writing(to, dtype, overwrite, threads, dry_run),
+        "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),
     }
     if isinstance(adapters, (str, os.PathLike)):
         raise TypeError("adapters is a list of adapters, and not one of them")
@@ -188,6 +190,7 @@ def resize(
     overwrite: bool = False,
     threads: int | None = None,
     dry_run: bool = False,
+    sync: bool = True,
     progress: Progress = False,
 ) -> ResizeReport:
     """Writes an adapter with other ranks: each module's best approximation of its rank.
@@ -211,6 +214,7 @@ def resize(
         overwrite: replace an adapter that is there.
         threads: worker threads; one for each core if `None`.
         dry_run: compute everything, with its errors, and write nothing.
+        sync: wait until the files are on the disk.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
 
@@ -229,7 +233,7 @@ def resize(
         "max_rank": max_rank,
         "relative_to": relative_to,
         "compat": compat,
-        "write": _writing(to, dtype, overwrite, threads, dry_run),
+        "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),
     }
     require_readers(adapter, base)
     located = locate(adapter, ADAPTER_PATTERNS)
@@ -259,6 +263,7 @@ def extract(
     overwrite: bool = False,
     threads: int | None = None,
     dry_run: bool = False,
+    sync: bool = True,
     progress: Progress = False,
 ) -> ExtractReport:
     """Writes an adapter that makes the tuned model of its base, as far as its ranks allow.
@@ -293,6 +298,7 @@ def extract(
         overwrite: replace an adapter that is there.
         threads: worker threads; one for each core if `None`.
         dry_run: compute everything, with its errors, and write nothing.
+        sync: wait until the files are on the disk.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
 
@@ -313,7 +319,7 @@ def extract(
         "seed": seed,
         "embeddings": embeddings,
         "strict": strict,
-        "write": _writing(to, dtype, overwrite, threads, dry_run),
+        "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),
     }
     require_readers(tuned, base)
     inputs = (locate(tuned, BASE_PATTERNS), locate(base, BASE_PATTERNS))
@@ -355,6 +361,7 @@ def bake(
     overwrite: bool = False,
     threads: int | None = None,
     dry_run: bool = False,
+    sync: bool = True,
     progress: Progress = False,
 ) -> BakeReport:
     """Writes an adapter's updates in other factors, for whoever reads them.
@@ -381,6 +388,7 @@ def bake(
         overwrite: replace an adapter that is there.
         threads: worker threads; one for each core if `None`.
         dry_run: compute everything, with its errors, and write nothing.
+        sync: wait until the files are on the disk.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
 
@@ -401,7 +409,7 @@ def bake(
         "pad_to": pad_to,
         "gauge": gauge,
         "plain": plain,
-        "write": _writing(to, dtype, overwrite, threads, dry_run),
+        "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),
     }
     require_readers(adapter, base)
     located = locate(adapter, ADAPTER_PATTERNS)
@@ -432,7 +440,7 @@ def _text(asked: Mapping[str, object]) -> str:
 
 
 def _writing(
-    to: str, dtype: str, overwrite: bool, threads: int | None, dry_run: bool
+    to: str, dtype: str, overwrite: bool, threads: int | None, *, dry_run: bool, sync: bool
 ) -> dict[str, object]:
     return {
         "to": to,
@@ -440,6 +448,7 @@ def _writing(
         "overwrite": overwrite,
         "threads": threads,
         "dry_run": dry_run,
+        "unsynced": not sync,
     }
 
 

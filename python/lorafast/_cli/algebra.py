@@ -37,6 +37,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute ranks, sizes and errors, and write nothing",
     )
+    output.add_argument(
+        "--no-sync", action="store_true", help="do not wait until the files are on the disk"
+    )
     output.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all)")
     output.add_argument("--json", action="store_true", help="print the report as JSON")
     output.add_argument("--markdown", metavar="FILE", help="write the report as a Markdown page")
@@ -59,6 +62,7 @@ def writing(arguments: argparse.Namespace) -> dict[str, Any]:
         "overwrite": arguments.overwrite,
         "threads": arguments.threads,
         "dry_run": arguments.dry_run,
+        "sync": not arguments.no_sync,
         "progress": not (arguments.quiet or arguments.json),
     }
 

@@ -21,6 +21,8 @@ pub struct Writing {
     pub threads: Option<usize>,
     /// Whether everything is computed and nothing written.
     pub dry_run: bool,
+    /// Whether it is left to the system when the files come to the disk.
+    pub unsynced: bool,
 }
 
 impl Writing {

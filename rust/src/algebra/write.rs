@@ -106,6 +106,7 @@ impl<'a> Output<'a> {
         let options = convert::Options {
             to: self.writing.target()?.to_owned(),
             overwrite: self.writing.overwrite,
+            unsynced: self.writing.unsynced,
             ..convert::Options::default()
         };
         let written = convert::write_adapter(value, base, self.path, &options, task)?;

@@ -209,6 +209,14 @@ pub fn open_or_create(path: &Path) -> Result<File> {
     options.open(path).map_err(|error| Error::io(path, error))
 }
 
+/// Brings what was written of a file to the disk.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn sync_file(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|error| Error::io(path, error))
+}
+
 /// Writes a small file, whole or not at all.
 ///
 /// # Errors

@@ -86,7 +86,6 @@ pub fn write(
             let padding = position.next_multiple_of(DEFAULT_ALIGNMENT) - position;
             local::write_at(&file, &vec![0; padding as usize], position).map_err(failed)?;
         }
-        file.sync_all().map_err(failed)?;
         local::rename(&partial, path)
     };
     let result = written();

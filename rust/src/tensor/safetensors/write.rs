@@ -21,7 +21,8 @@ pub trait Afterwards {
     fn finish(self: Box<Self>, metadata: &mut IndexMap<String, String>);
 }
 
-/// Writes a safetensors file with these tensors under these names: whole, or not at all. The widest
+/// Writes a safetensors file with these tensors under these names: whole, or not at all. Whoever moves it to
+/// its place brings it to the disk before. The widest
 /// elements come first, so that each tensor begins at a multiple of its element's size.
 ///
 /// # Errors
@@ -91,7 +92,6 @@ pub fn write_with(
             assert_eq!(last.len(), beginning.len(), "values of the same length");
             local::write_at(&file, &last, 0).map_err(failed)?;
         }
-        file.sync_all().map_err(failed)?;
         local::rename(&partial, path)
     }();
     if written.is_err() {
