@@ -38,7 +38,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> lorafast.Fleet:
         name = f"a{index}" if index else ATTACK
         base = f"base-{index % 2}" if index != 5 else ATTACK
         make_adapter(root / name, tensors, base_model_name_or_path=base)
-    make_adapter(root / "broken", peft_type="OFT")
+    make_adapter(root / "broken", peft_type="BOFT")
     return lorafast.scan(root)
 
 
@@ -66,7 +66,7 @@ def test_the_page_is_whole_and_loads_nothing(fleet: lorafast.Fleet) -> None:
         *("Summary", "Findings", "Could not be read", "Distributions", "Similarity", "Adapters")
     ]
     assert text.index("NaN or infinity") < text.index("<h2>Distributions")
-    assert "is an OFT adapter" in text
+    assert "is a BOFT adapter" in text
     assert ATTACK not in page
 
 
@@ -107,9 +107,9 @@ def test_every_level_has_a_page(fleet: lorafast.Fleet, metrics: Any) -> None:
 
 
 def test_a_fleet_of_errors_has_a_page(tmp_path: Path) -> None:
-    make_adapter(tmp_path / "broken", peft_type="OFT")
+    make_adapter(tmp_path / "broken", peft_type="BOFT")
     page = without_scripts(lorafast.scan(tmp_path).to_html())
-    assert "is an OFT adapter" in page
+    assert "is a BOFT adapter" in page
 
 
 def test_plotly_is_asked_for_where_it_is_missing(

@@ -6,6 +6,7 @@ import pickle
 import typing
 import xml.etree.ElementTree
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def one_of_each(folder: Path) -> Iterator[tuple[str, Any]]:
     yield "CheckpointListing", lorafast.inspect(base)
     converted = folder / f"{ODD}.safetensors"
     yield "ConversionReport", lorafast.convert(first, converted, to="kohya")
+    combined = lorafast.combine([first, second], folder / "both", rank="budget:ranks=900")
+    yield "CombineReport", combined
+    shared = {each.name: getattr(combined, each.name) for each in fields(lorafast.AlgebraReport)}
+    yield "AlgebraReport", lorafast.AlgebraReport(**shared)
+    yield "BudgetUse", combined.budget
+    yield "ModuleResult", next(iter(combined.modules.values()))
+    yield "ResizeReport", lorafast.resize(first, folder / "small", rank=2)
+    yield "BakeReport", lorafast.bake(first, folder / "baked", scale="fold")
+    extracted = lorafast.extract(report.output_path, base, folder / "extracted")
+    yield "ExtractReport", extracted
+    yield "ModuleExtraction", next(iter(extracted.extraction.values()))
     yield "AdapterListing", lorafast.inspect(first)
     analysis = lorafast.analyze(first, base=base, entries=True)
     yield "AdapterAnalysis", analysis

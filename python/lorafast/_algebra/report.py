@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafast._results import Result, shown, view
+from lorafast._results import RecordDict, Result, shown, view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,7 @@ class AlgebraReport(Result):
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each module, by its path; 0 where it is left out."""
-        return {name: module.rank for name, module in self.modules.items()}
+        return RecordDict({name: module.rank for name, module in self.modules.items()})
 
     def to_markdown(self) -> str:
         """The report as a Markdown page."""
@@ -179,9 +179,10 @@ class ExtractReport(AlgebraReport):
     @property
     def certificate(self) -> dict[str, float]:
         """A bound on (error² - optimum²)/‖D‖² of each module, by its path."""
-        return {name: module.certificate for name, module in self.extraction.items()}
+        bounds = {name: module.certificate for name, module in self.extraction.items()}
+        return RecordDict(bounds)
 
     @property
     def floor(self) -> dict[str, float]:
         """The singular value that rounding explains in each module, by its path."""
-        return {name: module.floor for name, module in self.extraction.items()}
+        return RecordDict({name: module.floor for name, module in self.extraction.items()})
