@@ -22,7 +22,7 @@ use crate::adapter::{Adapter, Grammar, Module, grammar};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::names::diffusion::DiffusionNames;
 use crate::error::{Error, Result};
-use crate::parallel::task::Task;
+use crate::parallel::task::{Task, build_pool};
 use crate::storage::local;
 use crate::tensor::dtype::Dtype;
 use modules::Converted;
@@ -88,7 +88,7 @@ pub fn convert(
     if !obstacles.is_empty() {
         return Err(Error::unsupported(adapter.path(), obstacles.join("; ")));
     }
-    write_adapter(&adapter, base, output, options, task)
+    build_pool(None)?.install(|| write_adapter(&adapter, base, output, options, task))
 }
 
 /// Whether an adapter of that format can be written there.
@@ -109,7 +109,8 @@ pub(crate) fn holds(to: &str) -> Result<[bool; 3]> {
     Ok([holds.whole, holds.embeddings, holds.convolutions])
 }
 
-/// Writes an adapter in a format, reads it back, and holds it against what it was.
+/// Writes an adapter in a format, reads it back, and holds it against what it was, with the threads of the
+/// pool that it is called in.
 ///
 /// # Errors
 /// As [`convert`].

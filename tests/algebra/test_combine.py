@@ -157,6 +157,16 @@ def test_errors_are_those_of_the_dense_difference(
             )
 
 
+@pytest.mark.parametrize("rank", [None, 2, "energy:0.9", "auto", "budget:ranks=4"])
+def test_what_only_a_weight_of_zero_has_is_left_out(tmp_path: Path, rank: int | str | None) -> None:
+    one, *others = SHAPES.items()
+    first = write_lora(tmp_path / "first", random_modules(1, dict([one]), 2), alpha=2)
+    second = write_lora(tmp_path / "second", random_modules(2, dict(others), 2), alpha=2)
+    report = lorafast.combine([first, second], tmp_path / "out", weights=[0, 1], rank=rank)
+    assert report.ranks[one[0]] == 0
+    assert one[0] not in updates_of(tmp_path / "out")
+
+
 def test_weights_go_by_the_names_of_modules(tmp_path: Path) -> None:
     modules = random_modules(1, SHAPES, 4)
     adapter = write_lora(tmp_path / "a", modules, alpha=4)

@@ -135,7 +135,7 @@ pub(crate) fn run(
         for module in &job.sums.kept {
             modules.insert(module.key.clone(), (*module).clone());
         }
-        place.write(&job, modules, task, &mut report)?;
+        pool.install(|| place.write(&job, modules, task, &mut report))?;
     }
     Ok(report)
 }

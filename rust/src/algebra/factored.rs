@@ -173,6 +173,10 @@ pub(crate) fn decomposed(update: &Update<'_>) -> Option<Decomposed> {
     if scales.iter().any(|scale| !scale.is_finite()) {
         return None;
     }
+    if update.rank() == 0 {
+        let none = |count| Rows::zeros(count, 0);
+        return Some(Decomposed::explicit(none(update.rows()), Vec::new(), none(update.columns())));
+    }
     // ΔW is at most Σ|s_k|‖b_k‖‖a_k‖: what is nothing against that is what rounding leaves of zero.
     let explicit = |bound: f64| {
         let mut found = decompose_update(update)?;

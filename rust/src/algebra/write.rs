@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::engine::Job;
@@ -145,15 +146,14 @@ fn provenance_path(output: &Path) -> PathBuf {
 
 /// Inputs as a provenance has them.
 fn described(inputs: &[Adapter]) -> Result<Vec<Value>> {
-    let mut found = Vec::with_capacity(inputs.len());
-    for input in inputs {
-        found.push(json!({
+    let described = inputs.par_iter().map(|input| {
+        Ok(json!({
             "path": input.path().display().to_string(),
             "format": input.format(),
             "sha256": input.sha256()?,
-        }));
-    }
-    Ok(found)
+        }))
+    });
+    described.collect()
 }
 
 fn provenance(inputs: Vec<Value>, (verb, parameters): Made) -> Vec<u8> {

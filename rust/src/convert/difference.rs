@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use rayon::prelude::*;
+
 use super::modules::{Converted, Origin};
 use super::on_base::{Errors, Sums};
 use crate::adapter::factors::values;
@@ -40,6 +42,7 @@ pub(super) fn largest(
     let mut errors = HashMap::<&str, Sums>::new();
     let mut largest = 0.0f64;
     let mut of_base = Vec::new();
+    let mut products = Vec::new();
     for Converted { module, origins } in converted {
         task.check()?;
         // The parameters of experts share their module's path.
@@ -58,11 +61,23 @@ pub(super) fn largest(
         for origin in origins {
             let own = &source.modules()[&origin.key];
             if own.magnitudes().is_none() && own.delta.has_product() {
-                add(errors.entry(&origin.key).or_default(), own, back, origin)?;
+                products.push((own, back, origin));
             } else if !(origins.len() == 1 && is_copy(own, back, origin)?) {
                 of_base.push((module, own, back, origin));
             }
         }
+    }
+    let found = products.par_iter().map(|(own, back, origin)| {
+        task.check()?;
+        let mut sums = Sums::default();
+        add(&mut sums, own, back, origin)?;
+        Ok((origin.key.as_str(), sums))
+    });
+    // In order, so that the sums do not depend on the threads.
+    for (key, sums) in found.collect::<Result<Vec<_>>>()? {
+        let own = errors.entry(key).or_default();
+        own.difference += sums.difference;
+        own.norm += sums.norm;
     }
     let keys: HashSet<&str> = of_base.iter().map(|(.., origin)| origin.key.as_str()).collect();
     let measured = match on_base {

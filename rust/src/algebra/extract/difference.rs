@@ -14,8 +14,10 @@ use crate::parallel::task::Task;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::TensorInfo;
 
-/// Elements of the rows that are read together.
+/// Elements of the rows whose sums are made together.
 const TILE: usize = 1 << 20;
+/// Elements of the rows that are worked on together: they stay in a core's second-level cache.
+const STRIP: usize = 1 << 15;
 /// A difference of more elements than this is not held in memory (512 MiB), but read again for each pass.
 pub(super) const HELD: usize = 1 << 27;
 /// How many roundings of the terms of a sum are allowed for, where the result is as fine as they are.
@@ -61,25 +63,27 @@ impl Weight<'_> {
         }
     }
 
-    fn read_bytes(&self, elements: &Range<usize>) -> Result<Vec<u8>> {
+    /// Some of its elements in its type, in a buffer that is as long afterwards.
+    fn read_bytes(&self, elements: &Range<usize>, bytes: &mut Vec<u8>) -> Result<()> {
+        let size = self.dtype().size();
+        bytes.resize(elements.len() * size, 0);
         match &self.stored {
             Stored::Plain(location) => {
                 let info = self.checkpoint.at(*location);
-                let size = info.dtype.size() as u64;
                 let file = &self.checkpoint.shards()[location.shard].file;
-                file.read_range(info, elements.start as u64 * size..elements.end as u64 * size)
+                file.read_into(info, (elements.start * size) as u64, bytes)
             }
             Stored::Quantized(quantized) => {
-                let mut bytes = vec![0; elements.len() * 4];
-                quantized.read(self.checkpoint, &mut bytes, elements.start * 4, false)?;
-                Ok(bytes)
+                quantized.read(self.checkpoint, bytes, elements.start * size, false)
             }
         }
     }
 
-    /// All of its numbers, as f32.
+    /// All of its elements, in its type.
     pub fn read(&self) -> Result<Vec<u8>> {
-        self.read_bytes(&(0..self.elements() as usize))
+        let mut bytes = Vec::new();
+        self.read_bytes(&(0..self.elements() as usize), &mut bytes)?;
+        Ok(bytes)
     }
 
     /// The distance of neighboring codes at some of its elements.
@@ -130,6 +134,18 @@ pub(super) struct Floor {
     pub mean: f64,
 }
 
+/// Sums that are made side by side.
+const LANES: usize = 16;
+
+/// Buffers for the rows of two weights, and for what they are.
+#[derive(Default)]
+struct Scratch {
+    bytes: [Vec<u8>; 2],
+    wide: [Vec<f32>; 2],
+    /// Whether each weight's numbers are those of an f32.
+    is_single: [bool; 2],
+}
+
 /// Sums over rows and columns of a matrix of squares.
 #[derive(Clone)]
 struct Sums {
@@ -146,28 +162,43 @@ impl Sums {
     }
 
     /// Of the squares of the powers of two at or below each number, none below `least` but of zero.
-    fn add_powers(&mut self, values: &[f32], least: f32) {
+    ///
+    /// `first` is the first of the rows. Sums of squares are made in f32 along a row and down a strip.
+    fn add_powers(&mut self, first: usize, values: &[f32], least: f32) {
         let width = self.columns.len();
-        let mut sums = vec![0f32; width];
         let mut bits = 0;
-        for (sum, row) in self.rows.iter_mut().zip(values.chunks_exact(width)) {
-            sums.fill(0.0);
-            for (target, value) in sums.iter_mut().zip(row) {
+        let mut columns = vec![0f32; width];
+        for (sum, row) in self.rows[first..].iter_mut().zip(values.chunks_exact(width)) {
+            // As many sums as a vector holds, so that each goes on by itself.
+            let mut lanes = [0f32; LANES];
+            let mut add = |lane: &mut f32, target: &mut f32, value: &f32| {
                 let own = value.to_bits();
                 bits |= own;
                 let power = f32::from_bits(own & 0x7f80_0000);
                 let power = if *value == 0.0 { 0.0 } else { power.max(least) };
-                *target = power * power;
+                let square = power * power;
+                *lane += square;
+                *target += square;
+            };
+            let (values, rest) = row.as_chunks::<LANES>();
+            let (targets, rest_of_targets) = columns.as_chunks_mut::<LANES>();
+            for (values, targets) in values.iter().zip(targets) {
+                for ((lane, target), value) in lanes.iter_mut().zip(targets).zip(values) {
+                    add(lane, target, value);
+                }
             }
-            *sum = sums.iter().map(|value| f64::from(*value)).sum();
-            self.columns.iter_mut().zip(&sums).for_each(|(sum, value)| *sum += f64::from(*value));
+            for ((lane, target), value) in lanes.iter_mut().zip(rest_of_targets).zip(rest) {
+                add(lane, target, value);
+            }
+            *sum = lanes.iter().map(|lane| f64::from(*lane)).sum();
         }
+        self.columns.iter_mut().zip(columns).for_each(|(sum, own)| *sum += f64::from(own));
         self.bits |= bits;
     }
 
-    fn add_squares(&mut self, values: &[f32]) {
+    fn add_squares(&mut self, first: usize, values: &[f32]) {
         let width = self.columns.len();
-        for (sum, row) in self.rows.iter_mut().zip(values.chunks_exact(width)) {
+        for (sum, row) in self.rows[first..].iter_mut().zip(values.chunks_exact(width)) {
             for (target, value) in self.columns.iter_mut().zip(row) {
                 let square = f64::from(*value) * f64::from(*value);
                 *sum += square;
@@ -220,72 +251,76 @@ impl<'a> Difference<'a> {
     }
 
     /// Reads rows of both and their difference.
-    fn both(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<[(Vec<f32>, bool); 2]> {
+    fn both(&self, rows: &Range<usize>, values: &mut [f32], scratch: &mut Scratch) -> Result<()> {
         let elements = rows.start * self.columns..rows.end * self.columns;
-        let [tuned, base] = [self.tuned, self.base]
-            .map(|weight| weight.read_bytes(&elements).map(|bytes| (weight.dtype(), bytes)));
-        let ((tuned_type, tuned), (base_type, base)) = (tuned?, base?);
-        let single = |dtype: &Dtype, bytes: &[u8]| {
-            let mut wide = vec![0f32; elements.len()];
-            if *dtype == Dtype::F64 {
-                let double = widen_f64(dtype, bytes);
-                let mut is_single = true;
-                for (target, value) in wide.iter_mut().zip(double) {
+        let weights = [self.tuned, self.base];
+        for (index, weight) in weights.into_iter().enumerate() {
+            let (bytes, wide) = (&mut scratch.bytes[index], &mut scratch.wide[index]);
+            weight.read_bytes(&elements, bytes)?;
+            wide.resize(elements.len(), 0.0);
+            let dtype = weight.dtype();
+            scratch.is_single[index] = true;
+            if dtype == Dtype::F64 {
+                for (target, value) in wide.iter_mut().zip(widen_f64(&dtype, bytes)) {
                     *target = value as f32;
-                    is_single &= f64::from(*target) == value;
+                    scratch.is_single[index] &= f64::from(*target) == value;
                 }
-                return (wide, is_single);
+            } else {
+                widen(&dtype, bytes, wide);
             }
-            widen(dtype, bytes, &mut wide);
-            (wide, true)
-        };
-        let (own, other) = (single(&tuned_type, &tuned), single(&base_type, &base));
-        if own.1 && other.1 {
-            for ((target, one), other) in values.iter_mut().zip(&own.0).zip(&other.0) {
+        }
+        if scratch.is_single == [true; 2] {
+            let [own, other] = &scratch.wide;
+            for ((target, one), other) in values.iter_mut().zip(own).zip(other) {
                 *target = one - other;
             }
         } else {
-            let (one, other) = (widen_f64(&tuned_type, &tuned), widen_f64(&base_type, &base));
-            for ((target, one), other) in values.iter_mut().zip(one).zip(other) {
+            let double = |index: usize| widen_f64(&weights[index].dtype(), &scratch.bytes[index]);
+            for ((target, one), other) in values.iter_mut().zip(double(0)).zip(double(1)) {
                 *target = (one - other) as f32;
             }
         }
-        Ok([own, other])
+        Ok(())
     }
 
     fn describe(&self, rows: Range<usize>, values: &mut [f32]) -> Result<Tile> {
-        let weights = self.both(&rows, values)?;
-        let mut square = 0.0;
-        for row in values.chunks_exact(self.columns) {
-            square += row.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>();
-        }
-        if !square.is_finite() {
-            return Err(self.not_finite(&weights));
-        }
         let mut sums = [0; 3].map(|_| Sums::new(rows.len(), self.columns));
-        for ((sums, weight), (own, is_single)) in
-            sums.iter_mut().zip([self.tuned, self.base]).zip(&weights)
-        {
-            sums.is_single = *is_single;
-            match &weight.stored {
-                Stored::Quantized(quantized) => {
-                    let elements = rows.start * self.columns..rows.end * self.columns;
-                    sums.add_squares(&weight.steps(quantized, &elements, own)?);
-                }
-                Stored::Plain(_) => {
-                    let least = if weight.dtype() == Dtype::F16 { 2f32.powi(-14) } else { 0.0 };
-                    sums.add_powers(own, least);
+        let mut square = 0.0;
+        let mut scratch = Scratch::default();
+        let height = (STRIP / self.columns.max(1)).max(1);
+        for (index, values) in values.chunks_mut(height * self.columns).enumerate() {
+            let first = index * height;
+            let own = rows.start + first..rows.start + first + values.len() / self.columns;
+            self.both(&own, values, &mut scratch)?;
+            square += sum_of_squares(values);
+            if !square.is_finite() {
+                return Err(self.not_finite(&scratch));
+            }
+            for (index, weight) in [self.tuned, self.base].into_iter().enumerate() {
+                let wide = &scratch.wide[index];
+                sums[index].is_single &= scratch.is_single[index];
+                match &weight.stored {
+                    Stored::Quantized(quantized) => {
+                        let elements = own.start * self.columns..own.end * self.columns;
+                        let steps = weight.steps(quantized, &elements, wide)?;
+                        sums[index].add_squares(first, &steps);
+                    }
+                    Stored::Plain(_) => {
+                        let is_half = weight.dtype() == Dtype::F16;
+                        let least = if is_half { 2f32.powi(-14) } else { 0.0 };
+                        sums[index].add_powers(first, wide, least);
+                    }
                 }
             }
-        }
-        if matches!(self.tuned.dtype(), Dtype::F32 | Dtype::F64) {
-            sums[2].add_powers(values, 0.0);
+            if matches!(self.tuned.dtype(), Dtype::F32 | Dtype::F64) {
+                sums[2].add_powers(first, values, 0.0);
+            }
         }
         Ok(Tile { square, sums })
     }
 
-    fn not_finite(&self, weights: &[(Vec<f32>, bool); 2]) -> Error {
-        let is_at_fault = |index: usize| weights[index].0.iter().any(|value| !value.is_finite());
+    fn not_finite(&self, weights: &Scratch) -> Error {
+        let is_at_fault = |index: usize| weights.wide[index].iter().any(|value| !value.is_finite());
         let weight = if is_at_fault(0) || !is_at_fault(1) { self.tuned } else { self.base };
         Error::checkpoint(
             weight.checkpoint.path(),
@@ -373,8 +408,22 @@ impl Source for Difference<'_> {
     }
 
     fn read(&self, rows: Range<usize>, values: &mut [f32]) -> Result<()> {
-        self.both(&rows, values).map(|_| ())
+        self.both(&rows, values, &mut Scratch::default())
     }
+}
+
+/// Σx², in f64.
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let mut lanes = [0f64; LANES];
+    let mut add = |values: &[f32]| {
+        for (lane, value) in lanes.iter_mut().zip(values) {
+            *lane += f64::from(*value) * f64::from(*value);
+        }
+    };
+    let (values, rest) = values.as_chunks::<LANES>();
+    values.iter().for_each(|values| add(values));
+    add(rest);
+    lanes.iter().sum()
 }
 
 /// Whether two weights of one shape differ in any number.
@@ -394,8 +443,9 @@ pub(super) fn differ(tuned: &Weight<'_>, base: &Weight<'_>, task: &Task) -> Resu
         task.check()?;
         let rows = *start..elements.min(start + TILE);
         let mut values = vec![0f32; rows.len()];
-        let weights = pair.both(&rows, &mut values)?;
-        if weights[0].0.iter().any(|value| !value.is_finite()) {
+        let mut weights = Scratch::default();
+        pair.both(&rows, &mut values, &mut weights)?;
+        if weights.wide[0].iter().any(|value| !value.is_finite()) {
             return Err(pair.not_finite(&weights));
         }
         task.advance((tuned.bytes() + base.bytes()) * rows.len() as u64 / elements as u64);

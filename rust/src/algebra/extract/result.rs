@@ -97,7 +97,8 @@ impl Work<'_> {
         if !is_dry {
             let value = self.adapter(&made, &saved, base)?;
             parameters.insert("dtype".to_owned(), report.dtype.clone().into());
-            let inputs = vec![described(tuned)?, described(base)?];
+            let (one, other) = rayon::join(|| described(tuned), || described(base));
+            let inputs = vec![one?, other?];
             place.write_value(
                 &Arc::new(value),
                 inputs,

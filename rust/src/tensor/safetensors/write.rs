@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use indexmap::IndexMap;
+use rayon::prelude::*;
 
 use super::{Header, Tensor, TensorInfo};
 use crate::error::{Error, Result};
@@ -23,7 +24,8 @@ pub trait Afterwards {
 
 /// Writes a safetensors file with these tensors under these names: whole, or not at all. Whoever moves it to
 /// its place brings it to the disk before. The widest
-/// elements come first, so that each tensor begins at a multiple of its element's size.
+/// elements come first, so that each tensor begins at a multiple of its element's size. The threads of the
+/// pool that it is called in write a tensor each.
 ///
 /// # Errors
 /// [`Error::Argument`] for two tensors of one name, [`Error::Io`], or that what is read changed.
@@ -35,7 +37,7 @@ pub fn write(
     write_with(path, metadata, tensors, None)
 }
 
-/// The same with what its data makes of the metadata.
+/// The same with what its data, which then goes by in order, makes of the metadata.
 ///
 /// # Errors
 /// Those of [`write`].
@@ -66,16 +68,11 @@ pub fn write_with(
     let written = || -> Result<()> {
         let file = local::create(&partial)?;
         local::write_at(&file, &beginning, 0).map_err(failed)?;
-        if let Some(afterwards) = &mut afterwards {
-            afterwards.begin(&header);
-        }
-        for ((_, tensor), info) in tensors.iter().zip(&header.tensors) {
+        let put = |tensor: &Tensor, info: &TensorInfo, each: &mut dyn FnMut(&[u8])| {
             let start = beginning.len() as u64 + info.range.start;
             let mut failure = None;
             tensor.for_each_chunk(&mut |offset, bytes| {
-                if let Some(afterwards) = &mut afterwards {
-                    afterwards.update(bytes);
-                }
+                each(bytes);
                 match local::write_at(&file, bytes, start + offset) {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(error) => {
@@ -84,7 +81,16 @@ pub fn write_with(
                     }
                 }
             })?;
-            failure.map_or(Ok(()), Err)?;
+            failure.map_or(Ok(()), Err)
+        };
+        if let Some(afterwards) = &mut afterwards {
+            afterwards.begin(&header);
+            for ((_, tensor), info) in tensors.iter().zip(&header.tensors) {
+                put(tensor, info, &mut |bytes| afterwards.update(bytes))?;
+            }
+        } else {
+            let tensors = tensors.par_iter().zip(&header.tensors);
+            tensors.try_for_each(|((_, tensor), info)| put(tensor, info, &mut |_| ()))?;
         }
         if let Some(afterwards) = afterwards {
             afterwards.finish(&mut header.metadata);
