@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lorafast
 import pytest
@@ -68,6 +69,28 @@ def test_a_merge_writes_a_card_and_keeps_the_bases(tmp_path: Path) -> None:
     assert "| `mine` |  | 0.25 | 4 |" in text
     assert report.file_origins["README.md"] == "merge"
     assert report.file_origins["README.base.md"] == "base"
+
+
+def test_the_card_says_with_what_a_strategy_was_run(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapters = [make_adapter(tmp_path / f"a{number}") for number in range(2)]
+
+    def pages(name: str, **asked: Any) -> list[str]:
+        lorafast.merge(base, adapters, tmp_path / name, **asked)
+        return [(tmp_path / name / file).read_text() for file in ("README.md", "merge_report.md")]
+
+    options = {"density": 0.5, "epsilon": 0.1, "normalize": False}
+    for text in pages("della", strategy="della", strategy_options=options, seed=7):
+        assert "| Strategy | della |\n" in text
+        assert "| Strategy's options | density=0.5, epsilon=0.1, normalize=false |\n" in text
+        assert "| Seed | 7 |\n" in text
+    # What draws nothing at random has no seed.
+    for text in pages("slerp", strategy="slerp", strategy_options={"t": 0.25}, seed=7):
+        assert "| Strategy | slerp |\n| Strategy's options | t=0.25 |\n" in text
+        assert "Seed" not in text
+    for text in pages("plain"):
+        assert "options" not in text
+        assert "Seed" not in text
 
 
 def test_a_merge_into_a_merge_keeps_the_nearer_card(tmp_path: Path) -> None:

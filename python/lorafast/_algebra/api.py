@@ -27,6 +27,7 @@ from lorafast._io.sources import (
     require_readers,
 )
 from lorafast._results import RecordDict
+from lorafast._seeds import checked_seed
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -152,7 +153,7 @@ def combine(
         "weights": None if weights is None else [_weight(weight) for weight in weights],
         "rank": rank,
         "options": dict(options or {}),
-        "seed": seed,
+        "seed": checked_seed(seed),
         "compat": compat,
         "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),
     }
@@ -316,7 +317,7 @@ def extract(
     asked = {
         "rank": rank,
         "max_rank": max_rank,
-        "seed": seed,
+        "seed": checked_seed(seed),
         "embeddings": embeddings,
         "strict": strict,
         "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from lorafast._merge.options import ExecutionOptions
 from lorafast._merge.plan import make_plan
 from lorafast._options import Flag, Option, options_in, pick
+from lorafast._seeds import checked_seed
 from lorafast._types import (
     AdapterFormat,
     Compat,
@@ -133,12 +134,11 @@ class MergeOptions(NamedTuple):
         """What crosses to the core.
 
         Raises:
-            ValueError: there is no such dtype.
+            TypeError: the seed is no whole number.
+            ValueError: there is no such dtype, or the seed is out of range.
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed is {self.seed}; it is a whole number from 0 to 2**64 - 1")
         implied = "sequential" if self.weights is None else "weighted"
         # The format is that of the sources.
         own = {name: value for name, value in self._asdict().items() if name != "format"}
@@ -146,6 +146,7 @@ class MergeOptions(NamedTuple):
             **own,
             "strategy": implied if self.strategy is None else self.strategy,
             "weights": None if self.weights is None else [float(each) for each in self.weights],
+            "seed": checked_seed(self.seed),
             "strategy_options": dict(self.strategy_options or {}),
             "dtype": DTYPES[self.dtype],
             "allow": [self.allow] if isinstance(self.allow, str) else list(self.allow),

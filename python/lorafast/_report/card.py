@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorafast._merge.provenance import hub_id_of_base, identify
 from lorafast._report.cells import cell, code, table
-from lorafast._report.text import format_number
+from lorafast._report.text import format_number, format_options
 
 if TYPE_CHECKING:
     from lorafast._core import PlanDescription
@@ -74,6 +74,8 @@ def merge_card(plan: MergePlan, description: PlanDescription) -> str:
         "Base": code(base.name),
         "Base's revision": code(base.revision) if base.revision else "",
         "Strategy": cell(description["strategy"]),
+        "Strategy's options": cell(format_options(description.get("strategy_options") or {})),
+        "Seed": str(description.get("seed", "")),
         "dtype": cell(description["dtype"]),
         "Tensors changed": str(plan.tensors_merged + plan.tensors_replaced + plan.tensors_repeated),
         "Tensors carried over": str(plan.tensors_copied + plan.tensors_cast),

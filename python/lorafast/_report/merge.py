@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._merge.coverage import left_over, summary_text
 from lorafast._report.cells import LONGEST_REASON, cell, code, table
-from lorafast._report.text import format_number
+from lorafast._report.text import format_number, format_options
 
 if TYPE_CHECKING:
     from lorafast._merge.report import MergeReport
@@ -27,6 +27,7 @@ def merge_page(report: MergeReport) -> str:
         "Base": _path(report.base) + _revision(report.sources[0]),
         "Output": _path(report.output_path),
         "Strategy": cell(report.strategy),
+        **_settings(report),
         "dtype": cell(report.dtype),
         "Device": f"{cell(report.device)} ({report.threads} threads, "
         f"{cell(report.instruction_set)})",
@@ -84,6 +85,16 @@ def merge_page(report: MergeReport) -> str:
         lines += ["", "## Not carried over", ""]
         lines.append(_codes(report.left_out))
     return "\n".join(lines) + "\n"
+
+
+def _settings(report: MergeReport) -> dict[str, str]:
+    """What the strategy was given beside weights, if anything."""
+    found = {}
+    if report.strategy_options:
+        found["Strategy's options"] = cell(format_options(report.strategy_options), LONGEST_REASON)
+    if report.seed is not None:
+        found["Seed"] = str(report.seed)
+    return found
 
 
 def subtract_page(report: SubtractReport) -> str:

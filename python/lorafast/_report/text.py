@@ -7,7 +7,7 @@ import math
 # Not `typing`'s, whose import takes longer than this module's: a merge writes its report by it.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from typing import Any
 
 #: Stands where there is no number.
@@ -49,6 +49,15 @@ def format_range(values: Iterable[float]) -> str:
         return ABSENT
     ends = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
     return " – ".join(map(format_number, ends))
+
+
+def format_options(options: Mapping[str, Any]) -> str:
+    """Options and their values, as the command and YAML write them."""
+    shown = {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in options.items()
+    }
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def format_percent(share: float) -> str:
