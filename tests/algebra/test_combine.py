@@ -231,6 +231,24 @@ def test_directions_that_adapters_share_are_found_once(tmp_path: Path) -> None:
     assert distance(updates_of(tmp_path / "no"), exact_sum) == pytest.approx(report.error, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["linear", "normalized", "svd", "iso_c", "knots", "core_space"])
+@pytest.mark.parametrize("rank", [None, 3, "energy:0.9", "budget:ranks=9"])
+def test_modules_in_which_no_adapter_has_a_weight_are_left_out(
+    tmp_path: Path, method: Any, rank: Any
+) -> None:
+    first = dict(list(SHAPES.items())[:2])
+    inputs = [
+        write_lora(tmp_path / str(seed), random_modules(seed, shapes, 2), alpha=3)
+        for seed, shapes in enumerate((SHAPES, first))
+    ]
+    report = lorafast.combine(inputs, tmp_path / "out", method=method, weights=[0, 1], rank=rank)
+    assert set(updates_of(tmp_path / "out")) == set(first)
+    assert {name for name, found in report.ranks.items() if found == 0} == set(SHAPES) - set(first)
+    with pytest.raises(ValueError, match=r"nothing would be left|divided by their sum"):
+        lorafast.combine(inputs, tmp_path / "no", method=method, weights=[0, 0], rank=rank)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_result_tells_where_it_comes_from(tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "a", random_modules(1, SHAPES, 4), alpha=4)
     report = lorafast.combine([adapter], tmp_path / "out", weights=[2])

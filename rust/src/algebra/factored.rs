@@ -174,8 +174,9 @@ pub(crate) fn decomposed(update: &Update<'_>) -> Option<Decomposed> {
         return None;
     }
     if update.rank() == 0 {
-        let none = |count| Rows::zeros(count, 0);
-        return Some(Decomposed::explicit(none(update.rows()), Vec::new(), none(update.columns())));
+        // A sum in which no adapter of a module has a weight.
+        let (left, right) = (Rows::zeros(update.rows(), 0), Rows::zeros(update.columns(), 0));
+        return Some(Decomposed::explicit(left, Vec::new(), right));
     }
     // ΔW is at most Σ|s_k|‖b_k‖‖a_k‖: what is nothing against that is what rounding leaves of zero.
     let explicit = |bound: f64| {

@@ -114,7 +114,10 @@ impl Work<'_> {
             Ok(Candidate { worth, cost })
         })?;
         let spent = within(&candidates, amount);
-        if spent.cost == 0 {
+        // Where all is zero, no budget is what leaves nothing.
+        let is_some =
+            candidates.iter().any(|candidate| candidate.worth.iter().any(|worth| *worth > 0.0));
+        if spent.cost == 0 && is_some {
             return Err(Error::Argument(format!(
                 "a budget of {amount} {} leaves room for nothing: one rank of the smallest module takes \
                  {}",
