@@ -106,7 +106,10 @@ impl<'a> Sum<'a> {
     fn of(mut parts: Vec<Part<'a>>, adapters: &[Adapter]) -> Result<Self> {
         let path = |part: &Part<'_>| adapters[part.adapter].path();
         let first = &parts[0];
-        let Some(whole) = parts.iter().find(|part| part.is_whole()) else {
+        // An embedding's product says what the layer is; another does not.
+        let of_embedding = |part: &&Part<'_>| part.product.module.kind == LayerKind::Embedding;
+        let whole = || parts.iter().filter(|part| part.is_whole());
+        let Some(whole) = whole().find(of_embedding).or_else(|| whole().next()) else {
             return Err(Error::unsupported(
                 path(first),
                 format!(
@@ -117,6 +120,10 @@ impl<'a> Sum<'a> {
             ));
         };
         let (module, shape) = (whole.product.module, whole.unit.shape);
+        let path_of_whole = path(whole);
+        for part in &mut parts {
+            part.turn_to(module.kind);
+        }
         if let Some(other) = parts.iter().find(|part| part.unit.shape != shape) {
             let [rows, columns] = other.unit.shape;
             return Err(Error::adapter(
@@ -125,7 +132,7 @@ impl<'a> Sum<'a> {
                     "adds a {rows}×{columns} product to {}, to which {} adds one of {}×{}: they \
                      belong to different models",
                     other.product.module.title(),
-                    path(whole).display(),
+                    path_of_whole.display(),
                     shape[0],
                     shape[1]
                 ),
@@ -171,6 +178,16 @@ impl<'a> Part<'a> {
     /// Whether it is all that its module adds, as it stands.
     pub fn is_whole(&self) -> bool {
         self.unit.outputs.is_none() && self.product.expert.is_none() && !self.unit.is_transposed
+    }
+
+    /// Turns it as a layer of that kind has it: what is added to an embedding like to a linear layer, or
+    /// to its parameter, is the transpose of an embedding's product.
+    fn turn_to(&mut self, kind: LayerKind) {
+        let is_embedding = |kind| kind == LayerKind::Embedding;
+        if is_embedding(kind) != is_embedding(self.product.module.kind) {
+            self.unit.is_transposed ^= true;
+            self.unit.shape.reverse();
+        }
     }
 
     /// Its factors in numbers.
