@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.algebra import distance, updates_of, write_toy
 from support.dense_methods import toy, uniform
+from support.reference import read_updates
 
 pytest.importorskip("peft")
 
@@ -259,3 +260,33 @@ def test_what_was_refused_can_be_asked_for_again(
         lorafast.combine(adapters, tmp_path / "out", **asked)
     lorafast.combine(adapters, tmp_path / "out", rank=4, **asked)
     assert all(np.any(update) for update in updates_of(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("cat", None), ("svd", 5)])
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_sums_of_embeddings_and_convolutions(tmp_path: Path, kind: str, rank: int | None) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    layers = {
+        "embed": torch.nn.Embedding(30, 12),
+        "conv": torch.nn.Conv2d(6, 20, 3),
+        "point": torch.nn.Conv2d(10, 14, 1),
+        "line": torch.nn.Linear(16, 18),
+    }
+    common: dict[str, Any] = {"target_modules": list(layers), "init_lora_weights": False}
+    config = LoraConfig(r=4, lora_alpha=6, **common)
+    model: Any = get_peft_model(torch.nn.ModuleDict(layers), config, adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=3, lora_alpha=5, **common))
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["one", "two"])
+    model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "sum", kind, svd_rank=rank)
+    adapters = [tmp_path / "saved" / name for name in ("one", "two")]
+    lorafast.combine(adapters, tmp_path / "out", weights=[1.0, 0.5], rank=rank)
+    theirs = peft_updates(model, "sum")
+    found = {}
+    for name, update in read_updates(tmp_path / "out").items():
+        delta = update.delta().T if update.embedding else update.delta()
+        found[name] = delta.reshape(theirs[name].shape)
+    assert found.keys() == layers.keys()
+    assert distance(found, theirs) < 5e-6
