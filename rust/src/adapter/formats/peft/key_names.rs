@@ -65,6 +65,9 @@ pub(super) fn names_of(path: &str, embedding: bool) -> [String; 4] {
     endings.map(|ending| name_of(path, ending))
 }
 
+/// What the key of trained rows ends with.
+pub(super) const ROWS: &str = ".token_adapter.trainable_tokens_delta";
+
 /// The key of a module's part, which ends so.
 pub(super) fn name_of(path: &str, ending: &str) -> String {
     format!("{}.{path}{ending}", PREFIX.join("."))

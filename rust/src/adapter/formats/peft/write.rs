@@ -12,7 +12,7 @@ use super::{WEIGHTS, config, key_names};
 use crate::adapter::factors::Pair;
 use crate::adapter::format::WriteOptions;
 use crate::adapter::{
-    Adapter, Expert, Grammar, Initialization, LayerKind, Module, Saved, computed,
+    Adapter, Expert, Grammar, Initialization, LayerKind, Module, Saved, TrainedRows, computed,
 };
 use crate::error::{Error, Result};
 use crate::storage::local;
@@ -80,8 +80,10 @@ fn check(adapter: &Adapter) -> Result<()> {
     if semantics.initialization != Initialization::Plain || semantics.layer_replication.is_some() {
         return Err(refused(adapter, "changed the base before it was trained"));
     }
-    if !adapter.trained_rows().is_empty() {
-        return Err(refused(adapter, "brings rows of embeddings"));
+    let is_updated =
+        |rows: &&TrainedRows| adapter.modules().values().any(|own| own.path == rows.path);
+    if let Some(rows) = adapter.trained_rows().iter().find(is_updated) {
+        return Err(refused(adapter, &format!("updates {} and brings rows of it", rows.path)));
     }
     Ok(())
 }
@@ -133,16 +135,17 @@ fn tensors_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Vec<(String, T
     for saved in adapter.saved() {
         let (module, leaf) = module_of(saved);
         let is_bias = !saved.trained_apart && leaf == "bias";
-        if !is_bias
-            && (module.is_empty() || adapter.modules().values().any(|own| own.path == module))
-        {
-            return Err(refused(adapter, &format!("brings {} whole", saved.path)));
-        }
         // PEFT puts a layer of its own around one that it updates.
         let is_inside = adapter.modules().values().any(|own| own.path == module);
+        if !is_bias && (module.is_empty() || is_inside && saved.trained_apart) {
+            return Err(refused(adapter, &format!("brings {} whole", saved.path)));
+        }
         let name =
             if is_inside { format!("{module}.base_layer.{leaf}") } else { saved.path.clone() };
         tensors.push((key_names::saved_name(&name), saved.tensor.clone()));
+    }
+    for rows in adapter.trained_rows() {
+        tensors.push((key_names::name_of(&rows.path, key_names::ROWS), rows.tensor.clone()));
     }
     Ok(tensors)
 }
@@ -343,6 +346,12 @@ fn config_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Map<String, Val
     let Value::Object(mut fields) = config else { unreachable!("an object was written down") };
     if adapter.semantics().ties_weights {
         fields.insert("ensure_weight_tying".to_owned(), Value::Bool(true));
+    }
+    if !adapter.trained_rows().is_empty() {
+        let rows = adapter.trained_rows().iter();
+        let rows: Map<String, Value> =
+            rows.map(|rows| (rows.path.clone(), json!(rows.rows))).collect();
+        fields.insert("trainable_token_indices".to_owned(), rows.into());
     }
     if !parameters.is_empty() {
         let names: Vec<String> = parameters.into_iter().map(|module| known_as(module)).collect();
