@@ -19,6 +19,7 @@ mod joint;
 mod made;
 mod merge;
 mod methods;
+mod on_base;
 mod options;
 mod ranks;
 mod raw;
@@ -27,6 +28,7 @@ mod results;
 mod rounding;
 mod sums;
 mod weights;
+mod whole;
 mod work;
 mod write;
 

@@ -120,11 +120,16 @@ def combine(
             ("*.q_proj") to numbers, of which the first that fits counts and 1 where none does.
             1 for all if `None`.
         rank: `None` writes the factors next to one another, which is exact, with the sum of the
-            ranks; else a rule as for `resize`.
+            ranks; else a rule as for `resize`. What adapters make of whole weights is of full rank
+            in general, and `None` then is the least rank that loses no more than rounding does, and
+            an error where that is above 512.
         options: what the method takes, by name; all take "lambda", which multiplies the result.
         seed: of random masks ("dare_linear", "dare_ties", "della", "della_linear"), which depend
             on it, the module, the adapter's place in the list, and the element alone.
-        base: the model that was trained, where names depend on it.
+        base: the model that was trained: for what adapters make of whole weights (DoRA, IA³, OFT,
+            BOFT and the like: W' - W of each is what is combined), for factors that began with a
+            part of a weight, for parameters that were trained whole and trained rows (the result is
+            the base's and the combined differences to it), and where names depend on it.
         compat: "kohya" chooses ranks as its older scripts do; "peft" gives what PEFT's
             `add_weighted_adapter` makes of the factors, with cross terms between the adapters:
             "linear", "ties" and "magnitude_prune" ("density"), beside "cat" and "svd", which have
@@ -356,6 +361,7 @@ def bake(
     pad_to: int | None = None,
     gauge: Literal["keep", "balanced", "orthonormal"] = "keep",
     plain: bool = False,
+    rank: int | str | None = None,
     base: Source | None = None,
     to: str = "peft",
     dtype: str = "auto",
@@ -381,8 +387,14 @@ def bake(
         pad_to: the rank that all modules are brought to, with zeros.
         gauge: "balanced" gives each column of B and its row of A one length but for a power of
             two; "orthonormal" writes U√Σ and √ΣVᵀ, σ descending.
-        plain: make plain factors, of twice the rank, of those that began with a part of the base's
-            weight (PiSSA, OLoRA, KaSA); needs `base`.
+        plain: make plain factors of what needs `base`: of twice the rank, of those that began with
+            a part of the base's weight (PiSSA, OLoRA, KaSA); and of what an adapter makes of a
+            weight as a whole (DoRA, IA³, OFT, BOFT and the like), W' - W, cut to `rank`.
+        rank: of what is made of whole weights, which in general is of full rank: a number, or a
+            rule as for `resize` ("error:0.1", "energy:0.9", "sv_ratio:20", "sv_fro:0.9"); `None`
+            is the least rank that loses no more than rounding to the type of the factors does
+            (1e-6 of W' - W; of float16 1e-4, of bfloat16 1e-3), and an error where that is above
+            512. The report has each module's error.
         base: the model that was trained.
         to: the format to write.
         dtype: the type of the factors; "auto" keeps it.
@@ -410,6 +422,7 @@ def bake(
         "pad_to": pad_to,
         "gauge": gauge,
         "plain": plain,
+        "rank": rank,
         "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),
     }
     require_readers(adapter, base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorafast._cli.algebra import add_base, add_output, finish, writing
+from lorafast._cli.algebra import add_base, add_output, finish, rank_of, writing
 from lorafast._cli.command import Command
 
 if TYPE_CHECKING:
@@ -38,7 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="plain factors of PiSSA, OLoRA and KaSA, which need the base",
+        help="plain factors of PiSSA, OLoRA, KaSA, DoRA and the like, which need the base",
+    )
+    parser.add_argument(
+        "-r",
+        "--rank",
+        metavar="RULE",
+        help="with --plain: the rank of what is made of whole weights (DoRA and the like): a number, "
+        "error:0.1, energy:0.9, … (default: the least that loses no more than rounding)",
     )
     add_base(parser, "for --plain and where names depend on it")
     add_output(parser)
@@ -57,6 +64,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         pad_to=arguments.pad_to,
         gauge=arguments.gauge,
         plain=arguments.plain,
+        rank=None if arguments.rank is None else rank_of(arguments.rank),
         base=arguments.base,
         **writing(arguments),
     )
@@ -67,11 +75,12 @@ COMMAND = Command(
     name="bake",
     summary="write the same update in other factors",
     description="Fold scales into factors, relabel alphas, pad ranks, balance factors, change\n"
-    "their type, or make plain ones of PiSSA's, without changing the update.",
+    "their type, or make plain ones of PiSSA's and DoRA's, without changing the update.",
     examples=(
         "lorafast bake adapter --scale fold --dtype bfloat16 -o adapter-bf16",
         "lorafast bake adapter --pad-to 64 -o padded",
         "lorafast bake pissa --plain --base llama -o plain",
+        "lorafast bake dora --plain --base llama --rank 64 -o plain",
     ),
     add_arguments=add_arguments,
     run=run,

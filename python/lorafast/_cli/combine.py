@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("peft", "kohya"),
         help="PEFT's results on raw factors, or the rank rules of kohya's older scripts",
     )
-    add_base(parser, "where names depend on it")
+    add_base(parser, "for DoRA and the like, for saved modules, and where names depend on it")
     add_output(parser)
 
 

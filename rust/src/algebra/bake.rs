@@ -6,17 +6,20 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use super::combine::opened;
-use super::engine::{Compute, Done, Job, run};
+use super::dense::Dense;
+use super::engine::{Compute, Done, Job, Whole, run};
 use super::factored::{Factors, Gauge, Rows, decomposed, rounding_error};
 use super::made::{padded, side_by_side, without_scale};
+use super::on_base::{self, OnBase};
 use super::options::Writing;
+use super::ranks::Rule;
 use super::report::{Record, Report};
 use super::results::{Results, Rounded, rounded};
 use super::sums::{Allowed, Sum, Sums};
-use super::work::{fitting, not_finite, too_large};
+use super::work::{Cut, fitting, not_finite, too_large};
 use super::write::Output;
 use crate::adapter::format::AdapterSource;
 use crate::adapter::{Adapter, Initialization};
@@ -43,8 +46,11 @@ pub struct BakeOptions {
     pub pad_to: Option<u64>,
     /// `keep`, `balanced` or `orthonormal`.
     pub gauge: Option<String>,
-    /// Whether factors that began with a part of the base's weight become plain ones.
+    /// Whether factors that began with a part of the base's weight become plain ones, and plain factors are
+    /// made of what an adapter makes of whole weights.
     pub plain: bool,
+    /// The rule for the ranks of the latter.
+    pub rank: Value,
     /// How the result is written.
     pub write: Writing,
 }
@@ -98,25 +104,55 @@ pub fn bake(
     if options.alpha.is_some_and(|alpha| !alpha.is_finite() || alpha <= 0.0) {
         return Err(Error::Argument("alpha is a finite number above zero".to_owned()));
     }
+    let rule = match &options.rank {
+        Value::Null => None,
+        given => Some(Rule::parse(given)?),
+    };
+    check_rule(rule, options.plain)?;
     let place = Output::check(output, &options.write)?;
     let adapters = opened(std::slice::from_ref(source), base.as_deref(), task)?;
     let adapter = &adapters[0];
     let begins_with_base = adapter.semantics().initialization != Initialization::Plain;
-    let removed = match (options.plain && begins_with_base, base.clone()) {
-        (false, _) => None,
-        (true, Some(base)) => Some(Planned::of(source, base, task)?),
-        (true, None) => {
+    let is_of_weights = adapter.modules().values().any(on_base::needs_base);
+    let (removed, on_base) = match (options.plain && (begins_with_base || is_of_weights), &base) {
+        (false, _) => (None, None),
+        (true, Some(base)) => {
+            let is_removed = begins_with_base.then(|| Planned::of(source, base.clone(), task));
+            (is_removed.transpose()?, OnBase::of(adapter, base, false, task)?)
+        }
+        (true, None) if begins_with_base => {
             return Err(Error::unsupported(
                 adapter.path(),
                 "began with a part of the base's weight, which only the base tells; give it (base=, \
                  --base)",
             ));
         }
+        (true, None) => {
+            return Err(Error::unsupported(
+                adapter.path(),
+                "makes of the base's weights what only the base tells (DoRA or the like); give it (base=, \
+                 --base)",
+            ));
+        }
     };
+    if rule.is_some() && on_base.is_none() {
+        return Err(Error::Argument(
+            "rank is for what an adapter makes of the base's whole weights (DoRA and the like), and this \
+             one has factors; resize cuts them"
+                .to_owned(),
+        ));
+    }
     let allowed = Allowed { initialization: removed.is_some(), ..Allowed::OF_ONE };
-    let sums = Sums::of(&adapters, allowed, task)?;
+    let stand_in = match &on_base {
+        Some(on_base) => vec![on_base.stand_in(adapter, task)?],
+        None => Vec::new(),
+    };
+    let summed = if on_base.is_some() { &stand_in[..] } else { &adapters[..] };
+    let sums = Sums::of(summed, allowed, task)?;
     if let Some(rank) = options.pad_to {
-        check_padding(&sums, rank, removed.is_some())?;
+        let is_known =
+            |sum: &Sum<'_>| on_base.as_ref().is_none_or(|on_base| !on_base.has(&sum.module.key));
+        check_padding(&sums, rank, removed.is_some(), &is_known)?;
     }
     // Only PEFT's config can say α/√r.
     let is_peft = options.write.target()? == "peft";
@@ -137,6 +173,9 @@ pub fn bake(
     parameters.insert("pad_to".into(), options.pad_to.into());
     parameters.insert("gauge".into(), options.gauge.clone().into());
     parameters.insert("plain".into(), options.plain.into());
+    if rule.is_some() {
+        parameters.insert("rank".into(), options.rank.clone());
+    }
     let mut work = Work {
         folds,
         alpha: options.alpha,
@@ -144,26 +183,66 @@ pub fn bake(
         factoring,
         rank_stabilized,
         removed,
+        cut: rule.map(|rule| Cut { rule, max_rank: None, is_kohya: false }),
+        on_base: on_base.as_ref(),
     };
-    let notes = adapter.notes().to_vec();
+    let mut notes = adapter.notes().to_vec();
+    notes.extend(on_base.as_ref().map(OnBase::note));
     let (sums, adapters) = (&sums, &adapters[..]);
     let base = base.as_deref();
-    let job = Job { sums, adapters, base, verb: "bake", parameters, notes, rank_stabilized };
+    let job = Job {
+        sums,
+        adapters,
+        base,
+        verb: "bake",
+        parameters,
+        notes,
+        rank_stabilized,
+        whole: Whole::Kept,
+    };
     run(job, &mut work, place, task)
 }
 
 /// Refuses a rank that some module has more than.
-fn check_padding(sums: &Sums<'_>, rank: u64, doubles: bool) -> Result<()> {
+fn check_padding(
+    sums: &Sums<'_>,
+    rank: u64,
+    doubles: bool,
+    is_known: &dyn Fn(&Sum<'_>) -> bool,
+) -> Result<()> {
     let rank_of = |sum: &Sum<'_>| sum.parts[0].rank() as u64 * if doubles { 2 } else { 1 };
-    let Some(most) = sums.modules.iter().max_by_key(|sum| rank_of(sum)) else { return Ok(()) };
+    let known = sums.modules.iter().filter(|sum| is_known(sum));
+    let Some(most) = known.max_by_key(|sum| rank_of(sum)) else { return Ok(()) };
     if rank_of(most) > rank {
-        return Err(Error::Argument(format!(
-            "pad_to is {rank}, and {} has rank {}; resize cuts",
-            most.name(),
-            rank_of(most)
-        )));
+        return Err(too_short(rank, most, rank_of(most)));
     }
     Ok(())
+}
+
+fn too_short(pad_to: u64, sum: &Sum<'_>, rank: u64) -> Error {
+    Error::Argument(format!("pad_to is {pad_to}, and {} has rank {rank}; resize cuts", sum.name()))
+}
+
+/// Refuses rules that are not for what is made of whole weights.
+fn check_rule(rule: Option<Rule>, is_plain: bool) -> Result<()> {
+    on_base::check_rule(rule)?;
+    match rule {
+        Some(_) if !is_plain => Err(Error::Argument(
+            "rank is for plain (plain=True, --plain), which makes factors of what has none; resize cuts \
+             those that there are"
+                .to_owned(),
+        )),
+        Some(Rule::Budget(..)) => Err(Error::Argument(
+            "rank is a budget, which is for resize: bake with a number or a rule as \"error:0.01\" first"
+                .to_owned(),
+        )),
+        Some(Rule::SvCumulative(_)) => Err(Error::Argument(
+            "sv_cumulative needs every singular value, and bake computes the leading ones; energy:… says \
+             nearly the same"
+                .to_owned(),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The merge of an adapter, which tells what its initialization took out of each weight.
@@ -218,24 +297,62 @@ impl Planned {
 }
 
 /// What is to be computed.
-struct Work {
+struct Work<'a> {
     folds: bool,
     alpha: Option<f64>,
     pad_to: Option<u64>,
     factoring: Factoring,
     rank_stabilized: bool,
     removed: Option<Planned>,
+    /// The rule for what is made of whole weights.
+    cut: Option<Cut>,
+    on_base: Option<&'a OnBase>,
 }
 
-impl Compute for Work {
-    fn module(
+/// A module's update in some factors, before they are changed.
+struct Unchanged {
+    factors: Factors,
+    /// What they are multiplied by.
+    scale: f64,
+    norm: f64,
+    kept: f64,
+    values: Vec<f64>,
+    source_rank: usize,
+    /// What they stand for, where they are not all of it.
+    whole: Option<Dense>,
+}
+
+impl Work<'_> {
+    /// The adapter on its base, where that alone tells what a module adds.
+    fn whole(&self, sum: &Sum<'_>) -> Option<&OnBase> {
+        self.on_base.filter(|on_base| on_base.has(&sum.module.key))
+    }
+
+    /// What is made of a whole weight.
+    fn of_whole(
         &self,
-        _index: usize,
+        on_base: &OnBase,
         sum: &Sum<'_>,
         dtype: &Dtype,
-        results: Option<&Results>,
-        _task: &Task,
-    ) -> Result<Done> {
+        task: &Task,
+    ) -> Result<Unchanged> {
+        let dense = on_base.dense(&sum.module.key, task)?;
+        let short = on_base::short(&dense, self.cut, None, dtype, &sum.name())?;
+        let [rows, columns] = sum.shape;
+        let none = || Factors { b: Rows::zeros(rows, 0), a: Rows::zeros(0, columns) };
+        Ok(Unchanged {
+            factors: short.factors.unwrap_or_else(none),
+            scale: 1.0,
+            norm: short.norm,
+            kept: short.kept,
+            values: short.values,
+            source_rank: rows.min(columns),
+            whole: Some(dense),
+        })
+    }
+
+    /// What a module's factors make, or with what was taken out of the weight.
+    fn of_factors(&self, sum: &Sum<'_>) -> Result<Unchanged> {
         let module = sum.module;
         let removed = match &self.removed {
             Some(planned) => planned.products(&module.key)?,
@@ -265,14 +382,58 @@ impl Compute for Work {
         };
         let inner = without_scale(&whole, scale);
         let source_rank = whole.rank();
-        let mut factors = side_by_side(&inner);
-        match self.factoring {
-            Factoring::Keep => {}
-            Factoring::Balanced => balance(&mut factors),
+        let factors = match self.factoring {
             Factoring::Orthonormal => {
                 let found = decomposed(&inner).ok_or_else(|| not_finite(sum))?;
-                factors = found.truncated(found.values.len(), Gauge::Balanced);
+                found.truncated(found.values.len(), Gauge::Balanced)
             }
+            Factoring::Keep | Factoring::Balanced => side_by_side(&inner),
+        };
+        let (kept, values) = (1.0, Vec::new());
+        Ok(Unchanged { factors, scale, norm, kept, values, source_rank, whole: None })
+    }
+}
+
+impl Compute for Work<'_> {
+    fn elements(&self, sum: &Sum<'_>) -> usize {
+        self.whole(sum).map_or(0, |_| sum.shape[0] * sum.shape[1])
+    }
+
+    fn module(
+        &self,
+        _index: usize,
+        sum: &Sum<'_>,
+        dtype: &Dtype,
+        results: Option<&Results>,
+        task: &Task,
+    ) -> Result<Done> {
+        let module = sum.module;
+        let unchanged = match self.whole(sum) {
+            Some(on_base) => self.of_whole(on_base, sum, dtype, task)?,
+            None => self.of_factors(sum)?,
+        };
+        let Unchanged { mut factors, scale, norm, kept, values, source_rank, whole } = unchanged;
+        if self.factoring == Factoring::Balanced && factors.b.columns > 0 {
+            balance(&mut factors);
+        }
+        if let Some(rank) = self.pad_to.filter(|rank| *rank < factors.b.columns as u64) {
+            return Err(too_short(rank, sum, factors.b.columns as u64));
+        }
+        if factors.b.columns == 0 {
+            // Nothing is made of the weight.
+            let (shape, rank, error, coefficients) = (sum.shape, 0, 0.0, None);
+            let singular_values = values;
+            let record = Record {
+                shape,
+                source_rank,
+                rank,
+                kept,
+                error,
+                norm,
+                singular_values,
+                coefficients,
+            };
+            return Ok((record, None));
         }
         let full = self.pad_to.map_or(0, |rank| rank as usize).max(factors.b.columns);
         let factors = padded(factors, full);
@@ -290,15 +451,22 @@ impl Compute for Work {
         let factors = fitting(sum, factors);
         let too_large = || too_large(sum, dtype);
         let own = Rounded::of(&factors, dtype).ok_or_else(too_large)?;
-        let lost = wanted.abs() * rounding_error(&factors, &own.factors(&factors));
+        let written = own.factors(&factors);
+        let lost = match &whole {
+            Some(whole) => {
+                let written = fitting(sum, written);
+                whole.distance(&Factors { b: times(written.b, wanted), ..written })
+            }
+            None => wanted.abs() * rounding_error(&factors, &written),
+        };
         let record = Record {
             shape: sum.shape,
             source_rank,
             rank: factors.a.rows,
-            kept: 1.0,
+            kept,
             error: if norm == 0.0 { 0.0 } else { lost / norm },
             norm,
-            singular_values: Vec::new(),
+            singular_values: values,
             coefficients: None,
         };
         let bias = match &module.bias {

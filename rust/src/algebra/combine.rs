@@ -1,24 +1,28 @@
 //! Adapters of several adapters, and shorter adapters: what may be asked for.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::engine::{Job, run};
+use super::engine::{Job, Whole, run};
 use super::methods::{Compat, Family, Inputs, Method};
+use super::on_base::{self, Members, OnBase};
 use super::options::{MethodOptions, Writing};
 use super::ranks::Rule;
 use super::report::Report;
 use super::sums::{Allowed, Sum, Sums};
 use super::weights::Weight;
+use super::whole::Parameters;
 use super::work::{Cut, Work};
 use super::write::Output;
 use crate::adapter::Adapter;
 use crate::adapter::format::AdapterSource;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::parallel::task::Task;
+use crate::parallel::task::{Task, build_pool};
+use crate::storage::scratch::ScratchFile;
 
 /// What is asked of a sum.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -90,15 +94,40 @@ pub fn combine(
     let cut = rule.map(|rule| Cut { rule, max_rank: None, is_kohya });
     let place = Output::check(output, &options.write)?;
     let adapters = opened(sources, base, task)?;
-    let sums = Sums::of(&adapters, Allowed::NOTHING, task)?;
+    let shared = base.map(|base| Arc::new(base.clone()));
+    let members = match &shared {
+        Some(base) => Members::of(&adapters, base, task)?,
+        None => None,
+    };
+    if members.is_some() {
+        on_base::check_rule(rule)?;
+    }
+    let parameters = match &shared {
+        Some(base) => Parameters::of(&adapters, base, task)?,
+        None => None,
+    };
+    if let Some(parameters) = &parameters {
+        parameters.check_method(&method, &options.method)?;
+    }
+    let whole = parameters.as_ref().filter(|parameters| !parameters.is_empty());
+    let allowed = Allowed {
+        initialization: members.is_some(),
+        saved: parameters.is_some(),
+        ..Allowed::NOTHING
+    };
+    let summed = members.as_ref().map_or(&adapters[..], |members| &members.stand_ins);
+    let sums = Sums::of(summed, allowed, task)?;
     let weights = options.weights.clone().unwrap_or_else(|| vec![Weight::All(1.0); count]);
-    let names: Vec<String> = sums.modules.iter().map(Sum::name).collect();
+    let mut names: Vec<String> = sums.modules.iter().map(Sum::name).collect();
+    names.extend(whole.iter().flat_map(|whole| whole.names()));
     for weight in &weights {
         weight.check(names.iter().map(String::as_str))?;
     }
     method.check_weights(&weights, &names)?;
     let mut notes = missing(&adapters, &sums);
     notes.extend(adapters.iter().flat_map(|adapter| adapter.notes().iter().cloned()));
+    notes.extend(whole.map(Parameters::note));
+    notes.extend(members.iter().flat_map(|members| &members.on_base).flatten().map(OnBase::note));
     let modules = || adapters.iter().flat_map(|adapter| adapter.modules().values());
     if !matches!(method.family, Family::Sum(_)) && modules().any(|module| module.bias.is_some()) {
         notes.push(format!(
@@ -117,20 +146,33 @@ pub fn combine(
         norms: None,
         keeps: false,
         spent: None,
+        on_base: members.as_ref().map_or(&[], |members| &members.on_base),
     };
-    let mut parameters = Map::new();
-    parameters.insert("method".into(), options.method.clone().into());
-    parameters.insert("weights".into(), plain(options.weights.as_ref()));
-    parameters.insert("rank".into(), options.rank.clone().unwrap_or(Value::Null));
-    parameters.insert("options".into(), options.options.plain());
+    let mut said = Map::new();
+    said.insert("method".into(), options.method.clone().into());
+    said.insert("weights".into(), plain(options.weights.as_ref()));
+    said.insert("rank".into(), options.rank.clone().unwrap_or(Value::Null));
+    said.insert("options".into(), options.options.plain());
     if method.is_random() {
-        parameters.insert("seed".into(), seed.into());
+        said.insert("seed".into(), seed.into());
     }
     if options.compat.is_some() {
-        parameters.insert("compat".into(), plain(options.compat.as_ref()));
+        said.insert("compat".into(), plain(options.compat.as_ref()));
     }
+    let combined = match whole {
+        Some(whole) if !options.write.dry_run => {
+            let file = ScratchFile::create(place.directory()?.join("parameters.partial"))?;
+            let dtype = options.write.dtype()?;
+            let pool = build_pool(options.write.threads)?;
+            let how = (&method, &weights[..], seed);
+            Some(pool.install(|| whole.combined(how, dtype.as_ref(), file, task))?)
+        }
+        _ => None,
+    };
     let (sums, adapters, verb) = (&sums, &adapters[..], "combine");
-    let job = Job { sums, adapters, base, verb, parameters, notes, rank_stabilized: false };
+    let whole = Whole::Replaced { count: whole.map_or(0, |whole| whole.names().len()), combined };
+    let parameters = said;
+    let job = Job { sums, adapters, base, verb, parameters, notes, rank_stabilized: false, whole };
     run(job, &mut work, place, task)
 }
 
@@ -201,6 +243,7 @@ pub fn resize(
         norms,
         keeps,
         spent: None,
+        on_base: &[],
     };
     let mut parameters = Map::new();
     parameters.insert("rank".into(), options.rank.clone());
@@ -208,7 +251,8 @@ pub fn resize(
     parameters.insert("relative_to".into(), plain(options.relative_to.as_ref()));
     let notes = adapters[0].notes().to_vec();
     let (sums, adapters, verb) = (&sums, &adapters[..], "resize");
-    let job = Job { sums, adapters, base, verb, parameters, notes, rank_stabilized: false };
+    let whole = Whole::Kept;
+    let job = Job { sums, adapters, base, verb, parameters, notes, rank_stabilized: false, whole };
     run(job, &mut work, place, task)
 }
 

@@ -11,11 +11,14 @@ use faer::MatRef;
 use rayon::prelude::*;
 
 use super::bases::{fast_decomposition, orthonormal};
+use super::extract::Source;
 use super::factored::{Decomposed, Factors, Rows, sides};
 use super::merge::Updates;
 use super::ranks::Rule;
 use crate::entrywise::{self, Mask, Room};
+use crate::error::Result;
 use crate::linalg::Matrix;
+use crate::measure::spectrum::Update;
 
 /// Elements of one tile.
 const TILE: usize = 1 << 18;
@@ -50,6 +53,95 @@ impl Tile {
     }
 }
 
+/// One adapter's update.
+enum Member<'a> {
+    /// Its factors, B with the scales.
+    Factors(Rows, Matrix),
+    Whole(&'a Dense),
+}
+
+impl Member<'_> {
+    /// Some rows of it.
+    fn rows(&self, range: &Range<usize>) -> Vec<f64> {
+        match self {
+            Self::Factors(left, right) => {
+                let width = left.columns;
+                let values = left.values[range.start * width..range.end * width].to_vec();
+                Rows { rows: range.len(), columns: width, values }.times(right).values
+            }
+            Self::Whole(dense) => {
+                let own = &dense.values[range.start * dense.columns..range.end * dense.columns];
+                own.iter().map(|value| f64::from(*value)).collect()
+            }
+        }
+    }
+}
+
+/// By adapter.
+fn members<'a>(of: &'a Updates<'_, '_>) -> Vec<Option<Member<'a>>> {
+    let factors = |update: &Update<'_>| {
+        let (mut left, right) = sides(update);
+        let scales = update.scales();
+        for row in left.values.chunks_exact_mut(scales.len().max(1)) {
+            row.iter_mut().zip(&scales).for_each(|(value, scale)| *value *= scale);
+        }
+        Member::Factors(left, right.to_matrix())
+    };
+    let member = |index: usize| {
+        let whole = of.dense.get(index).and_then(Option::as_ref).map(Member::Whole);
+        whole.or_else(|| of.updates[index].as_ref().map(factors))
+    };
+    (0..of.updates.len()).map(member).collect()
+}
+
+fn tiles_of([rows, columns]: [usize; 2]) -> Vec<Range<usize>> {
+    let height = (TILE / columns.max(1)).max(1);
+    (0..rows).step_by(height).map(|first| first..rows.min(first + height)).collect()
+}
+
+/// ⟨Δᵢ, Δⱼ⟩ of updates of which some are whole matrices.
+pub(super) fn products(of: &Updates<'_, '_>) -> Matrix {
+    let members = members(of);
+    let count = members.len();
+    let of_tile = |range: &Range<usize>| {
+        let rows: Vec<Option<Vec<f64>>> =
+            members.iter().map(|member| member.as_ref().map(|member| member.rows(range))).collect();
+        let mut own = vec![0.0; count * count];
+        for (i, one) in rows.iter().enumerate() {
+            for (j, other) in rows[..=i].iter().enumerate() {
+                let (Some(one), Some(other)) = (one, other) else { continue };
+                own[i * count + j] = one.iter().zip(other).map(|(x, y)| x * y).sum();
+            }
+        }
+        own
+    };
+    let parts: Vec<Vec<f64>> = tiles_of(of.shape).par_iter().map(of_tile).collect();
+    let mut products = Matrix::zeros(count, count);
+    for i in 0..count {
+        for j in 0..=i {
+            let sum = parts.iter().map(|part| part[i * count + j]).sum();
+            products.set(i, j, sum);
+            products.set(j, i, sum);
+        }
+    }
+    products
+}
+
+impl Source for Dense {
+    fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    fn held(&self) -> Option<&[f32]> {
+        Some(&self.values)
+    }
+
+    fn read(&self, rows: Range<usize>, values: &mut [f32]) -> Result<()> {
+        values.copy_from_slice(&self.values[rows.start * self.columns..rows.end * self.columns]);
+        Ok(())
+    }
+}
+
 /// Some leading singular triplets.
 pub(crate) struct Leading {
     /// The triplets that were found, of which the first `trusted` are the leading ones.
@@ -59,30 +151,62 @@ pub(crate) struct Leading {
 }
 
 impl Dense {
+    /// Of numbers row after row.
+    pub fn new(rows: usize, columns: usize, values: Vec<f32>) -> Self {
+        Self { rows, columns, values }
+    }
+
+    /// All of it, row after row.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Its transpose.
+    pub fn transposed(&self) -> Self {
+        let mut values = vec![0f32; self.values.len()];
+        for (row, own) in self.values.chunks_exact(self.columns.max(1)).enumerate() {
+            for (column, value) in own.iter().enumerate() {
+                values[column * self.rows + row] = *value;
+            }
+        }
+        Self { rows: self.columns, columns: self.rows, values }
+    }
+
+    /// Some of its rows.
+    pub fn part(&self, rows: Range<usize>) -> Self {
+        let values = self.values[rows.start * self.columns..rows.end * self.columns].to_vec();
+        Self { rows: rows.len(), columns: self.columns, values }
+    }
+
+    /// Σ cᵢΔᵢ of updates of which some are whole matrices; `None` if it is not finite.
+    pub fn sum(coefficients: &[f64], of: &Updates<'_, '_>) -> Option<Self> {
+        let [rows, columns] = of.shape;
+        let members = members(of);
+        let height = (TILE / columns.max(1)).max(1);
+        let mut values = vec![0f32; rows * columns];
+        let parts = values.par_chunks_mut((height * columns).max(1)).zip(tiles_of(of.shape));
+        parts.for_each(|(target, range)| {
+            let mut sum = vec![0.0; target.len()];
+            for (member, coefficient) in members.iter().zip(coefficients) {
+                let Some(member) = member.as_ref().filter(|_| *coefficient != 0.0) else {
+                    continue;
+                };
+                let own = member.rows(&range);
+                sum.iter_mut().zip(own).for_each(|(sum, value)| *sum += coefficient * value);
+            }
+            target.iter_mut().zip(sum).for_each(|(target, sum)| *target = sum as f32);
+        });
+        values.iter().all(|value| value.is_finite()).then_some(Self { rows, columns, values })
+    }
+
     /// What an entry-wise method makes of updates, times a number; `None` if it is not finite.
     pub fn of(method: entrywise::Method, lambda: f64, of: &Updates<'_, '_>) -> Option<Self> {
         let [rows, columns] = of.shape;
-        let factors: Vec<(Rows, Matrix)> = (of.updates.iter().flatten())
-            .map(|update| {
-                let (mut left, right) = sides(update);
-                let scales = update.scales();
-                for row in left.values.chunks_exact_mut(scales.len().max(1)) {
-                    row.iter_mut().zip(&scales).for_each(|(value, scale)| *value *= scale);
-                }
-                (left, right.to_matrix())
-            })
-            .collect();
+        let members: Vec<Member<'_>> = members(of).into_iter().flatten().collect();
         let height = (TILE / columns.max(1)).max(1);
-        let tiles: Vec<Range<usize>> =
-            (0..rows).step_by(height).map(|first| first..rows.min(first + height)).collect();
+        let tiles = tiles_of(of.shape);
         let tile = |range: &Range<usize>| -> Vec<Tile> {
-            let product = |(left, right): &(Rows, Matrix)| {
-                let width = left.columns;
-                let values = left.values[range.start * width..range.end * width].to_vec();
-                let part = Rows { rows: range.len(), columns: width, values };
-                Tile::of(part.times(right).values)
-            };
-            factors.iter().map(product).collect()
+            members.iter().map(|member| Tile::of(member.rows(range))).collect()
         };
         let mut finder = of.finder(method, of.shape);
         while !finder.is_done() {
@@ -174,6 +298,12 @@ impl Dense {
             start = right;
         }
         unreachable!("iterations end")
+    }
+
+    /// All singular triplets of one that is so small that they are found as quickly as some.
+    pub fn all_of_small(&self) -> Option<Decomposed> {
+        let is_small = self.rows.min(self.columns) <= SMALL;
+        is_small.then(|| self.all()).flatten().map(|all| all.found)
     }
 
     /// All singular triplets; `None` if they cannot be found.

@@ -12,6 +12,7 @@ use super::report::{BudgetReport, Record, Report, overall};
 use super::results::{Place, Results};
 use super::rounding;
 use super::sums::{Sum, Sums};
+use super::whole::Combined;
 use super::write::Output;
 use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
@@ -69,6 +70,23 @@ pub(crate) struct Job<'a> {
     pub notes: Vec<String>,
     /// Whether alphas are written for a scale of α/√r, where the format can say so.
     pub rank_stabilized: bool,
+    /// What is written of the parameters that were trained whole.
+    pub whole: Whole,
+}
+
+/// Parameters that were trained whole, and trained rows.
+pub(crate) enum Whole {
+    /// Those of the only adapter.
+    Kept,
+    /// So many others, which are not there in a rehearsal.
+    Replaced { count: usize, combined: Option<Combined> },
+}
+
+impl Whole {
+    /// Whether there are none in the place of the adapter's.
+    fn is_nothing(&self) -> bool {
+        matches!(self, Self::Replaced { count: 0, .. })
+    }
 }
 
 /// Computes all modules, and writes them.
@@ -109,7 +127,11 @@ pub(crate) fn run(
         made.extend(one);
     }
     let left_out = records.values().filter(|record| record.rank == 0).count();
-    if left_out == records.len() {
+    let has_parameters = match &job.whole {
+        Whole::Kept => job.adapters.iter().any(|adapter| !adapter.saved().is_empty()),
+        Whole::Replaced { .. } => !job.whole.is_nothing(),
+    };
+    if left_out == records.len() && !(records.is_empty() && has_parameters) {
         return Err(Error::Argument(
             "nothing would be left: every module's update is zero".to_owned(),
         ));

@@ -14,7 +14,7 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::factored::{Factors, Rows, fix_signs, rounding_error};
+use super::factored::{Decomposed, Factors, Rows, fix_signs, rounding_error};
 use super::options::Writing;
 use super::ranks::{Candidate, Measure, Rule, Spent, within};
 use super::report::{BudgetReport, Report};
@@ -30,11 +30,12 @@ use crate::storage::digest::sha256_of_bytes;
 use crate::tensor::dtype::Dtype;
 use difference::{Difference, differ};
 use pairs::{Pair, Part, Tables};
+pub(super) use sketch::Source;
 use sketch::{Leading, key, leading};
 use store::{Done, Layer, Store};
 
 /// The largest rank that a rule gives, where no other is asked for.
-const LARGEST_RANK: usize = 512;
+pub(super) const LARGEST_RANK: usize = 512;
 /// The same of a budget, which needs the triplets of all modules before it is spent.
 const BUDGET_RANK: usize = 128;
 /// The rank that a rule is tried with first.
@@ -264,6 +265,8 @@ impl Ask {
     fn choose(self, values: &[f64], total: f64, floor: f64) -> usize {
         /// So that rounding does not decide.
         const TOLERANCE: f64 = 1e-9;
+        /// How well Σσ² is known against ‖D‖².
+        const EXACT: f64 = 1e-12;
         if total == 0.0 {
             return 0;
         }
@@ -281,7 +284,16 @@ impl Ask {
             Rule::Auto => values.iter().take_while(|value| **value > floor).count(),
             Rule::Energy(share) => reaching(share * total),
             Rule::SvFro(share) => reaching(share * share * total),
-            Rule::Error(error) => reaching((1.0 - error * error) * total),
+            Rule::Error(error) => {
+                // A small error is told by what is left, as far as the values are right.
+                let most = error * error * total * (1.0 + TOLERANCE) + EXACT * total;
+                let mut left = total;
+                let found = values.iter().position(|value| {
+                    left -= value * value;
+                    left <= most
+                });
+                found.map_or(values.len(), |index| index + 1)
+            }
             Rule::SvRatio(ratio) => {
                 values.iter().take_while(|value| **value * ratio > values[0]).count()
             }
@@ -292,13 +304,14 @@ impl Ask {
     /// The triplets that the rule needs, and its rank.
     fn triplets(
         self,
-        matrix: &Difference<'_>,
+        matrix: &dyn Source,
         total: f64,
         floor: f64,
         key: u64,
     ) -> Result<(Leading, usize, bool)> {
         let most = self.most();
-        let least = matrix.rows.min(matrix.columns);
+        let [rows, columns] = matrix.shape();
+        let least = rows.min(columns);
         let is_sure = matches!(self.rule, Rule::Fixed(_) | Rule::Budget(..));
         let mut rank = if is_sure { most } else { most.min(FIRST_RANK) };
         loop {
@@ -401,6 +414,25 @@ impl Ask {
         let report = BudgetReport { measure: measure.name(), amount, spent: cost, gap };
         Ok(Some((names.into_iter().zip(ranks).collect(), report)))
     }
+}
+
+/// The leading singular triplets of a matrix with ‖D‖² = `total`, how many of them a rule keeps, and whether
+/// it would keep more than it may.
+///
+/// # Errors
+/// Those of reading the matrix.
+pub(super) fn leading_of(
+    matrix: &dyn Source,
+    rule: Rule,
+    max_rank: Option<u64>,
+    total: f64,
+    name: &str,
+) -> Result<(Decomposed, usize, bool)> {
+    let ask = Ask { rule, max_rank: max_rank.map(|most| most as usize) };
+    let (found, rank, is_limited) = ask.triplets(matrix, total, 0.0, key(0, name))?;
+    let values = found.spectrum.values;
+    let rank = rank.clamp(1, values.len());
+    Ok((Decomposed::explicit(found.left, values, found.right), rank, is_limited))
 }
 
 fn too_large(name: &str, dtype: &Dtype) -> Error {

@@ -7,7 +7,7 @@ use super::methods::{Family, Method};
 use super::ranks::Rule;
 use super::rounding;
 use super::work::Cut;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::measure::spectrum::{Term, Update, Values, frobenius_norm, values_of};
 
 /// The combined update.
@@ -18,8 +18,9 @@ pub(crate) enum Made<'u> {
     Factors(Factors),
     /// By its singular values.
     Decomposed(Decomposed),
-    /// Element by element.
-    Dense(Dense),
+    /// Element by element; with the coefficients, where it is a sum of updates of which some are whole
+    /// matrices.
+    Dense(Dense, Option<Vec<f64>>),
 }
 
 /// What is kept of it.
@@ -47,6 +48,10 @@ impl<'u> Made<'u> {
             Family::Sum(gram) => {
                 let mut coefficients = gram.of(of);
                 coefficients.iter_mut().for_each(|value| *value *= method.lambda);
+                if of.has_dense() {
+                    let total = Dense::sum(&coefficients, of);
+                    return Ok(total.map(|total| Self::Dense(total, Some(coefficients))));
+                }
                 let mut total = Update::sum(rows, columns, Vec::new())?;
                 for (update, coefficient) in of.updates.iter().zip(&coefficients) {
                     if let Some(update) = update.as_ref().filter(|_| *coefficient != 0.0) {
@@ -55,11 +60,20 @@ impl<'u> Made<'u> {
                 }
                 Ok(Some(Self::Sum(total, coefficients)))
             }
+            Family::Joint(_) | Family::Raw(_) if of.has_dense() => Err(Error::Argument(format!(
+                "{} is changed as a whole by an adapter (DoRA or the like), and this method takes \
+                     products of two factors: make that adapter plain with its base first (lorafast.bake \
+                     with plain and base, lorafast bake --plain --base)",
+                of.name
+            ))),
             Family::Joint(joint) => {
                 let found = joint.result(of)?;
                 Ok(found.map(|found| Self::Decomposed(found.scaled(method.lambda))))
             }
-            Family::Entries(entries) => Ok(Dense::of(*entries, method.lambda, of).map(Self::Dense)),
+            Family::Entries(entries) => {
+                let found = Dense::of(*entries, method.lambda, of);
+                Ok(found.map(|found| Self::Dense(found, None)))
+            }
             Family::Raw(raw) => {
                 let mut factors = raw.result(of)?;
                 factors.b.values.iter_mut().for_each(|value| *value *= method.lambda);
@@ -71,7 +85,7 @@ impl<'u> Made<'u> {
     /// What each update was multiplied by, where it is a sum of them.
     pub fn coefficients(&self) -> Option<&[f64]> {
         match self {
-            Self::Sum(_, coefficients) => Some(coefficients),
+            Self::Sum(_, coefficients) | Self::Dense(_, Some(coefficients)) => Some(coefficients),
             _ => None,
         }
     }
@@ -82,7 +96,7 @@ impl<'u> Made<'u> {
             Self::Sum(total, _) => Some(values_of(total)),
             Self::Factors(factors) => Some(values_of(&product(factors))),
             Self::Decomposed(found) => Some(found.values.clone()),
-            Self::Dense(dense) => Some(dense.all()?.found.values),
+            Self::Dense(dense, _) => Some(dense.all()?.found.values),
         }
     }
 
@@ -132,7 +146,7 @@ impl<'u> Made<'u> {
                 };
                 shortened(found, None, k, full, scale_out)
             }
-            (Self::Dense(dense), cut) => {
+            (Self::Dense(dense, _), cut) => {
                 let cut = cut.expect("a method of full rank has a rule");
                 let rule = rank.map_or(cut.rule, |rank| Rule::Fixed(rank as u64));
                 let (leading, k) = dense.chosen(rule, cut.is_kohya)?;
@@ -148,7 +162,7 @@ impl<'u> Made<'u> {
 
 impl Cut {
     /// The rank that is written where k triplets are kept.
-    fn full(&self, k: usize) -> usize {
+    pub(super) fn full(&self, k: usize) -> usize {
         let most = self.max_rank.map_or(usize::MAX, |max| max as usize);
         match self.rule {
             Rule::Fixed(rank) => (rank as usize).min(most),
@@ -193,7 +207,7 @@ fn measured(found: &Decomposed, norm: Option<f64>, k: usize) -> Short {
 }
 
 /// The same with their factors, and zeros up to the rank `full`.
-fn shortened(
+pub(super) fn shortened(
     found: &Decomposed,
     norm: Option<f64>,
     k: usize,

@@ -1,6 +1,7 @@
 //! What methods work on: the updates of one module, or small matrices that stand for them in bases that they
 //! share.
 
+use super::dense::Dense;
 use super::factored::Rows;
 use crate::coefficients::Gram;
 use crate::entrywise::{self, Finder, Mask, Room};
@@ -13,6 +14,9 @@ pub(crate) struct Updates<'u, 'f> {
     pub name: &'u str,
     /// By adapter; `None` where one lacks the module.
     pub updates: &'u [Option<Update<'f>>],
+    /// Those that are whole matrices, which are not among the updates; by adapter, or empty where there are
+    /// none.
+    pub dense: &'u [Option<Dense>],
     /// By adapter.
     pub weights: &'u [f64],
     /// (outputs, inputs).
@@ -31,9 +35,19 @@ pub(crate) enum Merge {
 }
 
 impl Updates<'_, '_> {
+    /// Whether some are whole matrices.
+    pub fn has_dense(&self) -> bool {
+        self.dense.iter().any(Option::is_some)
+    }
+
+    /// Whether an adapter changes the module.
+    fn is_present(&self, adapter: usize) -> bool {
+        self.updates[adapter].is_some() || self.dense.get(adapter).is_some_and(Option::is_some)
+    }
+
     /// What an entry-wise method looks for in matrices of that shape, one for each update that there is.
     pub fn finder(&self, method: entrywise::Method, shape: [usize; 2]) -> Finder {
-        let present = || (0..self.updates.len()).filter(|index| self.updates[*index].is_some());
+        let present = || (0..self.updates.len()).filter(|index| self.is_present(*index));
         let weights: Vec<f64> = present().map(|index| self.weights[index]).collect();
         let masks = present().map(|index| Mask::new(self.seed, self.name, index)).collect();
         let missing = self.updates.len() - weights.len();

@@ -3,6 +3,7 @@
 
 use serde_json::Value;
 
+use super::dense;
 use super::factored::inner_products;
 use super::joint::Joint;
 use super::merge::{Merge, Updates};
@@ -279,6 +280,9 @@ fn entries(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<entryw
 impl Gram {
     /// The coefficients of one module's updates.
     pub fn of(&self, of: &Updates<'_, '_>) -> Vec<f64> {
+        if of.has_dense() {
+            return self.coefficients_with(|| dense::products(of), of.weights);
+        }
         let updates: Vec<_> = of.updates.iter().map(Option::as_ref).collect();
         self.coefficients_with(|| inner_products(&updates), of.weights)
     }

@@ -2,6 +2,7 @@
 
 use indexmap::IndexMap;
 
+use super::dense::Dense;
 use crate::adapter::alignment::{Alignment, Identity, Layout, Unit};
 use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
 use crate::error::{Error, Result};
@@ -37,13 +38,15 @@ pub(crate) struct Allowed {
     pub kept: bool,
     /// Factors that began with a part of the base's weight.
     pub initialization: bool,
+    /// Parameters that were trained whole and trained rows, which are computed apart.
+    pub saved: bool,
 }
 
 impl Allowed {
     /// Nothing, where several adapters are summed.
-    pub const NOTHING: Self = Self { kept: false, initialization: false };
+    pub const NOTHING: Self = Self { kept: false, initialization: false, saved: false };
     /// What one adapter keeps.
-    pub const OF_ONE: Self = Self { kept: true, initialization: false };
+    pub const OF_ONE: Self = Self { kept: true, initialization: false, saved: true };
 }
 
 /// The adapters' modules, and the adapter whose names they have.
@@ -69,6 +72,10 @@ impl<'a> Sums<'a> {
         let layouts: Vec<Layout> = adapters.iter().map(Layout::of).collect();
         let alignment = Alignment::of(&layouts.iter().collect::<Vec<_>>(), task)?;
         for index in 1..adapters.len() {
+            // Without modules there is nothing to bring together: the base names parameters.
+            if adapters[0].modules().is_empty() || adapters[index].modules().is_empty() {
+                continue;
+            }
             if let Some(reason) = alignment.reason(0, index) {
                 return Err(Error::unsupported(
                     adapters[index].path(),
@@ -158,9 +165,14 @@ impl<'a> Sum<'a> {
         self.module.title().into_owned()
     }
 
-    /// Bytes of all factors.
+    /// Bytes of all factors, or in f32 of what has none.
     pub fn bytes(&self) -> u64 {
-        self.parts.iter().map(|part| part.product.bytes()).sum()
+        let whole = (self.shape[0] * self.shape[1] * size_of::<f32>()) as u64;
+        let bytes = |part: &Part<'_>| match part.product.bytes() {
+            0 => whole,
+            bytes => bytes,
+        };
+        self.parts.iter().map(bytes).sum()
     }
 }
 
@@ -187,6 +199,15 @@ impl<'a> Part<'a> {
         if is_embedding(kind) != is_embedding(self.product.module.kind) {
             self.unit.is_transposed ^= true;
             self.unit.shape.reverse();
+        }
+    }
+
+    /// What it is of its module's whole matrix.
+    pub fn of_whole(&self, whole: Dense) -> Dense {
+        let whole = if self.unit.is_transposed { whole.transposed() } else { whole };
+        match &self.unit.outputs {
+            Some(outputs) => whole.part(outputs.start as usize..outputs.end as usize),
+            None => whole,
         }
     }
 
@@ -255,21 +276,25 @@ pub(crate) fn refuse_what_is_no_product(adapter: &Adapter, allowed: Allowed) -> 
     };
     let is_kept = |is: bool| is && allowed.kept;
     say(
-        "DoRA's magnitudes, with which the update is no sum; make it plain with its base first \
-         (lorafast.bake with plain and base)",
+        "DoRA's magnitudes, with which the update is no sum; the base makes one of it: give it to combine \
+         (base=, --base), or make the adapter plain first (lorafast.bake with plain and base)",
         modules(&|module| module.magnitudes().is_some() && !is_kept(module.magnitude.is_some())),
     );
     say(
-        "updates that only the base's weight makes",
+        "updates that only the base's weight makes; make them plain with it first (lorafast.bake with \
+         plain and base)",
         modules(&|module| !module.delta.has_product() || module.delta.transform().is_some()),
     );
     say("updates of norms and biases", modules(&|module| is_vector(module) && !allowed.kept));
     say("the factors of several experts together", modules(&|module| module.delta.holds_experts()));
-    if !allowed.kept {
+    if !allowed.saved {
         let saved = adapter.saved().iter().map(|saved| saved.path.clone()).collect();
-        say("parameters that were trained whole", saved);
+        say(
+            "parameters that were trained whole, whose change the base tells (base=, --base)",
+            saved,
+        );
         let rows = adapter.trained_rows().iter().map(|rows| rows.path.clone()).collect();
-        say("trained rows of embeddings", rows);
+        say("trained rows of embeddings, whose change the base tells (base=, --base)", rows);
     }
     let semantics = adapter.semantics();
     if semantics.initialization != Initialization::Plain && !allowed.initialization {

@@ -3,15 +3,17 @@
 
 use indexmap::IndexMap;
 
+use super::dense::Dense;
 use super::engine::{Compute, Done, each};
 use super::factored::{Factors, Rows, rounding_error};
 use super::made::{Made, Short};
 use super::merge::Updates;
 use super::methods::{Family, Method};
+use super::on_base::{self, OnBase};
 use super::ranks::{Candidate, Measure, Rule, Spent, within};
 use super::report::{BudgetReport, Record};
 use super::results::{Place, Results, Rounded, rounded};
-use super::sums::{ReadPart, Sum, Sums};
+use super::sums::{Part, ReadPart, Sum, Sums};
 use super::weights::Weight;
 use crate::adapter::Module;
 use crate::error::{Error, Result};
@@ -41,6 +43,8 @@ pub(crate) struct Work<'a> {
     pub keeps: bool,
     /// The ranks that a budget gave.
     pub spent: Option<Spent>,
+    /// By adapter, what it makes of the base's weights as a whole; or empty.
+    pub on_base: &'a [Option<OnBase>],
 }
 
 impl Compute for Work<'_> {
@@ -55,10 +59,13 @@ impl Compute for Work<'_> {
     }
 
     fn elements(&self, sum: &Sum<'_>) -> usize {
-        match self.method.family {
-            Family::Entries(_) => sum.shape[0] * sum.shape[1],
+        let whole = sum.parts.iter().filter(|part| self.whole(part).is_some()).count();
+        let matrices = match self.method.family {
+            Family::Entries(_) => whole + 1,
+            _ if whole > 0 => whole + 1,
             _ => 0,
-        }
+        };
+        matrices * sum.shape[0] * sum.shape[1]
     }
 
     fn module(
@@ -67,10 +74,10 @@ impl Compute for Work<'_> {
         sum: &Sum<'_>,
         dtype: &Dtype,
         results: Option<&Results>,
-        _task: &Task,
+        task: &Task,
     ) -> Result<Done> {
         let rank = self.spent.as_ref().map(|spent| spent.ranks[index]);
-        self.computed(sum, rank, dtype, results)
+        self.computed(sum, rank, dtype, results, task)
     }
 }
 
@@ -84,7 +91,7 @@ impl Work<'_> {
         let candidates: Vec<Candidate> = each(&self.sums.modules, &elements, |index| {
             task.check()?;
             let sum = &self.sums.modules[index];
-            let mut values = self.with_updates(sum, |of| {
+            let mut values = self.with_updates(sum, task, |of| {
                 let made = Made::of(self.method, of)?.ok_or_else(|| not_finite(sum))?;
                 made.values().ok_or_else(|| not_finite(sum))
             })?;
@@ -130,9 +137,17 @@ impl Work<'_> {
         Ok(Some((spent, report)))
     }
 
+    /// The adapter on its base, where that alone tells what is added.
+    fn whole(&self, part: &Part<'_>) -> Option<&OnBase> {
+        let on_base = self.on_base.get(part.adapter)?.as_ref()?;
+        on_base.has(&part.module().key).then_some(on_base)
+    }
+
     /// The factors of all that is added to a module, by adapter.
     fn read(&self, sum: &Sum<'_>) -> Result<Vec<Option<ReadPart>>> {
-        let part = |adapter| sum.part_of(adapter).map(|part| part.read()).transpose();
+        let factored = |part: &&Part<'_>| self.whole(part).is_none();
+        let part =
+            |adapter| sum.part_of(adapter).filter(factored).map(|part| part.read()).transpose();
         (0..self.weights.len()).map(part).collect()
     }
 
@@ -140,16 +155,25 @@ impl Work<'_> {
     fn with_updates<R>(
         &self,
         sum: &Sum<'_>,
+        task: &Task,
         function: impl FnOnce(&Updates<'_, '_>) -> Result<R>,
     ) -> Result<R> {
         let read = self.read(sum)?;
         let updates: Vec<Option<Update<'_>>> = (read.iter())
             .map(|part| part.as_ref().map(ReadPart::update).transpose())
             .collect::<Result<_>>()?;
+        let whole = |adapter| -> Result<Option<Dense>> {
+            let Some(part) = sum.part_of(adapter) else { return Ok(None) };
+            let Some(on_base) = self.whole(part) else { return Ok(None) };
+            Ok(Some(part.of_whole(on_base.dense(&part.module().key, task)?)))
+        };
+        let dense: Vec<Option<Dense>> =
+            (0..self.on_base.len()).map(whole).collect::<Result<_>>()?;
         let name = sum.name();
         let weights: Vec<f64> = self.weights.iter().map(|weight| weight.of(&name)).collect();
-        let (shape, seed) = (sum.shape, self.seed);
-        function(&Updates { name: &name, updates: &updates, weights: &weights, shape, seed })
+        let (shape, seed, dense) = (sum.shape, self.seed, &dense[..]);
+        let updates = &updates[..];
+        function(&Updates { name: &name, updates, dense, weights: &weights, shape, seed })
     }
 
     fn computed(
@@ -158,17 +182,25 @@ impl Work<'_> {
         rank: Option<usize>,
         dtype: &Dtype,
         results: Option<&Results>,
+        task: &Task,
     ) -> Result<Done> {
-        self.with_updates(sum, |of| {
+        self.with_updates(sum, task, |of| {
             let made = Made::of(self.method, of)?.ok_or_else(|| not_finite(sum))?;
             // Of one adapter's modules with one scale, the factors are those without it.
             let scaling = if self.keeps { sum.module.scaling } else { 1.0 };
             let scale_out = if scaling == 0.0 { 1.0 } else { scaling };
-            let ranks = || of.updates.iter().flatten().map(Update::rank);
+            let least = sum.shape[0].min(sum.shape[1]);
+            let of_whole = || of.dense.iter().flatten().map(move |_| least);
+            let ranks = || of.updates.iter().flatten().map(Update::rank).chain(of_whole());
             let largest = || Rule::Fixed(ranks().max().unwrap_or(1).max(1) as u64);
             let shortest = || Cut { rule: largest(), max_rank: None, is_kohya: false };
             let cut = self.cut.or_else(|| self.method.shortens.then(shortest));
-            let short = made.short(cut, rank, scale_out).ok_or_else(|| not_finite(sum))?;
+            let short = match &made {
+                Made::Dense(dense, Some(_)) if on_base::is_quick(cut) => {
+                    on_base::short(dense, cut, rank, dtype, of.name)?
+                }
+                _ => made.short(cut, rank, scale_out).ok_or_else(|| not_finite(sum))?,
+            };
             let scaled = || of.weights.iter().map(|weight| weight * self.method.lambda).collect();
             let coefficients = made.coefficients().map_or_else(scaled, <[f64]>::to_vec);
             let bias = self.bias(sum, &coefficients)?;
@@ -217,7 +249,7 @@ impl Work<'_> {
         let written = own.factors(&factors);
         record.error = match made {
             _ if norm == 0.0 => 0.0,
-            Made::Dense(dense) => dense.distance(&fitting(sum, written)) / norm,
+            Made::Dense(dense, _) => dense.distance(&fitting(sum, written)) / norm,
             _ => {
                 let lost = scale_out.abs() * rounding_error(&factors, &written);
                 // To first order, rounding is orthogonal to what was cut off:

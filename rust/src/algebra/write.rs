@@ -8,7 +8,7 @@ use indexmap::IndexMap;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use super::engine::Job;
+use super::engine::{Job, Whole};
 use super::options::Writing;
 use super::report::Report;
 use crate::adapter::{Adapter, Initialization, Module, Semantics};
@@ -81,7 +81,15 @@ impl<'a> Output<'a> {
             scale_is_given: false,
             ..names.semantics().clone()
         };
-        let value = Arc::new(names.made_into(modules, semantics));
+        let mut value = names.made_into(modules, semantics);
+        if let Whole::Replaced { combined, .. } = &job.whole {
+            let (saved, rows) = match combined {
+                Some(combined) => (combined.saved.clone(), combined.rows.clone()),
+                None => Default::default(),
+            };
+            value = value.renamed(value.modules().clone(), saved, rows, value.grammar());
+        }
+        let value = Arc::new(value);
         let found = described(job.adapters)?;
         for input in job.adapters {
             input.check_unchanged()?;

@@ -44,7 +44,7 @@ const ITERATIONS: usize = 4;
 const LEAST_PIVOT: f64 = 1e-12;
 
 /// A matrix of which rows are read, as often as they are needed.
-pub(super) trait Source: Sync {
+pub(in crate::algebra) trait Source: Sync {
     /// Rows and columns.
     fn shape(&self) -> [usize; 2];
 
