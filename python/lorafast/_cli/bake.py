@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-r",
         "--rank",
         metavar="RULE",
-        help="with --plain: the rank of what is made of whole weights (DoRA and the like): a number, "
-        "error:0.1, energy:0.9, … (default: the least that loses no more than rounding)",
+        help="with --plain: the rank of what is made of whole weights (DoRA and the like): a "
+        "number, error:0.1, energy:0.9, … (default: the least that loses no more than rounding)",
     )
     add_base(parser, "for --plain and where names depend on it")
     add_output(parser)
