@@ -322,6 +322,7 @@ class AlgebraModule(TypedDict):
     norm: float
     singular_values: list[float]
     coefficients: list[float] | None
+    expert_ranks: list[int] | None
 
 class AlgebraBudget(TypedDict):
     measure: Literal["ranks", "parameters", "bytes"]

@@ -26,6 +26,7 @@ mod raw;
 mod report;
 mod results;
 mod rounding;
+mod stacks;
 mod sums;
 mod weights;
 mod whole;

@@ -109,6 +109,22 @@ pub(crate) fn holds(to: &str) -> Result<[bool; 3]> {
     Ok([holds.whole, holds.embeddings, holds.convolutions])
 }
 
+/// The adapter with each module of experts as that of the one parameter that its factors belong to; none
+/// where there is nothing to tell.
+pub(crate) fn of_parameters(adapter: &Adapter) -> Option<Adapter> {
+    experts::resolved(adapter)
+}
+
+/// The inputs and kernels of the convolutions that modules change, of those whose factors have both taken
+/// together; none of those that the base has as no convolution.
+pub(crate) fn flattened_inputs<'a>(
+    modules: impl Iterator<Item = &'a Module>,
+    base: &Checkpoint,
+) -> Vec<Option<Vec<u64>>> {
+    let names = DiffusionNames::of(base);
+    modules.map(|module| methods::inputs_in(base, names.as_ref(), module)).collect()
+}
+
 /// Writes an adapter in a format, reads it back, and holds it against what it was, with the threads of the
 /// pool that it is called in.
 ///

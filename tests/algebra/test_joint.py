@@ -247,7 +247,7 @@ def test_tsv_m_refuses_directions_that_are_shared(tmp_path: Path) -> None:
         ({"method": "iso_c", "options": {"density": 0.5}}, 'takes no option "density"'),
         ({"method": "tsv_m", "options": {"k": 0}}, "k is 0"),
         ({"method": "core_space", "options": {"density": 0}}, "density is 0"),
-        ({"method": "iso_c", "rank": "auto"}, 'rank is "auto"'),
+        ({"method": "knots", "rank": "auto"}, 'rank is "auto".*turn on a single rounding'),
         ({"method": "wudi"}, "there are linear,.*core_space, ties"),
     ],
 )
@@ -257,6 +257,34 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(ValueError, match=message):
         lorafast.combine(toys(tmp_path, "ST"), tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["knots", "core_space", "tsv_m", "iso_c"])
+def test_auto_leaves_the_directions_that_rounding_made(tmp_path: Path, method: Any) -> None:
+    random = np.random.default_rng(0)
+    paths, exact = [], []
+    for index in range(2):
+        b, a = random_factors({"m": (40, 30, 4)}, seed=index)["m"]
+        # Rank 4, written with 7 columns and rounded to 16 bits.
+        mix = random.standard_normal((4, 7))
+        wide = ((b @ mix).astype(np.float16), (np.linalg.pinv(mix) @ a).astype(np.float16))
+        paths.append(write_factors(tmp_path / f"in{index}", {"m": wide}, alpha=7.0))
+        exact.append(b @ a)
+    asked: dict[str, Any] = {"method": method}
+    if method in ("knots", "core_space"):
+        asked["options"] = {"merge": "linear"}
+    report = lorafast.combine(paths, tmp_path / "out", rank="auto", dtype="float64", **asked)
+    assert report.ranks == {"m": 8}
+    wanted = {"tsv_m": lambda: tsv_m(exact, [1, 1], 4), "iso_c": lambda: iso8(sum(exact))}
+    close(written(tmp_path / "out")["m"], wanted.get(method, lambda: sum(exact))(), 3e-3)
+    # Without it the rounding has directions of its own.
+    report = lorafast.combine(paths, tmp_path / "all", dtype="float64", **asked)
+    assert report.ranks == {"m": 14}
+
+
+def iso8(total: Any) -> Array:
+    u, s, vh = np.linalg.svd(total, full_matrices=False)
+    return float(s[:8].mean()) * u[:, :8] @ vh[:8]
 
 
 @pytest.mark.parametrize("method", ["knots", "core_space", "tsv_m", "iso_c"])

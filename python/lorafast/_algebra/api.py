@@ -475,7 +475,7 @@ def _report(
 ) -> Report:
     modules = RecordDict()
     for name, record in found["modules"].items():
-        coefficients = record["coefficients"]
+        coefficients, expert_ranks = record["coefficients"], record["expert_ranks"]
         modules[name] = ModuleResult(
             shape=(record["shape"][0], record["shape"][1]),
             source_rank=record["source_rank"],
@@ -485,6 +485,7 @@ def _report(
             norm=record["norm"],
             singular_values=tuple(record["singular_values"]),
             coefficients=None if coefficients is None else tuple(coefficients),
+            expert_ranks=None if expert_ranks is None else tuple(expert_ranks),
         )
     budget = found["budget"]
     return kind(

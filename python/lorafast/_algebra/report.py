@@ -29,6 +29,8 @@ class ModuleResult:
             ones where a method looks at each element.
         coefficients: what each adapter's update was multiplied by; `None` of a single adapter and
             where the result is no sum of them.
+        expert_ranks: of a parameter that holds a matrix for each expert, the ranks that these need;
+            all are written with the largest. `None` of others.
     """
 
     shape: tuple[int, int]
@@ -39,6 +41,7 @@ class ModuleResult:
     norm: float
     singular_values: tuple[float, ...]
     coefficients: tuple[float, ...] | None
+    expert_ranks: tuple[int, ...] | None
 
 
 @shown

@@ -17,7 +17,7 @@ use super::on_base::{self, OnBase};
 use super::options::Writing;
 use super::ranks::Rule;
 use super::report::{Record, Report};
-use super::results::{Results, Rounded, rounded};
+use super::results::{Results, Rounded, Written, rounded};
 use super::sums::{Allowed, Sum, Sums};
 use super::work::{Cut, fitting, not_finite, too_large};
 use super::write::Output;
@@ -148,7 +148,8 @@ pub fn bake(
         None => Vec::new(),
     };
     let summed = if on_base.is_some() { &stand_in[..] } else { &adapters[..] };
-    let sums = Sums::of(summed, allowed, task)?;
+    let mut sums = Sums::of(summed, allowed, task)?;
+    let of_kernels = sums.find_kernels(base.as_deref());
     if let Some(rank) = options.pad_to {
         let is_known =
             |sum: &Sum<'_>| on_base.as_ref().is_none_or(|on_base| !on_base.has(&sum.module.key));
@@ -188,6 +189,7 @@ pub fn bake(
     };
     let mut notes = adapter.notes().to_vec();
     notes.extend(on_base.as_ref().map(OnBase::note));
+    notes.extend(of_kernels);
     let (sums, adapters) = (&sums, &adapters[..]);
     let base = base.as_deref();
     let job = Job {
@@ -432,6 +434,7 @@ impl Compute for Work<'_> {
                 norm,
                 singular_values,
                 coefficients,
+                expert_ranks: None,
             };
             return Ok((record, None));
         }
@@ -468,6 +471,7 @@ impl Compute for Work<'_> {
             norm,
             singular_values: values,
             coefficients: None,
+            expert_ranks: None,
         };
         let bias = match &module.bias {
             None => None,
@@ -480,7 +484,7 @@ impl Compute for Work<'_> {
             }
         };
         let place = results.map(|results| results.put(&own, bias.as_deref())).transpose()?;
-        Ok((record, place.map(|place| (module.clone(), place, wanted))))
+        Ok((record, place.map(|place| Written::of(sum, place, wanted))))
     }
 }
 

@@ -17,8 +17,8 @@ use super::weights::Weight;
 use super::whole::Parameters;
 use super::work::{Cut, Work};
 use super::write::Output;
-use crate::adapter::Adapter;
 use crate::adapter::format::AdapterSource;
+use crate::adapter::{Adapter, LayerKind};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::parallel::task::{Task, build_pool};
@@ -90,6 +90,7 @@ pub fn combine(
     let method = Method::parse(&options.method, &options.options, inputs)?;
     let rule = options.rank.as_ref().filter(|rank| !rank.is_null()).map(Rule::parse).transpose()?;
     method.check_rule(&options.method, rule)?;
+    let method = method.under(rule);
     let is_kohya = compat == Compat::Kohya;
     let cut = rule.map(|rule| Cut { rule, max_rank: None, is_kohya });
     let place = Output::check(output, &options.write)?;
@@ -116,7 +117,8 @@ pub fn combine(
         ..Allowed::NOTHING
     };
     let summed = members.as_ref().map_or(&adapters[..], |members| &members.stand_ins);
-    let sums = Sums::of(summed, allowed, task)?;
+    let mut sums = Sums::of(summed, allowed, task)?;
+    let of_kernels = sums.find_kernels(base);
     let weights = options.weights.clone().unwrap_or_else(|| vec![Weight::All(1.0); count]);
     let mut names: Vec<String> = sums.modules.iter().map(Sum::name).collect();
     names.extend(whole.iter().flat_map(|whole| whole.names()));
@@ -125,6 +127,7 @@ pub fn combine(
     }
     method.check_weights(&weights, &names)?;
     let mut notes = missing(&adapters, &sums);
+    notes.extend(of_kernels);
     notes.extend(adapters.iter().flat_map(|adapter| adapter.notes().iter().cloned()));
     notes.extend(whole.map(Parameters::note));
     notes.extend(members.iter().flat_map(|members| &members.on_base).flatten().map(OnBase::note));
@@ -134,6 +137,25 @@ pub fn combine(
             "the biases of the second factors are no matrices: they are summed with the weights, and \
              the method {} is for the updates",
             options.method
+        ));
+    }
+    if !sums.vectors.is_empty() {
+        notes.push(format!(
+            "{} updates of norms and biases are vectors, which are summed and have no rank",
+            sums.vectors.len()
+        ));
+    }
+    let lacks_bias = |sum: &Sum<'_>| {
+        let is_layer = sum.layer.kind != LayerKind::Embedding && sum.expert.is_none();
+        is_layer && sum.parts.iter().all(|part| part.module().bias.is_none())
+    };
+    let fills_biases =
+        options.write.target()? == "peft" && modules().any(|module| module.bias.is_some());
+    let filled = sums.modules.iter().filter(|sum| fills_biases && lacks_bias(sum)).count();
+    if filled > 0 {
+        notes.push(format!(
+            "{filled} modules get a bias of zeros: PEFT's lora_bias is that of all modules, and some have \
+             one"
         ));
     }
     let seed = options.seed;
@@ -147,6 +169,7 @@ pub fn combine(
         keeps: false,
         spent: None,
         on_base: members.as_ref().map_or(&[], |members| &members.on_base),
+        fills_biases,
     };
     let mut said = Map::new();
     said.insert("method".into(), options.method.clone().into());
@@ -228,7 +251,8 @@ pub fn resize(
             ));
         }
     };
-    let sums = Sums::of(&adapters, Allowed::OF_ONE, task)?;
+    let mut sums = Sums::of(&adapters, Allowed::OF_ONE, task)?;
+    let of_kernels = sums.find_kernels(base);
     let weights = [Weight::All(1.0)];
     let cut = Some(Cut { rule, max_rank: options.max_rank, is_kohya });
     // One scale for all is kept where all ranks are the same after it.
@@ -244,12 +268,13 @@ pub fn resize(
         keeps,
         spent: None,
         on_base: &[],
+        fills_biases: false,
     };
     let mut parameters = Map::new();
     parameters.insert("rank".into(), options.rank.clone());
     parameters.insert("max_rank".into(), options.max_rank.into());
     parameters.insert("relative_to".into(), plain(options.relative_to.as_ref()));
-    let notes = adapters[0].notes().to_vec();
+    let notes = adapters[0].notes().iter().cloned().chain(of_kernels).collect();
     let (sums, adapters, verb) = (&sums, &adapters[..], "resize");
     let whole = Whole::Kept;
     let job = Job { sums, adapters, base, verb, parameters, notes, rank_stabilized: false, whole };
@@ -269,7 +294,8 @@ pub(super) fn opened(
     let open = |source: &AdapterSource| {
         let adapter = source.open_for(base, task)?;
         let resolved = base.map(|base| crate::adapter::grammar::resolve(&adapter, base));
-        Ok(resolved.transpose()?.flatten().unwrap_or(adapter))
+        let adapter = resolved.transpose()?.flatten().unwrap_or(adapter);
+        Ok(crate::convert::of_parameters(&adapter).unwrap_or(adapter))
     };
     sources.iter().map(open).collect()
 }

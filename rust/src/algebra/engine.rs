@@ -9,8 +9,9 @@ use serde_json::{Map, Value};
 
 use super::options::Writing;
 use super::report::{BudgetReport, Record, Report, overall};
-use super::results::{Place, Results};
+use super::results::{Results, Written};
 use super::rounding;
+use super::stacks;
 use super::sums::{Sum, Sums};
 use super::whole::Combined;
 use super::write::Output;
@@ -24,7 +25,7 @@ use crate::tensor::dtype::Dtype;
 const DENSE_ELEMENTS: usize = 1 << 26;
 
 /// A module that was computed: its record, and where its factors are, with the scale that they have.
-pub(crate) type Done = (Record, Option<(Module, Place, f64)>);
+pub(crate) type Done = (Record, Option<Written>);
 
 /// What computes the modules.
 pub(crate) trait Compute: Send + Sync {
@@ -44,6 +45,14 @@ pub(crate) trait Compute: Send + Sync {
     /// The elements of the matrices that are made of a module, for methods that make some.
     fn elements(&self, _sum: &Sum<'_>) -> usize {
         0
+    }
+
+    /// What is made of updates of norms and biases, in that type.
+    ///
+    /// # Errors
+    /// Those of reading, and of what cannot be computed.
+    fn vectors(&self, _dtype: &Dtype, _task: &Task) -> Result<Vec<Module>> {
+        Ok(Vec::new())
     }
 
     /// One module, rounded to that type, and put into the results where there are any.
@@ -121,17 +130,27 @@ pub(crate) fn run(
     let mut records = IndexMap::new();
     let mut made = Vec::new();
     let mut bytes = 0;
-    for (sum, (record, one)) in sums.iter().zip(done) {
-        bytes += ((record.shape[0] + record.shape[1]) * record.rank * dtype.size()) as u64;
-        records.insert(sum.name(), record);
-        made.extend(one);
+    let mut done: Vec<Option<Done>> = done.into_iter().map(Some).collect();
+    for places in stacks::parameters(sums) {
+        let count = places.len();
+        let mut own = Vec::with_capacity(count);
+        for place in &places {
+            let (record, one) = done[*place].take().expect("each is in one parameter");
+            own.push((sums[*place].expert, record));
+            made.extend(one);
+        }
+        let record = stacks::record(own);
+        bytes += ((record.shape[0] + record.shape[1]) * record.rank * count * dtype.size()) as u64;
+        records.insert(sums[places[0]].name(), record);
     }
+    let vectors = compute.vectors(&dtype, task)?;
     let left_out = records.values().filter(|record| record.rank == 0).count();
     let has_parameters = match &job.whole {
         Whole::Kept => job.adapters.iter().any(|adapter| !adapter.saved().is_empty()),
         Whole::Replaced { .. } => !job.whole.is_nothing(),
     };
-    if left_out == records.len() && !(records.is_empty() && has_parameters) {
+    let is_something = !vectors.is_empty() || (records.is_empty() && has_parameters);
+    if left_out == records.len() && !is_something {
         return Err(Error::Argument(
             "nothing would be left: every module's update is zero".to_owned(),
         ));
@@ -157,6 +176,7 @@ pub(crate) fn run(
         for module in &job.sums.kept {
             modules.insert(module.key.clone(), (*module).clone());
         }
+        modules.extend(vectors.into_iter().map(|module| (module.key.clone(), module)));
         pool.install(|| place.write(&job, modules, task, &mut report))?;
     }
     Ok(report)

@@ -12,6 +12,7 @@
 use super::bases::{numerical_rank, orthonormal, thin};
 use super::factored::{Decomposed, Rows, decomposed, fix_signs, sides};
 use super::merge::{Merge, Updates};
+use super::rounding;
 use crate::error::{Error, Result};
 use crate::linalg::{Matrix, decompose};
 use crate::measure::spectrum::Update;
@@ -41,12 +42,35 @@ impl Joint {
     ///
     /// # Errors
     /// [`Error::Argument`] where the method is not defined for these updates.
-    pub fn result(&self, of: &Updates<'_, '_>) -> Result<Option<Decomposed>> {
+    pub fn result(&self, of: &Updates<'_, '_>, counts: Directions) -> Result<Option<Decomposed>> {
         match self {
             Self::Knots(merge) => Ok(knots(of, merge)),
-            Self::TsvM { k } => tsv_m(of, *k),
-            Self::IsoC => iso_c(of),
+            Self::TsvM { k } => tsv_m(of, *k, counts),
+            Self::IsoC => iso_c(of, counts),
             Self::CoreSpace(merge) => Ok(core_space(of, merge)),
+        }
+    }
+}
+
+/// Which directions of an update there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Directions {
+    /// Those up to the numerical rank.
+    #[default]
+    Numerical,
+    /// Those above what the rounding of the stored factors explains.
+    AboveRounding,
+}
+
+impl Directions {
+    fn count(self, update: &Update<'_>, found: &Decomposed) -> usize {
+        let rank = numerical_rank(&found.values, update.rows(), update.columns());
+        match self {
+            Self::Numerical => rank,
+            Self::AboveRounding => {
+                let floor = rounding::floor(update);
+                found.values[..rank].iter().take_while(|value| **value > floor).count()
+            }
         }
     }
 }
@@ -163,14 +187,14 @@ fn core_space(of: &Updates<'_, '_>, merge: &Merge) -> Option<Decomposed> {
     Some(thin(&merged).turned(&left, Some(&right)))
 }
 
-fn tsv_m(of: &Updates<'_, '_>, k: Option<usize>) -> Result<Option<Decomposed>> {
+fn tsv_m(of: &Updates<'_, '_>, k: Option<usize>, counts: Directions) -> Result<Option<Decomposed>> {
     let [rows, columns] = of.shape;
     let mut triplets: Vec<(f64, usize)> = Vec::new();
     let (mut left, mut right) = (Vec::new(), Vec::new());
     for (update, weight) in of.updates.iter().zip(of.weights) {
         let Some(update) = update.as_ref().filter(|_| *weight != 0.0) else { continue };
         let Some(found) = decomposed(update) else { return Ok(None) };
-        let rank = numerical_rank(&found.values, rows, columns).min(k.unwrap_or(usize::MAX));
+        let rank = counts.count(update, &found).min(k.unwrap_or(usize::MAX));
         let one = vec![1.0; rank];
         let vectors = found.with_scales(&one, &one);
         for (index, value) in found.values[..rank].iter().enumerate() {
@@ -221,7 +245,7 @@ fn tsv_m(of: &Updates<'_, '_>, k: Option<usize>) -> Result<Option<Decomposed>> {
     Ok(Some(Decomposed::explicit(left, values, right)))
 }
 
-fn iso_c(of: &Updates<'_, '_>) -> Result<Option<Decomposed>> {
+fn iso_c(of: &Updates<'_, '_>, counts: Directions) -> Result<Option<Decomposed>> {
     let [rows, columns] = of.shape;
     let mut total = Update::sum(rows, columns, Vec::new())?;
     for (update, weight) in of.updates.iter().zip(of.weights) {
@@ -230,7 +254,7 @@ fn iso_c(of: &Updates<'_, '_>) -> Result<Option<Decomposed>> {
         }
     }
     let Some(found) = decomposed(&total) else { return Ok(None) };
-    let rank = numerical_rank(&found.values, rows, columns);
+    let rank = counts.count(&total, &found);
     let mean = found.values[..rank].iter().sum::<f64>() / rank.max(1) as f64;
     let one = vec![1.0; rank];
     let vectors = found.with_scales(&one, &one);

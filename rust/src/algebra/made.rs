@@ -67,7 +67,7 @@ impl<'u> Made<'u> {
                 of.name
             ))),
             Family::Joint(joint) => {
-                let found = joint.result(of)?;
+                let found = joint.result(of, method.counts)?;
                 Ok(found.map(|found| Self::Decomposed(found.scaled(method.lambda))))
             }
             Family::Entries(entries) => {

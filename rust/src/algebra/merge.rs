@@ -12,6 +12,8 @@ use crate::measure::spectrum::Update;
 pub(crate) struct Updates<'u, 'f> {
     /// What the module is called.
     pub name: &'u str,
+    /// What random masks know it by.
+    pub mask: &'u str,
     /// By adapter; `None` where one lacks the module.
     pub updates: &'u [Option<Update<'f>>],
     /// Those that are whole matrices, which are not among the updates; by adapter, or empty where there are
@@ -49,7 +51,7 @@ impl Updates<'_, '_> {
     pub fn finder(&self, method: entrywise::Method, shape: [usize; 2]) -> Finder {
         let present = || (0..self.updates.len()).filter(|index| self.is_present(*index));
         let weights: Vec<f64> = present().map(|index| self.weights[index]).collect();
-        let masks = present().map(|index| Mask::new(self.seed, self.name, index)).collect();
+        let masks = present().map(|index| Mask::new(self.seed, self.mask, index)).collect();
         let missing = self.updates.len() - weights.len();
         Finder::new(method, shape, weights, masks, missing)
     }

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::dense;
 use super::factored::inner_products;
-use super::joint::Joint;
+use super::joint::{Directions, Joint};
 use super::merge::{Merge, Updates};
 use super::options::MethodOptions;
 use super::ranks::Rule;
@@ -23,6 +23,8 @@ pub(crate) struct Method {
     pub lambda: f64,
     /// Whether the result has the largest rank of what goes in where no rule is given.
     pub shortens: bool,
+    /// Which directions methods of singular vectors take.
+    pub counts: Directions,
 }
 
 /// What a method needs of the updates.
@@ -110,8 +112,12 @@ fn names(families: &[&[(&'static str, &'static [&'static str])]]) -> String {
 
 impl Method {
     /// The sum of all with weights as they are.
-    pub const LINEAR: Self =
-        Self { family: Family::Sum(Gram::Linear), lambda: 1.0, shortens: false };
+    pub const LINEAR: Self = Self {
+        family: Family::Sum(Gram::Linear),
+        lambda: 1.0,
+        shortens: false,
+        counts: Directions::Numerical,
+    };
 
     /// The method of that name with these options.
     ///
@@ -168,7 +174,8 @@ impl Method {
             }
             name => Family::Sum(Gram::parse(name, options, inputs)?),
         };
-        Ok(Self { family, lambda, shortens: name == "svd" })
+        let counts = Directions::default();
+        Ok(Self { family, lambda, shortens: name == "svd", counts })
     }
 
     /// Whether it depends on a seed.
@@ -198,13 +205,35 @@ impl Method {
                  updates that the method {name} makes are of full rank, and need a number, or a rule as \
                  \"error:0.1\""
             ))),
-            (Family::Joint(_), Some(Rule::Auto)) => Err(Error::Argument(format!(
-                "rank is \"auto\", which drops what the rounding of the stored factors explains; the \
-                 singular values of the method {name} are not those of a sum of them, and need a number, \
-                 or a rule as \"error:0.1\""
+            (
+                Family::Joint(
+                    Joint::Knots(Merge::Entries(_)) | Joint::CoreSpace(Merge::Entries(_)),
+                ),
+                Some(Rule::Auto),
+            ) => Err(Error::Argument(format!(
+                "rank is \"auto\", which drops what the rounding of the stored factors explains; {name} \
+                 merges coordinates element by element, and which of them are kept can turn on a single \
+                 rounding, so that no singular value bounds what it explains: give a number, or a rule as \
+                 \"error:0.1\" (with options={{\"merge\": \"linear\"}} there is an \"auto\")"
             ))),
             _ => Ok(()),
         }
+    }
+
+    /// The same method under a rule: what rounding explains is no direction of an update under `auto`, and a
+    /// sum of coordinates is the sum of the updates, whose floor is known.
+    #[must_use]
+    pub fn under(self, rule: Option<Rule>) -> Self {
+        if rule != Some(Rule::Auto) {
+            return self;
+        }
+        let family = match self.family {
+            Family::Joint(Joint::Knots(Merge::Sum(gram)) | Joint::CoreSpace(Merge::Sum(gram))) => {
+                Family::Sum(gram)
+            }
+            family => family,
+        };
+        Self { family, counts: Directions::AboveRounding, ..self }
     }
 
     /// Checks the weights of each module for methods that divide by their sum.

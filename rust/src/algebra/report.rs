@@ -24,6 +24,9 @@ pub struct Record {
     pub singular_values: Vec<f64>,
     /// What each adapter's update was multiplied by, where the result is a sum of them.
     pub coefficients: Option<Vec<f64>>,
+    /// Of a parameter that holds a matrix for each expert, the ranks that these need; all are written with
+    /// the largest.
+    pub expert_ranks: Option<Vec<usize>>,
 }
 
 /// How well a budget was spent.

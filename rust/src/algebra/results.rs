@@ -6,8 +6,10 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 
 use super::factored::{Factors, Rows};
-use crate::adapter::Module;
+use super::stacks;
+use super::sums::{Layer, Sum};
 use crate::adapter::deltas::LowRank;
+use crate::adapter::{Expert, Module};
 use crate::error::{Owner, Result};
 use crate::kernel::convert::{convert, widen_f64};
 use crate::storage::scratch::ScratchFile;
@@ -29,6 +31,26 @@ pub(crate) struct Place {
     b: u64,
     a: u64,
     bias: Option<u64>,
+}
+
+/// What was written of a module, or of one of its experts: its place, and the scale that it has.
+#[derive(Debug)]
+pub(crate) struct Written {
+    module: Module,
+    expert: Option<Expert>,
+    outputs: u64,
+    inputs: Vec<u64>,
+    place: Place,
+    scaling: f64,
+}
+
+impl Written {
+    /// What was written of a sum.
+    pub fn of(sum: &Sum<'_>, place: Place, scaling: f64) -> Self {
+        let Layer { kind, inputs, .. } = sum.layer.clone();
+        let module = Module { kind, ..sum.module.clone() };
+        Self { module, expert: sum.expert, outputs: sum.outputs(), inputs, place, scaling }
+    }
 }
 
 /// Factors in the type in which they are written, row after row.
@@ -90,18 +112,18 @@ impl Results {
     ///
     /// # Errors
     /// [`crate::Error::Io`].
-    pub fn modules(&self, made: Vec<(Module, Place, f64)>) -> Result<IndexMap<String, Module>> {
+    pub fn modules(&self, made: Vec<Written>) -> Result<IndexMap<String, Module>> {
         let mut header = Header::default();
         let mut wanted = Vec::with_capacity(made.len());
-        for (module, place, scaling) in made {
-            let mut a_shape = vec![place.rank];
-            let mut outputs = module.outputs();
-            if module.delta.is_by_tokens() {
-                a_shape.push(outputs);
-                outputs = module.inputs();
-            } else {
-                a_shape.extend(module.delta.input_shape());
+        let mut stacks = IndexMap::<String, Vec<Written>>::new();
+        for one in made {
+            if one.expert.is_some() {
+                stacks.entry(one.module.key.clone()).or_default().push(one);
+                continue;
             }
+            let Written { module, outputs, inputs, place, scaling, .. } = one;
+            let mut a_shape = vec![place.rank];
+            a_shape.extend(inputs);
             let mut b_shape = vec![outputs, place.rank];
             b_shape.extend(std::iter::repeat_n(1, a_shape.len() - 2));
             let mut add = |what: &str, shape: Vec<u64>, start: u64| {
@@ -114,6 +136,10 @@ impl Results {
             let names = [add("a", a_shape, place.a), add("b", b_shape, place.b)];
             let bias = place.bias.map(|start| add("bias", vec![outputs], start));
             wanted.push((module, names, bias, place.rank, scaling));
+        }
+        let mut of_experts = Vec::with_capacity(stacks.len());
+        for (key, experts) in stacks {
+            of_experts.push(self.stack(&key, experts, &mut header)?);
         }
         let file = Arc::new(TensorFile::of_raw_file(self.file.path(), Owner::Adapter, header)?);
         let tensor = |name: &str| -> Tensor { file.value(name).expect("it was put") };
@@ -131,6 +157,65 @@ impl Results {
             };
             modules.insert(module.key.clone(), module);
         }
+        for (like, factors, scaling) in of_experts {
+            let module = stacks::module(&like, factors.map(|name| tensor(&name)), scaling)?;
+            modules.insert(module.key.clone(), module);
+        }
         Ok(modules)
+    }
+
+    /// Puts the factors of several experts one after the other, with zeros up to the largest rank: the names
+    /// of both stacks.
+    fn stack(
+        &self,
+        key: &str,
+        experts: Vec<Written>,
+        header: &mut Header,
+    ) -> Result<(Module, [String; 2], f64)> {
+        let Written { module, scaling, .. } = &experts[0];
+        let (like, scaling) = (module.clone(), *scaling);
+        let count = module.products().count() as u64;
+        let (outputs, inputs) = (module.outputs(), module.inputs());
+        let rank = experts.iter().map(|one| one.place.rank).max().unwrap_or(0);
+        let dtype = experts[0].place.dtype.clone();
+        let size = dtype.size() as u64;
+        let place_of = |index: u64| {
+            let is = |one: &&Written| one.expert.is_some_and(|expert| expert.index == index);
+            experts.iter().find(is).map(|one| &one.place)
+        };
+        let mut starts = [0; 2];
+        for (slot, extent) in [inputs, outputs].into_iter().enumerate() {
+            for index in 0..count {
+                let mut padded = vec![0; (rank * extent * size) as usize];
+                if let Some(place) = place_of(index) {
+                    let start = if slot == 0 { place.a } else { place.b };
+                    let own = self.file.read(start, (place.rank * extent * size) as usize)?;
+                    // Rows of A are whole; of B each has room for the largest rank.
+                    let (from, to) = match slot {
+                        0 => (own.len(), padded.len()),
+                        _ => ((place.rank * size) as usize, (rank * size) as usize),
+                    };
+                    for (target, source) in
+                        padded.chunks_exact_mut(to.max(1)).zip(own.chunks_exact(from.max(1)))
+                    {
+                        target[..from].copy_from_slice(source);
+                    }
+                }
+                let start = self.file.append(&[&padded])?;
+                if index == 0 {
+                    starts[slot] = start;
+                }
+            }
+        }
+        let mut add = |what: &str, shape: Vec<u64>, start: u64| {
+            let bytes = shape.iter().product::<u64>() * size;
+            let name = format!("{key}.{what}");
+            let (dtype, range) = (dtype.clone(), start..start + bytes);
+            header.tensors.push(TensorInfo { name: name.clone(), dtype, shape, range });
+            name
+        };
+        let a = add("experts.a", vec![count, rank, inputs], starts[0]);
+        let b = add("experts.b", vec![count, outputs, rank], starts[1]);
+        Ok((like, [a, b], scaling))
     }
 }

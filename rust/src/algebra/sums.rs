@@ -3,8 +3,13 @@
 use indexmap::IndexMap;
 
 use super::dense::Dense;
+use super::stacks;
 use crate::adapter::alignment::{Alignment, Identity, Layout, Unit};
-use crate::adapter::{Adapter, Grammar, Initialization, LayerKind, Module};
+use crate::adapter::{
+    Adapter, Expert, Grammar, Initialization, LayerKind, Module, TransposedExperts,
+};
+use crate::checkpoint::Checkpoint;
+use crate::convert;
 use crate::error::{Error, Result};
 use crate::measure::products::{Factors, PartFactors, Product, products_of};
 use crate::measure::spectrum::Update;
@@ -24,17 +29,33 @@ pub(crate) struct Part<'a> {
 pub(crate) struct Sum<'a> {
     /// The module as the result has it, of the first adapter that has it whole.
     pub module: &'a Module,
+    /// Which of the module's experts it is, where that holds a matrix for each.
+    pub expert: Option<Expert>,
     /// (outputs, inputs).
     pub shape: [usize; 2],
+    /// The layer that it changes, by what all of them know of it.
+    pub layer: Layer,
     /// At most one for each adapter.
     pub parts: Vec<Part<'a>>,
+}
+
+/// What a sum's layer is, as its factors are written.
+#[derive(Debug, Clone)]
+pub(crate) struct Layer {
+    /// What layer it is.
+    pub kind: LayerKind,
+    /// The extents of the inputs, a convolution's kernel among them.
+    pub inputs: Vec<u64>,
+    /// Whether the factors are written transposed: an embedding's product is the transpose of its weight,
+    /// which some formats have as it is.
+    pub turns: bool,
 }
 
 /// What an adapter may have beside products of two factors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Allowed {
-    /// What is kept as it is: DoRA's magnitudes of the outputs, norms and biases, parameters that were
-    /// trained whole and trained rows.
+    /// What is kept as it is: DoRA's magnitudes of the outputs, norms and biases (which are summed
+    /// otherwise), parameters that were trained whole and trained rows.
     pub kept: bool,
     /// Factors that began with a part of the base's weight.
     pub initialization: bool,
@@ -55,6 +76,8 @@ pub(crate) struct Sums<'a> {
     pub modules: Vec<Sum<'a>>,
     /// The modules that the result has as they are.
     pub kept: Vec<&'a Module>,
+    /// Norms and biases that are summed.
+    pub vectors: Vec<Sum<'a>>,
     /// The place of the adapter whose names the result takes.
     pub names: usize,
 }
@@ -90,22 +113,69 @@ impl<'a> Sums<'a> {
         let names = adapters.iter().position(|one| one.grammar() == Grammar::Dotted).unwrap_or(0);
         let order = [names].into_iter().chain((0..adapters.len()).filter(|index| *index != names));
         let mut found = IndexMap::<&Identity, Vec<Part<'a>>>::new();
+        let mut of_vectors = IndexMap::<&Identity, Vec<Part<'a>>>::new();
         let members = &alignment.members;
         let products: Vec<Vec<Product<'a>>> = adapters.iter().map(products_of).collect();
         for adapter in order {
             for unit in &members[adapter].units {
                 let product = products[adapter][unit.part];
-                if is_vector(product.module) {
-                    continue;
-                }
                 let part = Part { adapter, product, unit: unit.clone() };
-                found.entry(&unit.identity).or_default().push(part);
+                match (is_vector(product.module), allowed.kept) {
+                    (false, _) => found.entry(&unit.identity).or_default().push(part),
+                    (true, false) => of_vectors.entry(&unit.identity).or_default().push(part),
+                    (true, true) => {}
+                }
             }
         }
         let sums = found.into_values().map(|parts| Sum::of(parts, adapters));
         let kept = adapters.iter().flat_map(|adapter| adapter.modules().values());
-        let kept = kept.filter(|module| is_vector(module)).collect();
-        Ok(Self { modules: sums.collect::<Result<_>>()?, kept, names })
+        let kept = kept.filter(|module| is_vector(module) && allowed.kept).collect();
+        let vectors = of_vectors.into_values().map(|parts| Sum::of(parts, adapters));
+        let vectors = vectors.collect::<Result<_>>()?;
+        let modules = sums.collect::<Result<Vec<_>>>()?;
+        for places in stacks::parameters(&modules) {
+            let (first, count) = (&modules[places[0]], places.len());
+            if first.expert.is_some_and(|expert| expert.count != count as u64) {
+                return Err(Error::unsupported(
+                    adapters[names].path(),
+                    format!(
+                        "has some experts of {} one by one, and another adapter those of all together; \
+                         bring both to one format first (lorafast.convert)",
+                        first.name()
+                    ),
+                ));
+            }
+        }
+        Ok(Self { modules, kept, vectors, names })
+    }
+}
+
+impl Sums<'_> {
+    /// Finds the kernels of convolutions whose factors have them and the inputs taken together. What is
+    /// said of those of which nothing tells, in words.
+    pub fn find_kernels(&mut self, base: Option<&Checkpoint>) -> Option<String> {
+        let is_open = |sum: &&mut Sum<'_>| {
+            sum.layer.inputs.len() == 1 && sum.module.delta.may_flatten_kernel()
+        };
+        let mut open: Vec<&mut Sum<'_>> = self.modules.iter_mut().filter(is_open).collect();
+        let Some(base) = base else {
+            return open.first().map(|first| {
+                format!(
+                    "{} modules can be convolutions with the inputs and the kernel taken together (the \
+                     first: {}); they are written as linear layers, and with the base (base=, --base) as \
+                     what they are",
+                    open.len(),
+                    first.name()
+                )
+            });
+        };
+        let found = convert::flattened_inputs(open.iter().map(|sum| sum.module), base);
+        for (sum, inputs) in open.iter_mut().zip(found) {
+            if let Some(inputs) = inputs {
+                sum.layer = Layer { kind: LayerKind::Convolution, inputs, turns: false };
+            }
+        }
+        None
     }
 }
 
@@ -113,10 +183,7 @@ impl<'a> Sum<'a> {
     fn of(mut parts: Vec<Part<'a>>, adapters: &[Adapter]) -> Result<Self> {
         let path = |part: &Part<'_>| adapters[part.adapter].path();
         let first = &parts[0];
-        // An embedding's product says what the layer is; another does not.
-        let of_embedding = |part: &&Part<'_>| part.product.module.kind == LayerKind::Embedding;
-        let whole = || parts.iter().filter(|part| part.is_whole());
-        let Some(whole) = whole().find(of_embedding).or_else(|| whole().next()) else {
+        let Some(whole) = parts.iter().find(|part| part.is_whole()) else {
             return Err(Error::unsupported(
                 path(first),
                 format!(
@@ -127,10 +194,7 @@ impl<'a> Sum<'a> {
             ));
         };
         let (module, shape) = (whole.product.module, whole.unit.shape);
-        let path_of_whole = path(whole);
-        for part in &mut parts {
-            part.turn_to(module.kind);
-        }
+        let expert = whole.product.expert;
         if let Some(other) = parts.iter().find(|part| part.unit.shape != shape) {
             let [rows, columns] = other.unit.shape;
             return Err(Error::adapter(
@@ -139,12 +203,13 @@ impl<'a> Sum<'a> {
                     "adds a {rows}×{columns} product to {}, to which {} adds one of {}×{}: they \
                      belong to different models",
                     other.product.module.title(),
-                    path_of_whole.display(),
+                    path(whole).display(),
                     shape[0],
                     shape[1]
                 ),
             ));
         }
+        let layer = Layer::of(module, &parts, shape);
         parts.sort_by_key(|part| part.adapter);
         if let Some(twice) = parts.windows(2).find(|pair| pair[0].adapter == pair[1].adapter) {
             return Err(Error::unsupported(
@@ -152,7 +217,12 @@ impl<'a> Sum<'a> {
                 format!("changes {} by several of its modules", module.title()),
             ));
         }
-        Ok(Self { module, shape: shape.map(|extent| extent as usize), parts })
+        Ok(Self { module, expert, shape: shape.map(|extent| extent as usize), layer, parts })
+    }
+
+    /// The number of outputs, as factors are written.
+    pub fn outputs(&self) -> u64 {
+        self.shape[usize::from(self.layer.turns)] as u64
     }
 
     /// What is added by an adapter, if it has the module.
@@ -162,7 +232,18 @@ impl<'a> Sum<'a> {
 
     /// What it is called in messages and reports.
     pub fn name(&self) -> String {
-        self.module.title().into_owned()
+        match self.module.only_parameter().filter(|_| self.expert.is_some()) {
+            Some(parameter) => format!("{}.{}", self.module.path, parameter.name),
+            None => self.module.title().into_owned(),
+        }
+    }
+
+    /// What random masks know it by, as those of a merge do.
+    pub fn mask_name(&self) -> String {
+        match self.expert {
+            Some(expert) => format!("{}.{}", self.module.key, expert.index),
+            None => self.name(),
+        }
     }
 
     /// Bytes of all factors, or in f32 of what has none.
@@ -173,6 +254,25 @@ impl<'a> Sum<'a> {
             bytes => bytes,
         };
         self.parts.iter().map(bytes).sum()
+    }
+}
+
+impl Layer {
+    fn of(module: &Module, parts: &[Part<'_>], [rows, columns]: [u64; 2]) -> Self {
+        let own = || parts.iter().map(|part| part.product.module);
+        if own().any(|module| module.kind == LayerKind::Embedding) {
+            let is_embedding = module.kind == LayerKind::Embedding;
+            let turns = !is_embedding || module.delta.is_by_tokens();
+            let inputs = vec![if turns { rows } else { columns }];
+            return Self { kind: LayerKind::Embedding, inputs, turns };
+        }
+        // Of a convolution whose kernel some have flattened, what the others have.
+        let whole = parts.iter().filter(|part| part.is_whole()).map(|part| part.product.module);
+        let longest = whole.fold(module, |best, other| {
+            let extents = |one: &Module| one.delta.input_shape().len();
+            if extents(other) > extents(best) { other } else { best }
+        });
+        Self { kind: longest.kind, inputs: longest.delta.input_shape(), turns: false }
     }
 }
 
@@ -187,19 +287,9 @@ impl<'a> Part<'a> {
         self.product.extents().2
     }
 
-    /// Whether it is all that its module adds, as it stands.
+    /// Whether it is all that its module adds, or all of one of its experts, as it stands.
     pub fn is_whole(&self) -> bool {
-        self.unit.outputs.is_none() && self.product.expert.is_none() && !self.unit.is_transposed
-    }
-
-    /// Turns it as a layer of that kind has it: what is added to an embedding like to a linear layer, or
-    /// to its parameter, is the transpose of an embedding's product.
-    fn turn_to(&mut self, kind: LayerKind) {
-        let is_embedding = |kind| kind == LayerKind::Embedding;
-        if is_embedding(kind) != is_embedding(self.product.module.kind) {
-            self.unit.is_transposed ^= true;
-            self.unit.shape.reverse();
-        }
+        self.unit.outputs.is_none() && !self.unit.is_transposed
     }
 
     /// What it is of its module's whole matrix.
@@ -285,8 +375,23 @@ pub(crate) fn refuse_what_is_no_product(adapter: &Adapter, allowed: Allowed) -> 
          plain and base)",
         modules(&|module| !module.delta.has_product() || module.delta.transform().is_some()),
     );
-    say("updates of norms and biases", modules(&|module| is_vector(module) && !allowed.kept));
-    say("the factors of several experts together", modules(&|module| module.delta.holds_experts()));
+    let told = adapter.semantics().transposed_experts;
+    let is_of_layers = told == Some(TransposedExperts::IfStoredTransposed);
+    say(
+        "factors of all experts as a release of PEFT before 0.19.1 lays them, whose orientation other \
+         programs do not have",
+        modules(&|module| {
+            module.delta.holds_experts() && !module.delta.is_of_layers() && !is_of_layers
+        }),
+    );
+    say(
+        "factors of all experts of which nothing tells to which parameter they belong",
+        modules(&|module| module.delta.holds_experts() && module.only_parameter().is_none()),
+    );
+    say(
+        "factors of all experts that began with a part of the base's weight",
+        modules(&|module| module.delta.holds_experts() && allowed.initialization),
+    );
     if !allowed.saved {
         let saved = adapter.saved().iter().map(|saved| saved.path.clone()).collect();
         say(

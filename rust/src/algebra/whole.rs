@@ -487,7 +487,8 @@ impl<'p> Parameter<'p> {
                 }
                 let updates: Vec<_> = weights.iter().map(|_| None).collect();
                 let (updates, dense, shape) = (&updates[..], &dense[..], [rows, columns]);
-                let of = Updates { name: title, updates, dense, weights, shape, seed };
+                let (name, mask) = (title, title);
+                let of = Updates { name, mask, updates, dense, weights, shape, seed };
                 let found = Dense::of(*entries, method.lambda, &of);
                 found.map(Outcome::Dense).ok_or_else(|| {
                     Error::Argument(format!(

@@ -1,25 +1,31 @@
 //! The modules of a combination, or of one adapter alone: the updates are combined, cut to a rank, rounded,
 //! and held against what they stand for.
 
+use std::sync::Arc;
+
 use indexmap::IndexMap;
 
 use super::dense::Dense;
 use super::engine::{Compute, Done, each};
-use super::factored::{Factors, Rows, rounding_error};
+use super::factored::{Factors, Rows, rounding_error, sides};
 use super::made::{Made, Short};
 use super::merge::Updates;
 use super::methods::{Family, Method};
 use super::on_base::{self, OnBase};
 use super::ranks::{Candidate, Measure, Rule, Spent, within};
 use super::report::{BudgetReport, Record};
-use super::results::{Place, Results, Rounded, rounded};
+use super::results::{Place, Results, Rounded, Written, rounded};
+use super::stacks;
 use super::sums::{Part, ReadPart, Sum, Sums};
 use super::weights::Weight;
-use crate::adapter::Module;
+use crate::adapter::deltas::Difference;
+use crate::adapter::{LayerKind, Module};
+use crate::coefficients::Gram;
 use crate::error::{Error, Result};
 use crate::measure::spectrum::Update;
 use crate::parallel::task::Task;
 use crate::tensor::dtype::Dtype;
+use crate::tensor::safetensors::Tensor;
 
 /// How the ranks are chosen.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +51,8 @@ pub(crate) struct Work<'a> {
     pub spent: Option<Spent>,
     /// By adapter, what it makes of the base's weights as a whole; or empty.
     pub on_base: &'a [Option<OnBase>],
+    /// Whether every layer has a bias where one has, as PEFT's config says of all of them together.
+    pub fills_biases: bool,
 }
 
 impl Compute for Work<'_> {
@@ -68,6 +76,10 @@ impl Compute for Work<'_> {
         matrices * sum.shape[0] * sum.shape[1]
     }
 
+    fn vectors(&self, dtype: &Dtype, task: &Task) -> Result<Vec<Module>> {
+        self.sums.vectors.iter().filter_map(|sum| self.vector(sum, dtype, task).transpose()).collect()
+    }
+
     fn module(
         &self,
         index: usize,
@@ -88,7 +100,7 @@ impl Work<'_> {
             return Ok(None);
         };
         let elements = |sum: &Sum<'_>| self.elements(sum);
-        let candidates: Vec<Candidate> = each(&self.sums.modules, &elements, |index| {
+        let values: Vec<Vec<f64>> = each(&self.sums.modules, &elements, |index| {
             task.check()?;
             let sum = &self.sums.modules[index];
             let mut values = self.with_updates(sum, task, |of| {
@@ -102,6 +114,11 @@ impl Work<'_> {
             if let Some(max) = max_rank {
                 values.truncate(max as usize);
             }
+            Ok(values)
+        })?;
+        let parameters = stacks::parameters(&self.sums.modules);
+        let candidate = |places: &Vec<usize>| -> Result<Candidate> {
+            let sum = &self.sums.modules[places[0]];
             let norm = match &self.norms {
                 None => 1.0,
                 Some(norms) => *norms.get(&sum.module.key).ok_or_else(|| {
@@ -111,20 +128,28 @@ impl Work<'_> {
                     ))
                 })?,
             };
-            let worth = values.iter().map(|value| (value / norm).powi(2)).collect();
-            let elements = (sum.shape[0] + sum.shape[1]) as u64;
+            // Experts of one parameter have one rank.
+            let own = || places.iter().map(|place| &values[*place]);
+            let longest = own().map(Vec::len).max().unwrap_or(0);
+            let square = |values: &Vec<f64>, k: usize| {
+                values.get(k).map_or(0.0, |value| (value / norm).powi(2))
+            };
+            let worth = (0..longest).map(|k| own().map(|values| square(values, k)).sum()).collect();
+            let elements = ((sum.shape[0] + sum.shape[1]) * places.len()) as u64;
             let cost = match measure {
                 Measure::Ranks => 1,
                 Measure::Parameters => elements,
                 Measure::Bytes => elements * dtype.size() as u64,
             };
             Ok(Candidate { worth, cost })
-        })?;
-        let spent = within(&candidates, amount);
+        };
+        let candidates = parameters.iter().map(candidate).collect::<Result<Vec<_>>>()?;
+        let mut spent = within(&candidates, amount);
         // Where all is zero, no budget is what leaves nothing.
         let is_some =
             candidates.iter().any(|candidate| candidate.worth.iter().any(|worth| *worth > 0.0));
         if spent.cost == 0 && is_some {
+
             return Err(Error::Argument(format!(
                 "a budget of {amount} {} leaves room for nothing: one rank of the smallest module takes \
                  {}",
@@ -134,6 +159,13 @@ impl Work<'_> {
         }
         let report =
             BudgetReport { measure: measure.name(), amount, spent: spent.cost, gap: spent.gap };
+        let mut ranks = vec![0; self.sums.modules.len()];
+        for (places, rank) in parameters.iter().zip(&spent.ranks) {
+            for place in places {
+                ranks[*place] = values[*place].len().min(*rank);
+            }
+        }
+        spent.ranks = ranks;
         Ok(Some((spent, report)))
     }
 
@@ -171,9 +203,50 @@ impl Work<'_> {
             (0..self.on_base.len()).map(whole).collect::<Result<_>>()?;
         let name = sum.name();
         let weights: Vec<f64> = self.weights.iter().map(|weight| weight.of(&name)).collect();
-        let (shape, seed, dense) = (sum.shape, self.seed, &dense[..]);
-        let updates = &updates[..];
-        function(&Updates { name: &name, updates, dense, weights: &weights, shape, seed })
+        let (shape, seed, mask) = (sum.shape, self.seed, &sum.mask_name());
+        let (updates, dense) = (&updates[..], &dense[..]);
+        function(&Updates { name: &name, mask, updates, dense, weights: &weights, shape, seed })
+    }
+
+    /// Σ cᵢvᵢ of what is added to a norm or a bias; `None` where that is zero. The coefficients are those of
+    /// methods that make sums, and of others the weights.
+    fn vector(&self, sum: &Sum<'_>, dtype: &Dtype, task: &Task) -> Result<Option<Module>> {
+        let values = self.with_updates(sum, task, |of| {
+            let family = match &self.method.family {
+                Family::Sum(gram) => Family::Sum(gram.clone()),
+                _ => Family::Sum(Gram::Linear),
+            };
+            let method = Method { family, ..self.method.clone() };
+            let Some(Made::Sum(total, _)) = Made::of(&method, of)? else {
+                return Err(not_finite(sum));
+            };
+            let (left, right) = sides(&total);
+            let scales = total.scales();
+            let row = |row: &[f64]| {
+                let terms = row.iter().zip(&right.values).zip(&scales);
+                terms.map(|((left, right), scale)| left * right * scale).sum()
+            };
+            let values: Vec<f64> = match scales.len() {
+                0 => vec![0.0; sum.shape[0]],
+                rank => left.values.chunks_exact(rank).map(row).collect(),
+            };
+            match values.iter().all(|value| value.is_finite()) {
+                true => Ok(values),
+                false => Err(not_finite(sum)),
+            }
+        })?;
+        if values.iter().all(|value| *value == 0.0) {
+            return Ok(None);
+        }
+        let shape = vec![values.len() as u64];
+        let rows = Rows { rows: 1, columns: values.len(), values };
+        let bytes = rounded(&rows, dtype).ok_or_else(|| too_large(sum, dtype))?;
+        let (_, like) = sum.module.delta.tensors()[0];
+        let path = like.file().path();
+        let tensor = Tensor::in_memory(path, like.name.clone(), dtype.clone(), shape, bytes)?;
+        let delta = Arc::new(Difference { tensor });
+        let (scale, scaling, rank, alpha) = (None, 1.0, 1, 1.0);
+        Ok(Some(Module { delta, scale, scaling, rank, alpha, ..sum.module.clone() }))
     }
 
     fn computed(
@@ -214,9 +287,10 @@ impl Work<'_> {
                 singular_values: Vec::new(),
                 coefficients: (made.coefficients().is_some() && self.weights.len() > 1)
                     .then_some(coefficients),
+                expert_ranks: None,
             };
             self.write(sum, &made, short, bias, &mut record, (dtype, scale_out), results)
-                .map(|place| (record, place.map(|(module, place)| (module, place, scale_out))))
+                .map(|place| (record, place.map(|place| Written::of(sum, place, scale_out))))
         })
     }
 
@@ -234,10 +308,11 @@ impl Work<'_> {
         record: &mut Record,
         (dtype, scale_out): (&Dtype, f64),
         results: Option<&Results>,
-    ) -> Result<Option<(Module, Place)>> {
+    ) -> Result<Option<Place>> {
         let Short { factors, tail, norm, values, .. } = short;
         record.singular_values = values;
-        let Some(factors) = factors else {
+        let is_biased = bias.as_ref().is_some_and(|bias| bias.iter().any(|value| *value != 0.0));
+        let Some(factors) = factors.or_else(|| is_biased.then(|| nothing(sum.shape))) else {
             record.error = if norm == 0.0 { 0.0 } else { 1.0 };
             record.kept = if norm == 0.0 { 1.0 } else { 0.0 };
             return Ok(None);
@@ -259,10 +334,7 @@ impl Work<'_> {
         };
         let bias = bias.map(|values| Rows { rows: 1, columns: values.len(), values });
         let bias = bias.map(|bias| rounded(&bias, dtype).ok_or_else(too_large)).transpose()?;
-        // One adapter's magnitudes stay what they are.
-        let module = sum.module.clone();
-        let place = results.map(|results| results.put(&own, bias.as_deref())).transpose()?;
-        Ok(place.map(|place| (module, place)))
+        results.map(|results| results.put(&own, bias.as_deref())).transpose()
     }
 
     /// Σ cᵢsᵢbᵢ of the second factors' biases, where there are any, for a result with a scale of one.
@@ -279,8 +351,17 @@ impl Work<'_> {
                 *target += factor * value;
             }
         }
+        let has_none = total.is_none() && self.fills_biases && sum.expert.is_none();
+        if has_none && sum.layer.kind != LayerKind::Embedding {
+            total = Some(vec![0.0; sum.shape[0]]);
+        }
         Ok(total)
     }
+}
+
+/// Factors of zero, for a module of which nothing but a bias is left.
+fn nothing([rows, columns]: [usize; 2]) -> Factors {
+    Factors { b: Rows::zeros(rows, 1), a: Rows::zeros(1, columns) }
 }
 
 pub(super) fn not_finite(sum: &Sum<'_>) -> Error {
@@ -300,7 +381,7 @@ pub(super) fn too_large(sum: &Sum<'_>, dtype: &Dtype) -> Error {
 /// The factors as plain ones of the module's layer, and back: an embedding's product is the transpose of
 /// its weight, but of formats that have it by tokens.
 pub(super) fn fitting(sum: &Sum<'_>, factors: Factors) -> Factors {
-    match sum.module.delta.is_by_tokens() {
+    match sum.layer.turns {
         true => Factors { b: factors.a.transposed(), a: factors.b.transposed() },
         false => factors,
     }

@@ -53,21 +53,29 @@ pub(super) fn with_kernels(
         if !module.delta.may_flatten_kernel() || !is_of_method(module) {
             continue;
         }
-        let own = format!("{}.weight", module.path);
-        let canonical = || names.and_then(|names| names.canonical(&own));
-        let stored = base.tensor(&own);
-        let stored = stored.or_else(|| canonical().and_then(|found| base.tensor(&found.name)));
-        let Some(shape) = stored.map(|stored| stored.shape.clone()) else { continue };
-        let [outputs, inputs @ ..] = shape.as_slice() else { continue };
-        let fits = *outputs == module.outputs()
-            && inputs.iter().product::<u64>() == module.inputs()
-            && inputs.len() > 1;
-        if let Some(found) = fits.then(|| with_kernel(module, &inputs[1..])).transpose()?.flatten()
-        {
+        let Some(inputs) = inputs_in(base, names, module) else { continue };
+        if let Some(found) = with_kernel(module, &inputs[1..])? {
             one.module = found;
         }
     }
     Ok(())
+}
+
+/// The inputs and the kernel of the convolution that a module changes, where the base tells that it is one.
+pub(super) fn inputs_in(
+    base: &Checkpoint,
+    names: Option<&DiffusionNames>,
+    module: &Module,
+) -> Option<Vec<u64>> {
+    let own = format!("{}.weight", module.path);
+    let canonical = || names.and_then(|names| names.canonical(&own));
+    let stored = base.tensor(&own);
+    let stored = stored.or_else(|| canonical().and_then(|found| base.tensor(&found.name)))?;
+    let [outputs, inputs @ ..] = stored.shape.as_slice() else { return None };
+    let fits = *outputs == module.outputs()
+        && inputs.iter().product::<u64>() == module.inputs()
+        && inputs.len() > 1;
+    fits.then(|| inputs.to_vec())
 }
 
 fn with_kernel(module: &Module, kernel: &[u64]) -> Result<Option<Module>> {

@@ -45,6 +45,17 @@ impl ScratchFile {
         }
         Ok(start)
     }
+
+    /// Some of the bytes that were added.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read(&self, start: u64, length: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        local::read_at(&self.file, &mut bytes, start)
+            .map_err(|error| Error::io(&self.path, error))?;
+        Ok(bytes)
+    }
 }
 
 impl Drop for ScratchFile {

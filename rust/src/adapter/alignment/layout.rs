@@ -3,7 +3,7 @@
 use indexmap::IndexMap;
 
 use crate::adapter::{
-    Adapter, Expert, Grammar, Module, Parameter, TransposedExperts, expert_factors,
+    Adapter, Expert, Grammar, LayerKind, Module, Parameter, TransposedExperts, expert_factors,
 };
 
 /// The order in which experts' parameters are registered, which is the order of PEFT's wrappers.
@@ -24,6 +24,8 @@ pub struct Part {
     pub(super) is_of_one_expert: bool,
     /// (outputs, inputs) of its product.
     pub(super) shape: [u64; 2],
+    /// Of an embedding, whether the outputs are its tokens; none for another layer.
+    pub(super) is_by_tokens: Option<bool>,
 }
 
 /// The modules of an adapter as far as they are held against others'. Adapters with the same layout
@@ -64,7 +66,17 @@ impl Layout {
                 let parameter = own.or_else(|| parameter.cloned());
                 let shape = [module.outputs(), module.inputs()];
                 let key = key.clone();
-                parts.push(Part { key, expert, name, parameter, is_of_one_expert, shape });
+                let is_embedding = module.kind == LayerKind::Embedding;
+                let is_by_tokens = is_embedding.then(|| module.delta.is_by_tokens());
+                parts.push(Part {
+                    key,
+                    expert,
+                    name,
+                    parameter,
+                    is_of_one_expert,
+                    shape,
+                    is_by_tokens,
+                });
             }
         }
         Self {

@@ -21,6 +21,7 @@ pub(super) struct Named {
     /// Whether its factors hold those of all experts, which may lie either way.
     is_stacked: bool,
     transposes: Option<bool>,
+    is_by_tokens: Option<bool>,
 }
 
 impl Named {
@@ -64,6 +65,7 @@ pub(super) fn names_of(
             shape: part.shape,
             is_stacked: stacked.is_some(),
             transposes: layout.transposes_experts,
+            is_by_tokens: part.is_by_tokens,
             name,
         }
     };
@@ -88,6 +90,7 @@ pub(super) struct Parameter {
     is_equal: bool,
     is_stacked: bool,
     transposes: Option<bool>,
+    is_by_tokens: Option<bool>,
 }
 
 /// How a product lies on what a family calls by its name.
@@ -113,7 +116,8 @@ impl Parameter {
         slots[named.slot()] = Some(named.shape);
         let is_equal = named.name.slice.as_ref().is_some_and(SliceIndex::are_equal);
         let (is_stacked, transposes) = (named.is_stacked, named.transposes);
-        Self { slots, is_equal, is_stacked, transposes }
+        let is_by_tokens = named.is_by_tokens;
+        Self { slots, is_equal, is_stacked, transposes, is_by_tokens }
     }
 
     /// Outputs of each slot, and the inputs that they have in common; `None` where one is unknown.
@@ -129,6 +133,15 @@ impl Parameter {
         Some((self.slots.iter().map(known).collect::<Option<_>>()?, inputs))
     }
 
+    /// Whether a product is that of an embedding which the family has the other way: one is the transpose of
+    /// the weight, and the other the weight, as a format has it that knows no embeddings or has them by
+    /// tokens.
+    fn lies_across(&self, named: &Named) -> bool {
+        let is_of_width = |by_tokens: Option<bool>| by_tokens == Some(false);
+        let is_embedding = self.is_by_tokens.is_some() || named.is_by_tokens.is_some();
+        is_embedding && is_of_width(self.is_by_tokens) != is_of_width(named.is_by_tokens)
+    }
+
     pub fn lie(&self, named: &Named) -> Result<Lie, Misfit> {
         let straight = Lie::default();
         let [outputs, inputs] = named.shape;
@@ -137,6 +150,12 @@ impl Parameter {
             let may_turn = named.slots() == 1 && (named.is_stacked || self.is_stacked);
             let fits = [shape == named.shape, may_turn && shape == [inputs, outputs]];
             let turned = Lie { is_transposed: true, cuts: Vec::new() };
+            if self.lies_across(named) {
+                return match shape == [inputs, outputs] {
+                    true => Ok(turned),
+                    false => Err(Misfit::Shape),
+                };
+            }
             return match fits {
                 [false, false] => Err(Misfit::Shape),
                 [true, false] => Ok(straight),

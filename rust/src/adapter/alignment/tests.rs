@@ -4,7 +4,7 @@ use crate::adapter::Expert;
 fn part(name: &str, shape: [u64; 2]) -> Part {
     let parameter = Some(format!("{name}.weight"));
     let (key, name) = (name.to_owned(), name.to_owned());
-    Part { key, expert: None, name, parameter, is_of_one_expert: false, shape }
+    Part { key, expert: None, name, parameter, is_of_one_expert: false, shape, is_by_tokens: None }
 }
 
 fn layout(names: &[(&str, [u64; 2])]) -> Layout {
@@ -154,6 +154,7 @@ fn stacked(shapes: [[u64; 2]; 2], transposes: Option<bool>) -> Layout {
         parameter: Some(format!("{path}.{parameter}")),
         is_of_one_expert: false,
         shape,
+        is_by_tokens: None,
     };
     let of = |own| (0..2).map(move |index| part(own, index));
     let [first, second] = shapes;

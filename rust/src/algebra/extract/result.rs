@@ -365,6 +365,7 @@ fn describe(pair: &Pair<'_>, layer: &Layer, rank: usize, lost: f64) -> (Record, 
         norm,
         singular_values: spectrum.values.clone(),
         coefficients: None,
+        expert_ranks: None,
     };
     let own = Extraction {
         floor: layer.floor,

@@ -303,17 +303,27 @@ fn known_as(module: &Module) -> String {
 /// The first release that lays the experts of every model so that the factors are those of layers.
 const OF_LAYERS: &str = "0.19.1";
 
+/// What the biases of second factors are called in messages.
+const BIASES: &str = "biases";
+
+/// Whether a module is of a kind that has a bias on its second factor where the config says so.
+fn is_layer(module: &Module) -> bool {
+    module.kind != LayerKind::Embedding && !module.delta.holds_experts()
+}
+
 fn config_of(adapter: &Adapter, experts: ExpertLayout) -> Result<Map<String, Value>> {
     let modules: Vec<&Module> = adapter.modules().values().collect();
     let all = |has: fn(&Module) -> bool, what: &str| {
         let count = modules.iter().filter(|module| has(module)).count();
-        if count != 0 && count != modules.len() {
+        // Embeddings have no biases, whatever the config says.
+        let own = modules.iter().filter(|module| what != BIASES || is_layer(module)).count();
+        if count != 0 && count != own {
             return Err(refused(adapter, &format!("has {what} in some of its modules")));
         }
         Ok(count > 0)
     };
     let dora = all(|module| module.magnitude.is_some(), "magnitudes")?;
-    let bias = all(|module| module.bias.is_some(), "biases")?;
+    let bias = all(|module| module.bias.is_some(), BIASES)?;
     let stabilized = adapter.semantics().rank_stabilized;
     let ranks: Vec<u64> = modules.iter().map(|module| module.rank).collect();
     let Scales { rank, alpha, rank_pattern, alpha_pattern } =
