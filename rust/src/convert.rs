@@ -99,14 +99,16 @@ pub(crate) fn check(output: &Path, to: &str, overwrite: bool) -> Result<()> {
     check_output(output, Target::of(to)?, overwrite)
 }
 
-/// Of what adapters in that format can hold: parameters that were trained whole, updates of embeddings,
-/// and of convolutions.
+/// Of what adapters in that format can hold: parameters that were trained whole, updates of embeddings, of
+/// convolutions, and the factors of all experts together.
 ///
 /// # Errors
 /// [`Error::Argument`] for a format that cannot be written.
-pub(crate) fn holds(to: &str) -> Result<[bool; 3]> {
-    let holds = &Target::of(to)?.holds;
-    Ok([holds.whole, holds.embeddings, holds.convolutions])
+pub(crate) fn holds(to: &str) -> Result<[bool; 4]> {
+    let target = Target::of(to)?;
+    let holds = &target.holds;
+    let experts = target.expert_matrices().is_some();
+    Ok([holds.whole, holds.embeddings, holds.convolutions, experts])
 }
 
 /// The adapter with each module of experts as that of the one parameter that its factors belong to; none

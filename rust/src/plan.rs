@@ -31,6 +31,7 @@ pub use options::{Compat, Options, Strategy, StrategyOptions, TokenizerChoice};
 pub(crate) use passes::quantized::{dequantized_plan, updates_in_model};
 use passes::replication::ReplicatedInputs;
 pub use passes::side_files::{CARD, CARD_OF_BASE};
+pub(crate) use passes::targets::takes_experts_transposed;
 use passes::{backbone, coverage, names, replication, undo};
 pub use update::{ExpertLayout, Residual, Slice, Update, UpdateKind};
 pub use value::{

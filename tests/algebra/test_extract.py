@@ -640,10 +640,10 @@ def test_the_command_extracts(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
-def test_stacked_experts_are_saved_and_what_cannot_be_said_is_named(tmp_path: Path) -> None:
+def test_other_stacks_are_saved_and_what_cannot_be_said_is_named(tmp_path: Path) -> None:
     random = np.random.default_rng(9)
     names = {
-        "model.layers.0.mlp.experts.gate_up_proj": (3, 8, 12),
+        "model.layers.0.mlp.stack.kernel": (3, 8, 12),
         "model.layers.0.mixer.A_log": (8,),
         "model.layers.0.mixer.in_proj.weight": (12, 8),
         "model.layers.0.mixer.conv1d.weight": (8, 1, 4),
@@ -656,7 +656,7 @@ def test_stacked_experts_are_saved_and_what_cannot_be_said_is_named(tmp_path: Pa
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "tuned", other)
     report = lorafast.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=8)
-    whole = {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mixer.conv1d.weight"}
+    whole = {"model.layers.0.mlp.stack.kernel", "model.layers.0.mixer.conv1d.weight"}
     assert set(report.saved) == whole
     # Its module holds a layer that is updated, so that PEFT cannot save it.
     assert ["mixer.A_log" in lost for lost in report.lost] == [True]
@@ -664,10 +664,10 @@ def test_stacked_experts_are_saved_and_what_cannot_be_said_is_named(tmp_path: Pa
     saved = read_safetensors(tmp_path / "out" / "adapter_model.safetensors")
     for name in whole:
         assert saved[f"base_model.model.{name}"].data == other[name].data
-    with pytest.raises(lorafast.UnsupportedAdapterError, match="gate_up_proj"):
+    with pytest.raises(lorafast.UnsupportedAdapterError, match=r"stack\.kernel"):
         lorafast.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "no", strict=True)
     kohya = lorafast.extract(
         tmp_path / "tuned", tmp_path / "base", tmp_path / "k.gguf.safetensors", to="kohya", rank=8
     )
     assert kohya.saved == ()
-    assert "gate_up_proj" in kohya.lost[0]
+    assert "stack.kernel" in kohya.lost[0]

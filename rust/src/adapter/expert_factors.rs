@@ -232,6 +232,11 @@ pub fn slot_of_matrix(name: &str) -> Option<usize> {
     MATRICES[..2].iter().position(|names| names.contains(&name))
 }
 
+/// Whether a parameter of that name holds a matrix of each expert.
+pub fn is_matrix(name: &str) -> bool {
+    name == GATE_UP || !names_of_matrix(name).is_empty()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

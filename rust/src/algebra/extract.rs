@@ -72,6 +72,24 @@ pub struct Extraction {
     pub certificate: f64,
 }
 
+impl Extraction {
+    /// Of a parameter, by what is known of its experts with their norms.
+    fn of_all(own: &[(f64, Self)]) -> Self {
+        let squares: f64 = own.iter().map(|(norm, _)| norm * norm).sum();
+        let largest = |of: fn(&Self) -> f64| own.iter().map(|(_, one)| of(one)).fold(0.0, f64::max);
+        let mean = |of: fn(&Self) -> f64| match own {
+            [(_, only)] => of(only),
+            _ => own.iter().map(|(norm, one)| norm * norm * of(one)).sum::<f64>() / squares,
+        };
+        Self {
+            floor: largest(|one| one.floor),
+            mean_floor: largest(|one| one.mean_floor),
+            energy_above: mean(|one| one.energy_above),
+            certificate: mean(|one| one.certificate),
+        }
+    }
+}
+
 /// What became of an extraction.
 #[derive(Debug, Clone, Serialize)]
 pub struct ExtractReport {
@@ -110,7 +128,7 @@ pub fn extract(
 ) -> Result<ExtractReport> {
     let ask = Ask::of(options)?;
     let place = Output::check(output, &options.write)?;
-    let [holds_whole, holds_embeddings, holds_convolutions] =
+    let [holds_whole, holds_embeddings, holds_convolutions, holds_experts] =
         convert::holds(options.write.target()?)?;
     let tables = match options.embeddings.as_deref() {
         None | Some("save") if holds_whole => Tables::Whole,
@@ -125,7 +143,7 @@ pub fn extract(
     refuse_same_files(tuned, base)?;
     let own = QuantizedWeights::of(tuned);
     let others = QuantizedWeights::of(base);
-    let mut pairs = pairs::pairs((tuned, &own), (base, &others), tables)?;
+    let mut pairs = pairs::pairs((tuned, &own), (base, &others), tables, holds_experts)?;
     pairs::settle(&mut pairs);
     for pair in &mut pairs {
         use crate::adapter::LayerKind::{Convolution, Embedding};
@@ -359,7 +377,7 @@ impl Ask {
             return Ok(Done { name, differs: false, layer: None });
         }
         let (found, rank, is_limited) =
-            self.triplets(&matrix, total, floor.bound, key(seed, pair.module()))?;
+            self.triplets(&matrix, total, floor.bound, key(seed, &pair.key()))?;
         *room = matrix.into_room();
         let is_budget = matches!(self.rule, Rule::Budget(..));
         let own = factors(&found, rank, is_transposed);
@@ -387,22 +405,32 @@ impl Ask {
         dtype: &Dtype,
     ) -> Result<Option<(IndexMap<String, usize>, BudgetReport)>> {
         let Rule::Budget(measure, amount) = self.rule else { return Ok(None) };
-        let mut names = Vec::new();
-        let mut candidates = Vec::new();
+        // Experts of one parameter have one rank.
+        let mut parameters = IndexMap::<&str, Vec<(&Pair<'_>, &Layer)>>::new();
         for pair in pairs {
             let Some(layer) = &store.done[&pair.name].layer else { continue };
-            let elements = pair.tuned.shape[0] + pair.tuned.shape[1..].iter().product::<u64>();
-            let values = &layer.spectrum.values[..layer.rank];
-            names.push(pair.name.clone());
-            candidates.push(Candidate {
-                worth: values.iter().map(|value| value * value).collect(),
-                cost: match measure {
-                    Measure::Ranks => 1,
-                    Measure::Parameters => elements,
-                    Measure::Bytes => elements * dtype.size() as u64,
-                },
-            });
+            parameters.entry(pair.title()).or_default().push((pair, layer));
         }
+        let candidates: Vec<Candidate> = (parameters.values())
+            .map(|own| {
+                let (pair, _) = own[0];
+                let count = pair.expert.map_or(1, |expert| expert.count);
+                let elements = pair.extents().iter().sum::<usize>() as u64 * count;
+                let values = || own.iter().map(|(_, layer)| &layer.spectrum.values[..layer.rank]);
+                let longest = values().map(<[f64]>::len).max().unwrap_or(0);
+                let square = |values: &[f64], k: usize| values.get(k).map_or(0.0, |own| own * own);
+                Candidate {
+                    worth: (0..longest)
+                        .map(|k| values().map(|values| square(values, k)).sum())
+                        .collect(),
+                    cost: match measure {
+                        Measure::Ranks => 1,
+                        Measure::Parameters => elements,
+                        Measure::Bytes => elements * dtype.size() as u64,
+                    },
+                }
+            })
+            .collect();
         let Spent { ranks, cost, gap } = within(&candidates, amount);
         if cost == 0 && !candidates.is_empty() {
             return Err(Error::Argument(format!(
@@ -412,7 +440,10 @@ impl Ask {
             )));
         }
         let report = BudgetReport { measure: measure.name(), amount, spent: cost, gap };
-        Ok(Some((names.into_iter().zip(ranks).collect(), report)))
+        let ranks = parameters.into_values().zip(ranks).flat_map(|(own, rank)| {
+            own.into_iter().map(move |(pair, layer)| (pair.name.clone(), layer.rank.min(rank)))
+        });
+        Ok(Some((ranks.collect(), report)))
     }
 }
 

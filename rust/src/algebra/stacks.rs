@@ -60,12 +60,20 @@ pub(crate) fn record(mut experts: Vec<(Option<Expert>, Record)>) -> Record {
 /// # Errors
 /// [`Error::Adapter`] for more of them than a model has.
 pub(crate) fn module(like: &Module, [a, b]: [Tensor; 2], scaling: f64) -> Result<Module> {
+    let name = like.only_parameter().map_or("weight", |parameter| parameter.name.as_str());
+    let own = made(&format!("{}.{name}", like.path), [a, b], scaling)?;
+    Ok(Module { key: like.key.clone(), ..own })
+}
+
+/// A module of a parameter, with the factors of all experts.
+///
+/// # Errors
+/// As [`module`].
+pub(crate) fn made(parameter: &str, [a, b]: [Tensor; 2], scaling: f64) -> Result<Module> {
     let (count, rank) = (a.shape[0], a.shape[1]);
     let stack = Stack { layout: StackLayout::Stacked, count, rank };
     let path = a.file().path().to_path_buf();
     let made = stack.delta(a, b, &Arc::new(SharedReads::default()));
     let delta: Arc<dyn Delta> = made.map_err(|problem| Error::adapter(path, problem))?;
-    let name = like.only_parameter().map_or("weight", |parameter| parameter.name.as_str());
-    let parameter = format!("{}.{name}", like.path);
-    Ok(expert_factors::module(like.key.clone(), &parameter, delta, rank, scaling))
+    Ok(expert_factors::module(parameter.to_owned(), parameter, delta, rank, scaling))
 }

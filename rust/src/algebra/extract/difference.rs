@@ -30,6 +30,8 @@ pub(super) struct Weight<'a> {
     pub name: String,
     pub shape: Vec<u64>,
     pub stored: Stored,
+    /// The place of its first element in what is stored, where that is one tensor of several matrices.
+    pub first: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -57,16 +59,33 @@ impl Weight<'_> {
 
     /// Bytes that it takes in its file, codes without their scales.
     pub fn bytes(&self) -> u64 {
-        match &self.stored {
-            Stored::Plain(location) => self.checkpoint.at(*location).bytes(),
-            Stored::Quantized(quantized) => quantized.stored.tensor.bytes(),
+        let (all, bytes) = match &self.stored {
+            Stored::Plain(location) => {
+                let info = self.checkpoint.at(*location);
+                (info.elements(), info.bytes())
+            }
+            Stored::Quantized(quantized) => {
+                (quantized.logical.elements(), quantized.stored.tensor.bytes())
+            }
+        };
+        match all == self.elements() {
+            true => bytes,
+            false => bytes / (all / self.elements().max(1)).max(1),
         }
+    }
+
+    /// One of the matrices of which a stack consists.
+    pub fn matrix(&self, index: u64) -> Self {
+        let shape = self.shape[1..].to_vec();
+        let first = self.first + (index * shape.iter().product::<u64>()) as usize;
+        Self { shape, first, ..self.clone() }
     }
 
     /// Some of its elements in its type, in a buffer that is as long afterwards.
     fn read_bytes(&self, elements: &Range<usize>, bytes: &mut Vec<u8>) -> Result<()> {
         let size = self.dtype().size();
         bytes.resize(elements.len() * size, 0);
+        let elements = self.first + elements.start..self.first + elements.end;
         match &self.stored {
             Stored::Plain(location) => {
                 let info = self.checkpoint.at(*location);
@@ -93,6 +112,7 @@ impl Weight<'_> {
         elements: &Range<usize>,
         values: &[f32],
     ) -> Result<Vec<f32>> {
+        let elements = &(self.first + elements.start..self.first + elements.end);
         let codes = &quantized.codes;
         let mut steps = vec![0f32; values.len()];
         if quantized.transposed.is_some() {
@@ -287,7 +307,13 @@ impl<'a> Difference<'a> {
         let mut sums = [0; 3].map(|_| Sums::new(rows.len(), self.columns));
         let mut square = 0.0;
         let mut scratch = Scratch::default();
-        let height = (STRIP / self.columns.max(1)).max(1);
+        let is_transposed = |weight: &Weight<'_>| {
+            matches!(&weight.stored, Stored::Quantized(quantized) if quantized.transposed.is_some())
+        };
+        // Of codes that lie transposed each read goes through all of a matrix.
+        let strip =
+            if is_transposed(self.tuned) || is_transposed(self.base) { TILE } else { STRIP };
+        let height = (strip / self.columns.max(1)).max(1);
         for (index, values) in values.chunks_mut(height * self.columns).enumerate() {
             let first = index * height;
             let own = rows.start + first..rows.start + first + values.len() / self.columns;

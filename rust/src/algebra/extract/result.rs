@@ -8,8 +8,9 @@ use super::pairs::{Pair, Part};
 use super::store::{Layer, Store};
 use super::*;
 use crate::adapter::deltas::LowRank;
-use crate::adapter::{Adapter, Contents, Grammar, LayerKind, Module, Saved, Semantics};
+use crate::adapter::{Adapter, Contents, Expert, Grammar, LayerKind, Module, Saved, Semantics};
 use crate::algebra::report::{Record, overall};
+use crate::algebra::stacks;
 use crate::error::Owner;
 use crate::kernel::convert::widen_f64;
 use crate::tensor::safetensors::{Tensor, TensorFile};
@@ -27,6 +28,13 @@ pub(super) struct Work<'a> {
 /// Modules, and where each one's factors begin.
 type Made<'a> = Vec<(&'a Pair<'a>, LayerKind, usize, u64)>;
 
+/// The factors of all experts of a parameter: of which, the rank, and where A and B begin.
+struct Stacked<'a> {
+    first: &'a Pair<'a>,
+    rank: u64,
+    starts: [u64; 2],
+}
+
 impl Work<'_> {
     pub fn finish(
         &self,
@@ -38,8 +46,8 @@ impl Work<'_> {
         task: &Task,
     ) -> Result<ExtractReport> {
         let is_dry = options.write.dry_run;
-        let mut records = IndexMap::new();
-        let mut extraction = IndexMap::new();
+        let mut records = IndexMap::<String, Vec<(Option<Expert>, Record)>>::new();
+        let mut extraction = IndexMap::<String, Vec<(f64, Extraction)>>::new();
         let mut made: Made<'_> = Vec::new();
         let mut limited = Vec::new();
         let mut behind = 0;
@@ -47,9 +55,13 @@ impl Work<'_> {
             let (Some(layer), Part::Factors { kind, .. }) =
                 (&self.store.done[&pair.name].layer, pair.part)
             else {
+                if pair.expert.is_some() {
+                    let own = (pair.expert, unchanged_expert(pair));
+                    records.entry(pair.title().to_owned()).or_default().push(own);
+                }
                 continue;
             };
-            let module = pair.module().to_owned();
+            let module = pair.title().to_owned();
             let rank = match &self.spent {
                 Some((ranks, _)) => ranks[&pair.name],
                 None => layer.rank,
@@ -63,25 +75,36 @@ impl Work<'_> {
                 }
                 _ => (layer.lost, layer.place.start),
             };
-            if layer.is_limited {
+            if layer.is_limited && limited.last() != Some(&module) {
                 limited.push(module.clone());
             }
             let (record, own) = describe(pair, layer, rank, lost);
             if rank > 0 {
                 made.push((pair, kind, rank, start));
             }
-            records.insert(module.clone(), record);
-            extraction.insert(module, own);
+            extraction.entry(module.clone()).or_default().push((record.norm, own));
+            records.entry(module).or_default().push((pair.expert, record));
         }
+        // Stacks in which no expert differs are no modules.
+        records.retain(|_, own| {
+            own.iter().any(|(expert, record)| expert.is_none() || record.norm > 0.0)
+        });
+        let counts: Vec<usize> = records.values().map(Vec::len).collect();
+        let records: IndexMap<String, Record> =
+            records.into_iter().map(|(name, own)| (name, stacks::record(own))).collect();
+        let extraction =
+            extraction.into_iter().map(|(name, own)| (name, Extraction::of_all(&own))).collect();
+        let of_experts;
+        (made, of_experts) = self.stacked(made, behind)?;
         let (saved, lost) = self.others(options.strict, tuned)?;
         let unchanged = self.store.done.values().filter(|done| !done.differs).count();
         let mut notes = self.notes(&records, &limited, &saved);
-        if made.is_empty() && saved.is_empty() {
+        if made.is_empty() && of_experts.is_empty() && saved.is_empty() {
             return Err(Error::Argument(self.nothing(tuned, base, &lost, !records.is_empty())));
         }
         notes.extend([tuned, base].iter().flat_map(|input| input.notes().iter().cloned()));
-        let bytes = records.values().map(|record: &Record| {
-            ((record.shape[0] + record.shape[1]) * record.rank * self.dtype.size()) as u64
+        let bytes = records.values().zip(counts).map(|(record, count)| {
+            ((record.shape[0] + record.shape[1]) * record.rank * count * self.dtype.size()) as u64
         });
         let mut report = Report {
             target_format: options.write.target()?.to_owned(),
@@ -95,7 +118,7 @@ impl Work<'_> {
             files: Vec::new(),
         };
         if !is_dry {
-            let value = self.adapter(&made, &saved, base)?;
+            let value = self.adapter(&made, &of_experts, &saved, base)?;
             parameters.insert("dtype".to_owned(), report.dtype.clone().into());
             let (one, other) = rayon::join(|| described(tuned), || described(base));
             let inputs = vec![one?, other?];
@@ -154,7 +177,7 @@ impl Work<'_> {
             .map(|pair| pair.name.clone())
             .collect();
         let refused: Vec<&str> = (saved.iter())
-            .filter(|pair| !pairs::is_table(&pair.name))
+            .filter(|pair| !pairs::is_table(&pair.named))
             .map(|pair| pair.name.as_str())
             .chain(lost.iter().map(String::as_str))
             .collect();
@@ -242,8 +265,75 @@ impl Work<'_> {
         }
     }
 
-    fn adapter(&self, made: &Made<'_>, saved: &[&Pair<'_>], base: &Checkpoint) -> Result<Adapter> {
+    /// The factors of experts brought together by their parameters, each with zeros up to the largest rank,
+    /// behind all that is stored; the other modules as they are.
+    fn stacked<'b>(&self, made: Made<'b>, mut behind: u64) -> Result<(Made<'b>, Vec<Stacked<'b>>)> {
+        let mut others = Vec::with_capacity(made.len());
+        let mut members = IndexMap::<&'b str, Made<'b>>::new();
+        for one in made {
+            match one.0.expert {
+                Some(_) => members.entry(&one.0.named).or_default().push(one),
+                None => others.push(one),
+            }
+        }
+        let size = self.dtype.size();
+        let mut stacks = Vec::with_capacity(members.len());
+        for own in members.into_values() {
+            let first = own[0].0;
+            let count = first.expert.map_or(0, |expert| expert.count);
+            let rank = own.iter().map(|(_, _, rank, _)| *rank).max().unwrap_or(0);
+            let extents = first.extents();
+            let mut starts = [0; 2];
+            for (slot, start) in starts.iter_mut().enumerate() {
+                let [outputs, inputs] = extents;
+                for index in 0..count {
+                    let extent = if slot == 0 { inputs } else { outputs };
+                    let mut padded = vec![0; rank * extent * size];
+                    if let Some((_, _, own, start)) =
+                        own.iter().find(|one| one.0.expert.is_some_and(|own| own.index == index))
+                    {
+                        // B lies before A, whose rows are whole; of B each has room for the largest rank.
+                        let place =
+                            if slot == 0 { start + (outputs * own * size) as u64 } else { *start };
+                        let stored = self.store.read(place, (own * extent * size) as u64)?;
+                        let (from, to) = match slot {
+                            0 => (stored.len(), padded.len()),
+                            _ => (own * size, rank * size),
+                        };
+                        let rows = padded.chunks_exact_mut(to.max(1));
+                        for (target, source) in rows.zip(stored.chunks_exact(from.max(1))) {
+                            target[..from].copy_from_slice(source);
+                        }
+                    }
+                    let at = self.store.put_behind(&padded, behind)?;
+                    behind += padded.len() as u64;
+                    if index == 0 {
+                        *start = at;
+                    }
+                }
+            }
+            stacks.push(Stacked { first, rank: rank as u64, starts });
+        }
+        Ok((others, stacks))
+    }
+
+    fn adapter(
+        &self,
+        made: &Made<'_>,
+        of_experts: &[Stacked<'_>],
+        saved: &[&Pair<'_>],
+        base: &Checkpoint,
+    ) -> Result<Adapter> {
         let mut wanted = Vec::new();
+        for Stacked { first, rank, starts } in of_experts {
+            let count = first.expert.map_or(0, |expert| expert.count);
+            let [outputs, inputs] = first.extents().map(|extent| extent as u64);
+            let shapes = [vec![count, *rank, inputs], vec![count, outputs, *rank]];
+            for ((what, shape), start) in ["experts.a", "experts.b"].iter().zip(shapes).zip(starts)
+            {
+                wanted.push((format!("{}.{what}", first.named), self.dtype.clone(), shape, *start));
+            }
+        }
         for (pair, kind, rank, start) in made {
             let rank = *rank as u64;
             let (mut outputs, mut inputs) = (pair.tuned.shape[0], pair.tuned.shape[1..].to_vec());
@@ -262,7 +352,14 @@ impl Work<'_> {
         let tensors = self.store.tensors(wanted)?;
         let mut modules = IndexMap::new();
         let mut stored_transposed = !made.is_empty();
-        for ((pair, kind, rank, _), factors) in made.iter().zip(tensors.chunks_exact(2)) {
+        let (own, tensors_of_layers) = tensors.split_at(2 * of_experts.len());
+        for (Stacked { first, .. }, factors) in of_experts.iter().zip(own.chunks_exact(2)) {
+            let [a, b] = factors else { unreachable!("two of each") };
+            let module = stacks::made(&first.named, [a.clone(), b.clone()], 1.0)?;
+            modules.insert(module.key.clone(), module);
+        }
+        let factors_of_layers = tensors_of_layers.chunks_exact(2);
+        for ((pair, kind, rank, _), factors) in made.iter().zip(factors_of_layers) {
             let [b, a] = factors else { unreachable!("two of each") };
             let path = pair.module().to_owned();
             let transposed = matches!(pair.part, Part::Factors { is_transposed: true, .. });
@@ -287,11 +384,11 @@ impl Work<'_> {
         for pair in saved {
             let trained_apart = pair.part == Part::Whole;
             let tensor = saved_tensor(pair, &mut opened)?;
-            whole.push(Saved { path: pair.name.clone(), tensor, trained_apart });
+            whole.push(Saved { path: pair.named.clone(), tensor, trained_apart });
         }
         let any = tensors.first().or_else(|| whole.first().map(|saved| &saved.tensor));
         let file = any.expect("there is something to write").file().clone();
-        let saves_embeddings = saved.iter().any(|pair| pairs::is_embedding(&pair.name));
+        let saves_embeddings = saved.iter().any(|pair| pairs::is_embedding(&pair.named));
         let semantics = Semantics {
             stored_transposed,
             ties_weights: base.ties_embeddings() && saves_embeddings && self.holds_whole,
@@ -344,6 +441,21 @@ fn saved_tensor(pair: &Pair<'_>, opened: &mut IndexMap<usize, Arc<TensorFile>>) 
     Ok(Tensor::new(file, info))
 }
 
+/// An expert in whose matrix nothing differs, beside others.
+fn unchanged_expert(pair: &Pair<'_>) -> Record {
+    Record {
+        shape: pair.extents(),
+        source_rank: 0,
+        rank: 0,
+        kept: 1.0,
+        error: 0.0,
+        norm: 0.0,
+        singular_values: Vec::new(),
+        coefficients: None,
+        expert_ranks: None,
+    }
+}
+
 fn describe(pair: &Pair<'_>, layer: &Layer, rank: usize, lost: f64) -> (Record, Extraction) {
     let spectrum = &layer.spectrum;
     let square = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>();
@@ -351,11 +463,7 @@ fn describe(pair: &Pair<'_>, layer: &Layer, rank: usize, lost: f64) -> (Record, 
     let norm = spectrum.total.sqrt();
     let tail = (spectrum.total - kept).max(0.0).sqrt();
     let above = spectrum.values.iter().take_while(|value| **value > layer.floor).count();
-    let mut shape =
-        [pair.tuned.shape[0] as usize, pair.tuned.shape[1..].iter().product::<u64>() as usize];
-    if let Part::Factors { is_transposed: true, .. } = pair.part {
-        shape.reverse();
-    }
+    let shape = pair.extents();
     let record = Record {
         shape,
         source_rank: shape[0].min(shape[1]),

@@ -104,6 +104,14 @@ impl Store {
         Ok([b, self.files.read_at(place.start + place.b, place.a)?])
     }
 
+    /// Some of the bytes that are stored.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn read(&self, start: u64, length: u64) -> Result<Vec<u8>> {
+        self.files.read_at(start, length)
+    }
+
     /// Says that a parameter is finished.
     ///
     /// # Errors

@@ -456,6 +456,13 @@ fn by_model(told: TransposedExperts, base: &Checkpoint) -> Option<ExpertLayout> 
     Some(if transposed { ExpertLayout::Transposed } else { ExpertLayout::Straight })
 }
 
+/// Whether the experts of a model with that config take their weights as (in, out).
+pub(crate) fn takes_experts_transposed(
+    config: &serde_json::Map<String, serde_json::Value>,
+) -> bool {
+    names_one_of(config, &TRANSPOSED_MODELS)
+}
+
 fn names_one_of(config: &serde_json::Map<String, serde_json::Value>, models: &[&str]) -> bool {
     let own = config.get("model_type").and_then(serde_json::Value::as_str);
     own.is_some_and(|name| models.contains(&name))
