@@ -19,7 +19,7 @@ ROOT = Path(str(lorafast.__file__)).parent
 #: tells where a module lies. A result finds its views, which lie above it, in a table (`_results`).
 PYTHON = [
     ("_core", "_errors", "_deprecation"),
-    ("_types", "_words", "_seeds"),
+    ("_types", "_weights", "_words", "_seeds"),
     ("_io",),
     ("_options", "_results"),
     # What computes with torch and knows a merge's plan only as the core's.

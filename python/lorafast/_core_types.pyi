@@ -121,7 +121,7 @@ class PlanDescription(TypedDict):
     strategy_options: NotRequired[dict[str, float | bool]]
     #: What random masks depend on, where there are any.
     seed: NotRequired[int]
-    weights: list[float] | None
+    weights: list[float | dict[str, float]] | None
     dtype: Literal["auto", "float16", "bfloat16", "float32"]
     tensors: list[TensorDescription]
     tensors_merged: int

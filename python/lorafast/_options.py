@@ -30,8 +30,9 @@ class Flag(NamedTuple):
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     """What there is to choose from, where the type is no `Literal`."""
-    check: Callable[[str], str] | None = None
-    """Returns a value, or raises a `ValueError` that says what is wrong with it."""
+    check: Callable[[str], Any] | None = None
+    """Returns the value of a text (of a sequence, that of an item), or raises a `ValueError` that
+    says what is wrong with it."""
     output: bool = False
     """Whether it is about what is written rather than about how it is made."""
     other_help: Mapping[str, str] = {}
@@ -75,12 +76,11 @@ class Option(NamedTuple):
         return any(get_origin(member) is Mapping for member in self.members)
 
     @property
-    def items(self) -> type | None:
+    def items(self) -> Any:
         """The type of its items, where it is a sequence."""
         for member in self.members:
             if get_origin(member) is Sequence:
-                found: type = get_args(member)[0]
-                return found
+                return get_args(member)[0]
         return None
 
 

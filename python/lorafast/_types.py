@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -34,12 +34,11 @@ class HasPaths(Protocol):
 #: called with (done, total).
 Progress = bool | Callable[[int, int], object]
 
-#: How several adapters are combined: as sums; as sums with coefficients of each tensor; element by
-#: element; and by the names that PEFT has for such.
-Strategy = Literal[
-    "sequential",
-    "weighted",
-    "average",
+#: The weight of an adapter: a number for all modules, or numbers by patterns of module names.
+Weight = float | Mapping[str, float]
+
+#: Methods that make sums of updates, with coefficients that follow from their inner products.
+SumMethod = Literal[
     "linear",
     "normalized",
     "centroid",
@@ -49,6 +48,11 @@ Strategy = Literal[
     "multislerp",
     "model_stock",
     "projection",
+]
+#: Methods that look at the singular vectors of several updates.
+JointMethod = Literal["knots", "tsv_m", "iso_c", "core_space"]
+#: Methods that look at each element of several updates.
+EntryMethod = Literal[
     "ties",
     "dare_linear",
     "dare_ties",
@@ -58,13 +62,15 @@ Strategy = Literal[
     "breadcrumbs_ties",
     "magnitude_prune",
     "sce",
-    "cat",
-    "svd",
-    "ties_svd",
-    "dare_linear_svd",
-    "dare_ties_svd",
-    "magnitude_prune_svd",
 ]
+#: The names that PEFT has for such methods.
+MethodOfPeft = Literal[
+    "cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"
+]
+#: How adapters are combined into one.
+CombineMethod = Literal[SumMethod, JointMethod, EntryMethod, MethodOfPeft]
+#: How several adapters are merged into a base.
+Strategy = Literal["sequential", "weighted", "average", SumMethod, EntryMethod, MethodOfPeft]
 #: Whose results a merge gives where those differ from what was trained.
 Compat = Literal["peft"]
 #: How factors of experts that are stored as one tensor lie on it.

@@ -28,14 +28,14 @@ mod results;
 mod rounding;
 mod stacks;
 mod sums;
-mod weights;
 mod whole;
 mod work;
 mod write;
 
+pub use crate::methods::MethodOptions;
+pub use crate::weights::Weight;
 pub use bake::{BakeOptions, bake};
 pub use combine::{CombineOptions, ResizeOptions, combine, resize};
 pub use extract::{ExtractOptions, ExtractReport, Extraction, extract};
-pub use options::{MethodOptions, Writing};
+pub use options::Writing;
 pub use report::{BudgetReport, Record, Report};
-pub use weights::Weight;

@@ -61,17 +61,12 @@ impl Gram {
     /// The method of that name for so many adapters.
     ///
     /// # Errors
-    /// [`Error::Argument`] for numbers outside of their domain, weights that the method does not take, and
+    /// [`Error::Argument`] for numbers outside of their domain, weights where the method takes none, and
     /// another number of adapters than it is for.
     ///
     /// # Panics
     /// For a name that is not among [`METHODS`].
-    pub fn named(
-        name: &str,
-        numbers: &Numbers,
-        count: usize,
-        weights: Option<&[f64]>,
-    ) -> Result<Self> {
+    pub fn new(name: &str, numbers: &Numbers, count: usize, has_weights: bool) -> Result<Self> {
         let number = |name: &str, value: Option<f64>, default: f64, is_valid: fn(f64) -> bool| {
             let value = value.unwrap_or(default);
             match is_valid(value) {
@@ -111,23 +106,26 @@ impl Gram {
             "projection" => Self::Projection,
             _ => unreachable!("the name of a method"),
         };
-        let Some(weights) = weights else { return Ok(method) };
-        match method {
-            Self::Linear => {}
-            Self::Normalized | Self::Nuslerp | Self::Karcher { .. } | Self::Multislerp { .. } => {
-                let sum: f64 = weights.iter().sum();
-                if weights.iter().any(|weight| *weight < 0.0) || sum <= 0.0 {
-                    return Err(Error::Argument(format!(
-                        "the weights {weights:?} are divided by their sum, for which none may be negative \
-                         and one has to be above zero; linear takes any"
-                    )));
-                }
-            }
-            _ => {
-                return Err(Error::Argument(format!("{name} takes no weights")));
-            }
+        match has_weights && !method.takes_weights() {
+            true => Err(Error::Argument(format!("{name} takes no weights"))),
+            false => Ok(method),
         }
-        Ok(method)
+    }
+
+    /// Checks the weights of one module, where they are divided by their sum.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub fn check_weights(&self, weights: &[f64], module: &str) -> Result<()> {
+        let sum: f64 = weights.iter().sum();
+        let is_defined = weights.iter().all(|weight| *weight >= 0.0) && sum > 0.0;
+        match is_defined || !self.divides_by_weights() {
+            true => Ok(()),
+            false => Err(Error::Argument(format!(
+                "the weights {weights:?} are divided by their sum, for which none may be negative and one \
+                 has to be above zero ({module}); the method linear takes any"
+            ))),
+        }
     }
 
     /// Whether adapters can have weights.
@@ -155,7 +153,7 @@ impl Gram {
     }
 
     /// Whether weights are divided by their sum.
-    pub fn divides_by_weights(&self) -> bool {
+    fn divides_by_weights(&self) -> bool {
         matches!(
             self,
             Self::Normalized | Self::Nuslerp | Self::Karcher { .. } | Self::Multislerp { .. }

@@ -13,7 +13,7 @@ use crate::checkpoint::components::Component;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
 use crate::plan::{
-    ConfigChanges, Inputs, Origin, Plan, PlannedChange, Strategy, StrategyOptions, Update,
+    ConfigChanges, Inputs, MethodOptions, Origin, Plan, PlannedChange, Strategy, Update, Weight,
 };
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
@@ -72,10 +72,10 @@ pub struct PlanDescription<'a> {
     adapters: Vec<PlannedAdapter<'a>>,
     strategy: Strategy,
     #[serde(skip_serializing_if = "Option::is_none")]
-    strategy_options: Option<&'a StrategyOptions>,
+    strategy_options: Option<&'a MethodOptions>,
     #[serde(skip_serializing_if = "Option::is_none")]
     seed: Option<u64>,
-    weights: Option<&'a [f64]>,
+    weights: Option<&'a [Weight]>,
     dtype: &'a str,
     tensors: Vec<TensorDescription<'a>>,
     tensors_merged: usize,
@@ -142,7 +142,7 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
         base: inputs.base.path().display().to_string(),
         adapters: adapters.collect(),
         strategy: plan.options.strategy,
-        strategy_options: (plan.options.strategy_options != StrategyOptions::default())
+        strategy_options: (plan.options.strategy_options != MethodOptions::default())
             .then_some(&plan.options.strategy_options),
         seed: plan.options.uses_seed().then_some(plan.options.seed),
         weights: (plan.options.strategy != Strategy::Sequential).then_some(plan.weights.as_slice()),

@@ -14,6 +14,7 @@ mod finder;
 mod masks;
 mod method;
 mod order;
+mod ranks;
 mod selection;
 #[cfg(test)]
 mod tests;

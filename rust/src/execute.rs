@@ -220,7 +220,7 @@ impl<'a> Job<'a> {
         unknown.dedup();
         unknown.retain(|(shard, tensor)| {
             let action = &plan.shards[*shard].tensors[*tensor].action;
-            matches!(action, Action::MergeEntries(merge) if merge.method.needs_passes())
+            matches!(action, Action::MergeEntries(merge) if merge.needs_passes())
         });
         let slots = tiles.into_iter().map(Slot::new).collect();
         let computer = Computer { inputs, set, task };

@@ -13,6 +13,7 @@
 //! - [`kernel`], `linalg`: products and conversions; decompositions in f64.
 //! - `coefficients`: methods that need inner products of updates alone.
 //! - [`entrywise`]: methods that look at each element of several updates.
+//! - `methods`, `weights`: what methods take beside the updates, and the weights of these by modules.
 //! - [`checkpoint`]: shards seen as one map from names to tensors, their names and quantization.
 //! - [`adapter`]: what an adapter's modules add, and how it is read.
 //! - [`plan`]: what a merge will do; [`execute`] carries it out, and [`verify`] proves the result.
@@ -41,11 +42,13 @@ pub mod kernel;
 pub mod limits;
 mod linalg;
 pub mod measure;
+mod methods;
 pub mod parallel;
 pub mod plan;
 pub mod similarity;
 pub mod storage;
 pub mod tensor;
 pub mod verify;
+mod weights;
 
 pub use error::{Error, Result};

@@ -15,6 +15,7 @@ mod split;
 mod tie;
 mod update;
 mod value;
+mod weights;
 
 use std::sync::Arc;
 
@@ -23,11 +24,12 @@ use crate::adapter::{Adapter, about, grammar, zero};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::{Error, Result, shorten_all};
+pub use crate::methods::MethodOptions;
 use crate::parallel::task::Task;
+pub use crate::weights::Weight;
 
 use context::Context;
-use options::weights_of;
-pub use options::{Compat, Options, Strategy, StrategyOptions, TokenizerChoice};
+pub use options::{Compat, Options, Strategy, TokenizerChoice};
 pub(crate) use passes::quantized::{dequantized_plan, updates_in_model};
 use passes::replication::ReplicatedInputs;
 pub use passes::side_files::{CARD, CARD_OF_BASE};
@@ -38,6 +40,7 @@ pub use value::{
     Action, ConfigChanges, EntryMerge, FileOrigin, Inputs, Origin, Plan, PlannedChange,
     PlannedShard, PlannedTensor, Replication, SideFile, SideFiles, TaskHead,
 };
+use weights::ModuleWeights;
 
 /// Whether every parameter of the adapters has its tensor in the base, by the names as they stand
 /// or the built-in rules for renamed ones.
@@ -76,11 +79,8 @@ impl Plan {
     /// # Errors
     /// Those of [`Plan::new`], and [`Error::Cancelled`].
     pub fn new_with(inputs: &Inputs, options: Options, task: &Task) -> Result<Self> {
-        let mut weights = weights_of(&options, inputs.adapters.len())?;
+        let weights = ModuleWeights::of(&options, inputs.adapters.len())?;
         options.check_strategy()?;
-        if options.subtract {
-            weights.iter_mut().for_each(|weight| *weight = -*weight);
-        }
         let named = named_like_the_base(inputs)?;
         let inputs = named.as_ref().unwrap_or(inputs);
         refuse_obstacles(inputs, &options.allow)?;
@@ -104,6 +104,7 @@ impl Plan {
         let renamed = if options.subtract { None } else { backbone::apply(inputs) };
         let inputs = renamed.as_ref().map_or(inputs, |(inputs, _)| inputs);
         task.check()?;
+        weights.check(&options, inputs.adapters.iter().map(|adapter| &**adapter))?;
         let quantized = QuantizedWeights::of(&inputs.base);
         let base = quantized.named(&inputs.base);
         let context = Context::new(inputs, &base, &quantized, &options, task)?;
@@ -124,8 +125,8 @@ impl Plan {
         }
         let mut warnings = inputs.base.warnings().to_vec();
         let mut zero_updates = Vec::new();
-        for (adapter, weight) in inputs.adapters.iter().zip(&weights) {
-            if *weight == 0.0 {
+        for (position, adapter) in inputs.adapters.iter().enumerate() {
+            if weights.is_zero(position, adapter) {
                 let path = adapter.path().display();
                 zero_updates.push(format!("{path}: its weight is 0, so that it changes nothing"));
             }
@@ -145,7 +146,7 @@ impl Plan {
         task.check()?;
         let mut shards = layout::plan_shards(inputs, &options, draft, &quantized);
         entries::merge_by_entries(inputs, &options, &mut shards)?;
-        products::weigh_by_products(inputs, &options, &mut shards, task)?;
+        products::weigh_by_products(inputs, &options, &weights, &mut shards, task)?;
         task.check()?;
         if options.dtype.is_some() {
             let kept = layout::kept_components(inputs, &shards);
@@ -166,7 +167,7 @@ impl Plan {
         let coverage = coverage::resolve(inputs, &options.allow, &shards, &ignored)?;
         Ok(Self {
             options,
-            weights,
+            weights: weights.told(),
             shards,
             config_changes,
             warnings,

@@ -333,3 +333,14 @@ def test_a_rehearsal_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert main(["combine", *inputs, *flags]) == 1
     assert "overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [None, 2, "energy:0.9", "auto"])
+def test_a_module_whose_weights_are_all_zero_is_left_out(tmp_path: Path, rank: Any) -> None:
+    modules = random_modules(0, SHAPES, 3, decay=0.7)
+    first = next(iter(SHAPES))
+    path = write_lora(tmp_path / "in", modules, alpha=1.7)
+    report = lorafast.combine([path, path], tmp_path / "out", weights=[{first: 0}] * 2, rank=rank)
+    assert report.ranks[first] == 0
+    assert all(found for name, found in report.ranks.items() if name != first)
+    assert first not in updates_of(tmp_path / "out")

@@ -9,6 +9,7 @@ import lorafast
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import dense_methods
 from support.files import read_checkpoint, tensor
 from support.handmade import adapter_tensors, make_adapter, make_base
 from support.quantised import SCHEMES, Scheme
@@ -147,11 +148,88 @@ def test_weights_that_are_stored_transposed(tmp_path: Path) -> None:
     assert lorafast.verify(base, adapters, tmp_path / "out", full=True, **TIES).ok
 
 
-def test_della_on_a_transposed_weight_is_refused_by_name(tmp_path: Path) -> None:
-    base, adapters, _ = transposed(tmp_path)
-    options = {"density": 0.5}
-    with pytest.raises(lorafast.UnsupportedAdapterError, match="stored transposed"):
-        lorafast.plan(base, adapters, strategy="della", strategy_options=options)
+DELLA: dict[str, Any] = {
+    "strategy": "della_linear",
+    "strategy_options": {"density": 0.5, "epsilon": 0.3},
+    "seed": 5,
+}
+
+
+def della_linear(updates: list[Array], module: str) -> Array:
+    """What `DELLA` makes, ranked in the rows of the updates."""
+    kept = [
+        dense_methods.della(update, 0.5, 0.3, dense_methods.uniform(5, module, place, update.shape))
+        for place, update in enumerate(updates)
+    ]
+    return np.asarray(sum(kept))
+
+
+def test_della_ranks_in_the_rows_of_the_update_however_the_weight_is_stored(tmp_path: Path) -> None:
+    base, adapters, updates = transposed(tmp_path)
+    lorafast.merge(base, adapters, tmp_path / "out", threads=1, **DELLA)
+    lorafast.merge(base, adapters, tmp_path / "same", threads=3, **DELLA)
+    module = "transformer.h.0.attn.c_attn"
+    after = read_checkpoint(tmp_path / "out")[f"{module}.weight"]
+    assert after.data == read_checkpoint(tmp_path / "same")[f"{module}.weight"].data
+    before = read_checkpoint(base)[f"{module}.weight"].float64()
+    expected = della_linear(updates, module)
+    np.testing.assert_allclose(after.float64() - before, expected.T, atol=1e-6)
+    assert lorafast.verify(base, adapters, tmp_path / "out", full=True, **DELLA).ok
+    # The same adapters on a weight that is stored as (out, in).
+    straight = make_base(
+        tmp_path / "straight",
+        modules={},
+        others={f"{module}.weight": tensor(before.T, "F32")},
+        config={"model_type": "llama"},
+    )
+    plain = []
+    for seed in (1, 2):
+        tensors = adapter_tensors({module: (24, 20)}, rank=RANK, seed=seed)
+        plain.append(make_adapter(tmp_path / f"plain-{seed}", tensors))
+    lorafast.merge(straight, plain, tmp_path / "turned", **DELLA)
+    turned = read_checkpoint(tmp_path / "turned")[f"{module}.weight"].float64()
+    np.testing.assert_array_equal(turned.T, after.float64())
+
+
+@pytest.mark.parametrize("strategy", [DELLA, TIES], ids=["della_linear", "ties"])
+def test_embeddings_are_merged_as_they_are_combined(
+    tmp_path: Path, strategy: dict[str, Any]
+) -> None:
+    tokens, width, name = 30, 12, "model.embed_tokens"
+    random = np.random.default_rng(9)
+    base = make_base(
+        tmp_path / "base",
+        modules={},
+        others={f"{name}.weight": tensor(random.normal(size=(tokens, width)), "F32")},
+    )
+    adapters, updates = [], []
+    for number in range(2):
+        a, b = random.normal(size=(RANK, tokens)), random.normal(size=(width, RANK))
+        tensors = {
+            f"{PREFIX}{name}.lora_embedding_A": tensor(a, "F32"),
+            f"{PREFIX}{name}.lora_embedding_B": tensor(b, "F32"),
+        }
+        settings: dict[str, Any] = {"target_modules": ["embed_tokens"], "lora_alpha": RANK}
+        path = make_adapter(tmp_path / str(number), tensors, r=RANK, **settings)
+        adapters.append(path)
+        updates.append(b.astype(np.float32).astype(float) @ a.astype(np.float32))
+    lorafast.merge(base, adapters, tmp_path / "out", **strategy)
+    before, after = read_checkpoint(base), read_checkpoint(tmp_path / "out")
+    change = after[f"{name}.weight"].float64() - before[f"{name}.weight"].float64()
+    expected = ties(updates) if strategy is TIES else della_linear(updates, name)
+    np.testing.assert_allclose(change, expected.T, atol=1e-5)
+    assert lorafast.verify(base, adapters, tmp_path / "out", full=True, **strategy).ok
+    lorafast.combine(
+        adapters,
+        tmp_path / "both",
+        method=strategy["strategy"],
+        options=strategy["strategy_options"],
+        rank=width,
+        seed=strategy.get("seed", 0),
+    )
+    lorafast.merge(base, tmp_path / "both", tmp_path / "one")
+    one = read_checkpoint(tmp_path / "one")[f"{name}.weight"].float64()
+    np.testing.assert_allclose(one, after[f"{name}.weight"].float64(), atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

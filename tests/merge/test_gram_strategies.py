@@ -11,7 +11,7 @@ import lorafast
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.files import read_checkpoint, tensor
+from support.files import read_checkpoint, read_safetensors, tensor, write_safetensors
 from support.handmade import MODULES, adapter_tensors, make_adapter, make_base, write_checkpoint
 from support.reference import PREFIX
 
@@ -196,6 +196,81 @@ def test_slerp_is_for_two(tmp_path: Path) -> None:
     adapters, _ = make_adapters(tmp_path, 3)
     with pytest.raises(ValueError, match="slerp is for 2 adapters, and there are 3"):
         lorafast.plan(base, adapters, strategy="slerp")
+
+
+FUSED, PARTS = "double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn"
+
+
+def on_a_fused_projection(
+    folder: Path, of_second: dict[str, int]
+) -> tuple[Path, list[Path], list[Array]]:
+    """A model with fused projections, an adapter of these, and one of single projections."""
+    random, width = np.random.default_rng(8), 8
+    base = folder / "flux.safetensors"
+    weights = {
+        f"{FUSED}.weight": tensor(random.normal(size=(3 * width, width)), "F32"),
+        "single_blocks.0.linear2.weight": tensor(random.normal(size=(width, 5 * width)), "F32"),
+    }
+    write_safetensors(base, weights, {})
+    whole = adapter_tensors({FUSED: (3 * width, width)}, rank=3, seed=1)
+    modules = {f"{PARTS}.{name}": (width, width) for name in of_second}
+    single = adapter_tensors(modules, rank=2, seed=2)
+    adapters = [
+        make_adapter(folder / "whole", whole, r=3, lora_alpha=6),
+        make_adapter(folder / "single", single, r=2, lora_alpha=2),
+    ]
+
+    def product(tensors: Any, module: str) -> Array:
+        a = tensors[f"{PREFIX}{module}.lora_A.weight"].float64()
+        return np.asarray(tensors[f"{PREFIX}{module}.lora_B.weight"].float64() @ a)
+
+    other = np.zeros((3 * width, width))
+    for name, place in of_second.items():
+        other[place * width : (place + 1) * width] = product(single, f"{PARTS}.{name}")
+    return base, adapters, [2 * product(whole, FUSED), other]
+
+
+@pytest.mark.parametrize("of_second", [{"to_q": 0}, {"to_q": 0, "to_v": 2}], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("asked", "method"),
+    [
+        ({"strategy": "slerp", "strategy_options": {"t": 0.3}}, lambda u: slerp(u[0], u[1], 0.3)),
+        ({"strategy": "nuslerp", "weights": [3.0, 1.0]}, lambda u: slerp(u[0], u[1], 0.25)),
+        ({"strategy": "karcher"}, karcher),
+        ({"strategy": "model_stock"}, model_stock),
+        ({"strategy": "projection"}, projection),
+    ],
+    ids=["slerp", "nuslerp", "karcher", "model_stock", "projection"],
+)
+def test_one_adapter_changes_a_part_of_what_another_does(
+    tmp_path: Path, asked: dict[str, Any], method: Method, of_second: dict[str, int]
+) -> None:
+    """What it does not change counts as zero: the tensor is weighed as a whole."""
+    base, adapters, updates = on_a_fused_projection(tmp_path, of_second)
+    lorafast.merge(base, adapters, tmp_path / "out", **asked)
+    before, after = (
+        read_safetensors(file)[f"{FUSED}.weight"].float64()
+        for file in (base, tmp_path / "out" / base.name)
+    )
+    np.testing.assert_allclose(after - before, method(updates), atol=1e-6)
+    merged = tmp_path / "out" / base.name
+    assert lorafast.verify(base, adapters, merged, full=True, **asked).ok
+
+
+def test_parts_that_are_weighed_together_have_one_weight(tmp_path: Path) -> None:
+    base, adapters, updates = on_a_fused_projection(tmp_path, {"to_q": 0, "to_v": 2})
+    one: list[Any] = [{"*.qkv": 3.0}, {"*.attn.*": 1.0}]
+    lorafast.merge(base, adapters, tmp_path / "out", strategy="nuslerp", weights=one)
+    before, after = (
+        read_safetensors(file)[f"{FUSED}.weight"].float64()
+        for file in (base, tmp_path / "out" / base.name)
+    )
+    np.testing.assert_allclose(after - before, slerp(updates[0], updates[1], 0.25), atol=1e-6)
+    two: list[Any] = [3.0, {"*.to_q": 1.0, "*.to_v": 2.0}]
+    with pytest.raises(ValueError, match="give both modules one weight"):
+        lorafast.plan(base, adapters, strategy="nuslerp", weights=two)
+    # Sums weigh each module by itself.
+    assert lorafast.plan(base, adapters, strategy="linear", weights=two).tensors_merged
 
 
 def test_what_is_no_product_is_refused_by_name(tmp_path: Path) -> None:

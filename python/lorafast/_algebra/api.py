@@ -28,49 +28,22 @@ from lorafast._io.sources import (
 )
 from lorafast._results import RecordDict
 from lorafast._seeds import checked_seed
+from lorafast._weights import plain_weight
 
 if TYPE_CHECKING:
     from typing import Literal
 
     from lorafast._core import AlgebraResult
-    from lorafast._types import Progress, Source
+    from lorafast._types import CombineMethod, Progress, Source, Weight
 
     Report = TypeVar("Report", bound=AlgebraReport)
-
-    Method = Literal[
-        "linear",
-        "normalized",
-        "centroid",
-        "slerp",
-        "nuslerp",
-        "karcher",
-        "multislerp",
-        "model_stock",
-        "projection",
-        "svd",
-        "knots",
-        "tsv_m",
-        "iso_c",
-        "core_space",
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "della",
-        "della_linear",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "magnitude_prune",
-        "sce",
-    ]
-    #: A number for all modules, or numbers by patterns of module names.
-    Weight = float | Mapping[str, float]
 
 
 def combine(
     adapters: Sequence[Source],
     output: str | os.PathLike[str],
     *,
-    method: Method | Literal["cat"] = "linear",
+    method: CombineMethod = "linear",
     weights: Sequence[Weight] | None = None,
     rank: int | str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -115,7 +88,9 @@ def combine(
             (arXiv:2312.06795; "gamma"), "magnitude_prune", "sce" (arXiv:2408.07990;
             "select_topk"). "normalize" is `True` where signs are elected. What they make has full
             rank, so that `rank` is needed, and the report's errors are those of the truncation;
-            `merge` with the same strategy loses nothing.
+            `merge` with the same strategy loses nothing. PEFT's names are understood: "cat" is
+            "linear", and "ties_svd", "dare_linear_svd", "dare_ties_svd" and "magnitude_prune_svd"
+            are the methods without "_svd", cut to `rank` as "svd" is.
         weights: a weight for each adapter: a number, or a mapping from patterns of module names
             ("*.q_proj") to numbers, of which the first that fits counts and 1 where none does.
             1 for all if `None`.
@@ -132,8 +107,9 @@ def combine(
             the base's and the combined differences to it), and where names depend on it.
         compat: "kohya" chooses ranks as its older scripts do; "peft" gives what PEFT's
             `add_weighted_adapter` makes of the factors, with cross terms between the adapters:
-            "linear", "ties" and "magnitude_prune" ("density"), beside "cat" and "svd", which have
-            none.
+            "linear", "ties", "dare_linear", "dare_ties" and "magnitude_prune" ("density"), beside
+            "cat", "svd" and the others that end with "_svd", which have none. Random masks are
+            this function's own, by `seed`.
         to: the format to write.
         dtype: the type of the factors; "auto" is the widest of the inputs'.
         overwrite: replace an adapter that is there.
@@ -155,7 +131,7 @@ def combine(
     """
     asked = {
         "method": method,
-        "weights": None if weights is None else [_weight(weight) for weight in weights],
+        "weights": None if weights is None else [plain_weight(weight) for weight in weights],
         "rank": rank,
         "options": dict(options or {}),
         "seed": checked_seed(seed),
@@ -436,13 +412,6 @@ def bake(
             core_source(located), target, base=local, options=_text(asked), progress=report
         )
     return _report(BakeReport, found, [located], target)
-
-
-def _weight(weight: Weight) -> float | dict[str, float]:
-    """A weight as JSON has it."""
-    if isinstance(weight, Mapping):
-        return {str(pattern): float(number) for pattern, number in weight.items()}
-    return float(weight)
 
 
 def _text(asked: Mapping[str, object]) -> str:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
+    from lorafast._types import Weight
 
 
 def adapters_of(
     arguments: argparse.Namespace, words: Iterable[str]
-) -> tuple[list[str], list[float] | None]:
+) -> tuple[list[str], Sequence[Weight] | None]:
     """The adapters that words name, and their weights, if any has one.
 
     A word is an adapter; several with commas between them; or either with a weight behind a colon,
@@ -24,7 +26,7 @@ def adapters_of(
     """
     found = [each for word in words for each in _parts(word)]
     adapters = [name for name, _ in found]
-    given: list[float] | None = arguments.weights
+    given: Sequence[Weight] | None = arguments.weights
     if all(weight is None for _, weight in found):
         return adapters, given
     if given is not None:

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lorafast._cli.algebra import add_base, add_output, finish, rank_of, writing
 from lorafast._cli.command import Command
+from lorafast._cli.options import checked
+from lorafast._types import CombineMethod
+from lorafast._weights import weight_of
 
 if TYPE_CHECKING:
     import argparse
 
     from lorafast._cli.terminal import Terminal
 
-METHODS = (
-    "linear",
-    "normalized",
-    "centroid",
-    "slerp",
-    "nuslerp",
-    "karcher",
-    "multislerp",
-    "model_stock",
-    "projection",
-    "svd",
-    "knots",
-    "tsv_m",
-    "iso_c",
-    "core_space",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "della",
-    "della_linear",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "magnitude_prune",
-    "sce",
-    "cat",
-)
+METHODS: tuple[str, ...] = get_args(CombineMethod)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-w",
         "--weights",
         nargs="+",
+        type=checked(weight_of),
         metavar="W",
         help="a weight for each: a number, or PATTERN=NUMBER,… by module names (*.q_proj=0.5,*=1)",
     )
@@ -90,12 +69,12 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Combine, and show the report."""
     import lorafast
 
-    adapters, weights = list(arguments.adapters), arguments.weights
+    adapters = list(arguments.adapters)
     report = lorafast.combine(
         adapters,
         arguments.output,
         method=arguments.method,
-        weights=None if weights is None else [_weight(arguments, text) for text in weights],
+        weights=arguments.weights,
         rank=None if arguments.rank is None else rank_of(arguments.rank),
         options=dict(_option(arguments, text) for text in arguments.option),
         seed=arguments.seed,
@@ -104,17 +83,6 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         **writing(arguments),
     )
     return finish(report, f"Combined {len(adapters)} adapters", arguments, terminal)
-
-
-def _weight(arguments: argparse.Namespace, text: str) -> Any:
-    """A weight: a number, or numbers by patterns."""
-    if "=" not in text:
-        return _number(arguments, "--weights", text)
-    found = {}
-    for part in text.split(","):
-        pattern, _, number = part.rpartition("=")
-        found[pattern] = _number(arguments, "--weights", number)
-    return found
 
 
 def _option(arguments: argparse.Namespace, text: str) -> tuple[str, Any]:
@@ -131,14 +99,6 @@ def _option(arguments: argparse.Namespace, text: str) -> tuple[str, Any]:
         except ValueError:
             continue
     return name, value
-
-
-def _number(arguments: argparse.Namespace, flag: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        arguments.parser.error(f"argument {flag}: {text!r} is no number")
-    return number
 
 
 COMMAND = Command(

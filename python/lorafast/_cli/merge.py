@@ -22,6 +22,7 @@ from lorafast._cli.options import add_options, chosen
 from lorafast._io.sources import offline
 from lorafast._merge.api import options_of
 from lorafast._merge.plan import make_plan
+from lorafast._weights import weight_text
 
 if TYPE_CHECKING:
     import argparse
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lorafast import MergeReport
     from lorafast._cli.terminal import Terminal
     from lorafast._merge.api import Verb
+    from lorafast._types import Weight
 
 #: Names of files beside the base that a summary spells out.
 MAX_LEFT_OUT = 6
@@ -203,12 +205,12 @@ def show_report(report: MergeReport, terminal: Terminal) -> None:
         terminal.line(f"note: {note}")
 
 
-def adapters_text(adapters: Sequence[str], weights: Sequence[float] | None) -> str:
+def adapters_text(adapters: Sequence[str], weights: Sequence[Weight] | None) -> str:
     """Return the adapters with their weights, if they have any: `style × 0.7, facts × -0.3`."""
     if weights is None:
         return ", ".join(adapters)
     return ", ".join(
-        f"{adapter} × {number_text(weight)}"
+        f"{adapter} × {weight_text(weight, number_text)}"
         for adapter, weight in zip(adapters, weights, strict=True)
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorafast._cli.terminal import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lorafast._options import Option
 
@@ -131,9 +131,10 @@ def _settings(option: Option) -> dict[str, Any]:
         several = (
             {"action": "append"} if option.flag.repeated else {"nargs": "+", "action": "extend"}
         )
-        settings |= {**several, "type": option.items, "default": default}
+        kind = option.items if option.flag.check is None else checked(option.flag.check)
+        settings |= {**several, "type": kind, "default": default}
     elif option.flag.check is not None:
-        settings["type"] = _type(option.flag.check)
+        settings["type"] = checked(option.flag.check)
     elif option.flag.unit is not None:
         settings |= {"type": float, "default": float(option.default // option.flag.unit)}
     elif int in option.members and str not in option.members:
@@ -143,13 +144,13 @@ def _settings(option: Option) -> dict[str, Any]:
     return settings
 
 
-def _type(check: Any) -> Any:
+def checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
     """A check as argparse's `type`, whose words are shown."""
 
-    def checked(text: str) -> Any:
+    def convert(text: str) -> Any:
         try:
             return check(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    return checked
+    return convert

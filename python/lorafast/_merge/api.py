@@ -16,7 +16,9 @@ from lorafast._types import (
     Source,
     Strategy,
     TokenizerChoice,
+    Weight,
 )
+from lorafast._weights import plain_weight, weight_of
 
 if TYPE_CHECKING:
     from lorafast._merge.plan import MergePlan
@@ -71,11 +73,12 @@ class MergeOptions(NamedTuple):
         ),
     ] = 0
     weights: Annotated[
-        Sequence[float] | None,
+        Sequence[Weight] | None,
         Flag(
             "a weight for each adapter, in their order, or behind each (style:0.7); negative ones "
-            "subtract",
+            "subtract; PATTERN=NUMBER,… weighs by module names (*.q_proj=0.5,*=1)",
             metavar="W",
+            check=weight_of,
             short="w",
         ),
     ] = None
@@ -145,7 +148,9 @@ class MergeOptions(NamedTuple):
         return {
             **own,
             "strategy": implied if self.strategy is None else self.strategy,
-            "weights": None if self.weights is None else [float(each) for each in self.weights],
+            "weights": None
+            if self.weights is None
+            else [plain_weight(each) for each in self.weights],
             "seed": checked_seed(self.seed),
             "strategy_options": dict(self.strategy_options or {}),
             "dtype": DTYPES[self.dtype],
@@ -169,7 +174,7 @@ def merge(
     output: Source,
     *,
     strategy: Strategy | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     threads: int | None = None,
@@ -219,8 +224,10 @@ def merge(
             it is unless false).
         seed: what the masks of DARE and DELLA depend on, beside each adapter's position, the
             module's name and the element's place.
-        weights: for "weighted" and the strategies that take weights, one finite number an adapter,
-            negative ones too where nothing is divided by their sum; all 1 if missing.
+        weights: for "weighted" and the strategies that take weights, one of each adapter; all 1 if
+            missing. A weight is a finite number, negative ones too where nothing is divided by
+            their sum, or a mapping from patterns of module names ("*.q_proj") to numbers, of which
+            the first that fits counts, and 1 where none does.
         dtype: "auto" keeps each tensor's; "float16", "bfloat16", "float32" (or "fp16", "bf16",
             "fp32") convert every floating-point tensor of 16 bits and more (in a pipeline those of
             the components that an adapter changes), and write quantised weights out, without their
@@ -293,7 +300,7 @@ def plan(
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     dtype: str = "auto",
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
@@ -316,7 +323,7 @@ def verify(
     merged: Source,
     *,
     strategy: Strategy | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     full: bool = False,
     threads: int | None = None,
     progress: Progress = False,
@@ -386,7 +393,7 @@ def subtract(
     *,
     original: Source | None = None,
     strategy: Strategy | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     dtype: str = "auto",
     overwrite: bool = False,
     threads: int | None = None,

@@ -95,7 +95,7 @@ class _MergeReportFields(NamedTuple):
     base: str
     adapters: list[str]
     strategy: str
-    weights: list[float] | None
+    weights: list[float | dict[str, float]] | None
     output_path: str
     dtype: str
     device: str
@@ -138,7 +138,8 @@ class MergeReport(_MergeReportFields, OutputReport):
         base: path of the base.
         adapters: paths of the adapters, in the order in which they were added.
         strategy: sequential, weighted, average, or the method that merged element by element.
-        weights: the weight of each adapter, or `None` under sequential.
+        weights: the weight of each adapter (a number, or numbers by patterns of module names), or
+            `None` under sequential.
         output_path: the directory that was written.
         dtype: auto, or the dtype of the output's floating-point tensors.
         device: what made the products: cpu, a CUDA device, or torch:cpu.
@@ -249,8 +250,9 @@ def groups_of(description: PlanDescription) -> list[dict[str, Any]]:
     weights = description["weights"]
     for tensor in description["tensors"]:
         for update in tensor["updates"]:
-            # Some strategies find a coefficient for each tensor.
-            weight = update["weight"] if weights is None else weights[update["adapter"]]
+            # Some strategies find a coefficient for each tensor, and some weights are by modules.
+            given = None if weights is None else weights[update["adapter"]]
+            weight = given if isinstance(given, float) else update["weight"]
             key = (update["adapter"], update["rank"], update["scale"], weight)
             counts[key] = counts.get(key, 0) + 1
     names = ("adapter", "rank", "scale", "weight")

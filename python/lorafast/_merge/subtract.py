@@ -70,7 +70,7 @@ class SubtractReport(OutputReport):
     adapters: list[str]
     original: str | None
     strategy: str
-    weights: list[float] | None
+    weights: list[float | dict[str, float]] | None
     output_path: str
     dtype: str
     exact: bool
@@ -200,15 +200,11 @@ def _bound(
 def _shared_fields(done: MergeReport, prepared: MergePlan, *, exact: bool) -> dict[str, Any]:
     """The fields that a merge's report has too."""
     description = prepared.to_dict()
-    weights = description["weights"]
-    if weights is not None and not exact:
-        # A subtraction is planned with the opposite weights.
-        weights = [-weight for weight in weights]
     return {
         "adapters": done.adapters,
         "original": prepared.base if exact else None,
         "strategy": description["strategy"],
-        "weights": weights,
+        "weights": description["weights"],
         "output_path": done.output_path,
         "dtype": done.dtype,
         "exact": exact,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast._merge.provenance import hub_id_of_base, identify
-from lorafast._report.cells import cell, code, table
+from lorafast._report.cells import cell, code, table, weight_cell
 from lorafast._report.text import format_number, format_options
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def merge_card(plan: MergePlan, description: PlanDescription) -> str:
         [
             code(identity.name),
             code(identity.revision) if identity.revision else "",
-            format_number(1.0 if weights is None else weights[position], 6),
+            weight_cell(1.0 if weights is None else weights[position]),
             ", ".join(sorted(ranks, key=int)),
         ]
         for position, (identity, ranks) in enumerate(

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lorafast._report.text import format_number
+from lorafast._weights import weight_text
+
+if TYPE_CHECKING:
+    from lorafast._types import Weight
 
 #: Longer cells are cut: names come from strangers' files.
 LONGEST_CELL = 120
@@ -35,6 +42,11 @@ def code(text: object, longest: int = LONGEST_CELL) -> str:
         clean = "…" + clean[1 - longest :]
     # A backslash in code cannot be escaped, and would take away the one before a bar.
     return "`" + clean.replace("`", "'").replace("\\|", "\\ |").replace("|", "\\|") + "`"
+
+
+def weight_cell(weight: Weight) -> str:
+    """An adapter's weight: a number, or patterns of module names with theirs."""
+    return weight_text(weight, lambda number: format_number(number, 6), code)
 
 
 def table(

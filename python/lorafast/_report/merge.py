@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lorafast._merge.coverage import left_over, summary_text
-from lorafast._report.cells import LONGEST_REASON, cell, code, table
+from lorafast._report.cells import LONGEST_REASON, cell, code, table, weight_cell
 from lorafast._report.text import format_number, format_options
 
 if TYPE_CHECKING:
@@ -135,14 +135,16 @@ def _warning_lines(warnings: Iterable[str]) -> list[str]:
 
 
 def _adapter_lines(
-    adapters: list[str], weights: list[float] | None, digests: dict[str, str]
+    adapters: list[str],
+    weights: list[float | dict[str, float]] | None,
+    digests: dict[str, str],
 ) -> list[str]:
     """The table of the adapters."""
     rows = (
         [
             str(position),
             _path(adapter),
-            format_number(1.0 if weights is None else weights[position], 6),
+            weight_cell(1.0 if weights is None else weights[position]),
             code(digests[adapter]),
         ]
         for position, adapter in enumerate(adapters)

@@ -19,7 +19,7 @@ from lorafast._words import with_article
 if TYPE_CHECKING:
     import torch
 
-    from lorafast._types import Source, Strategy
+    from lorafast._types import Source, Strategy, Weight
 
 
 @shown
@@ -82,7 +82,7 @@ class MergedModule:
         adapters: Source | Sequence[Source],
         *,
         strategy: Strategy | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[Weight] | None = None,
     ) -> None:
         """Puts other adapters in the place of these, each weight in one pass.
 
@@ -223,7 +223,7 @@ def merge_into(
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     keep: Keep = "cpu",
 ) -> MergedModule:
     """Adds adapters to the weights of a loaded module, in place, on whatever devices they are.
@@ -288,7 +288,7 @@ def applied(
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     keep: Keep = "cpu",
 ) -> Iterator[MergedModule]:
     """Merges adapters into a module for the length of a `with` block.

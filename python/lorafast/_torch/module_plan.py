@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorafast._io.sources import ModuleBase, NamedTensor
-    from lorafast._types import Source, Strategy
+    from lorafast._types import Source, Strategy, Weight
 
 MERGEABLE = {"float64", "float32", "float16", "bfloat16"}
 #: Classes of parameters that hold codes: of bitsandbytes.
@@ -163,7 +163,7 @@ def plan_module(
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy | None,
-    weights: Sequence[float] | None,
+    weights: Sequence[Weight] | None,
     originals: Mapping[int, torch.Tensor],
 ) -> ModulePlan:
     """Plans a merge into a module.

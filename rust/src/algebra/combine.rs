@@ -9,11 +9,10 @@ use serde_json::{Map, Value};
 use super::engine::{Job, Whole, run};
 use super::methods::{Compat, Family, Inputs, Method};
 use super::on_base::{self, Members, OnBase};
-use super::options::{MethodOptions, Writing};
+use super::options::Writing;
 use super::ranks::Rule;
 use super::report::Report;
 use super::sums::{Allowed, Sum, Sums};
-use super::weights::Weight;
 use super::whole::Parameters;
 use super::work::{Cut, Work};
 use super::write::Output;
@@ -21,8 +20,10 @@ use crate::adapter::format::AdapterSource;
 use crate::adapter::{Adapter, LayerKind};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::methods::MethodOptions;
 use crate::parallel::task::{Task, build_pool};
 use crate::storage::scratch::ScratchFile;
+use crate::weights::Weight;
 
 /// What is asked of a sum.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -123,7 +124,8 @@ pub fn combine(
     let mut names: Vec<String> = sums.modules.iter().map(Sum::name).collect();
     names.extend(whole.iter().flat_map(|whole| whole.names()));
     for weight in &weights {
-        weight.check(names.iter().map(String::as_str))?;
+        weight.check_numbers()?;
+        weight.check_patterns(names.iter().map(String::as_str))?;
     }
     method.check_weights(&weights, &names)?;
     let mut notes = missing(&adapters, &sums);

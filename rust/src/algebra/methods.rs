@@ -1,19 +1,17 @@
 //! The methods that make one update of several: their names, what they take, and what they do with the
 //! updates of one module.
 
-use serde_json::Value;
-
 use super::dense;
 use super::factored::inner_products;
 use super::joint::{Directions, Joint};
 use super::merge::{Merge, Updates};
-use super::options::MethodOptions;
 use super::ranks::Rule;
 use super::raw::Raw;
-use super::weights::Weight;
-use crate::coefficients::{self, Gram, Numbers};
+use crate::coefficients::{self, Gram};
 use crate::entrywise;
 use crate::error::{Error, Result};
+use crate::methods::{MethodOptions, own_name};
+use crate::weights::Weight;
 
 /// A method with what it was given.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,12 +48,18 @@ const FACTORED: [(&str, &[&str]); 5] = [
 ];
 
 /// PEFT's, by its names.
-const PEFT: [(&str, &[&str]); 5] = [
+const PEFT: [(&str, &[&str]); 11] = [
     ("linear", &[]),
     ("cat", &[]),
     ("svd", &[]),
     ("ties", &["density"]),
+    ("ties_svd", &["density"]),
+    ("dare_linear", &["density"]),
+    ("dare_linear_svd", &["density"]),
+    ("dare_ties", &["density"]),
+    ("dare_ties_svd", &["density"]),
     ("magnitude_prune", &["density"]),
+    ("magnitude_prune_svd", &["density"]),
 ];
 
 /// Whose results are asked for.
@@ -130,14 +134,19 @@ impl Method {
             true => &[&PEFT],
             false => &[&coefficients::METHODS, &FACTORED, &entrywise::METHODS],
         };
-        let Some(own) = options_of(name, families) else {
+        // What PEFT's names mean here; svd is a method of both.
+        let meant = if is_peft || name == "svd" { name } else { own_name(name) };
+        let Some(own) = options_of(meant, families) else {
             return Err(Error::Argument(match is_peft {
                 true => format!(
-                    "method is {name:?}; of PEFT's methods there are {} under compat=\"peft\" (its \
-                     random masks depend on torch's generator and the device)",
+                    "method is {name:?}; under compat=\"peft\" there are PEFT's: {}",
                     names(families)
                 ),
-                false => format!("method is {name:?}; there are {}", names(families)),
+                false => format!(
+                    "method is {name:?}; there are {}, and of PEFT's names cat, ties_svd, \
+                     dare_linear_svd, dare_ties_svd, magnitude_prune_svd",
+                    names(families)
+                ),
             }));
         };
         let mut known = own.to_vec();
@@ -146,24 +155,9 @@ impl Method {
         if own.contains(&"merge") {
             known.extend(Merge::options(merge)?);
         }
-        if !known.contains(&"lambda") {
-            known.push("lambda");
-        }
-        let Value::Object(given) = options.plain() else { unreachable!("a struct is an object") };
-        if let Some(other) = given.keys().find(|key| !known.contains(&key.as_str())) {
-            return Err(Error::Argument(format!(
-                "the method {name} takes no option {other:?}; it takes {}",
-                known.join(", ")
-            )));
-        }
-        let lambda = options.number("lambda", options.lambda, 1.0, f64::is_finite)?;
-        let family = match name {
-            _ if is_peft => match name {
-                "linear" => Family::Raw(Raw::Linear),
-                "ties" => Family::Raw(Raw::Ties { density: options.density()? }),
-                "magnitude_prune" => Family::Raw(Raw::Pruned { density: options.density()? }),
-                _ => Family::Sum(Gram::Linear),
-            },
+        options.check_known(&format!("the method {name}"), &known)?;
+        let family = match meant {
+            _ if is_peft => of_peft(name, options, inputs)?,
             "knots" => Family::Joint(Joint::Knots(Merge::parse(merge, options, inputs)?)),
             "core_space" => Family::Joint(Joint::CoreSpace(Merge::parse(merge, options, inputs)?)),
             "tsv_m" => Family::Joint(Joint::TsvM { k: options.k()? }),
@@ -172,10 +166,11 @@ impl Method {
             name if entrywise::Method::is_known(name) => {
                 Family::Entries(entries(name, options, inputs)?)
             }
-            name => Family::Sum(Gram::parse(name, options, inputs)?),
+            name => Family::Sum(gram(name, options, inputs)?),
         };
         let counts = Directions::default();
-        Ok(Self { family, lambda, shortens: name == "svd", counts })
+        let shortens = name == "svd" || name.ends_with("_svd");
+        Ok(Self { family, lambda: options.lambda(), shortens, counts })
     }
 
     /// Whether it depends on a seed.
@@ -185,6 +180,7 @@ impl Method {
             | Family::Joint(
                 Joint::Knots(Merge::Entries(entries)) | Joint::CoreSpace(Merge::Entries(entries)),
             ) => entries.is_random(),
+            Family::Raw(raw) => raw.is_random(),
             _ => false,
         }
     }
@@ -195,7 +191,7 @@ impl Method {
     /// [`Error::Argument`].
     pub fn check_rule(&self, name: &str, rule: Option<Rule>) -> Result<()> {
         match (&self.family, rule) {
-            (Family::Entries(_), None) => Err(Error::Argument(format!(
+            (Family::Entries(_), None) if !self.shortens => Err(Error::Argument(format!(
                 "the method {name} makes updates of full rank, which an adapter holds with a loss: give \
                  a rank (rank=, --rank), and the report has each module's error, or merge into the base \
                  with the strategy {name}, which loses nothing"
@@ -241,28 +237,35 @@ impl Method {
     /// # Errors
     /// [`Error::Argument`].
     pub fn check_weights(&self, weights: &[Weight], modules: &[String]) -> Result<()> {
-        let divides = match &self.family {
+        let gram = match &self.family {
             Family::Sum(gram)
             | Family::Joint(Joint::Knots(Merge::Sum(gram)) | Joint::CoreSpace(Merge::Sum(gram))) => {
-                gram.divides_by_weights()
+                gram
             }
-            _ => false,
+            _ => return Ok(()),
         };
-        if !divides {
-            return Ok(());
-        }
-        for module in modules {
+        modules.iter().try_for_each(|module| {
             let own: Vec<f64> = weights.iter().map(|weight| weight.of(module)).collect();
-            let sum: f64 = own.iter().sum();
-            if own.iter().any(|weight| *weight < 0.0) || sum <= 0.0 {
-                return Err(Error::Argument(format!(
-                    "the weights {own:?} are divided by their sum, for which none may be negative \
-                     and one has to be above zero ({module}); the method linear takes any"
-                )));
-            }
-        }
-        Ok(())
+            gram.check_weights(&own, module)
+        })
     }
+}
+
+/// PEFT's method of that name.
+fn of_peft(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<Family> {
+    if matches!(name, "cat" | "svd") {
+        return Ok(Family::Sum(Gram::Linear));
+    }
+    // Of one adapter PEFT makes a multiple, whatever the method.
+    let name = if inputs.count == 1 { "linear" } else { name };
+    if name == "linear" {
+        return Ok(Family::Raw(Raw::LINEAR));
+    }
+    let entries = entries(own_name(name), options, inputs)?;
+    Ok(match name.ends_with("_svd") {
+        true => Family::Entries(entries.counting()),
+        false => Family::Raw(Raw::of(name, options.density.unwrap_or(1.0))),
+    })
 }
 
 impl Merge {
@@ -290,7 +293,7 @@ impl Merge {
     fn parse(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<Self> {
         match entrywise::Method::is_known(name) {
             true => entries(name, options, inputs).map(Self::Entries),
-            false => Gram::parse(name, options, inputs).map(Self::Sum),
+            false => gram(name, options, inputs).map(Self::Sum),
         }
     }
 }
@@ -315,19 +318,9 @@ impl Gram {
         let updates: Vec<_> = of.updates.iter().map(Option::as_ref).collect();
         self.coefficients_with(|| inner_products(&updates), of.weights)
     }
+}
 
-    /// The method of that name with these options, for so many adapters.
-    ///
-    /// # Errors
-    /// [`Error::Argument`].
-    pub fn parse(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<Self> {
-        let MethodOptions { t, max_iter, tol, eps, .. } = *options;
-        let numbers = Numbers { t, max_iter, tol, eps };
-        let method = Self::named(name, &numbers, inputs.count, None)?;
-        // Those of a module are checked when its name is known.
-        if inputs.has_weights && !method.takes_weights() {
-            return Err(Error::Argument(format!("{name} takes no weights")));
-        }
-        Ok(method)
-    }
+/// The method of that name that needs inner products alone; the result's factor is not its own.
+fn gram(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<Gram> {
+    Gram::new(name, &options.numbers(), inputs.count, inputs.has_weights)
 }

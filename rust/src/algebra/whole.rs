@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::dense::Dense;
 use super::merge::Updates;
 use super::methods::{Family, Method};
-use super::weights::Weight;
+use crate::weights::Weight;
 use crate::adapter::factors::common;
 use crate::adapter::{Adapter, Saved, TrainedRows};
 use crate::checkpoint::Checkpoint;

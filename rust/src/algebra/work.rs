@@ -17,7 +17,6 @@ use super::report::{BudgetReport, Record};
 use super::results::{Place, Results, Rounded, Written, rounded};
 use super::stacks;
 use super::sums::{Part, ReadPart, Sum, Sums};
-use super::weights::Weight;
 use crate::adapter::deltas::Difference;
 use crate::adapter::{LayerKind, Module};
 use crate::coefficients::Gram;
@@ -26,6 +25,7 @@ use crate::measure::spectrum::Update;
 use crate::parallel::task::Task;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::Tensor;
+use crate::weights::Weight;
 
 /// How the ranks are chosen.
 #[derive(Debug, Clone, Copy)]

@@ -1,8 +1,11 @@
 //! What a method has to know of a whole tensor, found in passes over its tiles.
 
+use std::sync::Arc;
+
 use super::masks::Mask;
 use super::method::{Join, Method, Trim, part_of};
 use super::order::{Counts, Cut, Layout, Search};
+use super::ranks::{self, RowRanks};
 use super::selection::{Keep, Selection, deviations};
 
 /// Finds out what a method has to know of the updates of one tensor.
@@ -28,6 +31,11 @@ enum Stage {
     Spread,
     Variance(Search),
     Squares(Cut),
+    /// Of each update the ranks in rows so far; `next` is the first row that has none.
+    Ranks {
+        next: usize,
+        updates: Vec<RowRanks>,
+    },
     Done(Vec<Keep>),
 }
 
@@ -39,6 +47,8 @@ pub struct Counters {
     spread: u64,
     /// Sums of squares of each row, update after update.
     squares: Vec<f64>,
+    /// Rows that are gathered to be ranked, of each update.
+    gathered: Vec<Vec<f32>>,
     room: Vec<f32>,
 }
 
@@ -83,13 +93,14 @@ impl Finder {
     }
 
     /// The same for tiles whose rows are the updates' columns.
-    ///
-    /// # Panics
-    /// For methods that look at rows.
     #[must_use]
     pub fn transposed(mut self) -> Self {
-        assert!(!self.method.looks_at_rows(), "no tile has a whole row");
         self.layout.is_transposed = true;
+        if self.method.looks_at_rows() {
+            let updates = vec![RowRanks::new(self.layout); self.weights.len()];
+            self.stage = Stage::Ranks { next: 0, updates };
+            self.settle();
+        }
         self
     }
 
@@ -111,7 +122,14 @@ impl Finder {
             Stage::Squares(_) => vec![0.0; self.weights.len() * self.layout.rows],
             _ => Vec::new(),
         };
-        Counters { searches, spread: 0, squares, room: Vec::new() }
+        let gathered = match &self.stage {
+            Stage::Ranks { next, updates } => {
+                let elements = ranks::gathered(self.layout, *next).len() * self.layout.inputs();
+                vec![vec![0.0; elements]; updates.len()]
+            }
+            _ => Vec::new(),
+        };
+        Counters { searches, spread: 0, squares, gathered, room: Vec::new() }
     }
 
     /// Counts a tile: the rows from `first_row` of every update.
@@ -150,6 +168,12 @@ impl Finder {
                     }
                 }
             }
+            Stage::Ranks { next, .. } => {
+                let rows = ranks::gathered(layout, *next);
+                for (target, values) in counters.gathered.iter_mut().zip(tile) {
+                    ranks::gather(layout, &rows, first_row, values, target);
+                }
+            }
             Stage::Done(_) => {}
         }
     }
@@ -166,6 +190,8 @@ impl Finder {
             all.spread += other.spread;
             // Each row was counted by one thread.
             all.squares.iter_mut().zip(&other.squares).for_each(|(sum, one)| *sum += one);
+            let rows = all.gathered.iter_mut().flatten().zip(other.gathered.iter().flatten());
+            rows.for_each(|(sum, one)| *sum += one);
         }
         let mut searches = all.searches.into_iter();
         match &mut self.stage {
@@ -191,6 +217,13 @@ impl Finder {
                 };
                 self.stage = Stage::Done(vec![Keep::Positions(cut); self.weights.len()]);
             }
+            Stage::Ranks { next, updates } => {
+                let (rows, mut order) = (ranks::gathered(self.layout, *next), Vec::new());
+                for (ranks, gathered) in updates.iter_mut().zip(&all.gathered) {
+                    ranks.set(rows.start, gathered, &mut order);
+                }
+                *next = rows.end;
+            }
             Stage::Done(_) => {}
         }
         self.settle();
@@ -198,7 +231,16 @@ impl Finder {
 
     /// Goes on where no counts are needed.
     fn settle(&mut self) {
-        match &self.stage {
+        match &mut self.stage {
+            Stage::Ranks { next, updates } if *next >= self.layout.outputs() => {
+                let Trim::Ranked { density, epsilon } = self.method.trim else {
+                    unreachable!("it is DELLA")
+                };
+                let keeps = self.masks.iter().zip(std::mem::take(updates)).map(|(mask, ranks)| {
+                    Keep::Known { mask: *mask, density, epsilon, ranks: Arc::new(ranks) }
+                });
+                self.stage = Stage::Done(keeps.collect());
+            }
             Stage::Magnitudes(updates) if updates.iter().flatten().all(Search::is_done) => {
                 let keep = |searches: &Vec<Search>| match searches.as_slice() {
                     [lower] => Keep::Largest(lower.cut()),

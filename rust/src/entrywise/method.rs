@@ -64,6 +64,9 @@ pub(super) enum Join {
     Sum,
     /// The sum over those whose wx has the sign of Σwx; divided by Σ|w| over them.
     Elect { normalize: bool },
+    /// The sum over those whose x has the sign of Σx, without weights, divided by how many these are:
+    /// PEFT's rule.
+    Count,
     /// The mean over those that have the sign of Σx, weighed by each update's mean square.
     Energies,
 }
@@ -158,6 +161,14 @@ impl Method {
         Ok(Self { trim, join, lambda })
     }
 
+    /// The same with PEFT's rule for those that elect a sign: weights have no part in the election, and
+    /// sums are divided by how many agree.
+    #[must_use]
+    pub fn counting(self) -> Self {
+        let join = if matches!(self.join, Join::Elect { .. }) { Join::Count } else { self.join };
+        Self { join, ..self }
+    }
+
     /// Whether weights of the adapters have a part in it.
     pub fn takes_weights(&self) -> bool {
         self.join != Join::Energies
@@ -168,9 +179,10 @@ impl Method {
         matches!(self.trim, Trim::Ranked { .. })
     }
 
-    /// Whether something of a whole tensor has to be known, for which its tiles are looked at before.
-    pub fn needs_passes(&self) -> bool {
-        !self.is_random()
+    /// Whether something of a whole tensor has to be known, for which its tiles are looked at before:
+    /// tiles of the updates' rows, or of their columns.
+    pub fn needs_passes(&self, are_transposed: bool) -> bool {
+        !self.is_random() || (are_transposed && self.looks_at_rows())
     }
 
     /// Whether it depends on a seed.

@@ -59,12 +59,12 @@ impl Layout {
     }
 
     /// Rows of the update.
-    fn outputs(self) -> usize {
+    pub fn outputs(self) -> usize {
         if self.is_transposed { self.columns } else { self.rows }
     }
 
     /// Columns of the update.
-    fn inputs(self) -> usize {
+    pub fn inputs(self) -> usize {
         if self.is_transposed { self.rows } else { self.columns }
     }
 }

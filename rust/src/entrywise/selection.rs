@@ -1,11 +1,14 @@
 //! The elements of updates that a method keeps, and what it makes of them, tile by tile.
 
+use std::sync::Arc;
+
 use super::masks::Mask;
 use super::method::Join;
 use super::order::{Cut, Layout, ranks};
+use super::ranks::RowRanks;
 
 /// Which elements of one update are kept.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Keep {
     /// The first in the order of magnitudes.
     Largest(Cut),
@@ -15,6 +18,8 @@ pub(super) enum Keep {
     Random { mask: Mask, density: f64 },
     /// Each with a probability by its rank in the row.
     Ranked { mask: Mask, density: f64, epsilon: f64 },
+    /// The same with ranks that are known, where tiles have no whole rows.
+    Known { mask: Mask, density: f64, epsilon: f64, ranks: Arc<RowRanks> },
     /// The positions of largest variance.
     Positions(Cut),
 }
@@ -104,6 +109,10 @@ impl Selection {
                     let total: f64 = weighted.clone().map(|(_, term)| term).sum();
                     mean_of_agreeing(weighted.clone(), total, normalize)
                 }
+                Join::Count => {
+                    let values = updates().map(|(weight, values)| (*weight, values[place]));
+                    sum_over_count(values)
+                }
                 Join::Energies => {
                     let total: f64 = updates().map(|(_, values)| values[place]).sum();
                     mean_of_agreeing(weighted, total, true)
@@ -132,6 +141,28 @@ fn mean_of_agreeing(
         true => sum / weights,
         false => sum,
     }
+}
+
+/// Σwx over those whose x has the sign of Σx (0 counts as positive), over how many these are.
+fn sum_over_count(values: impl Iterator<Item = (f64, f64)> + Clone) -> f64 {
+    let total: f64 = values.clone().map(|(_, value)| value).sum();
+    if total.is_nan() {
+        return total;
+    }
+    let agrees = |value: f64| if total >= 0.0 { value > 0.0 } else { value < 0.0 };
+    let (mut sum, mut count) = (0.0, 0);
+    for (weight, value) in values.filter(|(_, value)| agrees(*value)) {
+        sum += weight * value;
+        count += 1;
+    }
+    sum / f64::from(count.max(1))
+}
+
+/// DELLA's probability of the element of that rank in a row of that length.
+fn probability(density: f64, epsilon: f64, rank: usize, length: usize) -> f64 {
+    let last = length.saturating_sub(1) as f64;
+    let share = if last == 0.0 { 0.5 } else { rank as f64 / last };
+    density - epsilon + 2.0 * epsilon * share
 }
 
 /// A row that is trimmed.
@@ -178,12 +209,21 @@ impl Keep {
             }
             Self::Ranked { mask, density, epsilon } => {
                 ranks(keys, order);
-                let last = order.len().saturating_sub(1) as f64;
                 for (rank, column) in order.iter().map(|column| *column as usize).enumerate() {
-                    let share = if last == 0.0 { 0.5 } else { rank as f64 / last };
-                    let probability = density - epsilon + 2.0 * epsilon * share;
+                    let probability = probability(*density, *epsilon, rank, order.len());
                     target[column] = match mask.uniform(index(column)) < probability {
                         true => values[column].into() / probability,
+                        false => 0.0,
+                    };
+                }
+            }
+            Self::Known { mask, density, epsilon, ranks } => {
+                let length = at.layout.inputs();
+                for (column, (target, value)) in target.iter_mut().zip(values).enumerate() {
+                    let rank = ranks.rank(at.row, column);
+                    let probability = probability(*density, *epsilon, rank, length);
+                    *target = match mask.uniform(index(column)) < probability {
+                        true => (*value).into() / probability,
                         false => 0.0,
                     };
                 }

@@ -208,6 +208,8 @@ fn updates_that_are_stored_transposed_are_ordered_as_they_are() {
         ("ties", serde_json::json!({"density": 0.6})),
         ("breadcrumbs_ties", serde_json::json!({"density": 0.5, "gamma": 0.2})),
         ("dare_ties", serde_json::json!({"density": 0.6})),
+        ("della", serde_json::json!({"density": 0.5, "epsilon": 0.4})),
+        ("della_linear", serde_json::json!({"density": 0.6, "epsilon": 0.2})),
         ("sce", serde_json::json!({"density": 0.6})),
     ];
     for (name, options) in options {

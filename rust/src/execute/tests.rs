@@ -357,8 +357,11 @@ fn dora_gives_every_output_its_magnitude() {
     assert_close(&merged["x.weight"], &expected);
 
     // Half of it: W₀ + ½·(W₁ − W₀).
-    let half =
-        plan::Options { strategy: plan::Strategy::Weighted, weights: Some(vec![0.5]), ..plain() };
+    let half = plan::Options {
+        strategy: plan::Strategy::Weighted,
+        weights: Some(vec![plan::Weight::All(0.5)]),
+        ..plain()
+    };
     let (_kept, merged) = merge_tensors(&weight, &factors, dora, half);
     let base = ramp(600, 1);
     let between: Vec<_> =

@@ -5,7 +5,8 @@ use super::options::{Compat, Options, Strategy};
 use super::tie::Tie;
 use super::update::{Update, UpdateKind};
 use super::value::Inputs;
-use crate::adapter::Adapter;
+use super::weights::{ModuleWeights, module_of};
+use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
@@ -71,14 +72,25 @@ pub(super) struct AdapterContext<'a> {
     pub position: usize,
     pub adapter: &'a Adapter,
     pub names: &'a NameMap<'a>,
-    /// Its weight under the strategy.
-    pub weight: f64,
+    /// The weights of all adapters under the strategy.
+    pub weights: &'a ModuleWeights,
 }
 
 impl AdapterContext<'_> {
-    /// An update of a whole tensor from one of its modules or, for a replacement, its tensors.
-    pub fn update(&self, source: &str, kind: UpdateKind) -> Update {
-        Update::new(self.position, source, kind, self.weight)
+    /// An update of a whole tensor from one of its modules.
+    pub fn update(&self, module: &Module, kind: UpdateKind) -> Update {
+        let weight = self.weights.factor(self.position, &module.title());
+        Update::new(self.position, &module.key, kind, weight)
+    }
+
+    /// A replacement of a whole tensor by one of its own, of a parameter of that path.
+    pub fn replacement(&self, tensor: &str, path: &str) -> Update {
+        Update::new(self.position, tensor, UpdateKind::Replace, self.weight_of(path))
+    }
+
+    /// The weight of a parameter that was trained whole.
+    pub fn weight_of(&self, path: &str) -> f64 {
+        self.weights.factor(self.position, module_of(path))
     }
 
     /// What every message on it begins with.

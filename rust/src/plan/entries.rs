@@ -19,12 +19,18 @@ pub(super) fn merge_by_entries(
     let Some(method) = options.entry_method()? else { return Ok(()) };
     let mut refused = NoProducts::default();
     for tensor in shards.iter_mut().flat_map(|shard| &mut shard.tensors) {
+        if let Action::Merge(updates) = &mut tensor.action
+            && updates.iter().all(|update| update.kind == UpdateKind::Vector)
+        {
+            // The biases of second factors are no matrices: they are summed, as in a combination.
+            updates.iter_mut().for_each(|update| update.weight *= options.lambda());
+            continue;
+        }
+        // What was taken out of the base is a product, too.
+        let is_of_start =
+            |update: &Update| update.kind == UpdateKind::LowRank && update.residual.is_some();
         refused.look(tensor, &|update| {
-            let is_turned = method.looks_at_rows() && update.transposed;
-            what_is_no_product(tensor, update).or(is_turned.then_some(
-                "updates of weights that are stored transposed, whose rows (in which elements are ranked) \
-                 lie across all of the tensor",
-            ))
+            what_is_no_product(tensor, update).filter(|_| !is_of_start(update))
         });
         if let Action::Merge(updates) = &mut tensor.action {
             tensor.action = Action::MergeEntries(EntryMerge {
@@ -95,9 +101,10 @@ pub(super) fn what_is_no_product(tensor: &PlannedTensor, update: &Update) -> Opt
         UpdateKind::Transform => Some("updates that only the base's weight makes"),
         UpdateKind::Vector => Some("updates of norms and biases"),
         UpdateKind::LowRank if tensor.source.shape.len() < 2 => Some("updates of norms and biases"),
-        UpdateKind::LowRank if update.residual.is_some() => {
-            Some("factors that began with a part of the base's weight (PiSSA, OLoRA or the like)")
-        }
+        UpdateKind::LowRank if update.residual.is_some() => Some(
+            "factors that began with a part of the base's weight (PiSSA, OLoRA or the like); make them \
+             plain first, with lorafast.bake(…, plain=True, base=…),",
+        ),
         UpdateKind::LowRank => None,
     }
 }

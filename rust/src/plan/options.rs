@@ -4,12 +4,13 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::ExpertLayout;
-use super::products::plain_weights;
 use crate::checkpoint::names::renames::Renames;
-use crate::coefficients::{self, Gram, Numbers};
+use crate::coefficients::{self, Gram};
 use crate::entrywise;
-use crate::error::{Error, Result, agree, counted};
+use crate::error::{Error, Result};
+use crate::methods::{MethodOptions, own_name};
 use crate::tensor::dtype::Dtype;
+use crate::weights::Weight;
 
 /// How several adapters are combined.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,25 +28,13 @@ pub enum Strategy {
     Gram(&'static str),
 }
 
-/// Names of PEFT's for the same: what it makes of its factors again by an SVD is merged into a base as it
-/// is.
-const NAMES_OF_PEFT: [(&str, &str); 6] = [
-    ("ties_svd", "ties"),
-    ("dare_linear_svd", "dare_linear"),
-    ("dare_ties_svd", "dare_ties"),
-    ("magnitude_prune_svd", "magnitude_prune"),
-    ("cat", "linear"),
-    ("svd", "linear"),
-];
-
 impl Strategy {
     /// The strategy of that name.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is none.
     pub fn from_name(name: &str) -> Result<Self> {
-        let own = NAMES_OF_PEFT.iter().find(|(other, _)| *other == name);
-        let own = own.map_or(name, |(_, own)| *own);
+        let own = own_name(name);
         match own {
             "sequential" => return Ok(Self::Sequential),
             "weighted" => return Ok(Self::Weighted),
@@ -84,63 +73,6 @@ impl Serialize for Strategy {
     }
 }
 
-/// What strategies take beside weights and a seed.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct StrategyOptions {
-    /// The share of elements that is kept.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub density: Option<f64>,
-    /// How far keep probabilities lie from the density (DELLA).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub epsilon: Option<f64>,
-    /// The share of the largest elements that is dropped (breadcrumbs).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub gamma: Option<f64>,
-    /// Whether sums are divided by the weights of those that agree (methods that elect a sign).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub normalize: Option<bool>,
-    /// The share of positions that is kept, those of the largest variance (SCE).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub select_topk: Option<f64>,
-    /// What the result is multiplied by.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lambda: Option<f64>,
-    /// Where on the way from the first to the second (slerp).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub t: Option<f64>,
-    /// Steps at most (karcher).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_iter: Option<u64>,
-    /// The length of a step that is none any more (karcher).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tol: Option<f64>,
-    /// The sine below which two directions are one (multislerp).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eps: Option<f64>,
-}
-
-impl StrategyOptions {
-    /// Checks that there are but these, and a factor on the result.
-    fn check_known(&self, strategy: &str, known: &[&str]) -> Result<()> {
-        let given = serde_json::to_value(self).expect("plain data");
-        let given = given.as_object().expect("a struct is an object");
-        let is_known = |name: &str| name == "lambda" || known.contains(&name);
-        let Some(other) = given.keys().find(|name| !is_known(name)) else {
-            return match self.lambda.unwrap_or(1.0) {
-                lambda if lambda.is_finite() => Ok(()),
-                lambda => Err(Error::Argument(format!("the option lambda is {lambda}"))),
-            };
-        };
-        let mut all: Vec<&str> = known.iter().copied().filter(|name| *name != "lambda").collect();
-        all.push("lambda");
-        Err(Error::Argument(format!(
-            "the strategy {strategy} takes no option {other:?}; it takes {}",
-            all.join(", ")
-        )))
-    }
-}
-
 impl Options {
     /// The method that merges element by element, if the strategy is one.
     ///
@@ -148,13 +80,12 @@ impl Options {
     /// [`Error::Argument`] for options that the strategy does not take, or outside of their domain.
     pub(super) fn entry_method(&self) -> Result<Option<entrywise::Method>> {
         let Strategy::Entries(name) = self.strategy else { return Ok(None) };
-        let StrategyOptions { density, epsilon, gamma, normalize, select_topk, lambda, .. } =
-            self.strategy_options;
         let known = entrywise::METHODS.iter().find(|(known, _)| *known == name);
-        self.strategy_options.check_known(name, known.map_or(&[], |(_, options)| options))?;
-        let options =
-            entrywise::Options { density, epsilon, gamma, lambda, normalize, select_topk };
-        entrywise::Method::new(name, &options).map(Some)
+        let options = &self.strategy_options;
+        options.check_known(&self.named(), known.map_or(&[], |(_, options)| options))?;
+        let lambda = options.lambda;
+        entrywise::Method::new(name, &entrywise::Options { lambda, ..options.entrywise() })
+            .map(Some)
     }
 
     /// The method that finds coefficients, if the strategy is one.
@@ -164,15 +95,19 @@ impl Options {
     pub(super) fn gram(&self, count: usize) -> Result<Option<Gram>> {
         let Strategy::Gram(name) = self.strategy else { return Ok(None) };
         let known = coefficients::METHODS.iter().find(|(known, _)| *known == name);
-        self.strategy_options.check_known(name, known.map_or(&[], |(_, options)| options))?;
-        let StrategyOptions { t, max_iter, tol, eps, .. } = self.strategy_options;
-        let numbers = Numbers { t, max_iter, tol, eps };
-        Gram::named(name, &numbers, count, self.weights.as_deref()).map(Some)
+        let options = &self.strategy_options;
+        options.check_known(&self.named(), known.map_or(&[], |(_, options)| options))?;
+        Gram::new(name, &options.numbers(), count, self.weights.is_some()).map(Some)
+    }
+
+    /// The strategy in messages.
+    fn named(&self) -> String {
+        format!("the strategy {}", self.strategy.name())
     }
 
     /// The factor on the result.
     pub(super) fn lambda(&self) -> f64 {
-        self.strategy_options.lambda.unwrap_or(1.0)
+        self.strategy_options.lambda()
     }
 
     /// Whether the result depends on the seed.
@@ -186,7 +121,7 @@ impl Options {
     /// [`Error::Argument`].
     pub(super) fn check_strategy(&self) -> Result<()> {
         let is_plain = !matches!(self.strategy, Strategy::Entries(_) | Strategy::Gram(_));
-        if is_plain && self.strategy_options != StrategyOptions::default() {
+        if is_plain && self.strategy_options != MethodOptions::default() {
             return Err(Error::Argument(format!(
                 "options were given for the strategy {}, which takes none",
                 self.strategy.name()
@@ -225,11 +160,11 @@ pub struct Options {
     #[serde(deserialize_with = "strategy")]
     pub strategy: Strategy,
     /// What the strategy takes beside weights and a seed.
-    pub strategy_options: StrategyOptions,
+    pub strategy_options: MethodOptions,
     /// What the random masks of strategies depend on beside names and places.
     pub seed: u64,
     /// One weight an adapter, for strategies that take weights; missing, all are 1.
-    pub weights: Option<Vec<f64>>,
+    pub weights: Option<Vec<Weight>>,
     /// The type of the output's floating-point tensors; `None` keeps each as it is.
     #[serde(deserialize_with = "dtype")]
     pub dtype: Option<Dtype>,
@@ -338,36 +273,4 @@ impl Compat {
             _ => Err(Error::Argument(format!("unknown compat {name:?}; there is peft"))),
         }
     }
-}
-
-pub(super) fn weights_of(options: &Options, adapters: usize) -> Result<Vec<f64>> {
-    if adapters == 0 {
-        return Err(Error::Argument("no adapter was given; a merge needs at least one".into()));
-    }
-    if let Some(weights) = &options.weights {
-        if matches!(options.strategy, Strategy::Sequential | Strategy::Average) {
-            return Err(Error::Argument(format!(
-                "weights were given, but only the strategy \"weighted\" uses them, or a method such as \
-                 ties or linear, not {}",
-                options.strategy.name()
-            )));
-        }
-        if weights.len() != adapters {
-            return Err(Error::Argument(format!(
-                "{} {} given for {}; give as many weights as adapters",
-                counted(weights.len(), "weight"),
-                agree(weights.len(), "was", "were"),
-                counted(adapters, "adapter"),
-            )));
-        }
-        if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {
-            return Err(Error::Argument(format!("the weight {weight} is not a finite number")));
-        }
-    }
-    let given = options.weights.clone().unwrap_or_else(|| vec![1.0; adapters]);
-    Ok(match (options.strategy, options.gram(adapters)?) {
-        (Strategy::Average, _) => vec![1.0 / adapters as f64; adapters],
-        (_, Some(method)) => plain_weights(&method, &given, options.lambda()),
-        _ => given,
-    })
 }

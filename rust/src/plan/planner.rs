@@ -9,6 +9,7 @@ use super::passes::{
 };
 use super::tie;
 use super::value::ConfigChanges;
+use super::weights::ModuleWeights;
 use crate::adapter::Initialization;
 use crate::error::Result;
 use crate::tensor::dtype::Dtype;
@@ -18,10 +19,10 @@ use crate::tensor::dtype::Dtype;
 /// # Errors
 /// [`crate::Error::Cancelled`], [`crate::Error::Adapter`] for patterns of the config that take too
 /// many steps, and that a file changed meanwhile or cannot be read.
-pub(super) fn draft(context: &Context<'_>, weights: &[f64]) -> Result<PlanDraft> {
+pub(super) fn draft(context: &Context<'_>, weights: &ModuleWeights) -> Result<PlanDraft> {
     let mut draft = PlanDraft::default();
-    for (position, weight) in weights.iter().enumerate() {
-        add_adapter(context, position, *weight, &mut draft)?;
+    for position in 0..context.inputs.adapters.len() {
+        add_adapter(context, position, weights, &mut draft)?;
     }
     complete(context, &mut draft)?;
     Ok(draft)
@@ -31,12 +32,12 @@ pub(super) fn draft(context: &Context<'_>, weights: &[f64]) -> Result<PlanDraft>
 fn add_adapter(
     context: &Context<'_>,
     position: usize,
-    weight: f64,
+    weights: &ModuleWeights,
     draft: &mut PlanDraft,
 ) -> Result<()> {
     let adapter = context.inputs.adapters[position].as_ref();
     let MappedTargets { names, targets, problems, .. } = names::map(context, adapter)?;
-    let adapter = AdapterContext { plan: context, position, adapter, names: &names, weight };
+    let adapter = AdapterContext { plan: context, position, adapter, names: &names, weights };
     let label = adapter.label();
     let fitting = problems.is_empty().then_some(&targets);
     let refused = quantized::refuse_unsupported(context, adapter.adapter, &names, fitting)?;

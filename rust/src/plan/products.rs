@@ -6,7 +6,8 @@ use super::entries::{NoProducts, what_is_no_product};
 use super::options::Options;
 use super::update::Update;
 use super::value::{Action, Inputs, PlannedShard};
-use crate::coefficients::Gram;
+use super::weights::ModuleWeights;
+use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
 use crate::kernel::convert::widen_f64;
 use crate::linalg::{Matrix, Multiply, View};
@@ -16,11 +17,12 @@ use crate::parallel::task::Task;
 /// these.
 ///
 /// # Errors
-/// [`Error::Unsupported`] with everything that is no product, [`Error::Plan`] for updates that overlap in
-/// part, [`Error::Adapter`] if a file changed meanwhile, [`Error::Io`], [`Error::Cancelled`].
+/// [`Error::Unsupported`] with everything that is no product, [`Error::Argument`] for modules that are
+/// weighed together and have different weights, [`Error::Adapter`] if a file changed meanwhile, [`Error::Io`], [`Error::Cancelled`].
 pub(super) fn weigh_by_products(
     inputs: &Inputs,
     options: &Options,
+    weights: &ModuleWeights,
     shards: &mut [PlannedShard],
     task: &Task,
 ) -> Result<()> {
@@ -34,31 +36,18 @@ pub(super) fn weigh_by_products(
         refused.look(tensor, &|update| what_is_no_product(tensor, update));
     }
     refused.finish(inputs, options.strategy.name(), "weighs products of two factors")?;
-    let weights = options.weights.clone().unwrap_or_else(|| vec![1.0; count]);
     let factor = options.lambda() * if options.subtract { -1.0 } else { 1.0 };
     for tensor in shards.iter_mut().flat_map(|shard| &mut shard.tensors) {
         task.check()?;
-        let name = tensor.name.clone();
+        let (height, name) = (tensor.matrix().0 as u64, tensor.name.clone());
         let Action::Merge(updates) = &mut tensor.action else { continue };
-        let mut places: Vec<Option<Range<u64>>> = Vec::new();
-        for update in updates.iter() {
-            if !places.contains(&update.slice.rows) {
-                places.push(update.slice.rows.clone());
-            }
-        }
-        if overlap(&places) {
-            return Err(Error::Plan(vec![format!(
-                "{name}: adapters change different rows of it that overlap, for which the strategy {} is \
-                 not known; adapters of one format, with the same modules, can be merged",
-                options.strategy.name()
-            )]));
-        }
-        for rows in places {
-            let own: Vec<&Update> =
-                updates.iter().filter(|update| update.slice.rows == rows).collect();
-            let products = inner_products(inputs, &own)?;
+        for unit in units(updates, height) {
+            let own: Vec<&Update> = unit.iter().map(|index| &updates[*index]).collect();
+            let weights = weights_of(inputs, weights, &own, &name)?;
+            let products = inner_products(inputs, &own, height)?;
             let found = method.coefficients(&products, &weights);
-            for update in updates.iter_mut().filter(|update| update.slice.rows == rows) {
+            for index in unit {
+                let update = &mut updates[index];
                 update.weight = found[update.adapter] * factor;
             }
         }
@@ -66,14 +55,63 @@ pub(super) fn weigh_by_products(
     Ok(())
 }
 
-/// Whether some of different ranges share rows.
-fn overlap(places: &[Option<Range<u64>>]) -> bool {
-    places.iter().enumerate().any(|(index, one)| {
-        places[..index].iter().any(|other| match (one, other) {
-            (Some(one), Some(other)) => one.start < other.end && other.start < one.end,
-            _ => true,
-        })
-    })
+/// The stored rows on which an update of a tensor of that height lies.
+fn rows_of(update: &Update, height: u64) -> Range<u64> {
+    update.slice.rows.clone().unwrap_or(0..height)
+}
+
+/// The updates that are weighed together, by their places: those of the same rows, and of rows that share
+/// some, where one adapter changes a part of what another does. What one does not change counts as zero.
+fn units(updates: &[Update], height: u64) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..updates.len()).collect();
+    order.sort_by_key(|index| rows_of(&updates[*index], height).start);
+    let mut units: Vec<Vec<usize>> = Vec::new();
+    let mut end = 0;
+    for index in order {
+        let rows = rows_of(&updates[index], height);
+        match units.last_mut() {
+            Some(last) if rows.start < end => last.push(index),
+            _ => units.push(vec![index]),
+        }
+        end = end.max(rows.end);
+    }
+    units.iter_mut().for_each(|unit| unit.sort_unstable());
+    units
+}
+
+/// The weight of each adapter in a unit; where it does not change it, the one of the unit's first module.
+fn weights_of(
+    inputs: &Inputs,
+    weights: &ModuleWeights,
+    unit: &[&Update],
+    tensor: &str,
+) -> Result<Vec<f64>> {
+    let title = |update: &Update| {
+        let module = &inputs.adapters[update.adapter].modules()[&update.module];
+        module.title().into_owned()
+    };
+    let mut found = weights.of_module(&title(unit[0]));
+    let mut known = vec![None; found.len()];
+    for update in unit {
+        let (module, adapter) = (title(update), update.adapter);
+        let weight = weights.of_module(&module)[adapter];
+        match &known[adapter] {
+            Some(first) if found[adapter] != weight => {
+                return Err(Error::Argument(format!(
+                    "the weights of {} are {} for {first} and {weight} for {module}, which are parts of \
+                     {tensor} that another adapter changes at once; give both modules one weight",
+                    inputs.adapters[adapter].path().display(),
+                    found[adapter]
+                )));
+            }
+            Some(_) => {}
+            None => {
+                found[adapter] = weight;
+                known[adapter] = Some(module);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// An update in numbers.
@@ -87,28 +125,55 @@ struct Factors {
     b: Vec<f64>,
 }
 
-/// ⟨Δᵢ, Δⱼ⟩ of all adapters; 0 for those that do not change the tensor.
-fn inner_products(inputs: &Inputs, updates: &[&Update]) -> Result<Matrix> {
-    let read = |update: &&Update| -> Result<Factors> {
-        let pair = update.pair(&inputs.adapters[update.adapter])?;
-        Ok(Factors {
-            adapter: update.adapter,
-            scale: update.scale,
+/// An update with its factors as they are stored, and the stored rows on which it lies.
+struct Placed<'a> {
+    update: &'a Update,
+    pair: Pair,
+    rows: Range<u64>,
+}
+
+impl Placed<'_> {
+    /// Its numbers in some of its rows.
+    fn within(&self, rows: &Range<u64>) -> Factors {
+        let first = self.rows.start;
+        let within = (rows.start - first) as usize..(rows.end - first) as usize;
+        let pair = self.pair.clone().stored_rows(self.update.orientation(), within);
+        Factors {
+            adapter: self.update.adapter,
+            scale: self.update.scale,
             rank: pair.rank,
             inputs: pair.inputs,
             outputs: pair.outputs,
             a: widen_f64(&pair.a_dtype, &pair.a),
             b: widen_f64(&pair.b_dtype, &pair.b),
-        })
-    };
-    let all = updates.iter().map(read).collect::<Result<Vec<_>>>()?;
+        }
+    }
+}
+
+/// ⟨Δᵢ, Δⱼ⟩ of all adapters; 0 for those that do not change the tensor.
+fn inner_products(inputs: &Inputs, updates: &[&Update], height: u64) -> Result<Matrix> {
+    let mut all = Vec::with_capacity(updates.len());
+    for update in updates {
+        let pair = update.pair(&inputs.adapters[update.adapter])?;
+        all.push(Placed { update, pair, rows: rows_of(update, height) });
+    }
+    let whole: Vec<Factors> = all.iter().map(|placed| placed.within(&placed.rows)).collect();
     let mut products = Matrix::zeros(inputs.adapters.len(), inputs.adapters.len());
-    for one in &all {
-        for other in &all {
-            let (i, j) = (one.adapter, other.adapter);
-            if i >= j {
-                products.set(i, j, products.get(i, j) + inner(one, other));
+    for (one, one_whole) in all.iter().zip(&whole) {
+        for (other, other_whole) in all.iter().zip(&whole) {
+            let (i, j) = (one_whole.adapter, other_whole.adapter);
+            if i < j {
+                continue;
             }
+            let rows = one.rows.start.max(other.rows.start)..one.rows.end.min(other.rows.end);
+            let product = if one.rows == other.rows {
+                inner(one_whole, other_whole)
+            } else if rows.is_empty() {
+                0.0
+            } else {
+                inner(&one.within(&rows), &other.within(&rows))
+            };
+            products.set(i, j, products.get(i, j) + product);
         }
     }
     for i in 0..products.rows {
@@ -141,14 +206,4 @@ fn inner(one: &Factors, other: &Factors) -> f64 {
     let right = cross(&one.a, &other.a, [inputs(one), inputs(other)]);
     let terms = left.iter().zip(&right).map(|(left, right)| left * right);
     one.scale * other.scale * terms.sum::<f64>()
-}
-
-/// The weights of methods that need no inner products.
-pub(super) fn plain_weights(method: &Gram, given: &[f64], lambda: f64) -> Vec<f64> {
-    let found = match method.needs_no_products() {
-        true => method.coefficients(&Matrix::zeros(0, 0), given),
-        // Each tensor has its own.
-        false => return given.to_vec(),
-    };
-    found.into_iter().map(|weight| weight * lambda).collect()
 }

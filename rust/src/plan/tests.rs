@@ -196,12 +196,18 @@ fn an_untrained_adapter_is_a_warning() {
 
 #[test]
 fn weights_belong_to_the_weighted_strategy() {
-    let options = |strategy, weights| Options { strategy, weights, ..plain() };
-    let weights = |strategy, weights, count| weights_of(&options(strategy, weights), count);
+    let weights = |strategy, given: Option<Vec<f64>>, count| {
+        let weights = given.map(|given| given.into_iter().map(Weight::All).collect());
+        ModuleWeights::of(&Options { strategy, weights, ..plain() }, count).map(|weights| {
+            (0..count).map(|adapter| weights.factor(adapter, "any")).collect::<Vec<f64>>()
+        })
+    };
     assert_eq!(weights(Strategy::Sequential, None, 2).expect("fine"), [1.0, 1.0]);
     assert_eq!(weights(Strategy::Weighted, None, 2).expect("fine"), [1.0, 1.0]);
     assert_eq!(weights(Strategy::Average, None, 4).expect("fine"), [0.25; 4]);
     assert_eq!(weights(Strategy::Weighted, Some(vec![0.5, -2.0]), 2).expect("fine"), [0.5, -2.0]);
+    let normalized = weights(Strategy::Gram("normalized"), Some(vec![1.0, 3.0]), 2);
+    assert_eq!(normalized.expect("fine"), [0.25, 0.75]);
     let complaint =
         |strategy, given, count| weights(strategy, given, count).expect_err("refused").to_string();
     assert!(complaint(Strategy::Weighted, Some(vec![1.0]), 2).contains("1 weight was given for 2"));

@@ -19,6 +19,7 @@ use crate::storage::local::Stamp;
 use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::TensorInfo;
+use crate::weights::Weight;
 
 /// The opened base and adapters of a merge.
 #[derive(Debug, Clone)]
@@ -79,6 +80,13 @@ pub struct EntryMerge {
     pub seed: u64,
     /// How many adapters are merged, those that lack the tensor among them.
     pub adapters: usize,
+}
+
+impl EntryMerge {
+    /// Whether something of the whole tensor has to be known before it is merged.
+    pub fn needs_passes(&self) -> bool {
+        self.method.needs_passes(self.updates.iter().any(|update| update.transposed))
+    }
 }
 
 /// What becomes of a tensor of the base, as plans and reports tell it.
@@ -334,7 +342,7 @@ pub struct Plan {
     /// What was asked for.
     pub options: Options,
     /// The weight of each adapter under the strategy.
-    pub weights: Vec<f64>,
+    pub weights: Vec<Weight>,
     /// The shards of the output.
     pub shards: Vec<PlannedShard>,
     /// What has to change in the config.

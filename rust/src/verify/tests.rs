@@ -4,6 +4,7 @@ use super::*;
 use crate::execute;
 use crate::fixtures::{open, plain, ramp, write, write_adapter};
 use crate::tensor::dtype::Dtype;
+use crate::weights::Weight;
 
 const ROWS: u64 = 40;
 const COLUMNS: u64 = 50;
@@ -124,7 +125,7 @@ fn a_lost_module_and_a_doubled_scale_are_named() {
     );
     let options = crate::plan::Options {
         strategy: crate::plan::Strategy::Weighted,
-        weights: Some(vec![2.0]),
+        weights: Some(vec![Weight::All(2.0)]),
         ..plain()
     };
     let doubled = Plan::new(&inputs, options).expect("fits");

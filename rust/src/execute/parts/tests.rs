@@ -95,7 +95,7 @@ fn the_digest_tells_plans_and_inputs_apart() {
     };
     let first = digest(&inputs, plain());
     assert_eq!(digest(&inputs, plain()), first);
-    let weighted = PlanOptions { weights: Some(vec![0.5]), ..weighted() };
+    let weighted = PlanOptions { weights: Some(vec![crate::plan::Weight::All(0.5)]), ..weighted() };
     assert_ne!(digest(&inputs, weighted), first);
     let wide = PlanOptions { dtype: Some(Dtype::F32), ..plain() };
     assert_ne!(digest(&inputs, wide), first);

@@ -129,7 +129,7 @@ fn update(
         scale: targeted.scale(),
         transposed: orientation == Orientation::InOut,
         residual,
-        ..adapter.update(&module.key, kind)
+        ..adapter.update(module, kind)
     };
     for name in names {
         let slices = slices.iter().cloned();
@@ -161,11 +161,8 @@ fn add_bias(
             bias.shape
         ));
     }
-    let update = Update {
-        rank: 1,
-        scale: targeted.scale(),
-        ..adapter.update(&module.key, UpdateKind::Vector)
-    };
+    let update =
+        Update { rank: 1, scale: targeted.scale(), ..adapter.update(module, UpdateKind::Vector) };
     let names = if context.is_for_peft() {
         // PEFT's repeated layers share their biases as well.
         replication::sharing(context.base, &name)
@@ -198,7 +195,7 @@ fn transform_bias(
         ));
     }
     let scale = targeted.scale();
-    let update = adapter.update(&module.key, UpdateKind::Transform);
+    let update = adapter.update(module, UpdateKind::Transform);
     draft.changes.entry(&name).updates.push(Update { rank: 1, scale, ..update });
     Ok(())
 }

@@ -70,7 +70,7 @@ pub(in crate::plan) fn replace(
         draft.ignored.add(adapter.position, &saved.tensor.name, reason);
         return Ok(());
     }
-    let outright = context.replaces_outright(adapter.weight);
+    let outright = context.replaces_outright(adapter.weight_of(&saved.path));
     if !(both_float || outright) {
         return Err(Obstacle::Problem(format!(
             "its tensor {} of type {} replaces {name} and cannot be weighted against it; use \
@@ -161,7 +161,7 @@ fn put(
         ignored.add(adapter.position, &saved.tensor.name, reason);
         return Ok(());
     }
-    if adapter.plan.replaces_outright(adapter.weight) {
+    if adapter.plan.replaces_outright(adapter.weight_of(&saved.path)) {
         // Whatever earlier adapters did to it is gone, as when one is merged after the other.
         let replacement = TensorChange { origin: Some(own(adapter, saved)), updates: Vec::new() };
         let lost = std::mem::replace(change, replacement);
@@ -181,7 +181,7 @@ fn put(
             }
         }
     } else {
-        change.updates.push(adapter.update(&saved.tensor.name, UpdateKind::Replace));
+        change.updates.push(adapter.replacement(&saved.tensor.name, &saved.path));
     }
     Ok(())
 }

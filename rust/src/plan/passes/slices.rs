@@ -72,12 +72,12 @@ pub(in crate::plan) fn update(
                 .map_err(|problem| format!("its module {path} {problem} in {tensor}"))?;
         }
         let (rank, scale) = (targeted.rank(), targeted.scale());
-        let own = adapter.update(&module.key, kind);
+        let own = adapter.update(module, kind);
         updates.push((tensor, Update { rank, scale, transposed, slice, ..own }));
     }
     if module.bias.is_some() {
         for PlacedBias { tensor, slice } in place_bias(adapter, module)? {
-            let own = adapter.update(&module.key, UpdateKind::Vector);
+            let own = adapter.update(module, UpdateKind::Vector);
             updates.push((tensor, Update { rank: 1, scale: targeted.scale(), slice, ..own }));
         }
     }
@@ -85,7 +85,7 @@ pub(in crate::plan) fn update(
         && adapter.names.locate(&format!("{path}.bias"))?.is_some()
     {
         for PlacedBias { tensor, slice } in place_bias(adapter, module)? {
-            let own = adapter.update(&module.key, UpdateKind::Transform);
+            let own = adapter.update(module, UpdateKind::Transform);
             updates.push((tensor, Update { rank: 1, scale: targeted.scale(), slice, ..own }));
         }
     }
@@ -144,7 +144,7 @@ pub(in crate::plan) fn replace(
         let change = changes.entry(&name);
         change.updates.push(Update {
             slice: Slice { outputs: Some(from), rows: Some(to), ..Slice::default() },
-            ..adapter.update(&saved.tensor.name, UpdateKind::Replace)
+            ..adapter.replacement(&saved.tensor.name, &saved.path)
         });
     }
     Ok(true)

@@ -8,7 +8,7 @@ use super::undo::GIVE_THE_BASE;
 use crate::adapter::TrainedRows;
 use crate::plan::context::AdapterContext;
 use crate::plan::draft::{PlanDraft, TensorChanges};
-use crate::plan::update::{Slice, Update, UpdateKind};
+use crate::plan::update::{Slice, Update};
 
 /// Replaces rows of the base by an adapter's.
 ///
@@ -74,7 +74,7 @@ fn put(adapter: &AdapterContext<'_>, rows: &TrainedRows, name: &str, changes: &m
             rows: Some(run.first..run.first + run.count),
             ..Slice::default()
         },
-        ..adapter.update(&rows.tensor.name, UpdateKind::Replace)
+        ..adapter.replacement(&rows.tensor.name, &rows.path)
     }));
 }
 

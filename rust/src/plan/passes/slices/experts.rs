@@ -61,7 +61,7 @@ pub(super) fn update(
         refuse_integers(path, stored)?;
         let slice = Slice { expert: Some(Expert { index, count }), rows, ..Slice::default() };
         let (rank, scale) = (targeted.rank(), targeted.scale());
-        let own = adapter.update(&module.key, kind);
+        let own = adapter.update(module, kind);
         let update = Update { rank, scale, transposed, slice, ..own };
         changes.entry(&tensor).updates.push(update);
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// What was given for one adapter.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum Weight {
     /// The same for all modules.
@@ -27,28 +27,38 @@ impl Weight {
         }
     }
 
-    /// Checks the numbers, and that each pattern fits a module.
+    /// Checks that all numbers are finite.
     ///
     /// # Errors
     /// [`Error::Argument`].
-    pub(crate) fn check<'a>(&self, modules: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
-        let finite = |weight: f64| match weight.is_finite() {
+    pub(crate) fn check_numbers(&self) -> Result<()> {
+        let finite = |weight: &f64| match weight.is_finite() {
             true => Ok(()),
-            false => Err(Error::Argument(format!("a weight is {weight}; weights are finite"))),
+            false => Err(Error::Argument(format!("the weight {weight} is not a finite number"))),
         };
         match self {
-            Self::All(weight) => finite(*weight),
-            Self::ByModule(patterns) => patterns.iter().try_for_each(|(pattern, weight)| {
-                finite(*weight)?;
-                match modules.clone().any(|module| fits(pattern, module)) {
-                    true => Ok(()),
-                    false => Err(Error::Argument(format!(
-                        "weights: no module fits the pattern {pattern:?}; * stands for any \
-                         characters, ? for one, and a pattern fits whole names as \
-                         \"model.layers.0.self_attn.q_proj\""
-                    ))),
-                }
-            }),
+            Self::All(weight) => finite(weight),
+            Self::ByModule(patterns) => patterns.values().try_for_each(finite),
+        }
+    }
+
+    /// Checks that each pattern fits a module.
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub(crate) fn check_patterns<'a>(
+        &self,
+        modules: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<()> {
+        let Self::ByModule(patterns) = self else { return Ok(()) };
+        let fits_one = |pattern: &str| modules.clone().any(|module| fits(pattern, module));
+        match patterns.keys().find(|pattern| !fits_one(pattern)) {
+            None => Ok(()),
+            Some(pattern) => Err(Error::Argument(format!(
+                "weights: no module fits the pattern {pattern:?}; * stands for any characters, ? for \
+                 one, and a pattern fits whole names as \"{}\"",
+                modules.clone().next().unwrap_or("model.layers.0.self_attn.q_proj")
+            ))),
         }
     }
 }
@@ -103,8 +113,9 @@ mod tests {
         assert_eq!(weight.of("model.q_proj"), 0.5);
         assert_eq!(weight.of("model.k_proj"), 2.0);
         assert_eq!(weight.of("other"), 1.0);
-        assert!(weight.check(["model.q_proj"].into_iter()).is_ok());
-        assert!(weight.check(["model.k_proj"].into_iter()).is_err());
-        assert!(Weight::All(f64::NAN).check(std::iter::empty()).is_err());
+        assert!(weight.check_patterns(["model.q_proj"].into_iter()).is_ok());
+        assert!(weight.check_patterns(["model.k_proj"].into_iter()).is_err());
+        assert!(weight.check_numbers().is_ok());
+        assert!(Weight::All(f64::NAN).check_numbers().is_err());
     }
 }
