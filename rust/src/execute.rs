@@ -6,7 +6,7 @@
 
 mod accumulator;
 pub(crate) mod compute;
-mod entries;
+pub(crate) mod entries;
 pub mod operands;
 pub mod parts;
 pub(crate) mod queue;

@@ -474,16 +474,18 @@ def test_arguments_that_mean_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_product_is_refused_by_name(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
+    embedding = "model.embed_tokens"
+    others = {f"{embedding}.weight": tensor(np.ones((9, 20)), "F32")}
+    base = make_base(tmp_path / "base", others=others)
     tensors = adapter_tensors(seed=1)
-    for module, (rows, _) in MODULES.items():
-        name = f"{PREFIX}{module}.lora_magnitude_vector"
-        tensors[name] = tensor(np.ones(rows), "F32")
-    dora = make_adapter(tmp_path / "dora", tensors, use_dora=True)
+    name = f"{PREFIX}{embedding}.token_adapter.trainable_tokens_delta"
+    tensors[name] = tensor(np.zeros((2, 20)), "F32")
+    rows = {"trainable_token_indices": {"embed_tokens": [3, 7]}}
+    trained = make_adapter(tmp_path / "trained", tensors, **rows)
     plain = make_adapter(tmp_path / "plain")
-    with pytest.raises(lorafast.UnsupportedAdapterError, match="DoRA") as caught:
-        lorafast.merge(base, [plain, dora], tmp_path / "out", strategy="ties")
-    assert "and 3 more" in str(caught.value)
+    with pytest.raises(lorafast.UnsupportedAdapterError, match="trained rows") as caught:
+        lorafast.merge(base, [plain, trained], tmp_path / "out", strategy="ties")
+    assert "and 1 more" in str(caught.value)
     assert "ties" in str(caught.value)
 
 

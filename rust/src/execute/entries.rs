@@ -6,7 +6,9 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::accumulator::Real;
+use super::tile::{Scan, Stage};
 use crate::entrywise::{Finder, Room, Selection};
+use crate::error::Result;
 use crate::kernel::{self, Factors, InstructionSet};
 use crate::tensor::dtype::Dtype;
 
@@ -15,13 +17,21 @@ thread_local! {
     static ROOM: RefCell<Room> = RefCell::default();
 }
 
-/// The products of one segment's adapters, packed without their weights.
+/// What each of one segment's adapters adds, without its weight.
 #[derive(Debug)]
 pub(super) struct Products {
     set: InstructionSet,
     columns: usize,
-    /// For each adapter those that it adds, packed for the accumulator's type.
-    adapters: Vec<Vec<Factors>>,
+    adapters: Vec<Own>,
+}
+
+/// What one adapter adds.
+#[derive(Debug)]
+pub(super) enum Own {
+    /// Products, packed for the accumulator's type.
+    Products(Vec<Factors>),
+    /// What it makes of W₀, less W₀.
+    Change(Box<Stage>),
 }
 
 /// The products of a segment, and what the method makes of them.
@@ -31,35 +41,85 @@ pub(super) struct Entries {
     selection: Selection,
 }
 
+/// A row as it was merged.
+#[derive(Debug)]
+pub(crate) struct MergedRow {
+    /// What is added to W₀.
+    pub merged: Vec<f64>,
+    /// What each adapter adds, without its weight.
+    pub own: Vec<Vec<f64>>,
+}
+
 impl Products {
-    pub fn new(set: InstructionSet, columns: usize, adapters: Vec<Vec<Factors>>) -> Self {
+    pub fn new(set: InstructionSet, columns: usize, adapters: Vec<Own>) -> Self {
         Self { set, columns, adapters }
     }
 
-    /// Each adapter's product in some rows of the segment.
-    fn tile<T: Real>(&self, rows: &Range<usize>) -> Vec<Vec<T>> {
-        let product = |factors: &Vec<Factors>| {
-            let mut values = vec![T::default(); rows.len() * self.columns];
-            for factors in factors {
-                let bytes = bytemuck::cast_slice_mut(&mut values);
-                kernel::merge_rows(self.set, factors, rows.start, &T::DTYPE, bytes);
-            }
-            values
-        };
-        self.adapters.iter().map(product).collect()
+    /// Whether all that is added is made without W₀.
+    fn are_alone(&self) -> bool {
+        self.adapters.iter().all(|own| matches!(own, Own::Products(_)))
     }
 
-    /// Shows all tiles of the segment to a finder, as often as it asks for them.
-    fn show<T: Real>(&self, finder: &mut Finder, rows: usize, tile_rows: usize) {
+    /// What each adapter adds in some rows of the segment, of which W₀ is `start`; where nothing is made
+    /// of that, it may be empty.
+    fn tile<T: Real>(&self, rows: &Range<usize>, start: &[T]) -> Result<Vec<Vec<T>>> {
+        let added = |own: &Own| match own {
+            Own::Products(products) => {
+                let mut values = vec![T::default(); rows.len() * self.columns];
+                for factors in products {
+                    let bytes = bytemuck::cast_slice_mut(&mut values);
+                    kernel::merge_rows(self.set, factors, rows.start, &T::DTYPE, bytes);
+                }
+                Ok(values)
+            }
+            Own::Change(stage) => {
+                let (mut scratch, mut result) = (start.to_vec(), start.to_vec());
+                let columns = self.columns;
+                stage.apply(self.set, rows, columns, start, &mut scratch, &mut result)?;
+                let less = |(value, first): (&mut T, &T)| {
+                    *value = T::from_f64(value.to_f64() - first.to_f64());
+                };
+                result.iter_mut().zip(start).for_each(less);
+                Ok(result)
+            }
+        };
+        self.adapters.iter().map(added).collect()
+    }
+
+    /// Shows all tiles of a segment, whose first row in the tensor that is, to a finder, as often as it asks
+    /// for them.
+    fn show<T: Real>(
+        &self,
+        finder: &mut Finder,
+        segment: &Range<usize>,
+        tile_rows: usize,
+        scan: &mut Scan<'_>,
+    ) -> Result<()> {
         while !finder.is_done() {
             let mut counters = finder.counters();
-            for start in (0..rows).step_by(tile_rows) {
-                let tile = self.tile::<T>(&(start..rows.min(start + tile_rows)));
-                let keys = keys(&tile);
-                finder.count(&mut counters, start, &slices(&keys));
+            let mut count = |rows: Range<usize>, start: &[T]| -> Result<()> {
+                let tile = self.tile::<T>(&rows, start)?;
+                finder.count(&mut counters, rows.start, &slices(&keys(&tile)));
+                Ok(())
+            };
+            if self.are_alone() {
+                for start in (0..segment.len()).step_by(tile_rows) {
+                    count(start..segment.len().min(start + tile_rows), &[])?;
+                }
+            } else {
+                scan(&mut |first_row, bytes| {
+                    if !segment.contains(&first_row) {
+                        return Ok(());
+                    }
+                    let values = bytes.chunks_exact(size_of::<T>());
+                    let start: Vec<T> = values.map(bytemuck::pod_read_unaligned).collect();
+                    let first = first_row - segment.start;
+                    count(first..first + start.len() / self.columns, &start)
+                })?;
             }
             finder.advance(vec![counters]);
         }
+        Ok(())
     }
 
     /// With what was found out before.
@@ -67,19 +127,19 @@ impl Products {
         Entries { products: self, selection }
     }
 
-    /// Finds out what the method has to know of a segment of so many rows.
+    /// Finds out what the method has to know of a segment. `scan` streams W₀ where something is made of it.
     pub fn select(
         self,
         mut finder: Finder,
-        rows: usize,
-        tile_rows: usize,
-        dtype: &Dtype,
-    ) -> Entries {
+        segment: &Range<usize>,
+        (tile_rows, dtype): (usize, &Dtype),
+        scan: &mut Scan<'_>,
+    ) -> Result<Entries> {
         match dtype {
-            Dtype::F64 => self.show::<f64>(&mut finder, rows, tile_rows),
-            _ => self.show::<f32>(&mut finder, rows, tile_rows),
+            Dtype::F64 => self.show::<f64>(&mut finder, segment, tile_rows, scan)?,
+            _ => self.show::<f32>(&mut finder, segment, tile_rows, scan)?,
         }
-        Entries { products: self, selection: finder.selection() }
+        Ok(Entries { products: self, selection: finder.selection() })
     }
 }
 
@@ -103,42 +163,59 @@ impl Entries {
         &self.selection
     }
 
-    /// Adds the merged product to rows of the segment.
-    pub fn apply<T: Real>(&self, rows: &Range<usize>, result: &mut [T]) {
+    /// Adds the merged update to rows of the segment, of which W₀ is `start`.
+    pub fn apply<T: Real>(&self, rows: &Range<usize>, start: &[T], result: &mut [T]) -> Result<()> {
         let mut merged = vec![0.0; result.len()];
-        self.merge::<T>(rows, &mut merged);
+        self.merge::<T>(rows, start, &mut merged)?;
         for (target, value) in result.iter_mut().zip(merged) {
             *target = T::from_f64(target.to_f64() + value);
         }
+        Ok(())
     }
 
-    /// The merged product of rows of the segment, and those that it is made of.
-    fn merge<T: Real>(&self, rows: &Range<usize>, merged: &mut [f64]) -> Vec<Vec<T>> {
-        let tile = self.products.tile::<T>(rows);
+    /// The merged update of rows of the segment, and those that it is made of.
+    fn merge<T: Real>(
+        &self,
+        rows: &Range<usize>,
+        start: &[T],
+        merged: &mut [f64],
+    ) -> Result<Vec<Vec<T>>> {
+        let tile = self.products.tile::<T>(rows, start)?;
         let keys = keys(&tile);
         let values: Vec<&[T]> = tile.iter().map(Vec::as_slice).collect();
         ROOM.with_borrow_mut(|room| {
             self.selection.merge(rows.start, &slices(&keys), &values, room, merged);
         });
         drop(keys);
-        tile
+        Ok(tile)
     }
 
-    /// The merged product of one row of the segment, and each adapter's own.
-    pub fn row(&self, row: usize, dtype: &Dtype) -> (Vec<f64>, Vec<Vec<f64>>) {
+    /// One row of the segment. `base` gives W₀'s rows.
+    pub fn row(
+        &self,
+        row: usize,
+        dtype: &Dtype,
+        base: &dyn Fn(usize) -> Result<Vec<f64>>,
+    ) -> Result<MergedRow> {
         let first = row / kernel::ROW_MULTIPLE * kernel::ROW_MULTIPLE;
         let rows = first..row + 1;
         let columns = self.products.columns;
         let mut merged = vec![0.0; rows.len() * columns];
+        let start = match self.products.are_alone() {
+            true => Vec::new(),
+            false => rows.clone().map(base).collect::<Result<Vec<_>>>()?.concat(),
+        };
         let own = match dtype {
-            Dtype::F64 => self.merge::<f64>(&rows, &mut merged),
+            Dtype::F64 => self.merge::<f64>(&rows, &start, &mut merged)?,
             _ => {
-                let own = self.merge::<f32>(&rows, &mut merged).into_iter();
+                let start: Vec<f32> = start.iter().map(|value| *value as f32).collect();
+                let own = self.merge::<f32>(&rows, &start, &mut merged)?.into_iter();
                 own.map(|values| values.into_iter().map(f64::from).collect()).collect()
             }
         };
         let last = (row - first) * columns..;
         let of_row = |values: Vec<f64>| values[last.clone()].to_vec();
-        (of_row(merged), own.into_iter().map(of_row).collect())
+        let own = own.into_iter().map(of_row).collect();
+        Ok(MergedRow { merged: of_row(merged), own })
     }
 }

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::accumulator::{Real, sum_of_squares};
-use super::entries::{Entries, Products};
+use super::entries::{Entries, MergedRow, Own, Products};
 use super::queue;
 use crate::adapter::Adapter;
 use crate::adapter::factors::Pair;
@@ -43,7 +43,7 @@ pub(crate) struct Segment {
 
 /// Updates that are made from the same W₀.
 #[derive(Debug)]
-struct Stage {
+pub(super) struct Stage {
     /// All products that are only added, one packing for each way in which they lie.
     sums: Vec<Factors>,
     /// The factor on W₀: 1 − Σ wᵢ over the overrides.
@@ -175,7 +175,7 @@ impl Packing<'_> {
     ) -> Result<Segment> {
         let mut segment = Segment { rows, columns: self.columns, stages: Vec::new() };
         if let Some(merge) = entries.filter(|_| !updates.is_empty()) {
-            segment.stages.push(self.entries(&segment.rows, updates, merge, known)?);
+            segment.stages.push(self.entries(&segment, updates, (merge, known), scan)?);
             return Ok(segment);
         }
         let dtype = self.dtype_of_sums(updates);
@@ -258,25 +258,32 @@ impl Packing<'_> {
     /// The only stage of a segment whose products an entry-wise method merges.
     fn entries(
         &self,
-        rows: &Range<usize>,
+        segment: &Segment,
         updates: &[&Update],
-        merge: &EntryMerge,
-        known: Option<&Selection>,
+        (merge, known): (&EntryMerge, Option<&Selection>),
+        scan: &mut Scan<'_>,
     ) -> Result<Stage> {
-        let mut adapters: Vec<Vec<Factors>> = Vec::new();
+        let rows = &segment.rows;
+        let mut adapters = Vec::new();
         let (mut weights, mut masks) = (Vec::new(), Vec::new());
-        let mut last = None;
-        for update in updates {
-            let pairs = self.pairs(update, rows)?;
-            let factors = self.pack(self.dtype, update.orientation(), rows, &pairs);
-            if last == Some(update.adapter) {
-                adapters.last_mut().expect("there is one").push(factors);
-                continue;
-            }
-            last = Some(update.adapter);
-            adapters.push(vec![factors]);
-            weights.push(update.weight);
-            masks.push(self.mask(update, rows, merge.seed));
+        for own in updates.chunk_by(|left, right| left.adapter == right.adapter) {
+            adapters.push(match own.iter().any(|update| update.kind.is_override()) {
+                true => {
+                    let plain = |update: &&Update| Update { weight: 1.0, ..(*update).clone() };
+                    let own: Vec<Update> = own.iter().map(plain).collect();
+                    let own: Vec<&Update> = own.iter().collect();
+                    Own::Change(Box::new(self.stage(segment, &own, self.dtype, scan)?))
+                }
+                false => {
+                    let packed = |update: &&Update| {
+                        let pairs = self.pairs(update, rows)?;
+                        Ok(self.pack(self.dtype, update.orientation(), rows, &pairs))
+                    };
+                    Own::Products(own.iter().map(packed).collect::<Result<_>>()?)
+                }
+            });
+            weights.push(own[0].weight);
+            masks.push(self.mask(own[0], rows, merge.seed));
         }
         let is_transposed = updates.iter().any(|update| update.transposed);
         let missing = merge.adapters - adapters.len();
@@ -287,7 +294,7 @@ impl Packing<'_> {
         let products = Products::new(self.set, self.columns, adapters);
         let entries = match known {
             Some(selection) => products.with(selection.clone()),
-            None => products.select(finder, rows.len(), tile_rows, self.dtype),
+            None => products.select(finder, rows, (tile_rows, self.dtype), scan)?,
         };
         let (sums, overrides) = (Vec::new(), Vec::new());
         Ok(Stage { sums, base_coefficient: 1.0, overrides, entries: Some(entries) })
@@ -296,9 +303,15 @@ impl Packing<'_> {
     /// The random numbers of an update's elements in some rows: those that they have in the module's whole
     /// product.
     fn mask(&self, update: &Update, rows: &Range<usize>, seed: u64) -> Mask {
-        let module = match update.slice.expert {
-            Some(expert) => format!("{}.{}", update.module, expert.index),
-            None => update.module.clone(),
+        let module = match (update.kind, update.slice.expert) {
+            (UpdateKind::Replace, _) => {
+                let mut saved = self.inputs.adapters[update.adapter].saved().iter();
+                let found = saved.find(|saved| saved.tensor.name == update.module);
+                let path = found.map_or(&update.module, |saved| &saved.path);
+                path.strip_suffix(".weight").unwrap_or(path).to_owned()
+            }
+            (_, Some(expert)) => format!("{}.{}", update.module, expert.index),
+            (_, None) => update.module.clone(),
         };
         let first = update.slice.outputs.as_ref().map_or(0, |outputs| outputs.start);
         let elements = match update.orientation() {
@@ -507,9 +520,18 @@ impl Segment {
 
     /// What an entry-wise method makes of the products in a row of the tensor, and each adapter's own
     /// product there; `None` where there are but sums.
-    pub fn entries_of(&self, row: usize, dtype: &Dtype) -> Option<(Vec<f64>, Vec<Vec<f64>>)> {
-        let entries = self.entries()?;
-        Some(entries.row(row - self.rows.start, dtype))
+    ///
+    /// # Errors
+    /// That a file changed, or [`crate::Error::Io`].
+    pub fn entries_of(
+        &self,
+        row: usize,
+        dtype: &Dtype,
+        base: &dyn Fn(usize) -> Result<Vec<f64>>,
+    ) -> Result<Option<MergedRow>> {
+        let Some(entries) = self.entries() else { return Ok(None) };
+        let first = self.rows.start;
+        entries.row(row - first, dtype, &|row| base(first + row)).map(Some)
     }
 
     /// Applies everything to whole rows, counted in the tensor. `start` holds W₀ and is used up,
@@ -538,7 +560,7 @@ impl Segment {
 impl Stage {
     /// `rows` are counted in the segment; `result` holds what `start` does.
     #[allow(clippy::too_many_arguments, reason = "three buffers of one call")]
-    fn apply<T: Real>(
+    pub fn apply<T: Real>(
         &self,
         set: InstructionSet,
         rows: &Range<usize>,
@@ -555,7 +577,7 @@ impl Stage {
             result.iter_mut().zip(start).for_each(|(to, from)| *to = from.times(base_coefficient));
         }
         if let Some(entries) = &self.entries {
-            entries.apply(rows, result);
+            entries.apply(rows, start, result)?;
         }
         for factors in &self.sums {
             let bytes = bytemuck::cast_slice_mut(result);

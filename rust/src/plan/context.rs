@@ -59,8 +59,9 @@ impl<'a> Context<'a> {
     /// Whether an adapter's parameter of that weight replaces the base's, rather than being weighed
     /// with those of others.
     pub fn replaces_outright(&self, weight: f64) -> bool {
-        let stands_alone =
-            self.inputs.adapters.len() == 1 || self.options.strategy == Strategy::Sequential;
+        let is_alone = self.inputs.adapters.len() == 1
+            && !matches!(self.options.strategy, Strategy::Entries(_));
+        let stands_alone = is_alone || self.options.strategy == Strategy::Sequential;
         weight == 1.0 && stands_alone
     }
 }

@@ -29,8 +29,12 @@ pub(super) fn merge_by_entries(
         // What was taken out of the base is a product, too.
         let is_of_start =
             |update: &Update| update.kind == UpdateKind::LowRank && update.residual.is_some();
-        refused.look(tensor, &|update| {
-            what_is_no_product(tensor, update).filter(|_| !is_of_start(update))
+        refused.look(tensor, &|update| match update.kind {
+            // What an update makes of W₀ less W₀ is as good as a product, of the whole tensor.
+            UpdateKind::Dora | UpdateKind::Transform => None,
+            UpdateKind::Replace if update.slice.rows.is_none() => None,
+            UpdateKind::Replace => Some("trained rows"),
+            _ => what_is_no_product(tensor, update).filter(|_| !is_of_start(update)),
         });
         if let Action::Merge(updates) = &mut tensor.action {
             tensor.action = Action::MergeEntries(EntryMerge {

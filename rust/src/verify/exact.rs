@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::execute::compute::Computer;
+use crate::execute::entries::MergedRow;
 use crate::execute::queue;
 use crate::execute::tile::Prepared;
 use crate::kernel::PRODUCT_ERROR;
@@ -224,7 +225,7 @@ impl<'a> ExactRow<'a> {
         let mut start = Vec::with_capacity(term.row_range.len());
         for row in term.row_range.clone() {
             self.computer.task.check()?;
-            start.push(self.row(row, &self.base(row)?, term.stage, |_, _| {}).0);
+            start.push(self.row(row, &self.base(row)?, term.stage, |_, _| {})?.0);
         }
         let module = &self.computer.inputs.adapters[update.adapter].modules()[&update.module];
         let formula = module.delta.transform().expect("planned from it").formula();
@@ -249,7 +250,7 @@ impl<'a> ExactRow<'a> {
         let mut squares = vec![0.0; columns];
         for row in term.row_range.clone() {
             self.computer.task.check()?;
-            let start = self.row(row, &self.base(row)?, term.stage, |_, _| {}).0;
+            let start = self.row(row, &self.base(row)?, term.stage, |_, _| {})?.0;
             let start = term.own_row(row, columns).unwrap_or(&start);
             for (column, weight) in start.iter().enumerate() {
                 let value = weight + term.product(row, column, columns).0;
@@ -273,7 +274,7 @@ impl<'a> ExactRow<'a> {
         let base = self.base(row)?;
         let mut change = Change { rows: 1, ..Change::default() };
         let (exact, sizes) =
-            self.row(row, &base, usize::MAX, |adapter, delta| change.add_delta(adapter, delta));
+            self.row(row, &base, usize::MAX, |adapter, delta| change.add_delta(adapter, delta))?;
         let (split, products) = self.split;
         let steps = self.terms.iter().map(|term| term.steps() + 4).sum::<usize>() as f64 * products;
         let single = self.planned.source.dtype != Dtype::F64;
@@ -326,12 +327,12 @@ impl<'a> ExactRow<'a> {
         base: &[f64],
         end: usize,
         mut each: impl FnMut(usize, f64),
-    ) -> (Vec<f64>, Vec<f64>) {
+    ) -> Result<(Vec<f64>, Vec<f64>)> {
         let mut exact = base.to_vec();
         let mut sizes: Vec<_> = base.iter().map(|value| value.abs()).collect();
-        if let Action::MergeEntries(_) = self.planned.action {
-            self.add_entries(row, (&mut exact, &mut sizes), each);
-            return (exact, sizes);
+        if matches!(self.planned.action, Action::MergeEntries(_)) && end == usize::MAX {
+            self.add_entries(row, base, (&mut exact, &mut sizes), each)?;
+            return Ok((exact, sizes));
         }
         for stage in self.terms.chunk_by(|left, right| left.stage == right.stage) {
             if stage[0].stage >= end {
@@ -340,12 +341,13 @@ impl<'a> ExactRow<'a> {
             let (start, start_sizes) = (exact.clone(), sizes.clone());
             for term in stage.iter().filter(|term| term.row_range.contains(&row)) {
                 let before = exact.clone();
-                self.add(term, row, (&start, &start_sizes), (&mut exact, &mut sizes));
+                let start = (&start[..], &start_sizes[..]);
+                self.add(term, term.weight, row, start, (&mut exact, &mut sizes));
                 let changes = exact.iter().zip(&before).map(|(after, before)| after - before);
                 each(term.adapter, changes.map(|change| change * change).sum());
             }
         }
-        (exact, sizes)
+        Ok((exact, sizes))
     }
 
     /// Adds what an entry-wise method makes of the products. Which elements it takes is decided by their
@@ -353,12 +355,14 @@ impl<'a> ExactRow<'a> {
     fn add_entries(
         &self,
         row: usize,
+        base: &[f64],
         (exact, sizes): (&mut [f64], &mut [f64]),
         mut each: impl FnMut(usize, f64),
-    ) {
+    ) -> Result<()> {
         let dtype = queue::accumulator(&self.planned.source.dtype);
         let segment = self.prepared.segment(&(row..row + 1));
-        let Some((merged, products)) = segment.entries_of(row, &dtype) else { return };
+        let found = segment.entries_of(row, &dtype, &|row| self.base(row))?;
+        let Some(MergedRow { merged, own: products }) = found else { return Ok(()) };
         let unit = if dtype == Dtype::F64 { 2f64.powi(-53) } else { 2f64.powi(-24) };
         let mut products = products.into_iter();
         let terms: Vec<&Term> =
@@ -367,12 +371,22 @@ impl<'a> ExactRow<'a> {
             let product = products.next().expect("one for each adapter");
             let steps: usize = own.iter().map(|term| term.steps() + 4).sum();
             let mut square = 0.0;
+            // W' − W₀ where it is more than a product, and the sizes of its terms.
+            let is_more = own.iter().any(|term| term.kind.is_override());
+            let base_sizes: Vec<f64> = base.iter().map(|value| value.abs()).collect();
+            let (mut own_exact, mut own_sizes) = (base.to_vec(), base_sizes.clone());
+            for term in own.iter().filter(|_| is_more) {
+                self.add(term, 1.0, row, (base, &base_sizes), (&mut own_exact, &mut own_sizes));
+            }
             for (column, value) in product.iter().enumerate() {
                 let (mut sum, mut size) = (0.0, 0.0);
-                for term in own {
+                for term in own.iter().filter(|_| !is_more) {
                     let (one, one_size) = term.product(row, column, self.columns);
                     sum += one;
                     size += one_size;
+                }
+                if is_more {
+                    (sum, size) = (own_exact[column] - base[column], own_sizes[column]);
                 }
                 if (value - sum).abs() > steps as f64 * unit * size {
                     // No sum with it is right.
@@ -386,12 +400,14 @@ impl<'a> ExactRow<'a> {
             *exact += merged;
             *size += merged.abs();
         }
+        Ok(())
     }
 
     /// Adds w·(W' − W₀) of one term to a row, and the sizes of what it is made of.
     fn add(
         &self,
         term: &Term,
+        weight: f64,
         row: usize,
         (start, start_sizes): (&[f64], &[f64]),
         (exact, sizes): (&mut [f64], &mut [f64]),
@@ -401,8 +417,8 @@ impl<'a> ExactRow<'a> {
             UpdateKind::LowRank | UpdateKind::Vector => {
                 for column in 0..columns {
                     let (sum, size) = term.product(row, column, columns);
-                    exact[column] += term.weight * sum;
-                    sizes[column] += term.weight.abs() * size;
+                    exact[column] += weight * sum;
+                    sizes[column] += weight.abs() * size;
                 }
             }
             UpdateKind::Dora => {
@@ -423,18 +439,18 @@ impl<'a> ExactRow<'a> {
                         Some(scale) => *scale,
                         None => term.magnitude[row - term.row_range.start] / norm,
                     };
-                    exact[column] += term.weight * (scale * value - start[column]);
+                    exact[column] += weight * (scale * value - start[column]);
                     let size = scale.abs() * size + start_sizes[column];
-                    sizes[column] += term.weight.abs() * size;
+                    sizes[column] += weight.abs() * size;
                 }
             }
             UpdateKind::Replace | UpdateKind::Transform => {
                 let stored = (row - term.row_range.start) * columns;
                 for column in 0..columns {
                     let value = term.a[stored + column];
-                    exact[column] += term.weight * (value - start[column]);
+                    exact[column] += weight * (value - start[column]);
                     let size = value.abs() + start_sizes[column];
-                    sizes[column] += term.weight.abs() * size;
+                    sizes[column] += weight.abs() * size;
                 }
             }
         }
