@@ -226,12 +226,6 @@ def test_methods_of_elements(tmp_path: Path, method: Any) -> None:
         near(found[module], update, 3e-6)
     base = make_zeros(tmp_path / "base")
     given: dict[str, Any] = {"strategy": method, "strategy_options": options, **asked}
-    if method.startswith("della"):
-        # Rows of the update lie across all of a weight that is stored transposed.
-        with pytest.raises(lorafast.UnsupportedAdapterError, match="transposed"):
-            lorafast.merge(base, paths, tmp_path / "model", **given)
-        others = [module for module in WEIGHTS if not is_embedding(module)]
-        paths, factors = inputs(tmp_path / "others", others)
     lorafast.merge(base, paths, tmp_path / "model", **given)
     weights = read_checkpoint(tmp_path / "model")
     for module, update in expected().items():

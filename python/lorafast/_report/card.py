@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorafast._merge.provenance import hub_id_of_base, identify
 from lorafast._report.cells import cell, code, table, weight_cell
-from lorafast._report.text import format_number, format_options
+from lorafast._report.text import format_options
 
 if TYPE_CHECKING:
     from lorafast._core import PlanDescription

@@ -182,6 +182,19 @@ impl Sums<'_> {
 impl<'a> Sum<'a> {
     fn of(mut parts: Vec<Part<'a>>, adapters: &[Adapter]) -> Result<Self> {
         let path = |part: &Part<'_>| adapters[part.adapter].path();
+        // An embedding's product is (width, vocabulary), as PEFT has it: whatever the order of the adapters,
+        // methods that look at rows or entries see the same.
+        let is_across = |part: &Part<'_>| {
+            let module = part.product.module;
+            let is_of_width = module.kind == LayerKind::Embedding && !module.delta.is_by_tokens();
+            is_of_width && part.unit.is_transposed && part.unit.outputs.is_none()
+        };
+        if parts.iter().any(is_across) {
+            for part in &mut parts {
+                part.unit.is_transposed ^= true;
+                part.unit.shape.reverse();
+            }
+        }
         let first = &parts[0];
         let Some(whole) = parts.iter().find(|part| part.is_whole()) else {
             return Err(Error::unsupported(

@@ -13,7 +13,6 @@ use rayon::prelude::*;
 use super::dense::Dense;
 use super::merge::Updates;
 use super::methods::{Family, Method};
-use crate::weights::Weight;
 use crate::adapter::factors::common;
 use crate::adapter::{Adapter, Saved, TrainedRows};
 use crate::checkpoint::Checkpoint;
@@ -25,6 +24,7 @@ use crate::plan::{self, Inputs, Origin, Plan, UpdateKind};
 use crate::storage::scratch::ScratchFile;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Header, Tensor, TensorFile, TensorInfo};
+use crate::weights::Weight;
 
 /// Elements that are worked on together.
 const TILE: usize = 1 << 18;

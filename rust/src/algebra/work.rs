@@ -77,7 +77,11 @@ impl Compute for Work<'_> {
     }
 
     fn vectors(&self, dtype: &Dtype, task: &Task) -> Result<Vec<Module>> {
-        self.sums.vectors.iter().filter_map(|sum| self.vector(sum, dtype, task).transpose()).collect()
+        self.sums
+            .vectors
+            .iter()
+            .filter_map(|sum| self.vector(sum, dtype, task).transpose())
+            .collect()
     }
 
     fn module(
@@ -149,7 +153,6 @@ impl Work<'_> {
         let is_some =
             candidates.iter().any(|candidate| candidate.worth.iter().any(|worth| *worth > 0.0));
         if spent.cost == 0 && is_some {
-
             return Err(Error::Argument(format!(
                 "a budget of {amount} {} leaves room for nothing: one rank of the smallest module takes \
                  {}",

@@ -307,9 +307,7 @@ impl<'a> Difference<'a> {
         let mut sums = [0; 3].map(|_| Sums::new(rows.len(), self.columns));
         let mut square = 0.0;
         let mut scratch = Scratch::default();
-        let is_transposed = |weight: &Weight<'_>| {
-            matches!(&weight.stored, Stored::Quantized(quantized) if quantized.transposed.is_some())
-        };
+        let is_transposed = |weight: &Weight<'_>| matches!(&weight.stored, Stored::Quantized(quantized) if quantized.transposed.is_some());
         // Of codes that lie transposed each read goes through all of a matrix.
         let strip =
             if is_transposed(self.tuned) || is_transposed(self.base) { TILE } else { STRIP };
