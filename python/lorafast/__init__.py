@@ -2,9 +2,9 @@
 
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
 the model; `plan` says beforehand what it would do, `verify` afterwards whether it was done right,
-`subtract` undoes it, and `recover` brings to order what a killed one left; `inspect` lists what a
-file holds, and `convert` writes an adapter in another format. `analyze` measures an adapter,
-`compare` several of them. `lorafast.analyzers` does the same under the names of NeuroTrain's tools.
+`subtract` undoes it, and `recover` brings to order what a killed one left; `open_merged` has the
+merged tensors without writing any. `inspect` lists what a file holds, and `convert` writes an
+adapter in another format. `analyze` measures an adapter, `compare` several of them. `lorafast.analyzers` does the same under the names of NeuroTrain's tools.
 """
 
 from lorafast._core import __version__, build_info
@@ -17,6 +17,7 @@ from lorafast._errors import (
     NumericError,
     OutputError,
     PlanError,
+    TensorNotFoundError,
     UnsupportedAdapterError,
     VerificationError,
 )
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from lorafast._fleet.findings import FleetFinding
     from lorafast._fleet.fleet import Fleet
     from lorafast._fleet.scan import scan
-    from lorafast._merge.api import merge, plan, subtract, verify
+    from lorafast._merge.api import merge, open_merged, plan, subtract, verify
     from lorafast._merge.inspect import inspect
     from lorafast._merge.listing import AdapterListing, CheckpointListing
     from lorafast._merge.plan import MergePlan, PlanPart, WrittenShard
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from lorafast._merge.report import MergeReport
     from lorafast._merge.subtract import SubtractReport
     from lorafast._merge.verify import Verification
+    from lorafast._merge.view import MergedSlice, MergedView
     from lorafast._similarity.api import similarity
     from lorafast._similarity.duplicates import DuplicateGroup, Duplicates, Evidence, duplicates
     from lorafast._similarity.lineage import Lineage, lineage
@@ -106,6 +108,8 @@ __all__ = [
     "LorafastError",
     "MergePlan",
     "MergeReport",
+    "MergedSlice",
+    "MergedView",
     "MissingDependencyError",
     "ModuleAnalysis",
     "ModuleComparison",
@@ -141,6 +145,7 @@ __all__ = [
     "inspect",
     "lineage",
     "merge",
+    "open_merged",
     "plan",
     "recover",
     "resize",
@@ -184,7 +189,7 @@ _HOMES = {
     "_fleet.findings": ("FleetFinding",),
     "_fleet.fleet": ("Fleet",),
     "_fleet.scan": ("scan",),
-    "_merge.api": ("merge", "plan", "subtract", "verify"),
+    "_merge.api": ("merge", "open_merged", "plan", "subtract", "verify"),
     "_merge.inspect": ("inspect",),
     "_merge.listing": ("AdapterListing", "CheckpointListing"),
     "_merge.plan": ("MergePlan", "PlanPart", "WrittenShard"),
@@ -193,6 +198,7 @@ _HOMES = {
     "_merge.report": ("MergeReport",),
     "_merge.subtract": ("SubtractReport",),
     "_merge.verify": ("Verification",),
+    "_merge.view": ("MergedSlice", "MergedView"),
     "_similarity.api": ("similarity",),
     "_similarity.duplicates": ("DuplicateGroup", "Duplicates", "Evidence", "duplicates"),
     "_similarity.lineage": ("Lineage", "lineage"),

@@ -11,6 +11,7 @@ Exception
     ├── NumericError                  a result outside the range of its type
     ├── DeviceError                   a device that torch does not see, or cannot use
     ├── VerificationError             an output that reads back as something else
+    ├── TensorNotFoundError           a name that no tensor of a merge has (a KeyError)
     └── MissingDependencyError        an optional package that is not installed (an ImportError)
 ```
 
@@ -68,6 +69,13 @@ class DeviceError(LorafastError):
 
 class VerificationError(LorafastError):
     """What was written reads back as something else than what was computed."""
+
+
+class TensorNotFoundError(LorafastError, KeyError):
+    """A merged model has no tensor of the name that was asked for."""
+
+    # A KeyError shows its message in quotes.
+    __str__ = Exception.__str__
 
 
 class MissingDependencyError(LorafastError, ImportError):

@@ -16,6 +16,7 @@ pub(crate) mod rewrite;
 pub mod rounding;
 pub mod session;
 pub(crate) mod tile;
+pub mod view;
 
 use std::collections::HashMap;
 use std::ops::Range;

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lorafast._merge.report import MergeReport
     from lorafast._merge.subtract import SubtractReport
     from lorafast._merge.verify import Verification
+    from lorafast._merge.view import MergedView
+    from lorafast._merge.view_tensors import Framework
 
 #: What merges adapters, or tells of a merge.
 Verb = Literal["plan", "merge", "verify", "subtract"]
@@ -315,6 +317,71 @@ def plan(
     Arguments and exceptions are those of `lorafast.merge`.
     """
     return make_plan(base, adapters, pick(MergeOptions, locals()))
+
+
+def open_merged(
+    base: Source,
+    adapters: Source | Sequence[Source],
+    *,
+    framework: "Framework" = "pt",
+    threads: int | None = None,
+    strategy: Strategy | None = None,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    allow: str | Sequence[str] = (),
+    compat: Compat | None = None,
+    expert_layout: ExpertLayout = "auto",
+    tokenizer: TokenizerChoice = "auto",
+    strategy_options: Mapping[str, float] | None = None,
+    seed: int = 0,
+    format: AdapterFormat | None = None,
+) -> "MergedView":
+    """Opens a merge that writes nothing, as `safetensors.safe_open` opens a file.
+
+    Headers are read and the merge is planned; a tensor is computed when it is asked for. Its bytes
+    are those that `lorafast.merge` with the same arguments writes under its name, whatever the
+    strategy, and of quantised weights codes and scales, too. What is in memory is the tensor that
+    was asked for. The base's and the adapters' files must stay as they are until the view is
+    closed.
+
+    ```python
+    with lorafast.open_merged("llama", "adapter") as merged:
+        weight = merged.get_tensor("model.norm.weight")
+        rows = merged.get_slice("model.embed_tokens.weight")[:100]
+        model.load_state_dict(dict(merged.items()))
+        for name, tensor in merged.swap("other-adapter"):
+            ...
+    ```
+
+    Args:
+        base: as for `lorafast.merge`.
+        adapters: likewise.
+        framework: what tensors are of: "pt" (torch, on the CPU) or "numpy", which has bfloat16
+            where the package ml_dtypes is installed.
+        threads: that compute a tensor together, and those of `items()`; one per core if missing.
+        strategy: as for `lorafast.merge`, as all that follow.
+        weights: likewise.
+        dtype: likewise.
+        allow: likewise.
+        compat: likewise.
+        expert_layout: likewise.
+        tokenizer: likewise; a view has no files beside the weights.
+        strategy_options: likewise.
+        seed: likewise.
+        format: likewise.
+
+    Returns:
+        The view, to be used in a `with` statement.
+
+    Raises:
+        MissingDependencyError: the framework is not installed.
+        ValueError: an argument is outside its domain.
+        LorafastError: as for `lorafast.plan`.
+    """
+    from lorafast._merge.view import MergedView
+
+    options = pick(MergeOptions, locals())
+    return MergedView(base, adapters, options, framework=framework, threads=threads)
 
 
 def verify(

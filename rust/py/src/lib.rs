@@ -17,6 +17,7 @@ mod plan;
 mod similarity;
 mod sources;
 mod table;
+mod view;
 mod write;
 
 use pyo3::prelude::*;
@@ -47,6 +48,8 @@ mod _core {
     use super::similarity::{Collection, open_collection};
     #[pymodule_export]
     use super::table::{ColumnBuffer, Table};
+    #[pymodule_export]
+    use super::view::{TensorBytes, View, ViewPart, ViewStream, open_view};
     #[pymodule_export]
     use super::write::write_adapter;
 

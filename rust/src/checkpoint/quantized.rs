@@ -132,7 +132,7 @@ impl From<Error> for Failure {
 
 impl Quantized {
     /// Bytes of that many elements from a whole byte on.
-    fn bytes_of(&self, elements: usize) -> usize {
+    pub(crate) fn bytes_of(&self, elements: usize) -> usize {
         if self.codes.is_packed() { elements.div_ceil(2) } else { elements }
     }
 

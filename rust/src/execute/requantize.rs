@@ -133,26 +133,9 @@ impl Requantizing {
         buffers: &mut Buffers,
     ) -> Result<Unit> {
         let scheme = quantized(tensor);
-        let known = if scheme.blocks.are_tall() {
-            Some(self.survey.known(computer, tensor, prepared, buffers)?)
-        } else {
-            None
-        };
-        let (values, before) = computer.merged_rows(tensor, prepared, rows, buffers)?;
-        let columns = prepared.columns();
-        let elements = rows.start * columns..rows.end * columns;
-        let base = &computer.inputs.base;
-        let encoded = scheme.encode(base, &elements, &values, &before, known.as_deref());
-        let Encoded { codes, blocks, scales, changed, stored } =
-            encoded.map_err(|failure| match failure {
-                Failure::Other(error) => error,
-                Failure::Beyond(element) => {
-                    beyond(tensor, element, values[element - elements.start])
-                }
-            })?;
-        let first = scheme.byte_at(elements.start) as u64;
-        let mut rounding = RoundingSums::default();
-        rounding.add_results(&before, &values, &stored);
+        let (encoded, rounding) = self.encode_rows(computer, tensor, prepared, rows, buffers)?;
+        let Encoded { codes, blocks, scales, changed, .. } = encoded;
+        let first = scheme.byte_at(rows.start * prepared.columns()) as u64;
         let mut state = lock(&self.state);
         if state.scales.is_empty() {
             state.scales.resize(scheme.blocks.count(), 0.0);
@@ -164,8 +147,52 @@ impl Requantizing {
             return Ok(Unit { first, codes, rounding, scales: None });
         }
         let values = std::mem::take(&mut state.scales);
-        let tensors = scheme.write_scales(base, &values, state.changed)?;
+        let tensors = scheme.write_scales(&computer.inputs.base, &values, state.changed)?;
         Ok(Unit { first, codes, rounding, scales: Some(Finished { tensors, values }) })
+    }
+
+    /// The codes of one unit of rows, as often as they are asked for; the scales are not kept.
+    ///
+    /// # Errors
+    /// As [`Requantizing::encode`].
+    pub fn codes(
+        &self,
+        computer: &Computer<'_>,
+        tensor: &PlannedTensor,
+        prepared: &Prepared,
+        rows: &Range<usize>,
+        buffers: &mut Buffers,
+    ) -> Result<Vec<u8>> {
+        let (encoded, _) = self.encode_rows(computer, tensor, prepared, rows, buffers)?;
+        Ok(encoded.codes)
+    }
+
+    fn encode_rows(
+        &self,
+        computer: &Computer<'_>,
+        tensor: &PlannedTensor,
+        prepared: &Prepared,
+        rows: &Range<usize>,
+        buffers: &mut Buffers,
+    ) -> Result<(Encoded, RoundingSums)> {
+        let scheme = quantized(tensor);
+        let known = if scheme.blocks.are_tall() {
+            Some(self.survey.known(computer, tensor, prepared, buffers)?)
+        } else {
+            None
+        };
+        let (values, before) = computer.merged_rows(tensor, prepared, rows, buffers)?;
+        let columns = prepared.columns();
+        let elements = rows.start * columns..rows.end * columns;
+        let base = &computer.inputs.base;
+        let encoded = scheme.encode(base, &elements, &values, &before, known.as_deref());
+        let encoded = encoded.map_err(|failure| match failure {
+            Failure::Other(error) => error,
+            Failure::Beyond(element) => beyond(tensor, element, values[element - elements.start]),
+        })?;
+        let mut rounding = RoundingSums::default();
+        rounding.add_results(&before, &values, &encoded.stored);
+        Ok((encoded, rounding))
     }
 }
 

@@ -47,6 +47,21 @@ impl Task {
     }
 }
 
+/// How many threads a job has: so many, or with `None` one per available core.
+///
+/// # Errors
+/// [`Error::Argument`] for no threads, and for more than there can be.
+pub fn thread_count(threads: Option<usize>) -> Result<usize> {
+    if let Some(threads) = threads.filter(|threads| !(1..=limits::THREADS).contains(threads)) {
+        return Err(Error::Argument(format!(
+            "threads is {threads}; it is 1 to {}, or left out for one per core",
+            limits::THREADS
+        )));
+    }
+    let available = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Ok(threads.unwrap_or(available.min(limits::THREADS)))
+}
+
 /// A pool of `threads` workers (`None`: one per available core) that lives as long as the job.
 /// Owned by the job rather than shared, so that a forked child never inherits a pool whose
 /// threads did not survive the fork.
@@ -55,16 +70,8 @@ impl Task {
 /// [`Error::Argument`] for no threads, for more than there can be, or when the system cannot start
 /// them.
 pub fn build_pool(threads: Option<usize>) -> Result<rayon::ThreadPool> {
-    if let Some(threads) = threads.filter(|threads| !(1..=limits::THREADS).contains(threads)) {
-        return Err(Error::Argument(format!(
-            "threads is {threads}; it is 1 to {}, or left out for one per core",
-            limits::THREADS
-        )));
-    }
-    let available = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let available = available.min(limits::THREADS);
     rayon::ThreadPoolBuilder::new()
-        .num_threads(threads.unwrap_or(available))
+        .num_threads(thread_count(threads)?)
         .thread_name(|index| format!("lorafast-{index}"))
         .build()
         .map_err(|error| Error::Argument(format!("cannot start the worker threads: {error}")))
