@@ -2,9 +2,10 @@
 
 `merge` writes `W + s·B·A` for every weight that an adapter updates, file to file, without loading
 the model; `plan` says beforehand what it would do, `verify` afterwards whether it was done right,
-`subtract` undoes it, and `recover` brings to order what a killed one left; `open_merged` has the
-merged tensors without writing any. `inspect` lists what a file holds, and `convert` writes an
-adapter in another format. `analyze` measures an adapter, `compare` several of them. `lorafast.analyzers` does the same under the names of NeuroTrain's tools.
+`subtract` undoes it, and `recover` brings to order what a killed one left. `open_merged` has the
+merged tensors and writes nothing. `inspect` lists what a file holds, and `convert` writes an
+adapter in another format. `analyze` measures an adapter, `compare` several of them.
+`lorafast.analyzers` does the same under the names of NeuroTrain's tools.
 """
 
 from lorafast._core import __version__, build_info
@@ -126,6 +127,7 @@ __all__ = [
     "ScanError",
     "Similarity",
     "SubtractReport",
+    "TensorNotFoundError",
     "TensorStatistics",
     "Trajectory",
     "UnsupportedAdapterError",

@@ -199,10 +199,7 @@ class MergedView:
                     f"the view was opened with {len(options.weights)} weights, and there are "
                     f"{len(sources)} adapters now; give swap their weights"
                 )
-            if sources:
-                plan = make_plan(self._source, sources, options)
-            else:
-                plan = self._of_base(options)
+            plan = make_plan(self._source, sources, options) if sources else self._of_base(options)
             view = _core.open_view(plan.core, threads=self._threads)
             stream = view.changed_from(before)
             self._set(plan, options, view)

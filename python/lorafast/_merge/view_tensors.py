@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorafast._errors import LorafastError, MissingDependencyError, missing
 from lorafast._io.torch_tensors import NAMES
@@ -16,8 +16,11 @@ Framework = Literal["pt", "numpy"]
 #: A dtype's safetensors name, the shape and the bytes, made into a tensor.
 Maker = Callable[[str, Sequence[int], "_core.TensorBytes"], Any]
 
-#: The other names that safetensors has for each.
-_OTHER_NAMES = {"torch": "pt", "pytorch": "pt", "np": "numpy"}
+#: Each by all names that safetensors has for it.
+_FRAMEWORKS: dict[str, Framework] = {
+    **{"pt": "pt", "torch": "pt", "pytorch": "pt"},
+    **{"np": "numpy", "numpy": "numpy"},
+}
 #: Torch's dtypes by their safetensors names.
 _TORCH = {safetensors: torch for torch, safetensors in NAMES.items()} | {
     "F8_E8M0": "float8_e8m0fnu",
@@ -57,11 +60,9 @@ def check_framework(name: str) -> Framework:
     Raises:
         ValueError: there is none.
     """
-    found = _OTHER_NAMES.get(name, name)
-    for known in get_args(Framework):
-        if found == known:
-            return known
-    raise ValueError(f"framework is {name!r}; it is 'pt' (torch) or 'numpy'")
+    if name not in _FRAMEWORKS:
+        raise ValueError(f"framework is {name!r}; it is 'pt' (torch) or 'numpy'")
+    return _FRAMEWORKS[name]
 
 
 def maker_for(framework: Framework) -> Maker:
@@ -100,7 +101,9 @@ def _to_numpy(dtype: str, shape: Sequence[int], content: _core.TensorBytes) -> A
     kind: Any = _NUMPY.get(dtype)
     if kind is None:
         kind = _ml_dtype(dtype)
-    return np.frombuffer(content, dtype=kind).reshape(tuple(shape))
+    # The buffer protocol has no name in the older Pythons.
+    memory: Any = content
+    return np.frombuffer(memory, dtype=kind).reshape(tuple(shape))
 
 
 def _ml_dtype(dtype: str) -> Any:
@@ -109,7 +112,9 @@ def _ml_dtype(dtype: str) -> Any:
     if name is None:
         raise LorafastError(f'NumPy has no dtype for {dtype}; open the merge with framework="pt"')
     try:
-        import ml_dtypes
+        from importlib import import_module
+
+        ml_dtypes = import_module("ml_dtypes")
     except ImportError:
         raise MissingDependencyError(
             f"NumPy has {dtype} from the package ml_dtypes, which is not installed; install it "
