@@ -34,6 +34,9 @@ ELSEWHERE = {
     "cuda": "needs a GPU",
     "cpu:amx": "needs a processor with AMX",
     "deepseek-fp8": "needs quantised models",
+    "from transformers": "needs a model; tests/merge/test_merged_views_loading.py runs it",
+    "from vllm": "needs vLLM; tests/merge/test_merged_views_loading.py runs it",
+    "import sglang": "needs SGLang; tests/merge/test_merged_views_loading.py runs it",
     "model.generate": "needs a model that generates; tests/devices has live ones",
 }
 MODULES = {

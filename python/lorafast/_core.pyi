@@ -45,6 +45,7 @@ __all__ = [
     "names_fit",
     "open_collection",
     "open_view",
+    "plan_base",
     "plan_digest",
     "plan_groups",
     "plan_merge",
@@ -173,6 +174,7 @@ class ViewStream:
     def close(self) -> None: ...
 
 def open_view(plan: Plan, *, threads: int | None = None) -> View: ...
+def plan_base(base: _Base, options: _Options | None = None) -> Plan: ...
 def plan_merge(
     base: _Base,
     adapters: Sequence[_AdapterSource],

@@ -9,6 +9,7 @@ from lorafast._errors import (
     NumericError,
     OutputError,
     PlanError,
+    TensorNotFoundError,
     UnsupportedAdapterError,
     VerificationError,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "NumericError",
     "OutputError",
     "PlanError",
+    "TensorNotFoundError",
     "UnsupportedAdapterError",
     "VerificationError",
 ]

@@ -401,6 +401,21 @@ def test_a_swap_yields_what_differs(tmp_path: Path, base: Path) -> None:
             now = then
 
 
+def test_a_view_of_the_base_takes_adapters_later(tmp_path: Path, adapter: Path) -> None:
+    base = make_base(tmp_path / "base", dtype="BF16")
+    with lorafast.open_merged(base, [], dtype="float16") as merged:
+        narrow = make_adapter(tmp_path / "none", lora_alpha=0)
+        assert_as_written(
+            merged_files(tmp_path, base, narrow, "same", dtype="float16"), base, [], dtype="float16"
+        )
+        assert merged.adapters == []
+        assert {name for name, _ in merged.swap(adapter)} == {f"{name}.weight" for name in MODULES}
+        written = merged_files(tmp_path, base, adapter, dtype="float16")
+        assert {name: raw(found) for name, found in merged.items()} == {
+            name: expected.data for name, expected in written.items()
+        }
+
+
 def test_a_swap_keeps_the_options_or_changes_them(tmp_path: Path, base: Path) -> None:
     one, two = make_adapter(tmp_path / "one"), on(tmp_path / "two", *MODULES)
     halves = {"weights": [0.5], "dtype": "float32"}

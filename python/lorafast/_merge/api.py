@@ -355,7 +355,7 @@ def open_merged(
 
     Args:
         base: as for `lorafast.merge`.
-        adapters: likewise.
+        adapters: likewise; with none, `[]`, the view is of the base, into which `swap` puts some.
         framework: what tensors are of: "pt" (torch, on the CPU) or "numpy", which has bfloat16
             where the package ml_dtypes is installed.
         threads: that compute a tensor together, and those of `items()`; one per core if missing.

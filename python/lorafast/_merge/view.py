@@ -10,16 +10,32 @@ from typing import TYPE_CHECKING, Any
 from lorafast import _core
 from lorafast._errors import LorafastError, TensorNotFoundError
 from lorafast._io.limits import check_threads
-from lorafast._io.sources import as_list
+from lorafast._io.sources import BASE_PATTERNS, as_list, locate
 from lorafast._merge.plan import MergePlan, make_plan
 from lorafast._merge.view_tensors import check_framework, maker_for
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Self
+    from typing import Protocol, Self
 
-    from lorafast._merge.api import MergeOptions
+    from lorafast._merge.options import Combination
     from lorafast._types import Source, Strategy
+
+    class Options(Combination, Protocol):
+        """What a view has to know of how adapters are merged: `api.MergeOptions`."""
+
+        @property
+        def weights(self) -> Sequence[float] | None: ...
+
+        def _replace(
+            self,
+            *,
+            dtype: str = ...,
+            strategy: Strategy | None = ...,
+            strategy_options: Mapping[str, float] | None = ...,
+            weights: Sequence[float] | None = ...,
+        ) -> Self: ...
+
 
 #: From so many names on, only their beginnings and ends are held against an unknown one.
 _MANY_NAMES = 20_000
@@ -45,7 +61,7 @@ class MergedView:
         self,
         base: Source,
         adapters: Source | Sequence[Source],
-        options: MergeOptions,
+        options: Options,
         *,
         framework: str,
         threads: int | None,
@@ -55,13 +71,11 @@ class MergedView:
         self._threads = threads
         self._source = base
         self._lock = Lock()
-        plan = make_plan(base, adapters, options)
+        plan = _plan_of(base, as_list(adapters), options)
         self._set(plan, options, _core.open_view(plan.core, threads=threads))
 
-    def _set(self, plan: MergePlan, options: MergeOptions, view: _core.View) -> None:
+    def _set(self, plan: MergePlan, options: Options, view: _core.View) -> None:
         self._view, self._options = view, options
-        #: It holds the files open as the view does.
-        self._plan: _core.Plan | None = plan.core
         self.base = plan.base
         self.adapters = plan.adapters
         self.warnings = plan.warnings
@@ -81,7 +95,6 @@ class MergedView:
     def close(self) -> None:
         """Closes the files. Tensors that were taken out of the view stay as they are."""
         self._view.close()
-        self._plan = None
 
     def __repr__(self) -> str:
         return f"<MergedView of {self.base!r} and {self.adapters!r}>"
@@ -199,19 +212,21 @@ class MergedView:
                     f"the view was opened with {len(options.weights)} weights, and there are "
                     f"{len(sources)} adapters now; give swap their weights"
                 )
-            plan = make_plan(self._source, sources, options) if sources else self._of_base(options)
+            plan = _plan_of(self._source, sources, options)
             view = _core.open_view(plan.core, threads=self._threads)
             stream = view.changed_from(before)
             self._set(plan, options, view)
             before.close()
             return _Tensors(self, view, stream)
 
-    def _of_base(self, options: MergeOptions) -> MergePlan:
-        """The plan of the base alone."""
-        assert self._plan is not None, "the view is open"
-        plan = MergePlan(self._plan.of_base_alone(dtype=options.to_core()["dtype"]), options)
-        plan.adapters, plan.warnings, plan.notes = [], [], []
-        return plan
+
+def _plan_of(base: Source, adapters: Sequence[Source], options: Options) -> MergePlan:
+    """The plan of a merge, or of the base as it is where there is no adapter."""
+    if adapters:
+        return make_plan(base, adapters, options)
+    # There is nothing to combine.
+    plain = options._replace(strategy=None, strategy_options=None, weights=None)
+    return MergePlan(_core.plan_base(locate(base, BASE_PATTERNS), plain.to_core()), options)
 
 
 class _Tensors(Iterator[tuple[str, Any]]):

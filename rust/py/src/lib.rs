@@ -43,7 +43,7 @@ mod _core {
     #[pymodule_export]
     use super::parts::{assemble_shards, plan_digest, plan_groups, plan_shard_bytes, write_shards};
     #[pymodule_export]
-    use super::plan::{Plan, names_fit, plan_merge};
+    use super::plan::{Plan, names_fit, plan_base, plan_merge};
     #[pymodule_export]
     use super::similarity::{Collection, open_collection};
     #[pymodule_export]

@@ -44,6 +44,18 @@ pub fn plan_merge(
     })
 }
 
+/// Opens a base and plans to write it as it is, in the dtype that the options have or its own.
+#[pyfunction]
+#[pyo3(signature = (base, options=None))]
+pub fn plan_base(py: Python<'_>, base: Base, options: Option<&Bound<'_, PyAny>>) -> PyResult<Plan> {
+    let options: plan::Options = to_options(options)?;
+    job::run(py, None, |task| {
+        let inputs = open_inputs(&base, &[], task)?;
+        let plan = plan::Plan::of_base(&inputs, options)?;
+        Ok(Plan { inputs, plan: Arc::new(plan) })
+    })
+}
+
 /// Whether every parameter of the adapters has its tensor in the base, by the names as they
 /// stand or the built-in rules for renamed ones.
 #[pyfunction]

@@ -226,7 +226,8 @@ mod tests {
         assert_eq!(Selection::new(&info, &[1..3, 2..4]).unwrap().bytes(), 2);
         let message = Selection::new(&info, &[0..3, 1..4]).unwrap_err().to_string();
         assert!(message.contains("within a byte"), "{message}");
-        let message = Selection::new(&tensor("X9", &[3]), &[0..3]).unwrap_err().to_string();
+        let message =
+            Selection::new(&tensor("X9", &[3, 1]), &[0..3, 0..1]).unwrap_err().to_string();
         assert!(message.contains("not known"), "{message}");
         let message = Selection::new(&info, &[0..3, 0..5]).unwrap_err().to_string();
         assert!(message.contains("[3, 4]"), "{message}");

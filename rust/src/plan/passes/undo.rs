@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::plan::context::{AdapterContext, Context};
 use crate::plan::draft::{IgnoredTensors, Messages, PlanDraft, TensorChanges};
 use crate::plan::layout;
+use crate::plan::options::Options;
 use crate::plan::update::UpdateKind;
 use crate::plan::value::{ConfigChanges, Inputs, Plan};
 use crate::tensor::dtype::Dtype;
@@ -26,9 +27,18 @@ impl Plan {
     /// # Errors
     /// [`Error::Plan`] if the base is quantised in a way that cannot be written in that type.
     pub fn of_base_alone(&self, inputs: &Inputs, dtype: Option<Dtype>) -> Result<Self> {
-        let mut options = self.options.clone();
+        let options = Options { dtype, ..self.options.clone() };
+        let (weights, coverage) = (self.weights.clone(), self.coverage.clone());
+        Ok(Self { weights, coverage, ..Self::of_base(inputs, options)? })
+    }
+
+    /// The plan that writes a base as it is, in the type that the options have or its own.
+    ///
+    /// # Errors
+    /// As [`Plan::of_base_alone`].
+    pub fn of_base(inputs: &Inputs, options: Options) -> Result<Self> {
         let mut config_changes = ConfigChanges {
-            dtype: dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
+            dtype: options.dtype.as_ref().and_then(Dtype::torch_name).map(str::to_owned),
             ..ConfigChanges::default()
         };
         let quantized = QuantizedWeights::of(&inputs.base);
@@ -39,21 +49,17 @@ impl Plan {
             }
             config_changes.unquantized = !quantized.entries().is_empty();
         }
-        options.dtype = dtype;
         let shards = layout::plan_shards(inputs, &options, PlanDraft::default(), &quantized);
-        let warnings = inputs.base.warnings().to_vec();
-        let side_files = side_files::of_base(&inputs.base)?;
-        let zero_updates = Vec::new();
-        let notes = Vec::new();
         Ok(Self {
-            options,
+            weights: Vec::new(),
             shards,
             config_changes,
-            side_files,
-            warnings,
-            zero_updates,
-            notes,
-            ..self.clone()
+            warnings: inputs.base.warnings().to_vec(),
+            side_files: side_files::of_base(&inputs.base)?,
+            zero_updates: Vec::new(),
+            notes: Vec::new(),
+            coverage: Vec::new(),
+            options,
         })
     }
 }
