@@ -9,12 +9,13 @@ from typing import Any
 import lorafast
 import pytest
 from digest_cases import CASES as FIXED
-from digest_cases import Case
+from digest_cases import NORM, Q0, UP0, WIDE, Case
 from matrix import FEATURES, Entry, Feature
 from support.files import read_checkpoint
-from support.fixed_inputs import pickle
+from support.fixed_inputs import Adapter, Base, linear, pickle
 from support.models import Models
-from support.views import assert_as_written
+from support.quantised import SCHEMES, Scheme
+from support.views import assert_as_written, assert_tensor
 from test_matrix import make_adapters
 from toys import Toys
 
@@ -60,3 +61,22 @@ def test_an_entry_of_the_matrix(
     adapters = make_adapters(toys, feature, entry, dtypes[1])
     lorafast.merge(base, adapters, tmp_path / "out", report=False, sync=False)
     assert_as_written(read_checkpoint(tmp_path / "out"), base, adapters)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_a_swap_on_a_quantised_base(tmp_path: Path, scheme: Scheme) -> None:
+    """What is quantised again comes with its scales; what returns to the base, with the base's."""
+    base = Base(WIDE | NORM, scheme=scheme).write(tmp_path / "base")
+    files = {}
+    for name, module in (("one", Q0), ("two", UP0)):
+        adapter = Adapter(linear(module, of=WIDE), {"r": 4}).write(tmp_path / name)
+        lorafast.merge(base, adapter, tmp_path / f"out-{name}", report=False, sync=False)
+        files[name] = read_checkpoint(tmp_path / f"out-{name}")
+    with lorafast.open_merged(base, tmp_path / "one") as merged:
+        for now, then in (("one", "two"), ("two", "one")):
+            swapped = dict(merged.swap(tmp_path / then))
+            for name, found in swapped.items():
+                assert_tensor(found, files[then][name], name)
+            differing = {name for name in files[then] if files[then][name] != files[now][name]}
+            assert differing <= swapped.keys()
+            assert all(Q0 in name or UP0 in name for name in swapped)

@@ -44,9 +44,8 @@ pub struct View {
     places: HashMap<String, TensorId>,
     /// All tensors, by the shards' names and their places in these.
     order: Vec<TensorId>,
-    /// Of each tensor of scales that is written anew the weight that it belongs to, and which of that
-    /// one's it is.
-    owners: HashMap<TensorId, (TensorId, usize)>,
+    /// Of each tensor of scales that is written anew the weight that it belongs to.
+    owners: HashMap<TensorId, TensorId>,
     /// Scales that were found with a weight's codes, or with other scales of the weight.
     scales: Mutex<IndexMap<TensorId, Vec<u8>>>,
 }
@@ -119,9 +118,9 @@ impl View {
             let tensor = &plan.shards[id.0].tensors[id.1];
             let quantized =
                 tensor.quantized.as_ref().expect("what is quantised again is quantised");
-            for (number, stored) in quantized.scales.tensors().into_iter().enumerate() {
+            for stored in quantized.scales.tensors() {
                 if let Some(scales) = places.get(&stored.tensor.name) {
-                    owners.insert(*scales, (id, number));
+                    owners.insert(*scales, id);
                 }
             }
         }
@@ -418,7 +417,7 @@ impl View {
         if let Some(scales) = lock(&self.scales).shift_remove(&id) {
             return Ok(scales);
         }
-        let (owner, _) = self.owners[&id];
+        let owner = self.owners[&id];
         let tensor = self.tensor(owner);
         let prepared = computer.prepare(tensor)?;
         let requantizing = Requantizing::new(tensor, Vec::new());
@@ -454,7 +453,7 @@ impl View {
         let (mut shards, mut adapters) = (HashSet::new(), HashSet::new());
         for id in ids {
             let tensor = self.tensor(id);
-            let weight = self.owners.get(&id).map_or(tensor, |(owner, _)| self.tensor(*owner));
+            let weight = self.owners.get(&id).map_or(tensor, |owner| self.tensor(*owner));
             match tensor.origin {
                 Origin::Base(shard) => shards.insert(shard),
                 Origin::Adapter(adapter) => adapters.insert(adapter),

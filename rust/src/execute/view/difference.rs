@@ -1,6 +1,6 @@
 //! What differs between two views of one base: the tensors that are made in another way.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use super::View;
 use crate::error::Result;
@@ -26,14 +26,12 @@ impl View {
     pub fn differences(&self, other: &Self) -> Result<Vec<Difference>> {
         let (ours, theirs) = (self.identities()?, other.identities()?);
         let mut differences = Vec::new();
-        let mut differing = HashSet::new();
         for id in &self.order {
             let name = &self.tensor(*id).name;
             let same = other
                 .find(name)
                 .is_some_and(|there| self.recipe(*id, &ours) == other.recipe(there, &theirs));
             if !same {
-                differing.insert(*id);
                 differences.push(Difference { name: name.clone(), id: *id });
             }
         }
@@ -72,7 +70,7 @@ impl View {
     /// All that decides a tensor's bytes.
     fn recipe(&self, id: TensorId, identities: &Identities) -> String {
         let tensor = self.tensor(id);
-        let weight = self.owners.get(&id).map(|(owner, _)| self.tensor(*owner));
+        let weight = self.owners.get(&id).map(|owner| self.tensor(*owner));
         let own = recipe(tensor, identities);
         weight.map_or(own.clone(), |weight| format!("{own} {}", recipe(weight, identities)))
     }
