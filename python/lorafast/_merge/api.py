@@ -326,7 +326,7 @@ def open_merged(
     framework: "Framework" = "pt",
     threads: int | None = None,
     strategy: Strategy | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     dtype: str = "auto",
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,

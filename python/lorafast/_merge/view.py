@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from typing import Protocol, Self
 
     from lorafast._merge.options import Combination
-    from lorafast._types import Source, Strategy
+    from lorafast._types import Source, Strategy, Weight
 
     class Options(Combination, Protocol):
         """What a view has to know of how adapters are merged: `api.MergeOptions`."""
 
         @property
-        def weights(self) -> Sequence[float] | None: ...
+        def weights(self) -> Sequence[Weight] | None: ...
 
         def _replace(
             self,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
             dtype: str = ...,
             strategy: Strategy | None = ...,
             strategy_options: Mapping[str, float] | None = ...,
-            weights: Sequence[float] | None = ...,
+            weights: Sequence[Weight] | None = ...,
         ) -> Self: ...
 
 
@@ -170,7 +170,7 @@ class MergedView:
         adapters: Source | Sequence[Source],
         *,
         strategy: Strategy | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[Weight] | None = None,
         strategy_options: Mapping[str, float] | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Puts other adapters in the place of these, and computes what that changes.

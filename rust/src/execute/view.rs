@@ -256,7 +256,7 @@ impl View {
             // The pieces of a tensor wait for each other in this; so whole tensors are shared out first.
             while let Some((part, _)) = wanted.get(next_part.fetch_add(1, Ordering::Relaxed)) {
                 let looks_at_all = match &self.tensor(part.id).action {
-                    Action::MergeEntries(merge) => merge.method.needs_passes(),
+                    Action::MergeEntries(merge) => merge.needs_passes(),
                     _ => false,
                 };
                 if looks_at_all && let Err(error) = self.ready(part, &computer) {
