@@ -16,6 +16,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
+demo: export MATURIN_PEP517_ARGS ?= --no-default-features
 demo: $(VENV)/installed ## install, and merge two adapters into a small model made on the spot
 	$(BIN)/lorafast demo
 
@@ -57,12 +58,17 @@ bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour
 
 # Each count is a program's of tests/trust; `make test` runs a few of each.
 TRUST := KILLS=200 KILL_CALLS=1000 KILL_SUBTRACTIONS=1000 KILL_PIPELINES=150 FAILING_CALLS=2000 \
-  FULL_DISKS=150 CHANGING_INPUTS=250 RACES=100 REPLACED_ADAPTERS=100 CACHES=90 LOCKED_CACHES=2 SIGNALS=400 \
+  FULL_DISKS=150 CHANGING_INPUTS=250 RACES=100 REPLACED_ADAPTERS=100 CACHES=90 LOCKED_CACHES=2 KILLS_IN_STORES=100 SIGNALS=400 \
   FUZZED_FILES=100000 MANY_MERGES=10000
+
+# A faster S3 server than the tests' own, for their larger models; they skip those without it.
+.PHONY: s3-server
+s3-server: ## build s3s-fs, an S3 server for tests of larger models; takes a few minutes
+	cargo install --root target/s3s-fs --version 0.14.1 --locked --features binary s3s-fs
 
 .PHONY: trust
 trust: $(VENV)/installed-test ## attack merges with kills, failing calls and hostile files; takes a quarter of an hour
-	env $(addprefix LORAFAST_TRUST_,$(TRUST)) $(BIN)/python -m pytest tests/trust
+	env $(addprefix LORAFAST_TRUST_,$(TRUST)) $(BIN)/python -m pytest tests/trust tests/stores/test_interruptions.py
 
 .PHONY: clean
 clean: ## remove the virtual environment, build products and caches

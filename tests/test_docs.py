@@ -31,6 +31,7 @@ ELSEWHERE = {
     ".venv/bin": "builds this project",
     "cargo ": "builds this project",
     "pip install": "installs",
+    "s3://": "needs an object store",
     "cuda": "needs a GPU",
     "cpu:amx": "needs a processor with AMX",
     "deepseek-fp8": "needs quantised models",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import lorafast
 import pytest
@@ -319,6 +321,25 @@ def test_only_the_storage_touches_files(core: dict[tuple[str, ...], RustModule])
     assert touching == []
     storage = [module for module in core.values() if module.path[:1] == ("storage",)]
     assert any(FILE_ACCESS.search(module.code) for module in storage)
+
+
+def dependencies(folder: Path) -> dict[str, Any]:
+    """The crates that a crate takes, tests apart."""
+    manifest = tomllib.loads((folder / "Cargo.toml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = manifest["dependencies"]
+    return found
+
+
+def test_the_core_and_the_stores_know_each_other_by_traits_alone() -> None:
+    """What is asynchronous lies in a crate of its own, which the binding may do without."""
+    root = CORE.parent.parent
+    core, store = dependencies(root), dependencies(root / "rust" / "store")
+    binding = dependencies(root / "rust" / "py")
+    asynchronous = {"tokio", "object_store", "reqwest", "futures-util", "async-trait"}
+    assert not asynchronous & {*core, *binding}
+    assert asynchronous <= {*store}
+    assert "pyo3" not in {*core, *store}
+    assert binding["lorafast-store"]["optional"] is True
 
 
 def test_only_the_formats_know_the_names_of_peft(core: dict[tuple[str, ...], RustModule]) -> None:

@@ -18,6 +18,7 @@ from lorafast._errors import (
     NumericError,
     OutputError,
     PlanError,
+    StoreError,
     TensorNotFoundError,
     UnsupportedAdapterError,
     VerificationError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from lorafast._fleet.fleet import Fleet
     from lorafast._fleet.scan import scan
     from lorafast._merge.api import merge, open_merged, plan, subtract, verify
+    from lorafast._merge.clean import clean
     from lorafast._merge.inspect import inspect
     from lorafast._merge.listing import AdapterListing, CheckpointListing
     from lorafast._merge.plan import MergePlan, PlanPart, WrittenShard
@@ -126,6 +128,7 @@ __all__ = [
     "ScanDiff",
     "ScanError",
     "Similarity",
+    "StoreError",
     "SubtractReport",
     "TensorNotFoundError",
     "TensorStatistics",
@@ -139,6 +142,7 @@ __all__ = [
     "analyze",
     "bake",
     "build_info",
+    "clean",
     "combine",
     "compare",
     "convert",
@@ -196,6 +200,7 @@ _HOMES = {
     "_merge.listing": ("AdapterListing", "CheckpointListing"),
     "_merge.plan": ("MergePlan", "PlanPart", "WrittenShard"),
     "_merge.planned": ("PlannedTensor", "Update"),
+    "_merge.clean": ("clean",),
     "_merge.recover": ("recover",),
     "_merge.report": ("MergeReport",),
     "_merge.subtract": ("SubtractReport",),

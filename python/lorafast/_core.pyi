@@ -19,9 +19,11 @@ __all__ = [
     "ColumnBuffer",
     "Execution",
     "FleetTables",
+    "IoMemory",
     "OutputLock",
     "Plan",
     "ScannedAdapter",
+    "StoreLocation",
     "Table",
     "TensorBytes",
     "View",
@@ -63,26 +65,48 @@ __version__: str
 #: Name, dtype (a safetensors name), shape, and the bytes, or what returns them from any thread, or
 #: `None` where there are none to read.
 _NamedTensor: TypeAlias = tuple[str, str, Sequence[int], Buffer | Callable[[], Buffer] | None]
-#: A path; or a path, the file of its weights, and what reads that, from any thread and as often as
-#: the adapter is opened.
+#: A path, or a place in a store.
+_Place: TypeAlias = str | os.PathLike[str] | StoreLocation
+#: One of these; or that, the file of its weights, and what reads it, from any thread and as often
+#: as the adapter is opened.
 _FoundSource: TypeAlias = (
-    str
-    | os.PathLike[str]
-    | tuple[str | os.PathLike[str], str | os.PathLike[str], Callable[[], Sequence[_NamedTensor]]]
+    _Place | tuple[_Place, str | os.PathLike[str], Callable[[], Sequence[_NamedTensor]]]
 )
 #: The same, or with the name of the adapter's format.
 _AdapterSource: TypeAlias = _FoundSource | tuple[_FoundSource, str]
 #: Options by name: those of `lorafast._merge`, as a test sees to.
 _Options: TypeAlias = Mapping[str, Any]
-#: A path; or the name, the config (JSON) and the tensors of a model in memory.
-_Base: TypeAlias = str | os.PathLike[str] | tuple[str, str, Sequence[_NamedTensor]]
+#: A path, or a place in a store; or the name, the config (JSON) and the tensors of a model in
+#: memory.
+_Base: TypeAlias = _Place | tuple[str, str, Sequence[_NamedTensor]]
+
+@final
+class IoMemory:
+    def __new__(cls, bytes: int = ...) -> IoMemory: ...
+
+@final
+class StoreLocation:
+    def __new__(
+        cls,
+        url: str,
+        options: Mapping[str, str],
+        *,
+        provider: Callable[[], tuple[Mapping[str, str], int | float | None]] | None = None,
+        memory: IoMemory | None = None,
+    ) -> StoreLocation: ...
+    @property
+    def url(self) -> str: ...
+    def names(self) -> list[str]: ...
+    def read(self, name: str | None = None) -> bytes: ...
+    def write(self, name: str, content: bytes) -> None: ...
+    def clean(self) -> Cleaned: ...
 
 @final
 class Plan:
     def describe(self) -> PlanDescription: ...
     def execute(
         self,
-        output: str | os.PathLike[str],
+        output: str | os.PathLike[str] | StoreLocation,
         options: _Options | None = None,
         *,
         protected: Sequence[str | os.PathLike[str]] = ...,
@@ -92,11 +116,15 @@ class Plan:
     def replacement(self, place: tuple[int, int]) -> tuple[str, bytes] | None: ...
     def operands(self, place: tuple[int, int], *, weight: Any | None = None) -> list[Operands]: ...
     def begin(
-        self, output: str | os.PathLike[str], options: _Options | None = None
+        self,
+        output: str | os.PathLike[str] | StoreLocation,
+        options: _Options | None = None,
+        *,
+        protected: Sequence[str | os.PathLike[str]] = ...,
     ) -> Execution: ...
     def verify(
         self,
-        merged: str | os.PathLike[str],
+        merged: _Base,
         *,
         threads: int | None = None,
         full: bool = False,
@@ -130,7 +158,15 @@ class Execution:
         self, place: tuple[int, int], before: Any, exact: Any, written: Any, *, is_change: bool
     ) -> None: ...
     def raise_overflow(self, place: tuple[int, int], index: int) -> None: ...
+    def verify(
+        self,
+        *,
+        threads: int | None = None,
+        split: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> VerifyOutcome: ...
     def finish(self) -> tuple[Summary, OutputLock]: ...
+    def discard(self) -> None: ...
     def abort(self) -> None: ...
 
 @final
@@ -207,10 +243,10 @@ def names_fit(
     base: _Base,
     adapters: Sequence[_AdapterSource],
 ) -> bool: ...
-def list_checkpoint(path: str | os.PathLike[str]) -> Listing: ...
+def list_checkpoint(path: _Base) -> Listing: ...
 def list_adapter(adapter: _AdapterSource) -> Listing: ...
-def adapter_format(path: str | os.PathLike[str]) -> AdapterFormat | None: ...
-def holds_adapter(path: str | os.PathLike[str]) -> bool: ...
+def adapter_format(path: _AdapterSource) -> AdapterFormat | None: ...
+def holds_adapter(path: _AdapterSource) -> bool: ...
 def write_adapter(
     adapter: _AdapterSource,
     target: str | os.PathLike[str],

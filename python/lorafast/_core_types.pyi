@@ -14,6 +14,11 @@ UpdateKind: TypeAlias = Literal["low_rank", "dora", "vector", "replace", "transf
 InstructionSet: TypeAlias = Literal["portable", "neon", "avx2", "avx512", "avx512_bf16", "amx"]
 
 @type_check_only
+class Cleaned(TypedDict):
+    removed: list[str]
+    holds_model: bool
+
+@type_check_only
 class Use(TypedDict):
     name: str
     use: Literal["used", "not_needed", "refused"]

@@ -8,6 +8,7 @@ Exception
     │   └── UnsupportedAdapterError   sound, but with something that cannot be merged
     ├── PlanError                     base and adapters that do not fit together
     ├── OutputError                   an output that may not or cannot be written
+    ├── StoreError                    an object store that refuses or cannot be reached (an OSError)
     ├── NumericError                  a result outside the range of its type
     ├── DeviceError                   a device that torch does not see, or cannot use
     ├── VerificationError             an output that reads back as something else
@@ -57,6 +58,10 @@ class PlanError(LorafastError):
 
 class OutputError(LorafastError):
     """The output may not or cannot be written where it was asked for."""
+
+
+class StoreError(LorafastError, OSError):
+    """An object store refused, or could not be reached; the message names the object."""
 
 
 class NumericError(LorafastError):

@@ -76,6 +76,13 @@ class Option(NamedTuple):
         return any(get_origin(member) is Mapping for member in self.members)
 
     @property
+    def holds_texts(self) -> bool:
+        """Whether the values by names are texts rather than numbers."""
+        return any(
+            get_origin(member) is Mapping and get_args(member)[1] is str for member in self.members
+        )
+
+    @property
     def items(self) -> Any:
         """The type of its items, where it is a sequence."""
         for member in self.members:

@@ -30,6 +30,11 @@ class HasPaths(Protocol):
     def names(self) -> list[str]: ...
 
 
+#: `object_store`'s keys with their values, or from the beginnings of URLs to such.
+StorageOptions = Mapping[str, str] | Mapping[str, Mapping[str, str]]
+#: What gives `object_store`'s keys, and the second (since 1970) at which they expire, if they do.
+CredentialProvider = Callable[[], tuple[Mapping[str, str], int | float | None]]
+
 #: `True` for a bar on a terminal or in a notebook, elsewhere a line every ten seconds; or what is
 #: called with (done, total).
 Progress = bool | Callable[[int, int], object]

@@ -517,6 +517,11 @@ impl Adapter {
         Ok(sha256_of_bytes(format!("{} {settings}", self.sha256()?).as_bytes()))
     }
 
+    /// Whether it lies in the file system of this machine, or in memory.
+    pub fn is_local(&self) -> bool {
+        self.file().source().is_local()
+    }
+
     /// The paths that it was read from.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         let others = self.contents.read_from.iter().map(|(path, _)| path.as_path());
@@ -528,8 +533,10 @@ impl Adapter {
     /// # Errors
     /// [`crate::Error::Adapter`] if one changed, [`crate::Error::Io`].
     pub fn check_unchanged(&self) -> Result<()> {
-        for (path, stamp) in &self.contents.read_from {
-            check_path(Owner::Adapter, path, *stamp)?;
+        if self.is_local() {
+            for (path, stamp) in &self.contents.read_from {
+                check_path(Owner::Adapter, path, *stamp)?;
+            }
         }
         self.file().check_unchanged()
     }

@@ -98,10 +98,23 @@ impl Checkpoint {
             return Self::open_in(Arc::new(LocalDirectory(path.to_path_buf())), task);
         }
         let (directory, name) = directory::of_file(path);
+        Ok(Self {
+            path: path.to_path_buf(),
+            ..Self::open_file_in(Arc::new(directory), &name, task)?
+        })
+    }
+
+    /// Opens a single `.safetensors` file of a store.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open_with`].
+    pub fn open_file_in(store: Arc<dyn Store>, name: &str, task: &Task) -> Result<Self> {
+        let path = store.path(name);
+        store.follow(task.cancel_flag());
         if !name.ends_with(".safetensors") {
-            let found = identify::of_file(&directory, &name);
+            let found = identify::of_file(&*store, name);
             return Err(Error::checkpoint(
-                path,
+                &path,
                 match found.filter(|found| !found.is_safetensors()) {
                     Some(found) => found.sentence(),
                     None => {
@@ -112,12 +125,12 @@ impl Checkpoint {
             ));
         }
         let mut warnings = Vec::new();
-        if let Some((_, number, count)) = shard_of(&name).filter(|of| of.2 > 1) {
+        if let Some((_, number, count)) = shard_of(name).filter(|of| of.2 > 1) {
             let path = path.display();
             warnings.push(format!("{path}: is shard {number} of {count}, not a whole model"));
         }
-        let mut file = Self::of_files(Arc::new(directory), Files::single(&name), task)?;
-        file.path = path.to_path_buf();
+        let mut file = Self::of_files(store, Files::single(name), task)?;
+        file.path = path;
         file.is_directory = false;
         file.warnings.extend(warnings);
         Ok(file)
@@ -128,6 +141,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open_with`].
     pub fn open_in(store: Arc<dyn Store>, task: &Task) -> Result<Self> {
+        store.follow(task.cancel_flag());
         let mut model = if store.has(MODEL_INDEX)? {
             Self::of_pipeline(store, task)?
         } else {
@@ -338,6 +352,14 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] if one changed, [`Error::Io`].
     pub fn check_unchanged(&self) -> Result<()> {
         self.shards.iter().try_for_each(|shard| shard.file.check_unchanged())
+    }
+
+    /// Tells every shard's source that all of its data will be read, in its order.
+    pub fn will_read_all(&self, task: &Task) {
+        for Shard { file, .. } in self.shards.iter() {
+            let data = file.data_start()..file.size();
+            file.source().will_read(&[data], task.cancel_flag());
+        }
     }
 
     /// The tensor at that place.

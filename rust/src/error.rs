@@ -57,6 +57,14 @@ pub enum Error {
         /// What stands in the way and what to do.
         message: String,
     },
+    /// A store that is no directory refused, or could not be reached.
+    #[error("{}: {}", path.display(), shortened(message))]
+    Store {
+        /// The object, or the store.
+        path: PathBuf,
+        /// What happened and what to do.
+        message: String,
+    },
     /// The arithmetic left the range of the output's dtype.
     #[error("tensor {}: {}", shortened(tensor), shortened(message))]
     Numeric {
@@ -120,9 +128,18 @@ impl Error {
         }
     }
 
-    /// An [`Error::Io`] about `path`.
+    /// An [`Error::Io`] about `path`; what is an error of this type on its way through the system's is
+    /// that error.
     pub fn io(path: impl AsRef<Path>, source: io::Error) -> Self {
-        Self::Io { path: path.as_ref().to_path_buf(), source }
+        match source.downcast::<Self>() {
+            Ok(own) => own,
+            Err(source) => Self::Io { path: path.as_ref().to_path_buf(), source },
+        }
+    }
+
+    /// An [`Error::Store`] about the object `path`.
+    pub fn store(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self::Store { path: path.as_ref().to_path_buf(), message: message.into() }
     }
 
     /// An [`Error::Checkpoint`] about `path`.

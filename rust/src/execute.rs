@@ -215,7 +215,14 @@ impl<'a> Job<'a> {
         let mut queues: Vec<_> = (plan.shards.iter().enumerate())
             .map(|(position, shard)| queue::queue_of(inputs, position, shard, &mut tiles))
             .collect();
+        for (position, is_written) in written_before(plan, output.files).into_iter().enumerate() {
+            if is_written {
+                task.advance(plan.shards[position].bytes());
+                queues[position].clear();
+            }
+        }
         queues.iter_mut().for_each(|queue| queue.retain(|work| filter.takes(work)));
+        queue::tell_sources(inputs, plan, &queues, task);
         let mut unknown: Vec<_> =
             queues.iter().flatten().filter_map(|work| work.merged()).collect();
         unknown.dedup();
@@ -230,6 +237,7 @@ impl<'a> Job<'a> {
         if let WorkFilter::Only(ids) = filter {
             requantizing.retain(|id, _| ids.contains(id));
         }
+        requantizing.retain(|(shard, _), _| !queues[*shard].is_empty());
         for (shard, _) in requantizing.values().flat_map(|tensor| &tensor.scales) {
             remaining[*shard] += 1;
         }
@@ -456,6 +464,19 @@ impl<'a> Job<'a> {
         slot.release();
         Ok(())
     }
+}
+
+/// Which shards an earlier merge of the same has written: those of a group together, for scales are written
+/// with the weights that they belong to.
+fn written_before(plan: &Plan, files: &[Box<dyn Sink>]) -> Vec<bool> {
+    let mut written: Vec<_> = files.iter().map(|file| file.is_written()).collect();
+    if written.contains(&true) {
+        for group in plan.groups() {
+            let all = group.iter().all(|shard| written[*shard]);
+            group.iter().for_each(|shard| written[*shard] = all);
+        }
+    }
+    written
 }
 
 #[cfg(test)]

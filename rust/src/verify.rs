@@ -29,11 +29,13 @@ use crate::error::{Error, Result, shorten_all};
 use crate::execute::compute::{Buffers, Computer, lock};
 use crate::execute::queue;
 use crate::execute::rounding::LOST as LOST_IN_ROUNDING;
+use crate::execute::session::Session;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Action, Compat, Inputs, Plan, PlannedChange, PlannedTensor, base_as_named};
 use crate::storage::digest::hexadecimal;
+use crate::storage::local;
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
 use exact::{ExactRow, Tolerance, half_ulp};
@@ -187,8 +189,40 @@ pub fn verify(
     options: &Options,
     task: &Task,
 ) -> Result<Verification> {
+    verify_opened(inputs, plan, Checkpoint::open(merged), options, task)
+}
+
+/// The same of what a session has written, before it is a model.
+///
+/// # Errors
+/// As [`verify`], and those of the output.
+pub fn verify_staged(
+    session: &mut Session,
+    inputs: &Inputs,
+    plan: &Plan,
+    options: &Options,
+    task: &Task,
+) -> Result<Verification> {
+    session.complete(plan, task)?;
+    // The base's shards, the output's as they are written, and again as they are read.
+    local::allow_open(3 * plan.shards.len() + inputs.adapters.len());
+    let staged = Checkpoint::open_in(session.staged(), task);
+    verify_opened(inputs, plan, staged, options, task)
+}
+
+/// The same of a checkpoint of any store, or of why it could not be opened.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_opened(
+    inputs: &Inputs,
+    plan: &Plan,
+    merged: Result<Checkpoint>,
+    options: &Options,
+    task: &Task,
+) -> Result<Verification> {
     let mut outcome = Verification::default();
-    let merged = match Checkpoint::open(merged) {
+    let merged = match merged {
         Ok(merged) => merged,
         Err(error @ Error::Checkpoint { .. }) => {
             outcome.problems.push(error.to_string());
@@ -201,6 +235,8 @@ pub fn verify(
     let quantized = QuantizedWeights::of(&base_as_named(inputs, plan));
     let (jobs, known) = matching::match_up(plan, &quantized, &merged, &mut outcome, task)?;
     consistency::check(inputs, plan, &merged, &known, &mut outcome)?;
+    inputs.base.will_read_all(task);
+    merged.will_read_all(task);
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
     let set = match options.arithmetic {

@@ -133,33 +133,32 @@ def test_what_cannot_be_unlocked_is_a_warning(
     assert "could not be removed" in restored.warnings
 
 
-def test_what_could_not_be_verified_is_a_warning_and_is_reported(
+def test_what_could_not_be_verified_is_an_error_and_no_model(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafast._merge.verify.verify_plan", refuse)
-    report = lorafast.merge(base, adapter, tmp_path / "out", verify=True)
-    (warning,) = report.warnings
-    assert "could not be verified: Input/output error: /disk/model.safetensors" in warning
-    assert report.verification is None
-    written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert written["warnings"] == [warning.replace(str(tmp_path / "out"), "out")]
+    monkeypatch.setattr("lorafast._merge.plan._Proof.__call__", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        lorafast.merge(base, adapter, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
 
 
-def test_what_is_proved_wrong_stays_an_error(
+def test_what_is_proved_wrong_is_an_error_and_no_model(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong:
         ok = False
         problems = ("a tensor differs",)
-        warnings: tuple[str, ...] = ()
 
-        def to_dict(self) -> dict[str, Any]:
-            return {"ok": False}
-
-    monkeypatch.setattr("lorafast._merge.verify.verify_plan", lambda *_, **__: Wrong())
-    with pytest.raises(lorafast.VerificationError, match="a tensor differs"):
+    older = lorafast.merge(base, adapter, tmp_path / "older")
+    monkeypatch.setattr("lorafast._merge.verify.Verification", lambda **_: Wrong())
+    with pytest.raises(lorafast.VerificationError, match="a tensor differs; nothing is left of it"):
         lorafast.merge(base, adapter, tmp_path / "out", verify=True)
-    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["verification"]
+    assert not (tmp_path / "out").exists()
+    # What was to be replaced is still there.
+    with pytest.raises(lorafast.VerificationError):
+        lorafast.merge(base, adapter, tmp_path / "older", verify=True, overwrite=True)
+    monkeypatch.undo()
+    assert lorafast.verify(base, adapter, older.output_path).ok
 
 
 def test_an_error_of_the_callers_progress_is_still_the_callers(
@@ -168,9 +167,10 @@ def test_an_error_of_the_callers_progress_is_still_the_callers(
     def stop(*_: Any, **__: Any) -> None:
         raise ArithmeticError("enough")
 
-    monkeypatch.setattr("lorafast._merge.verify.verify_plan", stop)
+    monkeypatch.setattr("lorafast._merge.plan._Proof.__call__", stop)
     with pytest.raises(ArithmeticError, match="enough"):
         lorafast.merge(base, adapter, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_distance_that_could_not_be_measured_is_a_warning(

@@ -16,7 +16,7 @@ from lorafast._cli.merge import add_arguments as merge_arguments
 from lorafast._cli.subtract import add_arguments as subtract_arguments
 from lorafast._cli.verify import add_arguments as verify_arguments
 from lorafast._merge.api import MergeOptions, Verb, options_of
-from lorafast._merge.options import ExecutionOptions
+from lorafast._merge.options import ExecutionOptions, StoreOptions
 from support.handmade import make_adapter, make_base
 from support.options import check_flags, check_signature, keywords
 
@@ -38,8 +38,10 @@ def test_a_plan_is_executed_with_the_options_of_a_merge() -> None:
 
 def test_every_option_belongs_to_a_verb() -> None:
     of_verbs = {option.name for verb in VERBS for option in options_of(verb)}
-    assert of_verbs == {*MergeOptions._fields, *ExecutionOptions._fields}
-    assert {option.name for option in options_of("plan")} == set(MergeOptions._fields)
+    tables = (MergeOptions, ExecutionOptions, StoreOptions)
+    assert of_verbs == {name for table in tables for name in table._fields}
+    of_plans = {*MergeOptions._fields, *StoreOptions._fields}
+    assert {option.name for option in options_of("plan")} == of_plans
 
 
 def test_options_are_frozen_and_survive_pickling() -> None:

@@ -14,6 +14,7 @@ NAMES = (
     "verify",
     "subtract",
     "recover",
+    "clean",
     "inspect",
     "convert",
     "combine",

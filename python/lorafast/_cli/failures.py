@@ -19,6 +19,8 @@ MAX_PROBLEMS = 3
 def print_error(error: Exception, *, as_json: bool = False) -> None:
     """Print `error: …` on stderr; and on stdout, as JSON, what whoever asked for JSON can read."""
     print("error:", printable(sentence(error)), file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print("note:", printable(note), file=sys.stderr)
     if as_json:
         import json
 

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lorafast._cli.command import Command
 from lorafast._cli.format import bytes_text, count_text, number_text, plural, shape_text
+from lorafast._cli.options import add_options, chosen
 from lorafast._cli.patterns import collapse
 from lorafast._cli.terminal import Column
+from lorafast._merge.options import StoreOptions
+from lorafast._options import options_in
 from lorafast._types import AdapterFormat
 
 if TYPE_CHECKING:
@@ -46,13 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(AdapterFormat),
         help="an adapter's format, where its files do not tell it (default: told by the files)",
     )
+    add_options(parser, options_in(StoreOptions, verb="inspect"))
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Inspect a path and print what is there."""
     import lorafast
 
-    contents = lorafast.inspect(arguments.path, format=arguments.format).to_dict()
+    stores = chosen(arguments, options_in(StoreOptions, verb="inspect"))
+    contents = lorafast.inspect(arguments.path, format=arguments.format, **stores).to_dict()
     for warning in contents["warnings"]:
         terminal.warn(warning)
     if arguments.json:

@@ -120,8 +120,12 @@ def _dry_run(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 def _is_occupied(path: str) -> bool:
     from lorafast._io.paths import expand
+    from lorafast._io.stores import is_url, path_of_file_url
 
-    place = Path(expand(path))
+    if is_url(path):
+        # What lies there is looked at when it is written.
+        return False
+    place = Path(expand(path_of_file_url(path)))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return any(place.iterdir())
     return os.path.lexists(place)

@@ -84,6 +84,24 @@ class NamedValue(argparse.Action):
         setattr(namespace, self.dest, given)
 
 
+class NamedText(argparse.Action):
+    """A flag that is given once for each of some texts, with the text's name: `aws_region=eu`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add the text to those that were given before."""
+        name, equals, text = str(values).partition("=")
+        if not (name and equals):
+            # What was meant as a value may be a secret.
+            parser.error(f"{option_string} takes KEY=VALUE")
+        setattr(namespace, self.dest, dict(getattr(namespace, self.dest) or {}) | {name: text})
+
+
 class Renamed(argparse.Action):
     """A flag that has another name now: it says so, and is taken for that one."""
 
@@ -123,7 +141,7 @@ def _settings(option: Option) -> dict[str, Any]:
     if option.flag.metavar is not None:
         settings["metavar"] = option.flag.metavar
     if option.is_mapping:
-        settings["action"] = NamedValue
+        settings["action"] = NamedText if option.holds_texts else NamedValue
     elif option.choices is not None:
         settings["choices"] = option.choices
     elif option.items is not None:

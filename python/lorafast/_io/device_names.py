@@ -67,11 +67,24 @@ def parse_memory(memory: int | str | None, device: str) -> int | None:
         return None
     if device in ("cpu", AMX):
         raise ValueError(f"device_memory bounds the memory of a device, and device is {device!r}")
-    if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", memory, re.IGNORECASE)
+    return parse_size(memory, "device_memory")
+
+
+def parse_size(size: int | str, name: str) -> int:
+    """Bytes from a number or a text such as "2GiB" or "500 MB".
+
+    Args:
+        size: bytes, or a text with a unit.
+        name: what messages call it.
+
+    Raises:
+        ValueError: it is no such amount, or less than 1 MiB.
+    """
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", size, re.IGNORECASE)
         if found is None:
-            raise ValueError(f"device_memory is {memory!r}; give bytes, or as '2GiB' or '500MB'")
-        memory = int(float(found[1]) * UNITS[(found[2] or "").upper()])
-    if memory < MIN_MEMORY:
-        raise ValueError(f"device_memory is {memory} bytes; it is at least 1 MiB")
-    return memory
+            raise ValueError(f"{name} is {size!r}; give bytes, or as '2GiB' or '500MB'")
+        size = int(float(found[1]) * UNITS[(found[2] or "").upper()])
+    if size < MIN_MEMORY:
+        raise ValueError(f"{name} is {size} bytes; it is at least 1 MiB")
+    return size

@@ -23,6 +23,22 @@ def expand(path: StrPath) -> str:
     return os.path.expanduser(os.fspath(path))  # noqa: PTH111 (Path's raises where there is no home)
 
 
+def output_path(path: StrPath) -> str:
+    """The same of what is written, which is no URL here.
+
+    Raises:
+        ValueError: it is the URL of a store.
+    """
+    from lorafast._io.stores import is_url, path_of_file_url, without_user
+
+    if is_url(path):
+        raise ValueError(
+            f"{without_user(str(path))}: only merge writes to object stores; give a directory, and "
+            "upload it"
+        )
+    return expand(path_of_file_url(path) if isinstance(path, str) else path)
+
+
 def find(path: StrPath) -> os.stat_result | None:
     """What a path leads to; `None` only where nothing has that name.
 

@@ -19,6 +19,7 @@ from lorafast._errors import (
     raise_interruption,
 )
 from lorafast._io.paths import expand, find, is_directory, open_plain
+from lorafast._io.stores import fetched, is_url, located, path_of_file_url, without_user
 from lorafast._io.torch_tensors import NAMES, dtype_name, memory_of
 
 TYPE_CHECKING = False
@@ -67,10 +68,19 @@ NamedTensor = tuple[str, str, list[int], memoryview | Callable[[], memoryview] |
 #: A loaded module as the core plans against it: what messages call it, its config (JSON), and its
 #: tensors.
 ModuleBase = tuple[str, str, list[NamedTensor]]
-#: An adapter as the core finds it: a path; or that, the file of its weights, and what reads it.
-FoundSource = Path | tuple[Path, Path, Callable[[], list[NamedTensor]]]
-#: The same, or with the name of its format.
-CoreSource = FoundSource | tuple[FoundSource, str]
+if TYPE_CHECKING:
+    #: An adapter as the core finds it: a path, or a place in a store; or a path, the file of its
+    #: weights, and what reads it.
+    FoundSource = (
+        Path
+        | _core.StoreLocation
+        | tuple[Path | _core.StoreLocation, Path, Callable[[], list[NamedTensor]]]
+    )
+    #: The same, or with the name of its format.
+    CoreSource = FoundSource | tuple[FoundSource, str]
+else:
+    # A build without stores has no class for places in them.
+    FoundSource = CoreSource = object
 #: What the hub's client is needed for.
 _FETCH = "fetch {!r}, which is no path here, from the hub"
 #: `name` or `owner/name`, as the hub allows it.
@@ -108,6 +118,15 @@ def locate(
         MissingDependencyError: it could be a hub id and huggingface_hub is not installed.
         LorafastError: the hub refused, or could not be reached.
     """
+    if is_url(source):
+        if patterns is ADAPTER_PATTERNS:
+            return fetched(str(source))
+        raise LorafastError(
+            f"{without_user(str(source))}: a model in a store is read by merge, plan, verify and "
+            "inspect; download it for everything else"
+        )
+    if isinstance(source, str):
+        source = path_of_file_url(source)
     path = Path(expand(source))
     if find(path) is not None:
         return path
@@ -155,6 +174,24 @@ def locate(
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LorafastError(f"{text}: could not be fetched from the hub: {reason}") from error
+
+
+def find_source(
+    source: str | os.PathLike[str] | _core.StoreLocation,
+    patterns: list[str],
+    *,
+    local_files_only: bool = False,
+) -> Path | _core.StoreLocation:
+    """As `locate`, of a base or an adapter that may lie in a store.
+
+    Raises:
+        LorafastError, OSError, ValueError: as for `locate` and `stores.located`.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return source
+    if is_url(source):
+        return located(str(source))
+    return locate(source, patterns, local_files_only=local_files_only)
 
 
 def _holds_usual_weights(directory: Path) -> bool:
@@ -237,6 +274,8 @@ def device_needs(device: str) -> dict[str, str]:
 
 def _needs_of(source: str | os.PathLike[str]) -> dict[str, str]:
     """The packages that reading a base or an adapter takes, and what for."""
+    if is_url(source):
+        return {}
     path = Path(expand(source))
     try:
         if find(path) is not None:
@@ -296,7 +335,7 @@ def _lone_pickle(directory: Path) -> Path | None:
     return weights[0] if len(weights) == 1 and is_pickle(weights[0]) else None
 
 
-def core_source(adapter: Path, format: str | None = None) -> CoreSource:
+def core_source(adapter: Path | _core.StoreLocation, format: str | None = None) -> CoreSource:
     """An adapter as the core opens it: its path, or with it what reads its pickled weights.
 
     Args:
@@ -306,7 +345,7 @@ def core_source(adapter: Path, format: str | None = None) -> CoreSource:
     Raises:
         OSError: what is there leads nowhere or may not be looked at.
     """
-    found = _found_source(adapter)
+    found = _found_source(adapter) if isinstance(adapter, Path) else _found_in_store(adapter)
     return found if format is None else (found, format)
 
 
@@ -321,6 +360,33 @@ def _found_source(adapter: Path) -> FoundSource:
         return adapter
     read = read_archive if weights.suffix.lower() == ARCHIVE else read_pickle
     return adapter, weights, partial(read, weights)
+
+
+def _found_in_store(location: _core.StoreLocation) -> FoundSource:
+    """An adapter of a store; with what fetches weights that only torch or NumPy reads."""
+    name = location.url.rpartition("/")[2]
+    ending = Path(name).suffix.lower()
+    if ending in {".safetensors", GGUF}:
+        return location
+    if ending in PICKLES | {ARCHIVE}:
+        return location, Path(name), partial(_read_fetched, location, None, name)
+    names = set(location.names())
+    others = [each for each in (*USUAL_WEIGHTS, f"{WEIGHTS}.index.json") if each in names]
+    if not others or Path(others[0]).suffix not in PICKLES | {ARCHIVE}:
+        return location
+    return location, Path(others[0]), partial(_read_fetched, location, others[0], others[0])
+
+
+def _read_fetched(
+    location: _core.StoreLocation, member: str | None, name: str
+) -> list[NamedTensor]:
+    """The tensors of a pickle or an archive of a store, by way of a file here."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="lorafast-") as folder:
+        file = Path(folder) / name
+        file.write_bytes(location.read(member))
+        return read_archive(file) if file.suffix.lower() == ARCHIVE else read_pickle(file)
 
 
 def read_archive(archive: Path) -> list[NamedTensor]:

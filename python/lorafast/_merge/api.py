@@ -2,18 +2,21 @@
 
 # Annotations are evaluated here, as the flags are read from them.
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from lorafast._merge.options import ExecutionOptions
+from lorafast._merge.options import ExecutionOptions, StoreOptions
 from lorafast._merge.plan import make_plan
 from lorafast._options import Flag, Option, options_in, pick
 from lorafast._seeds import checked_seed
 from lorafast._types import (
     AdapterFormat,
     Compat,
+    CredentialProvider,
     ExpertLayout,
     Progress,
     Source,
+    StorageOptions,
     Strategy,
     TokenizerChoice,
     Weight,
@@ -163,7 +166,7 @@ class MergeOptions(NamedTuple):
 
 def options_of(verb: Verb) -> Iterator[Option]:
     """The options that a verb takes, in the order of its help."""
-    return options_in(MergeOptions, ExecutionOptions, verb=verb)
+    return options_in(MergeOptions, ExecutionOptions, StoreOptions, verb=verb)
 
 
 # The keywords of each function are the options that its verb has in these tables, written out for
@@ -193,6 +196,9 @@ def merge(
     strategy_options: Mapping[str, float] | None = None,
     seed: int = 0,
     format: AdapterFormat | None = None,
+    storage_options: StorageOptions | None = None,
+    credential_provider: CredentialProvider | None = None,
+    io_memory: int | str | None = None,
 ) -> "MergeReport":
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
 
@@ -264,7 +270,8 @@ def merge(
             default is what the adapters were trained to be.
         expert_layout: how factors of experts that are stored as one tensor lie on it, where
             neither shapes nor PEFT's version tell: "straight" (as B·A) or "transposed".
-        verify: read the result back and prove it, as `lorafast.verify` does.
+        verify: read the result back and prove it, as `lorafast.verify` does, before it becomes a
+            model.
         report: write `merge_report.json` and `merge_report.md` beside the model, and a card
             (`README.md`); the base's is kept as `README.base.md`.
         sync: return when the output has reached the disk. `False` leaves the time to the system,
@@ -275,6 +282,14 @@ def merge(
             adapter's does in another way. "base" and "adapter" decide.
         format: the format of all adapters, where their files do not tell it: keys in the names of
             several formats, weights that were put together. `None` tells it by the files.
+        storage_options: what object stores need to know where URLs (`s3://`, `gs://`, `az://`,
+            `http://`, `https://`) name base, adapters or output: `object_store`'s keys with their
+            values, or from the beginnings of URLs to such, the longest of which counts. The
+            environment's variables stand below them.
+        credential_provider: called without arguments, gives such keys and the second (since 1970)
+            at which they expire, or `None`; it is asked again before that.
+        io_memory: what reads ahead and uploads take of memory together: bytes, or a text such as
+            "256MiB"; 128 MiB if missing.
 
     Returns:
         What was done, with the digests of what it was done from.
@@ -287,14 +302,24 @@ def merge(
         PlanError: base and adapters do not fit together.
         OutputError: the output may not or cannot be written.
         NumericError: a finite weight would become NaN or infinite.
+        StoreError: an object store refuses, or cannot be reached.
         DeviceError: the device (or AMX) is not there, or this torch cannot use it.
         MissingDependencyError: torch is needed for the device and is not installed.
-        VerificationError: with `verify`, the output reads back as something else.
+        VerificationError: with `verify`, what was written reads back as something else; there is no
+            model then.
     """
     arguments = locals()
     options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
     execution.memory()
-    return make_plan(base, adapters, options, device=device).carry_out(output, execution)
+    with _stores(arguments):
+        return make_plan(base, adapters, options, device=device).carry_out(output, execution)
+
+
+def _stores(arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Within it, URLs are opened as a function's arguments say."""
+    from lorafast._io.stores import using
+
+    return using(pick(StoreOptions, arguments).settings())
 
 
 def plan(
@@ -311,12 +336,17 @@ def plan(
     strategy_options: Mapping[str, float] | None = None,
     seed: int = 0,
     format: AdapterFormat | None = None,
+    storage_options: StorageOptions | None = None,
+    credential_provider: CredentialProvider | None = None,
+    io_memory: int | str | None = None,
 ) -> "MergePlan":
     """Decides what a merge will do, and raises whatever can be known before writing.
 
     Arguments and exceptions are those of `lorafast.merge`.
     """
-    return make_plan(base, adapters, pick(MergeOptions, locals()))
+    arguments = locals()
+    with _stores(arguments):
+        return make_plan(base, adapters, pick(MergeOptions, arguments))
 
 
 def open_merged(
@@ -401,6 +431,9 @@ def verify(
     strategy_options: Mapping[str, float] | None = None,
     seed: int = 0,
     format: AdapterFormat | None = None,
+    storage_options: StorageOptions | None = None,
+    credential_provider: CredentialProvider | None = None,
+    io_memory: int | str | None = None,
 ) -> "Verification":
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
 
@@ -430,6 +463,9 @@ def verify(
         device: where the merge was made. "cpu:amx" lets pass, for 16-bit weights, what AMX's
             products are off (2⁻¹⁵ of their size); all others are held against the same bound.
         format: as for `lorafast.merge`.
+        storage_options: as for `lorafast.merge`.
+        credential_provider: as for `lorafast.merge`.
+        io_memory: as for `lorafast.merge`.
 
     Returns:
         What was found; `.ok` says whether anything is wrong.
@@ -448,9 +484,10 @@ def verify(
 
     check_threads(threads)
     check_merge_name(device)
-    require_readers(base, *as_list(adapters), merged)
-    prepared = make_plan(base, adapters, options)
-    return verify_plan(prepared.core, merged, execution, full=full)
+    with _stores(arguments):
+        require_readers(base, *as_list(adapters), merged)
+        prepared = make_plan(base, adapters, options)
+        return verify_plan(prepared.core, merged, execution, full=full)
 
 
 def subtract(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafast import _core
@@ -16,16 +17,17 @@ from lorafast._io.sources import (
     PICKLES,
     WEIGHTS,
     core_source,
+    find_source,
     is_adapter,
-    locate,
 )
+from lorafast._io.stores import using
 from lorafast._merge.listing import AdapterListing, CheckpointListing
+from lorafast._merge.options import StoreOptions
+from lorafast._options import pick
 from lorafast._words import agree, plural
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lorafast._types import AdapterFormat, Source
+    from lorafast._types import AdapterFormat, CredentialProvider, Source, StorageOptions
 
 #: Levels below a directory, and directories, that are looked into for adapters.
 MOST_LEVELS, MOST_LOOKED_INTO = 3, 1000
@@ -39,6 +41,8 @@ def inspect(
     path: Source,
     *,
     format: AdapterFormat | None = None,
+    storage_options: StorageOptions | None = None,
+    credential_provider: CredentialProvider | None = None,
 ) -> CheckpointListing | AdapterListing:
     """Lists what a checkpoint or an adapter holds, from its headers alone.
 
@@ -46,6 +50,8 @@ def inspect(
         path: a model's or an adapter's directory, a pipeline of diffusers, a `.safetensors` file, a
             pickle of an adapter's weights, or a hub id.
         format: an adapter's format, where its files do not tell it; `None` tells it by them.
+        storage_options: as for `lorafast.merge`.
+        credential_provider: as for `lorafast.merge`.
 
     Returns:
         A frozen value: `kind` ("checkpoint", "pipeline" or "adapter"), `format` (of an adapter that
@@ -70,7 +76,17 @@ def inspect(
             adapters lie below it, the message names some.
         AdapterError: the adapter is broken or of a type that cannot be read.
     """
-    local = locate(path, BASE_PATTERNS)
+    arguments = locals()
+    with using(pick(StoreOptions, arguments).settings()):
+        return _inspect(path, format)
+
+
+def _inspect(path: Source, format: AdapterFormat | None) -> CheckpointListing | AdapterListing:
+    local = find_source(path, BASE_PATTERNS)
+    if not isinstance(local, Path):
+        if format is None and not _core.holds_adapter(local):
+            return CheckpointListing(_core.list_checkpoint(local))
+        return AdapterListing(_core.list_adapter(core_source(local, format)))
     if format is None and not is_adapter(local):
         try:
             return CheckpointListing(_core.list_checkpoint(local))

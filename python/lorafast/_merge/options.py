@@ -7,10 +7,18 @@ The latter are `MergeOptions` in `api`, beside the signatures that name each of 
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from lorafast._options import THREADS, Flag
-from lorafast._types import AdapterFormat, Compat, Progress
+from lorafast._types import (
+    AdapterFormat,
+    Compat,
+    CredentialProvider,
+    Progress,
+    StorageOptions,
+)
 
 if TYPE_CHECKING:
     from typing import Protocol, Self
+
+    from lorafast._io.stores import StoreSettings
 
     class Combination(Protocol):
         """What a merge makes, as far as those who plan it have to know: `api.MergeOptions`."""
@@ -30,6 +38,43 @@ def _device(name: str) -> str:
     from lorafast._io.device_names import check_merge_name
 
     return check_merge_name(name)
+
+
+class StoreOptions(NamedTuple):
+    """How object stores are reached, where URLs name base, adapters or output."""
+
+    storage_options: Annotated[
+        StorageOptions | None,
+        Flag(
+            "what a store needs to know, by object_store's keys: aws_region=eu-central-1, "
+            "aws_endpoint_url=…; again for each other (default: the environment's)",
+            verbs=("plan", "merge", "verify", "inspect", "clean"),
+            metavar="KEY=VALUE",
+            name="storage-option",
+        ),
+    ] = None
+    credential_provider: Annotated[
+        CredentialProvider | None,
+        Flag(None, verbs=("plan", "merge", "verify", "inspect", "clean")),
+    ] = None
+    io_memory: Annotated[
+        int | str | None,
+        Flag(
+            "what reads ahead and uploads take of memory together (default: 128MiB)",
+            verbs=("plan", "merge", "verify"),
+            metavar="SIZE",
+        ),
+    ] = None
+
+    def settings(self) -> "StoreSettings":
+        """The same as what opens URLs takes it.
+
+        Raises:
+            ValueError: an option is outside its domain.
+        """
+        from lorafast._io.stores import settings_of
+
+        return settings_of(self.storage_options, self.credential_provider, self.io_memory)
 
 
 class ExecutionOptions(NamedTuple):

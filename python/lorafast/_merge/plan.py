@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from time import strftime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafast import _core
-from lorafast._errors import PlanError, VerificationError
+from lorafast._errors import OutputError, PlanError, VerificationError
 from lorafast._io.limits import check_threads
-from lorafast._io.paths import expand
+from lorafast._io.paths import expand, output_path
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
     as_list,
     core_source,
-    locate,
+    find_source,
     require_readers,
 )
+from lorafast._io.stores import current, is_url, located, path_of_file_url, using
 from lorafast._merge.options import ExecutionOptions
 from lorafast._options import pick
 from lorafast._results import RecordDict, RecordList, RecordTuple, Result, shown, view
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lorafast._merge.options import Combination
     from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
+    from lorafast._merge.verify import Verification
     from lorafast._types import Progress, Source
 
 
@@ -111,7 +114,7 @@ class PlanPart(NamedTuple):
             raise PlanError(problem, [problem])
         with callback(progress) as tell:
             written = _core.write_shards(
-                core, self.shards, expand(directory), threads=threads, sync=sync, progress=tell
+                core, self.shards, output_path(directory), threads=threads, sync=sync, progress=tell
             )
         return [WrittenShard(**shard) for shard in written]
 
@@ -141,6 +144,8 @@ class MergePlan(Result):
         self.core = core
         #: How the adapters are merged; `None` of a plan that undoes a merge.
         self.options = options
+        #: How the stores that URLs name are reached.
+        self._stores = current()
         #: Models that are read beside the base, and must not be written over either.
         self.protected: list[Path] = []
         self._description: PlanDescription = core.describe()
@@ -197,57 +202,91 @@ class MergePlan(Result):
         """`execute`, with its options as the one object that they are in."""
         from lorafast._merge.report import write_afterwards
 
-        with self.carried_out(output, execution) as result:
-            if execution.report:
-                write_afterwards(result, result.output_path)
+        with using(self._stores):
+            place = self._place(output)
+            with self.carried_out(place, execution) as result:
+                if execution.report:
+                    write_afterwards(result, place)
         return result
 
+    def _place(self, output: Source | _core.StoreLocation) -> str | _core.StoreLocation:
+        """The directory, or the place in a store, that an output names."""
+        if not isinstance(output, str):
+            return output if not isinstance(output, os.PathLike) else expand(output)
+        if is_url(output):
+            with using(self._stores):
+                return located(output)
+        return expand(path_of_file_url(output))
+
     @contextmanager
-    def carried_out(self, output: Source, execution: ExecutionOptions) -> Iterator[MergeReport]:
+    def carried_out(
+        self, output: Source | _core.StoreLocation, execution: ExecutionOptions
+    ) -> Iterator[MergeReport]:
         """The plan carried out; other merges are kept out of the output until the context ends.
 
         Within it reports are written, and figures taken of what was written: nobody can have put
         another model in its place.
 
         Raises:
-            VerificationError: at the end, if what was written is not what was computed.
+            VerificationError: what was written is not what was computed; there is no model then.
         """
         from lorafast._io.device_names import AMX
         from lorafast._io.progress import callback
 
         memory = execution.memory()
-        output = expand(output)
+        place = self._place(output)
+        output = str(place)
         device = execution.device
         options = execution.to_core()
         options["card"] = self._card() if execution.report else None
         with ExitStack() as held:
-            with callback(execution.progress) as tell:
+            with callback(execution.progress) as tell, _told_how_to_resume(place):
+                prove = _Proof(output, execution) if execution.verify else None
                 if device in ("cpu", AMX):
                     options["instruction_set"] = "amx" if device == AMX else None
-                    summary, lock = self.core.execute(
-                        output, options, protected=self.protected, progress=tell
-                    )
+                    summary, lock = self._execute(place, options, tell, prove)
                     notes, fallbacks = [], {}
                 else:
                     from lorafast._torch.choice import carry_out
 
                     done = carry_out(
-                        self.core, output, options, device=device, memory=memory, progress=tell
+                        self.core,
+                        place,
+                        options,
+                        device=device,
+                        memory=memory,
+                        progress=tell,
+                        prove=prove,
                     )
                     (summary, lock), device = done.finished, done.device
                     notes, fallbacks = done.notes, done.fallbacks
                 warnings = held.enter_context(_held(lock))
             result = self._report_of(summary, output, device, notes, fallbacks)
-            problem = None
-            if execution.verify:
-                result, problem = self._verified(result, execution._replace(device=device))
+            if prove is not None and prove.found is not None:
+                checked = prove.found
+                result.warnings.extend(checked.warnings)
+                result = result._replace(verification=RecordDict(checked.to_dict()))
             yield result
         result.warnings.extend(warnings)
-        if problem is not None:
-            raise VerificationError(
-                f"{output}: what was written is not what was computed: "
-                f"{problem}; check the disk and the memory of this machine"
-            )
+
+    def _execute(
+        self,
+        place: str | _core.StoreLocation,
+        options: dict[str, Any],
+        tell: Callable[[int, int], object] | None,
+        prove: _Proof | None,
+    ) -> tuple[Summary, OutputLock]:
+        """Carries the plan out on the CPU, and proves it before it is a model."""
+        if prove is None:
+            return self.core.execute(place, options, protected=self.protected, progress=tell)
+        running = self.core.begin(place, options, protected=self.protected)
+        try:
+            running.run(set(), progress=tell)
+            prove(running)
+            return running.finish()
+        except BaseException:
+            running.abort()
+            raise
 
     @cached_property
     def digest(self) -> str:
@@ -314,12 +353,12 @@ class MergePlan(Result):
         from lorafast._io.progress import callback
         from lorafast._merge.report import write_afterwards
 
-        output = expand(output)
+        output = output_path(output)
         with ExitStack() as held:
             with callback(progress) as tell:
                 summary, lock = _core.assemble_shards(
                     self.core,
-                    expand(directory),
+                    output_path(directory),
                     [(shard.name, shard.bytes, shard.sha256) for shard in written],
                     output,
                     overwrite=overwrite,
@@ -390,24 +429,58 @@ class MergePlan(Result):
             weight_files=RecordList(sorted({tensor["shard"] for tensor in description["tensors"]})),
         )
 
-    def _verified(
-        self, result: MergeReport, execution: ExecutionOptions
-    ) -> tuple[MergeReport, str | None]:
-        """The report of a finished merge with its verification, and the first problem, if any."""
-        from lorafast._merge.report import AFTERWARDS, unverified
-        from lorafast._merge.verify import verify_plan
 
-        try:
-            checked = verify_plan(self.core, result.output_path, execution)
-        except VerificationError:
-            raise
-        except AFTERWARDS as error:
-            # The model is written; whether it is right is not known.
-            result.warnings.append(unverified(result.output_path, error))
-            return result, None
-        result.warnings.extend(checked.warnings)
-        result = result._replace(verification=RecordDict(checked.to_dict()))
-        return result, None if checked.ok else checked.problems[0]
+class _Proof:
+    """Holds what an execution wrote against the plan, before it is a model.
+
+    Attributes:
+        found: what was found, once it was asked.
+    """
+
+    def __init__(self, output: str, execution: ExecutionOptions) -> None:
+        self.output, self.execution = output, execution
+        self.found: Verification | None = None
+
+    def __call__(self, running: _core.Execution) -> None:
+        """Proves it.
+
+        Raises:
+            VerificationError: it is not what was computed; it is discarded then.
+        """
+        from lorafast._io.device_names import AMX
+        from lorafast._io.progress import callback
+        from lorafast._merge.verify import Verification
+
+        with callback(self.execution.progress, label="verifying") as tell:
+            outcome = running.verify(
+                threads=self.execution.threads,
+                split=self.execution.device == AMX,
+                progress=tell,
+            )
+        self.found = Verification(**outcome)
+        if not self.found.ok:
+            running.discard()
+            raise VerificationError(
+                f"{self.output}: what was written is not what was computed: "
+                f"{self.found.problems[0]}; nothing is left of it; check the disk and the memory "
+                "of this machine, and what lies between it and the store"
+            )
+
+
+@contextmanager
+def _told_how_to_resume(place: str | _core.StoreLocation) -> Iterator[None]:
+    """Notes on what ends a merge into a store what becomes of its finished part."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except BaseException as error:
+        if not isinstance(place, str):
+            error.add_note(
+                f"shards that are finished stay in {place}: the same call again completes them, "
+                f"and `lorafast clean {place}` removes them"
+            )
+        raise
 
 
 @contextmanager
@@ -448,29 +521,36 @@ def make_plan(
     core_options["subtract"] = subtract
     adapters = as_list(adapters)
     require_readers(base, *adapters, device=device, needs=needs)
-    located = base if isinstance(base, tuple) else locate(base, BASE_PATTERNS)
+    found = base if isinstance(base, tuple) else find_source(base, BASE_PATTERNS)
     sources = [
-        core_source(locate(adapter, ADAPTER_PATTERNS), options.format) for adapter in adapters
+        core_source(find_source(adapter, ADAPTER_PATTERNS), options.format) for adapter in adapters
     ]
     try:
-        core = _core.plan_merge(located, sources, core_options)
+        core = _core.plan_merge(found, sources, core_options)
     except PlanError:
         # The core knows the common models; transformers, which is slow to ask, knows its own.
-        rules = None if _core.names_fit(located, sources) else _renaming_rules(located)
+        rules = None if _core.names_fit(found, sources) else _renaming_rules(found)
         if rules is None:
             raise
         core_options["renames"] = rules
-        core = _core.plan_merge(located, sources, core_options)
-    return MergePlan(core, None if subtract or isinstance(located, tuple) else options)
+        core = _core.plan_merge(found, sources, core_options)
+    return MergePlan(core, None if subtract or isinstance(found, tuple) else options)
 
 
-def _renaming_rules(base: Path | ModuleBase) -> str | None:
+def _renaming_rules(base: Path | _core.StoreLocation | ModuleBase) -> str | None:
     from lorafast._io.transformers_renames import config_of, renaming_rules
 
     if isinstance(base, tuple):
         import json
 
         return renaming_rules(json.loads(base[1]))
+    if not isinstance(base, Path):
+        import json
+
+        try:
+            return renaming_rules(json.loads(base.read("config.json")))
+        except (OSError, ValueError):
+            return None
     config = config_of(base)
     return None if config is None else renaming_rules(config)
 

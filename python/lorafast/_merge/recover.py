@@ -6,7 +6,7 @@ import os
 from typing import Literal
 
 from lorafast import _core
-from lorafast._io.paths import expand
+from lorafast._io.paths import output_path
 
 Recovery = Literal["nothing", "cleared", "finished", "taken_back", "kept"]
 
@@ -34,4 +34,4 @@ def recover(output: str | os.PathLike[str]) -> Recovery:
             place of one of the model's, or what is left of a merge cannot be understood.
         OSError: a file cannot be moved.
     """
-    return _core.recover_output(expand(output))
+    return _core.recover_output(output_path(output))

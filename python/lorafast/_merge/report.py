@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lorafast._errors import LorafastError
 from lorafast._io.paths import expand
+from lorafast._io.stores import is_url, located
 from lorafast._merge.provenance import identify, unique_names
 from lorafast._results import Result, shown, view
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Self
 
+    from lorafast import _core
     from lorafast._core import Coverage, PlanDescription, RoundingLoss, Summary
     from lorafast._types import Source
 
@@ -75,7 +77,7 @@ class OutputReport(Result):
         text: str = view("markdown", self)(self)
         return text
 
-    def write(self, directory: Source) -> None:
+    def write(self, directory: Source | _core.StoreLocation) -> None:
         """Writes the report as JSON and as Markdown into a directory.
 
         What goes with a model names no directories of this machine, see `portable`.
@@ -83,11 +85,21 @@ class OutputReport(Result):
         Raises:
             OSError: they cannot be written.
         """
+        files = {
+            f"{self._name}.json": self.portable().to_json() + "\n",
+            f"{self._name}.md": self.to_markdown(),
+        }
+        if isinstance(directory, str) and is_url(directory):
+            directory = located(directory)
+        if not isinstance(directory, str | os.PathLike):
+            for name, text in files.items():
+                directory.write(name, text.encode())
+            return
         from lorafast._io.atomic import write
 
         folder = Path(expand(directory))
-        write(folder / f"{self._name}.json", self.portable().to_json() + "\n")
-        write(folder / f"{self._name}.md", self.to_markdown())
+        for name, text in files.items():
+            write(folder / name, text)
 
 
 # A named tuple, as a dataclass would take longer to import and make than all else of a small merge.
@@ -216,7 +228,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def write_afterwards(report: OutputReport, output: str) -> None:
+def write_afterwards(report: OutputReport, output: str | _core.StoreLocation) -> None:
     """Writes the reports of an output that is finished; what fails is a warning of the report."""
     try:
         report.write(output)
@@ -224,11 +236,6 @@ def write_afterwards(report: OutputReport, output: str) -> None:
         report.warnings.append(
             f"{output}: is finished, but its reports could not be written: {_in_words(error)}"
         )
-
-
-def unverified(output: str, error: BaseException) -> str:
-    """The warning that a finished output could not be looked at again."""
-    return f"{output}: is finished, but could not be verified: {_in_words(error)}"
 
 
 def sources_of(description: PlanDescription, summary: Summary) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast._io.plain import fields_of
 from lorafast._io.progress import callback
-from lorafast._io.sources import BASE_PATTERNS, locate
+from lorafast._io.sources import BASE_PATTERNS, find_source
 from lorafast._results import RecordList, Result
 
 if TYPE_CHECKING:
@@ -72,12 +72,16 @@ class Verification(Result):
 
 
 def verify_plan(
-    plan: _core.Plan, merged: Source, execution: ExecutionOptions, *, full: bool = False
+    plan: _core.Plan,
+    merged: Source | _core.StoreLocation,
+    execution: ExecutionOptions,
+    *,
+    full: bool = False,
 ) -> Verification:
     """`verify` for a merge that is planned already."""
     from lorafast._io.device_names import AMX
 
-    path = locate(merged, BASE_PATTERNS)
+    path = find_source(merged, BASE_PATTERNS)
     with callback(execution.progress, label="verifying") as report:
         outcome = plan.verify(
             path,

@@ -43,12 +43,13 @@ class Done:
 
 def carry_out(
     plan: _core.Plan,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | _core.StoreLocation,
     options: Mapping[str, Any],
     *,
     device: str,
     memory: int | None,
     progress: Callable[[int, int], object] | None,
+    prove: Callable[[_core.Execution], None] | None = None,
 ) -> Done:
     """Carries a plan out on the device of that name; arguments as for `lorafast.merge`.
 
@@ -59,16 +60,34 @@ def carry_out(
         device: a name other than "cpu".
         memory: the most bytes of the device's memory to use; most of what is free if missing.
         progress: called with the bytes done and the bytes in all.
+        prove: holds what was written against the plan, before it is a model.
     """
     notes: list[str] = []
     if device == "auto":
         device, note = choose(plan, options.get("threads"))
         notes.append(note)
     if device == "cpu":
-        return Done(plan.execute(output, options, progress=progress), "cpu", notes)
+        if prove is None:
+            return Done(plan.execute(output, options, progress=progress), "cpu", notes)
+        running = plan.begin(output, options)
+        try:
+            running.run(set(), progress=progress)
+            prove(running)
+            return Done(running.finish(), "cpu", notes)
+        except BaseException:
+            running.abort()
+            raise
     from lorafast._torch.file_merge import execute
 
-    done = execute(plan, output, open_device(device), options, memory=memory, progress=progress)
+    done = execute(
+        plan,
+        output,
+        open_device(device),
+        options,
+        memory=memory,
+        progress=progress,
+        prove=prove,
+    )
     return Done(done.finished, done.device, notes, done.fallbacks)
 
 

@@ -66,12 +66,13 @@ class Outcome:
 
 def execute(
     plan: _core.Plan,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | _core.StoreLocation,
     device: torch.device,
     options: Mapping[str, Any],
     *,
     memory: int | None = None,
     progress: Progress | None = None,
+    prove: Callable[[_core.Execution], None] | None = None,
 ) -> Outcome:
     """Carries a plan out on a device.
 
@@ -82,6 +83,7 @@ def execute(
         options: the core's, of the execution; the threads are those of the CPU's part.
         memory: the most bytes of the device to use; most of what is free if missing.
         progress: called with the bytes done and the bytes in all.
+        prove: holds what was written against the plan, before it is a model.
 
     Raises:
         LorafastError: what the CPU's executor raises; the output is then as it was.
@@ -92,6 +94,8 @@ def execute(
         merge = _Merge(plan, execution, device, memory=memory, threads=threads, progress=progress)
         with exact_products(device):
             merge.run()
+        if prove is not None:
+            prove(execution)
         words = describe(device)
         return Outcome(execution.finish(), words, merge.fallbacks, merge.tile_bytes)
     except BaseException:

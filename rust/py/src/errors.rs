@@ -32,6 +32,7 @@ pub fn to_python(py: Python<'_>, error: Error) -> PyErr {
             raise(py, "PlanError", (message, problems.iter().map(short).collect::<Vec<_>>()))
         }
         Error::Output { .. } => raise(py, "OutputError", message),
+        Error::Store { .. } => raise(py, "StoreError", message),
         Error::Numeric { .. } => raise(py, "NumericError", message),
         Error::Argument(_) => PyValueError::new_err(message),
         Error::Foreign(source) => match source.downcast::<PyErr>() {

@@ -2,7 +2,7 @@
 //! leaves to the CPU; and what a cut-off one has left.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -12,8 +12,8 @@ use lorafast::execute::session::{RoundingSample, Session, TensorId, WorkFilter};
 use lorafast::execute::{Options, Summary};
 use lorafast::parallel::task::Task;
 use lorafast::plan::{self, Inputs};
-use lorafast::storage::directory::LocalDirectory;
 use lorafast::storage::{sink, staging};
+use lorafast::verify;
 
 use crate::buffer::Memory;
 use crate::convert::to_object;
@@ -64,12 +64,11 @@ impl Execution {
     pub fn begin(
         inputs: &Inputs,
         plan: &Arc<plan::Plan>,
-        output: &Path,
+        output: &dyn sink::Destination,
         options: &Options,
         task: &Task,
     ) -> lorafast::Result<Self> {
-        let output = LocalDirectory(output.to_path_buf());
-        let session = Session::begin(inputs, plan, &output, options, task)?;
+        let session = Session::begin(inputs, plan, output, options, task)?;
         Ok(Self { inputs: inputs.clone(), plan: plan.clone(), session: RwLock::new(Some(session)) })
     }
 
@@ -222,6 +221,34 @@ impl Execution {
         let session = session.ok_or_else(|| Failure::Over.raise(py))?;
         let done = job::run(py, None, |task| session.finish(&self.inputs, &self.plan, task))?;
         executed(py, done)
+    }
+
+    /// Holds what was written against the plan before it is a model; returns the outcome as plain objects.
+    #[pyo3(signature = (*, threads=None, split=false, progress=None))]
+    fn verify(
+        &self,
+        py: Python<'_>,
+        threads: Option<usize>,
+        split: bool,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let arithmetic = match split {
+            true => verify::Arithmetic::SplitFactors,
+            false => verify::Arithmetic::Plain,
+        };
+        let options = verify::Options { threads, full: false, arithmetic };
+        let mut session = self.session.write().unwrap_or_else(PoisonError::into_inner);
+        let session = session.as_mut().ok_or_else(|| Failure::Over.raise(py))?;
+        let outcome = job::run(py, progress, |task| {
+            verify::verify_staged(session, &self.inputs, &self.plan, &options, task)
+        })?;
+        to_object(py, &outcome)
+    }
+
+    /// Takes back what was written, so that no later merge goes on from it.
+    fn discard(&self, py: Python<'_>) {
+        let session = self.session.write().ok().and_then(|mut session| session.take());
+        py.detach(|| session.map(Session::discard));
     }
 
     /// Leaves the output as it was found.

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use lorafast::adapter::format::{AdapterSource, Found, GivenScale};
-use lorafast::checkpoint::Checkpoint;
+use lorafast::adapter::format::{Found, GivenScale};
 use lorafast::describe;
 use lorafast::error::Owner;
 use lorafast::kernel::InstructionSet;
@@ -16,13 +15,13 @@ use lorafast::storage::{identify, local};
 
 use crate::convert::to_object;
 use crate::job;
-use crate::sources::Source;
+use crate::sources::{Base, Source};
 
 /// Lists a checkpoint from its headers, as plain objects.
 #[pyfunction]
-pub fn list_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
+pub fn list_checkpoint(py: Python<'_>, path: Base) -> PyResult<Py<PyAny>> {
     let list = |task: &Task| {
-        let base = Checkpoint::open_with(&path, task)?;
+        let base = path.open(task)?;
         let listing = describe::checkpoint(&base);
         base.check_unchanged().map(|()| listing)
     };
@@ -48,14 +47,14 @@ pub fn list_adapter(py: Python<'_>, adapter: Source) -> PyResult<Py<PyAny>> {
 
 /// The name of the format of what lies at a path, if it is an adapter's that can be read.
 #[pyfunction]
-pub fn adapter_format(py: Python<'_>, path: PathBuf) -> PyResult<Option<&'static str>> {
-    job::run(py, None, |_| AdapterSource::at(&path).format())
+pub fn adapter_format(py: Python<'_>, path: Source) -> PyResult<Option<&'static str>> {
+    job::run(py, None, |_| path.0.format())
 }
 
 /// Whether an adapter lies at a path, of whatever format.
 #[pyfunction]
-pub fn holds_adapter(py: Python<'_>, path: PathBuf) -> PyResult<bool> {
-    job::run(py, None, |_| AdapterSource::at(&path).is_adapter())
+pub fn holds_adapter(py: Python<'_>, path: Source) -> PyResult<bool> {
+    job::run(py, None, |_| path.0.is_adapter())
 }
 
 /// What a file is by its first bytes, as a sentence without a subject; of a directory, by the names in

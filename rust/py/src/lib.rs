@@ -16,6 +16,8 @@ mod parts;
 mod plan;
 mod similarity;
 mod sources;
+#[cfg(feature = "stores")]
+mod stores;
 mod table;
 mod view;
 mod write;
@@ -46,6 +48,9 @@ mod _core {
     use super::plan::{Plan, names_fit, plan_base, plan_merge};
     #[pymodule_export]
     use super::similarity::{Collection, open_collection};
+    #[cfg(feature = "stores")]
+    #[pymodule_export]
+    use super::stores::{IoMemory, StoreLocation};
     #[pymodule_export]
     use super::table::{ColumnBuffer, Table};
     #[pymodule_export]

@@ -9,14 +9,13 @@ use pyo3::types::{PyBytes, PyList};
 use lorafast::adapter::format::AdapterSource;
 use lorafast::parallel::task::Task;
 use lorafast::plan::{self, Inputs};
-use lorafast::storage::directory::LocalDirectory;
 use lorafast::tensor::dtype::Dtype;
 use lorafast::verify::subtraction;
 use lorafast::{describe, execute, verify};
 
 use crate::convert::{to_object, to_options};
 use crate::execution::{Executed, Execution, executed};
-use crate::sources::{Base, Source, to_core};
+use crate::sources::{Base, Output, Source, to_core};
 use crate::{job, operands};
 
 fn open_inputs(base: &Base, adapters: &[AdapterSource], task: &Task) -> lorafast::Result<Inputs> {
@@ -85,31 +84,32 @@ impl Plan {
     fn execute(
         &self,
         py: Python<'_>,
-        output: PathBuf,
+        output: Output,
         options: Option<&Bound<'_, PyAny>>,
         protected: Vec<PathBuf>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Executed> {
         let options = execute::Options { protected, ..to_options(options)? };
-        let output = LocalDirectory(output);
+        let Output(output) = output;
         let done = job::run(py, progress, |task| {
-            execute::execute_into(&self.inputs, &self.plan, &output, &options, task)
+            execute::execute_into(&self.inputs, &self.plan, &*output, &options, task)
         })?;
         executed(py, done)
     }
 
     /// Begins an execution in steps: checks and locks the output, and writes the headers. `options`
     /// are [`execute::Options`] as plain objects.
-    #[pyo3(signature = (output, options=None))]
+    #[pyo3(signature = (output, options=None, *, protected=Vec::new()))]
     fn begin(
         &self,
         py: Python<'_>,
-        output: PathBuf,
+        output: Output,
         options: Option<&Bound<'_, PyAny>>,
+        protected: Vec<PathBuf>,
     ) -> PyResult<Execution> {
-        let options: execute::Options = to_options(options)?;
+        let options = execute::Options { protected, ..to_options(options)? };
         job::run(py, None, |task| {
-            Execution::begin(&self.inputs, &self.plan, &output, &options, task)
+            Execution::begin(&self.inputs, &self.plan, &*output.0, &options, task)
         })
     }
 
@@ -147,7 +147,7 @@ impl Plan {
     fn verify(
         &self,
         py: Python<'_>,
-        merged: PathBuf,
+        merged: Base,
         threads: Option<usize>,
         full: bool,
         split: bool,
@@ -159,7 +159,7 @@ impl Plan {
         };
         let options = verify::Options { threads, full, arithmetic };
         let outcome = job::run(py, progress, |task| {
-            verify::verify(&self.inputs, &self.plan, &merged, &options, task)
+            verify::verify_opened(&self.inputs, &self.plan, merged.open(task), &options, task)
         })?;
         to_object(py, &outcome)
     }

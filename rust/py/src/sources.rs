@@ -12,11 +12,16 @@ use lorafast::Error;
 use lorafast::adapter::format::{AdapterSource, Pickle};
 use lorafast::checkpoint::Checkpoint;
 use lorafast::parallel::task::Task;
+use lorafast::storage::directory::LocalDirectory;
 use lorafast::storage::memory::Bytes;
+use lorafast::storage::sink::Destination;
 use lorafast::tensor::dtype::Dtype;
 use lorafast::tensor::safetensors::NamedTensor;
 
-/// A path; or a path, the file that holds the weights, and a function without arguments that
+#[cfg(feature = "stores")]
+use crate::stores::StoreLocation;
+
+/// A path, or a place in an object store; or one of these, the file that holds the weights, and a function without arguments that
 /// returns them as a list of (name, dtype, shape, bytes). It is called from any thread, as often as
 /// the adapter is opened. Or one of these and the name of its format.
 pub struct Source(pub AdapterSource);
@@ -28,13 +33,18 @@ impl<'py> FromPyObject<'_, 'py> for Source {
         if let Ok(path) = object.extract::<PathBuf>() {
             return Ok(Self(AdapterSource::at(path)));
         }
+        #[cfg(feature = "stores")]
+        if let Ok(location) = object.extract::<PyRef<'_, StoreLocation>>() {
+            return Ok(Self(location.adapter()));
+        }
         if let Ok((source, format)) = object.extract::<(Bound<'py, PyAny>, String)>() {
             let Self(source) = source.extract()?;
             return Ok(Self(source.in_format(Some(format))));
         }
-        let (path, file, load): (PathBuf, PathBuf, Py<PyAny>) = object.extract()?;
+        let (source, file, load): (Bound<'py, PyAny>, PathBuf, Py<PyAny>) = object.extract()?;
+        let Self(source) = source.extract()?;
         let load = Arc::new(move || Python::attach(|py| unpickled(load.bind(py))).map_err(foreign));
-        Ok(Self(AdapterSource::pickled(path, Pickle { path: file, load })))
+        Ok(Self(AdapterSource { pickle: Some(Pickle { path: file, load }), ..source }))
     }
 }
 
@@ -43,6 +53,9 @@ impl<'py> FromPyObject<'_, 'py> for Source {
 pub enum Base {
     /// A checkpoint's.
     Path(PathBuf),
+    /// A checkpoint's in an object store.
+    #[cfg(feature = "stores")]
+    Store(Py<StoreLocation>),
     /// A loaded module's.
     Memory { name: String, config: Map<String, Value>, tensors: Vec<NamedTensor> },
 }
@@ -54,6 +67,10 @@ impl<'py> FromPyObject<'_, 'py> for Base {
         if let Ok(path) = object.extract::<PathBuf>() {
             return Ok(Self::Path(path));
         }
+        #[cfg(feature = "stores")]
+        if let Ok(location) = object.extract::<Py<StoreLocation>>() {
+            return Ok(Self::Store(location));
+        }
         let (name, config, tensors): (String, String, Bound<'py, PyAny>) = object.extract()?;
         let config = serde_json::from_str(&config).map_err(|error| {
             PyValueError::new_err(format!("the config is no JSON object: {error}"))
@@ -62,11 +79,28 @@ impl<'py> FromPyObject<'_, 'py> for Base {
     }
 }
 
+/// Where a model is made: a directory's path, or a place in an object store.
+pub struct Output(pub Box<dyn Destination + Send + Sync>);
+
+impl<'py> FromPyObject<'_, 'py> for Output {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        #[cfg(feature = "stores")]
+        if let Ok(location) = object.extract::<PyRef<'_, StoreLocation>>() {
+            return Ok(Self(Box::new(location.destination())));
+        }
+        Ok(Self(Box::new(LocalDirectory(object.extract()?))))
+    }
+}
+
 impl Base {
     /// The checkpoint, opened.
     pub fn open(&self, task: &Task) -> lorafast::Result<Checkpoint> {
         match self {
             Self::Path(path) => Checkpoint::open_with(path, task),
+            #[cfg(feature = "stores")]
+            Self::Store(location) => location.get().checkpoint(task),
             Self::Memory { name, config, tensors } => {
                 Checkpoint::in_memory(name, config.clone(), tensors.clone())
             }

@@ -138,6 +138,8 @@ pub struct AdapterSource {
     pub path: PathBuf,
     /// What holds its files, where that is no directory of the file system.
     pub store: Option<Arc<dyn Store>>,
+    /// The name of its weights there, where these were asked for and no directory.
+    pub file_in_store: Option<String>,
     /// What holds its weights, where that is no safetensors file.
     pub pickle: Option<Pickle>,
     /// What tells its scale, where its config is not there.
@@ -152,6 +154,7 @@ impl AdapterSource {
         Self {
             path: path.into(),
             store: None,
+            file_in_store: None,
             pickle: None,
             scale: GivenScale::Refused,
             format: None,
@@ -161,6 +164,12 @@ impl AdapterSource {
     /// Of an adapter whose files are a store's.
     pub fn in_store(store: Arc<dyn Store>) -> Self {
         Self { store: Some(store.clone()), ..Self::at(store.root()) }
+    }
+
+    /// Of an adapter that is one file of a store.
+    pub fn file_in_store(store: Arc<dyn Store>, name: &str) -> Self {
+        let path = store.path(name);
+        Self { store: Some(store), file_in_store: Some(name.to_owned()), ..Self::at(path) }
     }
 
     /// Of an adapter whose weights somebody else has to read.
@@ -210,6 +219,9 @@ impl AdapterSource {
 
     fn look_for(&self, base: Option<&Checkpoint>, task: &Task) -> Result<Found> {
         task.check()?;
+        if let Some(store) = &self.store {
+            store.follow(task.cancel_flag());
+        }
         let place = Place { base, ..Place::find(self)? };
         match format_of(&place)? {
             Some(format) => format.read(&place, task).map(|adapter| Found::Adapter(adapter.into())),
@@ -242,6 +254,10 @@ impl AdapterSource {
 
     /// The bytes of its weights, as far as that is known before it is opened.
     pub fn expected_bytes(&self) -> u64 {
+        if self.store.is_some() {
+            // Nobody is asked for a guess.
+            return 0;
+        }
         let weights = match &self.pickle {
             Some(pickle) => Ok(pickle.path.clone()),
             None => Place::find(self).and_then(|place| {
@@ -323,7 +339,7 @@ pub struct Place<'a> {
 impl<'a> Place<'a> {
     fn find(source: &'a AdapterSource) -> Result<Self> {
         if let Some(store) = &source.store {
-            return Ok(Self::new(source, store.clone(), None));
+            return Ok(Self::new(source, store.clone(), source.file_in_store.clone()));
         }
         let path = source.path.as_path();
         let failed = |error: Error| error.of(Owner::Adapter);
@@ -368,6 +384,9 @@ impl<'a> Place<'a> {
             return Err(Error::Argument("there is nothing to be read by somebody else".into()));
         };
         self.once("", || {
+            if self.source.store.is_some() {
+                return TensorFile::in_memory(path, Owner::Adapter, load()?, None);
+            }
             let (_, metadata) = local::open(path).map_err(|error| error.of(Owner::Adapter))?;
             let stamp = Stamp::of(&metadata);
             TensorFile::in_memory(path, Owner::Adapter, load()?, Some(stamp))

@@ -103,10 +103,23 @@ pub fn list(base: &Checkpoint) -> Result<SideFiles> {
     Ok(files)
 }
 
-/// The side files of a store that is no directory: names with neither links nor folders.
+/// The side files of a store that is no directory, in which there are no links.
 fn in_store(base: &Checkpoint, own: &[&str], files: &mut SideFiles) -> Result<()> {
-    let (store, components) = (base.store(), components(base));
-    for name in store.list()? {
+    let (store, components, parts) = (base.store(), components(base), parts(base)?);
+    let mut names = store.list()?;
+    let mut next = 0;
+    while let Some(name) = names.get(next).cloned() {
+        next += 1;
+        if !store.is_file(&name) {
+            let within = store.list_in(&name)?;
+            let is_named = parts.contains(&name) || components.contains_key(&name);
+            if is_named || is_part_of_a_model(&name, &within) {
+                names.extend(within.iter().map(|file| format!("{name}/{file}")));
+            } else if !is_own(&name) {
+                files.left_out.push(format!("{name}/"));
+            }
+            continue;
+        }
         let (folder, file_name) = name.rsplit_once('/').unwrap_or(("", &name));
         if own.contains(&name.as_str()) || is_own(file_name) {
             continue;
@@ -222,17 +235,9 @@ impl Walk<'_> {
         let directory = self.root.join(relative);
         // Such as lost+found; what nobody may look at is no part of a model.
         let Some(paths) = local::paths_in_if_allowed(&directory)? else { return Ok(false) };
-        for path in paths {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let of_a_model = [file_names::ADAPTER_CONFIG, "trainer_state.json", "model_index.json"];
-            if file_names::holds_weights(&name)
-                || is_index(&name)
-                || of_a_model.contains(&name.as_str())
-            {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        let name_of =
+            |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(is_part_of_a_model(name, &paths.iter().map(name_of).collect::<Vec<_>>()))
     }
 
     /// A side file as it is; `None` for what is no plain file, and for a link that leads out of
@@ -265,6 +270,17 @@ impl Walk<'_> {
         }
         Ok(None)
     }
+}
+
+/// Whether a folder belongs to the model around it, by its name and the names in it: it has no weights and
+/// no model of its own.
+fn is_part_of_a_model(name: &str, within: &[String]) -> bool {
+    let own = name.rsplit('/').next().unwrap_or(name);
+    let of_a_model = [file_names::ADAPTER_CONFIG, "trainer_state.json", "model_index.json"];
+    let is_other = |name: &String| {
+        file_names::holds_weights(name) || is_index(name) || of_a_model.contains(&name.as_str())
+    };
+    !own.starts_with('.') && !LEFT_OUT.contains(&own) && !within.iter().any(is_other)
 }
 
 fn is_own(name: &str) -> bool {

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::kernel;
-use crate::plan::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
+use crate::parallel::task::Task;
+use crate::plan::{Action, Inputs, Origin, Plan, PlannedShard, PlannedTensor};
 use crate::tensor::dtype::Dtype;
 
 /// Bytes of a tile of the widest type involved. Half of a common second-level cache, so that the
@@ -137,6 +138,38 @@ pub(super) fn queue_of(
     }
     flush(&mut run, &mut queue);
     queue
+}
+
+/// Tells the base's files what the work of all shards will read of them, in its order.
+pub(super) fn tell_sources(inputs: &Inputs, plan: &Plan, queues: &[Vec<Work>], task: &Task) {
+    let shards = inputs.base.shards();
+    let mut ranges: Vec<Vec<Range<u64>>> = vec![Vec::new(); shards.len()];
+    let mut merged = None;
+    for work in queues.iter().flatten() {
+        match work {
+            Work::Copy { shard, source, .. } => {
+                ranges[plan.shards[*shard].source].push(source.clone());
+            }
+            Work::Cast { shard, tensor, .. } | Work::Merge { shard, tensor, .. } => {
+                // All units of a tensor together read all of it.
+                if merged.replace((*shard, *tensor)) != Some((*shard, *tensor)) {
+                    let planned = &plan.shards[*shard].tensors[*tensor];
+                    let quantized = planned.quantized.as_ref();
+                    let from = match (quantized, planned.origin) {
+                        (Some(quantized), _) => quantized.stored.shard,
+                        (None, Origin::Base(from)) => from,
+                        (None, Origin::Adapter(_)) => continue,
+                    };
+                    let (start, range) = (shards[from].file.data_start(), &planned.stored().range);
+                    ranges[from].push(start + range.start..start + range.end);
+                }
+            }
+            Work::CopyFromAdapter { .. } | Work::Digest { .. } => {}
+        }
+    }
+    for (shard, ranges) in shards.iter().zip(&ranges) {
+        shard.file.source().will_read(ranges, task.cancel_flag());
+    }
 }
 
 /// Rows of a tile: as many whole register blocks as fit, at least one. The same for every output

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::compute::{self, Computer};
@@ -20,6 +20,7 @@ use crate::plan::{CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, S
 use crate::storage::local::{self, Stamp};
 use crate::storage::sink::{Committed, Destination, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::{LocalFile, Source};
+use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;
 
 /// A tensor of a plan: its shard's position and its own in that.
@@ -128,6 +129,9 @@ impl Session {
             bytes: total,
             names: names(inputs, plan, &side_files, options.card.is_some()),
             inputs: read_inputs(inputs, &side_files, &options.protected)?,
+            stores: read_stores(inputs),
+            job: if output.resumes() { job_id(inputs, plan)? } else { String::new() },
+            stop: task.cancel_flag().clone(),
         })?;
         task.expect(total);
         // Before the weights: what cannot be read or written of them costs no work then. Config and
@@ -175,7 +179,7 @@ impl Session {
             .map(|shard| {
                 let like = inputs.base.shards()[shard.source].file.source();
                 let file = staging.create(&shard.name, shard.bytes(), Some(like))?;
-                if !queue::copies_header(inputs, shard) {
+                if !file.is_written() && !queue::copies_header(inputs, shard) {
                     let failed = |error| Error::io(output.root().join(&shard.name), error);
                     file.write_at(&shard.header, 0).map_err(failed)?;
                     task.advance(shard.header.len() as u64);
@@ -311,6 +315,36 @@ impl Session {
         compute::overflow(tensor, index, &computer.culprit(tensor))
     }
 
+    /// Writes what makes the shards a model, where it is made: there it can be looked at before it is the
+    /// output's.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Cancelled`].
+    pub fn complete(&mut self, plan: &Plan, task: &Task) -> Result<()> {
+        if self.written.swap(false, Ordering::Relaxed) {
+            for (file, shard) in self.files.iter().zip(&plan.shards) {
+                task.check()?;
+                let failed = |error| Error::io(self.output.join(&shard.name), error);
+                file.sync().map_err(failed)?;
+            }
+        }
+        for (name, content, like) in std::mem::take(&mut self.last) {
+            self.staging.put(&name, &content, Some(&*like))?;
+        }
+        Ok(())
+    }
+
+    /// The files that were written so far.
+    pub fn staged(&self) -> Arc<dyn Store> {
+        self.staging.staged()
+    }
+
+    /// Takes back what was written, so that no later merge goes on from it.
+    pub fn discard(self) {
+        drop(self.files);
+        self.staging.discard();
+    }
+
     /// Writes everything beside the weights and makes the output a model. Other merges stay out of it
     /// until the lock is released, so that a report is written beside the model that it is about.
     ///
@@ -322,16 +356,7 @@ impl Session {
         plan: &Plan,
         task: &Task,
     ) -> Result<(Summary, OutputLock)> {
-        if self.written.load(Ordering::Relaxed) {
-            for (file, shard) in self.files.iter().zip(&plan.shards) {
-                task.check()?;
-                let failed = |error| Error::io(self.output.join(&shard.name), error);
-                file.sync().map_err(failed)?;
-            }
-        }
-        for (name, content, like) in &self.last {
-            self.staging.put(name, content, Some(&**like))?;
-        }
+        self.complete(plan, task)?;
         task.check()?;
         // What was written to meanwhile would make a model of two states.
         inputs.check_unchanged()?;
@@ -390,6 +415,23 @@ fn names(inputs: &Inputs, plan: &Plan, side_files: &SideFiles, has_card: bool) -
     shards.chain(carried).chain(index).chain(card).collect()
 }
 
+/// The stores other than directories that are read while the output is written.
+fn read_stores(inputs: &Inputs) -> Vec<PathBuf> {
+    let base = Some(inputs.base.store()).filter(|store| store.as_directory().is_none());
+    let adapters = inputs.adapters.iter().filter(|adapter| !adapter.is_local());
+    let base = base.map(|store| store.root().to_path_buf());
+    base.into_iter().chain(adapters.map(|adapter| adapter.path().to_path_buf())).collect()
+}
+
+/// What tells this merge from all others: its plan, and what the base's files are.
+fn job_id(inputs: &Inputs, plan: &Plan) -> Result<String> {
+    let mut text = plan.digest(inputs)?;
+    for shard in inputs.base.shards() {
+        text.push_str(&format!(" {:?}", shard.file.stamp()));
+    }
+    Ok(crate::storage::digest::sha256_of_bytes(text.as_bytes()))
+}
+
 /// Everything that is read while the output is written, in which it must not be written.
 fn read_inputs(
     inputs: &Inputs,
@@ -411,7 +453,7 @@ fn read_inputs(
             add(root.join(name), "the base", false);
         }
     }
-    for adapter in &inputs.adapters {
+    for adapter in inputs.adapters.iter().filter(|adapter| adapter.is_local()) {
         let what = format!("the adapter {}", adapter.path().display());
         for file in adapter.paths() {
             add(file.to_path_buf(), &what, false);

@@ -1,5 +1,6 @@
 //! What a long job shares with the one who asked for it: progress, a cancel flag, and threads.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::limits;
 pub struct Task {
     done: AtomicU64,
     total: AtomicU64,
-    cancelled: AtomicBool,
+    cancelled: Arc<AtomicBool>,
 }
 
 impl Task {
@@ -38,6 +39,11 @@ impl Task {
     /// Asks the workers to stop at the next opportunity.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// The cancel flag, for what waits below the core.
+    pub fn cancel_flag(&self) -> &Arc<AtomicBool> {
+        &self.cancelled
     }
 
     /// # Errors

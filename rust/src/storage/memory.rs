@@ -297,6 +297,13 @@ impl StagedModel for StagedInMemory {
         Ok(())
     }
 
+    fn staged(&self) -> Arc<dyn Store> {
+        let content =
+            |(name, sink): &(String, MemorySink)| (name.clone(), Arc::new(lock(&sink.0).clone()));
+        let files = self.written.iter().map(content).collect();
+        Arc::new(InMemory { name: PathBuf::from("memory"), files })
+    }
+
     fn commit(self: Box<Self>) -> Result<Committed> {
         let Self { taken, written } = *self;
         let whole = |(name, sink): (String, MemorySink)| {

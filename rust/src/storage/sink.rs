@@ -4,9 +4,12 @@ use std::fmt::{self, Debug};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::local::{self, CopyError, File};
 use super::source::Source;
+use super::store::Store;
 use crate::error::Result;
 
 /// A file under construction, to which several threads write at positions.
@@ -28,6 +31,12 @@ pub trait Sink: Debug + Send + Sync {
         offset: u64,
         buffer: &mut [u8],
     ) -> std::result::Result<(), CopyError>;
+
+    /// Whether all of it is where it belongs since an earlier merge of the same: nothing has to be written,
+    /// and what is written is dropped.
+    fn is_written(&self) -> bool {
+        false
+    }
 
     /// Begins to bring a range that is written to where it lasts, without waiting. Only a hint.
     fn begin_writing(&self, _range: Range<u64>) {}
@@ -100,6 +109,12 @@ pub struct Request {
     pub names: Vec<String>,
     /// What is read meanwhile and must not be written over.
     pub inputs: Vec<Input>,
+    /// The stores other than directories that are read meanwhile.
+    pub stores: Vec<PathBuf>,
+    /// What tells the same merge of the same inputs from all others, where [`Destination::resumes`].
+    pub job: String,
+    /// Raised when the caller wants to stop.
+    pub stop: Arc<AtomicBool>,
 }
 
 /// A file or a directory that a merge reads.
@@ -117,6 +132,11 @@ pub struct Input {
 pub trait Destination: Debug {
     /// What messages call it.
     fn root(&self) -> &Path;
+
+    /// Whether what an unfinished merge left there is completed by the same merge.
+    fn resumes(&self) -> bool {
+        false
+    }
 
     /// Checks the place and takes possession of it.
     ///
@@ -151,6 +171,14 @@ pub trait StagedModel: Debug + Send + Sync {
     /// # Errors
     /// [`crate::Error::Io`]; that the source changed.
     fn copy(&mut self, name: &str, source: &dyn Source, path: &Path) -> Result<()>;
+
+    /// What was written so far, as files of a store: a model, once everything is.
+    fn staged(&self) -> Arc<dyn Store>;
+
+    /// Takes everything back, so that no later merge goes on from it.
+    fn discard(self: Box<Self>) {
+        drop(self);
+    }
 
     /// Makes what was written the destination's model.
     ///

@@ -3,7 +3,10 @@
 use std::fmt::Debug;
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
@@ -32,6 +35,15 @@ pub trait Source: Debug + Send + Sync {
     /// The file that holds the bytes, where the kernel can copy from it.
     fn as_file(&self) -> Option<&File> {
         None
+    }
+
+    /// Tells what will be read, about in this order, so that it can be brought here before; what waits for
+    /// that ends once `stop` is raised. Only a hint, and of no use for what lies here.
+    fn will_read(&self, _ranges: &[Range<u64>], _stop: &Arc<AtomicBool>) {}
+
+    /// Whether the bytes lie on this machine, and the path that messages name is one of its file system.
+    fn is_local(&self) -> bool {
+        true
     }
 
     /// How many bytes are best read together where all of them go by, if fewer take as long.

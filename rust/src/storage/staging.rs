@@ -15,15 +15,18 @@ mod place;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 pub use commit::{Recovery, check_whole, recover};
-pub use manifest::{MANIFEST, missing_files};
+pub use manifest::{MANIFEST, encode as encode_manifest, missing_files};
 
 use crate::error::{Error, Owner, Result};
+use crate::storage::directory::LocalDirectory;
 use crate::storage::file_names;
 use crate::storage::local::{self, CopyError};
 use crate::storage::sink::{Committed, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::Source;
+use crate::storage::store::Store;
 use lock::Lock;
 use place::Occupancy;
 
@@ -78,7 +81,7 @@ impl Staging {
     /// # Errors
     /// [`Error::Output`] or [`Error::Io`], with the output left as it was.
     pub fn create(output: &Path, request: Request) -> Result<Self> {
-        let Request { overwrite, sync, bytes, mut names, inputs } = request;
+        let Request { overwrite, sync, bytes, mut names, inputs, .. } = request;
         names.push(MANIFEST.to_owned());
         place::check_place(&inputs, output)?;
         // What an earlier merge left is cleared away first, whether the output may be used or not.
@@ -212,6 +215,10 @@ impl StagedModel for Staging {
             CopyError::Write(error) => Error::io(self.output.join(name), error),
         })?;
         self.close(name, file)
+    }
+
+    fn staged(&self) -> Arc<dyn Store> {
+        Arc::new(LocalDirectory(self.directory.join(&self.model)))
     }
 
     /// The model is listed in a manifest beside it. What of an older model the new one does not replace

@@ -2,6 +2,8 @@
 
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::local::Stamp;
 use super::source::Source;
@@ -70,6 +72,9 @@ pub trait Store: Debug + Send + Sync {
     /// # Errors
     /// As [`Store::read_small`].
     fn open(&self, name: &str) -> Result<Box<dyn Source>>;
+
+    /// Ends what waits for an answer once `stop` is raised. Of no use for what lies here.
+    fn follow(&self, _stop: &Arc<AtomicBool>) {}
 
     /// Refuses what is in the middle of being replaced by another model.
     ///

@@ -9,7 +9,7 @@ fn request(overwrite: bool, names: &[&str]) -> Request {
         sync: false,
         bytes: 0,
         names: names.iter().map(|name| (*name).to_owned()).collect(),
-        inputs: Vec::new(),
+        ..Request::default()
     }
 }
 

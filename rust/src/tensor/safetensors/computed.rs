@@ -87,6 +87,10 @@ impl Source for Computed {
         Ok(())
     }
 
+    fn is_local(&self) -> bool {
+        self.recipe.origins.iter().all(|file| file.source().is_local())
+    }
+
     fn is_unchanged(&self) -> io::Result<bool> {
         for file in &self.recipe.origins {
             if !file.source().is_unchanged()? {

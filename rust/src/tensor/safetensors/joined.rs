@@ -51,6 +51,10 @@ impl Source for Joined {
         Ok(())
     }
 
+    fn is_local(&self) -> bool {
+        self.parts.iter().all(|part| part.source.is_local())
+    }
+
     fn is_unchanged(&self) -> io::Result<bool> {
         for part in &self.parts {
             if !part.source.is_unchanged()? {
