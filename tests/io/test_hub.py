@@ -94,7 +94,9 @@ def test_a_path_wins_over_an_id(
     assert not hub
 
 
-@pytest.mark.parametrize("name", ["./owner/base", "/absent", "a/b/c", "spaces in it"])
+@pytest.mark.parametrize(
+    "name", ["./owner/base", "/absent", "a/b/../c", "a/b@", "a--b/c", "spaces in it"]
+)
 def test_what_is_no_id_is_not_asked_for(name: str, hub: dict[str, Any]) -> None:
     with pytest.raises(FileNotFoundError) as error:
         lorafast.inspect(name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafast._io.hub import HubId, parse
 from lorafast._io.paths import expand
 from lorafast._io.sources import USUAL_WEIGHTS
 
@@ -111,12 +112,26 @@ def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
     return count
 
 
+def _parts_of_id(named: HubId) -> tuple[str, ...]:
+    """The parts of an id; the revision is one with the repository's name."""
+    whole = str(named._replace(below=""))
+    owner, slash, name = named.repository.rpartition("/")
+    last = name + whole.removeprefix(named.repository).replace("/", "%2F")
+    return (*([owner] if slash else []), last, *(part for part in named.below.split("/") if part))
+
+
 def _parts(adapter: Source) -> tuple[str, ...]:
     """The parts of the path that an adapter is named after, links not followed."""
     path = expand(adapter)
     if not os.path.lexists(path):
-        # A hub id.
-        return tuple(part for part in os.fspath(adapter).split("/") if part)
+        named = parse(adapter)
+        if named is None:
+            return tuple(part for part in os.fspath(adapter).split("/") if part)
+        if named.file is not None:
+            usual = named.file in USUAL_WEIGHTS
+            below = named.folder if usual else str(Path(named.below).with_suffix(""))
+            named = named._replace(below=below)
+        return _parts_of_id(named)
     whole = Path(os.path.abspath(path))
     if whole.is_file():
         # Weights that stand alone lose their ending.

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafast import _core
-from lorafast._errors import AdapterError, CheckpointError
+from lorafast._errors import AdapterError, CheckpointError, LorafastError
 from lorafast._fleet.exclude import Exclusion
 from lorafast._fleet.members import common_root
 from lorafast._io.paths import expand, find
 from lorafast._io.sources import (
+    ADAPTER_PATTERNS,
     ARCHIVE,
     ARCHIVED_WEIGHTS,
     CONFIG,
@@ -25,6 +26,7 @@ from lorafast._io.sources import (
     PICKLED_WEIGHTS,
     PICKLES,
     WEIGHTS,
+    locate_all,
     what_is,
 )
 from lorafast._io.strangers import read_header, reason_of
@@ -90,8 +92,8 @@ def discover(paths: Source | Iterable[Source], exclude: Sequence[str] = ()) -> D
     that it is one.
 
     Args:
-        paths: directories, adapters, weights files, globs (`runs/*/final`, `**` for any depth), or
-            any number of these.
+        paths: directories, adapters, weights files, globs (`runs/*/final`, `**` for any depth),
+            ids of the hub's repositories or of folders in them, or any number of these.
         exclude: patterns of paths below the root that are left out, with all below them.
 
     Raises:
@@ -103,6 +105,9 @@ def discover(paths: Source | Iterable[Source], exclude: Sequence[str] = ()) -> D
     if not sources:
         raise ValueError("no path was given; name a directory that holds adapters")
     errors: list[ScanError] = []
+    # Why ids on the hub could not be fetched, by themselves.
+    unfetched: dict[Source, str] = {}
+    sources = [_fetched(source, unfetched, alone=len(sources) == 1) for source in sources]
     root = common_root([_root_of(source) for source in sources])
     excluded = Exclusion(exclude, root)
     search = _Search(errors, excluded)
@@ -112,7 +117,7 @@ def discover(paths: Source | Iterable[Source], exclude: Sequence[str] = ()) -> D
         if not matches:
             missing += 1
             what = "Nothing matches" if _is_glob(source) else "No such file or directory"
-            errors.append(ScanError(Path(source), what))
+            errors.append(ScanError(Path(source), unfetched.get(source, what)))
         for path in matches:
             search.add(path, named=len(sources) == 1 and path == Path(expand(source)))
     if missing == len(sources):
@@ -146,6 +151,26 @@ def _sortable(piece: re.Match[str]) -> str:
         return f"\2{text}"
     digits = str(int(text))
     return f"\1{len(digits):03}{digits}"
+
+
+def _fetched(source: Source, reasons: dict[Source, str], *, alone: bool) -> Source:
+    """What a source names; of an id on the hub, the folder of all adapters in it.
+
+    Args:
+        source: the path or the id.
+        reasons: takes why an id could not be fetched.
+        alone: raise what the hub says, as there is nothing else to go on with.
+    """
+    if not isinstance(source, str) or os.path.lexists(expand(source)) or _is_glob(source):
+        return source
+    try:
+        fetched = locate_all(source, ADAPTER_PATTERNS)
+    except (LorafastError, OSError) as error:
+        if alone and not isinstance(error, FileNotFoundError):
+            raise
+        reasons[source] = reason_of(error)
+        return source
+    return source if fetched is None else fetched
 
 
 def _is_glob(source: Source) -> bool:

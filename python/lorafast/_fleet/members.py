@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorafast._analysis.names import numbered, position_of
+from lorafast._io.hub import CACHED
 from lorafast._io.plain import utf8
 from lorafast._results import shown
 from lorafast._types import Source
@@ -35,7 +36,8 @@ def common_root(directories: Sequence[str]) -> str:
 def names_below(root: str, paths: Iterable[str]) -> list[str]:
     """A distinct name for each path: what it is below a root, with slashes.
 
-    The root itself has its own name. Links are not followed, and bytes that are no UTF-8 are
+    The root itself has its own name, and what lies in the hub's cache is called by its id. Links
+    are not followed, and bytes that are no UTF-8 are
     escapes.
 
     Args:
@@ -56,6 +58,10 @@ def names_below(root: str, paths: Iterable[str]) -> list[str]:
             name = whole[len(inside) :]
         else:
             name = os.path.relpath(whole, top)
+        if (own := CACHED.search(name if whole != top else whole)) is not None:
+            # What was given by an id is called by it.
+            repository, _, below = own.groups()
+            name = repository.replace("--", os.sep, 1) + (os.sep + below if below else "")
         names.append(utf8(name.replace(os.sep, "/")))
     # A root that holds one of its own name, or one given twice.
     return names if len(set(names)) == len(names) else numbered(names)

@@ -34,11 +34,11 @@ def fetch_base(fetch: Callable[[Sequence[str]], str], patterns: Sequence[str]) -
     Returns:
         The directory.
     """
-    root = Path(fetch([MODEL_INDEX]))
-    folders = components(root)
+    # What lists a pipeline's components is one of them.
+    small = [pattern for pattern in patterns if pattern != ANY]
+    folders = components(Path(fetch(small)))
     if not folders:
         return Path(fetch(patterns))
-    small = [pattern for pattern in patterns if pattern != ANY]
     plain = [f"{folder}/{name}" for folder in folders for name in PLAIN]
     root = Path(fetch([*small, *plain]))
     # A model without plain weights has a variant of them.

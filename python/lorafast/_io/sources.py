@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from lorafast import _core
@@ -18,6 +19,7 @@ from lorafast._errors import (
     missing,
     raise_interruption,
 )
+from lorafast._io import hub
 from lorafast._io.paths import expand, find, is_directory, open_plain
 from lorafast._io.stores import fetched, is_url, located, path_of_file_url, without_user
 from lorafast._io.torch_tensors import NAMES, dtype_name, memory_of
@@ -81,10 +83,6 @@ if TYPE_CHECKING:
 else:
     # A build without stores has no class for places in them.
     FoundSource = CoreSource = object
-#: What the hub's client is needed for.
-_FETCH = "fetch {!r}, which is no path here, from the hub"
-#: `name` or `owner/name`, as the hub allows it.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 # What is merged passes through public functions that have no such option.
@@ -107,7 +105,7 @@ def locate(
     """The local path of a base or an adapter; a hub id is fetched if it is no path.
 
     Args:
-        source: what the user named.
+        source: what the user named: a path, or an id as `hub` has them.
         patterns: the files to fetch.
         local_files_only: take a hub id from the local cache, and never ask the hub.
 
@@ -128,52 +126,60 @@ def locate(
     if isinstance(source, str):
         source = path_of_file_url(source)
     path = Path(expand(source))
-    if find(path) is not None:
-        return path
     text = os.fspath(source)
+    if not hub.is_hub_url(source) and find(path) is not None:
+        return path
     not_found = FileNotFoundError(2, "No such file or directory", text)
     # A plain name is far more often a mistyped path than one of the hub's few ids without owner,
     # but those exist (gpt2), so it is tried where the hub's client is there to ask.
-    if not isinstance(source, str) or not HUB_ID.fullmatch(text):
+    named = hub.parse(source)
+    if named is None:
         raise not_found
+    is_offline = local_files_only or _OFFLINE.get()
     try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        if not _is_of_the_hub(source):
+        repository = hub.Repository(named, text, local_files_only=is_offline)
+    except ImportError as error:
+        if not hub.is_certainly_of_the_hub(source):
             raise not_found from None
-        raise missing("huggingface_hub", "hub", _FETCH.format(text)) from not_found
+        raise error from not_found
+    with hub.told_of(named, text):
+        return repository.require(_fetched(repository, patterns))
 
-    def fetch(names: Sequence[str]) -> str:
-        return huggingface_hub.snapshot_download(
-            text,
-            allow_patterns=list(names),
-            local_files_only=local_files_only or _OFFLINE.get(),
-        )
 
-    try:
-        if patterns is BASE_PATTERNS:
-            from lorafast._io.hub_pipelines import fetch_base
+def _fetched(repository: hub.Repository, patterns: list[str]) -> Path:
+    """The folder or the file that an id names, with what is read beside it, in the hub's cache."""
+    file = repository.named.file
+    if file is not None:
+        beside = [name for name in patterns if Path(name).suffix not in hub.WEIGHTS_ENDINGS]
+        return Path(repository.fetch([escape(file), *beside])) / file
+    if patterns is BASE_PATTERNS:
+        from lorafast._io.hub_pipelines import fetch_base
 
-            return fetch_base(fetch, patterns)
-        found = Path(fetch(patterns))
-        if patterns is ADAPTER_PATTERNS and not _holds_usual_weights(found):
-            is_offline = local_files_only or _OFFLINE.get()
-            names = [] if is_offline else huggingface_hub.list_repo_files(text)
-            return _fetch_lone_weights(text, found, fetch, names)
-        return found
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        # Nothing was fetched and nothing can be: the path is what the user can mend.
-        raise FileNotFoundError(
-            2, "No such file or directory, and the hub cannot be reached for it", text
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            2, "No such file or directory, and no repository of that name on the hub", text
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LorafastError(f"{text}: could not be fetched from the hub: {reason}") from error
+        return fetch_base(repository.fetch, patterns)
+    found = Path(repository.fetch(patterns))
+    if patterns is ADAPTER_PATTERNS and not _holds_usual_weights(found):
+        names = repository.names() or []
+        return _fetch_lone_weights(str(repository.named), found, repository.fetch, names)
+    return found
+
+
+def locate_all(source: str, patterns: list[str]) -> Path | None:
+    """The folder of a hub id, with all files in it and below that patterns name.
+
+    `None` for what is no such id with an owner.
+
+    Raises:
+        LorafastError, OSError: as for `locate`.
+    """
+    named = hub.parse(source)
+    if named is None or not hub.is_certainly_of_the_hub(source):
+        return None
+    repository = hub.Repository(named, source, local_files_only=_OFFLINE.get())
+    with hub.told_of(named, source):
+        if named.file is not None:
+            return repository.require(_fetched(repository, patterns))
+        below = [f"*/{name}" for name in patterns]
+        return repository.require(Path(repository.fetch([*patterns, *below])))
 
 
 def find_source(
@@ -221,9 +227,9 @@ def _fetch_lone_weights(
         listed = ", ".join(files[:4]) + (", …" if len(files) > 4 else "")
         raise LorafastError(
             f"{repository}: has {len(files)} files of which each could be the adapter ({listed}); "
-            "download the one that is meant, and give its path"
+            f"give the one that is meant ({repository}/{files[0]}, …)"
         )
-    return Path(fetch(files)) / files[0] if files else found
+    return Path(fetch([escape(files[0])])) / files[0] if files else found
 
 
 def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
@@ -278,22 +284,15 @@ def _needs_of(source: str | os.PathLike[str]) -> dict[str, str]:
         return {}
     path = Path(expand(source))
     try:
-        if find(path) is not None:
+        if not hub.is_hub_url(source) and find(path) is not None:
             pickle = _other_weights(path)
             is_torchs = pickle is not None and pickle.suffix != ARCHIVE
             return {"torch": f"read {pickle}"} if is_torchs else {}
     except OSError:
         return {}
-    if _is_of_the_hub(source):
-        return {"huggingface_hub": _FETCH.format(os.fspath(source))}
+    if hub.is_certainly_of_the_hub(source):
+        return {"huggingface_hub": hub.FETCH.format(os.fspath(source))}
     return {}
-
-
-def _is_of_the_hub(source: str | os.PathLike[str]) -> bool:
-    """Whether what is no path here is a hub id with an owner, rather than a mistyped path."""
-    text = os.fspath(source)
-    is_id = isinstance(source, str) and HUB_ID.fullmatch(text) is not None
-    return is_id and "/" in text and not os.path.lexists(Path(text).parent)
 
 
 def _other_weights(adapter: Path) -> Path | None:

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorafast._io.hub import CACHED, is_hub_url, parse
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: A repository in the hub's cache: `models--owner--name/snapshots/<commit>`, and what lies below.
-CACHED = re.compile(r"(?:^|[\\/])models--([^\\/]+)[\\/]snapshots[\\/]([^\\/]+)(?:[\\/](.+))?$")
 #: `owner/name`, as the hub allows it.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -32,6 +32,9 @@ class Identity(NamedTuple):
 
 def identify(path: str) -> Identity:
     """What lies at a path is called, without the path."""
+    named = parse(path) if is_hub_url(path) else None
+    if named is not None:
+        return Identity(str(named), named.revision, named.repository)
     place = _absolute(path)
     cached = CACHED.search(place)
     if cached is None:
