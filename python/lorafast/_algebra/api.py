@@ -18,7 +18,7 @@ from lorafast._algebra.report import (
     ModuleResult,
     ResizeReport,
 )
-from lorafast._io.paths import output_path
+from lorafast._io.hub import require_directory
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
@@ -144,7 +144,7 @@ def combine(
     require_readers(*sources, base)
     located = [locate(source, ADAPTER_PATTERNS) for source in sources]
     local = None if base is None else locate(base, BASE_PATTERNS)
-    target = output_path(output)
+    target = require_directory(output)
     from lorafast._io.progress import callback
 
     with callback(progress, label="combining") as report:
@@ -220,7 +220,7 @@ def resize(
     require_readers(adapter, base)
     located = locate(adapter, ADAPTER_PATTERNS)
     local = None if base is None else locate(base, BASE_PATTERNS)
-    target = output_path(output)
+    target = require_directory(output)
     from lorafast._io.progress import callback
 
     with callback(progress, label="resizing") as report:
@@ -305,7 +305,7 @@ def extract(
     }
     require_readers(tuned, base)
     inputs = (locate(tuned, BASE_PATTERNS), locate(base, BASE_PATTERNS))
-    target = output_path(output)
+    target = require_directory(output)
     from lorafast._io.progress import callback
 
     with callback(progress, label="extracting") as report:
@@ -404,7 +404,7 @@ def bake(
     require_readers(adapter, base)
     located = locate(adapter, ADAPTER_PATTERNS)
     local = None if base is None else locate(base, BASE_PATTERNS)
-    target = output_path(output)
+    target = require_directory(output)
     from lorafast._io.progress import callback
 
     with callback(progress, label="baking") as report:

@@ -43,10 +43,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     inputs.add_argument(
         "-b",
         "--base",
-        required=True,
         metavar="PATH",
         help="the model: a directory of safetensors files, a pipeline of diffusers or one of its\n"
-        "components, one .safetensors file, or a hub id",
+        "components, one .safetensors file, or a hub id (owner/name, or with revision\n"
+        "and folder owner/name@revision/folder); without it, the model that the adapters' own\n"
+        "configs name",
     )
     inputs.add_argument(
         "-a",
@@ -71,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `lorafast merge`."""
     inputs = add_input_arguments(parser)
     inputs.add_argument(
-        "-o", "--output", metavar="DIR", help="the directory to write; not needed with --dry-run"
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="the directory to write, or hf://owner/name (hf://owner/name@branch) to publish it "
+        "on the hub; not needed with --dry-run",
     )
     how = parser.add_argument_group("how to merge")
     outcome = parser.add_argument_group("what to write and show")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorafast import _core
 from lorafast._convert.report import ConversionReport
-from lorafast._io.paths import output_path
+from lorafast._io.hub import require_directory
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
@@ -100,7 +100,7 @@ def convert(
         "lossy": lossy,
         "overwrite": overwrite,
     }
-    target = output_path(output)
+    target = require_directory(output)
     found = _core.convert_adapter(
         core_source(source), target, base=local, options=json.dumps(options)
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafast._errors import LorafastError, missing
-from lorafast._io.paths import expand, find, is_directory, is_file
+from lorafast._io.paths import expand, find, is_directory, is_file, output_path
 
 #: What a text begins with that can only be an id.
 SCHEME = "hf://"
@@ -166,7 +166,7 @@ def require_directory(output: str | os.PathLike[str]) -> str:
             f"{output}: only merge writes to the hub, and safetensors files alone; write into a "
             "directory here, and send that with `hf upload`"
         )
-    return expand(output)
+    return output_path(output)
 
 
 class Repository:

@@ -137,6 +137,15 @@ class MergeOptions(NamedTuple):
         AdapterFormat | None,
         Flag("the adapters' format, where their files do not tell it (default: told by the files)"),
     ] = None
+    revision: Annotated[
+        str | None,
+        Flag(
+            "the branch, tag or commit of a base on the hub (default: its main branch, or what an "
+            "adapter names that names the base)",
+            verbs=("plan", "merge", "verify"),
+            metavar="REV",
+        ),
+    ] = None
 
     def to_core(self) -> dict[str, Any]:
         """What crosses to the core.
@@ -148,8 +157,9 @@ class MergeOptions(NamedTuple):
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
         implied = "sequential" if self.weights is None else "weighted"
-        # The format is that of the sources.
-        own = {name: value for name, value in self._asdict().items() if name != "format"}
+        # These are of the sources, which are found before.
+        of_sources = ("format", "revision")
+        own = {name: value for name, value in self._asdict().items() if name not in of_sources}
         return {
             **own,
             "strategy": implied if self.strategy is None else self.strategy,
@@ -174,7 +184,7 @@ def options_of(verb: Verb) -> Iterator[Option]:
 
 
 def merge(
-    base: Source,
+    base: Source | None,
     adapters: Source | Sequence[Source],
     output: Source,
     *,
@@ -199,6 +209,9 @@ def merge(
     storage_options: StorageOptions | None = None,
     credential_provider: CredentialProvider | None = None,
     io_memory: int | str | None = None,
+    revision: str | None = None,
+    private: bool = False,
+    pull_request: bool = False,
 ) -> "MergeReport":
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
 
@@ -211,11 +224,16 @@ def merge(
     Args:
         base: a directory with `model.safetensors` or with shards and their index, a pipeline of
             diffusers (its directory: `unet.` or `text_encoder.` before a name is its folder) or
-            one of its components' directories, a single `.safetensors` file, or a hub id. Of a
-            pipeline only the components that an adapter changes are written anew.
+            one of its components' directories, a single `.safetensors` file, or an id on the hub
+            (`owner/name[@revision][/sub/folder]`, with or without `hf://`). Of a pipeline only the
+            components that an adapter changes are written anew. `None`: the model that the
+            adapters' own configs name (`base_model_name_or_path`, and `revision`), which is said
+            on stderr and in the report's notes.
         adapters: one or several adapters, in any format that is read: directories, files or hub
             ids.
-        output: the directory to write. Absent or empty, unless `overwrite`.
+        output: the directory to write. Absent or empty, unless `overwrite`. Or a place on the hub,
+            `hf://owner/name[@branch][/sub/folder]`: what is written into a temporary directory
+            is then sent there, as one commit.
         strategy: "sequential" adds every adapter at its full scale, "weighted" multiplies each by
             its weight, "average" by 1/N; `None` is weighted where weights are given, and sequential
             where none are. "linear", "normalized" (by the sum of the weights) and "centroid" are
@@ -290,12 +308,16 @@ def merge(
             at which they expire, or `None`; it is asked again before that.
         io_memory: what reads ahead and uploads take of memory together: bytes, or a text such as
             "256MiB"; 128 MiB if missing.
+        revision: the branch, tag or commit of a base on the hub, where its id names none.
+        private: of an output on the hub: make its repository, if it is not there, a private one.
+        pull_request: of an output on the hub: open a pull request, in place of a commit to the
+            main branch.
 
     Returns:
         What was done, with the digests of what it was done from.
 
     Raises:
-        FileNotFoundError: base or adapter is not there.
+        FileNotFoundError: base or adapter is not there, and not on the hub either.
         ValueError: an argument is outside its domain.
         CheckpointError: the base is broken.
         AdapterError: an adapter is broken, or (UnsupportedAdapterError) cannot be merged.
@@ -323,7 +345,7 @@ def _stores(arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
 
 
 def plan(
-    base: Source,
+    base: Source | None,
     adapters: Source | Sequence[Source],
     *,
     strategy: Strategy | None = None,
@@ -339,6 +361,7 @@ def plan(
     storage_options: StorageOptions | None = None,
     credential_provider: CredentialProvider | None = None,
     io_memory: int | str | None = None,
+    revision: str | None = None,
 ) -> "MergePlan":
     """Decides what a merge will do, and raises whatever can be known before writing.
 
@@ -415,7 +438,7 @@ def open_merged(
 
 
 def verify(
-    base: Source,
+    base: Source | None,
     adapters: Source | Sequence[Source],
     merged: Source,
     *,
@@ -434,6 +457,7 @@ def verify(
     storage_options: StorageOptions | None = None,
     credential_provider: CredentialProvider | None = None,
     io_memory: int | str | None = None,
+    revision: str | None = None,
 ) -> "Verification":
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
 
@@ -466,6 +490,7 @@ def verify(
         storage_options: as for `lorafast.merge`.
         credential_provider: as for `lorafast.merge`.
         io_memory: as for `lorafast.merge`.
+        revision: as for `lorafast.merge`.
 
     Returns:
         What was found; `.ok` says whether anything is wrong.

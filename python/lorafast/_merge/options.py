@@ -29,9 +29,12 @@ if TYPE_CHECKING:
         @property
         def format(self) -> AdapterFormat | None: ...
 
+        @property
+        def revision(self) -> str | None: ...
+
         def to_core(self) -> dict[str, Any]: ...
 
-        def _replace(self, *, dtype: str = ...) -> Self: ...
+        def _replace(self, *, dtype: str = ..., revision: str | None = ...) -> Self: ...
 
 
 def _device(name: str) -> str:
@@ -139,6 +142,22 @@ class ExecutionOptions(NamedTuple):
             },
         ),
     ] = True
+    private: Annotated[
+        bool,
+        Flag(
+            "make the repository of an output on the hub a private one, if it is not there",
+            verbs=("merge",),
+            output=True,
+        ),
+    ] = False
+    pull_request: Annotated[
+        bool,
+        Flag(
+            "open a pull request with an output on the hub",
+            verbs=("merge",),
+            output=True,
+        ),
+    ] = False
     progress: Annotated[Progress, Flag(None, verbs=("merge", "verify", "subtract"))] = False
 
     def memory(self) -> int | None:
@@ -155,6 +174,18 @@ class ExecutionOptions(NamedTuple):
         memory = parse_memory(self.device_memory, check_merge_device(self.device))
         check_threads(self.threads)
         return memory
+
+    def require_local(self) -> None:
+        """Makes sure that nothing is asked for that only an output on the hub has.
+
+        Raises:
+            ValueError: something is.
+        """
+        for name in ("private", "pull_request"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is of outputs on the hub (hf://owner/name), and this is a directory"
+                )
 
     def to_core(self) -> dict[str, Any]:
         """What crosses to the core. The rest is Python's."""

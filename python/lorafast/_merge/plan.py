@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafast import _core
 from lorafast._errors import OutputError, PlanError, VerificationError
+from lorafast._io.hub import is_hub_url, require_directory, with_revision
 from lorafast._io.limits import check_threads
 from lorafast._io.paths import expand, output_path
 from lorafast._io.sources import (
@@ -140,7 +141,9 @@ class MergePlan(Result):
         notes: how adapters were made to fit where it was not plain.
     """
 
-    def __init__(self, core: _core.Plan, options: Combination | None = None) -> None:
+    def __init__(
+        self, core: _core.Plan, options: Combination | None = None, notes: Sequence[str] = ()
+    ) -> None:
         self.core = core
         #: How the adapters are merged; `None` of a plan that undoes a merge.
         self.options = options
@@ -149,6 +152,7 @@ class MergePlan(Result):
         #: Models that are read beside the base, and must not be written over either.
         self.protected: list[Path] = []
         self._description: PlanDescription = core.describe()
+        self._description["notes"][:0] = notes
         self.base: str = self._description["base"]
         self.adapters: list[str] = [entry["path"] for entry in self._description["adapters"]]
         self.tensors_merged: int = self._description["tensors_merged"]
@@ -194,6 +198,8 @@ class MergePlan(Result):
         verify: bool = False,
         report: bool = True,
         sync: bool = True,
+        private: bool = False,
+        pull_request: bool = False,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
         return self.carry_out(output, pick(ExecutionOptions, locals()))
@@ -203,6 +209,10 @@ class MergePlan(Result):
         from lorafast._merge.report import write_afterwards
 
         with using(self._stores):
+            if is_hub_url(output):
+                from lorafast._merge.publish import publish
+
+                return publish(self.carried_out, str(output), execution)
             place = self._place(output)
             with self.carried_out(place, execution) as result:
                 if execution.report:
@@ -236,6 +246,7 @@ class MergePlan(Result):
         memory = execution.memory()
         place = self._place(output)
         output = str(place)
+        execution.require_local()
         device = execution.device
         options = execution.to_core()
         options["card"] = self._card() if execution.report else None
@@ -353,7 +364,7 @@ class MergePlan(Result):
         from lorafast._io.progress import callback
         from lorafast._merge.report import write_afterwards
 
-        output = output_path(output)
+        output = require_directory(output)
         with ExitStack() as held:
             with callback(progress) as tell:
                 summary, lock = _core.assemble_shards(
@@ -499,7 +510,7 @@ def _held(lock: OutputLock) -> Iterator[list[str]]:
 
 
 def make_plan(
-    base: Source | ModuleBase,
+    base: Source | ModuleBase | None,
     adapters: Source | Sequence[Source],
     options: Combination,
     *,
@@ -510,7 +521,7 @@ def make_plan(
     """`lorafast.plan`, after it was seen that every package is there.
 
     Args:
-        base: the base.
+        base: the base; `None` for the one that the adapters name.
         adapters: the adapters.
         options: how they are merged.
         subtract: take the adapters out of `base`, a merged model.
@@ -521,10 +532,19 @@ def make_plan(
     core_options["subtract"] = subtract
     adapters = as_list(adapters)
     require_readers(base, *adapters, device=device, needs=needs)
-    found = base if isinstance(base, tuple) else find_source(base, BASE_PATTERNS)
-    sources = [
-        core_source(find_source(adapter, ADAPTER_PATTERNS), options.format) for adapter in adapters
-    ]
+    revision, notes = options.revision, []
+    paths = [find_source(adapter, ADAPTER_PATTERNS) for adapter in adapters]
+    found: Path | _core.StoreLocation | ModuleBase
+    if isinstance(base, tuple):
+        found = base
+    elif base is not None:
+        found = find_source(with_revision(base, revision), BASE_PATTERNS)
+    else:
+        from lorafast._merge.own_base import find_own_base
+
+        found, note = find_own_base(adapters, paths, revision)
+        notes.append(note)
+    sources = [core_source(path, options.format) for path in paths]
     try:
         core = _core.plan_merge(found, sources, core_options)
     except PlanError:
@@ -534,7 +554,9 @@ def make_plan(
             raise
         core_options["renames"] = rules
         core = _core.plan_merge(found, sources, core_options)
-    return MergePlan(core, None if subtract or isinstance(found, tuple) else options)
+    # The base is found: what plans again is given its path.
+    options = options._replace(revision=None)
+    return MergePlan(core, None if subtract or isinstance(found, tuple) else options, notes)
 
 
 def _renaming_rules(base: Path | _core.StoreLocation | ModuleBase) -> str | None:

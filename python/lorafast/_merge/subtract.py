@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorafast import _core
 from lorafast._errors import OutputError, VerificationError
+from lorafast._io.hub import require_directory
 from lorafast._io.limits import check_threads
-from lorafast._io.paths import is_directory, output_path, resolved
+from lorafast._io.paths import is_directory, resolved
 from lorafast._io.plain import fields_of
 from lorafast._io.progress import callback
 from lorafast._io.sources import BASE_PATTERNS, as_list, locate, require_readers
@@ -136,7 +137,7 @@ def subtract_adapters(
 ) -> SubtractReport:
     """`lorafast.subtract`, with its options as the two objects that they are in."""
     check_threads(execution.threads)
-    output = output_path(output)
+    output = require_directory(output)
     dtype = options.to_core()["dtype"]
     proof = None
     require_readers(merged, *as_list(adapters), original)
