@@ -33,6 +33,7 @@ ELSEWHERE = {
     "pip install": "installs",
     "s3://": "needs an object store",
     "cuda": "needs a GPU",
+    "hf://": "needs the hub",
     "cpu:amx": "needs a processor with AMX",
     "deepseek-fp8": "needs quantised models",
     "from transformers": "needs a model; tests/merge/test_merged_views_loading.py runs it",

@@ -210,7 +210,30 @@ class Summary(TypedDict):
     file_origins: dict[str, str]
     left_out: list[str]
     rounding: RoundingLoss | None
+    recipes: dict[str, WrittenRecipe]
+    kept: list[str]
     warnings: list[str]
+
+@type_check_only
+class FileMark(TypedDict):
+    bytes: int
+    inode: int
+    modified: int
+    changed: int
+
+@type_check_only
+class RoundingSums(TypedDict):
+    error: float
+    change: float
+    moving: int
+    unmoved: int
+    values: int
+
+@type_check_only
+class WrittenRecipe(TypedDict):
+    recipe: str
+    file: FileMark
+    rounding: RoundingSums
 
 @type_check_only
 class Rounding(TypedDict):

@@ -10,6 +10,7 @@ pub(crate) mod entries;
 pub mod operands;
 pub mod parts;
 pub(crate) mod queue;
+pub mod recipes;
 pub(crate) mod requantize;
 pub(crate) mod residual;
 pub(crate) mod rewrite;
@@ -38,6 +39,7 @@ use crate::storage::sink::{Destination, OutputLock, Sink};
 
 use compute::{Buffers, Computer, Slot, lock};
 use queue::{Work, WorkQueues};
+use recipes::Recipes;
 use requantize::Requantizing;
 use rounding::{RoundingLoss, RoundingSums};
 use session::{Session, WorkFilter};
@@ -59,6 +61,9 @@ pub struct Options {
     pub instruction_set: Option<InstructionSet>,
     /// The card of the output; the base's, where it has one, is then kept beside it.
     pub card: Option<String>,
+    /// Shards of a model in the output, which are kept where they would become the same again; `None`
+    /// where nobody asks for recipes.
+    pub recipes: Option<Recipes>,
     /// Models that are read beside the base, and must not be written over either.
     #[serde(skip)]
     pub protected: Vec<PathBuf>,
@@ -72,6 +77,7 @@ impl Default for Options {
             sync: true,
             instruction_set: None,
             card: None,
+            recipes: None,
             protected: Vec::new(),
         }
     }
@@ -108,6 +114,10 @@ pub struct Summary {
     /// What rounding took away of what the adapters change, where merged weights of the output have fewer
     /// than 32 bits.
     pub rounding: Option<RoundingLoss>,
+    /// Of each shard what it was made from, where that was asked for.
+    pub recipes: Recipes,
+    /// The shards that were there already.
+    pub kept: Vec<String>,
     /// What went wrong after the output was complete, and what stays in it beside the model.
     pub warnings: Vec<String>,
 }
@@ -153,6 +163,8 @@ struct Output<'a> {
     files: &'a [Box<dyn Sink>],
     /// Whether what is written has to have reached the disk in the end.
     sync: bool,
+    /// Shards that are there already.
+    kept: &'a [bool],
 }
 
 struct Job<'a> {
@@ -166,8 +178,8 @@ struct Job<'a> {
     /// Units of work left for each shard, so that the last one syncs it.
     remaining: Vec<AtomicUsize>,
     digests: Vec<Mutex<Option<String>>>,
-    /// What rounding takes away.
-    rounding: Mutex<RoundingSums>,
+    /// What rounding takes away, of each shard.
+    rounding: Vec<Mutex<RoundingSums>>,
     /// What entry-wise methods found out of tensors that they merge, by shard and position.
     selections: Mutex<HashMap<(usize, usize), Arc<Selections>>>,
     /// The tensors of which that has to be found out.
@@ -221,7 +233,10 @@ impl<'a> Job<'a> {
                 queues[position].clear();
             }
         }
-        queues.iter_mut().for_each(|queue| queue.retain(|work| filter.takes(work)));
+        let is_kept = |shard: usize| output.kept.get(shard).is_some_and(|kept| *kept);
+        for (shard, queue) in queues.iter_mut().enumerate() {
+            queue.retain(|work| !is_kept(shard) && filter.takes(work));
+        }
         queue::tell_sources(inputs, plan, &queues, task);
         let mut unknown: Vec<_> =
             queues.iter().flatten().filter_map(|work| work.merged()).collect();
@@ -234,6 +249,7 @@ impl<'a> Job<'a> {
         let computer = Computer { inputs, set, task };
         let mut remaining: Vec<_> = queues.iter().map(Vec::len).collect();
         let mut requantizing = requantize::all(plan);
+        requantizing.retain(|(shard, _), _| !is_kept(*shard));
         if let WorkFilter::Only(ids) = filter {
             requantizing.retain(|id, _| ids.contains(id));
         }
@@ -256,7 +272,7 @@ impl<'a> Job<'a> {
             slots,
             remaining,
             digests,
-            rounding: Mutex::default(),
+            rounding: plan.shards.iter().map(|_| Mutex::default()).collect(),
             selections: Mutex::default(),
             unknown,
             requantizing,
@@ -309,8 +325,8 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    fn rounding(&self) -> RoundingSums {
-        *lock(&self.rounding)
+    fn rounding(&self) -> Vec<RoundingSums> {
+        self.rounding.iter().map(|sums| *lock(sums)).collect()
     }
 
     fn digests(&self) -> Result<Vec<String>> {
@@ -440,12 +456,13 @@ impl<'a> Job<'a> {
     ) -> Result<()> {
         let requantizing = self.requantizing.get(&(shard, tensor));
         let known = lock(&self.selections).get(&(shard, tensor)).cloned();
+        let rounding = &self.rounding[shard];
         let (tensor, target) = self.tensor(shard, tensor);
         let slot = &self.slots[slot];
         let prepared = slot.prepared(|| self.computer.prepare_with(tensor, known.as_deref()))?;
         if let Some(requantizing) = requantizing {
             let unit = requantizing.encode(&self.computer, tensor, &prepared, rows, buffers)?;
-            lock(&self.rounding).add(&unit.rounding);
+            lock(rounding).add(&unit.rounding);
             self.write(shard, &unit.codes, target + unit.first)?;
             slot.release();
             let scales = unit.scales.map(|scales| scales.tensors).unwrap_or_default();
@@ -460,7 +477,7 @@ impl<'a> Job<'a> {
         let measured = rounding::is_sampled(tensor, rows).then_some(&mut sums);
         let result = self.computer.merge_measured(tensor, &prepared, rows, buffers, measured)?;
         self.write(shard, result, target + first as u64)?;
-        lock(&self.rounding).add(&sums);
+        lock(rounding).add(&sums);
         slot.release();
         Ok(())
     }

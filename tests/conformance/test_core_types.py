@@ -71,8 +71,9 @@ def carry_out_and_measure(tmp_path: Path, holds: Callable[[Any, str], None]) -> 
     ]
     plan = lorafast.plan(base, adapters).core
     merged = tmp_path / "merged"
-    summary, lock = plan.execute(merged)
+    summary, lock = plan.execute(merged, {"recipes": {}})
     holds(summary, "Summary")
+    assert summary["recipes"]
     assert lock.release() is None
     holds(plan.verify(merged, full=True), "VerifyOutcome")
     begun = plan.begin(tmp_path / "stepwise", {"threads": 1})

@@ -69,6 +69,7 @@ def test_what_crosses_to_the_core_is_what_the_core_knows(tmp_path: Path) -> None
         *ExecutionOptions().to_core(),
         "instruction_set",
         "card",
+        "recipes",
     }
 
 

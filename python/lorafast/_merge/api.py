@@ -276,7 +276,9 @@ def merge(
         overwrite: replace a model in `output`: what its manifest or index lists, and files that
             only models have. Whatever else lies there stays, weights with a warning; an adapter
             there is an error. The older model is deleted when the new one is in its place, and is
-            back in its place where that fails.
+            back in its place where that fails. Shards that would become the same again, by the
+            recipes in its `merge_report.json`, stay the files that they are; one that anybody
+            touched since, or whose base or factors changed, is written anew.
         progress: `True` draws a bar on a terminal or in a notebook, and elsewhere writes a line
             every ten seconds; a callable is called with the bytes done and the bytes in all.
         allow: what to merge without, by name: fields of an adapter's config that are unknown and
@@ -291,7 +293,7 @@ def merge(
         verify: read the result back and prove it, as `lorafast.verify` does, before it becomes a
             model.
         report: write `merge_report.json` and `merge_report.md` beside the model, and a card
-            (`README.md`); the base's is kept as `README.base.md`.
+            (`README.md`); the base's is kept as `README.base.md`. Without, no shard is reused.
         sync: return when the output has reached the disk. `False` leaves the time to the system,
             as `cp` does; a loss of power soon after can then take the model with it.
         tokenizer: whose tokenizer and chat template the output has. "auto": an adapter's where its

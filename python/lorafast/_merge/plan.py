@@ -250,11 +250,24 @@ class MergePlan(Result):
         device = execution.device
         options = execution.to_core()
         options["card"] = self._card() if execution.report else None
+        # A report says what each shard was made from, and the next merge looks there.
+        has_recipes = (
+            execution.report
+            and self.options is not None
+            and device in ("cpu", AMX)
+            and isinstance(place, str)
+        )
         with ExitStack() as held:
             with callback(execution.progress) as tell, _told_how_to_resume(place):
                 prove = _Proof(output, execution) if execution.verify else None
                 if device in ("cpu", AMX):
                     options["instruction_set"] = "amx" if device == AMX else None
+                    if has_recipes:
+                        from lorafast._merge.recipes import earlier
+
+                        # What is proved is what this merge has written.
+                        reuses = execution.overwrite and not execution.verify
+                        options["recipes"] = earlier(output) if reuses else {}
                     summary, lock = self._execute(place, options, tell, prove)
                     notes, fallbacks = [], {}
                 else:
@@ -277,6 +290,14 @@ class MergePlan(Result):
                 checked = prove.found
                 result.warnings.extend(checked.warnings)
                 result = result._replace(verification=RecordDict(checked.to_dict()))
+            if has_recipes:
+                result = result._replace(recipes=RecordDict(summary["recipes"]))
+                if summary["kept"]:
+                    count, all_of_them = len(summary["kept"]), len(summary["recipes"])
+                    result.notes.append(
+                        f"{count} of {all_of_them} shards would become the same again, and stay as "
+                        "they are"
+                    )
             yield result
         result.warnings.extend(warnings)
 

@@ -140,6 +140,7 @@ class _MergeReportFields(NamedTuple):
     timestamp: str | None = None
     strategy_options: dict[str, Any] | None = None
     seed: int | None = None
+    recipes: dict[str, Any] | None = None
 
 
 @shown
@@ -197,6 +198,10 @@ class MergeReport(_MergeReportFields, OutputReport):
         timestamp: when it was finished, in local time.
         strategy_options: what the strategy was given, if anything.
         seed: what the random masks of the strategy depend on, where it has any.
+        recipes: of each shard a digest of all that decided its bytes (`recipe`), what its file was
+            when it was finished, and what rounding took away in it; by this a merge with
+            `overwrite` knows which shards would become the same again. Of merges on the CPU with a
+            report.
     """
 
     __slots__ = ()

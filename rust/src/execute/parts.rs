@@ -61,7 +61,7 @@ pub fn write_shards(
         Ok(Box::new(file))
     };
     let files = plan.shards.iter().map(open).collect::<Result<Vec<_>>>()?;
-    let output = Output { directory, files: &files, sync: options.sync };
+    let output = Output { directory, files: &files, sync: options.sync, kept: &[] };
     let set = options.instruction_set.unwrap_or_else(InstructionSet::detect);
     let job = Job::without_digests(inputs, &plan, output, set, task, &WorkFilter::All);
     job.run(&pool)?;

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::plan::{PlannedTensor, Update};
 
@@ -37,8 +37,9 @@ pub(super) fn is_sampled(tensor: &PlannedTensor, rows: &Range<usize>) -> bool {
 }
 
 /// Sums of squares and counts.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct RoundingSums {
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoundingSums {
     error: f64,
     change: f64,
     moving: u64,

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::compute::{self, Computer};
 use super::queue::{self, Work};
+use super::recipes;
 use super::rewrite;
 use super::rounding::RoundingSums;
 use super::{Job, Options, Output, Summary};
@@ -18,7 +19,9 @@ use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
 use crate::plan::{CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, SideFiles};
 use crate::storage::local::{self, Stamp};
-use crate::storage::sink::{Committed, Destination, Input, OutputLock, Request, Sink, StagedModel};
+use crate::storage::sink::{
+    Committed, Destination, Input, KeptFile, OutputLock, Request, Sink, StagedModel,
+};
 use crate::storage::source::{LocalFile, Source};
 use crate::storage::store::Store;
 use crate::tensor::dtype::Dtype;
@@ -84,6 +87,12 @@ pub struct Session {
     sync: bool,
     digests: Mutex<Vec<String>>,
     rounding: Mutex<RoundingSums>,
+    /// That of the shards that are made here, and of those that were there.
+    shard_rounding: Mutex<Vec<RoundingSums>>,
+    /// The recipes of the shards, where they are asked for.
+    recipes: Option<Vec<String>>,
+    /// Shards that are there already.
+    kept: Vec<bool>,
     /// Whether somebody else wrote rows that have to be synced.
     written: AtomicBool,
 }
@@ -121,12 +130,23 @@ impl Session {
         let side_files = beside_card(&plan.side_files, options.card.is_some());
         let side_bytes: u64 = side_files.carried.iter().map(|file| file.stamp.length).sum();
         let total = plan.bytes() + side_bytes;
+        let set = options.instruction_set.unwrap_or_else(InstructionSet::detect);
+        let recipes = match &options.recipes {
+            Some(_) if written.is_empty() => Some(recipes::of(inputs, plan, set, &pool)?),
+            _ => None,
+        };
+        let known = match (&recipes, &options.recipes) {
+            (Some(own), Some(earlier)) => recipes::known(plan, own, earlier),
+            _ => vec![None; plan.shards.len()],
+        };
+        let known_shards = plan.shards.iter().zip(&known).filter(|(_, known)| known.is_some());
+        let known_bytes: u64 = known_shards.map(|(shard, _)| shard.bytes()).sum();
         // The base's shards, the output's, each adapter's file, and what lies beside the weights.
         local::allow_open(2 * plan.shards.len() + inputs.adapters.len() + side_files.carried.len());
         let mut staging = output.begin(Request {
             overwrite: options.overwrite,
             sync: options.sync,
-            bytes: total,
+            bytes: total - known_bytes,
             names: names(inputs, plan, &side_files, options.card.is_some()),
             inputs: read_inputs(inputs, &side_files, &options.protected)?,
             stores: read_stores(inputs),
@@ -174,9 +194,29 @@ impl Session {
             staging.copy(&shard.name, &source, path)?;
             task.advance(stamp.length);
         }
+        let mut kept = vec![false; plan.shards.len()];
+        let mut rounding = vec![RoundingSums::default(); plan.shards.len()];
+        let groups = if known_bytes > 0 { plan.groups() } else { Vec::new() };
+        for group in groups {
+            let all = group.iter().map(|shard| known[*shard]).collect::<Option<Vec<_>>>();
+            let Some(all) = all else { continue };
+            let names = || group.iter().map(|shard| plan.shards[*shard].name.as_str());
+            let marks: Vec<_> = names().zip(all.iter().map(|found| found.file)).collect();
+            if staging.keep(&marks)? {
+                for (shard, found) in group.iter().zip(all) {
+                    kept[*shard] = true;
+                    rounding[*shard] = found.rounding;
+                    task.advance(plan.shards[*shard].bytes());
+                }
+            }
+        }
         let files = plan.shards[written.len()..]
             .iter()
-            .map(|shard| {
+            .zip(&kept[written.len()..])
+            .map(|(shard, is_kept)| {
+                if *is_kept {
+                    return Ok(Box::new(KeptFile) as Box<dyn Sink>);
+                }
                 let like = inputs.base.shards()[shard.source].file.source();
                 let file = staging.create(&shard.name, shard.bytes(), Some(like))?;
                 if !file.is_written() && !queue::copies_header(inputs, shard) {
@@ -197,10 +237,13 @@ impl Session {
             total,
             start,
             pool,
-            set: options.instruction_set.unwrap_or_else(InstructionSet::detect),
+            set,
             sync: options.sync,
             digests: Mutex::new(Vec::new()),
             rounding: Mutex::default(),
+            shard_rounding: Mutex::new(rounding),
+            recipes,
+            kept,
             written: AtomicBool::new(false),
         })
     }
@@ -221,10 +264,13 @@ impl Session {
         filter: &WorkFilter,
         task: &Task,
     ) -> Result<()> {
-        let output = Output { directory: &self.output, files: &self.files, sync: self.sync };
+        let (directory, files, kept) = (&self.output, &self.files, &self.kept);
+        let output = Output { directory, files, sync: self.sync, kept };
         let job = Job::new(inputs, plan, output, self.set, task, filter);
         job.run(&self.pool)?;
-        self.add_rounding(&job.rounding());
+        let mut rounding = self.shard_rounding.lock().unwrap_or_else(PoisonError::into_inner);
+        rounding.iter_mut().zip(job.rounding()).for_each(|(all, own)| all.add(&own));
+        drop(rounding);
         if !matches!(filter, WorkFilter::Only(_)) {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
         }
@@ -361,7 +407,14 @@ impl Session {
         // What was written to meanwhile would make a model of two states.
         inputs.check_unchanged()?;
         let Committed { mut warnings, lock } = self.staging.commit()?;
-        let rounding = self.rounding.into_inner().unwrap_or_else(PoisonError::into_inner).loss();
+        let of_shards = self.shard_rounding.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut rounding = self.rounding.into_inner().unwrap_or_else(PoisonError::into_inner);
+        of_shards.iter().for_each(|sums| rounding.add(sums));
+        let rounding = rounding.loss();
+        let recipes =
+            self.recipes.as_ref().map(|own| recipes::written(&self.output, plan, own, &of_shards));
+        let kept = plan.shards.iter().zip(&self.kept).filter(|(_, kept)| **kept);
+        let kept = kept.map(|(shard, _)| shard.name.clone()).collect();
         warnings.extend(rounding.and_then(|loss| loss.warning()));
         let mut file_origins = self.side_files.origins();
         if self.has_card {
@@ -384,6 +437,8 @@ impl Session {
             file_origins,
             rounding,
             left_out: self.side_files.left_out,
+            recipes: recipes.unwrap_or_default(),
+            kept,
             warnings,
         };
         Ok((summary, lock))

@@ -1,13 +1,16 @@
 //! Sinks and destinations: where bytes are written at positions, and where a model is made of them.
 
 use std::fmt::{self, Debug};
+use std::fs::{self, Metadata};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::local::{self, CopyError, File};
+use serde::{Deserialize, Serialize};
+
+use super::local::{self, CopyError, File, Stamp};
 use super::source::Source;
 use super::store::Store;
 use crate::error::Result;
@@ -75,6 +78,30 @@ impl Sink for File {
     }
 }
 
+/// In the place of a file that is there already, and is not written to.
+#[derive(Debug)]
+pub struct KeptFile;
+
+impl Sink for KeptFile {
+    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    fn take_range(
+        &self,
+        _source: &dyn Source,
+        _range: Range<u64>,
+        _offset: u64,
+        _buffer: &mut [u8],
+    ) -> std::result::Result<(), CopyError> {
+        Err(CopyError::Write(io::ErrorKind::PermissionDenied.into()))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// [`Sink::take_range`] for two sides that have no other way.
 ///
 /// # Errors
@@ -94,6 +121,57 @@ pub fn take_through_buffer(
         offset += part.len() as u64;
     }
     Ok(())
+}
+
+/// What a file is: one that is written to, or exchanged for another, is another then. The time of its
+/// last change of any kind is among it, which no program can set back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileMark {
+    /// Its length.
+    pub bytes: u64,
+    /// Its inode.
+    pub inode: u64,
+    /// Nanoseconds from 1970 to the last change of its content.
+    pub modified: u64,
+    /// Nanoseconds from 1970 to the last change of any kind, where the system knows that.
+    pub changed: u64,
+}
+
+impl FileMark {
+    /// Of a file with this metadata.
+    pub fn of(metadata: &Metadata) -> Self {
+        Self { changed: changed(metadata), ..Self::of_stamp(&Stamp::of(metadata)) }
+    }
+
+    /// Of the plain file that has this path itself; `None` where there is none.
+    pub fn of_file(path: &Path) -> Option<Self> {
+        let found = fs::symlink_metadata(path).ok().filter(Metadata::is_file)?;
+        Some(Self::of(&found))
+    }
+
+    /// Of a source, as far as its stamp tells it where it is no file.
+    pub fn of_source(source: &dyn Source) -> Self {
+        let found = source.as_file().and_then(|file| file.metadata().ok());
+        found.map_or_else(|| Self::of_stamp(&source.stamp()), |found| Self::of(&found))
+    }
+
+    /// As far as a stamp tells it.
+    pub fn of_stamp(stamp: &Stamp) -> Self {
+        let Stamp { length, modified, identity: (_, inode) } = *stamp;
+        Self { bytes: length, inode, modified: modified as u64, changed: 0 }
+    }
+}
+
+#[cfg(unix)]
+fn changed(metadata: &Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.ctime() as u64).wrapping_mul(1_000_000_000).wrapping_add(metadata.ctime_nsec() as u64)
+}
+
+#[cfg(not(unix))]
+fn changed(_metadata: &Metadata) -> u64 {
+    0
 }
 
 /// What a destination is asked for.
@@ -178,6 +256,15 @@ pub trait StagedModel: Debug + Send + Sync {
     /// Takes everything back, so that no later merge goes on from it.
     fn discard(self: Box<Self>) {
         drop(self);
+    }
+
+    /// Takes files of the older model over into the new one, as they lie there and without a copy, if
+    /// all of them are what they were. Returns whether they are.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    fn keep(&mut self, _files: &[(&str, FileMark)]) -> Result<bool> {
+        Ok(false)
     }
 
     /// Makes what was written the destination's model.

@@ -24,7 +24,7 @@ use crate::error::{Error, Owner, Result};
 use crate::storage::directory::LocalDirectory;
 use crate::storage::file_names;
 use crate::storage::local::{self, CopyError};
-use crate::storage::sink::{Committed, Input, OutputLock, Request, Sink, StagedModel};
+use crate::storage::sink::{Committed, FileMark, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::Source;
 use crate::storage::store::Store;
 use lock::Lock;
@@ -54,6 +54,15 @@ struct Written {
     _file: Option<File>,
 }
 
+/// A file of the older model that stays where it is.
+#[derive(Debug)]
+struct KeptFile {
+    name: String,
+    mark: FileMark,
+    /// Open until the commit, that no other file can have its inode.
+    _file: File,
+}
+
 /// The checked and locked place for one merge. Dropped before [`Staging::commit`], it leaves the
 /// output as it was found.
 #[derive(Debug)]
@@ -67,6 +76,8 @@ pub struct Staging {
     names: Vec<String>,
     inputs: Vec<Input>,
     written: Vec<Written>,
+    /// Files of the older model that the new one has, too.
+    kept_files: Vec<KeptFile>,
     lock: Option<Lock>,
     /// The outermost directory that did not exist before, removed again on failure.
     created: Option<PathBuf>,
@@ -99,6 +110,7 @@ impl Staging {
             names,
             inputs,
             written: Vec::new(),
+            kept_files: Vec::new(),
             lock: None,
             created,
             kept: false,
@@ -138,6 +150,11 @@ impl Staging {
             }
         }
         Ok(path)
+    }
+
+    /// Whether a file is of the older model and of the new one.
+    fn keeps(&self, name: &str) -> bool {
+        self.kept_files.iter().any(|kept| kept.name == name)
     }
 
     /// What a failure to write there means: what is not there any more was there.
@@ -221,11 +238,36 @@ impl StagedModel for Staging {
         Arc::new(LocalDirectory(self.directory.join(&self.model)))
     }
 
+    fn keep(&mut self, files: &[(&str, FileMark)]) -> Result<bool> {
+        let mut kept = Vec::new();
+        for (name, mark) in files {
+            debug_assert!(self.names.iter().any(|known| known == name), "{name} was announced");
+            let path = self.output.join(name);
+            let is_it = |found: fs::Metadata| found.is_file() && FileMark::of(&found) == *mark;
+            if !stays_inside(&self.output, name) || FileMark::of_file(&path) != Some(*mark) {
+                return Ok(false);
+            }
+            let Ok(file) = File::open(&path) else { return Ok(false) };
+            if !file.metadata().is_ok_and(is_it) {
+                return Ok(false);
+            }
+            if self.sync {
+                // Whoever wrote it may not have waited for the disk.
+                file.sync_all().map_err(|error| Error::io(&path, error))?;
+            }
+            kept.push(KeptFile { name: (*name).to_owned(), mark: *mark, _file: file });
+        }
+        self.kept_files.extend(kept);
+        Ok(true)
+    }
+
     /// The model is listed in a manifest beside it. What of an older model the new one does not replace
     /// is deleted at the end; whatever else lies in the output stays. An error says where the new
     /// model lies.
     fn commit(mut self: Box<Self>) -> Result<Committed> {
-        let content = manifest::encode(self.written.iter().map(|file| (&*file.name, file.bytes)));
+        let written = self.written.iter().map(|file| (&*file.name, file.bytes));
+        let kept = self.kept_files.iter().map(|file| (&*file.name, file.mark.bytes));
+        let content = manifest::encode(written.chain(kept));
         self.put(MANIFEST, &content, None)?;
         let mut warnings = commit::commit(&mut self)?;
         let Some(lock) = self.lock.take() else {

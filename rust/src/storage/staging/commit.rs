@@ -19,6 +19,7 @@ use super::{COMMITTED, DIRECTORY, KEPT, Kept, MODEL, Staging, is_index, place, s
 use crate::error::{Error, Result};
 use crate::storage::file_names;
 use crate::storage::local::{self, Stamp};
+use crate::storage::sink::FileMark;
 
 /// In the staging directory: the files of the older model, while the new one takes their place.
 const OLDER: &str = "older";
@@ -223,7 +224,9 @@ pub fn commit(staging: &mut Staging) -> Result<Vec<String>> {
     if let Some(name) = occupancy.older.iter().find(has_come) {
         return Err(keep(format!("{name} has come into it while the model was written")));
     }
-    let (new, older) = in_order(new, occupancy.older);
+    // What stays is of both models, and moves in no case.
+    let older = occupancy.older.into_iter().filter(|name| !staging.keeps(name)).collect();
+    let (new, older) = in_order(new, older);
     let journal = Journal { schema: SCHEMA, model: staging.model.clone(), new, older };
     let unmoved =
         |error| keep(format!("the model could not be moved into it, which is as it was: {error}"));
@@ -300,6 +303,12 @@ fn check_written(staging: &Staging, layout: &Layout<'_>) -> Result<Vec<NewFile>>
             return Err(lost(format!("something {how} {}", path.display())));
         };
         new.push(NewFile::of(&written.name, metadata));
+    }
+    for kept in &staging.kept_files {
+        let path = layout.output.join(&kept.name);
+        if FileMark::of_file(&path) != Some(kept.mark) {
+            return Err(lost(format!("something changed {}", path.display())));
+        }
     }
     Ok(new)
 }
@@ -479,7 +488,8 @@ fn sync_directories(root: &Path, journal: &Journal) {
 pub fn cut_off(staging: &mut Staging, steps: usize) -> bool {
     let (output, directory) = (staging.output.clone(), staging.directory.clone());
     let layout = Layout::new(&output, &directory, &staging.model);
-    let older = place::Occupancy::find(&output, &staging.names, &[]).expect("found").older;
+    let mut older = place::Occupancy::find(&output, &staging.names, &[]).expect("found").older;
+    older.retain(|name| !staging.keeps(name));
     let new = check_written(staging, &layout).expect("all there");
     let (new, older) = in_order(new, older);
     let journal = Journal { schema: SCHEMA, model: staging.model.clone(), new, older };

@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::*;
@@ -453,4 +454,99 @@ fn what_is_read_is_never_moved_away_under_whatever_name() {
     assert!(error.contains("lies inside the base"), "{error}");
     let error = refused(vec![input(base.clone(), true)], &base);
     assert!(error.contains("is the base itself"), "{error}");
+}
+
+/// A model that has the first shard of the older one, and whose other files hold `text`.
+fn begin_with_kept(output: &Path, text: &str) -> Box<Staging> {
+    let mut staging = Box::new(Staging::create(output, request(true, &NAMES)).expect("a place"));
+    let mark = FileMark::of(&fs::metadata(output.join(NAMES[0])).expect("the older model's"));
+    assert!(staging.keep(&[(NAMES[0], mark)]).expect("looked at"));
+    for name in &NAMES[1..] {
+        staging.put(name, text.as_bytes(), None).expect("written");
+    }
+    staging
+}
+
+#[test]
+fn a_file_that_both_models_have_stays_the_same_file() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path().join("out");
+    model(&output, "old", &NAMES);
+    let mark = || FileMark::of(&fs::metadata(output.join(NAMES[0])).expect("there"));
+    let before = mark();
+    begin_with_kept(&output, "new").commit().expect("committed");
+    assert_eq!(mark(), before);
+    let mut expected: Vec<_> =
+        NAMES.iter().chain([&MANIFEST]).map(|&name| name.to_owned()).collect();
+    expected.sort();
+    assert_eq!(names(&output), expected);
+    assert!(missing_files(&LocalDirectory(output.clone())).is_empty());
+    let listed = manifest::listed(&output).into_iter().map(|(name, _)| name);
+    let expected: BTreeSet<_> = expected.into_iter().filter(|name| name != MANIFEST).collect();
+    assert_eq!(listed.collect::<BTreeSet<_>>(), expected);
+    // Dropped, it leaves what it was to keep.
+    let before = snapshot(&output);
+    drop(begin_with_kept(&output, "third"));
+    assert_eq!(snapshot(&output), before);
+}
+
+#[test]
+fn a_file_that_changed_is_not_kept() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = root.path().join("out");
+    model(&output, "old", &NAMES);
+    let mark = FileMark::of(&fs::metadata(output.join(NAMES[0])).expect("there"));
+    let mut staging = Box::new(Staging::create(&output, request(true, &NAMES)).expect("a place"));
+    let others = [
+        FileMark { bytes: mark.bytes + 1, ..mark },
+        FileMark { inode: mark.inode + 1, ..mark },
+        FileMark { modified: mark.modified + 1, ..mark },
+        FileMark { changed: mark.changed + 1, ..mark },
+    ];
+    for other in others {
+        assert!(!staging.keep(&[(NAMES[0], other)]).expect("looked at"));
+    }
+    // All of some files or none.
+    let absent = (NAMES[1], FileMark { inode: 0, ..mark });
+    assert!(!staging.keep(&[(NAMES[0], mark), absent]).expect("looked at"));
+    drop(staging);
+    let staging = begin_with_kept(&output, "new");
+    fs::write(output.join(NAMES[0]), "odd").expect("written to meanwhile");
+    let before = fs::read_to_string(output.join("config.json")).expect("there");
+    let error = staging.commit().expect_err("refused").to_string();
+    assert!(error.contains("something changed"), "{error}");
+    assert_eq!(fs::read_to_string(output.join("config.json")).expect("there"), before);
+}
+
+#[test]
+fn a_commit_with_kept_files_that_was_cut_off_is_finished_or_taken_back() {
+    for steps in 0..100 {
+        let root = tempfile::tempdir().expect("a directory");
+        let output = root.path().join("out");
+        model(&output, "old", &NAMES);
+        let kept = FileMark::of(&fs::metadata(output.join(NAMES[0])).expect("there"));
+        let older = snapshot(&output);
+        let mut staging = begin_with_kept(&output, "new");
+        let content = manifest::encode([(NAMES[0], kept.bytes)].into_iter());
+        staging.put(MANIFEST, &content, None).expect("written");
+        let is_done = commit::cut_off(&mut staging, steps);
+        // As a killed process leaves it.
+        staging.kept = true;
+        drop(staging);
+        let recovery = recover(&output).expect("recovered");
+        assert_eq!(FileMark::of(&fs::metadata(output.join(NAMES[0])).expect("there")), kept);
+        let found = snapshot(&output);
+        if recovery == Recovery::Finished {
+            let text = |name: &str| fs::read_to_string(output.join(name)).expect("there");
+            assert!(NAMES[1..].iter().all(|name| text(name) == "new"), "{found:?}");
+            assert_eq!(text(NAMES[0]), "old");
+        } else {
+            assert_eq!(found, older);
+        }
+        assert!(!output.join(DIRECTORY).exists());
+        if is_done {
+            return;
+        }
+    }
+    panic!("a commit has an end");
 }
