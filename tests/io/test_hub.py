@@ -82,7 +82,7 @@ def test_of_a_pipeline_only_what_a_merge_reads_is_fetched(
     everything = {
         p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file()
     }
-    assert fetched == everything - {*others, "README.md"}
+    assert fetched == everything - {*others}
 
 
 def test_a_path_wins_over_an_id(

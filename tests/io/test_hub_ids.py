@@ -86,6 +86,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     """A hub with a base in two revisions, and adapters in a repository and in folders of one."""
     make_base(tmp_path / "base", shards=2)
     make_base(tmp_path / "base-v2", shards=2, seed=7)
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\nThe base.\n")
+    (tmp_path / "base" / "LICENSE").write_text("MIT")
     make_adapter(tmp_path / "adapter")
     several = tmp_path / "several"
     make_adapter(several / "style", adapter_tensors(seed=3))
@@ -143,6 +145,11 @@ def test_bases_and_adapters_are_fetched_and_found_again_offline(
     expected = weights(tmp_path / "expected")
     given = ["--base", base, "--adapters", adapter, *words]
     assert merged(tmp_path, hub, *given) == expected
+    [out] = tmp_path.glob("out-*")
+    assert {path.name for path in out.iterdir()} == {
+        path.name for path in (tmp_path / "expected").iterdir()
+    }
+    assert ("license: mit" in (out / "README.md").read_text()) == (local == "base")
     fetched = [line for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
     assert len(fetched) == len(set(fetched))
     if "several" in adapter:

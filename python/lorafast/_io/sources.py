@@ -46,8 +46,12 @@ PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 GGUF = ".gguf"
 #: The ending of weights that NumPy's archives hold.
 ARCHIVE = ".npz"
-#: What is fetched for a base: safetensors weights, and everything small beside them.
-BASE_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+#: What is fetched for a base: safetensors weights, and everything small beside them, its card and
+#: its licence among it.
+BASE_PATTERNS = [
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"),
+    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+]
 #: An adapter's files; weights that trainers save beside them, which are part of it; its tokenizer
 #: and its configs.
 ADAPTER_PATTERNS = [
