@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,3 +234,42 @@ def test_a_merge_that_fails_leaves_everything(made: Path) -> None:
         lorafast.merge(made / "base", made / "style", made / "out", overwrite=True)
     assert {path.name: path.read_bytes() for path in (made / "out").iterdir()} == before
     assert marks(made / "out") == own
+
+
+@pytest.mark.trust
+def test_killed_merges_leave_the_older_model_or_the_new_one(made: Path) -> None:
+    """Both have shards in common, which lie where they lay whatever happens."""
+    random = np.random.default_rng(0)
+    script = (
+        "import sys, lorafast; base, style, out = sys.argv[1:]; plan = lorafast.plan(base, style); "
+        "from lorafast._merge.recipes import earlier; recipes = earlier(out); assert recipes; "
+        "print('begins', flush=True); "
+        "plan.core.execute(out, {'overwrite': True, 'recipes': recipes, 'card': plan._card()})"
+    )
+    words = [sys.executable, "-c", script, *(str(made / n) for n in ("base", "style", "out"))]
+    models = []
+    for layer in (1, 3):
+        change(made, {layer}, "lora_A" if layer == 3 else "lora_B")
+        shutil.copytree(made / "style", made / f"style-{layer}")
+        lorafast.merge(made / "base", made / "style", made / f"fresh-{layer}")
+        models.append(whole(made / f"fresh-{layer}"))
+    for number in range(24):
+        shutil.rmtree(made / "style")
+        shutil.copytree(made / f"style-{(1, 3)[number % 2]}", made / "style")
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(random.uniform(0, 0.04))
+            process.kill()
+        lorafast.recover(made / "out")
+        # The first was another one.
+        assert whole(made / "out") in models or number == 0
+        # What was killed is carried out by the same call.
+        again(made)
+        assert whole(made / "out") == models[number % 2]
+
+
+def whole(directory: Path) -> dict[str, bytes]:
+    """The files of a model, but for those that tell of the merge."""
+    own = {"merge_report.json", "merge_report.md"}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in own}
