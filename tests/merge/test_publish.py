@@ -179,7 +179,7 @@ def test_nobody_publishes_without_a_token_or_the_hub(tmp_path: Path, hub: Hub) -
     assert "log in with `hf auth login`, or set HF_TOKEN" in done.stderr
     done = hub.run(tmp_path / "home", *words, HF_TOKEN="good", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
-    assert "hub" in done.stderr
+    assert "hf://me/merged: nothing is sent to the hub while HF_HUB_OFFLINE is set" in done.stderr
     assert not hub.repositories
 
 
