@@ -191,11 +191,13 @@ class Repository:
         """
         try:
             import huggingface_hub
+            from huggingface_hub import errors
         except ImportError as error:
             raise missing("huggingface_hub", "hub", FETCH.format(text)) from error
         self.named = named
         self._text = text
         self._client = huggingface_hub
+        self._offline: type[Exception] = errors.OfflineModeIsEnabled
         self._local = local_files_only
         self._revision = named.revision
 
@@ -225,7 +227,7 @@ class Repository:
         settings: dict[str, Any] = {} if self._revision is None else {"revision": self._revision}
         try:
             every = self._client.list_repo_files(self.named.repository, **settings)
-        except self._client.errors.OfflineModeIsEnabled:
+        except self._offline:
             return None
         before = f"{self.named.folder}/" if self.named.folder else ""
         return [name.removeprefix(before) for name in every if name.startswith(before)]

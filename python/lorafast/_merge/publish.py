@@ -110,12 +110,13 @@ def _named(output: str, execution: ExecutionOptions) -> hub.HubId:
 def _client(output: str) -> Any:
     try:
         import huggingface_hub
+        from huggingface_hub import constants
     except ImportError as error:
         raise missing("huggingface_hub", "hub", f"write to {output}") from error
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise LorafastError(
-            f"{output}: nothing is sent to the hub while HF_HUB_OFFLINE is set; unset it, or give a "
-            "directory"
+            f"{output}: nothing is sent to the hub while HF_HUB_OFFLINE is set; unset it, or give "
+            "a directory"
         )
     if huggingface_hub.get_token() is None:
         raise LorafastError(f"{output}: the hub takes files of users alone; {hub.LOG_IN}")
