@@ -375,7 +375,7 @@ def plan(
 
 
 def open_merged(
-    base: Source,
+    base: Source | None,
     adapters: Source | Sequence[Source],
     *,
     framework: "Framework" = "pt",
@@ -390,6 +390,10 @@ def open_merged(
     strategy_options: Mapping[str, float] | None = None,
     seed: int = 0,
     format: AdapterFormat | None = None,
+    revision: str | None = None,
+    storage_options: StorageOptions | None = None,
+    credential_provider: CredentialProvider | None = None,
+    io_memory: int | str | None = None,
 ) -> "MergedView":
     """Opens a merge that writes nothing, as `safetensors.safe_open` opens a file.
 
@@ -424,6 +428,10 @@ def open_merged(
         strategy_options: likewise.
         seed: likewise.
         format: likewise.
+        revision: likewise.
+        storage_options: likewise.
+        credential_provider: likewise.
+        io_memory: likewise.
 
     Returns:
         The view, to be used in a `with` statement.
@@ -433,10 +441,12 @@ def open_merged(
         ValueError: an argument is outside its domain.
         LorafastError: as for `lorafast.plan`.
     """
+    arguments = locals()
     from lorafast._merge.view import MergedView
 
-    options = pick(MergeOptions, locals())
-    return MergedView(base, adapters, options, framework=framework, threads=threads)
+    options = pick(MergeOptions, arguments)
+    with _stores(arguments):
+        return MergedView(base, adapters, options, framework=framework, threads=threads)
 
 
 def verify(

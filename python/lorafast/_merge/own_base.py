@@ -49,20 +49,21 @@ def find_own_base(
         AdapterError: an adapter names none.
         PlanError: two of them name different ones.
         FileNotFoundError: it is not there.
-        ValueError: there is no adapter, or one in a store; or a revision is given, and the base is a
-            path here.
+        ValueError: there is no adapter, or one in a store; or a revision is given, and the base is
+            a path here.
         LorafastError, OSError: as for `locate`.
     """
     if not adapters:
         raise ValueError("there are no adapters that could name the base; give both")
     names = [os.fspath(adapter) for adapter in adapters]
+    bases = []
     for name, place in zip(names, located, strict=True):
         if not isinstance(place, Path):
             raise ValueError(
                 f"{without_user(name)}: the base is looked for in configs that lie here or on the "
                 "hub; give it (--base)"
             )
-    bases = [_named_base(name, path, revision) for name, path in zip(names, located, strict=True)]
+        bases.append(_named_base(name, place, revision))
     if any(_place(base) != _place(bases[0]) for base in bases):
         each = "; ".join(f"{name} names {base}" for name, base in zip(names, bases, strict=True))
         raise PlanError(f"the adapters name different base models: {each}; give the base (--base)")

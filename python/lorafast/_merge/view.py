@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorafast import _core
 from lorafast._errors import LorafastError, TensorNotFoundError
+from lorafast._io.hub import with_revision
 from lorafast._io.limits import check_threads
-from lorafast._io.sources import BASE_PATTERNS, as_list, locate
+from lorafast._io.sources import BASE_PATTERNS, as_list, find_source
+from lorafast._io.stores import current, using
 from lorafast._merge.plan import MergePlan, make_plan
 from lorafast._merge.view_tensors import check_framework, maker_for
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
             strategy: Strategy | None = ...,
             strategy_options: Mapping[str, float] | None = ...,
             weights: Sequence[Weight] | None = ...,
+            revision: str | None = ...,
         ) -> Self: ...
 
 
@@ -59,7 +62,7 @@ class MergedView:
 
     def __init__(
         self,
-        base: Source,
+        base: Source | None,
         adapters: Source | Sequence[Source],
         options: Options,
         *,
@@ -69,9 +72,12 @@ class MergedView:
         self._make = maker_for(check_framework(framework))
         check_threads(threads)
         self._threads = threads
-        self._source = base
         self._lock = Lock()
+        self._stores = current()
         plan = _plan_of(base, as_list(adapters), options)
+        # The base that the adapters name stays, whatever is swapped in.
+        self._source: Source = plan.base
+        options = options._replace(revision=None)
         self._set(plan, options, _core.open_view(plan.core, threads=threads))
 
     def _set(self, plan: MergePlan, options: Options, view: _core.View) -> None:
@@ -212,7 +218,8 @@ class MergedView:
                     f"the view was opened with {len(options.weights)} weights, and there are "
                     f"{len(sources)} adapters now; give swap their weights"
                 )
-            plan = _plan_of(self._source, sources, options)
+            with using(self._stores):
+                plan = _plan_of(self._source, sources, options)
             view = _core.open_view(plan.core, threads=self._threads)
             stream = view.changed_from(before)
             self._set(plan, options, view)
@@ -220,13 +227,16 @@ class MergedView:
             return _Tensors(self, view, stream)
 
 
-def _plan_of(base: Source, adapters: Sequence[Source], options: Options) -> MergePlan:
+def _plan_of(base: Source | None, adapters: Sequence[Source], options: Options) -> MergePlan:
     """The plan of a merge, or of the base as it is where there is no adapter."""
     if adapters:
         return make_plan(base, adapters, options)
     # There is nothing to combine.
     plain = options._replace(strategy=None, strategy_options=None, weights=None)
-    return MergePlan(_core.plan_base(locate(base, BASE_PATTERNS), plain.to_core()), options)
+    if base is None:
+        raise ValueError("there are no adapters that could name the base; give it")
+    found = find_source(with_revision(base, options.revision), BASE_PATTERNS)
+    return MergePlan(_core.plan_base(found, plain.to_core()), options)
 
 
 class _Tensors(Iterator[tuple[str, Any]]):
