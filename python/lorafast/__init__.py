@@ -22,6 +22,7 @@ from lorafast._errors import (
     TensorNotFoundError,
     UnsupportedAdapterError,
     VerificationError,
+    WorkerError,
 )
 
 # Not `typing`'s, whose import would take as long as all that is imported here; type checkers know
@@ -137,6 +138,7 @@ __all__ = [
     "Update",
     "Verification",
     "VerificationError",
+    "WorkerError",
     "WrittenShard",
     "__version__",
     "analyze",

@@ -39,6 +39,7 @@ __all__ = [
     "compare_adapters",
     "convert_adapter",
     "extract_adapter",
+    "extract_part",
     "holds_adapter",
     "identify_path",
     "list_adapter",
@@ -49,9 +50,10 @@ __all__ = [
     "open_view",
     "plan_base",
     "plan_digest",
+    "plan_extraction",
     "plan_groups",
     "plan_merge",
-    "plan_shard_bytes",
+    "plan_shards",
     "recover_output",
     "resize_adapter",
     "scan_adapters",
@@ -130,6 +132,19 @@ class Plan:
         full: bool = False,
         split: bool = False,
         progress: Callable[[int, int], object] | None = None,
+    ) -> VerifyOutcome: ...
+    def verify_part(
+        self,
+        merged: str | os.PathLike[str],
+        part: tuple[int, int],
+        *,
+        threads: int | None = None,
+        full: bool = False,
+        split: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> list[Any]: ...
+    def verify_found(
+        self, merged: str | os.PathLike[str], found: Sequence[Any]
     ) -> VerifyOutcome: ...
     def of_base_alone(self, *, dtype: str | None = None) -> Plan: ...
     def distance(
@@ -218,7 +233,7 @@ def plan_merge(
 ) -> Plan: ...
 def plan_digest(plan: Plan) -> str: ...
 def plan_groups(plan: Plan) -> list[list[int]]: ...
-def plan_shard_bytes(plan: Plan) -> list[int]: ...
+def plan_shards(plan: Plan) -> list[tuple[str, int]]: ...
 def write_shards(
     plan: Plan,
     shards: Sequence[int],
@@ -231,7 +246,7 @@ def write_shards(
 def assemble_shards(
     plan: Plan,
     directory: str | os.PathLike[str],
-    written: Sequence[tuple[str, int, str]],
+    written: Sequence[Mapping[str, Any]],
     output: str | os.PathLike[str],
     *,
     overwrite: bool,
@@ -292,8 +307,26 @@ def extract_adapter(
     output: str | os.PathLike[str],
     *,
     options: str,
+    parts: Sequence[str | os.PathLike[str]],
     progress: Callable[[int, int], object] | None,
 ) -> ExtractResult: ...
+def plan_extraction(
+    tuned: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    options: str,
+    parts: Sequence[str | os.PathLike[str]],
+) -> ExtractPlan: ...
+def extract_part(
+    tuned: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    digest: str,
+    names: Sequence[str],
+    *,
+    options: str,
+) -> None: ...
 def identify_path(path: str | os.PathLike[str]) -> str | None: ...
 def analyze_adapter(
     adapter: _AdapterSource,
@@ -398,6 +431,27 @@ class Collection:
         threads: int | None,
         progress: Callable[[int, int], object] | None,
     ) -> tuple[bytearray, list[bytearray], int, tuple[float, float], str | None]: ...
+    def blocks(
+        self,
+        groups: Sequence[Sequence[int]],
+        *,
+        precision: SumPrecision,
+        per_module: bool,
+        memory: int,
+        ranks: int,
+    ) -> tuple[str, list[tuple[int, list[int], list[int]]]]: ...
+    def block(
+        self,
+        groups: Sequence[Sequence[int]],
+        index: int,
+        digest: str,
+        *,
+        precision: SumPrecision,
+        per_module: bool,
+        memory: int,
+        ranks: int,
+        threads: int | None,
+    ) -> tuple[bytearray, list[bytearray]]: ...
     def stacked(
         self,
         module: int,

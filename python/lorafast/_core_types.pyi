@@ -190,6 +190,7 @@ class WrittenShard(TypedDict):
     name: str
     bytes: int
     sha256: str
+    rounding: tuple[float, float, int, int, int]
 
 @type_check_only
 class RoundingLoss(TypedDict):
@@ -374,6 +375,11 @@ class ExtractedModule(TypedDict):
     mean_floor: float
     energy_above: float
     certificate: float
+
+class ExtractPlan(TypedDict):
+    digest: str
+    #: Parameters that are not finished, and the bytes of each.
+    left: list[tuple[str, int]]
 
 class ExtractResult(AlgebraResult):
     extraction: dict[str, ExtractedModule]

@@ -13,6 +13,7 @@ Exception
     ├── DeviceError                   a device that torch does not see, or cannot use
     ├── VerificationError             an output that reads back as something else
     ├── TensorNotFoundError           a name that no tensor of a merge has (a KeyError)
+    ├── WorkerError                   a worker of an executor that died
     └── MissingDependencyError        an optional package that is not installed (an ImportError)
 ```
 
@@ -81,6 +82,10 @@ class TensorNotFoundError(LorafastError, KeyError):
 
     # A KeyError shows its message in quotes.
     __str__ = Exception.__str__
+
+
+class WorkerError(LorafastError):
+    """A worker of an executor died before its task was done."""
 
 
 class MissingDependencyError(LorafastError, ImportError):

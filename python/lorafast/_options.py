@@ -122,6 +122,26 @@ def device_flag(what: str) -> Flag:
     )
 
 
+def executor_flag(what: str) -> Flag:
+    """The flag of who does the work.
+
+    Args:
+        what: what is done there, as a sentence: "the adapters are read".
+    """
+    return Flag(
+        f"where {what}: ray (a Ray cluster), processes or processes:N on this machine, each with "
+        "--threads threads, 1 if missing (default: in this process)",
+        metavar="NAME",
+        check=_executor,
+    )
+
+
+def _executor(name: str) -> str:
+    from lorafast._io.executors import check_executor_name
+
+    return check_executor_name(name)
+
+
 def _device(name: str) -> str:
     from lorafast._io.device_names import check_name
 

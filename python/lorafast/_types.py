@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from pathlib import Path
 
     import numpy
@@ -41,6 +42,20 @@ Progress = bool | Callable[[int, int], object]
 
 #: The weight of an adapter: a number for all modules, or numbers by patterns of module names.
 Weight = float | Mapping[str, float]
+
+
+class Executor(Protocol):
+    """What is needed of an executor of `concurrent.futures`, and of all that are like them."""
+
+    def submit(
+        self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any
+    ) -> Future[Any]: ...
+
+
+#: Who does the work: an executor, or "ray", "processes" or "processes:N" by name.
+ExecutorChoice = Executor | str
+#: What is called with (done, total).
+Report = Callable[[int, int], object]
 
 #: Methods that make sums of updates, with coefficients that follow from their inner products.
 SumMethod = Literal[

@@ -13,6 +13,7 @@ from lorafast._errors import (
     TensorNotFoundError,
     UnsupportedAdapterError,
     VerificationError,
+    WorkerError,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "TensorNotFoundError",
     "UnsupportedAdapterError",
     "VerificationError",
+    "WorkerError",
 ]

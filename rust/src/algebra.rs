@@ -36,6 +36,8 @@ pub use crate::methods::MethodOptions;
 pub use crate::weights::Weight;
 pub use bake::{BakeOptions, bake};
 pub use combine::{CombineOptions, ResizeOptions, combine, resize};
-pub use extract::{ExtractOptions, ExtractReport, Extraction, extract};
+pub use extract::{
+    ExtractOptions, ExtractPlan, ExtractReport, Extraction, extract, extract_part, plan_extraction,
+};
 pub use options::Writing;
 pub use report::{BudgetReport, Record, Report};

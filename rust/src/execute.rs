@@ -325,6 +325,11 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
+    /// What rounding took away from a shard.
+    fn rounding_of(&self, shard: usize) -> RoundingSums {
+        *lock(&self.rounding[shard])
+    }
+
     fn rounding(&self) -> Vec<RoundingSums> {
         self.rounding.iter().map(|sums| *lock(sums)).collect()
     }

@@ -24,7 +24,9 @@ mod tests;
 pub use collection::{Collection, Member, ModuleInfo};
 pub use drift::{Drift, drift};
 pub use groups::Group;
-pub use products::{Options, Precision, Products, Times, products, work};
+pub use products::{
+    Options, PlannedBlock, Precision, Products, Times, block_products, blocks, products, work,
+};
 pub use relation::{Relation, combination_norm, relation, relations};
 pub use signature::{LEADING, Signature, signature, signatures};
 pub use stacked::{Stacked, stacked_f32, stacked_f64};

@@ -15,12 +15,13 @@ mod quantized;
 pub mod subtraction;
 mod transforms;
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
@@ -128,7 +129,7 @@ pub struct Untouched {
 }
 
 /// Sums over the rows of one tensor that were computed in f64.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Change {
     rows: u64,
     error: f64,
@@ -176,6 +177,14 @@ impl Change {
     }
 }
 
+/// What was found of one tensor, which another process can be told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Finding {
+    /// The tensor's name in the plan.
+    tensor: String,
+    checked: Checked,
+}
+
 /// Verifies a merged checkpoint against the plan that should have made it. The plan's dtypes give
 /// way to the checkpoint's, so that a converted one can be verified too.
 ///
@@ -221,22 +230,125 @@ pub fn verify_opened(
     options: &Options,
     task: &Task,
 ) -> Result<Verification> {
-    let mut outcome = Verification::default();
-    let merged = match merged {
-        Ok(merged) => merged,
-        Err(error @ Error::Checkpoint { .. }) => {
-            outcome.problems.push(error.to_string());
-            return Ok(outcome);
-        }
-        Err(error) => return Err(error),
+    let mut matched = match Matched::of(inputs, plan, merged, task)? {
+        Ok(matched) => matched,
+        Err(outcome) => return Ok(outcome),
     };
-    outcome.warnings.extend_from_slice(merged.warnings());
-    outcome.warnings.extend_from_slice(&plan.zero_updates);
-    let quantized = QuantizedWeights::of(&base_as_named(inputs, plan));
-    let (jobs, known) = matching::match_up(plan, &quantized, &merged, &mut outcome, task)?;
-    consistency::check(inputs, plan, &merged, &known, &mut outcome)?;
+    consistency::check(inputs, plan, &matched.merged, &matched.known, &mut matched.outcome)?;
     inputs.base.will_read_all(task);
-    merged.will_read_all(task);
+    matched.merged.will_read_all(task);
+    let checked = check_all(inputs, plan, &matched.merged, &matched.jobs, options, task)?;
+    inputs.check_unchanged()?;
+    matched.merged.check_unchanged()?;
+    Ok(conclude(inputs, &matched.jobs, checked, matched.outcome))
+}
+
+/// The part of a verification that has so many parts, by its number. All parts together are
+/// [`verify_found`]'s.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_part(
+    inputs: &Inputs,
+    plan: &Plan,
+    merged: &Path,
+    (part, parts): (usize, usize),
+    options: &Options,
+    task: &Task,
+) -> Result<Vec<Finding>> {
+    // What cannot be opened is told by whoever puts the parts together.
+    let Ok(matched) = Matched::of(inputs, plan, Checkpoint::open(merged), task)? else { return Ok(Vec::new()) };
+    let total: u64 = matched.jobs.iter().map(|job| job.stored.bytes()).sum();
+    let mut before = 0;
+    let mut own = Vec::new();
+    for job in matched.jobs {
+        // A tensor belongs to the part in which it begins.
+        let place = u128::from(before) * parts as u128 / u128::from(total.max(1));
+        before += job.stored.bytes();
+        if place.min(parts as u128 - 1) == part as u128 {
+            own.push(job);
+        }
+    }
+    let checked = check_all(inputs, plan, &matched.merged, &own, options, task)?;
+    inputs.check_unchanged()?;
+    matched.merged.check_unchanged()?;
+    let named =
+        |(job, checked): (&Job, Checked)| Finding { tensor: job.planned.name.clone(), checked };
+    Ok(own.iter().zip(checked).map(named).collect())
+}
+
+/// [`verify`] with what the parts found, in their order.
+///
+/// # Errors
+/// As [`verify`]; [`Error::Plan`] if the parts looked at other tensors.
+pub fn verify_found(
+    inputs: &Inputs,
+    plan: &Plan,
+    merged: &Path,
+    found: Vec<Finding>,
+    task: &Task,
+) -> Result<Verification> {
+    let mut matched = match Matched::of(inputs, plan, Checkpoint::open(merged), task)? {
+        Ok(matched) => matched,
+        Err(outcome) => return Ok(outcome),
+    };
+    consistency::check(inputs, plan, &matched.merged, &matched.known, &mut matched.outcome)?;
+    let names = matched.jobs.iter().map(|job| &job.planned.name);
+    if !names.eq(found.iter().map(|finding| &finding.tensor)) {
+        let path = matched.merged.path().display();
+        let problem =
+            format!("{path}: changed while it was verified, or not all parts looked at the same");
+        return Err(Error::Plan(vec![problem]));
+    }
+    let checked = found.into_iter().map(|finding| finding.checked).collect();
+    inputs.check_unchanged()?;
+    matched.merged.check_unchanged()?;
+    Ok(conclude(inputs, &matched.jobs, checked, matched.outcome))
+}
+
+/// A merged checkpoint, its tensors beside the plan's.
+struct Matched {
+    merged: Checkpoint,
+    jobs: Vec<Job>,
+    /// Names there that belong to the plan.
+    known: HashSet<String>,
+    outcome: Verification,
+}
+
+impl Matched {
+    /// Of an opened checkpoint; the outcome where it could not be read.
+    fn of(
+        inputs: &Inputs,
+        plan: &Plan,
+        merged: Result<Checkpoint>,
+        task: &Task,
+    ) -> Result<std::result::Result<Self, Verification>> {
+        let mut outcome = Verification::default();
+        let merged = match merged {
+            Ok(merged) => merged,
+            Err(error @ Error::Checkpoint { .. }) => {
+                outcome.problems.push(error.to_string());
+                return Ok(Err(outcome));
+            }
+            Err(error) => return Err(error),
+        };
+        outcome.warnings.extend_from_slice(merged.warnings());
+        outcome.warnings.extend_from_slice(&plan.zero_updates);
+        let quantized = QuantizedWeights::of(&base_as_named(inputs, plan));
+        let (jobs, known) = matching::match_up(plan, &quantized, &merged, &mut outcome, task)?;
+        Ok(Ok(Self { merged, jobs, known, outcome }))
+    }
+}
+
+/// Looks at tensors, on all threads.
+fn check_all(
+    inputs: &Inputs,
+    plan: &Plan,
+    merged: &Checkpoint,
+    jobs: &[Job],
+    options: &Options,
+    task: &Task,
+) -> Result<Vec<Checked>> {
     let pool = task::build_pool(options.threads)?;
     task.expect(jobs.iter().map(|job| job.stored.bytes()).sum());
     let set = match options.arithmetic {
@@ -245,14 +357,14 @@ pub fn verify_opened(
     };
     let set = set.unwrap_or_else(InstructionSet::detect);
     let checker = Checker {
-        merged: &merged,
+        merged,
         computer: Computer { inputs, set, task },
         full: options.full,
         tolerance: Tolerance {
             peft: plan.options.compat == Some(Compat::Peft),
             arithmetic: options.arithmetic,
         },
-        quantized: QuantizedWeights::of(&merged),
+        quantized: QuantizedWeights::of(merged),
     };
     let next = AtomicUsize::new(0);
     let results: Vec<_> = jobs.iter().map(|_| Mutex::new(None)).collect();
@@ -268,13 +380,19 @@ pub fn verify_opened(
             *lock(&results[position]) = Some(result);
         }
     });
-    inputs.check_unchanged()?;
-    merged.check_unchanged()?;
+    results.iter().filter_map(|result| lock(result).take()).collect()
+}
+
+/// The outcome of what was found of all tensors.
+fn conclude(
+    inputs: &Inputs,
+    jobs: &[Job],
+    checked: Vec<Checked>,
+    mut outcome: Verification,
+) -> Verification {
     let mut total = Change::default();
     let mut of_adapters = vec![Change::default(); inputs.adapters.len()];
-    for (job, result) in jobs.iter().zip(results) {
-        let Some(result) = lock(&result).take() else { continue };
-        let Checked { problem, change, sha256 } = result?;
+    for (job, Checked { problem, change, sha256 }) in jobs.iter().zip(checked) {
         outcome.problems.extend(problem);
         outcome.elements += job.planned.source.elements();
         match job.planned.action {
@@ -321,7 +439,7 @@ pub fn verify_opened(
         outcome.adapters.push(rounding);
     }
     shorten_all(outcome.problems.iter_mut().chain(&mut outcome.warnings));
-    Ok(outcome)
+    outcome
 }
 
 /// A thread's memory: for what is computed again, and for what is stored.
@@ -356,7 +474,7 @@ struct Checker<'a> {
 }
 
 /// What was found of one tensor.
-#[derive(Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Checked {
     /// The first thing that is wrong.
     problem: Option<String>,

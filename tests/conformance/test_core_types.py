@@ -59,7 +59,9 @@ def make_adapters(tmp_path: Path, holds: Callable[[Any, str], None]) -> None:
     found = _core.resize_adapter(adapter, made, base=None, options=options, progress=None)
     holds(found, "AlgebraResult")
     made = tmp_path / "extracted"
-    extracted = _core.extract_adapter(merged, base, made, options=options, progress=None)
+    apart = _core.plan_extraction(merged, base, made, options=options, parts=())
+    holds(apart, "ExtractPlan")
+    extracted = _core.extract_adapter(merged, base, made, options=options, parts=(), progress=None)
     holds(extracted, "ExtractResult")
 
 

@@ -18,6 +18,7 @@ from lorafast._algebra.report import (
     ModuleResult,
     ResizeReport,
 )
+from lorafast._io.executors import check_executor
 from lorafast._io.hub import require_directory
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from lorafast._core import AlgebraResult
-    from lorafast._types import CombineMethod, Progress, Source, Weight
+    from lorafast._types import CombineMethod, ExecutorChoice, Progress, Source, Weight
 
     Report = TypeVar("Report", bound=AlgebraReport)
 
@@ -247,6 +248,7 @@ def extract(
     dry_run: bool = False,
     sync: bool = True,
     progress: Progress = False,
+    executor: ExecutorChoice | None = None,
 ) -> ExtractReport:
     """Writes an adapter that makes the tuned model of its base, as far as its ranks allow.
 
@@ -283,6 +285,10 @@ def extract(
         sync: wait until the files are on the disk.
         progress: `True` for a bar on a terminal or in a notebook, or a callable that is given
             (done, total) bytes.
+        executor: who looks at the modules: an executor of `concurrent.futures`, "ray", "processes"
+            or "processes:N", as for `lorafast.merge`; each task has `threads` threads, 1 if
+            missing. The bytes are the same. What tasks finish lies in `.NAME.extract-parts` beside
+            the output until the call takes it.
 
     Returns:
         The report, with ranks, errors, floors and certificates of all modules.
@@ -303,15 +309,23 @@ def extract(
         "strict": strict,
         "write": _writing(to, dtype, overwrite, threads, dry_run=dry_run, sync=sync),
     }
+    check_executor(executor)
     require_readers(tuned, base)
     inputs = (locate(tuned, BASE_PATTERNS), locate(base, BASE_PATTERNS))
     target = require_directory(output)
     from lorafast._io.progress import callback
 
     with callback(progress, label="extracting") as report:
-        found = _core.extract_adapter(
-            inputs[0], inputs[1], target, options=_text(asked), progress=report
-        )
+        if executor is None:
+            found = _core.extract_adapter(
+                inputs[0], inputs[1], target, options=_text(asked), parts=(), progress=report
+            )
+        else:
+            from lorafast._algebra.workers import extract_apart
+
+            found = extract_apart(
+                inputs, target, asked, executor=executor, threads=threads, progress=report
+            )
     extraction = RecordDict(
         {name: ModuleExtraction(**record) for name, record in found["extraction"].items()}
     )

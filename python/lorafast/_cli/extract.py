@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from lorafast._cli.algebra import add_output, finish, rank_of, writing
 from lorafast._cli.command import Command
 from lorafast._cli.format import number_text, plural
+from lorafast._cli.options import executor_type
+from lorafast._options import executor_flag
 
 if TYPE_CHECKING:
     import argparse
@@ -44,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an error where norms, biases or others differ that no factors can say",
     )
     add_output(parser)
+    flag = executor_flag("the modules are looked at")
+    parser.add_argument("--executor", metavar=flag.metavar, type=executor_type, help=flag.help)
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -59,6 +63,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         seed=arguments.seed,
         embeddings=arguments.embeddings,
         strict=arguments.strict,
+        executor=arguments.executor,
         **writing(arguments),
     )
     further = {}

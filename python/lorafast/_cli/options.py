@@ -162,6 +162,14 @@ def _settings(option: Option) -> dict[str, Any]:
     return settings
 
 
+def executor_type(text: str) -> str:
+    """The name of an executor, for argparse."""
+    from lorafast._io.executors import check_executor_name
+
+    name: str = checked(check_executor_name)(text)
+    return name
+
+
 def checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
     """A check as argparse's `type`, whose words are shown."""
 

@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from lorafast._options import THREADS, Flag, device_flag
-from lorafast._types import Metrics, Progress
+from lorafast._options import THREADS, Flag, device_flag, executor_flag
+from lorafast._types import ExecutorChoice, Metrics, Progress
 
 
 class ScanOptions(NamedTuple):
@@ -39,4 +39,5 @@ class ScanOptions(NamedTuple):
     ] = None
     threads: Annotated[int | None, THREADS] = None
     device: Annotated[str, device_flag("singular values are found")] = "cpu"
+    executor: Annotated[ExecutorChoice | None, executor_flag("the adapters are read")] = None
     progress: Annotated[Progress, Flag(None)] = False

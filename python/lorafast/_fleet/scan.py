@@ -22,16 +22,20 @@ from lorafast._fleet.options import ScanOptions
 from lorafast._fleet.progress import Follow, follower
 from lorafast._fleet.rows import ErrorList, FindingList
 from lorafast._fleet.table import Table
+from lorafast._io.executors import check_executor_on
 from lorafast._io.limits import check_threads
+from lorafast._io.paths import absolute
 from lorafast._io.plain import utf8
 from lorafast._io.sources import CoreSource, core_source
 from lorafast._io.strangers import reason_of
 from lorafast._options import check_choices, pick
 from lorafast._torch.device import analysis_device
-from lorafast._types import Metrics, Severity, Source
+from lorafast._types import ExecutorChoice, Metrics, Severity, Source
 
 Item = str | CoreSource
 Found = _core.ScannedAdapter | Exception
+#: What a worker found, with its findings.
+Read = tuple[_core.ScannedAdapter, list[tuple[Finding, int]]]
 Told = tuple[Severity, str, str | None, float | None, str, int]
 
 
@@ -44,6 +48,7 @@ def scan(
     progress: bool | Callable[[int, int], object] = False,
     cache: str | os.PathLike[str] | None = None,
     device: str = "cpu",
+    executor: ExecutorChoice | None = None,
 ) -> Fleet:
     """Reads any number of adapters and tells what each of them holds.
 
@@ -73,6 +78,10 @@ def scan(
             "cuda" or "cuda:N" ("auto": on a CUDA device where there is one; "torch:cpu" to compare
             backends). There they agree with the CPU's to rounding, not to the bit, and are not
             kept in a cache.
+        executor: who reads the adapters, about 256 MiB of them a task: an executor of
+            `concurrent.futures`, "ray", "processes" or "processes:N", as for `lorafast.merge`; each
+            task has `threads` threads, 1 if missing. The figures are the same bits. All workers
+            have to see the adapters under the same paths; the cache is this process's alone.
 
     Returns:
         The fleet: tables of adapters and of modules, findings, and errors.
@@ -94,6 +103,7 @@ def _scan(paths: Source | Iterable[Source], options: ScanOptions, follow: Follow
     """`scan`, telling `follow` how far it is."""
     check_choices(options)
     check_threads(options.threads)
+    check_executor_on(options.executor, options.device)
     place = analysis_device(options.device, options.cache)
     found = discover(paths, options.exclude)
     scanning = _Scanning(found.adapters, found.root, options, follow)
@@ -194,13 +204,15 @@ class _Scanning:
     def _scan(self, positions: Sequence[int], items: Sequence[Item]) -> None:
         done = 0
 
-        def receive(batch: list[tuple[int, Found]], read: int, total: int) -> None:
+        def receive(batch: Sequence[tuple[int, Found | Read]], read: int, total: int) -> None:
             nonlocal done
             if self.device is not None:
                 batch = self._with_spectra(batch, items)
             for place, result in batch:
                 if isinstance(result, Exception):
                     self._fail(positions[place], result)
+                elif isinstance(result, tuple):
+                    self._keep(positions[place], *result)
                 else:
                     self._succeed(positions[place], result)
             self._follow.finished(len(batch))
@@ -209,12 +221,18 @@ class _Scanning:
 
         options = self._options
         metrics = options.metrics if self.device is None else "moments"
-        _core.scan_adapters(items, metrics=metrics, threads=options.threads, receive=receive)
+        if options.executor is not None:
+            from lorafast._fleet.workers import scan_apart
+
+            adapters = [self._adapters[position] for position in positions]
+            done = scan_apart(adapters, options, receive)
+        else:
+            _core.scan_adapters(items, metrics=metrics, threads=options.threads, receive=receive)
         self._bytes_read += done
         self._follow.end_of_part()
 
     def _with_spectra(
-        self, batch: list[tuple[int, Found]], items: Sequence[Item]
+        self, batch: Sequence[tuple[int, Any]], items: Sequence[Item]
     ) -> list[tuple[int, Found]]:
         from lorafast._torch.spectra import with_spectra
 
@@ -235,6 +253,11 @@ class _Scanning:
             # What is odd in a stranger's adapter does not end the others' scan.
             self._fail(position, error)
             return
+        self._keep(position, found, findings)
+
+    def _keep(
+        self, position: int, found: _core.ScannedAdapter, findings: list[tuple[Finding, int]]
+    ) -> None:
         self._add(position, found, findings)
         if self._cache is not None and position in self._stamps:
             adapter = Path(self._adapters[position])
@@ -275,5 +298,7 @@ def _reason(adapter: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         name = os.path.relpath(error.filename, adapter)
         return text if name == "." else f"{name}: {text}"
-    own = os.fspath(adapter)
-    return text.removeprefix(f"{own}: ").replace(f"{own}{os.sep}", "")
+    # Other processes have its whole path.
+    for own in (absolute(os.fspath(adapter)), os.fspath(adapter)):
+        text = text.removeprefix(f"{own}: ").replace(f"{own}{os.sep}", "")
+    return text

@@ -39,6 +39,11 @@ def output_path(path: StrPath) -> str:
     return expand(path_of_file_url(path) if isinstance(path, str) else path)
 
 
+def absolute(path: str) -> str:
+    """The path from the root, for processes that are somewhere else; of a URL, what it is."""
+    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 (links stay)
+
+
 def find(path: StrPath) -> os.stat_result | None:
     """What a path leads to; `None` only where nothing has that name.
 

@@ -13,6 +13,7 @@ from lorafast._types import (
     AdapterFormat,
     Compat,
     CredentialProvider,
+    ExecutorChoice,
     ExpertLayout,
     Progress,
     Source,
@@ -212,6 +213,7 @@ def merge(
     revision: str | None = None,
     private: bool = False,
     pull_request: bool = False,
+    executor: ExecutorChoice | None = None,
 ) -> "MergeReport":
     """Merges one or many LoRA adapters into a checkpoint and writes the result.
 
@@ -314,6 +316,12 @@ def merge(
         private: of an output on the hub: make its repository, if it is not there, a private one.
         pull_request: of an output on the hub: open a pull request, in place of a commit to the
             main branch.
+        executor: who writes the shards, each of them a task: an executor of `concurrent.futures`
+            (process pools, Dask's `client.get_executor()`, loky's), "ray" for Ray's cluster, or
+            "processes" or "processes:N" for a pool of this machine. The bytes are the same; each
+            task has `threads` threads, 1 if missing. All workers have to see base, adapters and
+            the output's directory under the same paths. What is written before something breaks
+            lies in `.NAME.parts` beside the output, and the same call again does the rest.
 
     Returns:
         What was done, with the digests of what it was done from.
@@ -331,6 +339,7 @@ def merge(
         MissingDependencyError: torch is needed for the device and is not installed.
         VerificationError: with `verify`, what was written reads back as something else; there is no
             model then.
+        WorkerError: a worker of the executor died.
     """
     arguments = locals()
     options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
@@ -470,6 +479,7 @@ def verify(
     credential_provider: CredentialProvider | None = None,
     io_memory: int | str | None = None,
     revision: str | None = None,
+    executor: ExecutorChoice | None = None,
 ) -> "Verification":
     """Checks a merged checkpoint, whoever made it, against what base and adapters make.
 
@@ -503,6 +513,7 @@ def verify(
         credential_provider: as for `lorafast.merge`.
         io_memory: as for `lorafast.merge`.
         revision: as for `lorafast.merge`.
+        executor: who looks at the tensors: as for `lorafast.merge`.
 
     Returns:
         What was found; `.ok` says whether anything is wrong.
@@ -515,16 +526,18 @@ def verify(
     arguments = locals()
     options, execution = pick(MergeOptions, arguments), pick(ExecutionOptions, arguments)
     from lorafast._io.device_names import check_merge_name
+    from lorafast._io.executors import check_executor
     from lorafast._io.limits import check_threads
     from lorafast._io.sources import as_list, require_readers
     from lorafast._merge.verify import verify_plan
 
     check_threads(threads)
     check_merge_name(device)
+    check_executor(executor)
     with _stores(arguments):
         require_readers(base, *as_list(adapters), merged)
         prepared = make_plan(base, adapters, options)
-        return verify_plan(prepared.core, merged, execution, full=full)
+        return verify_plan(prepared, merged, execution, full=full)
 
 
 def subtract(

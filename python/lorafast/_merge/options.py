@@ -6,11 +6,12 @@ The latter are `MergeOptions` in `api`, beside the signatures that name each of 
 # Annotations are evaluated here, as the flags are read from them.
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from lorafast._options import THREADS, Flag
+from lorafast._options import THREADS, Flag, executor_flag
 from lorafast._types import (
     AdapterFormat,
     Compat,
     CredentialProvider,
+    ExecutorChoice,
     Progress,
     StorageOptions,
 )
@@ -158,6 +159,13 @@ class ExecutionOptions(NamedTuple):
             output=True,
         ),
     ] = False
+    executor: Annotated[
+        ExecutorChoice | None,
+        executor_flag("the shards are written")._replace(
+            verbs=("merge", "verify"),
+            other_help={"verify": executor_flag("the tensors are looked at").help or ""},
+        ),
+    ] = None
     progress: Annotated[Progress, Flag(None, verbs=("merge", "verify", "subtract"))] = False
 
     def memory(self) -> int | None:
@@ -169,8 +177,10 @@ class ExecutionOptions(NamedTuple):
             MissingDependencyError: torch is needed for the device and is not installed.
         """
         from lorafast._io.device_names import check_merge_device, parse_memory
+        from lorafast._io.executors import check_executor_on
         from lorafast._io.limits import check_threads
 
+        check_executor_on(self.executor, self.device)
         memory = parse_memory(self.device_memory, check_merge_device(self.device))
         check_threads(self.threads)
         return memory

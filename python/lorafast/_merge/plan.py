@@ -14,7 +14,7 @@ from lorafast import _core
 from lorafast._errors import OutputError, PlanError, VerificationError
 from lorafast._io.hub import is_hub_url, require_directory, with_revision
 from lorafast._io.limits import check_threads
-from lorafast._io.paths import expand, output_path
+from lorafast._io.paths import absolute, expand, output_path
 from lorafast._io.sources import (
     ADAPTER_PATTERNS,
     BASE_PATTERNS,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lorafast._merge.planned import PlannedTensor
     from lorafast._merge.report import MergeReport
     from lorafast._merge.verify import Verification
-    from lorafast._types import Progress, Source
+    from lorafast._types import ExecutorChoice, Progress, Source
 
 
 #: Noted on an interruption that comes when the model is in its place.
@@ -50,11 +50,14 @@ class WrittenShard(NamedTuple):
         name: its file name.
         bytes: its size.
         sha256: the digest of its content, in hexadecimal.
+        rounding: what rounding took away from it, as sums: of the squares of errors and of changes,
+            of the weights that should move, of those that did not, and of all that were looked at.
     """
 
     name: str
     bytes: int
     sha256: str
+    rounding: tuple[float, float, int, int, int] = (0.0, 0.0, 0, 0, 0)
 
 
 @shown
@@ -70,6 +73,7 @@ class PlanPart(NamedTuple):
         shards: positions of the shards in the plan.
         bytes: bytes to write.
         digest: of the whole plan; whoever writes the part plans again, and has to come to the same.
+        names: what the shards are called.
     """
 
     base: str
@@ -78,6 +82,7 @@ class PlanPart(NamedTuple):
     shards: tuple[int, ...]
     bytes: int
     digest: str
+    names: tuple[str, ...] = ()
 
     def write(
         self,
@@ -106,6 +111,20 @@ class PlanPart(NamedTuple):
         from lorafast._io.progress import callback
 
         check_threads(threads)
+        core = self.plan_again()
+        with callback(progress) as tell:
+            written = _core.write_shards(
+                core, self.shards, expand(directory), threads=threads, sync=sync, progress=tell
+            )
+        return [WrittenShard(**shard) for shard in written]
+
+    def plan_again(self) -> _core.Plan:
+        """The core's plan, made here.
+
+        Raises:
+            PlanError: base, adapters or lorafast are not those that the merge was planned with.
+            LorafastError: as `lorafast.merge`.
+        """
         core = make_plan(self.base, self.adapters, self.options).core
         if _core.plan_digest(core) != self.digest:
             problem = (
@@ -113,11 +132,7 @@ class PlanPart(NamedTuple):
                 "with; plan it again"
             )
             raise PlanError(problem, [problem])
-        with callback(progress) as tell:
-            written = _core.write_shards(
-                core, self.shards, output_path(directory), threads=threads, sync=sync, progress=tell
-            )
-        return [WrittenShard(**shard) for shard in written]
+        return core
 
 
 class MergePlan(Result):
@@ -200,6 +215,7 @@ class MergePlan(Result):
         sync: bool = True,
         private: bool = False,
         pull_request: bool = False,
+        executor: ExecutorChoice | None = None,
     ) -> MergeReport:
         """Carries the plan out; arguments, result and exceptions as for `lorafast.merge`."""
         return self.carry_out(output, pick(ExecutionOptions, locals()))
@@ -258,9 +274,15 @@ class MergePlan(Result):
             and isinstance(place, str)
         )
         with ExitStack() as held:
+            notes: list[str] = []
+            fallbacks: dict[str, list[str]] = {}
             with callback(execution.progress) as tell, _told_how_to_resume(place):
                 prove = _Proof(output, execution) if execution.verify else None
-                if device in ("cpu", AMX):
+                if execution.executor is not None:
+                    from lorafast._merge.workers import write_model
+
+                    summary, lock = write_model(self, output, execution, options["card"], tell)
+                elif device in ("cpu", AMX):
                     options["instruction_set"] = "amx" if device == AMX else None
                     if has_recipes:
                         from lorafast._merge.recipes import earlier
@@ -269,7 +291,6 @@ class MergePlan(Result):
                         reuses = execution.overwrite and not execution.verify
                         options["recipes"] = earlier(output) if reuses else {}
                     summary, lock = self._execute(place, options, tell, prove)
-                    notes, fallbacks = [], {}
                 else:
                     from lorafast._torch.choice import carry_out
 
@@ -338,20 +359,29 @@ class MergePlan(Result):
         Raises:
             ValueError: the plan is not one of a merge of files.
         """
+        return [self._part(group) for group in _core.plan_groups(self.core)]
+
+    def whole(self) -> PlanPart:
+        """All shards as one part.
+
+        Raises:
+            ValueError: as for `parts`.
+        """
+        return self._part(range(len(_core.plan_shards(self.core))))
+
+    def _part(self, group: Sequence[int]) -> PlanPart:
         if self.options is None:
             raise ValueError("only the plan of a merge of files has parts")
-        sizes = _core.plan_shard_bytes(self.core)
-        return [
-            PlanPart(
-                base=self.base,
-                adapters=tuple(self.adapters),
-                options=self.options,
-                shards=tuple(group),
-                bytes=sum(sizes[shard] for shard in group),
-                digest=self.digest,
-            )
-            for group in _core.plan_groups(self.core)
-        ]
+        shards = _core.plan_shards(self.core)
+        return PlanPart(
+            base=absolute(self.base),
+            adapters=tuple(map(absolute, self.adapters)),
+            options=self.options,
+            shards=tuple(group),
+            bytes=sum(shards[shard][1] for shard in group),
+            digest=self.digest,
+            names=tuple(shards[shard][0] for shard in group),
+        )
 
     def assemble(
         self,
@@ -391,7 +421,7 @@ class MergePlan(Result):
                 summary, lock = _core.assemble_shards(
                     self.core,
                     output_path(directory),
-                    [(shard.name, shard.bytes, shard.sha256) for shard in written],
+                    [shard._asdict() for shard in written],
                     output,
                     overwrite=overwrite,
                     sync=sync,

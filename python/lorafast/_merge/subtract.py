@@ -150,7 +150,7 @@ def subtract_adapters(
     plan = prepared
     if original is not None:
         _check_place(merged, output)
-        proof = verify_plan(prepared.core, merged, execution)
+        proof = verify_plan(prepared, merged, execution)
         if not proof.ok:
             raise VerificationError(
                 f"{os.fspath(merged)}: is not what {os.fspath(original)} and the adapters make: "

@@ -14,6 +14,7 @@ from lorafast._results import RecordList, Result
 if TYPE_CHECKING:
     from lorafast import _core
     from lorafast._merge.options import ExecutionOptions
+    from lorafast._merge.workers import Planned
     from lorafast._types import Source
 
 
@@ -72,7 +73,7 @@ class Verification(Result):
 
 
 def verify_plan(
-    plan: _core.Plan,
+    plan: Planned,
     merged: Source | _core.StoreLocation,
     execution: ExecutionOptions,
     *,
@@ -83,13 +84,15 @@ def verify_plan(
 
     path = find_source(merged, BASE_PATTERNS)
     with callback(execution.progress, label="verifying") as report:
-        outcome = plan.verify(
-            path,
-            threads=execution.threads,
-            full=full,
-            split=execution.device == AMX,
-            progress=report,
-        )
+        split = execution.device == AMX
+        if execution.executor is None:
+            outcome = plan.core.verify(
+                path, threads=execution.threads, full=full, split=split, progress=report
+            )
+        else:
+            from lorafast._merge.workers import verified
+
+            outcome = verified(plan, path, execution, full=full, split=split, progress=report)
     return Verification(**outcome)
 
 

@@ -18,7 +18,7 @@ from lorafast._options import check_choices, pick
 from lorafast._similarity.collection import apart
 from lorafast._similarity.options import MEMORY, SimilarityOptions
 from lorafast._similarity.similarity import Similarity
-from lorafast._types import Metric, Precision, Progress
+from lorafast._types import ExecutorChoice, Metric, Precision, Progress
 from lorafast._words import agree, plural
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def similarity(
     progress: Progress = False,
     device: str = "cpu",
     device_memory: int | str | None = None,
+    executor: ExecutorChoice | None = None,
 ) -> Similarity:
     """The exact similarity of the updates of all adapters with each other.
 
@@ -91,6 +92,10 @@ def similarity(
             the CPU's to the precision's rounding, not to the bit, and are not kept in a cache.
         device_memory: bytes for factors and their products on the device, or a text such as
             "2GiB", which is the default. cuBLAS's workspace comes on top.
+        executor: who makes the products, those of some adapters with some others a task: an
+            executor of `concurrent.futures`, "ray", "processes" or "processes:N", as for
+            `lorafast.merge`; each task has `threads` threads, 1 if missing, and `memory` bytes. The
+            figures are the same bits. It keeps no cache.
 
     Returns:
         The similarity. Adapters that cannot be read are in `errors` and not in the matrix.
@@ -102,17 +107,13 @@ def similarity(
         LorafastError: the adapters belong to different bases; the message lists the groups.
         DeviceError: the device is not there.
     """
-    from lorafast._io.device_names import parse_memory
     from lorafast._io.paths import expand
     from lorafast._io.progress import pace
     from lorafast._similarity.collection import collected
     from lorafast._torch.device import analysis_device
 
     options = pick(SimilarityOptions, locals())
-    check_choices(options)
-    if options.memory < 1:
-        raise ValueError("memory must be a positive number of bytes")
-    bound = parse_memory(options.device_memory, options.device)
+    bound = _checked(options)
     place = analysis_device(options.device, options.cache)
     begin = time.perf_counter()
     found = collected(adapters, options.threads, options.progress)
@@ -146,6 +147,12 @@ def similarity(
                 progress=report,
             )
             seconds["multiplying"] = time.perf_counter() - begin
+        elif options.executor is not None:
+            from lorafast._similarity.workers import products_apart
+
+            begin = time.perf_counter()
+            matrix, tables = products_apart(found, positions, summed_in, options, report)
+            seconds["multiplying"] = time.perf_counter() - begin
         else:
             whole, modules, _, (reading, multiplying), unsaved = found.core.products(
                 positions,
@@ -176,6 +183,24 @@ def similarity(
         ignored=ignored,
     )
     return replace(similar, seconds=seconds)
+
+
+def _checked(options: SimilarityOptions) -> int | None:
+    """The bytes of the device's memory, once the options are found to be sound.
+
+    Raises:
+        ValueError: one is outside its domain.
+    """
+    from lorafast._io.device_names import parse_memory
+    from lorafast._io.executors import check_executor_on
+
+    check_choices(options)
+    if options.memory < 1:
+        raise ValueError("memory must be a positive number of bytes")
+    check_executor_on(options.executor, options.device)
+    if options.executor is not None and options.cache is not None:
+        raise ValueError("cache keeps what this process computes; leave it out with an executor")
+    return parse_memory(options.device_memory, options.device)
 
 
 def _comparable(groups: Mapping[str, Sequence[int]], found: Collected) -> dict[str, list[int]]:

@@ -4,8 +4,8 @@
 import os
 from typing import Annotated, NamedTuple
 
-from lorafast._options import THREADS, Flag, device_flag
-from lorafast._types import By, Metric, Precision, Progress
+from lorafast._options import THREADS, Flag, device_flag, executor_flag
+from lorafast._types import By, ExecutorChoice, Metric, Precision, Progress
 
 #: Bytes of stacked factors, where nothing else is said.
 MEMORY = 1 << 30
@@ -37,6 +37,7 @@ class SimilarityOptions(NamedTuple):
     device: Annotated[str, device_flag("products are made")] = "cpu"
     device_memory: Annotated[int | str | None, Flag(None)] = None
     threads: Annotated[int | None, THREADS] = None
+    executor: Annotated[ExecutorChoice | None, executor_flag("products are made")] = None
     progress: Annotated[Progress, Flag(None)] = False
 
 

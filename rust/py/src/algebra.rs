@@ -75,22 +75,63 @@ pub fn bake_adapter(
 
 /// Extracts an adapter from two checkpoints; the options are JSON. Returns the report as plain objects.
 #[pyfunction]
-#[pyo3(signature = (tuned, base, output, *, options, progress))]
+#[pyo3(signature = (tuned, base, output, *, options, parts, progress))]
 pub fn extract_adapter(
     py: Python<'_>,
     tuned: PathBuf,
     base: PathBuf,
     output: PathBuf,
     options: String,
+    parts: Vec<PathBuf>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Py<PyAny>> {
     let report = job::run(py, progress, |task| {
         let options = parsed(&options)?;
         let tuned = Checkpoint::open_with(&tuned, task)?;
         let base = Checkpoint::open_with(&base, task)?;
-        algebra::extract(&tuned, &base, &output, &options, task)
+        algebra::extract(&tuned, &base, &output, &options, &parts, task)
     })?;
     to_object(py, &report)
+}
+
+/// What of that is left to look at, as plain objects.
+#[pyfunction]
+#[pyo3(signature = (tuned, base, output, *, options, parts))]
+pub fn plan_extraction(
+    py: Python<'_>,
+    tuned: PathBuf,
+    base: PathBuf,
+    output: PathBuf,
+    options: String,
+    parts: Vec<PathBuf>,
+) -> PyResult<Py<PyAny>> {
+    let plan = job::run(py, None, |task| {
+        let options = parsed(&options)?;
+        let tuned = Checkpoint::open_with(&tuned, task)?;
+        let base = Checkpoint::open_with(&base, task)?;
+        algebra::plan_extraction(&tuned, &base, &output, &options, &parts)
+    })?;
+    to_object(py, &plan)
+}
+
+/// Looks at some of it, and leaves what is found in a directory.
+#[pyfunction]
+#[pyo3(signature = (tuned, base, directory, digest, names, *, options))]
+pub fn extract_part(
+    py: Python<'_>,
+    tuned: PathBuf,
+    base: PathBuf,
+    directory: PathBuf,
+    digest: String,
+    names: Vec<String>,
+    options: String,
+) -> PyResult<()> {
+    job::run(py, None, |task| {
+        let options = parsed(&options)?;
+        let tuned = Checkpoint::open_with(&tuned, task)?;
+        let base = Checkpoint::open_with(&base, task)?;
+        algebra::extract_part(&tuned, &base, (&digest, &names), &directory, &options, task)
+    })
 }
 
 fn parsed<T: DeserializeOwned>(options: &str) -> Result<T> {

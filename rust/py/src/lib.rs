@@ -29,7 +29,10 @@ mod _core {
     use super::*;
 
     #[pymodule_export]
-    use super::algebra::{bake_adapter, combine_adapters, extract_adapter, resize_adapter};
+    use super::algebra::{
+        bake_adapter, combine_adapters, extract_adapter, extract_part, plan_extraction,
+        resize_adapter,
+    };
     #[pymodule_export]
     use super::analyze::{analyze_adapter, compare_adapters, stored_factors};
     #[pymodule_export]
@@ -43,7 +46,7 @@ mod _core {
         adapter_format, build_info, holds_adapter, identify_path, list_adapter, list_checkpoint,
     };
     #[pymodule_export]
-    use super::parts::{assemble_shards, plan_digest, plan_groups, plan_shard_bytes, write_shards};
+    use super::parts::{assemble_shards, plan_digest, plan_groups, plan_shards, write_shards};
     #[pymodule_export]
     use super::plan::{Plan, names_fit, plan_base, plan_merge};
     #[pymodule_export]

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use lorafast::execute;
 use lorafast::execute::parts::{self, WrittenShard};
 
-use crate::convert::to_object;
+use crate::convert::{to_object, to_options};
 use crate::execution::{Executed, executed};
 use crate::job;
 use crate::plan::Plan;
@@ -24,10 +24,10 @@ pub fn plan_groups(plan: &Plan) -> Vec<Vec<usize>> {
     plan.plan.groups()
 }
 
-/// The bytes of each shard.
+/// The name and the bytes of each shard.
 #[pyfunction]
-pub fn plan_shard_bytes(plan: &Plan) -> Vec<u64> {
-    plan.plan.shards.iter().map(|shard| shard.bytes()).collect()
+pub fn plan_shards(plan: &Plan) -> Vec<(String, u64)> {
+    plan.plan.shards.iter().map(|shard| (shard.name.clone(), shard.bytes())).collect()
 }
 
 /// Writes some groups of shards into a directory; returns each shard's name, bytes and digest as
@@ -50,7 +50,7 @@ pub fn write_shards(
     to_object(py, &written)
 }
 
-/// Makes a model of shards that were written apart, (name, bytes, digest) each; returns the summary
+/// Makes a model of shards that were written apart, as `write_shards` tells of them; returns the summary
 /// as plain objects, and the lock that keeps other merges out still.
 #[pyfunction]
 #[pyo3(signature = (plan, directory, written, output, *, overwrite, sync, card, progress))]
@@ -59,7 +59,7 @@ pub fn assemble_shards(
     py: Python<'_>,
     plan: &Plan,
     directory: PathBuf,
-    written: Vec<(String, u64, String)>,
+    written: &Bound<'_, PyAny>,
     output: PathBuf,
     overwrite: bool,
     sync: bool,
@@ -67,8 +67,7 @@ pub fn assemble_shards(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Executed> {
     let options = execute::Options { overwrite, sync, card, ..Default::default() };
-    let shard = |(name, bytes, sha256)| WrittenShard { name, bytes, sha256 };
-    let written: Vec<_> = written.into_iter().map(shard).collect();
+    let written: Vec<WrittenShard> = to_options(Some(written))?;
     let done = job::run(py, progress, |task| {
         let written = (directory.as_path(), written.as_slice());
         parts::assemble(&plan.inputs, &plan.plan, written, &output, &options, task)

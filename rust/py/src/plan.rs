@@ -153,13 +153,44 @@ impl Plan {
         split: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
-        let arithmetic = match split {
-            true => verify::Arithmetic::SplitFactors,
-            false => verify::Arithmetic::Plain,
-        };
-        let options = verify::Options { threads, full, arithmetic };
+        let options = verify::Options { threads, full, arithmetic: arithmetic(split) };
         let outcome = job::run(py, progress, |task| {
             verify::verify_opened(&self.inputs, &self.plan, merged.open(task), &options, task)
+        })?;
+        to_object(py, &outcome)
+    }
+
+    /// One of so many parts of that, which any process can look at; returns plain objects for
+    /// `verify_found`.
+    #[pyo3(signature = (merged, part, *, threads=None, full=false, split=false, progress=None))]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+    fn verify_part(
+        &self,
+        py: Python<'_>,
+        merged: PathBuf,
+        part: (usize, usize),
+        threads: Option<usize>,
+        full: bool,
+        split: bool,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let options = verify::Options { threads, full, arithmetic: arithmetic(split) };
+        let found = job::run(py, progress, |task| {
+            verify::verify_part(&self.inputs, &self.plan, &merged, part, &options, task)
+        })?;
+        to_object(py, &found)
+    }
+
+    /// The outcome of what all parts found, in their order.
+    fn verify_found(
+        &self,
+        py: Python<'_>,
+        merged: PathBuf,
+        found: &Bound<'_, PyAny>,
+    ) -> PyResult<Py<PyAny>> {
+        let found: Vec<verify::Finding> = to_options(Some(found))?;
+        let outcome = job::run(py, None, |task| {
+            verify::verify_found(&self.inputs, &self.plan, &merged, found, task)
         })?;
         to_object(py, &outcome)
     }
@@ -186,5 +217,12 @@ impl Plan {
             subtraction::distance(&self.inputs, &self.plan, &output, threads, task)
         })?;
         to_object(py, &distance)
+    }
+}
+
+fn arithmetic(split: bool) -> verify::Arithmetic {
+    match split {
+        true => verify::Arithmetic::SplitFactors,
+        false => verify::Arithmetic::Plain,
     }
 }

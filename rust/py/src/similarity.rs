@@ -136,6 +136,54 @@ impl Collection {
         Ok((to_bytes(py, &products.all)?, modules, products.found, seconds, products.unsaved))
     }
 
+    /// The blocks of those products, of at most so many ranks on a side, for other processes: a
+    /// digest of what they are of, and for each its multiplications and the members of both sides.
+    #[pyo3(signature = (groups, *, precision, per_module, memory, ranks))]
+    fn blocks(
+        &self,
+        py: Python<'_>,
+        groups: Vec<Vec<usize>>,
+        precision: &str,
+        per_module: bool,
+        memory: usize,
+        ranks: usize,
+    ) -> PyResult<(String, Vec<(u64, Vec<usize>, Vec<usize>)>)> {
+        let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
+        let options = Options { precision, per_module, memory, cache: None };
+        let (digest, blocks) =
+            py.detach(|| similarity::blocks(&self.inner, &groups, &options, ranks));
+        let plain = blocks.into_iter().map(|block| {
+            let [rows, columns] = block.members;
+            (block.work, rows, columns)
+        });
+        Ok((digest, plain.collect()))
+    }
+
+    /// The products of one of these blocks: of all, and of each module.
+    #[pyo3(signature = (groups, index, digest, *, precision, per_module, memory, ranks, threads))]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+    fn block<'py>(
+        &self,
+        py: Python<'py>,
+        groups: Vec<Vec<usize>>,
+        index: usize,
+        digest: &str,
+        precision: &str,
+        per_module: bool,
+        memory: usize,
+        ranks: usize,
+        threads: Option<usize>,
+    ) -> PyResult<(Bound<'py, PyByteArray>, Vec<Bound<'py, PyByteArray>>)> {
+        let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
+        let options = Options { precision, per_module, memory, cache: None };
+        let (all, modules) = job::run(py, None, |task| {
+            let (pool, of) = (build_pool(threads)?, (index, digest));
+            similarity::block_products(&self.inner, &groups, of, &options, ranks, &pool, task)
+        })?;
+        let modules = modules.iter().map(|module| to_bytes(py, module)).collect::<PyResult<_>>()?;
+        Ok((to_bytes(py, &all)?, modules))
+    }
+
     /// The factors of some members that have a module: those members, the rank of each, the factor
     /// on each product, and B and A of each after one another, in that precision.
     #[pyo3(signature = (module, members, *, precision, threads))]

@@ -8,7 +8,7 @@ mod result;
 mod sketch;
 mod store;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,7 @@ use crate::convert;
 use crate::error::{Error, Result};
 use crate::parallel::task::{Task, build_pool};
 use crate::storage::digest::sha256_of_bytes;
+use crate::storage::local::Stamp;
 use crate::tensor::dtype::Dtype;
 use difference::{Difference, differ};
 use pairs::{Pair, Part, Tables};
@@ -113,7 +114,8 @@ struct Ask {
     max_rank: Option<usize>,
 }
 
-/// Extracts what makes the tuned model of the base.
+/// Extracts what makes the tuned model of the base. What [`extract_part`] left in other directories is
+/// taken from there, and these are removed.
 ///
 /// # Errors
 /// [`Error::Argument`] for options that make no sense, and where nothing differs; [`Error::Plan`] for
@@ -124,59 +126,25 @@ pub fn extract(
     base: &Checkpoint,
     output: &Path,
     options: &ExtractOptions,
+    parts: &[PathBuf],
     task: &Task,
 ) -> Result<ExtractReport> {
     let ask = Ask::of(options)?;
     let place = Output::check(output, &options.write)?;
-    let [holds_whole, holds_embeddings, holds_convolutions, holds_experts] =
-        convert::holds(options.write.target()?)?;
-    let tables = match options.embeddings.as_deref() {
-        None | Some("save") if holds_whole => Tables::Whole,
-        None | Some("save" | "factors") => Tables::Factors,
-        Some("skip") => Tables::Skipped,
-        Some(other) => {
-            return Err(Error::Argument(format!(
-                "embeddings is {other:?}; it is \"save\", \"factors\" or \"skip\""
-            )));
-        }
-    };
-    refuse_same_files(tuned, base)?;
-    let own = QuantizedWeights::of(tuned);
-    let others = QuantizedWeights::of(base);
-    let mut pairs = pairs::pairs((tuned, &own), (base, &others), tables, holds_experts)?;
-    pairs::settle(&mut pairs);
-    for pair in &mut pairs {
-        use crate::adapter::LayerKind::{Convolution, Embedding};
-        pair.part = match pair.part {
-            Part::Whole | Part::Bias if !holds_whole => Part::Other,
-            Part::Factors { kind: Embedding, .. } if !holds_embeddings => Part::Other,
-            Part::Factors { kind: Convolution, .. } if !holds_convolutions => Part::Other,
-            part => part,
-        };
-    }
-    let dtype = match options.write.dtype()? {
-        Some(dtype) => dtype,
-        None => widest(&pairs),
-    };
+    let weights = [QuantizedWeights::of(tuned), QuantizedWeights::of(base)];
+    let Prepared { pairs, dtype, holds_whole } = Prepared::of([tuned, base], &weights, options)?;
     let parameters = parameters(options);
     let digest = digest_of(&[tuned, base], &parameters, &dtype);
-    let mut store = Store::open(output, &digest)?;
+    let mut store = Store::beside(output, &digest)?;
     let resumed = store.done.len();
     let pool = build_pool(options.write.threads)?;
-    task.expect(pairs.iter().map(|pair| pair.tuned.bytes() + pair.base.bytes()).sum());
-    let mut room = Vec::new();
-    let done = pool.install(|| {
-        for pair in &pairs {
-            task.check()?;
-            if store.done.contains_key(&pair.name) {
-                task.advance(pair.tuned.bytes() + pair.base.bytes());
-                continue;
-            }
-            let found = ask.examine(pair, options.seed, &dtype, &mut store, &mut room, task)?;
-            store.finish(found)?;
-        }
-        Ok(())
-    });
+    task.expect(pairs.iter().map(Pair::bytes).sum());
+    if let Err(error) = store.absorb(parts, &part_digest(&[tuned, base], &parameters, &dtype)) {
+        store.keep();
+        return Err(error);
+    }
+    let names: Vec<&Pair<'_>> = pairs.iter().collect();
+    let done = pool.install(|| ask.examine_all(&names, options.seed, &dtype, &mut store, task));
     if let Err(error) = done {
         if matches!(error, Error::Cancelled | Error::Io { .. }) {
             store.keep();
@@ -190,6 +158,119 @@ pub fn extract(
     let mut report = finished?;
     report.resumed = resumed;
     Ok(report)
+}
+
+/// What an extraction has left to look at.
+#[derive(Debug, Clone, Serialize)]
+pub struct ExtractPlan {
+    /// Of the checkpoints and all that is asked for; whoever looks at a part has to come to the same.
+    pub digest: String,
+    /// The parameters that no earlier call finished, and the bytes of each in both checkpoints.
+    pub left: Vec<(String, u64)>,
+}
+
+/// Tells what an extraction has to look at, after it takes what other processes finished. The arguments
+/// are those of [`extract`].
+///
+/// # Errors
+/// As [`extract`].
+pub fn plan_extraction(
+    tuned: &Checkpoint,
+    base: &Checkpoint,
+    output: &Path,
+    options: &ExtractOptions,
+    parts: &[PathBuf],
+) -> Result<ExtractPlan> {
+    Ask::of(options)?;
+    Output::check(output, &options.write)?;
+    let weights = [QuantizedWeights::of(tuned), QuantizedWeights::of(base)];
+    let Prepared { pairs, dtype, .. } = Prepared::of([tuned, base], &weights, options)?;
+    let parameters = parameters(options);
+    let mut store = Store::beside(output, &digest_of(&[tuned, base], &parameters, &dtype))?;
+    store.keep();
+    let digest = part_digest(&[tuned, base], &parameters, &dtype);
+    store.absorb(parts, &digest)?;
+    let left = pairs.iter().filter(|pair| !store.done.contains_key(&pair.name));
+    Ok(ExtractPlan { digest, left: left.map(|pair| (pair.name.clone(), pair.bytes())).collect() })
+}
+
+/// Looks at some parameters and leaves what is found of them in a directory of its own, which is for
+/// [`extract`] to take.
+///
+/// # Errors
+/// As [`extract`]; [`Error::Plan`] if the checkpoints are not those of the digest.
+pub fn extract_part(
+    tuned: &Checkpoint,
+    base: &Checkpoint,
+    (digest, names): (&str, &[String]),
+    directory: &Path,
+    options: &ExtractOptions,
+    task: &Task,
+) -> Result<()> {
+    let ask = Ask::of(options)?;
+    let weights = [QuantizedWeights::of(tuned), QuantizedWeights::of(base)];
+    let Prepared { pairs, dtype, .. } = Prepared::of([tuned, base], &weights, options)?;
+    let own = part_digest(&[tuned, base], &parameters(options), &dtype);
+    if own != digest {
+        return Err(Error::Plan(vec![format!(
+            "{} or {}, or lorafast, is not what the extraction was planned with; start it again",
+            tuned.path().display(),
+            base.path().display()
+        )]));
+    }
+    let mut store = Store::open(directory.to_path_buf(), digest)?;
+    store.keep();
+    let pool = build_pool(options.write.threads)?;
+    let wanted: Vec<&Pair<'_>> = pairs.iter().filter(|pair| names.contains(&pair.name)).collect();
+    task.expect(wanted.iter().map(|pair| pair.bytes()).sum());
+    pool.install(|| ask.examine_all(&wanted, options.seed, &dtype, &mut store, task))
+}
+
+/// The parameters of both checkpoints, side by side, and what is to become of them.
+struct Prepared<'a> {
+    pairs: Vec<Pair<'a>>,
+    /// Of the factors.
+    dtype: Dtype,
+    /// Whether the format holds whole parameters.
+    holds_whole: bool,
+}
+
+impl<'a> Prepared<'a> {
+    fn of(
+        [tuned, base]: [&'a Checkpoint; 2],
+        [own, others]: &'a [QuantizedWeights; 2],
+        options: &ExtractOptions,
+    ) -> Result<Self> {
+        let [holds_whole, holds_embeddings, holds_convolutions, holds_experts] =
+            convert::holds(options.write.target()?)?;
+        let tables = match options.embeddings.as_deref() {
+            None | Some("save") if holds_whole => Tables::Whole,
+            None | Some("save" | "factors") => Tables::Factors,
+            Some("skip") => Tables::Skipped,
+            Some(other) => {
+                return Err(Error::Argument(format!(
+                    "embeddings is {other:?}; it is \"save\", \"factors\" or \"skip\""
+                )));
+            }
+        };
+        refuse_same_files(tuned, base)?;
+        let mut pairs = pairs::pairs((tuned, own), (base, others), tables, holds_experts)?;
+        pairs::settle(&mut pairs);
+        for pair in &mut pairs {
+            use crate::adapter::LayerKind::{Convolution, Embedding};
+            pair.part = match pair.part {
+                Part::Whole | Part::Bias if !holds_whole => Part::Other,
+                Part::Factors { kind: Embedding, .. } if !holds_embeddings => Part::Other,
+                Part::Factors { kind: Convolution, .. } if !holds_convolutions => Part::Other,
+                part => part,
+            };
+        }
+        let dtype = match options.write.dtype()? {
+            Some(dtype) => dtype,
+            None => widest(&pairs),
+        };
+        Ok(Self { pairs, dtype, holds_whole })
+    }
 }
 
 fn parameters(options: &ExtractOptions) -> Map<String, Value> {
@@ -234,12 +315,26 @@ fn refuse_same_files(tuned: &Checkpoint, base: &Checkpoint) -> Result<()> {
 
 /// Tells one extraction from others: files by their sizes, times and headers, and all that is asked.
 fn digest_of(inputs: &[&Checkpoint], parameters: &Map<String, Value>, dtype: &Dtype) -> String {
+    digest_with(inputs, parameters, dtype, &|stamp| format!("{stamp:?}"))
+}
+
+/// The same for processes on other machines, where a file has another device.
+fn part_digest(inputs: &[&Checkpoint], parameters: &Map<String, Value>, dtype: &Dtype) -> String {
+    digest_with(inputs, parameters, dtype, &|stamp| format!("{} {}", stamp.length, stamp.modified))
+}
+
+fn digest_with(
+    inputs: &[&Checkpoint],
+    parameters: &Map<String, Value>,
+    dtype: &Dtype,
+    text_of: &dyn Fn(Stamp) -> String,
+) -> String {
     let mut text = format!("{} {dtype} {}\n", env!("CARGO_PKG_VERSION"), json!(parameters));
     for input in inputs {
         for shard in input.shards() {
-            let stamp = shard.file.stamp();
+            let stamp = text_of(shard.file.stamp());
             let header = sha256_of_bytes(shard.file.header_bytes());
-            text += &format!("{} {stamp:?} {header}\n", shard.name);
+            text += &format!("{} {stamp} {header}\n", shard.name);
         }
         text.push('\n');
     }
@@ -346,6 +441,28 @@ impl Ask {
         }
     }
 
+    /// Looks at parameters that are not finished.
+    fn examine_all(
+        self,
+        pairs: &[&Pair<'_>],
+        seed: u64,
+        dtype: &Dtype,
+        store: &mut Store,
+        task: &Task,
+    ) -> Result<()> {
+        let mut room = Vec::new();
+        for pair in pairs {
+            task.check()?;
+            if store.done.contains_key(&pair.name) {
+                task.advance(pair.bytes());
+                continue;
+            }
+            let found = self.examine(pair, seed, dtype, store, &mut room, task)?;
+            store.finish(found)?;
+        }
+        Ok(())
+    }
+
     /// Looks at one parameter; what is kept of it lies in the store.
     fn examine(
         self,
@@ -358,7 +475,7 @@ impl Ask {
     ) -> Result<Done> {
         let name = pair.name.clone();
         if pair.has_grown() {
-            task.advance(pair.tuned.bytes() + pair.base.bytes());
+            task.advance(pair.bytes());
             return Ok(Done { name, differs: true, layer: None });
         }
         let Part::Factors { is_transposed, .. } = pair.part else {

@@ -1,9 +1,12 @@
 //! Shards that are written apart from each other, and the model that is assembled from them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::rounding::RoundingSums;
 use super::session::{Session, WorkFilter};
 use super::{Job, Options, Output, Summary, queue};
 use crate::error::{Error, Owner, Result};
@@ -16,8 +19,11 @@ use crate::storage::local;
 use crate::storage::sink::{OutputLock, Sink};
 use crate::storage::source::{self, LocalFile, Source};
 
+/// Tells the attempts of this process apart.
+static ATTEMPTS: AtomicUsize = AtomicUsize::new(0);
+
 /// A shard that was written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WrittenShard {
     /// Its file name.
     pub name: String,
@@ -25,6 +31,9 @@ pub struct WrittenShard {
     pub bytes: u64,
     /// The SHA-256 of its content, in hexadecimal.
     pub sha256: String,
+    /// What rounding took away from it.
+    #[serde(default)]
+    pub rounding: RoundingSums,
 }
 
 /// Writes some of a plan's shards into a directory, which is made if it is not there. Each has its
@@ -46,7 +55,12 @@ pub fn write_shards(
     local::create_directories(directory)?;
     local::allow_open(plan.shards.len() + inputs.base.shards().len());
     task.expect(plan.bytes());
-    let partial = |name: &str| directory.join(format!("{name}.partial"));
+    // Two attempts at a shard may be under way at once; each writes a file of its own, with the same bytes.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    let attempt = ATTEMPTS.fetch_add(1, Ordering::Relaxed);
+    let own = format!("{}.{now}.{attempt}", std::process::id());
+    let partial = |name: &str| directory.join(format!("{name}.{own}.partial"));
+    let _remains = Remains(plan.shards.iter().map(|shard| partial(&shard.name)).collect());
     let open = |shard: &crate::plan::PlannedShard| -> Result<Box<dyn Sink>> {
         let path = partial(&shard.name);
         let failed = |error| Error::io(&path, error);
@@ -67,14 +81,28 @@ pub fn write_shards(
     job.run(&pool)?;
     inputs.check_unchanged()?;
     let mut written = Vec::new();
-    for shard in &plan.shards {
+    for (position, shard) in plan.shards.iter().enumerate() {
         task.check()?;
         let (from, to) = (partial(&shard.name), directory.join(&shard.name));
         let sha256 = sha256_of(&from)?;
         local::rename(&from, &to)?;
-        written.push(WrittenShard { name: shard.name.clone(), bytes: shard.bytes(), sha256 });
+        written.push(WrittenShard {
+            name: shard.name.clone(),
+            bytes: shard.bytes(),
+            sha256,
+            rounding: job.rounding_of(position),
+        });
     }
     Ok(written)
+}
+
+/// Files that are removed at the end where they are still there.
+struct Remains(Vec<PathBuf>);
+
+impl Drop for Remains {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|path| local::remove(path));
+    }
 }
 
 /// Makes a model of shards that were written apart: each has to be there, of the size that the plan
@@ -92,6 +120,7 @@ pub fn assemble(
     task: &Task,
 ) -> Result<(Summary, OutputLock)> {
     let mut found = Vec::with_capacity(plan.shards.len());
+    let mut rounding = RoundingSums::default();
     for shard in &plan.shards {
         task.check()?;
         let path = directory.join(&shard.name);
@@ -110,6 +139,7 @@ pub fn assemble(
                 "is not the shard that its part of the plan wrote; write that part again",
             ));
         }
+        rounding.add(&told.map_or_else(RoundingSums::default, |told| told.rounding));
         found.push((path, stamp));
     }
     let digests = inputs.adapters.iter().map(|adapter| adapter.sha256());
@@ -117,6 +147,7 @@ pub fn assemble(
     let output = LocalDirectory(output.to_path_buf());
     let session = Session::begin_with(inputs, plan, &output, options, task, &found)?;
     session.keep_digests(digests);
+    session.add_rounding(&rounding);
     for (path, stamp) in &found {
         if !source::leads_to(path, *stamp).map_err(|error| Error::io(path, error))? {
             return Err(Owner::Checkpoint.changed(path));

@@ -36,15 +36,30 @@ pub(super) fn is_sampled(tensor: &PlannedTensor, rows: &Range<usize>) -> bool {
         && (number.is_multiple_of(SAMPLED) || tensor.updates().iter().any(begins))
 }
 
-/// Sums of squares and counts.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// Sums of squares and counts, which can be added up over parts of a merge. As plain data they are five
+/// numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "FiveNumbers", into = "FiveNumbers")]
 pub struct RoundingSums {
     error: f64,
     change: f64,
     moving: u64,
     unmoved: u64,
     values: u64,
+}
+
+type FiveNumbers = (f64, f64, u64, u64, u64);
+
+impl From<FiveNumbers> for RoundingSums {
+    fn from((error, change, moving, unmoved, values): FiveNumbers) -> Self {
+        Self { error, change, moving, unmoved, values }
+    }
+}
+
+impl From<RoundingSums> for FiveNumbers {
+    fn from(sums: RoundingSums) -> Self {
+        (sums.error, sums.change, sums.moving, sums.unmoved, sums.values)
+    }
 }
 
 impl RoundingSums {

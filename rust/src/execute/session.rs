@@ -295,7 +295,7 @@ impl Session {
         self.add_rounding(&sums);
     }
 
-    fn add_rounding(&self, sums: &RoundingSums) {
+    pub(super) fn add_rounding(&self, sums: &RoundingSums) {
         self.rounding.lock().unwrap_or_else(PoisonError::into_inner).add(sums);
     }
 

@@ -14,6 +14,23 @@ use crate::storage::local;
 const VERSION: &str = "lorafast products 2";
 const DIGEST: usize = 32;
 
+/// Tells apart what blocks are of and how they are made.
+pub(super) fn digest_of(collection: &Collection, blocks: &[Block], options: &Options) -> String {
+    let mut text = format!("{VERSION}\n{:?} {}\n", options.precision, options.per_module);
+    for member in &collection.members {
+        text += &member.identity;
+        text.push('\n');
+        // Which modules are the same depends on all members.
+        for piece in &member.pieces {
+            text += &format!("{} {} {:?}", piece.module, piece.is_transposed, piece.outputs);
+        }
+    }
+    for block in blocks {
+        text += &format!("{:?}\n", block.members());
+    }
+    sha256_of_bytes(text.as_bytes())
+}
+
 /// A directory of blocks that belong to one collection under one set of options.
 pub(super) struct Cache {
     directory: PathBuf,
@@ -27,19 +44,8 @@ impl Cache {
         blocks: &[Block],
         options: &Options,
     ) -> Result<Self> {
-        let mut text = format!("{VERSION}\n{:?} {}\n", options.precision, options.per_module);
-        for member in &collection.members {
-            text += &member.identity;
-            text.push('\n');
-            // Which modules are the same depends on all members.
-            for piece in &member.pieces {
-                text += &format!("{} {} {:?}", piece.module, piece.is_transposed, piece.outputs);
-            }
-        }
-        for block in blocks {
-            text += &format!("{:?}\n", block.members());
-        }
-        let directory = root.join(format!("products-{}", &sha256_of_bytes(text.as_bytes())[..24]));
+        let digest = digest_of(collection, blocks, options);
+        let directory = root.join(format!("products-{}", &digest[..24]));
         local::create_directory(&directory)?;
         Ok(Self { directory })
     }

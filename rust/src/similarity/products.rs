@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use super::cache::Cache;
+use super::cache::{self, Cache};
 use super::collection::Collection;
 use super::load::Real;
 use super::tiles::{Scratch, Stack, Tile, cut};
@@ -128,10 +128,7 @@ pub fn products(
         unsaved: None,
         times: Times::default(),
     };
-    let longest = collection.modules.iter().map(|m| m.rows + m.columns).max().unwrap_or(1);
-    let most = options.memory / (2 * longest * options.precision.size());
-    let blocks: Vec<Block> =
-        groups.iter().flat_map(|group| plan(collection, group, most.min(BLOCK_RANKS))).collect();
+    let blocks = plan_all(collection, groups, options, BLOCK_RANKS);
     task.expect(blocks.iter().map(|block| block.work(collection)).sum());
     let open = |directory: &PathBuf| Cache::open(directory, collection, &blocks, options);
     let cache = options.cache.as_ref().map(open).transpose()?;
@@ -150,6 +147,79 @@ pub fn products(
         }
     }
     Ok(result)
+}
+
+/// The blocks of all groups, of at most so many ranks on a side.
+fn plan_all(
+    collection: &Collection,
+    groups: &[Vec<usize>],
+    options: &Options,
+    most_ranks: usize,
+) -> Vec<Block> {
+    let longest = collection.modules.iter().map(|m| m.rows + m.columns).max().unwrap_or(1);
+    let most = options.memory / (2 * longest * options.precision.size());
+    groups.iter().flat_map(|group| plan(collection, group, most.min(most_ranks))).collect()
+}
+
+/// A block as whoever shares blocks out sees it.
+#[derive(Debug, Clone)]
+pub struct PlannedBlock {
+    /// Multiplications.
+    pub work: u64,
+    /// The members of its rows and of its columns.
+    pub members: [Vec<usize>; 2],
+}
+
+/// The blocks of some groups, of at most so many ranks on a side, and a digest of what they are of
+/// and how they are made.
+pub fn blocks(
+    collection: &Collection,
+    groups: &[Vec<usize>],
+    options: &Options,
+    most_ranks: usize,
+) -> (String, Vec<PlannedBlock>) {
+    let blocks = plan_all(collection, groups, options, most_ranks);
+    let digest = cache::digest_of(collection, &blocks, options);
+    let planned = |block: &Block| PlannedBlock {
+        work: block.work(collection),
+        members: block.members().map(<[usize]>::to_vec),
+    };
+    (digest, blocks.iter().map(planned).collect())
+}
+
+/// The products of one of [`blocks`], as [`products`] makes them: of all, and of each module where
+/// it was asked for, row after row. Of a block with itself those below the diagonal are zero.
+///
+/// # Errors
+/// [`Error::Adapter`] for a file that was changed meanwhile or since the digest was made,
+/// [`Error::Io`], [`Error::Cancelled`].
+pub fn block_products(
+    collection: &Collection,
+    groups: &[Vec<usize>],
+    (index, digest): (usize, &str),
+    options: &Options,
+    most_ranks: usize,
+    pool: &rayon::ThreadPool,
+    task: &Task,
+) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
+    let blocks = plan_all(collection, groups, options, most_ranks);
+    let own = cache::digest_of(collection, &blocks, options);
+    let Some(block) = blocks.get(index).filter(|_| own == digest) else {
+        return Err(Error::Plan(vec![
+            "the adapters, or lorafast, are not those that the comparison was planned with"
+                .to_owned(),
+        ]));
+    };
+    task.expect(block.work(collection));
+    let mut unsaved = None;
+    let mut times = Times::default();
+    let mut run =
+        Run { collection, block, options, cache: None, index, unsaved: &mut unsaved, task };
+    let table = match options.precision {
+        Precision::Double => run.carry_out::<f64>(pool, &mut times),
+        Precision::Single => run.carry_out::<f32>(pool, &mut times),
+    }?;
+    Ok((table.all, table.modules))
 }
 
 /// The products of the members of some tiles with those of others, or with each other.

@@ -73,6 +73,11 @@ impl Pair<'_> {
         extents
     }
 
+    /// Of both.
+    pub fn bytes(&self) -> u64 {
+        self.tuned.bytes() + self.base.bytes()
+    }
+
     /// Whether the two have different numbers of rows.
     pub fn has_grown(&self) -> bool {
         self.tuned.shape != self.base.shape

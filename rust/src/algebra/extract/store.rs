@@ -1,13 +1,13 @@
 //! What is finished of an extraction, on disk beside the output, so that the same call goes on from there.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 use super::sketch::Spectrum;
-use crate::error::{Owner, Result};
+use crate::error::{Error, Owner, Result};
 use crate::storage::local;
 use crate::storage::resumable::Resumable;
 use crate::tensor::dtype::Dtype;
@@ -65,11 +65,44 @@ impl Store {
     ///
     /// # Errors
     /// [`crate::Error::Output`] if another process works on it; [`crate::Error::Io`].
-    pub fn open(output: &Path, key: &str) -> Result<Self> {
+    pub fn beside(output: &Path, key: &str) -> Result<Self> {
         let mut name = std::ffi::OsString::from(".");
         name.push(output.file_name().unwrap_or_default());
         name.push(".extract");
-        let (files, lines) = Resumable::open(output.with_file_name(name), key)?;
+        Self::open(output.with_file_name(name), key)
+    }
+
+    /// Takes what is finished in other directories, which are removed. Those that a process still has are
+    /// left alone.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn absorb(&mut self, directories: &[PathBuf], key: &str) -> Result<()> {
+        for directory in directories.iter().filter(|path| local::is_directory(path)) {
+            let other = match Self::open(directory.clone(), key) {
+                Err(Error::Output { .. }) => continue,
+                other => other?,
+            };
+            for mut one in other.done.values().cloned() {
+                if self.done.contains_key(&one.name) {
+                    continue;
+                }
+                if let Some(layer) = &mut one.layer {
+                    let [b, a] = other.get(layer.place)?;
+                    layer.place = self.put(&b, &a)?;
+                }
+                self.finish(one)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a directory.
+    ///
+    /// # Errors
+    /// As [`Store::beside`].
+    pub fn open(directory: PathBuf, key: &str) -> Result<Self> {
+        let (files, lines) = Resumable::open(directory, key)?;
         let mut store = Self { end: 0, done: IndexMap::new(), keeps: false, files };
         for line in lines {
             let Ok(one) = serde_json::from_slice::<Done>(&line) else { continue };
