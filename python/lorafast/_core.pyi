@@ -252,6 +252,7 @@ def assemble_shards(
     overwrite: bool,
     sync: bool,
     card: str | None,
+    adopt: bool,
     progress: Callable[[int, int], object] | None,
 ) -> tuple[Summary, OutputLock]: ...
 def names_fit(

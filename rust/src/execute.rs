@@ -67,6 +67,9 @@ pub struct Options {
     /// Models that are read beside the base, and must not be written over either.
     #[serde(skip)]
     pub protected: Vec<PathBuf>,
+    /// Whether shards that are written apart become the output's own files, rather than copies.
+    #[serde(skip)]
+    pub adopts: bool,
 }
 
 impl Default for Options {
@@ -79,6 +82,7 @@ impl Default for Options {
             card: None,
             recipes: None,
             protected: Vec::new(),
+            adopts: false,
         }
     }
 }

@@ -159,6 +159,10 @@ def test_what_was_damaged_meanwhile_is_found(
     with pytest.raises(lorafast.OutputError, match="write that part again"):
         merge(inputs, tmp_path / "other", executor=Recording())
     assert not (tmp_path / "other").exists()
+    again = Recording()
+    merge(inputs, tmp_path / "other", executor=again)
+    assert len(again.calls) == 1
+    assert contents(tmp_path / "other") == contents(tmp_path / "out")
 
 
 def test_an_interruption_keeps_what_is_written(
@@ -208,6 +212,8 @@ def test_parts_of_another_merge_are_refused(
     with pytest.raises(lorafast.OutputError, match="base or adapters changed"):
         merge(inputs, tmp_path / "out", executor=none)
     assert none.calls == []
+    merge(inputs, tmp_path / "out", executor=Recording(), overwrite=True)
+    assert lorafast.verify(*inputs, tmp_path / "out", **OPTIONS).ok
 
 
 def test_two_calls_at_once_are_refused(tmp_path: Path, inputs: tuple[Path, list[Path]]) -> None:
@@ -287,6 +293,37 @@ def test_an_output_that_is_there_costs_no_work(
     with pytest.raises(lorafast.OutputError, match="is not empty"):
         merge(inputs, tmp_path / "out", executor=none)
     assert none.calls == []
+
+
+def test_the_shards_take_no_room_twice(tmp_path: Path, inputs: tuple[Path, list[Path]]) -> None:
+    for shard in inputs[0].glob("*.safetensors"):
+        shard.chmod(0o640)
+    written: dict[str, int] = {}
+
+    def look(done: int, total: int) -> None:
+        for shard in (tmp_path / ".out.parts").glob("*.safetensors"):
+            written[shard.name] = shard.stat().st_ino
+
+    merge(inputs, tmp_path / "out", executor=Recording(), progress=look)
+    found = {path.name: path.stat() for path in (tmp_path / "out").glob("*.safetensors")}
+    assert {name: each.st_ino for name, each in found.items()} == written
+    assert {each.st_mode & 0o777 for each in found.values()} == {0o640}
+    assert {each.st_nlink for each in found.values()} == {1}
+
+
+def test_an_output_in_a_store_is_refused(inputs: tuple[Path, list[Path]]) -> None:
+    with pytest.raises(lorafast.OutputError, match="upload it afterwards"):
+        lorafast.plan(*inputs).execute("s3://bucket/out", executor=Recording())
+
+
+@pytest.mark.parametrize("inside", ["base", "one"])
+def test_an_output_in_what_is_read_costs_no_work(
+    tmp_path: Path, inputs: tuple[Path, list[Path]], inside: str
+) -> None:
+    before = contents(tmp_path)
+    with pytest.raises(lorafast.OutputError, match="which is read"):
+        merge(inputs, tmp_path / inside / "out", executor=Recording())
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(

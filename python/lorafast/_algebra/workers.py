@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafast import _core
+from lorafast._errors import LorafastError, OutputError, WorkerError
 from lorafast._io.executors import Task, chunks, opened, run
 from lorafast._io.paths import absolute
 
@@ -43,6 +44,37 @@ def extract_apart(
     tuned, base = (absolute(os.fspath(path)) for path in inputs)
     target = Path(absolute(output))
     place = target.parent / f".{target.name}.extract-parts"
+    try:
+        found = _extracted(
+            (tuned, base),
+            target,
+            place,
+            asked,
+            executor=executor,
+            threads=threads,
+            progress=progress,
+        )
+    except LorafastError as error:
+        if not isinstance(error, WorkerError | OutputError):
+            # The same call again would meet it again.
+            for remains in (place, target.parent / f".{target.name}.extract"):
+                shutil.rmtree(remains, ignore_errors=True)
+        raise
+    shutil.rmtree(place, ignore_errors=True)
+    return found
+
+
+def _extracted(
+    inputs: tuple[str, str],
+    target: Path,
+    place: Path,
+    asked: dict[str, Any],
+    *,
+    executor: ExecutorChoice,
+    threads: int | None,
+    progress: Report | None,
+) -> ExtractResult:
+    tuned, base = inputs
     options = json.dumps(asked)
     plan = _core.plan_extraction(tuned, base, target, options=options, parts=_parts(place))
     names = [name for name, _ in plan["left"]]
@@ -57,11 +89,9 @@ def extract_apart(
     if tasks:
         with opened(executor, threads) as workers:
             run(workers, tasks, lambda place, result: None, progress=progress)
-    found = _core.extract_adapter(
+    return _core.extract_adapter(
         tuned, base, target, options=options, parts=_parts(place), progress=None
     )
-    shutil.rmtree(place, ignore_errors=True)
-    return found
 
 
 def extract_part(

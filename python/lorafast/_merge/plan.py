@@ -426,6 +426,7 @@ class MergePlan(Result):
                     overwrite=overwrite,
                     sync=sync,
                     card=self._card() if report else None,
+                    adopt=False,
                     progress=tell,
                 )
                 warnings = held.enter_context(_held(lock))

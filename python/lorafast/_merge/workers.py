@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafast import _core
-from lorafast._errors import LorafastError, OutputError, PlanError
+from lorafast._errors import LorafastError, OutputError, PlanError, WorkerError
 from lorafast._io import atomic
 from lorafast._io.executors import Task, opened, run
-from lorafast._io.paths import absolute
+from lorafast._io.paths import absolute, resolved
 
 if TYPE_CHECKING:
     from lorafast._core import OutputLock, Summary, VerifyOutcome
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
         core: _core.Plan
         base: str
+        adapters: list[str]
         bytes_to_write: int
 
         @property
@@ -82,9 +83,15 @@ def write_model(
         LorafastError: as `lorafast.merge`.
     """
     begin = time.perf_counter()
-    _check_output(Path(output), overwrite=execution.overwrite)
-    with _claimed(plan, Path(output)) as place:
-        written = _written(place, plan, execution, progress)
+    if "://" in output:
+        raise OutputError(
+            f"{output}: with an executor the output is a directory on a file system that all "
+            "workers share; upload it afterwards"
+        )
+    parts = plan.parts()
+    _check_output(plan, Path(output), overwrite=execution.overwrite)
+    with _claimed(plan, Path(output), overwrite=execution.overwrite) as place:
+        written = _written(place, parts, execution, progress)
         whole = 2 * plan.bytes_to_write
 
         def tell(done: int, total: int) -> None:
@@ -99,18 +106,21 @@ def write_model(
             overwrite=execution.overwrite,
             sync=execution.sync,
             card=card,
+            # The parts are removed, so that the shards can be the output's own files.
+            adopt=True,
             progress=None if progress is None else tell,
         )
+    # Of each task; this process only looks at what they wrote.
+    summary["threads"] = execution.threads or 1
     summary["seconds"] = time.perf_counter() - begin
     return summary, lock
 
 
 def _written(
-    place: Path, plan: Planned, execution: ExecutionOptions, progress: Report | None
+    place: Path, parts: Sequence[Part], execution: ExecutionOptions, progress: Report | None
 ) -> list[dict[str, Any]]:
     """The receipts of all shards, which are written where they are not there."""
     assert execution.executor is not None
-    parts = plan.parts()
     written: list[dict[str, Any]] = []
     left: list[Part] = []
     for part in parts:
@@ -119,12 +129,13 @@ def _written(
             left.append(part)
         else:
             written += receipts
-    # The core tells of the copy of the shards into the output, of as many bytes again.
-    whole = 2 * plan.bytes_to_write
+    # The core tells of the shards in the output, of as many bytes again.
+    bytes_of_all = sum(part.bytes for part in parts)
+    _check_space(place, bytes_of_all - sum(receipt["bytes"] for receipt in written))
 
     def tell(done: int, total: int) -> None:
         if progress is not None:
-            progress(done, whole)
+            progress(done, 2 * bytes_of_all)
 
     # This call's tasks, and no others, end when this is there.
     stop = place / f"stop-{os.urandom(8).hex()}"
@@ -138,7 +149,7 @@ def _written(
                 tasks,
                 lambda _, receipts: written.extend(receipts),
                 progress=tell,
-                done=sum(part.bytes for part in parts) - sum(task.size for task in tasks),
+                done=bytes_of_all - sum(task.size for task in tasks),
                 stop=stop.touch,
                 again="the same call again completes the merge: what was written is kept beside "
                 f"the output, in {place}",
@@ -207,19 +218,35 @@ def _receipts_of(place: Path, part: Part) -> list[dict[str, Any]] | None:
     return found
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuses an output that the core would refuse at the end, before any work."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if not overwrite and any(output.iterdir()):
-            raise OutputError(
-                f"{output}: is not empty; write to another directory, or allow overwriting"
-            )
+def _check_output(plan: Planned, output: Path, *, overwrite: bool) -> None:
+    """Refuses an output that the core would refuse at the end, before any work.
+
+    Raises:
+        OutputError: it is not empty, no directory, or lies in what is read.
+    """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is not a directory")
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise OutputError(
+            f"{output}: is not empty; write to another directory, or allow overwriting"
+        )
+    for read in (plan.base, *plan.adapters):
+        if resolved(output).is_relative_to(resolved(read)):
+            raise OutputError(f"{output}: lies in {read}, which is read; write somewhere else")
+
+
+def _check_space(place: Path, needed: int) -> None:
+    import shutil
+
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"{place}: the shards need {needed:,} more bytes, and {free:,} are free there"
+        )
 
 
 @contextmanager
-def _claimed(plan: Planned, output: Path) -> Iterator[Path]:
+def _claimed(plan: Planned, output: Path, *, overwrite: bool) -> Iterator[Path]:
     """The directory of a merge's parts, which no other call has meanwhile.
 
     It is removed unless the same call again can use what is in it.
@@ -236,33 +263,32 @@ def _claimed(plan: Planned, output: Path) -> Iterator[Path]:
             known = json.loads(claim.read_bytes())
         except (OSError, ValueError):
             known = None
-        if known is None:
+        if known is None or (known != job and overwrite):
             _empty(place)
             atomic.write(claim, json.dumps(job), sync=True)
         elif known != job:
             raise OutputError(
                 f"{place}: holds parts of another merge into {output} that was not finished "
-                f"(or its base or adapters changed since); finish that one, or remove {place}"
+                "(or its base or adapters changed since); finish that one, allow overwriting, or "
+                f"remove {place}"
             )
         for remains in (*place.glob("stop-*"), *place.rglob("*.partial")):
             with suppress(OSError):
                 remains.unlink()
         try:
             yield place
-        except (OSError, KeyboardInterrupt, SystemExit):
+        except OutputError as error:
+            # Of a shard that was damaged since; it has to be written again.
+            for receipt in place.rglob(f"*{RECEIPT}"):
+                if str(error).startswith(str(receipt).removesuffix(RECEIPT) + ": "):
+                    receipt.unlink(missing_ok=True)
             raise
-        except BaseException as error:
-            if isinstance(error, LorafastError) and not _may_go_on(error):
+        except LorafastError as error:
+            if not isinstance(error, WorkerError):
+                # The same call again would meet it again.
                 _remove(place)
             raise
         _remove(place)
-
-
-def _may_go_on(error: LorafastError) -> bool:
-    """Whether the same call again may succeed where another did with this error."""
-    from lorafast._errors import WorkerError
-
-    return isinstance(error, WorkerError | OutputError)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ pub fn write_shards(
 /// Makes a model of shards that were written apart, as `write_shards` tells of them; returns the summary
 /// as plain objects, and the lock that keeps other merges out still.
 #[pyfunction]
-#[pyo3(signature = (plan, directory, written, output, *, overwrite, sync, card, progress))]
+#[pyo3(signature = (plan, directory, written, output, *, overwrite, sync, card, adopt, progress))]
 #[allow(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn assemble_shards(
     py: Python<'_>,
@@ -64,9 +64,10 @@ pub fn assemble_shards(
     overwrite: bool,
     sync: bool,
     card: Option<String>,
+    adopt: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Executed> {
-    let options = execute::Options { overwrite, sync, card, ..Default::default() };
+    let options = execute::Options { overwrite, sync, card, adopts: adopt, ..Default::default() };
     let written: Vec<WrittenShard> = to_options(Some(written))?;
     let done = job::run(py, progress, |task| {
         let written = (directory.as_path(), written.as_slice());

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::rounding::RoundingSums;
@@ -12,7 +13,7 @@ use super::{Job, Options, Output, Summary, queue};
 use crate::error::{Error, Owner, Result};
 use crate::kernel::InstructionSet;
 use crate::parallel::task::{self, Task};
-use crate::plan::{Inputs, Plan};
+use crate::plan::{Inputs, Plan, PlannedShard};
 use crate::storage::digest::sha256_of;
 use crate::storage::directory::LocalDirectory;
 use crate::storage::local;
@@ -61,12 +62,13 @@ pub fn write_shards(
     let own = format!("{}.{now}.{attempt}", std::process::id());
     let partial = |name: &str| directory.join(format!("{name}.{own}.partial"));
     let _remains = Remains(plan.shards.iter().map(|shard| partial(&shard.name)).collect());
-    let open = |shard: &crate::plan::PlannedShard| -> Result<Box<dyn Sink>> {
+    let open = |shard: &PlannedShard| -> Result<Box<dyn Sink>> {
         let path = partial(&shard.name);
         let failed = |error| Error::io(&path, error);
         // A component's shards lie in its folder.
         path.parent().map_or(Ok(()), local::create_directories)?;
-        let file = local::create(&path)?;
+        let like = inputs.base.shards()[shard.source].file.source();
+        let file = local::create_like(&path, like.as_file())?;
         file.set_len(shard.bytes()).map_err(failed)?;
         if !queue::copies_header(inputs, shard) {
             local::write_at(&file, &shard.header, 0).map_err(failed)?;
@@ -119,28 +121,27 @@ pub fn assemble(
     options: &Options,
     task: &Task,
 ) -> Result<(Summary, OutputLock)> {
-    let mut found = Vec::with_capacity(plan.shards.len());
-    let mut rounding = RoundingSums::default();
-    for shard in &plan.shards {
+    let pool = task::build_pool(options.threads)?;
+    let look = |shard: &PlannedShard| {
         task.check()?;
         let path = directory.join(&shard.name);
         let told = written.iter().find(|one| one.name == shard.name);
         let stamp = LocalFile::open(&path)?.stamp();
-        let is_told = match told {
-            Some(told) => {
-                (told.bytes, stamp.length) == (shard.bytes(), shard.bytes())
-                    && told.sha256 == sha256_of(&path)?
-            }
-            None => false,
-        };
-        if !is_told {
-            return Err(Error::output(
+        let fits =
+            |told: &&WrittenShard| (told.bytes, stamp.length) == (shard.bytes(), shard.bytes());
+        match told.filter(fits) {
+            Some(told) if told.sha256 == sha256_of(&path)? => Ok((path, stamp)),
+            _ => Err(Error::output(
                 &path,
                 "is not the shard that its part of the plan wrote; write that part again",
-            ));
+            )),
         }
+    };
+    let found: Vec<_> = pool.install(|| plan.shards.par_iter().map(look).collect::<Result<_>>())?;
+    let mut rounding = RoundingSums::default();
+    for shard in &plan.shards {
+        let told = written.iter().find(|one| one.name == shard.name);
         rounding.add(&told.map_or_else(RoundingSums::default, |told| told.rounding));
-        found.push((path, stamp));
     }
     let digests = inputs.adapters.iter().map(|adapter| adapter.sha256());
     let digests = digests.collect::<Result<Vec<_>>>()?;

@@ -146,7 +146,8 @@ impl Session {
         let mut staging = output.begin(Request {
             overwrite: options.overwrite,
             sync: options.sync,
-            bytes: total - known_bytes,
+            // Files that are adopted take no room of their own.
+            bytes: if options.adopts { side_bytes } else { total - known_bytes },
             names: names(inputs, plan, &side_files, options.card.is_some()),
             inputs: read_inputs(inputs, &side_files, &options.protected)?,
             stores: read_stores(inputs),
@@ -191,7 +192,9 @@ impl Session {
             if source.stamp() != *stamp {
                 return Err(Owner::Checkpoint.changed(path));
             }
-            staging.copy(&shard.name, &source, path)?;
+            if !(options.adopts && staging.adopt(&shard.name, &source, path)?) {
+                staging.copy(&shard.name, &source, path)?;
+            }
             task.advance(stamp.length);
         }
         let mut kept = vec![false; plan.shards.len()];

@@ -199,6 +199,19 @@ pub fn create(path: &Path) -> Result<File> {
     File::options().read(true).write(true).create_new(true).open(path).map_err(failed)
 }
 
+/// The same with the permissions of the file that it is made from, if there is one.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_like(path: &Path, like: Option<&File>) -> Result<File> {
+    let file = create(path)?;
+    if let Some(metadata) = like.and_then(|like| like.metadata().ok()) {
+        // Some file systems have no permissions to set.
+        let _ = file.set_permissions(permissions(&metadata));
+    }
+    Ok(file)
+}
+
 /// Opens a file for reading and writing, with what is in it; an empty one where there is none.
 ///
 /// # Errors

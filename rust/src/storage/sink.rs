@@ -267,6 +267,14 @@ pub trait StagedModel: Debug + Send + Sync {
         Ok(false)
     }
 
+    /// Takes a whole file as it is, under one more name, where the file system can; says whether it did.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`]; that the file is not the one that the source was opened from.
+    fn adopt(&mut self, _name: &str, _source: &dyn Source, _path: &Path) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Makes what was written the destination's model.
     ///
     /// # Errors

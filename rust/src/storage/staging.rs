@@ -23,7 +23,7 @@ pub use manifest::{MANIFEST, encode as encode_manifest, missing_files};
 use crate::error::{Error, Owner, Result};
 use crate::storage::directory::LocalDirectory;
 use crate::storage::file_names;
-use crate::storage::local::{self, CopyError};
+use crate::storage::local::{self, CopyError, Stamp};
 use crate::storage::sink::{Committed, FileMark, Input, OutputLock, Request, Sink, StagedModel};
 use crate::storage::source::Source;
 use crate::storage::store::Store;
@@ -166,15 +166,20 @@ impl Staging {
         }
     }
 
-    /// Makes a file of the new model, which must be among the announced names, with the
-    /// permissions of the file that it is made from.
-    fn create_new(&mut self, name: &str, bytes: u64, like: Option<&dyn Source>) -> Result<File> {
+    /// Where a file of the new model is prepared, which must be among the announced names.
+    fn place_of(&self, name: &str) -> Result<PathBuf> {
         debug_assert!(self.names.iter().any(|known| known == name), "{name} was announced");
         if self.lock.as_ref().is_none_or(|lock| !lock.is_held()) {
             let what = format!("something removed the lock in {}", self.directory.display());
             return Err(commit::lost(&self.output, what));
         }
-        let path = self.path(name)?;
+        self.path(name)
+    }
+
+    /// Makes a file of the new model, which must be among the announced names, with the
+    /// permissions of the file that it is made from.
+    fn create_new(&mut self, name: &str, bytes: u64, like: Option<&dyn Source>) -> Result<File> {
+        let path = self.place_of(name)?;
         let failed = |error| Error::io(&path, error);
         // Never through a link, and never over what somebody else has put there.
         let file = File::options().read(true).write(true).create_new(true).open(&path);
@@ -258,6 +263,23 @@ impl StagedModel for Staging {
             kept.push(KeptFile { name: (*name).to_owned(), mark: *mark, _file: file });
         }
         self.kept_files.extend(kept);
+        Ok(true)
+    }
+
+    fn adopt(&mut self, name: &str, source: &dyn Source, path: &Path) -> Result<bool> {
+        let place = self.place_of(name)?;
+        if fs::hard_link(path, &place).is_err() {
+            return Ok(false);
+        }
+        let failed = |error| Error::io(&place, error);
+        let file = File::open(&place).map_err(failed)?;
+        let stamp = Stamp::of(&file.metadata().map_err(failed)?);
+        if stamp != source.stamp() {
+            return Err(Owner::Checkpoint.changed(path));
+        }
+        let (name, bytes, identity) = (name.to_owned(), stamp.length, stamp.identity);
+        self.written.push(Written { name: name.clone(), bytes, identity, _file: None });
+        self.close(&name, file)?;
         Ok(true)
     }
 

@@ -55,10 +55,16 @@ fn parts_that_plan_again_make_the_same_model() {
         );
     }
     let summary = assembled(&inputs, &written, root, "output").expect("assembled");
+    let plan = Plan::new(&inputs, plain()).expect("planned");
+    let (parts, adopted) = (root.join("parts"), root.join("adopted"));
+    let options = Options { adopts: true, ..Options::default() };
+    let parts = (parts.as_path(), written.as_slice());
+    assemble(&inputs, &plan, parts, &adopted, &options, &Task::new()).expect("assembled");
     assert_eq!(summary.adapter_sha256.len(), 1);
     for name in ["a.safetensors", "b.safetensors", "c.safetensors", "lorafast_manifest.json"] {
         let read = |folder: &str| fs::read(root.join(folder).join(name)).expect("read");
         assert!(read("whole") == read("output"), "{name}");
+        assert!(read("whole") == read("adopted"), "{name}");
     }
 }
 
