@@ -120,6 +120,8 @@ def run(script: str, root: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": "/tmp",
+        # Ray keeps a token there.
+        "HOME": str(root),
     }
     process = subprocess.Popen(
         [sys.executable, str(file), str(root)],

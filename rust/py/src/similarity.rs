@@ -45,6 +45,9 @@ fn to_bytes_f32<'py>(py: Python<'py>, values: &[f32]) -> PyResult<Bound<'py, PyB
 type InnerProducts<'py> =
     (Bound<'py, PyByteArray>, Vec<Bound<'py, PyByteArray>>, usize, (f64, f64), Option<String>);
 
+/// A digest, and for each block its multiplications and the members of both sides.
+type PlannedBlocks = (String, Vec<(u64, Vec<usize>, Vec<usize>)>);
+
 type StackedFactors<'py> =
     (Vec<usize>, Vec<usize>, Vec<f64>, Bound<'py, PyByteArray>, Bound<'py, PyByteArray>);
 
@@ -147,7 +150,7 @@ impl Collection {
         per_module: bool,
         memory: usize,
         ranks: usize,
-    ) -> PyResult<(String, Vec<(u64, Vec<usize>, Vec<usize>)>)> {
+    ) -> PyResult<PlannedBlocks> {
         let precision = Precision::from_name(precision).map_err(|error| to_python(py, error))?;
         let options = Options { precision, per_module, memory, cache: None };
         let (digest, blocks) =
