@@ -226,6 +226,11 @@ class MergePlan(Result):
 
         with using(self._stores):
             if is_hub_url(output):
+                if execution.executor is not None:
+                    raise ValueError(
+                        f"{output}: with an executor the output is a directory that all workers "
+                        "share; upload it afterwards"
+                    )
                 from lorafast._merge.publish import publish
 
                 return publish(self.carried_out, str(output), execution)
@@ -272,7 +277,9 @@ class MergePlan(Result):
             and self.options is not None
             and device in ("cpu", AMX)
             and isinstance(place, str)
+            and execution.executor is None
         )
+        problem: str | None = None
         with ExitStack() as held:
             notes: list[str] = []
             fallbacks: dict[str, list[str]] = {}
@@ -307,20 +314,23 @@ class MergePlan(Result):
                     notes, fallbacks = done.notes, done.fallbacks
                 warnings = held.enter_context(_held(lock))
             result = self._report_of(summary, output, device, notes, fallbacks)
+            if prove is not None and execution.executor is not None:
+                from lorafast._merge.verify import verify_plan
+
+                # Workers look at files under the names that they have in the end.
+                prove.found = verify_plan(self, output, execution)
+                problem = None if prove.found.ok else prove.found.problems[0]
             if prove is not None and prove.found is not None:
                 checked = prove.found
                 result.warnings.extend(checked.warnings)
                 result = result._replace(verification=RecordDict(checked.to_dict()))
-            if has_recipes:
-                result = result._replace(recipes=RecordDict(summary["recipes"]))
-                if summary["kept"]:
-                    count, all_of_them = len(summary["kept"]), len(summary["recipes"])
-                    result.notes.append(
-                        f"{count} of {all_of_them} shards would become the same again, and stay as "
-                        "they are"
-                    )
-            yield result
+            yield _with_recipes(result, summary) if has_recipes else result
         result.warnings.extend(warnings)
+        if problem is not None:
+            raise VerificationError(
+                f"{output}: what was written is not what was computed: {problem}; check the disk "
+                "and the memory of the machines"
+            )
 
     def _execute(
         self,
@@ -491,6 +501,16 @@ class MergePlan(Result):
             timestamp=strftime("%Y-%m-%d %H:%M:%S"),
             weight_files=RecordList(sorted({tensor["shard"] for tensor in description["tensors"]})),
         )
+
+
+def _with_recipes(result: MergeReport, summary: Summary) -> MergeReport:
+    """The report with what each shard was made from, and how many stayed as they were."""
+    if summary["kept"]:
+        count, all_of_them = len(summary["kept"]), len(summary["recipes"])
+        result.notes.append(
+            f"{count} of {all_of_them} shards would become the same again, and stay as they are"
+        )
+    return result._replace(recipes=RecordDict(summary["recipes"]))
 
 
 class _Proof:

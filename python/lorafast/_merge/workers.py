@@ -68,6 +68,24 @@ VERIFIED_BYTES = 1 << 30
 LEAST_PARTS = 8
 
 
+#: Why what lies in a store is refused.
+_OF_FILES = (
+    "is in an object store, and an executor's workers read files that all of them see; leave the "
+    "executor out, or download it"
+)
+
+
+def _require_files(plan: Planned) -> None:
+    """Makes sure that base and adapters are files, which any process can open by their names.
+
+    Raises:
+        ValueError: one lies in a store.
+    """
+    for name in (plan.base, *plan.adapters):
+        if "://" in name:
+            raise ValueError(f"{name}: {_OF_FILES}")
+
+
 def write_model(
     plan: Planned,
     output: str,
@@ -88,6 +106,7 @@ def write_model(
             f"{output}: with an executor the output is a directory on a file system that all "
             "workers share; upload it afterwards"
         )
+    _require_files(plan)
     parts = plan.parts()
     _check_output(plan, Path(output), overwrite=execution.overwrite)
     with _claimed(plan, Path(output), overwrite=execution.overwrite) as place:
@@ -331,7 +350,7 @@ def _remove(place: Path) -> None:
 
 def verified(
     plan: Planned,
-    merged: Path,
+    merged: Path | _core.StoreLocation,
     execution: ExecutionOptions,
     *,
     full: bool,
@@ -346,6 +365,9 @@ def verified(
         LorafastError: as `lorafast.verify`.
     """
     assert execution.executor is not None
+    _require_files(plan)
+    if not isinstance(merged, Path):
+        raise ValueError(f"{merged}: {_OF_FILES}")
     threads = execution.threads or 1
     size = plan.bytes_to_write
     count = max(LEAST_PARTS, -(-size // VERIFIED_BYTES))
