@@ -257,7 +257,9 @@ pub fn verify_part(
     task: &Task,
 ) -> Result<Vec<Finding>> {
     // What cannot be opened is told by whoever puts the parts together.
-    let Ok(matched) = Matched::of(inputs, plan, Checkpoint::open(merged), task)? else { return Ok(Vec::new()) };
+    let Ok(matched) = Matched::of(inputs, plan, Checkpoint::open(merged), task)? else {
+        return Ok(Vec::new());
+    };
     let total: u64 = matched.jobs.iter().map(|job| job.stored.bytes()).sum();
     let mut before = 0;
     let mut own = Vec::new();

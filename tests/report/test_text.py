@@ -67,6 +67,7 @@ def test_no_text_of_a_merges_report_is_markup() -> None:
     }
     values |= {
         "weights": [1.0, 2.0],
+        "strategy_options": {ATTACK: 1.0},
         "versions": {"lorafast": "1.0"},
         "adapters": [ATTACK, ATTACK + "2"],
         "adapter_sha256": {ATTACK: ATTACK, ATTACK + "2": "0"},

@@ -244,6 +244,8 @@ class MergePlan(Result):
         """The directory, or the place in a store, that an output names."""
         if not isinstance(output, str):
             return output if not isinstance(output, os.PathLike) else expand(output)
+        if is_hub_url(output):
+            return require_directory(output)
         if is_url(output):
             with using(self._stores):
                 return located(output)
@@ -294,9 +296,7 @@ class MergePlan(Result):
                     if has_recipes:
                         from lorafast._merge.recipes import earlier
 
-                        # What is proved is what this merge has written.
-                        reuses = execution.overwrite and not execution.verify
-                        options["recipes"] = earlier(output) if reuses else {}
+                        options["recipes"] = earlier(output) if execution.overwrite else {}
                     summary, lock = self._execute(place, options, tell, prove)
                 else:
                     from lorafast._torch.choice import carry_out
@@ -605,13 +605,13 @@ def make_plan(
     adapters = as_list(adapters)
     require_readers(base, *adapters, device=device, needs=needs)
     revision, notes = options.revision, []
-    paths = [find_source(adapter, ADAPTER_PATTERNS) for adapter in adapters]
     found: Path | _core.StoreLocation | ModuleBase
     if isinstance(base, tuple):
         found = base
     elif base is not None:
         found = find_source(with_revision(base, revision), BASE_PATTERNS)
-    else:
+    paths = [find_source(adapter, ADAPTER_PATTERNS) for adapter in adapters]
+    if base is None:
         from lorafast._merge.own_base import find_own_base
 
         found, note = find_own_base(adapters, paths, revision)

@@ -11,6 +11,7 @@ mod lock;
 mod manifest;
 mod moves;
 mod place;
+mod staged;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -29,6 +30,7 @@ use crate::storage::source::Source;
 use crate::storage::store::Store;
 use lock::Lock;
 use place::Occupancy;
+use staged::StagedFiles;
 
 /// The directory inside the output in which a merge is prepared.
 pub const DIRECTORY: &str = ".lorafast-partial";
@@ -240,7 +242,12 @@ impl StagedModel for Staging {
     }
 
     fn staged(&self) -> Arc<dyn Store> {
-        Arc::new(LocalDirectory(self.directory.join(&self.model)))
+        let made = LocalDirectory(self.directory.join(&self.model));
+        if self.kept_files.is_empty() {
+            return Arc::new(made);
+        }
+        let kept = self.kept_files.iter().map(|file| file.name.clone()).collect();
+        Arc::new(StagedFiles { made, output: LocalDirectory(self.output.clone()), kept })
     }
 
     fn keep(&mut self, files: &[(&str, FileMark)]) -> Result<bool> {
