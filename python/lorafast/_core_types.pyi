@@ -223,18 +223,10 @@ class FileMark(TypedDict):
     changed: int
 
 @type_check_only
-class RoundingSums(TypedDict):
-    error: float
-    change: float
-    moving: int
-    unmoved: int
-    values: int
-
-@type_check_only
 class WrittenRecipe(TypedDict):
     recipe: str
     file: FileMark
-    rounding: RoundingSums
+    rounding: tuple[float, float, int, int, int]
 
 @type_check_only
 class Rounding(TypedDict):

@@ -190,7 +190,7 @@ def test_what_no_report_tells_of_is_written(made: Path) -> None:
         lambda report: json.dumps(report | {"recipes": {name: {} for name in report["recipes"]}}),
         lambda report: json.dumps(report).replace('"inode": ', '"inode": -'),
         lambda report: json.dumps(report).replace('"modified": ', '"modified": "x", "y": '),
-        lambda report: json.dumps(report).replace('"values": ', '"values": 1e400, "y": '),
+        lambda report: json.dumps(report).replace('"rounding": [', '"rounding": [1e400, '),
     ],
     ids=["text", "list", "number", "empty", "negative", "unknown", "infinite"],
 )

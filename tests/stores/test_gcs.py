@@ -8,6 +8,8 @@ from support.gcs_stub import gcs
 from support.store_models import Model, without_reports
 
 
+# Beside others, a stub of Python's threads can be too slow for the uploads of several threads.
+@pytest.mark.alone
 def test_a_merge_from_and_to_google(large: Model) -> None:
     with gcs() as stub:
         for path in large.base.iterdir():

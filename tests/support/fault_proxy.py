@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Literal, NamedTuple
+
+from support.loopback import LoopbackServer
 
 #: How an answer is broken: by a status; by a connection that is reset, before the request was
 #: passed on (`reset`) or after (`reset_after`); a body that ends at its half, that never comes, or
@@ -193,9 +195,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
+class _Server(LoopbackServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Nothing: clients that go away are what this is about."""
 

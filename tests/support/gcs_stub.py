@@ -9,8 +9,10 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from support.loopback import LoopbackServer
 
 DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 
@@ -137,7 +139,7 @@ def _handler(stub: GcsStub) -> type[BaseHTTPRequestHandler]:
 def gcs() -> Iterator[GcsStub]:
     """A stub on loopback, stopped at the end."""
     stub = GcsStub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(stub))
+    server = LoopbackServer(("127.0.0.1", 0), _handler(stub))
     server.daemon_threads = True
     stub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
+
+from support.loopback import LoopbackServer
 
 
 class Asked(NamedTuple):
@@ -127,7 +129,7 @@ def _handler(server: RangeServer) -> type[BaseHTTPRequestHandler]:
 def serving(root: Path) -> Iterator[RangeServer]:
     """A server of a directory on loopback, stopped at the end."""
     server = RangeServer(root)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
+    http = LoopbackServer(("127.0.0.1", 0), _handler(server))
     http.daemon_threads = True
     server.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(target=http.serve_forever, daemon=True)

@@ -510,7 +510,11 @@ def _with_recipes(result: MergeReport, summary: Summary) -> MergeReport:
         result.notes.append(
             f"{count} of {all_of_them} shards would become the same again, and stay as they are"
         )
-    return result._replace(recipes=RecordDict(summary["recipes"]))
+    recipes = {
+        name: {**recipe, "rounding": list(recipe["rounding"])}
+        for name, recipe in summary["recipes"].items()
+    }
+    return result._replace(recipes=RecordDict(recipes))
 
 
 class _Proof:

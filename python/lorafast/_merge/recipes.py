@@ -14,9 +14,10 @@ from lorafast._io.paths import open_plain
 REPORT = "merge_report.json"
 #: A report is some megabytes long at most.
 LONGEST = 256 << 20
-#: What is said of a shard's file, and of what rounding took away in it.
+#: What is said of a shard's file.
 OF_FILE = ("bytes", "inode", "modified", "changed")
-SUMS, COUNTS = ("error", "change"), ("moving", "unmoved", "values")
+#: Of what rounding took away in it: so many sums, and then so many counts.
+SUMS, COUNTS = 2, 3
 
 
 def earlier(output: str) -> dict[str, Any]:
@@ -39,14 +40,14 @@ def earlier(output: str) -> dict[str, Any]:
 def _is_recipe(entry: Any) -> bool:
     if not isinstance(entry, dict) or entry.keys() != {"recipe", "file", "rounding"}:
         return False
-    file, sums = entry["file"], entry["rounding"]
+    file, rounding = entry["file"], entry["rounding"]
     return (
         isinstance(entry["recipe"], str)
         and _has(file, OF_FILE)
-        and isinstance(sums, dict)
-        and sums.keys() == {*SUMS, *COUNTS}
-        and _has({name: sums[name] for name in COUNTS}, COUNTS)
-        and all(type(sums[name]) in (int, float) and math.isfinite(sums[name]) for name in SUMS)
+        and isinstance(rounding, list)
+        and len(rounding) == SUMS + COUNTS
+        and all(type(each) in (int, float) and math.isfinite(each) for each in rounding[:SUMS])
+        and all(type(each) is int and 0 <= each < 1 << 64 for each in rounding[SUMS:])
     )
 
 
