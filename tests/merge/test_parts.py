@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lorafast
 import pytest
@@ -83,6 +84,23 @@ def test_a_shard_that_is_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         plan.assemble(folder, written, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_method_was_given_is_part_of_the_plan(tmp_path: Path) -> None:
+    """What an earlier merge left is taken for this one's where the digests are the same."""
+    base, adapters = prepare(tmp_path)
+    given: list[dict[str, Any]] = [
+        {},
+        {"strategy": "ties"},
+        {"strategy": "ties", "strategy_options": {"density": 0.5}},
+        {"strategy": "dare_ties", "strategy_options": {"density": 0.5}},
+        {"strategy": "dare_ties", "strategy_options": {"density": 0.5}, "seed": 1},
+        {"strategy": "dare_ties", "strategy_options": {"density": 0.5}, "weights": [1, 2]},
+        {"strategy": "slerp"},
+        {"strategy": "slerp", "strategy_options": {"t": 0.3}},
+    ]
+    digests = [lorafast.plan(base, adapters, **each).digest for each in given]
+    assert len(set(digests)) == len(given)
 
 
 def test_only_a_merge_of_files_has_parts(tmp_path: Path) -> None:

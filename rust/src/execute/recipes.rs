@@ -93,23 +93,7 @@ fn of_shard(inputs: &Inputs, shard: &PlannedShard, set: InstructionSet) -> Resul
     }
     let mut adapters = BTreeSet::new();
     for tensor in &shard.tensors {
-        let action = match &tensor.action {
-            Action::MergeEntries(merge) => {
-                format!("{:?} {} {}", merge.method, merge.seed, merge.adapters)
-            }
-            action => action.name().to_owned(),
-        };
-        let quantized = tensor.quantized.as_ref().map(|quantized| &quantized.scheme);
-        let line = format!(
-            "{:?} {:?} {:?} {} {:?} {action} {quantized:?} {}",
-            tensor.name,
-            tensor.origin,
-            tensor.source,
-            tensor.output_dtype,
-            tensor.target,
-            tensor.requantized
-        );
-        recipe.add(line.as_bytes());
+        recipe.add(tensor.recipe().as_bytes());
         if let Origin::Adapter(adapter) = tensor.origin {
             recipe.add(&inputs.adapters[adapter].file().read(&tensor.source)?);
         }

@@ -5,12 +5,30 @@ use std::collections::HashMap;
 
 use sha2::{Digest, Sha256};
 
-use super::{Inputs, Plan, PlannedShard};
+use super::{Action, Inputs, Plan, PlannedShard, PlannedTensor};
 use crate::error::{Error, Result};
 use crate::storage::digest::hexadecimal;
 
 /// Raised whenever the same plan would be carried out to other bytes.
-const VERSION: &str = "lorafast plan 1";
+const VERSION: &str = "lorafast plan 2";
+
+impl PlannedTensor {
+    /// All that decides its bytes but the updates and what is read, in one line.
+    pub(crate) fn recipe(&self) -> String {
+        let action = match &self.action {
+            // Their settings are no update's.
+            Action::MergeEntries(merge) => {
+                format!("{:?} {} {}", merge.method, merge.seed, merge.adapters)
+            }
+            action => action.name().to_owned(),
+        };
+        let quantized = self.quantized.as_ref().map(|quantized| &quantized.scheme);
+        format!(
+            "{:?} {:?} {:?} {} {:?} {action} {quantized:?} {}",
+            self.name, self.origin, self.source, self.output_dtype, self.target, self.requantized
+        )
+    }
+}
 
 impl Plan {
     /// The SHA-256, in hexadecimal, of all that decides the output's weights: every action, and what
@@ -43,18 +61,7 @@ impl Plan {
             add(shard.name.as_bytes());
             add(&shard.header);
             for tensor in &shard.tensors {
-                let action = tensor.action.name();
-                let quantized = tensor.quantized.as_ref().map(|quantized| &quantized.scheme);
-                let line = format!(
-                    "{:?} {:?} {:?} {} {:?} {action} {quantized:?} {}",
-                    tensor.name,
-                    tensor.origin,
-                    tensor.source,
-                    tensor.output_dtype,
-                    tensor.target,
-                    tensor.requantized
-                );
-                add(line.as_bytes());
+                add(tensor.recipe().as_bytes());
                 add(&json(tensor.updates()));
             }
         }
