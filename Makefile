@@ -59,7 +59,7 @@ bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour
 # Each count is a program's of tests/trust; `make test` runs a few of each.
 TRUST := KILLS=200 KILL_CALLS=1000 KILL_SUBTRACTIONS=1000 KILL_PIPELINES=150 FAILING_CALLS=2000 \
   FULL_DISKS=150 CHANGING_INPUTS=250 RACES=100 REPLACED_ADAPTERS=100 CACHES=90 LOCKED_CACHES=2 KILLS_IN_STORES=100 SIGNALS=400 \
-  FUZZED_FILES=100000 MANY_MERGES=10000
+  EXACT_SUMS=10000000 FUZZED_FILES=100000 MANY_MERGES=10000
 
 # A faster S3 server than the tests' own, for their larger models; they skip those without it.
 .PHONY: s3-server

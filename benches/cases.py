@@ -61,6 +61,8 @@ class Case:
 PEFT_FLOOR = 20.0
 #: lorafast / cp by rank, of whole processes.
 LINEAR = {16: 1.0, 64: 1.25, 256: 2.0}
+#: Exact sums / the default by rank.
+EXACT = {16: 1.3, 256: 2.2}
 #: Llamas and Qwens of about so many 10⁹ parameters.
 SIZES = {
     "0.5": Shape(896, 24, 4864, 14, 2, 151936, True),
@@ -204,6 +206,30 @@ def reflink(options: argparse.Namespace, folder: Path) -> Iterator[Setup]:
             yield setup
 
 
+def exact(options: argparse.Namespace, folder: Path) -> Iterator[Setup]:
+    base, size = _base(options, folder)
+    targets = ALL_LINEAR.split(",")
+    for rank in options.ranks:
+        adapter = _adapter(options, folder / f"adapter-{rank}", targets, rank)
+        merge = (base, [adapter], size, operations_of(shape_of(options), targets, rank))
+        kinds = {"lorafast": [], "exact": ["exact"], "exact, hashed": ["exact", "reported"]}
+        made = [
+            ways.lorafast(
+                *merge,
+                threads=options.threads,
+                name=name,
+                precision="exact" if kind else "default",
+                report="reported" in kind,
+            )
+            for name, kind in kinds.items()
+        ]
+        compared = [
+            ("exact", "lorafast", EXACT.get(rank)),
+            ("exact, hashed", "lorafast", None),
+        ]
+        yield Setup(f"exact sums, rank {rank}", made, [base, adapter], compared)
+
+
 def adapters(options: argparse.Namespace, folder: Path) -> Iterator[Setup]:
     base, size = _base(options, folder)
     targets = ALL_LINEAR.split(",")
@@ -332,6 +358,7 @@ CASES = {
     for case in (
         Case("linear", "every linear layer, by rank", linear),
         Case("attention", "q_proj and v_proj alone", attention),
+        Case("exact", "sums of real numbers, rounded once, by rank", exact),
         Case("adapters", "several adapters of rank 16 in one pass", adapters),
         Case("sizes", "time and memory from 0.5 to 8 B parameters", sizes),
         Case("forms", "DoRA, embeddings, convolutions beside linear layers", forms),

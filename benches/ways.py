@@ -161,9 +161,13 @@ def lorafast(
     name: str,
     synced: bool = False,
     device: str = "cpu",
+    precision: str = "default",
+    report: bool = False,
 ) -> Way:
     """The command, start of Python included; without waiting for the disk, as cp, or with it."""
-    options = ["--overwrite", "--quiet", "--no-report", "--device", device]
+    options = ["--overwrite", "--quiet", "--device", device]
+    options += [] if precision == "default" else ["--precision", precision]
+    options += [] if report else ["--no-report"]
     options += [] if synced else ["--no-sync"]
     options += ["--threads", str(threads)] if threads else []
     names = [str(adapter) for adapter in adapters]

@@ -127,6 +127,8 @@ class PlanDescription(TypedDict):
     #: What random masks depend on, where there are any.
     seed: NotRequired[int]
     weights: list[float | dict[str, float]] | None
+    #: Where it is not the default.
+    precision: NotRequired[Literal["exact"]]
     dtype: Literal["auto", "float16", "bfloat16", "float32"]
     tensors: list[TensorDescription]
     tensors_merged: int
@@ -161,6 +163,8 @@ class ChangedTensor(TypedDict):
     updates: int
     residual: bool
     staged_whole: bool
+    exact: bool
+    only_adds: bool
 
 @type_check_only
 class Product(TypedDict):
@@ -211,9 +215,17 @@ class Summary(TypedDict):
     file_origins: dict[str, str]
     left_out: list[str]
     rounding: RoundingLoss | None
+    #: Where weights are real numbers that are rounded once.
+    recomputed: Recomputed | None
+    shard_sha256: dict[str, str] | None
     recipes: dict[str, WrittenRecipe]
     kept: list[str]
     warnings: list[str]
+
+@type_check_only
+class Recomputed(TypedDict):
+    near_ties: int
+    in_integers: int
 
 @type_check_only
 class FileMark(TypedDict):

@@ -93,6 +93,8 @@ CombineMethod = Literal[SumMethod, JointMethod, EntryMethod, MethodOfPeft]
 Strategy = Literal["sequential", "weighted", "average", SumMethod, EntryMethod, MethodOfPeft]
 #: Whose results a merge gives where those differ from what was trained.
 Compat = Literal["peft"]
+#: How merged weights are computed.
+MergePrecision = Literal["default", "exact"]
 #: How factors of experts that are stored as one tensor lie on it.
 ExpertLayout = Literal["auto", "straight", "transposed"]
 #: Whose tokenizer the output of a merge has.

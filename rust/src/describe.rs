@@ -13,7 +13,8 @@ use crate::checkpoint::components::Component;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
 use crate::plan::{
-    ConfigChanges, Inputs, MethodOptions, Origin, Plan, PlannedChange, Strategy, Update, Weight,
+    ConfigChanges, Inputs, MethodOptions, Origin, Plan, PlannedChange, Precision, Strategy, Update,
+    Weight,
 };
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
@@ -76,6 +77,8 @@ pub struct PlanDescription<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     seed: Option<u64>,
     weights: Option<&'a [Weight]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    precision: Option<Precision>,
     dtype: &'a str,
     tensors: Vec<TensorDescription<'a>>,
     tensors_merged: usize,
@@ -146,6 +149,7 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
             .then_some(&plan.options.strategy_options),
         seed: plan.options.uses_seed().then_some(plan.options.seed),
         weights: (plan.options.strategy != Strategy::Sequential).then_some(plan.weights.as_slice()),
+        precision: (plan.options.precision != Precision::Default).then_some(plan.options.precision),
         dtype: plan.options.dtype.as_ref().and_then(|dtype| dtype.torch_name()).unwrap_or("auto"),
         tensors: tensors.collect(),
         tensors_merged: plan.count(PlannedChange::Merge),

@@ -7,6 +7,7 @@
 mod accumulator;
 pub(crate) mod compute;
 pub(crate) mod entries;
+mod exact;
 pub mod operands;
 pub mod parts;
 pub(crate) mod queue;
@@ -30,7 +31,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
-use crate::kernel::InstructionSet;
+use crate::kernel::{InstructionSet, Recomputed};
 use crate::parallel::task::Task;
 use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor};
 use crate::storage::directory::LocalDirectory;
@@ -64,6 +65,8 @@ pub struct Options {
     /// Shards of a model in the output, which are kept where they would become the same again; `None`
     /// where nobody asks for recipes.
     pub recipes: Option<Recipes>,
+    /// Whether the summary has the SHA-256 of every shard.
+    pub shard_digests: bool,
     /// Models that are read beside the base, and must not be written over either.
     #[serde(skip)]
     pub protected: Vec<PathBuf>,
@@ -81,6 +84,7 @@ impl Default for Options {
             instruction_set: None,
             card: None,
             recipes: None,
+            shard_digests: false,
             protected: Vec::new(),
             adopts: false,
         }
@@ -118,6 +122,10 @@ pub struct Summary {
     /// What rounding took away of what the adapters change, where merged weights of the output have fewer
     /// than 32 bits.
     pub rounding: Option<RoundingLoss>,
+    /// What had to be computed again, where weights are real numbers that are rounded once.
+    pub recomputed: Option<Recomputed>,
+    /// The SHA-256 of every shard, where that was asked for.
+    pub shard_sha256: Option<IndexMap<String, String>>,
     /// Of each shard what it was made from, where that was asked for.
     pub recipes: Recipes,
     /// The shards that were there already.
@@ -184,6 +192,8 @@ struct Job<'a> {
     digests: Vec<Mutex<Option<String>>>,
     /// What rounding takes away, of each shard.
     rounding: Vec<Mutex<RoundingSums>>,
+    /// What exact sums had to compute again.
+    recomputed: Mutex<Recomputed>,
     /// What entry-wise methods found out of tensors that they merge, by shard and position.
     selections: Mutex<HashMap<(usize, usize), Arc<Selections>>>,
     /// The tensors of which that has to be found out.
@@ -277,6 +287,7 @@ impl<'a> Job<'a> {
             remaining,
             digests,
             rounding: plan.shards.iter().map(|_| Mutex::default()).collect(),
+            recomputed: Mutex::default(),
             selections: Mutex::default(),
             unknown,
             requantizing,
@@ -318,6 +329,7 @@ impl<'a> Job<'a> {
                     self.queues.stop();
                 }
             }
+            lock(&self.recomputed).add(buffers.recomputed);
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
@@ -336,6 +348,10 @@ impl<'a> Job<'a> {
 
     fn rounding(&self) -> Vec<RoundingSums> {
         self.rounding.iter().map(|sums| *lock(sums)).collect()
+    }
+
+    fn recomputed(&self) -> Recomputed {
+        *lock(&self.recomputed)
     }
 
     fn digests(&self) -> Result<Vec<String>> {

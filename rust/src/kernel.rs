@@ -10,6 +10,7 @@ mod amx;
 mod block;
 pub mod convert;
 mod double;
+pub(crate) mod exact;
 pub(crate) mod large_pages;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -29,6 +30,7 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::tensor::dtype::Dtype;
 
+pub use exact::{ExactFactors, ExactOperand, Recomputed};
 pub use pack::{Factors, Operand};
 pub use split::PRODUCT_ERROR;
 

@@ -5,6 +5,7 @@
 mod context;
 mod draft;
 mod entries;
+mod exact;
 mod layout;
 mod name_map;
 mod options;
@@ -29,7 +30,7 @@ use crate::parallel::task::Task;
 pub use crate::weights::Weight;
 
 use context::Context;
-pub use options::{Compat, Options, Strategy, TokenizerChoice};
+pub use options::{Compat, Options, Precision, Strategy, TokenizerChoice};
 pub(crate) use passes::quantized::{dequantized_plan, updates_in_model};
 use passes::replication::ReplicatedInputs;
 pub use passes::side_files::{CARD, CARD_OF_BASE};
@@ -81,6 +82,7 @@ impl Plan {
     pub fn new_with(inputs: &Inputs, options: Options, task: &Task) -> Result<Self> {
         let weights = ModuleWeights::of(&options, inputs.adapters.len())?;
         options.check_strategy()?;
+        options.check_precision(inputs.adapters.len())?;
         let named = named_like_the_base(inputs)?;
         let inputs = named.as_ref().unwrap_or(inputs);
         refuse_obstacles(inputs, &options.allow)?;
@@ -147,6 +149,7 @@ impl Plan {
         let mut shards = layout::plan_shards(inputs, &options, draft, &quantized);
         entries::merge_by_entries(inputs, &options, &mut shards)?;
         products::weigh_by_products(inputs, &options, &weights, &mut shards, task)?;
+        exact::mark(inputs, &options, &mut shards)?;
         task.check()?;
         if options.dtype.is_some() {
             let kept = layout::kept_components(inputs, &shards);

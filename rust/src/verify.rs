@@ -34,7 +34,9 @@ use crate::execute::session::Session;
 use crate::kernel::InstructionSet;
 use crate::kernel::convert::widen_f64;
 use crate::parallel::task::{self, Task};
-use crate::plan::{Action, Compat, Inputs, Plan, PlannedChange, PlannedTensor, base_as_named};
+use crate::plan::{
+    Action, Compat, Inputs, Plan, PlannedChange, PlannedTensor, Precision, base_as_named,
+};
 use crate::storage::digest::hexadecimal;
 use crate::storage::local;
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
@@ -588,6 +590,23 @@ impl Checker<'_> {
             let computed = self.computer.merge(planned, &prepared, &tile, buffers)?;
             let tile_bytes = merged.read(start * row_bytes..tile.end * row_bytes, stored)?;
             self.computer.task.advance(tile_bytes.len() as u64);
+            if planned.precision == Precision::Exact
+                && let Some(byte) = first_difference(computed, tile_bytes)
+            {
+                let size = planned.output_dtype.size();
+                let element = byte / size;
+                let value = |bytes: &[u8]| {
+                    widen_f64(&planned.output_dtype, &bytes[element * size..][..size])[0]
+                };
+                let (is, right) = (value(tile_bytes), value(computed));
+                let (row, column) = (start + element / columns, element % columns);
+                let problem = format!(
+                    "tensor {}: row {row}, column {column}: is {is:e} instead of {right:e}, to which the \
+                     exact sum is rounded",
+                    planned.name
+                );
+                return Ok(Checked { problem: Some(problem), change, sha256: None });
+            }
             // Rows that are not what the kernels make are held against the exact value.
             let differing = tile.clone().filter(|row| {
                 let range = (row - start) * row_bytes..(row - start + 1) * row_bytes;

@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute every row of the merged weights in float64 as well, not a sample",
     )
+    outcome.add_argument(
+        "--digests",
+        action="store_true",
+        help="--merged is the merge_report.json of an exact merge: hold its digests against what "
+        "base and adapters make; the model need not be there",
+    )
     outcome.add_argument("--json", action="store_true", help="print the outcome as JSON")
     outcome.add_argument(
         "--quiet", action="store_true", help="print problems, warnings and errors only"
@@ -47,7 +53,14 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     from lorafast import verify
 
     adapters, options = inputs_of(arguments, "verify")
-    outcome = verify(arguments.base, adapters, arguments.merged, full=arguments.full, **options)
+    outcome = verify(
+        arguments.base,
+        adapters,
+        arguments.merged,
+        full=arguments.full,
+        digests=arguments.digests,
+        **options,
+    )
     if arguments.json:
         terminal.json(outcome.to_dict())
     else:

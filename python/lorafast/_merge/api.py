@@ -15,6 +15,7 @@ from lorafast._types import (
     CredentialProvider,
     ExecutorChoice,
     ExpertLayout,
+    MergePrecision,
     Progress,
     Source,
     StorageOptions,
@@ -116,6 +117,14 @@ class MergeOptions(NamedTuple):
             "embeddings, replicated layers)"
         ),
     ] = None
+    precision: Annotated[
+        MergePrecision,
+        Flag(
+            "default: sums in float32, rounded once; exact: the real number that the files say, "
+            "rounded once, the same bytes on every machine and device (default: %(default)s)",
+            verbs=("plan", "merge", "verify"),
+        ),
+    ] = "default"
     expert_layout: Annotated[
         ExpertLayout,
         Flag(
@@ -199,6 +208,7 @@ def merge(
     device_memory: int | str | None = None,
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
+    precision: MergePrecision = "default",
     expert_layout: ExpertLayout = "auto",
     verify: bool = False,
     report: bool = True,
@@ -290,6 +300,12 @@ def merge(
             trained: an update of one of two tied layers changes both, replicated layers gather
             every replica's updates. The
             default is what the adapters were trained to be.
+        precision: "default" sums in float32 (float64 for float64 weights) and rounds once. "exact"
+            makes of every merged weight the real number W + Σ wᵢ·sᵢ·(BᵢAᵢ), with every stored
+            number and each wᵢ and sᵢ as the float64 that it is, rounded once to the output's dtype,
+            to nearest even: the same bytes whatever computes them. What is no such sum (DoRA,
+            PiSSA, strategies that look at values, weights that are quantised again) is refused by
+            name. `docs/exact.md` says how.
         expert_layout: how factors of experts that are stored as one tensor lie on it, where
             neither shapes nor PEFT's version tell: "straight" (as B·A) or "transposed".
         verify: read the result back and prove it, as `lorafast.verify` does, before it becomes a
@@ -364,6 +380,7 @@ def plan(
     dtype: str = "auto",
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
+    precision: MergePrecision = "default",
     expert_layout: ExpertLayout = "auto",
     tokenizer: TokenizerChoice = "auto",
     strategy_options: Mapping[str, float] | None = None,
@@ -394,6 +411,7 @@ def open_merged(
     dtype: str = "auto",
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
+    precision: MergePrecision = "default",
     expert_layout: ExpertLayout = "auto",
     tokenizer: TokenizerChoice = "auto",
     strategy_options: Mapping[str, float] | None = None,
@@ -432,6 +450,7 @@ def open_merged(
         dtype: likewise.
         allow: likewise.
         compat: likewise.
+        precision: likewise.
         expert_layout: likewise.
         tokenizer: likewise; a view has no files beside the weights.
         strategy_options: likewise.
@@ -466,10 +485,12 @@ def verify(
     strategy: Strategy | None = None,
     weights: Sequence[Weight] | None = None,
     full: bool = False,
+    digests: bool = False,
     threads: int | None = None,
     progress: Progress = False,
     allow: str | Sequence[str] = (),
     compat: Compat | None = None,
+    precision: MergePrecision = "default",
     expert_layout: ExpertLayout = "auto",
     device: str = "cpu",
     strategy_options: Mapping[str, float] | None = None,
@@ -505,6 +526,10 @@ def verify(
         allow: as for `lorafast.merge`.
         compat: as for `lorafast.merge`; "peft" for what PEFT itself merged, which also lets pass
             that PEFT rounds 16-bit weights more than once for some layers and several adapters.
+        precision: "exact" for a merge that was exact: every byte must then be the right one.
+        digests: `merged` is the `merge_report.json` of an exact merge (or a directory that has it):
+            what base and adapters make is computed, and its digests held against those there. The
+            merged weights themselves are not looked at, and need not be there.
         expert_layout: as for `lorafast.merge`.
         device: where the merge was made. "cpu:amx" lets pass, for 16-bit weights, what AMX's
             products are off (2⁻¹⁵ of their size); all others are held against the same bound.
@@ -529,12 +554,14 @@ def verify(
     from lorafast._io.executors import check_executor
     from lorafast._io.limits import check_threads
     from lorafast._io.sources import as_list, require_readers
-    from lorafast._merge.verify import verify_plan
+    from lorafast._merge.verify import verify_digests, verify_plan
 
     check_threads(threads)
     check_merge_name(device)
     check_executor(executor)
     with _stores(arguments):
+        if digests:
+            return verify_digests(base, adapters, merged, options, execution)
         require_readers(base, *as_list(adapters), merged)
         prepared = make_plan(base, adapters, options)
         return verify_plan(prepared, merged, execution, full=full)

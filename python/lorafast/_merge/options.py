@@ -12,6 +12,7 @@ from lorafast._types import (
     Compat,
     CredentialProvider,
     ExecutorChoice,
+    MergePrecision,
     Progress,
     StorageOptions,
 )
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
         def compat(self) -> Compat | None: ...
 
         @property
+        def precision(self) -> MergePrecision: ...
+
+        @property
         def format(self) -> AdapterFormat | None: ...
 
         @property
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
 
         def to_core(self) -> dict[str, Any]: ...
 
-        def _replace(self, *, dtype: str = ..., revision: str | None = ...) -> Self: ...
+        def _replace(
+            self, *, dtype: str = ..., precision: MergePrecision = ..., revision: str | None = ...
+        ) -> Self: ...
 
 
 def _device(name: str) -> str:

@@ -273,6 +273,10 @@ class MergePlan(Result):
         device = execution.device
         options = execution.to_core()
         options["card"] = self._card() if execution.report else None
+        # Of an exact merge the report proves what it is; a store would have to be read again.
+        options["shard_digests"] = (
+            execution.report and "precision" in self._description and isinstance(place, str)
+        )
         # A report says what each shard was made from, and the next merge looks there.
         has_recipes = (
             execution.report
@@ -496,6 +500,9 @@ class MergePlan(Result):
             file_origins=RecordDict(summary["file_origins"]),
             sources=sources_of(self._description, summary),
             rounding=summary["rounding"],
+            precision=description.get("precision", "default"),
+            recomputed=summary["recomputed"],
+            shard_sha256=summary["shard_sha256"],
             left_out=RecordList(summary["left_out"]),
             coverage=RecordList(adapter["coverage"] for adapter in description["adapters"]),
             timestamp=strftime("%Y-%m-%d %H:%M:%S"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from lorafast import _core
-    from lorafast._core import Coverage, PlanDescription, RoundingLoss, Summary
+    from lorafast._core import Coverage, PlanDescription, Recomputed, RoundingLoss, Summary
     from lorafast._types import Source
 
 #: What reading a finished output back, or writing a report beside it, can meet.
@@ -141,6 +141,9 @@ class _MergeReportFields(NamedTuple):
     strategy_options: dict[str, Any] | None = None
     seed: int | None = None
     recipes: dict[str, Any] | None = None
+    precision: str = "default"
+    recomputed: Recomputed | None = None
+    shard_sha256: dict[str, str] | None = None
 
 
 @shown
@@ -202,6 +205,10 @@ class MergeReport(_MergeReportFields, OutputReport):
             when it was finished, and what rounding took away in it; by this a merge with
             `overwrite` knows which shards would become the same again. Of merges on the CPU with a
             report.
+        precision: "exact" where every merged weight is the real number, rounded once.
+        recomputed: of an exact merge, how many elements this run had to compute in more digits:
+            `near_ties`, and of these `in_integers`, which no floating point decides.
+        shard_sha256: of an exact merge into a directory, the SHA-256 of each shard.
     """
 
     __slots__ = ()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Protocol, Self
 
     from lorafast._merge.options import Combination
-    from lorafast._types import Source, Strategy, Weight
+    from lorafast._types import MergePrecision, Source, Strategy, Weight
 
     class Options(Combination, Protocol):
         """What a view has to know of how adapters are merged: `api.MergeOptions`."""
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
             self,
             *,
             dtype: str = ...,
+            precision: MergePrecision = ...,
             strategy: Strategy | None = ...,
             strategy_options: Mapping[str, float] | None = ...,
             weights: Sequence[Weight] | None = ...,

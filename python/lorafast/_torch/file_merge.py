@@ -22,6 +22,7 @@ from lorafast._torch.device import (
     stream,
     torch_dtype,
 )
+from lorafast._torch.exact import ExactProgram
 from lorafast._torch.memory import building_bytes, workspace_bytes
 from lorafast._torch.program import Program, rounds_once
 from lorafast._torch.rest import Rest
@@ -105,6 +106,10 @@ def execute(
 
 def _reason_for_cpu(tensor: _core.ChangedTensor) -> str | None:
     """Why a tensor is merged on the CPU whatever the device, if it is."""
+    if tensor["exact"] and "F64" in (tensor["dtype"], tensor["output_dtype"]):
+        return "exact sums of float64 are computed in more digits than a device has, on the CPU"
+    if tensor["exact"] and not tensor["only_adds"]:
+        return "exact sums with parameters that were trained whole are computed on the CPU"
     if tensor["quantised"]:
         return "quantised weights are decoded and encoded on the CPU"
     if tensor["staged_whole"]:
@@ -226,9 +231,12 @@ class _Merge:
 
         None stands where the tiles before are to be on their way first.
         """
+        import torch
+
         for tensor, updates in self._with_updates():
             dtype, output = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
-            size = building_bytes(updates, dtype, output)
+            wide = torch.float64 if tensor["exact"] else dtype
+            size = building_bytes(updates, wide, output)
             if size > self.memory:
                 self._leave(tensor)
                 continue
@@ -251,7 +259,8 @@ class _Merge:
     ) -> Work | None:
         """A tensor with its program on the device; None if it is left to the CPU."""
         dtype, output = torch_dtype(tensor["dtype"]), torch_dtype(tensor["output_dtype"])
-        program = self._program(updates, dtype, output)
+        kind = ExactProgram if tensor["exact"] else Program
+        program = self._program(kind, updates, dtype, output)
         if program is None:
             self._release_memory()
             self._leave(tensor)
@@ -277,17 +286,21 @@ class _Merge:
         return None
 
     def _program(
-        self, updates: Sequence[_core.Operands], dtype: torch.dtype, output: torch.dtype
+        self,
+        kind: type[Program],
+        updates: Sequence[_core.Operands],
+        dtype: torch.dtype,
+        output: torch.dtype,
     ) -> Program | None:
         """The program of some updates; None if the device has no room for it."""
         import torch
 
         try:
             if not self.on_cuda:
-                return Program(updates, dtype=dtype, output=output, device=self.device)
+                return kind(updates, dtype=dtype, output=output, device=self.device)
             # On a stream of its own: looking at factors must not wait for tiles on their way.
             with torch.cuda.stream(self.aside):
-                program = Program(updates, dtype=dtype, output=output, device=self.device)
+                program = kind(updates, dtype=dtype, output=output, device=self.device)
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.aside)
             for tensor in program.tensors():
@@ -436,7 +449,14 @@ class _Merge:
         if self.on_cuda:
             slot.done = self.down.record_event()
         # Without the tensor's program, which a writer has no need of and would keep.
-        rows = Rows(tile.place, tile.first, work.dtype, tile.measured, work.program.only_adds)
+        rows = Rows(
+            tile.place,
+            tile.first,
+            work.dtype,
+            measured=tile.measured,
+            only_added=work.program.only_adds,
+            exact=work.tensor["exact"],
+        )
         self.writes.append(self.writers.submit(self._write, rows, slot, target))
         self._drain(TILES - 1)
         self._report()
@@ -483,6 +503,9 @@ class _Merge:
             slot.done.synchronize()
         if not bool(slot.finite.item()):
             size = target.numel() * rows.dtype.itemsize
+            if rows.exact:
+                before, after = slot.source[:size], target.view(torch.uint8).reshape(-1)
+                self.execution.decide(rows.place, rows.first, before.numpy(), after.numpy())
             source = slot.source[:size].view(rows.dtype).reshape(target.shape)
             made = torch.isfinite(source) & ~torch.isfinite(target)
             if bool(made.any()):

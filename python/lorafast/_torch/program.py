@@ -264,7 +264,7 @@ class Program:
 
         rows = (first, first + len(tile))
         if self.fused:
-            covering = [each for each in self.stages[0].sums if _covers(each.rows, rows)]
+            covering = [each for each in self.stages[0].sums if covers(each.rows, rows)]
             if not covering:
                 return tile if out is None else out.copy_(tile)
             parts = covering[0].parts
@@ -288,7 +288,7 @@ class Program:
     ) -> torch.Tensor:
         """What some stages make of S, which they may use up if it is `owned`."""
         for stage in stages:
-            places = [place for place in stage.places if _covers(place.rows, rows)]
+            places = [place for place in stage.places if covers(place.rows, rows)]
             keep = 1.0 - sum(place.weight for place in places)
             if not places:
                 result = start if owned else start.clone()
@@ -298,8 +298,8 @@ class Program:
             else:
                 result = start * keep
             for each in stage.sums:
-                if _covers(each.rows, rows):
-                    result.addmm_(_rows_of(each, rows), each.right)
+                if covers(each.rows, rows):
+                    result.addmm_(rows_of(each, rows), each.right)
             for place in places:
                 value = self._value(place, start, rows)
                 result += value * self._gain(place, value, rows)
@@ -314,7 +314,7 @@ class Program:
             start = place.own[rows[0] - place.rows[0] : rows[1] - place.rows[0]]
         if place.products is None:
             return start
-        return torch.addmm(start, _rows_of(place.products, rows), place.products.right)
+        return torch.addmm(start, rows_of(place.products, rows), place.products.right)
 
     def _gain(self, place: Place, value: torch.Tensor, rows: tuple[int, int]) -> Any:
         import torch
@@ -347,11 +347,11 @@ class Program:
         return 1.01 * total
 
 
-def _covers(band: tuple[int, int], rows: tuple[int, int]) -> bool:
+def covers(band: tuple[int, int], rows: tuple[int, int]) -> bool:
     return band[0] <= rows[0] and rows[1] <= band[1]
 
 
-def _rows_of(each: Sum, rows: tuple[int, int]) -> torch.Tensor:
+def rows_of(each: Sum, rows: tuple[int, int]) -> torch.Tensor:
     return each.left[rows[0] - each.rows[0] : rows[1] - each.rows[0]]
 
 

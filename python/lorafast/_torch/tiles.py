@@ -117,6 +117,7 @@ class Rows:
         dtype: in which it was read.
         measured: whether its slot has the first row before rounding, too.
         only_added: whether that is what was added to W₀ alone.
+        exact: whether what is not finite was not decided.
     """
 
     place: Place
@@ -124,3 +125,4 @@ class Rows:
     dtype: torch.dtype
     measured: bool = False
     only_added: bool = False
+    exact: bool = False

@@ -207,6 +207,33 @@ impl Execution {
         .map_err(|failure| failure.raise(py))
     }
 
+    /// Computes the elements of rows of an exact sum again that are not finite in `target`, which holds what
+    /// somebody else made of the rows in `source`, from `first_row` on.
+    fn decide(
+        &self,
+        py: Python<'_>,
+        place: TensorId,
+        first_row: usize,
+        source: &Bound<'_, PyAny>,
+        target: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let tensor = tensor_at(&self.plan, place)?;
+        let (source, target) = (Memory::of(source, false)?, Memory::of(target, true)?);
+        let (rows, columns) = tensor.matrix();
+        let count = whole_rows(source.length, columns * tensor.source.dtype.size())?;
+        let written = whole_rows(target.length, columns * tensor.output_dtype.size())?;
+        if written != count || first_row + count > rows {
+            return Err(PyValueError::new_err("not as many rows of each within the tensor"));
+        }
+        py.detach(|| {
+            // SAFETY: the caller leaves the buffers to this call until it is over.
+            let (source, target) = unsafe { (source.bytes(), target.bytes_mut()) };
+            let rows = (source, target);
+            self.with(|session| session.decide(&self.inputs, &self.plan, place, first_row, rows))
+        })
+        .map_err(|failure| failure.raise(py))
+    }
+
     /// Raises the error for an element that was finite and is no more, by its index in the tensor.
     fn raise_overflow(&self, py: Python<'_>, place: TensorId, index: usize) -> PyResult<()> {
         let tensor = tensor_at(&self.plan, place)?;

@@ -114,6 +114,21 @@ impl View {
         ViewStream::of(py, self.open.clone(), &view, wanted)
     }
 
+    /// The SHA-256 of every shard that a merge would write, by its name.
+    #[pyo3(signature = (*, progress))]
+    fn shard_digests<'py>(
+        &self,
+        py: Python<'py>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let view = view_in(&self.open)?;
+        let object = PyDict::new(py);
+        for (name, digest) in job::run(py, progress, |task| view.shard_digests(task))? {
+            object.set_item(name, digest)?;
+        }
+        Ok(object)
+    }
+
     /// Lets nothing be asked for any more, and closes the files when the last read is done.
     fn close(&self, py: Python<'_>) {
         let view = self.open.write().unwrap_or_else(PoisonError::into_inner).take();

@@ -61,6 +61,11 @@ pub trait Delta: Debug + Send + Sync {
         false
     }
 
+    /// Whether the factors hold stored numbers, or products of two of them, without a rounding.
+    fn is_exact(&self) -> bool {
+        false
+    }
+
     /// Whether it holds the products of several experts.
     fn holds_experts(&self) -> bool {
         false

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::accumulator::Real;
+use super::exact::{ExactSum, ExactTile};
 use super::queue;
 use super::rounding::RoundingSums;
 pub(crate) use super::tile::Prepared;
@@ -12,9 +13,9 @@ use super::tile::{Segment, Selections};
 use crate::adapter::factors::Pair;
 use crate::error::{Error, Result};
 use crate::execute::residual::Weight;
-use crate::kernel::{self, InstructionSet};
+use crate::kernel::{self, InstructionSet, Recomputed};
 use crate::parallel::task::Task;
-use crate::plan::{Action, Inputs, Origin, PlannedTensor};
+use crate::plan::{Action, Inputs, Origin, PlannedTensor, Precision};
 use crate::tensor::dtype::Dtype;
 
 /// A lock whose holder panicked protects nothing that could be half-made here.
@@ -63,6 +64,8 @@ pub(crate) struct Buffers {
     /// W₀, scratch and sum in the accumulator's type.
     single: [Vec<f32>; 3],
     double: [Vec<f64>; 3],
+    /// What its exact sums had to compute again.
+    pub recomputed: Recomputed,
 }
 
 /// Bytes of a cache line, and of the widest vector.
@@ -164,10 +167,14 @@ impl Computer<'_> {
         let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let first = rows.start * prepared.columns();
         let count = rows.len() * prepared.columns();
-        let Buffers { stored, result, single, double } = buffers;
+        let segment = prepared.segment(rows);
+        if let Some(exact) = segment.exact() {
+            let place = (rows, segment.first_row(), prepared.columns());
+            return self.merge_exactly(tensor, exact, place, buffers, sums);
+        }
+        let Buffers { stored, result, single, double, .. } = buffers;
         let stored = reserve(stored, count * from.size());
         self.read(tensor, stored, first * from.size())?;
-        let segment = prepared.segment(rows);
         let columns = prepared.columns();
         let row = rows.start..rows.start + 1;
         let before =
@@ -217,6 +224,38 @@ impl Computer<'_> {
             } else {
                 sums.add_results(&before, &exact, &written);
             }
+        }
+        Ok(result)
+    }
+
+    /// The same where the real number is rounded once.
+    fn merge_exactly<'b>(
+        &self,
+        tensor: &PlannedTensor,
+        exact: &ExactSum,
+        (rows, first_row, columns): (&Range<usize>, usize, usize),
+        buffers: &'b mut Buffers,
+        sums: Option<&mut RoundingSums>,
+    ) -> Result<&'b [u8]> {
+        let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
+        let (first, count) = (rows.start * columns, rows.len() * columns);
+        let Buffers { stored, result, recomputed, .. } = buffers;
+        let stored = reserve(stored, count * from.size());
+        let result = reserve(result, count * to.size());
+        self.read(tensor, stored, first * from.size())?;
+        let within = rows.start - first_row..rows.end - first_row;
+        let tile = ExactTile { rows: &within, dtype: from, stored };
+        if !exact.merge_rows(self.set, tile, (to, result), recomputed)? {
+            self.find_overflow(tensor, result, first)?;
+        }
+        if let Some(sums) = sums {
+            let before = widened(self.set, from, &stored[..columns * from.size()]);
+            let changes = exact.changes(within.start, &before)?;
+            sums.add_changes(
+                &before,
+                &changes,
+                &widened(self.set, to, &result[..columns * to.size()]),
+            );
         }
         Ok(result)
     }
@@ -274,6 +313,7 @@ impl Computer<'_> {
         let mut scan = |each: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>| {
             self.scan(tensor, &Dtype::F64, each)
         };
+        let tensor = &PlannedTensor { precision: Precision::Default, ..tensor.clone() };
         Prepared::new(self.set, self.inputs, tensor, &Dtype::F64, removed, None, &mut scan)
     }
 
@@ -360,7 +400,12 @@ impl Computer<'_> {
     }
 
     /// Something in the result is not finite: an error unless it came so from its source.
-    fn find_overflow(&self, tensor: &PlannedTensor, result: &[u8], first: usize) -> Result<()> {
+    pub(super) fn find_overflow(
+        &self,
+        tensor: &PlannedTensor,
+        result: &[u8],
+        first: usize,
+    ) -> Result<()> {
         let dtype = &tensor.source.dtype;
         let mut stored = vec![0; result.len() / tensor.rounded_dtype().size() * dtype.size()];
         self.read(tensor, &mut stored, first * dtype.size())?;
@@ -395,6 +440,22 @@ impl Computer<'_> {
         }
         "the merge".into()
     }
+}
+
+/// Computes the elements of whole rows of an exact sum again that are not finite; whether all are then.
+pub(super) fn decide(
+    prepared: &Prepared,
+    rows: &Range<usize>,
+    (from, stored): (&Dtype, &[u8]),
+    target: (&Dtype, &mut [u8]),
+    recomputed: &mut Recomputed,
+) -> bool {
+    let segment = prepared.segment(rows);
+    let first = segment.first_row();
+    let within = rows.start - first..rows.end - first;
+    let tile = ExactTile { rows: &within, dtype: from, stored };
+    // Rows that nothing changes were only converted.
+    segment.exact().is_none_or(|exact| exact.decide(tile, target, recomputed))
 }
 
 /// Stored elements in f32.

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::execute::residual::Weight;
 use crate::kernel::{InstructionSet, convert};
 use crate::parallel::task::Task;
-use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor, UpdateKind};
+use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor, Precision, UpdateKind};
 use crate::tensor::dtype::Dtype;
 
 /// A tensor that adapters change, as an executor has to know it.
@@ -61,6 +61,10 @@ pub struct ChangedTensor<'a> {
     /// Whether an update is made of the whole of what those of earlier stages leave, which is done here
     /// alone.
     pub staged_whole: bool,
+    /// Whether it is a sum of real numbers that is rounded once.
+    pub exact: bool,
+    /// Whether all that is done to it is that products and vectors are added.
+    pub only_adds: bool,
 }
 
 fn is_replaced(tensor: &PlannedTensor) -> bool {
@@ -120,6 +124,11 @@ pub fn changed_tensors(plan: &Plan) -> Vec<ChangedTensor<'_>> {
                     .updates()
                     .iter()
                     .any(|update| update.kind == UpdateKind::Transform && update.stage > 0),
+                exact: tensor.precision == Precision::Exact,
+                only_adds: tensor
+                    .updates()
+                    .iter()
+                    .all(|update| matches!(update.kind, UpdateKind::LowRank | UpdateKind::Vector)),
             }
         })
         .collect()

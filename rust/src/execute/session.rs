@@ -8,16 +8,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use super::compute::{self, Computer};
+use indexmap::IndexMap;
+use rayon::prelude::*;
+
+use super::compute::{self, Computer, Prepared};
 use super::queue::{self, Work};
 use super::recipes;
 use super::rewrite;
 use super::rounding::RoundingSums;
 use super::{Job, Options, Output, Summary};
 use crate::error::{Error, Owner, Result};
-use crate::kernel::InstructionSet;
+use crate::kernel::{InstructionSet, Recomputed};
 use crate::parallel::task::{self, Task};
-use crate::plan::{CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedTensor, SideFiles};
+use crate::plan::{
+    CARD, CARD_OF_BASE, FileOrigin, Inputs, Plan, PlannedShard, PlannedTensor, Precision, SideFiles,
+};
+use crate::storage::digest::sha256_of_source;
 use crate::storage::local::{self, Stamp};
 use crate::storage::sink::{
     Committed, Destination, Input, KeptFile, OutputLock, Request, Sink, StagedModel,
@@ -87,6 +93,12 @@ pub struct Session {
     sync: bool,
     digests: Mutex<Vec<String>>,
     rounding: Mutex<RoundingSums>,
+    /// What exact sums had to compute again.
+    recomputed: Mutex<Recomputed>,
+    /// Those of the last tensors of which somebody else could not decide elements.
+    prepared: Mutex<Vec<(TensorId, Arc<Prepared>)>>,
+    /// Whether the shards' digests are asked for.
+    has_digests: bool,
     /// That of the shards that are made here, and of those that were there.
     shard_rounding: Mutex<Vec<RoundingSums>>,
     /// The recipes of the shards, where they are asked for.
@@ -244,6 +256,9 @@ impl Session {
             sync: options.sync,
             digests: Mutex::new(Vec::new()),
             rounding: Mutex::default(),
+            recomputed: Mutex::default(),
+            prepared: Mutex::default(),
+            has_digests: options.shard_digests,
             shard_rounding: Mutex::new(rounding),
             recipes,
             kept,
@@ -274,6 +289,7 @@ impl Session {
         let mut rounding = self.shard_rounding.lock().unwrap_or_else(PoisonError::into_inner);
         rounding.iter_mut().zip(job.rounding()).for_each(|(all, own)| all.add(&own));
         drop(rounding);
+        self.recompute(job.recomputed());
         if !matches!(filter, WorkFilter::Only(_)) {
             *self.digests.lock().unwrap_or_else(PoisonError::into_inner) = job.digests()?;
         }
@@ -296,6 +312,25 @@ impl Session {
             sums.add_results(&before, &exact, &written);
         }
         self.add_rounding(&sums);
+    }
+
+    /// Adds what exact sums had to compute again.
+    pub fn recompute(&self, recomputed: Recomputed) {
+        self.recomputed.lock().unwrap_or_else(PoisonError::into_inner).add(recomputed);
+    }
+
+    /// The SHA-256 of every shard, as it was written.
+    fn shard_digests(&self, plan: &Plan, task: &Task) -> Result<IndexMap<String, String>> {
+        let staged = self.staging.staged();
+        let digest = |shard: &PlannedShard| {
+            task.check()?;
+            let digest = sha256_of_source(&*staged.open(&shard.name)?);
+            let digest = digest.map_err(|error| Error::io(self.output.join(&shard.name), error))?;
+            Ok((shard.name.clone(), digest))
+        };
+        let found =
+            self.pool.install(|| plan.shards.par_iter().map(digest).collect::<Result<Vec<_>>>());
+        Ok(found?.into_iter().collect())
     }
 
     pub(super) fn add_rounding(&self, sums: &RoundingSums) {
@@ -358,6 +393,57 @@ impl Session {
         Ok(())
     }
 
+    /// Computes the elements of some rows of an exact sum that are not finite again: what somebody else
+    /// could not decide. `stored` holds W₀'s rows, as [`Session::read_rows`] has them.
+    ///
+    /// # Errors
+    /// [`Error::Numeric`] if a finite weight is infinite then, or NaN, [`Error::Io`].
+    ///
+    /// # Panics
+    /// If the rows are not as many of each within one segment, or the tensor is no sum of products.
+    pub fn decide(
+        &self,
+        inputs: &Inputs,
+        plan: &Plan,
+        id: TensorId,
+        first_row: usize,
+        (stored, target): (&[u8], &mut [u8]),
+    ) -> Result<()> {
+        let tensor = &plan.shards[id.0].tensors[id.1];
+        let task = Task::new();
+        let computer = Computer { inputs, set: self.set, task: &task };
+        let prepared = self.prepared(&computer, tensor, id)?;
+        let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
+        let rows = first_row..first_row + stored.len() / from.size() / prepared.columns().max(1);
+        let mut recomputed = Recomputed::default();
+        let finite =
+            compute::decide(&prepared, &rows, (from, stored), (to, target), &mut recomputed);
+        self.recompute(recomputed);
+        if !finite {
+            computer.find_overflow(tensor, target, first_row * prepared.columns())?;
+        }
+        Ok(())
+    }
+
+    /// What is prepared of a tensor of which tiles come one after the other.
+    fn prepared(
+        &self,
+        computer: &Computer<'_>,
+        tensor: &PlannedTensor,
+        id: TensorId,
+    ) -> Result<Arc<Prepared>> {
+        /// Tiles of two tensors are on their way at a time.
+        const KEPT: usize = 2;
+        let mut kept = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, prepared)) = kept.iter().find(|(other, _)| *other == id) {
+            return Ok(prepared.clone());
+        }
+        let prepared = Arc::new(computer.prepare(tensor)?);
+        kept.truncate(KEPT - 1);
+        kept.insert(0, (id, prepared.clone()));
+        Ok(prepared)
+    }
+
     /// The error for an element that was finite and is no more, by its index in the tensor.
     pub fn overflow(&self, inputs: &Inputs, tensor: &PlannedTensor, index: usize) -> Error {
         let computer = Computer { inputs, set: self.set, task: &Task::new() };
@@ -409,6 +495,8 @@ impl Session {
         task.check()?;
         // What was written to meanwhile would make a model of two states.
         inputs.check_unchanged()?;
+        let shard_sha256 = self.has_digests.then(|| self.shard_digests(plan, task)).transpose()?;
+        let is_exact = plan.options.precision == Precision::Exact;
         let Committed { mut warnings, lock } = self.staging.commit()?;
         let of_shards = self.shard_rounding.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut rounding = self.rounding.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -439,6 +527,9 @@ impl Session {
             side_files: file_origins.keys().cloned().collect(),
             file_origins,
             rounding,
+            recomputed: is_exact
+                .then(|| self.recomputed.into_inner().unwrap_or_else(PoisonError::into_inner)),
+            shard_sha256,
             left_out: self.side_files.left_out,
             recipes: recipes.unwrap_or_default(),
             kept,

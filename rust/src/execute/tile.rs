@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use super::accumulator::{Real, sum_of_squares};
 use super::entries::{Entries, MergedRow, Own, Products};
+use super::exact::{ExactOrigin, ExactProduct, ExactSum};
 use super::queue;
 use crate::adapter::Adapter;
 use crate::adapter::factors::Pair;
@@ -16,7 +17,7 @@ use crate::adapter::matrix::Matrix;
 use crate::entrywise::{Finder, Mask, Selection};
 use crate::error::Result;
 use crate::kernel::{self, Factors, InstructionSet};
-use crate::plan::{Action, EntryMerge, Inputs, PlannedTensor, Update, UpdateKind};
+use crate::plan::{Action, EntryMerge, Inputs, PlannedTensor, Precision, Update, UpdateKind};
 use crate::tensor::dtype::Dtype;
 use crate::tensor::orientation::Orientation;
 use crate::tensor::safetensors::Tensor;
@@ -39,6 +40,8 @@ pub(crate) struct Segment {
     columns: usize,
     /// Each made from what the one before leaves; nearly always one.
     stages: Vec<Stage>,
+    /// What there is instead, where the real number is rounded once.
+    exact: Option<ExactSum>,
 }
 
 /// Updates that are made from the same W₀.
@@ -75,12 +78,24 @@ enum Value {
 
 /// Rows of an adapter's own tensor, from `first` on.
 #[derive(Debug)]
-struct AdapterRows {
+pub(super) struct AdapterRows {
     tensor: Tensor,
     first: usize,
 }
 
 impl AdapterRows {
+    /// The type in which they are stored.
+    pub fn dtype(&self) -> &Dtype {
+        &self.tensor.dtype
+    }
+
+    /// Some of them as they are stored.
+    pub fn bytes(&self, rows: &Range<usize>, columns: usize) -> Result<Vec<u8>> {
+        let row = columns * self.tensor.dtype.size();
+        let bytes = (self.first + rows.start) * row..(self.first + rows.end) * row;
+        self.tensor.read_range(bytes.start as u64..bytes.end as u64)
+    }
+
     fn read<T: Real>(
         &self,
         set: InstructionSet,
@@ -88,9 +103,7 @@ impl AdapterRows {
         columns: usize,
         target: &mut [T],
     ) -> Result<()> {
-        let row = columns * self.tensor.dtype.size();
-        let bytes = (self.first + rows.start) * row..(self.first + rows.end) * row;
-        let bytes = self.tensor.read_range(bytes.start as u64..bytes.end as u64)?;
+        let bytes = self.bytes(rows, columns)?;
         let target = bytemuck::cast_slice_mut(target);
         kernel::convert(set, &self.tensor.dtype, &bytes, &T::DTYPE, target);
         Ok(())
@@ -118,6 +131,8 @@ struct Packing<'a> {
     dtype: &'a Dtype,
     /// That of the stored rows, where a product alone is added to these in place.
     in_place: Option<&'a Dtype>,
+    /// Those of the stored rows and of the output's, where the real number is rounded once.
+    exact: Option<(&'a Dtype, &'a Dtype)>,
     columns: usize,
     /// What initialisations took out of W₀, by the adapter's position and its module.
     removed: Vec<((usize, &'a str), Pair)>,
@@ -173,7 +188,11 @@ impl Packing<'_> {
         (entries, known): (Option<&EntryMerge>, Option<&Selection>),
         scan: &mut Scan<'_>,
     ) -> Result<Segment> {
-        let mut segment = Segment { rows, columns: self.columns, stages: Vec::new() };
+        let mut segment = Segment { rows, columns: self.columns, stages: Vec::new(), exact: None };
+        if let Some(types) = self.exact.filter(|_| !updates.is_empty()) {
+            segment.exact = Some(self.exact_sum(types, &segment.rows, updates)?);
+            return Ok(segment);
+        }
         if let Some(merge) = entries.filter(|_| !updates.is_empty()) {
             segment.stages.push(self.entries(&segment, updates, (merge, known), scan)?);
             return Ok(segment);
@@ -184,6 +203,40 @@ impl Packing<'_> {
             segment.stages.push(stage);
         }
         Ok(segment)
+    }
+
+    /// All updates of a segment as one sum of real numbers.
+    fn exact_sum(
+        &self,
+        types: (&Dtype, &Dtype),
+        rows: &Range<usize>,
+        updates: &[&Update],
+    ) -> Result<ExactSum> {
+        let mut products: Vec<ExactProduct> = Vec::new();
+        let mut origin = ExactOrigin::Weight;
+        for stage in updates.chunk_by(|left, right| left.stage == right.stage) {
+            let is_replacement = |update: &&&Update| update.kind == UpdateKind::Replace;
+            let own = |update: &Update| self.adapter_rows(update, &update.module, rows);
+            let replacements: Vec<_> = stage.iter().filter(is_replacement).copied().collect();
+            match replacements.as_slice() {
+                [] => {}
+                [only] if only.weight == 1.0 => {
+                    // Nothing is left of what the stages before made.
+                    products.clear();
+                    origin = ExactOrigin::Replacement(own(only));
+                }
+                all => {
+                    let all = all.iter().map(|update| (update.weight, own(update)));
+                    origin = ExactOrigin::Mixture(all.collect());
+                }
+            }
+            for update in stage.iter().filter(|update| update.kind != UpdateKind::Replace) {
+                for (pair, scale) in self.pairs(update, rows)? {
+                    products.push((pair, update.orientation(), [scale, update.weight]));
+                }
+            }
+        }
+        Ok(ExactSum::new(self.set, types, (rows.len(), self.columns), &products, origin))
     }
 
     /// The next stage of a segment, its sums packed for rows of `dtype`.
@@ -447,7 +500,8 @@ impl Prepared {
         let (_, columns) = tensor.matrix();
         let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let in_place = (from == to).then_some(from);
-        let packing = Packing { set, inputs, dtype, in_place, columns, removed };
+        let exact = (tensor.precision == Precision::Exact).then_some((from, to));
+        let packing = Packing { set, inputs, dtype, in_place, exact, columns, removed };
         let entries = match &tensor.action {
             Action::MergeEntries(merge) => Some(merge),
             _ => None,
@@ -503,6 +557,11 @@ impl Segment {
     /// The segment's first row in the tensor.
     pub fn first_row(&self) -> usize {
         self.rows.start
+    }
+
+    /// The sum that is rounded once, where it is.
+    pub fn exact(&self) -> Option<&ExactSum> {
+        self.exact.as_ref()
     }
 
     /// The packed product, if that is all there is, so that it can be added in place.

@@ -2,6 +2,7 @@
 //! computed when somebody asks for them, as a file merge computes them.
 
 mod difference;
+mod digests;
 mod selection;
 mod stream;
 

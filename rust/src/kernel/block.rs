@@ -267,6 +267,39 @@ macro_rules! unrolled {
         })*
     };
 }
+pub(super) use unrolled;
+
+/// The product of one register block: each element one chain of fused multiply-adds, from zero.
+///
+/// # Safety
+/// The processor has the instructions of `S`; `left` holds rank × ROWS values, `right` rank × VECTORS ×
+/// LANES.
+#[inline(always)]
+pub(super) unsafe fn product<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    left: *const f32,
+    right: *const f32,
+    rank: usize,
+) -> [[S::Vector; VECTORS]; ROWS] {
+    // SAFETY: indices stay below what the caller's contract says.
+    unsafe {
+        let mut sums = [[S::splat(0.0); VECTORS]; ROWS];
+        for k in 0..rank {
+            let right = right.add(k * VECTORS * S::LANES);
+            let left = left.add(k * ROWS);
+            let mut columns = [S::splat(0.0); VECTORS];
+            for (vector, column) in columns.iter_mut().enumerate() {
+                *column = S::load_f32(right.add(vector * S::LANES));
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let factor = S::splat(*left.add(row));
+                for (sum, column) in sums.iter_mut().zip(&columns) {
+                    *sum = S::fused_multiply_add(factor, *column, *sum);
+                }
+            }
+        }
+        sums
+    }
+}
 
 /// One register block: `target += left · right`.
 struct Block {
@@ -296,21 +329,7 @@ impl Block {
         // on the target's side whole vectors are touched only where all their columns exist, and
         // single elements elsewhere.
         unsafe {
-            let mut sums = [[S::splat(0.0); VECTORS]; ROWS];
-            for k in 0..self.rank {
-                let right = self.right.add(k * VECTORS * S::LANES);
-                let left = self.left.add(k * ROWS);
-                let mut columns = [S::splat(0.0); VECTORS];
-                for (vector, column) in columns.iter_mut().enumerate() {
-                    *column = S::load_f32(right.add(vector * S::LANES));
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let factor = S::splat(*left.add(row));
-                    for (sum, column) in sums.iter_mut().zip(&columns) {
-                        *sum = S::fused_multiply_add(factor, *column, *sum);
-                    }
-                }
-            }
+            let mut sums = product::<S, ROWS, VECTORS>(self.left, self.right, self.rank);
             if self.rows == ROWS && self.columns == VECTORS * S::LANES {
                 // All reads before the first write: rows are mostly a multiple of 4 KB apart, and
                 // processors take a read for one of what was just written where the lowest twelve

@@ -68,6 +68,19 @@ pub(super) unsafe trait Element {
     }
 }
 
+/// A stored element type of 16 bits, to which intervals are rounded.
+///
+/// # Safety
+/// As [`Element`].
+pub(super) unsafe trait Narrow: Element {
+    /// Rounds the upper ends of intervals and stores them; the lanes, as bits, in which the lower ends
+    /// are rounded to something else.
+    ///
+    /// # Safety
+    /// As [`Element::store`].
+    unsafe fn store_decided<S: Simd>(low: S::Vector, high: S::Vector, target: *mut u8) -> u32;
+}
+
 pub(super) struct PlainF32;
 pub(super) struct PlainBf16;
 pub(super) struct PlainF16;
@@ -147,6 +160,26 @@ element!(PlainBf16, 2, load_bf16, store_bf16, {
     }
 });
 
+macro_rules! narrow {
+    ($name:ident, $store:ident) => {
+        // SAFETY: the vector operation writes LANES elements of 16 bits, unaligned.
+        unsafe impl Narrow for $name {
+            #[inline(always)]
+            unsafe fn store_decided<S: Simd>(
+                low: S::Vector,
+                high: S::Vector,
+                target: *mut u8,
+            ) -> u32 {
+                // SAFETY: the caller's contract.
+                unsafe { S::$store(low, high, target.cast()) }
+            }
+        }
+    };
+}
+
+narrow!(PlainF16, store_decided_f16);
+narrow!(PlainBf16, store_decided_bf16);
+
 /// Calls `each` with every element of `bytes`, widened to f64 (exact for every stored type).
 ///
 /// # Panics
@@ -216,7 +249,7 @@ pub fn widen_f64(dtype: &Dtype, bytes: &[u8]) -> Vec<f64> {
 /// The f32 beside `value` whose last bit is odd, or `value` itself where it is an f32. Rounding it
 /// once more, to a type at least two bits shorter, gives what rounding `value` at once would.
 /// (`half` converts from f64 without the lower half of the bits, which loses ties.)
-fn round_to_odd(value: f64) -> f32 {
+pub(super) fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);
     if back == value || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {

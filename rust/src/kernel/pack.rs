@@ -272,6 +272,28 @@ pub(super) struct Panel<'a> {
 }
 
 impl PackedFactors {
+    /// Packs factors that lie side by side already, `left` rows × rank and `right` rank × columns, for
+    /// blocks without pairs.
+    pub(super) fn of(
+        shape: BlockShape,
+        (rows, columns): (usize, usize),
+        rank: usize,
+        (left, right): (&[f32], &[f32]),
+    ) -> Self {
+        assert!(!shape.paired && left.len() == rows * rank && right.len() == rank * columns);
+        let side = |values, rank_stride, other_stride| {
+            [Side { view: View { values, rank_stride, other_stride }, rank, coefficient: None }]
+        };
+        Self {
+            shape,
+            rows,
+            columns,
+            rank,
+            left: in_strips(&side(left, 1, rank), rows, shape.rows, shape.rows),
+            right: in_strips(&side(right, columns, 1), columns, shape.panel(), shape.lanes),
+        }
+    }
+
     /// Brings the right factor's whole panels into pairs.
     fn pair(&mut self) {
         const PAIR: usize = 16;

@@ -20,6 +20,30 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn load_f16(source: *const u16) -> Self::Vector;
     /// Rounds to nearest even; a NaN stays one.
     unsafe fn store_f16(value: Self::Vector, target: *mut u16);
+    /// Rounds `high` and stores it; the lanes, as bits, in which `low` is rounded to something else.
+    #[inline(always)]
+    unsafe fn store_decided_bf16(low: Self::Vector, high: Self::Vector, target: *mut u16) -> u32 {
+        let mut other = [0u16; 16];
+        // SAFETY: the caller's contract; the array holds a whole vector.
+        let stored = unsafe {
+            Self::store_bf16(low, other.as_mut_ptr());
+            Self::store_bf16(high, target);
+            std::slice::from_raw_parts(target.cast::<[u8; 2]>(), Self::LANES)
+        };
+        differing(stored, &other)
+    }
+    /// The same with f16.
+    #[inline(always)]
+    unsafe fn store_decided_f16(low: Self::Vector, high: Self::Vector, target: *mut u16) -> u32 {
+        let mut other = [0u16; 16];
+        // SAFETY: the caller's contract; the array holds a whole vector.
+        let stored = unsafe {
+            Self::store_f16(low, other.as_mut_ptr());
+            Self::store_f16(high, target);
+            std::slice::from_raw_parts(target.cast::<[u8; 2]>(), Self::LANES)
+        };
+        differing(stored, &other)
+    }
     unsafe fn add(left: Self::Vector, right: Self::Vector) -> Self::Vector;
     /// `left · right + sum`, rounded once.
     unsafe fn fused_multiply_add(
@@ -101,6 +125,13 @@ impl<S: Simd> Largest<S> {
         // SAFETY: the caller's contract.
         unsafe { S::reduce_magnitude(self.wide).max(S::reduce_narrow(self.narrow)) }
     }
+}
+
+/// The places, as bits, in which numbers of 16 bits differ. They were stored at any alignment.
+#[inline(always)]
+fn differing(stored: &[[u8; 2]], other: &[u16]) -> u32 {
+    let pairs = stored.iter().zip(other).enumerate();
+    pairs.map(|(lane, (left, right))| u32::from(*left != right.to_ne_bytes()) << lane).sum()
 }
 
 /// Plain Rust on arrays that the compiler puts into whatever registers the target has.

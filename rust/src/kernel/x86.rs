@@ -266,6 +266,34 @@ unsafe impl<const ROUNDS: bool> Simd for Avx512<ROUNDS> {
     }
 
     #[inline(always)]
+    unsafe fn store_decided_bf16(low: __m512, high: __m512, target: *mut u16) -> u32 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            // A NaN is told by its magnitude, and need not stay one here.
+            let rounded = |value: __m512| {
+                let bits = _mm512_castps_si512(value);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+                _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, bias))
+            };
+            let (low, high) = (rounded(low), rounded(high));
+            _mm256_storeu_si256(target.cast(), _mm512_cvtepi32_epi16(high));
+            u32::from(_mm512_cmpneq_epi32_mask(low, high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_decided_f16(low: __m512, high: __m512, target: *mut u16) -> u32 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let low = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low);
+            let high = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high);
+            _mm256_storeu_si256(target.cast(), high);
+            u32::from(_mm256_cmpneq_epi16_mask(low, high))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn add(left: __m512, right: __m512) -> __m512 {
         // SAFETY: the trait's contract.
         unsafe { _mm512_add_ps(left, right) }

@@ -45,11 +45,7 @@ pub(super) fn merge_by_entries(
             });
         }
     }
-    refused.finish(
-        inputs,
-        options.strategy.name(),
-        "merges products of two factors element by element",
-    )
+    refused.finish(inputs, &options.named(), "merges products of two factors element by element")
 }
 
 /// What is refused because it is no product: the tensors, by the adapter and the kind.
@@ -59,12 +55,22 @@ pub(super) struct NoProducts(IndexMap<(usize, &'static str), Vec<String>>);
 impl NoProducts {
     /// Looks at all that makes a tensor.
     pub fn look(&mut self, tensor: &PlannedTensor, what: &dyn Fn(&Update) -> Option<&'static str>) {
+        if let Origin::Adapter(adapter) = tensor.origin {
+            let names = self.0.entry((adapter, "parameters that were trained whole"));
+            names.or_default().push(tensor.name.clone());
+        }
+        self.look_at_updates(tensor, what);
+    }
+
+    /// Looks at what is done to a tensor, whatever it begins as.
+    pub fn look_at_updates(
+        &mut self,
+        tensor: &PlannedTensor,
+        what: &dyn Fn(&Update) -> Option<&'static str>,
+    ) {
         let mut refuse = |adapter: usize, what: &'static str| {
             self.0.entry((adapter, what)).or_default().push(tensor.name.clone());
         };
-        if let Origin::Adapter(adapter) = tensor.origin {
-            refuse(adapter, "parameters that were trained whole");
-        }
         for update in tensor.updates() {
             if let Some(what) = what(update) {
                 refuse(update.adapter, what);
@@ -72,9 +78,11 @@ impl NoProducts {
         }
     }
 
+    /// Says that what is asked for does something else.
+    ///
     /// # Errors
     /// [`Error::Unsupported`] if anything was refused.
-    pub fn finish(self, inputs: &Inputs, strategy: &str, does: &str) -> Result<()> {
+    pub fn finish(self, inputs: &Inputs, asked: &str, does: &str) -> Result<()> {
         let mut messages = IndexMap::<usize, Vec<String>>::new();
         for ((adapter, what), names) in &self.0 {
             let more = match names.len() {
@@ -86,7 +94,7 @@ impl NoProducts {
         let Some((first, _)) = messages.first() else { return Ok(()) };
         let first = *first;
         let lines = messages.iter().map(|(adapter, found)| {
-            let line = format!("the strategy {strategy} {does}, and it has {}", found.join("; "));
+            let line = format!("{asked} {does}, and it has {}", found.join("; "));
             match *adapter == first {
                 true => line,
                 false => format!("{}: {line}", inputs.adapters[*adapter].path().display()),

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use indexmap::IndexMap;
 
 use super::draft::{NewTensor, PlanDraft, TensorChange, TensorChanges};
-use super::options::Options;
+use super::options::{Options, Precision};
 use super::passes::quantized;
 use super::update::Update;
 use super::value::{Action, Inputs, Origin, PlannedShard, PlannedTensor};
@@ -111,6 +111,7 @@ fn carried_over(inputs: &Inputs, position: usize, shard: &Shard) -> PlannedShard
                 action: Action::Copy,
                 quantized: None,
                 requantized: false,
+                precision: Precision::Default,
             }
         })
         .collect();
@@ -178,6 +179,7 @@ fn plan_tensor(
         action,
         quantized: None,
         requantized: false,
+        precision: Precision::Default,
     }
 }
 
@@ -193,6 +195,7 @@ fn plan_new_tensor(new: &NewTensor) -> PlannedTensor {
         action,
         quantized: None,
         requantized: false,
+        precision: Precision::Default,
     }
 }
 

@@ -101,7 +101,7 @@ impl Options {
     }
 
     /// The strategy in messages.
-    fn named(&self) -> String {
+    pub(super) fn named(&self) -> String {
         format!("the strategy {}", self.strategy.name())
     }
 
@@ -151,6 +151,33 @@ impl Options {
     }
 }
 
+/// How merged weights are computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// In f32 (f64 weights in f64) with one rounding to the output's type.
+    #[default]
+    Default,
+    /// As if by real numbers, rounded once.
+    Exact,
+}
+
+impl Precision {
+    /// The one of that name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is none.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "default" => Ok(Self::Default),
+            "exact" => Ok(Self::Exact),
+            _ => Err(Error::Argument(format!(
+                "unknown precision {name:?}; there are default and exact"
+            ))),
+        }
+    }
+}
+
 /// What the caller decides about a plan. As plain data its fields have the names that they have in
 /// Python; those that are missing have their defaults, and a name that is unknown is an error.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -165,6 +192,9 @@ pub struct Options {
     pub seed: u64,
     /// One weight an adapter, for strategies that take weights; missing, all are 1.
     pub weights: Option<Vec<Weight>>,
+    /// How merged weights are computed.
+    #[serde(deserialize_with = "precision")]
+    pub precision: Precision,
     /// The type of the output's floating-point tensors; `None` keeps each as it is.
     #[serde(deserialize_with = "dtype")]
     pub dtype: Option<Dtype>,
@@ -189,6 +219,10 @@ pub struct Options {
 
 fn strategy<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Strategy, D::Error> {
     Strategy::from_name(&String::deserialize(source)?).map_err(D::Error::custom)
+}
+
+fn precision<'de, D: Deserializer<'de>>(source: D) -> std::result::Result<Precision, D::Error> {
+    Precision::from_name(&String::deserialize(source)?).map_err(D::Error::custom)
 }
 
 /// A safetensors name.

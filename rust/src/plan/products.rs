@@ -35,7 +35,7 @@ pub(super) fn weigh_by_products(
     for tensor in tensors() {
         refused.look(tensor, &|update| what_is_no_product(tensor, update));
     }
-    refused.finish(inputs, options.strategy.name(), "weighs products of two factors")?;
+    refused.finish(inputs, &options.named(), "weighs products of two factors")?;
     let factor = options.lambda() * if options.subtract { -1.0 } else { 1.0 };
     for tensor in shards.iter_mut().flat_map(|shard| &mut shard.tensors) {
         task.check()?;

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::storage::digest::hexadecimal;
 
 /// Raised whenever the same plan would be carried out to other bytes.
-const VERSION: &str = "lorafast plan 2";
+const VERSION: &str = "lorafast plan 3";
 
 impl PlannedTensor {
     /// All that decides its bytes but the updates and what is read, in one line.
@@ -24,8 +24,14 @@ impl PlannedTensor {
         };
         let quantized = self.quantized.as_ref().map(|quantized| &quantized.scheme);
         format!(
-            "{:?} {:?} {:?} {} {:?} {action} {quantized:?} {}",
-            self.name, self.origin, self.source, self.output_dtype, self.target, self.requantized
+            "{:?} {:?} {:?} {} {:?} {action} {quantized:?} {} {:?}",
+            self.name,
+            self.origin,
+            self.source,
+            self.output_dtype,
+            self.target,
+            self.requantized,
+            self.precision
         )
     }
 }

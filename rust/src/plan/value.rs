@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::options::Options;
+use super::options::{Options, Precision};
 use super::update::Update;
 use crate::adapter::{Adapter, Coverage, Directory};
 use crate::checkpoint::Checkpoint;
@@ -135,6 +135,8 @@ pub struct PlannedTensor {
     pub quantized: Option<Arc<Quantized>>,
     /// Whether it is quantised again, with the same scheme.
     pub requantized: bool,
+    /// How it is computed, where it is merged.
+    pub precision: Precision,
 }
 
 impl PlannedTensor {

@@ -211,6 +211,10 @@ impl Delta for Arranged {
     fn is_by_tokens(&self) -> bool {
         self.is_by_tokens
     }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
 }
 
 /// The transpose of a row-major matrix of those stored rows and columns.

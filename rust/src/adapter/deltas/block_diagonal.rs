@@ -58,6 +58,10 @@ impl Delta for BlockDiagonal {
             None => pair,
         })
     }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
 }
 
 /// A matrix of `rows` rows that are equal blocks below one another, with the blocks on its

@@ -80,6 +80,10 @@ impl Delta for Difference {
     fn algorithm(&self) -> &'static str {
         "FULL"
     }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
 }
 
 /// Ones on the diagonal, in f32.

@@ -94,6 +94,10 @@ impl Delta for Experts {
     fn holds_experts(&self) -> bool {
         true
     }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
 }
 
 impl Experts {

@@ -77,4 +77,8 @@ impl Delta for Grouped {
             None => pair,
         })
     }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
 }

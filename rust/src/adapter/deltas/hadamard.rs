@@ -134,4 +134,11 @@ impl Delta for Hadamard {
     fn algorithm(&self) -> &'static str {
         "LOHA"
     }
+
+    fn is_exact(&self) -> bool {
+        let is_stored = self.first.core.is_none() && self.second.core.is_none();
+        is_stored
+            && !self.is_dense()
+            && self.tensors().iter().all(|(_, tensor)| tensor.dtype.size() <= 4)
+    }
 }

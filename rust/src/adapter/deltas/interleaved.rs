@@ -100,6 +100,10 @@ impl Delta for Interleaved {
     fn rows_in_turn(&self) -> Option<[Option<Arc<dyn Delta>>; 2]> {
         Some([self.gate.clone(), self.up.clone()])
     }
+
+    fn is_exact(&self) -> bool {
+        self.parts().all(|(_, delta)| delta.is_exact())
+    }
 }
 
 /// Numbers in one type for both.

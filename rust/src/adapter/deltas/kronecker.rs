@@ -133,4 +133,15 @@ impl Delta for Kronecker {
     fn algorithm(&self) -> &'static str {
         "LOKR"
     }
+
+    fn is_exact(&self) -> bool {
+        let is_stored = |side: &KroneckerSide| match side {
+            KroneckerSide::Whole(_) => true,
+            KroneckerSide::Product(_, b) => b.shape[0] <= side.rank(),
+            KroneckerSide::Tucker(..) => false,
+        };
+        is_stored(&self.first)
+            && is_stored(&self.second)
+            && self.tensors().iter().all(|(_, tensor)| tensor.dtype.size() <= 4)
+    }
 }

@@ -65,4 +65,11 @@ impl Delta for LowRank {
     fn is_low_rank(&self) -> bool {
         true
     }
+
+    fn is_exact(&self) -> bool {
+        // The product of two numbers of 32 bits is exact in 64.
+        self.diagonal
+            .as_ref()
+            .is_none_or(|diagonal| diagonal.dtype.size().max(self.a.dtype.size()) <= 4)
+    }
 }

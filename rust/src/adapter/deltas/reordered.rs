@@ -97,6 +97,10 @@ impl Delta for Reordered {
     fn is_low_rank(&self) -> bool {
         true
     }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
 }
 
 /// Pieces of that many bytes, those of these places.

@@ -51,4 +51,8 @@ impl Delta for Rows {
     fn is_low_rank(&self) -> bool {
         self.whole.is_low_rank()
     }
+
+    fn is_exact(&self) -> bool {
+        self.whole.is_exact()
+    }
 }
