@@ -357,3 +357,44 @@ def test_dora_is_refused_by_name(tmp_path: Path) -> None:
     ):
         lorafast.merge(base, adapter, tmp_path / "out", precision="exact")
     assert not (tmp_path / "out").exists()
+
+
+def near_ties(tmp_path: Path) -> tuple[Path, Path, Any]:
+    """A merge whose sums are half way between two numbers, and next to nothing beside it."""
+    step = np.array([0.0, 2.0**-60, -(2.0**-60), 2.0**-40, -(2.0**-40), 2.0**-20] * 6)
+    units = 1.0 + 2.0**-7 * (np.arange(36) // 6)
+    modules = {Q: (1, 36)}
+    base = make_base(tmp_path / "base", modules=modules, dtype="BF16")
+    weight = tensor(units[None], "BF16")
+    write_safetensors(base / "model.safetensors", {f"{Q}.weight": weight})
+    tensors = {
+        f"{PREFIX}{Q}.lora_A.weight": tensor(np.stack([np.full(36, 2.0**-8), step])),
+        f"{PREFIX}{Q}.lora_B.weight": tensor(np.array([[1.0, 1.0]])),
+    }
+    adapter = make_adapter(tmp_path / "a", tensors, r=2, lora_alpha=2, target_modules=["q_proj"])
+    products = [(*factors(adapter, Q), 1.0, 1.0)]
+    return base, adapter, merged_exactly(weight, products, "BF16")
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch:cpu"])
+def test_next_to_nothing_beside_a_tie_decides(tmp_path: Path, device: str) -> None:
+    base, adapter, expected = near_ties(tmp_path)
+    report = lorafast.merge(
+        base, adapter, tmp_path / "out", precision="exact", device=device, sync=False
+    )
+    assert_same(read_checkpoint(tmp_path / "out")[f"{Q}.weight"], expected)
+    assert report.recomputed is not None
+    assert report.recomputed["near_ties"] >= 30
+    assert 18 <= report.recomputed["in_integers"] <= 30
+
+
+def test_without_bounds_it_would_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = pytest.importorskip("lorafast._torch.exact")
+    base, adapter, expected = near_ties(tmp_path)
+    for name in ("UNIT", "UNIT_OF_SINGLE", "FLOOR", "FLOOR_OF_SINGLE"):
+        monkeypatch.setattr(exact, name, 0.0)
+    lorafast.merge(
+        base, adapter, tmp_path / "out", precision="exact", device="torch:cpu", sync=False
+    )
+    found = read_checkpoint(tmp_path / "out")[f"{Q}.weight"].float64()
+    assert (bits(found) != bits(expected)).sum() >= 6

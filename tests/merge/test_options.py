@@ -21,7 +21,7 @@ from support.handmade import make_adapter, make_base
 from support.options import check_flags, check_signature, keywords
 
 #: The keywords of a verb that are no options of merging.
-OWN = {"verify": {"full"}, "subtract": {"original"}}
+OWN = {"verify": {"full", "digests"}, "subtract": {"original"}}
 VERBS: tuple[Verb, ...] = get_args(Verb)
 FLAGS = {"merge": merge_arguments, "verify": verify_arguments, "subtract": subtract_arguments}
 
@@ -70,6 +70,7 @@ def test_what_crosses_to_the_core_is_what_the_core_knows(tmp_path: Path) -> None
         "instruction_set",
         "card",
         "recipes",
+        "shard_digests",
     }
 
 

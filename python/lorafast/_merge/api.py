@@ -554,13 +554,15 @@ def verify(
     from lorafast._io.executors import check_executor
     from lorafast._io.limits import check_threads
     from lorafast._io.sources import as_list, require_readers
-    from lorafast._merge.verify import verify_digests, verify_plan
+    from lorafast._merge.verify import verify_plan
 
     check_threads(threads)
     check_merge_name(device)
     check_executor(executor)
     with _stores(arguments):
         if digests:
+            from lorafast._merge.digests import verify_digests
+
             return verify_digests(base, adapters, merged, options, execution)
         require_readers(base, *as_list(adapters), merged)
         prepared = make_plan(base, adapters, options)
