@@ -99,6 +99,8 @@ WAYS = {
     "DoRA of BF16": Way("BF16", dora, settings=WITH_DORA),
     "DoRA of columns": Way("F32", dora, transposed=True, settings=WITH_DORA),
     "DoRA of columns of BF16": Way("BF16", dora, 2, transposed=True, settings=WITH_DORA),
+    "exact": Way("F32", count=2, options={"precision": "exact"}),
+    "exact of BF16": Way("BF16", options={"precision": "exact"}),
     "in stages": Way("F32", dora, 2, settings=WITH_DORA, options={"compat": "peft"}),
     "large programs": Way(
         "F32",
