@@ -113,7 +113,6 @@ def opened(executor: Executor | str, threads: int | None = None) -> Iterator[Exe
         with RayExecutor(cpus=threads or 1) as ray:
             yield ray
     else:
-        import signal
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
@@ -123,9 +122,7 @@ def opened(executor: Executor | str, threads: int | None = None) -> Iterator[Exe
         pool = ProcessPoolExecutor(
             int(count) if count else None,
             mp_context=context,
-            # A terminal's Ctrl-C reaches all processes; this one ends the others' tasks in order.
-            initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),
+            initializer=_begin_worker,
         )
         try:
             yield pool
@@ -137,6 +134,27 @@ def opened(executor: Executor | str, threads: int | None = None) -> Iterator[Exe
                 process.terminate()
             raise
         pool.shutdown(wait=True)
+
+
+def _begin_worker() -> None:
+    """What a process of a pool of this module's own does first."""
+    import os
+    import signal
+    from multiprocessing import parent_process
+    from threading import Thread
+
+    # A terminal's Ctrl-C reaches all processes; the first one ends the others' tasks in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+
+    def end_with_parent() -> None:
+        # Of a process that is killed, the workers would wait for tasks for ever: they hold both
+        # ends of the pipe that these come through.
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=end_with_parent, daemon=True, name="end-with-parent").start()
 
 
 def run(
