@@ -351,7 +351,25 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] if one changed, [`Error::Io`].
     pub fn check_unchanged(&self) -> Result<()> {
-        self.shards.iter().try_for_each(|shard| shard.file.check_unchanged())
+        /// Questions to a store that are open at the same time.
+        const AT_ONCE: usize = 8;
+        let check =
+            |shards: &[Shard]| shards.iter().try_for_each(|shard| shard.file.check_unchanged());
+        if self.shards.iter().all(|shard| shard.file.source().is_local()) {
+            return check(&self.shards);
+        }
+        let share = self.shards.len().div_ceil(AT_ONCE).max(1);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = self
+                .shards
+                .chunks(share)
+                .map(|shards| scope.spawn(move || check(shards)))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("a look at a file does not panic"))
+                .fold(Ok(()), Result::and)
+        })
     }
 
     /// Tells every shard's source that all of its data will be read, in its order.

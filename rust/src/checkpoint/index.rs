@@ -206,12 +206,15 @@ fn read_index(store: &dyn Store, name: &str) -> Result<Files> {
         if !inside || shard.is_empty() {
             return Err(broken(format!("names the shard {shard:?}, which leaves its directory")));
         }
+        shards.push(shard.to_owned());
+    }
+    store.will_open(&shards);
+    for shard in &shards {
         if !store.has(shard)? {
             return Err(broken(format!(
                 "names the shard {shard}, which is not there; fetch the checkpoint again"
             )));
         }
-        shards.push(shard.to_owned());
     }
     if shards.is_empty() {
         return Err(broken("has an empty weight_map".into()));

@@ -73,6 +73,10 @@ pub trait Store: Debug + Send + Sync {
     /// As [`Store::read_small`].
     fn open(&self, name: &str) -> Result<Box<dyn Source>>;
 
+    /// Says that these files will be looked at and opened, so that a store that is far away can be asked for
+    /// all of them at once. What is wrong with one is told when it is opened.
+    fn will_open(&self, _names: &[String]) {}
+
     /// Ends what waits for an answer once `stop` is raised. Of no use for what lies here.
     fn follow(&self, _stop: &Arc<AtomicBool>) {}
 
@@ -131,5 +135,10 @@ impl Store for Folder<'_> {
 
     fn open(&self, name: &str) -> Result<Box<dyn Source>> {
         self.store.open(&self.within(name))
+    }
+
+    fn will_open(&self, names: &[String]) {
+        let names: Vec<_> = names.iter().map(|name| self.within(name)).collect();
+        self.store.will_open(&names);
     }
 }

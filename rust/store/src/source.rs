@@ -15,7 +15,7 @@ use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, GetRange, ObjectMeta};
 use sha2::{Digest, Sha256};
 
-use crate::connection::Connection;
+use crate::connection::{Clients, Connection};
 use crate::failure::{Action, Words, explain};
 use crate::read_ahead::ReadAhead;
 use crate::spool::Spool;
@@ -207,46 +207,69 @@ pub(crate) struct RemoteSource {
     recent: Mutex<VecDeque<(u64, Bytes)>>,
 }
 
-impl RemoteSource {
-    /// Opens an object with one request for its first bytes.
+/// An object's first bytes, and what the store says of it.
+#[derive(Debug)]
+pub(crate) struct Head {
+    pub meta: ObjectMeta,
+    content: Bytes,
+}
+
+impl Head {
+    /// Asks for them with one request.
+    pub async fn fetch(clients: &Clients, path: &ObjectPath) -> object_store::Result<Self> {
+        let options = GetOptions::new().with_range(Some(GetRange::Bounded(0..HEAD)));
+        match clients.objects.get_opts(path, options).await {
+            Ok(result) => {
+                let meta = result.meta.clone();
+                let length = meta.size.min(HEAD);
+                let content = result.bytes().await?;
+                if (content.len() as u64) < length {
+                    return Err(
+                        Words("could not be read: the answer ends early".into()).into_error()
+                    );
+                }
+                Ok(Self { meta, content })
+            }
+            // An empty object has no range.
+            Err(error) => {
+                match clients.objects.get_opts(path, GetOptions::new().with_head(true)).await {
+                    Ok(result) if result.meta.size == 0 => {
+                        Ok(Self { meta: result.meta, content: Bytes::new() })
+                    }
+                    _ => Err(error),
+                }
+            }
+        }
+    }
+
+    /// The same, waiting for the answer.
     ///
     /// # Errors
     /// [`Error::Io`] if it is not there, [`Error::Store`].
-    pub fn open(connection: &Arc<Connection>, path: &ObjectPath, is_spooled: bool) -> Result<Self> {
+    pub fn fetch_now(connection: &Arc<Connection>, path: &ObjectPath) -> Result<Self> {
         let clients = connection.clients()?;
-        let (meta, head) = connection.ask(path, Action::Read, async {
-            let options = GetOptions::new().with_range(Some(GetRange::Bounded(0..HEAD)));
-            match clients.objects.get_opts(path, options).await {
-                Ok(result) => {
-                    let meta = result.meta.clone();
-                    let length = meta.size.min(HEAD);
-                    let content = result.bytes().await?;
-                    if (content.len() as u64) < length {
-                        return Err(
-                            Words("could not be read: the answer ends early".into()).into_error()
-                        );
-                    }
-                    Ok((meta, content))
-                }
-                // An empty object has no range.
-                Err(error) => {
-                    match clients.objects.get_opts(path, GetOptions::new().with_head(true)).await {
-                        Ok(result) if result.meta.size == 0 => Ok((result.meta, Bytes::new())),
-                        _ => Err(error),
-                    }
-                }
-            }
-        })?;
-        let object = Arc::new(Pinned::new(connection.clone(), path.clone(), &meta));
+        connection.ask(path, Action::Read, Self::fetch(&clients, path))
+    }
+}
+
+impl RemoteSource {
+    /// Of an object of which these are the first bytes.
+    pub fn new(
+        connection: &Arc<Connection>,
+        path: &ObjectPath,
+        head: Head,
+        is_spooled: bool,
+    ) -> Self {
+        let object = Arc::new(Pinned::new(connection.clone(), path.clone(), &head.meta));
         let spool = is_spooled.then(|| Spool::new(object.clone()));
-        Ok(Self {
+        Self {
             object,
-            head,
+            head: head.content,
             rest_of_head: OnceLock::new(),
             ahead: OnceLock::new(),
             spool,
             recent: Mutex::default(),
-        })
+        }
     }
 
     fn read_rest(&self, buffer: &mut [u8], offset: u64) -> Result<()> {

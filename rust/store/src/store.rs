@@ -13,14 +13,14 @@ use lorafast::storage::local::Stamp;
 use lorafast::storage::source::Source;
 use lorafast::storage::store::Store;
 use lorafast::{Error, Result};
-use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, ObjectMeta};
+use object_store::path::Path as ObjectPath;
 
 use crate::address::{Address, Kind};
 use crate::connection::Connection;
 use crate::failure::{Action, explain};
 use crate::runtime;
-use crate::source::{RemoteSource, look, stamp_of};
+use crate::source::{Head, RemoteSource, look, stamp_of};
 
 /// What the files are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +60,8 @@ const LOOKED_FOR: [&str; 24] = [
 ];
 /// Questions that are open at the same time.
 const AT_ONCE: usize = 8;
+/// Files whose first bytes are asked for at the same time: they wait for the way there more than for bytes.
+const OPENED_AT_ONCE: usize = 16;
 
 /// The files below an address.
 #[derive(Debug)]
@@ -70,6 +72,8 @@ pub struct ObjectStoreFiles {
     listing: OnceLock<BTreeMap<String, Entry>>,
     /// What was looked at by name, where there is no listing.
     known: Mutex<HashMap<String, Option<Entry>>>,
+    /// The first bytes of files that will be opened.
+    heads: Mutex<HashMap<String, Head>>,
 }
 
 #[derive(Debug, Clone)]
@@ -105,7 +109,14 @@ impl ObjectStoreFiles {
             Some(folder) => PathBuf::from(format!("{}/{folder}", connection.address.root)),
             None => connection.address.name(),
         };
-        Self { connection, root, purpose, listing: OnceLock::new(), known: Mutex::default() }
+        Self {
+            connection,
+            root,
+            purpose,
+            listing: OnceLock::new(),
+            known: Mutex::default(),
+            heads: Mutex::default(),
+        }
     }
 
     fn prefix(&self) -> ObjectPath {
@@ -274,7 +285,11 @@ impl Store for ObjectStoreFiles {
     }
 
     fn stamp(&self, name: &str) -> Result<Stamp> {
-        let entry = self.entry(name)?;
+        let mut entry = self.entry(name)?;
+        if self.has_listing() && entry.as_ref().is_some_and(|entry| entry.etag.is_none()) {
+            // Some stores have no ETags in their listings, and with each object.
+            entry = look(&self.connection, &self.object(name))?.map(|meta| Entry::of(&meta));
+        }
         let entry =
             entry.ok_or_else(|| Error::io(self.path(name), io::Error::from_raw_os_error(2)))?;
         Ok(stamp_of(
@@ -300,7 +315,35 @@ impl Store for ObjectStoreFiles {
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn Source>> {
-        let is_spooled = self.purpose == Use::Adapter;
-        Ok(Box::new(RemoteSource::open(&self.connection, &self.object(name), is_spooled)?))
+        let (path, is_spooled) = (self.object(name), self.purpose == Use::Adapter);
+        let head = self.heads.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let head = head.map_or_else(|| Head::fetch_now(&self.connection, &path), Ok)?;
+        Ok(Box::new(RemoteSource::new(&self.connection, &path, head, is_spooled)))
+    }
+
+    fn will_open(&self, names: &[String]) {
+        let Ok(clients) = self.connection.clients() else { return };
+        let fetched = futures_util::stream::iter(names.iter().map(|name| {
+            let (path, clients) = (self.object(name), clients.clone());
+            async move { (name, Head::fetch(&clients, &path).await) }
+        }));
+        let fetched: Result<Vec<_>> = runtime::wait(&self.connection.stop, async {
+            Ok(fetched.buffer_unordered(OPENED_AT_ONCE).collect().await)
+        });
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, head) in fetched.unwrap_or_default() {
+            match head {
+                Ok(head) => {
+                    known.insert(name.clone(), Some(Entry::of(&head.meta)));
+                    heads.insert(name.clone(), head);
+                }
+                Err(object_store::Error::NotFound { .. }) => {
+                    known.insert(name.clone(), None);
+                }
+                // Whoever opens it is told.
+                Err(_) => {}
+            }
+        }
     }
 }
