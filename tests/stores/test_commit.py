@@ -91,8 +91,12 @@ def test_index_and_config_go_first_and_come_last(
     output = f"s3://{bucket.name}/out"
     lorafast.merge(small.base, small.adapter, output, storage_options=bucket.options())
     proxy.set(None)
+    # Another merge, of which no shard is there.
     lorafast.merge(
-        small.base, small.adapter, output, overwrite=True, storage_options=bucket.options(proxy.url)
+        *(small.base, small.adapter, output),
+        weights=[0.5],
+        overwrite=True,
+        storage_options=bucket.options(proxy.url),
     )
     asked = [(method, path.partition("?")[0].rpartition("/")[2]) for method, path in proxy.requests]
     shards = [place for place, (_, name) in enumerate(asked) if name.endswith(".safetensors")]

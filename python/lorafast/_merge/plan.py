@@ -282,7 +282,6 @@ class MergePlan(Result):
             execution.report
             and self.options is not None
             and device in ("cpu", AMX)
-            and isinstance(place, str)
             and execution.executor is None
         )
         problem: str | None = None
@@ -300,7 +299,7 @@ class MergePlan(Result):
                     if has_recipes:
                         from lorafast._merge.recipes import earlier
 
-                        options["recipes"] = earlier(output) if execution.overwrite else {}
+                        options["recipes"] = earlier(place) if execution.overwrite else {}
                     summary, lock = self._execute(place, options, tell, prove)
                 else:
                     from lorafast._torch.choice import carry_out
@@ -513,7 +512,8 @@ class MergePlan(Result):
 def _with_recipes(result: MergeReport, summary: Summary) -> MergeReport:
     """The report with what each shard was made from, and how many stayed as they were."""
     if summary["kept"]:
-        count, all_of_them = len(summary["kept"]), len(summary["recipes"])
+        all_of_them = max(len(summary["recipes"]), len(result.weight_files))
+        count = len(summary["kept"])
         result.notes.append(
             f"{count} of {all_of_them} shards would become the same again, and stay as they are"
         )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafast._errors import LorafastError
 from lorafast._io.paths import open_plain
+
+if TYPE_CHECKING:
+    from lorafast import _core
 
 #: The report that has them.
 REPORT = "merge_report.json"
@@ -20,15 +23,18 @@ OF_FILE = ("bytes", "inode", "modified", "changed")
 SUMS, COUNTS = 2, 3
 
 
-def earlier(output: str) -> dict[str, Any]:
+def earlier(output: str | _core.StoreLocation) -> dict[str, Any]:
     """The recipes of the shards in an output, by their names; none where nothing tells of them.
 
     Anybody may have changed the report. What it says of a file is held against the file by the
     core; what is no recipe is left out here.
     """
     try:
-        with open_plain(Path(output) / REPORT) as file:
-            report = json.loads(file.read(LONGEST))
+        if isinstance(output, str):
+            with open_plain(Path(output) / REPORT) as file:
+                report = json.loads(file.read(LONGEST))
+        else:
+            report = json.loads(output.read(REPORT))
     except (LorafastError, OSError, ValueError, RecursionError):
         return {}
     recipes = report.get("recipes") if isinstance(report, dict) else None

@@ -1,7 +1,7 @@
 //! Recipes: digests of all that decides the bytes of one shard, by which a later merge into the same
 //! output knows what it need not write again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use indexmap::IndexMap;
@@ -146,17 +146,19 @@ fn add_factors(recipe: &mut Recipe, inputs: &Inputs, update: &Update) -> Result<
     Ok(())
 }
 
-/// What is to be known of finished shards.
+/// What is to be known of finished shards: of those in a store by what it said of them, of others by their
+/// files.
 pub(super) fn written(
     output: &Path,
+    marks: &BTreeMap<String, FileMark>,
     plan: &Plan,
     recipes: &[String],
     rounding: &[RoundingSums],
 ) -> Recipes {
     let mut written = Recipes::new();
     for ((shard, recipe), rounding) in plan.shards.iter().zip(recipes).zip(rounding) {
-        // Where there is no such file, the output is no directory.
-        let found = FileMark::of_file(&output.join(&shard.name));
+        let marked = marks.get(&shard.name).copied();
+        let found = marked.or_else(|| FileMark::of_file(&output.join(&shard.name)));
         if let Some(file) = found.filter(|found| found.bytes == shard.bytes()) {
             let recipe = recipe.clone();
             let entry = WrittenRecipe { recipe, file, rounding: *rounding };

@@ -497,13 +497,20 @@ impl Session {
         inputs.check_unchanged()?;
         let shard_sha256 = self.has_digests.then(|| self.shard_digests(plan, task)).transpose()?;
         let is_exact = plan.options.precision == Precision::Exact;
-        let Committed { mut warnings, lock } = self.staging.commit()?;
+        let Committed { mut warnings, lock, marks } = self.staging.commit()?;
         let of_shards = self.shard_rounding.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut rounding = self.rounding.into_inner().unwrap_or_else(PoisonError::into_inner);
         of_shards.iter().for_each(|sums| rounding.add(sums));
         let rounding = rounding.loss();
-        let recipes =
-            self.recipes.as_ref().map(|own| recipes::written(&self.output, plan, own, &of_shards));
+        let mut recipes = self
+            .recipes
+            .as_ref()
+            .map(|own| recipes::written(&self.output, &marks, plan, own, &of_shards));
+        if let Some(recipes) = &mut recipes {
+            // What rounding took away in those of an earlier call is not known any more.
+            let resumed = plan.shards.iter().zip(&self.files).filter(|(_, file)| file.is_written());
+            resumed.for_each(|(shard, _)| drop(recipes.shift_remove(&shard.name)));
+        }
         let kept = plan.shards.iter().zip(&self.kept).filter(|(_, kept)| **kept);
         let kept = kept.map(|(shard, _)| shard.name.clone()).collect();
         warnings.extend(rounding.and_then(|loss| loss.warning()));

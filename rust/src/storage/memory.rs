@@ -315,7 +315,7 @@ impl StagedModel for StagedInMemory {
             drop(taken);
             None
         };
-        Ok(Committed { warnings: Vec::new(), lock: OutputLock::new(release) })
+        Ok(Committed { lock: OutputLock::new(release), ..Committed::default() })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Sinks and destinations: where bytes are written at positions, and where a model is made of them.
 
+use std::collections::BTreeMap;
 use std::fmt::{self, Debug};
 use std::fs::{self, Metadata};
 use std::io;
@@ -283,8 +284,10 @@ pub trait StagedModel: Debug + Send + Sync {
 }
 
 /// A model in its place.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Committed {
+    /// What the shards are there, by their names, where they are no files with a path of their own.
+    pub marks: BTreeMap<String, FileMark>,
     /// What went wrong once it was there.
     pub warnings: Vec<String>,
     /// What keeps other merges out still.

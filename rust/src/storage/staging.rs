@@ -300,7 +300,7 @@ impl StagedModel for Staging {
         self.put(MANIFEST, &content, None)?;
         let mut warnings = commit::commit(&mut self)?;
         let Some(lock) = self.lock.take() else {
-            return Ok(Committed { warnings, lock: OutputLock::default() });
+            return Ok(Committed { warnings, ..Committed::default() });
         };
         let directory = self.directory.clone();
         let failed = |directory: &Path, error: io::Error| {
@@ -314,7 +314,11 @@ impl StagedModel for Staging {
                 lock.release();
                 None
             };
-            return Ok(Committed { warnings, lock: OutputLock::new(release) });
+            return Ok(Committed {
+                warnings,
+                lock: OutputLock::new(release),
+                ..Committed::default()
+            });
         }
         // Only a note for whoever finds that the process was killed before the end.
         let _ = File::create_new(directory.join(COMMITTED));
@@ -322,7 +326,7 @@ impl StagedModel for Staging {
             let removed = lock.remove(&directory, Kept::Goes);
             removed.err().map(|error| failed(&directory, error))
         };
-        Ok(Committed { warnings, lock: OutputLock::new(release) })
+        Ok(Committed { warnings, lock: OutputLock::new(release), ..Committed::default() })
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use futures_util::StreamExt;
 use lorafast::error::Owner;
 use lorafast::storage::file_names;
-use lorafast::storage::sink::{Committed, Destination, OutputLock, Request, Sink, StagedModel};
+use lorafast::storage::sink::{Committed, Destination, FileMark, Request, Sink, StagedModel};
 use lorafast::storage::source::Source;
 use lorafast::storage::staging;
 use lorafast::storage::store::Store;
@@ -21,7 +21,7 @@ use crate::connection::Connection;
 use crate::failure::{Action, explain};
 use crate::runtime;
 use crate::sink::{Receipt, Upload, UploadSink, Written, read_only};
-use crate::source::bare;
+use crate::source::{bare, look, stamp_of};
 use crate::staged::Staged;
 use crate::store::list_objects;
 
@@ -85,6 +85,21 @@ impl Place {
         ObjectPath::parse(&whole).map_err(|error| {
             Error::output(&whole, format!("is no name in a store ({error}); rename the file"))
         })
+    }
+
+    /// What an object is, as far as its ETag tells it: another one's is another.
+    fn mark(&self, name: &str, bytes: u64, etag: Option<&str>) -> Option<FileMark> {
+        let stamp = stamp_of(&self.connection, &self.object(name).ok()?, bytes, Some(etag?), 0);
+        Some(FileMark::of_stamp(&stamp))
+    }
+
+    /// The ETag of an object that was found in a listing: some stores have none there, and one with each
+    /// object.
+    fn etag_of(&self, name: &str, listed: &ObjectMeta) -> Result<Option<String>> {
+        if listed.e_tag.is_some() {
+            return Ok(listed.e_tag.clone());
+        }
+        Ok(look(&self.connection, &self.object(name)?)?.and_then(|found| found.e_tag))
     }
 
     fn shown(&self, name: &str) -> String {
@@ -285,15 +300,11 @@ impl Destination for ObjectDestination {
                 let marker = place
                     .get(name)?
                     .and_then(|found| serde_json::from_slice::<Marker>(&found).ok());
-                let is_there = |marker: &Marker| {
-                    let found = objects.get(&shard);
-                    let etag =
-                        |meta: &ObjectMeta| meta.e_tag.as_deref().map(bare).map(str::to_owned);
-                    let marked = marker.etag.as_deref().map(bare).map(str::to_owned);
-                    found.is_some_and(|found| found.size == marker.bytes && etag(found) == marked)
-                };
-                if let Some(marker) = marker.filter(is_there) {
-                    finished.insert(shard, marker.bytes);
+                let (Some(marker), Some(found)) = (marker, objects.get(&shard)) else { continue };
+                let etag = place.etag_of(&shard, found)?;
+                let is_same = etag.as_deref().map(bare) == marker.etag.as_deref().map(bare);
+                if found.size == marker.bytes && is_same {
+                    finished.insert(shard, Receipt { bytes: marker.bytes, etag });
                 }
             }
         }
@@ -302,6 +313,8 @@ impl Destination for ObjectDestination {
             place,
             markers,
             finished,
+            found: objects,
+            kept: BTreeMap::new(),
             older,
             last: Vec::new(),
             written: Vec::new(),
@@ -320,16 +333,20 @@ struct StagedObjects {
     place: Place,
     /// Where the markers of this job lie.
     markers: String,
-    /// Shards that an earlier call has written, with their sizes.
-    finished: BTreeMap<String, u64>,
+    /// Shards that an earlier call has written.
+    finished: BTreeMap<String, Receipt>,
+    /// All that lay there at the beginning.
+    found: BTreeMap<String, ObjectMeta>,
+    /// Shards of the older model that stay.
+    kept: BTreeMap<String, FileMark>,
     /// What lay there before.
     older: BTreeSet<String>,
     /// What makes the output a model, by name; written at the end.
     last: Vec<(String, Vec<u8>)>,
     /// Everything else that was written, with its size.
     written: Vec<(String, u64)>,
-    /// The shards that are finished.
-    uploads: Arc<Mutex<BTreeSet<String>>>,
+    /// The shards that are finished, and what they are where the store tells that.
+    uploads: Arc<Mutex<BTreeMap<String, Option<FileMark>>>>,
     warnings: Vec<String>,
     /// Whether the claim is this call's.
     is_fresh: bool,
@@ -344,8 +361,9 @@ impl StagedModel for StagedObjects {
         _like: Option<&dyn Source>,
     ) -> Result<Box<dyn Sink>> {
         self.written.push((name.to_owned(), bytes));
-        if self.finished.get(name) == Some(&bytes) {
-            lock(&self.uploads).insert(name.to_owned());
+        if let Some(finished) = self.finished.get(name).filter(|found| found.bytes == bytes) {
+            let mark = self.place.mark(name, bytes, finished.etag.as_deref());
+            lock(&self.uploads).insert(name.to_owned(), mark);
             return Ok(Box::new(Written));
         }
         let (place, uploads) = (self.place.clone(), self.uploads.clone());
@@ -354,7 +372,8 @@ impl StagedModel for StagedObjects {
         let finish = move |receipt: &Receipt| {
             let content = Marker { bytes: receipt.bytes, etag: receipt.etag.clone() };
             place.put(&marker, &serde_json::to_vec(&content).expect("plain data"))?;
-            lock(&uploads).insert(name.clone());
+            let mark = place.mark(&name, receipt.bytes, receipt.etag.as_deref());
+            lock(&uploads).insert(name.clone(), mark);
             Ok(())
         };
         Ok(Box::new(UploadSink::new(upload, Box::new(finish))))
@@ -394,6 +413,23 @@ impl StagedModel for StagedObjects {
             start += part.len() as u64;
         }
         Ok(())
+    }
+
+    fn keep(&mut self, files: &[(&str, FileMark)]) -> Result<bool> {
+        for (name, mark) in files {
+            let Some(found) = self.found.get(*name).filter(|found| found.size == mark.bytes) else {
+                return Ok(false);
+            };
+            let etag = self.place.etag_of(name, found)?;
+            if self.place.mark(name, found.size, etag.as_deref()) != Some(*mark) {
+                return Ok(false);
+            }
+        }
+        for (name, mark) in files {
+            self.written.push(((*name).to_owned(), mark.bytes));
+            self.kept.insert((*name).to_owned(), *mark);
+        }
+        Ok(true)
     }
 
     fn staged(&self) -> Arc<dyn Store> {
@@ -453,7 +489,10 @@ impl StagedModel for StagedObjects {
         if let Err(error) = cleared {
             warnings.push(format!("what the merge leaves behind could not be removed: {error}"));
         }
-        Ok(Committed { warnings, lock: OutputLock::default() })
+        let finished = std::mem::take(&mut *lock(&self.uploads));
+        let finished = finished.into_iter().filter_map(|(name, mark)| Some((name, mark?)));
+        let marks = finished.chain(std::mem::take(&mut self.kept)).collect();
+        Ok(Committed { warnings, marks, ..Committed::default() })
     }
 }
 

@@ -99,7 +99,7 @@ fn a_new_model_replaces_the_older_one_and_nothing_else() {
     fs::write(output.join("chat_template.jinja"), "old").expect("written");
     fs::write(output.join("merge_report.md"), "old").expect("written");
     let staging = begin(output, "new", &["model.safetensors", "config.json"]);
-    let Committed { warnings, lock } = staging.commit().expect("committed");
+    let Committed { warnings, lock, .. } = staging.commit().expect("committed");
     let [warning] = &warnings[..] else { panic!("one warning") };
     assert!(warning.contains("style.safetensors: stays there with weights"), "{warning}");
     let again = Staging::create(output, request(true, &NAMES)).expect_err("still locked");
