@@ -117,6 +117,11 @@ class PlannedComponent(TypedDict):
     tensors_changed: int
 
 @type_check_only
+class StoreRequests(TypedDict):
+    requests: int
+    bytes: int
+
+@type_check_only
 class PlanDescription(TypedDict):
     base: str
     components: list[PlannedComponent]
@@ -138,6 +143,8 @@ class PlanDescription(TypedDict):
     tensors_cast: int
     total_parameters: int
     bytes_to_write: int
+    #: What is asked of stores beside the headers, where anything lies in one.
+    reads: NotRequired[StoreRequests]
     config_changes: ConfigChanges
     warnings: list[str]
     notes: list[str]

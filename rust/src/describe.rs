@@ -12,10 +12,12 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::components::Component;
 use crate::checkpoint::quantized::QuantizedWeights;
 use crate::error::Result;
+use crate::execute::queue;
 use crate::plan::{
     ConfigChanges, Inputs, MethodOptions, Origin, Plan, PlannedChange, Precision, Strategy, Update,
     Weight,
 };
+use crate::storage::source::Requests;
 use crate::tensor::safetensors::{TensorFile, TensorInfo};
 
 /// An adapter within a plan.
@@ -88,6 +90,9 @@ pub struct PlanDescription<'a> {
     tensors_cast: usize,
     total_parameters: u64,
     bytes_to_write: u64,
+    /// What is asked of stores beside the headers, where anything lies in one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reads: Option<Requests>,
     config_changes: &'a ConfigChanges,
     warnings: &'a [String],
     notes: &'a [String],
@@ -159,6 +164,7 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
         tensors_cast: plan.count(PlannedChange::Cast),
         total_parameters: plan.parameters(),
         bytes_to_write: plan.bytes(),
+        reads: requests_of(inputs, plan),
         config_changes: &plan.config_changes,
         warnings: &plan.warnings,
         notes: &plan.notes,
@@ -166,6 +172,23 @@ pub fn plan<'a>(inputs: &'a Inputs, plan: &'a Plan) -> PlanDescription<'a> {
         file_origins: plan.side_files.origins(),
         left_out: &plan.side_files.left_out,
     }
+}
+
+/// What a merge asks of stores: the planned ranges of the base, and all of each adapter.
+fn requests_of(inputs: &Inputs, plan: &Plan) -> Option<Requests> {
+    let is_local = inputs.base.shards().iter().all(|shard| shard.file.source().is_local());
+    if is_local && inputs.adapters.iter().all(|adapter| adapter.is_local()) {
+        return None;
+    }
+    let base = if is_local { Requests::default() } else { queue::requests(inputs, plan) };
+    let adapters = inputs.adapters.iter().map(|adapter| {
+        let file = adapter.file();
+        file.source().requests(&[0..file.size()])
+    });
+    Some(adapters.fold(base, |all, own| Requests {
+        requests: all.requests + own.requests,
+        bytes: all.bytes + own.bytes,
+    }))
 }
 
 /// What a component is called: its folder in a pipeline, its prefix in a file.

@@ -587,7 +587,10 @@ impl Checker<'_> {
         for tile in queue::tiles(planned) {
             self.computer.task.check()?;
             let start = tile.start;
-            let computed = self.computer.merge(planned, &prepared, &tile, buffers)?;
+            // Once: what lies in a store is not asked for again for the rows below.
+            let read = exact.read_tile(&tile)?;
+            let given = (Some(read), None);
+            let computed = self.computer.merge_read(planned, &prepared, &tile, buffers, given)?;
             let tile_bytes = merged.read(start * row_bytes..tile.end * row_bytes, stored)?;
             self.computer.task.advance(tile_bytes.len() as u64);
             if planned.precision == Precision::Exact

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lorafast
 import pytest
+from lorafast._cli.main import main
 from support.object_stores import KEY, SECRET, Bucket, s3s_fs, serving_s3s
 from support.range_server import serving
 from support.store_models import Model, files_of, without_reports
@@ -71,6 +72,38 @@ def test_a_web_server_is_read_by_ranges_and_each_byte_once(large: Model, tmp_pat
             heads = [each for each in headers if each.method == "HEAD"]
             assert len(of_header) == 1
             assert len(heads) <= 2
+
+
+def test_a_plan_says_what_it_will_ask_for(
+    large: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "reads" not in lorafast.plan(large.base, large.adapter).to_dict()
+    with serving(large.base.parent) as server:
+        base, adapter = f"{server.url}/base", f"{server.url}/adapter"
+        plan = lorafast.plan(base, adapter)
+        reads = plan.to_dict()["reads"]
+        server.asked.clear()
+        plan.execute(tmp_path / "out")
+        asked = [each.range for each in server.asked if each.range and "safetensors" in each.path]
+        asked = [each for each in asked if each is not None and each[1] - each[0] > 1 << 16]
+        assert reads["requests"] == len(asked) > 4
+        assert reads["bytes"] == sum(end - start for start, end in asked)
+        sources = ["--base", base, "--adapters", adapter, "--output", str(tmp_path / "not")]
+        assert main(["merge", *sources, "--dry-run"]) == 0
+        assert f"in {reads['requests']} requests" in capsys.readouterr().out
+        assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_verification_asks_for_no_byte_twice(large: Model, full: bool) -> None:
+    with serving(large.base.parent) as server:
+        places = (f"{server.url}/base", large.adapter, f"{server.url}/merged")
+        assert lorafast.verify(*places, full=full).ok
+        for folder in ("base", "merged"):
+            shards = [path.name for path in (large.base.parent / folder).glob("*.safetensors")]
+            assert len(shards) == 2
+            for shard in shards:
+                assert set(server.bytes_of(f"{folder}/{shard}")) == {1}, (folder, shard)
 
 
 def test_a_single_file_and_a_user_in_the_url(small: Model, tmp_path: Path) -> None:

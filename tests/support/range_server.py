@@ -34,12 +34,14 @@ class RangeServer:
         latency: seconds before each answer.
         wait_for: called with the bytes of each body before it is sent.
         user: what `user:password` has to be sent, if anything.
+        allows: whether a method may be used on a path, which has its query; 403 if not.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.asked: list[Asked] = []
         self.user: str | None = None
+        self.allows: Callable[[str, str], bool] = lambda method, path: True
         self.latency = 0.0
         self.wait_for: Callable[[int], object] = lambda _: None
         self.url = ""
@@ -68,8 +70,11 @@ def _handler(server: RangeServer) -> type[BaseHTTPRequestHandler]:
             self._answer(with_body=True)
 
         def _answer(self, *, with_body: bool) -> None:
-            path = unquote(self.path)
+            path = unquote(self.path.partition("?")[0])
             time.sleep(server.latency)
+            if not server.allows(self.command, self.path):
+                self._end(403, b"")
+                return
             if server.user is not None:
                 expected = "Basic " + base64.b64encode(server.user.encode()).decode()
                 if self.headers.get("Authorization") != expected:

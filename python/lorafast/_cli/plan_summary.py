@@ -74,6 +74,10 @@ def _facts(plan: PlanDescription, tensor_count: int) -> dict[str, str]:
         "dtype": dtype_text(plan["dtype"]),
         "to write": bytes_text(plan["bytes_to_write"]),
     }
+    if "reads" in plan:
+        reads = plan["reads"]
+        count = plural(reads["requests"], "request")
+        facts["from stores"] = f"{bytes_text(reads['bytes'])} in {count}"
     if plan["components"] and any(component["name"] for component in plan["components"]):
         facts["components"] = ", ".join(
             f"{component['name']} ({component['tensors_changed']:,} change)"

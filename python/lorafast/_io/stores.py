@@ -134,10 +134,12 @@ def path_of_file_url(source: str) -> str:
 
 
 def without_user(url: str) -> str:
-    """A URL without user and password, as messages show it."""
+    """A URL without user, password and signature, as messages show it."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
+    if scheme.lower() in ("http", "https"):
+        rest = rest.partition("?")[0]
     authority, slash, path = rest.partition("/")
     # abfss://container@account…: what stands before the @ is no secret.
     if "@" in authority and not (scheme.startswith("abfs") and ".core." in authority):

@@ -164,17 +164,35 @@ impl Computer<'_> {
         buffers: &'b mut Buffers,
         sums: Option<&mut RoundingSums>,
     ) -> Result<&'b [u8]> {
+        self.merge_read(tensor, prepared, rows, buffers, (None, sums))
+    }
+
+    /// The same of rows of W₀ that somebody has read, where they are given.
+    ///
+    /// # Errors
+    /// As [`Computer::merge`].
+    pub fn merge_read<'b>(
+        &self,
+        tensor: &PlannedTensor,
+        prepared: &Prepared,
+        rows: &Range<usize>,
+        buffers: &'b mut Buffers,
+        (read, sums): (Option<&[u8]>, Option<&mut RoundingSums>),
+    ) -> Result<&'b [u8]> {
         let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let first = rows.start * prepared.columns();
         let count = rows.len() * prepared.columns();
         let segment = prepared.segment(rows);
         if let Some(exact) = segment.exact() {
             let place = (rows, segment.first_row(), prepared.columns());
-            return self.merge_exactly(tensor, exact, place, buffers, sums);
+            return self.merge_exactly(tensor, exact, place, buffers, (read, sums));
         }
         let Buffers { stored, result, single, double, .. } = buffers;
         let stored = reserve(stored, count * from.size());
-        self.read(tensor, stored, first * from.size())?;
+        match read {
+            Some(read) => stored.copy_from_slice(read),
+            None => self.read(tensor, stored, first * from.size())?,
+        }
         let columns = prepared.columns();
         let row = rows.start..rows.start + 1;
         let before =
@@ -235,14 +253,17 @@ impl Computer<'_> {
         exact: &ExactSum,
         (rows, first_row, columns): (&Range<usize>, usize, usize),
         buffers: &'b mut Buffers,
-        sums: Option<&mut RoundingSums>,
+        (read, sums): (Option<&[u8]>, Option<&mut RoundingSums>),
     ) -> Result<&'b [u8]> {
         let (from, to) = (&tensor.source.dtype, tensor.rounded_dtype());
         let (first, count) = (rows.start * columns, rows.len() * columns);
         let Buffers { stored, result, recomputed, .. } = buffers;
         let stored = reserve(stored, count * from.size());
         let result = reserve(result, count * to.size());
-        self.read(tensor, stored, first * from.size())?;
+        match read {
+            Some(read) => stored.copy_from_slice(read),
+            None => self.read(tensor, stored, first * from.size())?,
+        }
         let within = rows.start - first_row..rows.end - first_row;
         let tile = ExactTile { rows: &within, dtype: from, stored };
         if !exact.merge_rows(self.set, tile, (to, result), recomputed)? {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::kernel;
 use crate::parallel::task::Task;
 use crate::plan::{Action, Inputs, Origin, Plan, PlannedShard, PlannedTensor};
+use crate::storage::source::Requests;
 use crate::tensor::dtype::Dtype;
 
 /// Bytes of a tile of the widest type involved. Half of a common second-level cache, so that the
@@ -140,8 +141,35 @@ pub(super) fn queue_of(
     queue
 }
 
+/// What a plan asks of the store in which the base lies, beside its headers.
+pub(crate) fn requests(inputs: &Inputs, plan: &Plan) -> Requests {
+    let shards = plan.shards.iter().enumerate();
+    let queues: Vec<_> = shards
+        .map(|(position, shard)| queue_of(inputs, position, shard, &mut Vec::new()))
+        .collect();
+    let ranges = ranges_of(inputs, plan, &queues);
+    let of_shards = inputs
+        .base
+        .shards()
+        .iter()
+        .zip(&ranges)
+        .map(|(shard, ranges)| shard.file.source().requests(ranges));
+    of_shards.fold(Requests::default(), |all, own| Requests {
+        requests: all.requests + own.requests,
+        bytes: all.bytes + own.bytes,
+    })
+}
+
 /// Tells the base's files what the work of all shards will read of them, in its order.
 pub(super) fn tell_sources(inputs: &Inputs, plan: &Plan, queues: &[Vec<Work>], task: &Task) {
+    let ranges = ranges_of(inputs, plan, queues);
+    for (shard, ranges) in inputs.base.shards().iter().zip(&ranges) {
+        shard.file.source().will_read(ranges, task.cancel_flag());
+    }
+}
+
+/// The ranges of each of the base's files that the work of all shards reads, in its order.
+fn ranges_of(inputs: &Inputs, plan: &Plan, queues: &[Vec<Work>]) -> Vec<Vec<Range<u64>>> {
     let shards = inputs.base.shards();
     let mut ranges: Vec<Vec<Range<u64>>> = vec![Vec::new(); shards.len()];
     let mut merged = None;
@@ -167,9 +195,7 @@ pub(super) fn tell_sources(inputs: &Inputs, plan: &Plan, queues: &[Vec<Work>], t
             Work::CopyFromAdapter { .. } | Work::Digest { .. } => {}
         }
     }
-    for (shard, ranges) in shards.iter().zip(&ranges) {
-        shard.file.source().will_read(ranges, task.cancel_flag());
-    }
+    ranges
 }
 
 /// Rows of a tile: as many whole register blocks as fit, at least one. The same for every output

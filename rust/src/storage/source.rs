@@ -10,8 +10,19 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::local::{self, Stamp};
 use crate::error::Result;
+
+/// What a store is asked for.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Requests {
+    /// How often.
+    pub requests: u64,
+    /// How many bytes in all.
+    pub bytes: u64,
+}
 
 /// Bytes that can be read at any position, by several threads at once. What they were when the
 /// source was opened is what they have to be until everything was read.
@@ -40,6 +51,11 @@ pub trait Source: Debug + Send + Sync {
     /// Tells what will be read, about in this order, so that it can be brought here before; what waits for
     /// that ends once `stop` is raised. Only a hint, and of no use for what lies here.
     fn will_read(&self, _ranges: &[Range<u64>], _stop: &Arc<AtomicBool>) {}
+
+    /// What reading all of these ranges asks of a store; nothing, where the bytes lie here.
+    fn requests(&self, _ranges: &[Range<u64>]) -> Requests {
+        Requests::default()
+    }
 
     /// Whether the bytes lie on this machine, and the path that messages name is one of its file system.
     fn is_local(&self) -> bool {

@@ -35,6 +35,8 @@ pub(super) struct ExactRow<'a> {
     /// The products as they were merged, where an entry-wise method decides by their values.
     prepared: &'a Prepared,
     columns: usize,
+    /// Rows of W₀ that were just read, as they are stored.
+    tile: (Range<usize>, Vec<u8>),
     terms: Vec<Term>,
     /// Whether PEFT's further roundings are allowed.
     peft: bool,
@@ -131,6 +133,7 @@ impl<'a> ExactRow<'a> {
             planned,
             prepared,
             columns,
+            tile: (0..0, Vec::new()),
             terms: Vec::new(),
             peft,
             split: if split { (PRODUCT_ERROR, 3.0) } else { (0.0, 1.0) },
@@ -211,10 +214,28 @@ impl<'a> ExactRow<'a> {
         Ok(term)
     }
 
+    /// Reads rows of W₀, which are at hand until others are read.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn read_tile(&mut self, rows: &Range<usize>) -> Result<&[u8]> {
+        let row = self.columns * self.planned.source.dtype.size();
+        self.tile.0 = 0..0;
+        self.tile.1.resize(rows.len() * row, 0);
+        self.computer.read(self.planned, &mut self.tile.1, rows.start * row)?;
+        self.tile.0 = rows.clone();
+        Ok(&self.tile.1)
+    }
+
     /// W₀'s row.
     fn base(&self, row: usize) -> Result<Vec<f64>> {
         let dtype = &self.planned.source.dtype;
-        let mut bytes = vec![0; self.columns * dtype.size()];
+        let length = self.columns * dtype.size();
+        let (rows, read) = &self.tile;
+        if rows.contains(&row) {
+            return Ok(widen_f64(dtype, &read[(row - rows.start) * length..][..length]));
+        }
+        let mut bytes = vec![0; length];
         let offset = row * bytes.len();
         self.computer.read(self.planned, &mut bytes, offset)?;
         Ok(widen_f64(dtype, &bytes))

@@ -42,7 +42,7 @@ impl Kind {
     }
 }
 
-/// Where something lies in a store. What is shown of it has no user and no password.
+/// Where something lies in a store. What is shown of it has no user, no password and no signature.
 #[derive(Clone)]
 pub struct Address {
     /// The kind of store.
@@ -55,6 +55,8 @@ pub struct Address {
     pub path: ObjectPath,
     /// The user and the password that the URL has.
     pub user: Option<(String, String)>,
+    /// What follows the `?` of a web server's URL, which signs it.
+    pub query: Option<String>,
 }
 
 impl std::fmt::Debug for Address {
@@ -100,7 +102,7 @@ impl Address {
         let path = ObjectPath::parse(&key).map_err(|error| {
             Error::Argument(format!("{root}/{key}: is no name in a store: {error}"))
         })?;
-        Ok(Self { kind, root, bucket: bucket.to_owned(), path, user })
+        Ok(Self { kind, root, bucket: bucket.to_owned(), path, user, query: None })
     }
 
     fn of_web(text: &str) -> Result<Self> {
@@ -108,12 +110,6 @@ impl Address {
         let broken =
             |reason: String| Error::Argument(format!("a URL of http is not one: {reason}"));
         let url = Url::parse(text).map_err(|error| broken(error.to_string()))?;
-        if url.query().is_some() {
-            return Err(broken(format!(
-                "{} has a query behind its path, which no other file has; give it as a header, or fetch the file",
-                url.host_str().unwrap_or_default()
-            )));
-        }
         let decoded = |text: &str| percent_decoded(text);
         let user = (!url.username().is_empty() || url.password().is_some())
             .then(|| (decoded(url.username()), decoded(url.password().unwrap_or_default())));
@@ -127,6 +123,7 @@ impl Address {
             bucket: host,
             path,
             user,
+            query: url.query().filter(|query| !query.is_empty()).map(str::to_owned),
         })
     }
 
@@ -199,6 +196,7 @@ mod tests {
             ("gs://models", "gs://models", "models", ""),
             ("az://box/a b#1", "az://box/a b#1", "box", "a b#1"),
             ("http://me:pw@host:81/a%20b/", "http://host:81/a b", "host", "a b"),
+            ("https://host/a?X-Amz-Signature=secret", "https://host/a", "host", "a"),
         ] {
             let address = Address::parse(text).expect("a URL");
             assert_eq!(address.shown(&address.path), shown);
@@ -208,7 +206,9 @@ mod tests {
         }
         let with_user = Address::parse("s3://key:se%2Fcret@models/a").expect("a URL");
         assert_eq!(with_user.user, Some(("key".to_owned(), "se/cret".to_owned())));
-        for text in ["ftp://host/a", "s3:///a", "http://host/a?sig=secret"] {
+        let signed = Address::parse("https://host/a?sig=se%2Fcret").expect("a URL");
+        assert_eq!(signed.query.as_deref(), Some("sig=se%2Fcret"));
+        for text in ["ftp://host/a", "s3:///a", "http://?sig=secret"] {
             let error = Address::parse(text).expect_err("none").to_string();
             assert!(!error.contains("secret"), "{error}");
         }

@@ -13,7 +13,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path as ObjectPath;
-use object_store::{ClientOptions, HeaderMap, HeaderValue, ObjectStore};
+use object_store::{ClientOptions, GetOptions, GetRange, HeaderMap, HeaderValue, ObjectStore};
 
 use crate::address::{Address, Kind};
 use crate::budget::Budget;
@@ -21,6 +21,7 @@ use crate::credentials::{self, Provider, Renewed};
 use crate::failure::{Action, explain};
 use crate::options::Options;
 use crate::runtime::{self, Stop};
+use crate::signed::Signed;
 
 /// How one store is reached. Shows neither options nor credentials.
 pub struct Connection {
@@ -165,7 +166,11 @@ impl Connection {
                     Some((user, password)) => with_user(client, user, password)?,
                     None => client,
                 };
-                let builder = HttpBuilder::new().with_client_options(client).with_retry(retries);
+                let mut builder =
+                    HttpBuilder::new().with_client_options(client).with_retry(retries);
+                if let Some(query) = &address.query {
+                    builder = builder.with_http_connector(Signed::new(query));
+                }
                 let store = configured!(builder).with_url(&address.root).build().map_err(failed)?;
                 Ok(Clients { objects: Arc::new(store), parts: None })
             }
@@ -180,6 +185,28 @@ impl Connection {
         }
         let asked = resolve_bucket_region(&self.address.bucket, client);
         runtime::wait(&self.stop, async { Ok(asked.await.ok()) }).ok().flatten()
+    }
+
+    /// A request that tells what an object is. A signature is often one for reading alone, with which
+    /// nothing else may be asked.
+    pub(crate) fn look_options(&self) -> GetOptions {
+        match self.address.query {
+            Some(_) => GetOptions::new().with_range(Some(GetRange::Bounded(0..1))),
+            None => GetOptions::new().with_head(true),
+        }
+    }
+
+    /// Whether an answer says that an object is not there: of a URL that is signed for one file, all others
+    /// are refused.
+    pub(crate) fn is_absent(&self, path: &ObjectPath, error: &object_store::Error) -> bool {
+        use object_store::Error::{NotFound, PermissionDenied, Unauthenticated};
+        match error {
+            NotFound { .. } => true,
+            PermissionDenied { .. } | Unauthenticated { .. } => {
+                self.address.query.is_some() && *path != self.address.path
+            }
+            _ => false,
+        }
     }
 
     /// What messages call an object.

@@ -99,6 +99,9 @@ pub(crate) fn explain(
                 return Error::io(name, std::io::Error::from_raw_os_error(NO_SUCH_FILE));
             }
             _ if matches!(error, object_store::Error::PermissionDenied { .. }) || has("403 Forbidden") => match kind {
+                Kind::Http if address.query.is_some() => {
+                    "the server refuses it (403); the signature of the URL has expired, or is of another file: make a new one".to_owned()
+                }
                 Kind::Http => "the server refuses it (403); check the address and the user".to_owned(),
                 _ => format!(
                     "permission denied: {} is needed; of a public bucket, {option} reads without credentials",

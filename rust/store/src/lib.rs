@@ -13,6 +13,7 @@ mod failure;
 mod options;
 mod read_ahead;
 mod runtime;
+mod signed;
 mod sink;
 mod source;
 mod spool;

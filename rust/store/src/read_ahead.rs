@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use lorafast::storage::source::Requests;
 use lorafast::{Error, Result};
 
 use crate::runtime;
@@ -87,6 +88,13 @@ impl ReadAhead {
         self.forget(&mut state);
         state.open = windows.len();
         state.windows = windows;
+    }
+
+    /// How many windows these ranges have, and how many bytes.
+    pub fn requests(ranges: &[Range<u64>], head: u64, size: u64) -> Requests {
+        let windows = cut(ranges, head, size);
+        let bytes = windows.iter().map(|window| window.range.end - window.range.start).sum();
+        Requests { requests: windows.len() as u64, bytes }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

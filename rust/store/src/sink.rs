@@ -31,7 +31,7 @@ const MOST_PARTS: u64 = 9_000;
 /// How often a waiting thread looks whether it is still to wait.
 const STEP: Duration = Duration::from_millis(50);
 /// What an upload is marked with, by which it is known when the answer to its end was lost.
-const MARK: &str = "lorafast-upload";
+const MARK: &str = "lorafastupload";
 
 /// The size of all parts but the last.
 pub(crate) fn part_size(bytes: u64) -> u64 {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use lorafast::storage::local::Stamp;
-use lorafast::storage::source::Source;
+use lorafast::storage::source::{Requests, Source};
 use lorafast::{Error, Result};
 use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, GetRange, ObjectMeta};
@@ -140,10 +140,9 @@ impl Pinned {
 pub(crate) fn look(connection: &Connection, path: &ObjectPath) -> Result<Option<ObjectMeta>> {
     let clients = connection.clients()?;
     connection.ask(path, Action::Read, async {
-        let options = GetOptions::new().with_head(true);
-        match clients.objects.get_opts(path, options).await {
+        match clients.objects.get_opts(path, connection.look_options()).await {
             Ok(result) => Ok(Some(result.meta)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) if connection.is_absent(path, &error) => Ok(None),
             Err(error) => Err(error),
         }
     })
@@ -359,6 +358,14 @@ impl Source for RemoteSource {
     fn is_unchanged(&self) -> io::Result<bool> {
         let meta = self.object.look().map_err(io::Error::other)?;
         Ok(meta.is_some_and(|meta| self.object.is_same(&meta)))
+    }
+
+    fn requests(&self, ranges: &[Range<u64>]) -> Requests {
+        if let Some(spool) = &self.spool {
+            return spool.requests();
+        }
+        let head = self.head.len() + self.rest_of_head.get().map_or(0, Bytes::len);
+        ReadAhead::requests(ranges, head as u64, self.object.connection.budget.window())
     }
 
     fn is_local(&self) -> bool {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::StreamExt;
 use lorafast::storage::local;
+use lorafast::storage::source::Requests;
 use lorafast::{Error, Result};
 
 use crate::runtime;
@@ -56,6 +57,17 @@ impl Spool {
             }
             Content::File(file) => local::read_at(file, buffer, offset)
                 .map_err(|error| Error::io(self.object.shown(), error)),
+        }
+    }
+
+    /// What is still to be asked for.
+    pub fn requests(&self) -> Requests {
+        match *self.content.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(_) => Requests::default(),
+            None => {
+                let bytes = self.object.size;
+                Requests { requests: bytes.div_ceil(RANGE), bytes }
+            }
         }
     }
 

@@ -13,7 +13,7 @@ use lorafast::storage::local::Stamp;
 use lorafast::storage::source::Source;
 use lorafast::storage::store::Store;
 use lorafast::{Error, Result};
-use object_store::{GetOptions, ObjectMeta};
+use object_store::ObjectMeta;
 use object_store::path::Path as ObjectPath;
 
 use crate::address::{Address, Kind};
@@ -72,8 +72,9 @@ pub struct ObjectStoreFiles {
     listing: OnceLock<BTreeMap<String, Entry>>,
     /// What was looked at by name, where there is no listing.
     known: Mutex<HashMap<String, Option<Entry>>>,
-    /// The first bytes of files that will be opened.
-    heads: Mutex<HashMap<String, Head>>,
+    /// The first bytes of files that will be opened, or why they did not come: who is told so waits no second
+    /// time.
+    heads: Mutex<HashMap<String, Result<Head>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -160,9 +161,9 @@ impl ObjectStoreFiles {
         let looked = futures_util::stream::iter(names.into_iter().map(|name| {
             let (path, objects) = (self.object(&name), clients.objects.clone());
             async move {
-                match objects.get_opts(&path, GetOptions::new().with_head(true)).await {
+                match objects.get_opts(&path, self.connection.look_options()).await {
                     Ok(result) => Ok((name, Some(Entry::of(&result.meta)))),
-                    Err(object_store::Error::NotFound { .. }) => Ok((name, None)),
+                    Err(error) if self.connection.is_absent(&path, &error) => Ok((name, None)),
                     Err(error) => {
                         Err(explain(&self.connection.address, &path, Action::Read, &error))
                     }
@@ -186,6 +187,14 @@ impl ObjectStoreFiles {
         }
         if self.has_listing() {
             return Ok(self.listed()?.get(name).cloned());
+        }
+        {
+            let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+            if heads.get(name).is_some_and(Result::is_err)
+                && let Some(Err(error)) = heads.remove(name)
+            {
+                return Err(error);
+            }
         }
         let found = look(&self.connection, &self.object(name))?.map(|meta| Entry::of(&meta));
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -317,7 +326,7 @@ impl Store for ObjectStoreFiles {
     fn open(&self, name: &str) -> Result<Box<dyn Source>> {
         let (path, is_spooled) = (self.object(name), self.purpose == Use::Adapter);
         let head = self.heads.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
-        let head = head.map_or_else(|| Head::fetch_now(&self.connection, &path), Ok)?;
+        let head = head.unwrap_or_else(|| Head::fetch_now(&self.connection, &path))?;
         Ok(Box::new(RemoteSource::new(&self.connection, &path, head, is_spooled)))
     }
 
@@ -336,13 +345,16 @@ impl Store for ObjectStoreFiles {
             match head {
                 Ok(head) => {
                     known.insert(name.clone(), Some(Entry::of(&head.meta)));
-                    heads.insert(name.clone(), head);
+                    heads.insert(name.clone(), Ok(head));
                 }
-                Err(object_store::Error::NotFound { .. }) => {
+                Err(error) if self.connection.is_absent(&self.object(name), &error) => {
                     known.insert(name.clone(), None);
                 }
-                // Whoever opens it is told.
-                Err(_) => {}
+                Err(error) => {
+                    let address = &self.connection.address;
+                    let error = explain(address, &self.object(name), Action::Read, &error);
+                    heads.insert(name.clone(), Err(error));
+                }
             }
         }
     }
