@@ -1,20 +1,31 @@
 """The requests of Google Cloud Storage's XML interface that lorafast makes, answered from memory.
 
-It proves addresses, headers and conditions, not Google's store.
+It proves addresses, headers and conditions, not Google's store. One that is hollow keeps of what
+was uploaded in parts how long it was, so that a model larger than this machine has room for can be
+written to it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from support.loopback import LoopbackServer
 
 DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
+
+
+class Hollow(NamedTuple):
+    """Bytes of which only the number is known, and a digest."""
+
+    count: int
+    digest: str
 
 
 class GcsStub:
@@ -23,13 +34,17 @@ class GcsStub:
     Attributes:
         url: where it listens.
         objects: content by `bucket/name`.
+        hollows: the same of what was uploaded in parts, if it is hollow.
         bearers: what was sent as a token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_hollow: bool = False) -> None:
         self.url = ""
+        self.is_hollow = is_hollow
         self.objects: dict[str, bytes] = {}
+        self.hollows: dict[str, Hollow] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
+        self.parts: dict[str, dict[int, Hollow]] = {}
         self.bearers: set[str | None] = set()
         self.lock = threading.Lock()
 
@@ -50,6 +65,13 @@ def _handler(stub: GcsStub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             name, query, _ = self._take()
+            if name in stub.hollows:
+                hollow = stub.hollows[name]
+                headers = {"ETag": f'"{hollow.digest}"', "Last-Modified": DATE}
+                self._end(
+                    200 if self.command == "HEAD" else 403, headers=headers, length=hollow.count
+                )
+                return
             if "list-type" in query:
                 prefix = f"{name}/{query.get('prefix', [''])[0]}"
                 found = sorted(each for each in stub.objects if each.startswith(prefix))
@@ -82,7 +104,11 @@ def _handler(stub: GcsStub) -> type[BaseHTTPRequestHandler]:
             name, query, body = self._take()
             if "uploadId" in query:
                 number = int(query["partNumber"][0])
-                stub.uploads[query["uploadId"][0]][number] = body
+                if stub.is_hollow:
+                    digest = hashlib.sha256(body).hexdigest()
+                    stub.parts[query["uploadId"][0]][number] = Hollow(len(body), digest)
+                else:
+                    stub.uploads[query["uploadId"][0]][number] = body
                 self._end(200, headers={"ETag": f'"part-{number}"'})
                 return
             with stub.lock:
@@ -96,14 +122,22 @@ def _handler(stub: GcsStub) -> type[BaseHTTPRequestHandler]:
             name, query, body = self._take()
             if "uploads" in query:
                 upload = f"upload-{len(stub.uploads)}"
-                stub.uploads[upload] = {}
+                stub.uploads[upload], stub.parts[upload] = {}, {}
                 said = f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId>"
                 self._end(200, f"{said}</InitiateMultipartUploadResult>".encode())
                 return
             parts = stub.uploads.pop(query["uploadId"][0])
+            hollows = stub.parts.pop(query["uploadId"][0])
             named = [int(each) for each in re.findall(rb"<PartNumber>(\d+)<", body)]
-            stub.objects[name] = b"".join(parts[number] for number in named)
-            said = f"<CompleteMultipartUploadResult><ETag>{self._etag(name)}</ETag>"
+            if stub.is_hollow:
+                digest = hashlib.sha256("".join(hollows[each].digest for each in named).encode())
+                count = sum(hollows[each].count for each in named)
+                stub.hollows[name] = Hollow(count, digest.hexdigest())
+                etag = f'"{digest.hexdigest()}"'
+            else:
+                stub.objects[name] = b"".join(parts[number] for number in named)
+                etag = self._etag(name)
+            said = f"<CompleteMultipartUploadResult><ETag>{etag}</ETag>"
             self._end(
                 200,
                 f"{said}</CompleteMultipartUploadResult>".encode(),
@@ -117,17 +151,19 @@ def _handler(stub: GcsStub) -> type[BaseHTTPRequestHandler]:
             self._end(204 if stub.objects.pop(name, None) is not None or query else 404)
 
         def _etag(self, name: str) -> str:
-            import hashlib
-
             return f'"{hashlib.sha256(stub.objects[name]).hexdigest()[:16]}"'
 
         def _end(
-            self, status: int, body: bytes = b"", headers: dict[str, str] | None = None
+            self,
+            status: int,
+            body: bytes = b"",
+            headers: dict[str, str] | None = None,
+            length: int | None = None,
         ) -> None:
             self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) if length is None else length))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
@@ -136,9 +172,9 @@ def _handler(stub: GcsStub) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def gcs() -> Iterator[GcsStub]:
+def gcs(*, is_hollow: bool = False) -> Iterator[GcsStub]:
     """A stub on loopback, stopped at the end."""
-    stub = GcsStub()
+    stub = GcsStub(is_hollow=is_hollow)
     server = LoopbackServer(("127.0.0.1", 0), _handler(stub))
     server.daemon_threads = True
     stub.url = f"http://127.0.0.1:{server.server_address[1]}"

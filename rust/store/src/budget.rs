@@ -1,6 +1,9 @@
 //! The memory of all reads ahead and uploads of a merge: one number of bytes for all of them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crate::buffers::Buffers;
 
 /// What a merge takes for reads ahead and uploads, where nobody says otherwise.
 pub const DEFAULT_BYTES: u64 = 128 << 20;
@@ -17,6 +20,8 @@ pub struct Budget {
     written: AtomicU64,
     /// Objects that are read ahead at this moment.
     readers: AtomicUsize,
+    /// The memory itself.
+    pub(crate) buffers: Arc<Buffers>,
 }
 
 impl Default for Budget {
@@ -34,6 +39,7 @@ impl Budget {
             read: AtomicU64::new(0),
             written: AtomicU64::new(0),
             readers: AtomicUsize::new(0),
+            buffers: Buffers::new(limit as usize),
         }
     }
 

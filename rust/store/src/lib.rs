@@ -6,6 +6,7 @@
 
 mod address;
 mod budget;
+mod buffers;
 mod connection;
 mod credentials;
 mod destination;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use lorafast::storage::source::Requests;
 use lorafast::{Error, Result};
 
+use crate::buffers::Buffer;
 use crate::runtime;
 use crate::source::Pinned;
 
@@ -53,7 +54,7 @@ enum Content {
     Absent,
     /// Asked for.
     Coming,
-    Here(Arc<Vec<u8>>),
+    Here(Arc<Buffer>),
     Failed(Failure),
 }
 
@@ -167,7 +168,7 @@ impl ReadAhead {
         self: &Arc<Self>,
         at: u64,
         end: u64,
-    ) -> Result<(Range<u64>, Option<(Arc<Vec<u8>>, u64)>)> {
+    ) -> Result<(Range<u64>, Option<(Arc<Buffer>, u64)>)> {
         let mut state = self.lock();
         let position = state.windows.partition_point(|window| window.range.end <= at);
         let Some(range) = state.windows.get(position).map(|window| window.range.clone()) else {
@@ -249,12 +250,14 @@ impl ReadAhead {
         state.held += range.end - range.start;
         let own = self.clone();
         runtime::handle().spawn(async move {
-            let read = own.object.read(range.clone()).await;
-            own.came(&range, read);
+            let buffers = &own.object.connection.budget.buffers;
+            let mut buffer = buffers.take((range.end - range.start) as usize);
+            let read = own.object.read_into(range.clone(), &mut buffer.content).await;
+            own.came(&range, read.map(|()| buffer));
         });
     }
 
-    fn came(&self, range: &Range<u64>, read: Result<Vec<u8>>) {
+    fn came(&self, range: &Range<u64>, read: Result<Buffer>) {
         let mut state = self.lock();
         let length = range.end - range.start;
         let position = state.windows.partition_point(|window| window.range.end <= range.start);

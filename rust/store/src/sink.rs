@@ -19,6 +19,7 @@ use object_store::{
     PutPayload,
 };
 
+use crate::buffers::Buffer;
 use crate::connection::Connection;
 use crate::failure::{Action, Words, explain};
 use crate::runtime;
@@ -75,7 +76,7 @@ struct State {
 
 #[derive(Debug)]
 struct Open {
-    content: Vec<u8>,
+    buffer: Buffer,
     filled: u64,
 }
 
@@ -132,15 +133,19 @@ impl Upload {
             }
         }
         raise(&mut state)?;
-        let fresh = || Open { content: vec![0; length as usize], filled: 0 };
+        let fresh = || {
+            let mut buffer = self.connection.budget.buffers.take(length as usize);
+            buffer.content.resize(length as usize, 0);
+            Open { buffer, filled: 0 }
+        };
         let open = state.open.entry(part).or_insert_with(fresh);
         let start = within as usize;
-        open.content[start..start + bytes.len()].copy_from_slice(bytes);
+        open.buffer.content[start..start + bytes.len()].copy_from_slice(bytes);
         open.filled += bytes.len() as u64;
         let is_full = open.filled >= length;
         state.written += bytes.len() as u64;
         if is_full && let Some(open) = state.open.remove(&part) {
-            self.send(&mut state, part, open.content)?;
+            self.send(&mut state, part, open.buffer)?;
         }
         Ok(())
     }
@@ -170,14 +175,14 @@ impl Upload {
     }
 
     /// Sends a full part, without waiting for it.
-    fn send(self: &Arc<Self>, state: &mut State, part: u64, content: Vec<u8>) -> Result<()> {
+    fn send(self: &Arc<Self>, state: &mut State, part: u64, buffer: Buffer) -> Result<()> {
         let clients = self.connection.clients()?;
         state.in_flight += 1;
         let own = self.clone();
         let is_whole = self.bytes <= self.part;
-        let length = content.len() as u64;
+        let length = buffer.len() as u64;
         runtime::handle().spawn(async move {
-            let payload = PutPayload::from(bytes::Bytes::from(content));
+            let payload = PutPayload::from(bytes::Bytes::from_owner(buffer));
             let sent = match is_whole {
                 true => own.put_whole(&clients, payload).await.map(Sent::Whole),
                 false => own.put_part(&clients, part, payload).await.map(Sent::Part),
@@ -341,7 +346,7 @@ impl Upload {
         const PATIENCE: Duration = Duration::from_secs(5);
         let (id, held) = {
             let mut state = self.lock();
-            let held: u64 = state.open.values().map(|open| open.content.len() as u64).sum();
+            let held: u64 = state.open.values().map(|open| open.buffer.len() as u64).sum();
             state.open.clear();
             state.failure.get_or_insert(Error::Cancelled);
             (state.id.take(), held)

@@ -82,11 +82,21 @@ impl Pinned {
     /// [`Error::Store`] that names the object.
     pub async fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
         let mut content = Vec::with_capacity((range.end - range.start) as usize);
+        self.read_into(range, &mut content).await?;
+        Ok(content)
+    }
+
+    /// The same in the place of whatever a buffer holds.
+    ///
+    /// # Errors
+    /// As [`Pinned::read`].
+    pub async fn read_into(&self, range: Range<u64>, content: &mut Vec<u8>) -> Result<()> {
+        content.clear();
         let mut attempt = 1;
         loop {
             let rest = range.start + content.len() as u64..range.end;
-            match self.read_into(rest, &mut content).await {
-                Ok(()) => return Ok(content),
+            match self.try_to_read(rest, content).await {
+                Ok(()) => return Ok(()),
                 Err(error) if attempt < ATTEMPTS && self.may_go_on(&error) => attempt += 1,
                 Err(error) => return Err(error.into_core(self)),
             }
@@ -99,7 +109,7 @@ impl Pinned {
             || self.etag.is_none() && matches!(error, ReadError::Body(_))
     }
 
-    async fn read_into(
+    async fn try_to_read(
         &self,
         range: Range<u64>,
         content: &mut Vec<u8>,
