@@ -21,6 +21,7 @@ use super::rewrite;
 use super::session::TensorId;
 use crate::error::{Error, Result};
 use crate::kernel::InstructionSet;
+use crate::kernel::large_pages::zeros;
 use crate::parallel::task::{self, Task};
 use crate::plan::{Action, Inputs, Origin, Plan, PlannedTensor};
 
@@ -230,7 +231,7 @@ impl View {
     /// Computes parts of tensors, whose work threads share out between them.
     fn fill(&self, wanted: &[(&Part, &Selection)], task: &Task) -> Result<Vec<Vec<u8>>> {
         let mut results: Vec<_> =
-            wanted.iter().map(|(_, selection)| vec![0; selection.bytes()]).collect();
+            wanted.iter().map(|(_, selection)| zeros(selection.bytes())).collect();
         let mut work = Vec::new();
         for ((part, selection), result) in wanted.iter().zip(&mut results) {
             let mut rest: &mut [u8] = result;
