@@ -183,7 +183,7 @@ fn requests_of(inputs: &Inputs, plan: &Plan) -> Option<Requests> {
     let base = if is_local { Requests::default() } else { queue::requests(inputs, plan) };
     let adapters = inputs.adapters.iter().map(|adapter| {
         let file = adapter.file();
-        file.source().requests(&[0..file.size()])
+        file.source().requests(std::slice::from_ref(&(0..file.size())))
     });
     Some(adapters.fold(base, |all, own| Requests {
         requests: all.requests + own.requests,

@@ -50,14 +50,16 @@ def test_a_merge_from_and_to_azure(large: Model) -> None:
 def test_an_unfinished_merge_on_azure_is_completed_or_removed(small: Model) -> None:
     with azure() as stub:
         options = told(stub)
-        plan = lorafast.plan(small.base, small.adapter, storage_options=options)
-
-        def stop(done: int, total: int) -> None:
-            if any(".lorafast/" in name and name.endswith(".json") for name in stub.blobs):
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            plan.execute("az://models/out", progress=stop, threads=1)
+        names = sorted(path.name for path in small.base.glob("*.safetensors"))
+        stub.refused = names[-1]
+        with pytest.raises(lorafast.StoreError, match="Storage Blob Data Contributor"):
+            lorafast.merge(
+                *(small.base, small.adapter, "az://models/out"),
+                threads=1,
+                storage_options=options,
+            )
+        stub.refused = None
+        assert f"models/out/{names[0]}" in stub.blobs
         assert "models/out/.lorafast/claim" in stub.blobs
         assert "models/out/config.json" not in stub.blobs
         lorafast.merge(small.base, small.adapter, "az://models/out", storage_options=options)

@@ -9,7 +9,7 @@ from typing import Any
 
 import lorafast
 import pytest
-from support.fault_proxy import FaultProxy
+from support.fault_proxy import Fault, FaultProxy
 from support.files import Tensor, read_safetensors, write_safetensors
 from support.handmade import adapter_tensors, make_adapter, make_base
 from support.object_stores import Bucket
@@ -126,16 +126,12 @@ def test_without_a_report_nothing_is_known(merged: Merged) -> None:
 
 def test_an_interrupted_merge_over_another_is_completed(merged: Merged) -> None:
     changed = merged.change(0) | merged.change(2)
-    done: list[int] = []
-
-    def stop(count: int, total: int) -> None:
-        done.append(count)
-        if merged.sent():
-            raise KeyboardInterrupt
-
-    merged.proxy.requests.clear()
-    with pytest.raises(KeyboardInterrupt):
-        merged.merge(overwrite=True, progress=stop, threads=1)
+    last = max(changed).replace(".", r"\.")
+    merged.proxy.set(Fault("403", "PUT", rf"/out/{last}(\?|$)"))
+    with pytest.raises(lorafast.StoreError, match="s3:PutObject"):
+        merged.merge(overwrite=True, threads=1)
+    assert merged.proxy.broken > 0
+    merged.proxy.set(None)
     assert "out/config.json" not in merged.bucket.keys("out/")
     report, sent = merged.again(resumes=True)
     assert len(sent) == len(changed) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
@@ -46,13 +47,16 @@ def presigned(name: str) -> Callable[[str, str], bool]:
 
 
 def test_a_single_file_that_is_signed_for_reading_alone(small: Model, tmp_path: Path) -> None:
-    with serving(small.base.parent) as server:
+    # One file that tells all of itself.
+    lorafast.convert(small.adapter, tmp_path / "files" / "style.safetensors", to="kohya")
+    shutil.copytree(small.base, tmp_path / "files" / "base")
+    with serving(tmp_path / "files") as server:
         name = next(small.base.glob("*00001-of*")).name
         server.allows = presigned(f"base/{name}")
         listing = lorafast.inspect(f"{server.url}/base/{name}?{QUERY}")
         assert listing.path == f"{server.url}/base/{name}"
-        server.allows = presigned("adapter/adapter_model.safetensors")
-        adapter = f"{server.url}/adapter/adapter_model.safetensors?{QUERY}"
+        server.allows = presigned("style.safetensors")
+        adapter = f"{server.url}/style.safetensors?{QUERY}"
         lorafast.merge(small.base, adapter, tmp_path / "out", weights=[0.5])
         assert "secret" not in (tmp_path / "out" / "merge_report.json").read_text()
         assert {each.method for each in server.asked} == {"GET"}

@@ -30,6 +30,7 @@ class AzureStub:
         blobs: content by `container/name`.
         blocks: what was sent of blobs that are not finished, by name and block id.
         told: the beginning of each authorization that came.
+        refused: the end of the name of what may not be written.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class AzureStub:
         self.metadata: dict[str, dict[str, str]] = {}
         self.blocks: dict[str, dict[str, bytes]] = {}
         self.told: set[str] = set()
+        self.refused: str | None = None
         self.lock = threading.Lock()
 
 
@@ -98,6 +100,9 @@ def _handler(stub: AzureStub) -> type[BaseHTTPRequestHandler]:
 
         def do_PUT(self) -> None:
             name, query, body = self._take()
+            if stub.refused is not None and name.endswith(stub.refused):
+                self._end(403, headers={"x-ms-error-code": "AuthorizationPermissionMismatch"})
+                return
             metadata = {
                 key: value
                 for key, value in self.headers.items()
