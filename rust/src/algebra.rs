@@ -2,7 +2,8 @@
 //!
 //! An adapter of any format comes in and one of any format goes out. Modules of several adapters are
 //! brought together by `sums`, updates are decomposed by `factored`, ranks are chosen by `ranks`; what is
-//! made lies in `results` until `write` hands it to the conversion, and each module has its error.
+//! made lies in `results` until `write` hands it to the conversion, and each module has its error. What reads
+//! the factors a few rows at a time is `streamed`.
 //!
 //! `combine` says what is asked for, `engine` goes through the modules, which `work` or `bake` compute, `methods` knows the methods by name and
 //! family, and `made` is what one makes of a module: a sum (`coefficients`), a decomposition (`joint`), a matrix
@@ -27,6 +28,7 @@ mod report;
 mod results;
 mod rounding;
 mod stacks;
+mod streamed;
 mod sums;
 mod whole;
 mod work;

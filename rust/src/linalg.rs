@@ -23,7 +23,7 @@ pub(crate) use cholesky::gram_factor;
 pub(crate) use multiply::{Multiply, View};
 #[cfg(test)]
 pub(crate) use product::gram;
-pub(crate) use product::{LongSide, PANEL, cross_product, gram_and_sums};
+pub(crate) use product::{LongSide, PANEL, cross_product, gram_and_sums, gram_by_one_thread};
 pub(crate) use qr::{Reflectors, triangular_factor};
 pub(crate) use svd::{Decomposition, decompose, singular_values};
 

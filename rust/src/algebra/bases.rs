@@ -34,7 +34,7 @@ pub(crate) fn orthonormal(matrix: &Rows) -> (Rows, Matrix) {
 }
 
 /// U, σ and V of a matrix up to its numerical rank.
-pub(crate) fn thin(matrix: &Rows) -> Decomposed {
+pub(crate) fn thin(matrix: &Rows) -> Decomposed<'static> {
     let is_tall = matrix.rows >= matrix.columns;
     let (q, c) = if is_tall { orthonormal(matrix) } else { orthonormal(&matrix.transposed()) };
     let found = decompose(&c);

@@ -145,7 +145,7 @@ impl Source for Dense {
 /// Some leading singular triplets.
 pub(crate) struct Leading {
     /// The triplets that were found, of which the first `trusted` are the leading ones.
-    pub found: Decomposed,
+    pub found: Decomposed<'static>,
     pub trusted: usize,
     pub is_all: bool,
 }
@@ -301,7 +301,7 @@ impl Dense {
     }
 
     /// All singular triplets of one that is so small that they are found as quickly as some.
-    pub fn all_of_small(&self) -> Option<Decomposed> {
+    pub fn all_of_small(&self) -> Option<Decomposed<'static>> {
         let is_small = self.rows.min(self.columns) <= SMALL;
         is_small.then(|| self.all()).flatten().map(|all| all.found)
     }

@@ -14,7 +14,7 @@ use super::rounding;
 use super::stacks;
 use super::sums::{Sum, Sums};
 use super::whole::Combined;
-use super::write::Output;
+use super::write::{Output, described};
 use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -119,14 +119,18 @@ pub(crate) fn run(
     let results = if writing.dry_run { None } else { Some(Results::new(place.directory()?)?) };
     let budget = pool.install(|| compute.prepare(&dtype, task))?;
     let compute = &*compute;
-    let done: Vec<Done> = pool.install(|| {
+    let compute_all = || {
         each(sums, &|sum| compute.elements(sum), |index| {
             task.check()?;
             let done = compute.module(index, &sums[index], &dtype, results.as_ref(), task);
             task.advance(sums[index].bytes());
             done
         })
-    })?;
+    };
+    // A file's digest is found by one thread, beside which the others compute.
+    let describe = || if writing.dry_run { Ok(Vec::new()) } else { described(job.adapters) };
+    let (done, inputs) = pool.install(|| rayon::join(compute_all, describe));
+    let (done, inputs): (Vec<Done>, _) = (done?, inputs?);
     let mut records = IndexMap::new();
     let mut made = Vec::new();
     let mut bytes = 0;
@@ -177,7 +181,7 @@ pub(crate) fn run(
             modules.insert(module.key.clone(), (*module).clone());
         }
         modules.extend(vectors.into_iter().map(|module| (module.key.clone(), module)));
-        pool.install(|| place.write(&job, modules, task, &mut report))?;
+        pool.install(|| place.write(&job, modules, inputs, task, &mut report))?;
     }
     Ok(report)
 }

@@ -575,7 +575,7 @@ pub(super) fn leading_of(
     max_rank: Option<u64>,
     total: f64,
     name: &str,
-) -> Result<(Decomposed, usize, bool)> {
+) -> Result<(Decomposed<'static>, usize, bool)> {
     let ask = Ask { rule, max_rank: max_rank.map(|most| most as usize) };
     let (found, rank, is_limited) = ask.triplets(matrix, total, 0.0, key(0, name))?;
     let values = found.spectrum.values;

@@ -6,7 +6,11 @@
 //! no Q is formed: Q_L·U·Σ = L·D·T_Rᵀ·V, and likewise on the other side. Where they do not, or where what
 //! is kept is small against what went in, both sides are decomposed by Householder reflections.
 
-use crate::linalg::{Matrix, Multiply, View, decompose, gram_factor};
+use std::ops::Range;
+
+use super::streamed::{left_times, times_right};
+use crate::error::Result;
+use crate::linalg::{Matrix, Multiply, View, decompose, gram_by_one_thread, gram_factor};
 use crate::measure::spectrum::{Update, decompose_update};
 
 /// Below this share of the first singular value, the Gram matrices are not trusted.
@@ -126,15 +130,16 @@ pub(crate) enum Gauge {
 }
 
 /// An update by its singular value decomposition, of which as much is made as is asked for.
-pub(crate) struct Decomposed {
+pub(crate) struct Decomposed<'u> {
     /// All singular values of ΔW that can differ from zero, descending.
     pub values: Vec<f64>,
-    sides: Sides,
+    sides: Sides<'u>,
 }
 
-enum Sides {
-    /// L, R, and what brings them to Q·U·Σ^½ and Q·V·Σ^½ but for a power of Σ: L·D·T_Rᵀ·V·Σ^-½.
-    Gram { left: Rows, right: Rows, left_map: Matrix, right_map: Matrix },
+enum Sides<'u> {
+    /// L and R in the update, and what brings them to Q·U·Σ^½ and Q·V·Σ^½ but for a power of Σ:
+    /// L·D·T_Rᵀ·V·Σ^-½.
+    Gram { update: Update<'u>, left_map: Matrix, right_map: Matrix },
     /// U and V.
     Explicit { left: Rows, right: Rows },
 }
@@ -168,7 +173,15 @@ pub(crate) fn sides(update: &Update<'_>) -> (Rows, Rows) {
 }
 
 /// Decomposes an update; `None` of one that is not finite.
-pub(crate) fn decomposed(update: &Update<'_>) -> Option<Decomposed> {
+pub(crate) fn decomposed<'u>(update: &Update<'u>) -> Option<Decomposed<'u>> {
+    decomposed_with(update, None)
+}
+
+/// The same with its Gram matrices, where they are known.
+pub(crate) fn decomposed_with<'u>(
+    update: &Update<'u>,
+    grams: Option<&Grams>,
+) -> Option<Decomposed<'u>> {
     let scales = update.scales();
     if scales.iter().any(|scale| !scale.is_finite()) {
         return None;
@@ -188,17 +201,14 @@ pub(crate) fn decomposed(update: &Update<'_>) -> Option<Decomposed> {
         let (left, right) = (Rows::of_columns(&found.left), Rows::of_columns(&found.right));
         Some(Decomposed { values: found.values, sides: Sides::Explicit { left, right } })
     };
-    let (left, right) = sides(update);
-    // A is R transposed: its Gram matrix is over its rows.
-    let right = right.transposed();
-    let (left_gram, right_gram) = (left.gram(), right.gram());
-    let sizes = |k: usize| left_gram.get(k, k).sqrt() * right_gram.get(k, k).sqrt();
+    let own = grams.is_none().then(|| Grams::of(update));
+    let Grams { left, right } = grams.or(own.as_ref()).expect("the given ones or its own");
+    let sizes = |k: usize| left.get(k, k).sqrt() * right.get(k, k).sqrt();
     let bound: f64 = scales.iter().enumerate().map(|(k, scale)| scale.abs() * sizes(k)).sum();
     if update.rank() > update.spectrum_len() {
         return explicit(bound);
     }
-    let (Some(left_root), Some(right_root)) = (gram_factor(&left_gram), gram_factor(&right_gram))
-    else {
+    let (Some(left_root), Some(right_root)) = (gram_factor(left), gram_factor(right)) else {
         return explicit(bound);
     };
     let core = left_root.scaled_product(&scales, &right_root);
@@ -222,7 +232,7 @@ pub(crate) fn decomposed(update: &Update<'_>) -> Option<Decomposed> {
     let right_map = scaled(&left_root, &found.left);
     Some(Decomposed {
         values: found.values,
-        sides: Sides::Gram { left, right, left_map, right_map },
+        sides: Sides::Gram { update: update.clone(), left_map, right_map },
     })
 }
 
@@ -239,7 +249,7 @@ impl Factors {
     }
 }
 
-impl Decomposed {
+impl Decomposed<'_> {
     /// U·diag(values)·Vᵀ with orthonormal columns in U and V.
     pub fn explicit(left: Rows, values: Vec<f64>, right: Rows) -> Self {
         Self { values, sides: Sides::Explicit { left, right } }
@@ -281,22 +291,29 @@ impl Decomposed {
     pub fn with_scales(&self, left_scales: &[f64], right_scales: &[f64]) -> Factors {
         let k = left_scales.len();
         let values = &self.values[..k];
-        let (mut b, mut a) = match &self.sides {
-            Sides::Gram { left, right, left_map, right_map } => {
+        match &self.sides {
+            Sides::Gram { update, left_map, right_map } => {
                 // L·map is U·Σ.
                 let weights = |scales: &[f64]| -> Vec<f64> {
                     scales.iter().zip(values).map(|(scale, value)| scale / value).collect()
                 };
-                let b = left.times(&columns_times(left_map, &weights(left_scales)));
-                let a = right.times(&columns_times(right_map, &weights(right_scales)));
-                (b, a)
+                let mut b = left_times(update, &columns_times(left_map, &weights(left_scales)));
+                let mut a = times_right(&columns_times(right_map, &weights(right_scales)), update);
+                let turned = turned_columns(&b);
+                negate_columns(&mut b, &turned);
+                let rows = a.values.chunks_exact_mut(a.columns.max(1));
+                for (row, _) in rows.zip(&turned).filter(|(_, is_turned)| **is_turned) {
+                    row.iter_mut().for_each(|value| *value = -*value);
+                }
+                Factors { b, a }
             }
             Sides::Explicit { left, right } => {
-                (leading_times(left, left_scales), leading_times(right, right_scales))
+                let mut b = leading_times(left, left_scales);
+                let mut a = leading_times(right, right_scales);
+                fix_signs(&mut b, &mut a);
+                Factors { b, a: a.transposed() }
             }
-        };
-        fix_signs(&mut b, &mut a);
-        Factors { b, a: a.transposed() }
+        }
     }
 }
 
@@ -323,51 +340,89 @@ fn leading_times(matrix: &Rows, factors: &[f64]) -> Rows {
 
 /// Turns pairs of columns so that the entry of largest size of the left one is positive.
 pub(crate) fn fix_signs(left: &mut Rows, right: &mut Rows) {
-    let width = left.columns;
-    for column in 0..width {
-        let mut largest = 0.0f64;
-        for row in left.values.chunks_exact(width) {
+    let turned = turned_columns(left);
+    negate_columns(left, &turned);
+    negate_columns(right, &turned);
+}
+
+/// Whether the entry of largest size of each column is negative.
+fn turned_columns(matrix: &Rows) -> Vec<bool> {
+    let mut largest = vec![0.0f64; matrix.columns];
+    for row in matrix.values.chunks_exact(matrix.columns.max(1)) {
+        for (largest, value) in largest.iter_mut().zip(row) {
             // Values that differ by rounding alone are equal: the first of them decides.
-            if row[column].abs() > largest.abs() * (1.0 + 1e-9) {
-                largest = row[column];
+            if value.abs() > largest.abs() * (1.0 + 1e-9) {
+                *largest = *value;
             }
         }
-        if largest < 0.0 {
-            for side in [&mut *left, &mut *right] {
-                for row in side.values.chunks_exact_mut(width) {
-                    row[column] = -row[column];
-                }
-            }
+    }
+    largest.iter().map(|value| *value < 0.0).collect()
+}
+
+fn negate_columns(matrix: &mut Rows, turned: &[bool]) {
+    if !turned.contains(&true) {
+        return;
+    }
+    for row in matrix.values.chunks_exact_mut(matrix.columns.max(1)) {
+        for (value, is_turned) in row.iter_mut().zip(turned) {
+            *value = if *is_turned { -*value } else { *value };
         }
     }
 }
 
-/// ⟨Δᵢ, Δⱼ⟩ of updates of one weight; 0 where one is missing.
-pub(crate) fn inner_products(updates: &[Option<&Update<'_>>]) -> Matrix {
-    let sides: Vec<_> = updates
-        .iter()
+/// The Gram matrices of both sides of an update without its scales: LᵀL and RᵀR.
+#[derive(Debug, Clone)]
+pub(crate) struct Grams {
+    pub left: Matrix,
+    pub right: Matrix,
+}
+
+impl Grams {
+    pub fn of(update: &Update<'_>) -> Self {
+        Self {
+            left: gram_by_one_thread(&update.left()),
+            right: gram_by_one_thread(&update.right()),
+        }
+    }
+
+    /// ⟨Δ, Δ′⟩ of the products in some of the columns, with these scales of all.
+    pub fn product(&self, one: &Range<usize>, other: &Range<usize>, scales: &[f64]) -> f64 {
+        let of = |k: usize| {
+            let (left, right) =
+                (&self.left.column(k)[one.clone()], &self.right.column(k)[one.clone()]);
+            let terms = left.iter().zip(right).zip(&scales[one.clone()]);
+            scales[k] * terms.map(|((l, r), scale)| scale * l * r).sum::<f64>()
+        };
+        other.clone().map(of).sum()
+    }
+}
+
+/// ⟨Δᵢ, Δⱼ⟩ of updates of one weight, 0 where one is missing, and the Gram matrices of all of them next to
+/// one another.
+pub(crate) fn inner_products(
+    [rows, columns]: [usize; 2],
+    updates: &[Option<Update<'_>>],
+) -> Result<(Matrix, Grams)> {
+    let terms = updates.iter().flatten().flat_map(|update| update.terms().iter().copied());
+    let all = Update::sum(rows, columns, terms.collect())?;
+    let (grams, scales) = (Grams::of(&all), all.scales());
+    let mut end = 0;
+    let ranges: Vec<Range<usize>> = (updates.iter())
         .map(|update| {
-            update.map(|update| {
-                let (left, right) = sides(update);
-                (left, right.transposed(), update.scales())
-            })
+            let start = end;
+            end += update.as_ref().map_or(0, Update::rank);
+            start..end
         })
         .collect();
     let mut products = Matrix::zeros(updates.len(), updates.len());
-    for (i, one) in sides.iter().enumerate() {
-        for (j, other) in sides[..=i].iter().enumerate() {
-            let (Some((l, r, s)), Some((ol, or, os))) = (one, other) else { continue };
-            let (left, right) = (l.cross(ol), r.cross(or));
-            let mut sum = 0.0;
-            for (column, scale) in os.iter().enumerate() {
-                let terms = left.column(column).iter().zip(right.column(column)).zip(s);
-                sum += scale * terms.map(|((l, r), own)| own * l * r).sum::<f64>();
-            }
-            products.set(i, j, sum);
-            products.set(j, i, sum);
+    for (i, one) in ranges.iter().enumerate() {
+        for (j, other) in ranges[..=i].iter().enumerate() {
+            let product = grams.product(one, other, &scales);
+            products.set(i, j, product);
+            products.set(j, i, product);
         }
     }
-    products
+    Ok((products, grams))
 }
 
 /// ‖B·A − B′·A′‖ for factors that were rounded to B′ and A′, from what each element lost: with E for that,

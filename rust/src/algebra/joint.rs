@@ -42,7 +42,11 @@ impl Joint {
     ///
     /// # Errors
     /// [`Error::Argument`] where the method is not defined for these updates.
-    pub fn result(&self, of: &Updates<'_, '_>, counts: Directions) -> Result<Option<Decomposed>> {
+    pub fn result(
+        &self,
+        of: &Updates<'_, '_>,
+        counts: Directions,
+    ) -> Result<Option<Decomposed<'static>>> {
         match self {
             Self::Knots(merge) => Ok(knots(of, merge)),
             Self::TsvM { k } => tsv_m(of, *k, counts),
@@ -63,7 +67,7 @@ pub(crate) enum Directions {
 }
 
 impl Directions {
-    fn count(self, update: &Update<'_>, found: &Decomposed) -> usize {
+    fn count(self, update: &Update<'_>, found: &Decomposed<'_>) -> usize {
         let rank = numerical_rank(&found.values, update.rows(), update.columns());
         match self {
             Self::Numerical => rank,
@@ -118,7 +122,7 @@ impl Stacks {
     }
 }
 
-fn knots(of: &Updates<'_, '_>, merge: &Merge) -> Option<Decomposed> {
+fn knots(of: &Updates<'_, '_>, merge: &Merge) -> Option<Decomposed<'static>> {
     let [rows, columns] = of.shape;
     let stacks = Stacks::of(of)?;
     let (basis, core) = orthonormal(&stacks.left);
@@ -159,7 +163,7 @@ fn knots(of: &Updates<'_, '_>, merge: &Merge) -> Option<Decomposed> {
     Some(thin(&merged).turned(&left, None))
 }
 
-fn core_space(of: &Updates<'_, '_>, merge: &Merge) -> Option<Decomposed> {
+fn core_space(of: &Updates<'_, '_>, merge: &Merge) -> Option<Decomposed<'static>> {
     let stacks = Stacks::of(of)?;
     // An orthonormal basis of the columns, and the columns in it.
     let basis = |side: &Rows| {
@@ -187,7 +191,11 @@ fn core_space(of: &Updates<'_, '_>, merge: &Merge) -> Option<Decomposed> {
     Some(thin(&merged).turned(&left, Some(&right)))
 }
 
-fn tsv_m(of: &Updates<'_, '_>, k: Option<usize>, counts: Directions) -> Result<Option<Decomposed>> {
+fn tsv_m(
+    of: &Updates<'_, '_>,
+    k: Option<usize>,
+    counts: Directions,
+) -> Result<Option<Decomposed<'static>>> {
     let [rows, columns] = of.shape;
     let mut triplets: Vec<(f64, usize)> = Vec::new();
     let (mut left, mut right) = (Vec::new(), Vec::new());
@@ -245,7 +253,7 @@ fn tsv_m(of: &Updates<'_, '_>, k: Option<usize>, counts: Directions) -> Result<O
     Ok(Some(Decomposed::explicit(left, values, right)))
 }
 
-fn iso_c(of: &Updates<'_, '_>, counts: Directions) -> Result<Option<Decomposed>> {
+fn iso_c(of: &Updates<'_, '_>, counts: Directions) -> Result<Option<Decomposed<'static>>> {
     let [rows, columns] = of.shape;
     let mut total = Update::sum(rows, columns, Vec::new())?;
     for (update, weight) in of.updates.iter().zip(of.weights) {

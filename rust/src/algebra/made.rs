@@ -1,23 +1,26 @@
 //! What a method makes of one module's updates, and the factors that are kept of it.
 
 use super::dense::Dense;
-use super::factored::{Decomposed, Factors, Gauge, Rows, decomposed, sides};
+use super::factored::{
+    Decomposed, Factors, Gauge, Grams, Rows, decomposed, decomposed_with, sides,
+};
 use super::merge::Updates;
 use super::methods::{Family, Method};
 use super::ranks::Rule;
 use super::rounding;
+use super::streamed::scales_left;
 use super::work::Cut;
 use crate::error::{Error, Result};
 use crate::measure::spectrum::{Term, Update, Values, frobenius_norm, values_of};
 
 /// The combined update.
 pub(crate) enum Made<'u> {
-    /// Σ cᵢΔᵢ with the coefficients.
-    Sum(Update<'u>, Vec<f64>),
+    /// Σ cᵢΔᵢ with the coefficients, and its Gram matrices where these took them.
+    Sum(Update<'u>, Vec<f64>, Option<Grams>),
     /// Two factors.
     Factors(Factors),
     /// By its singular values.
-    Decomposed(Decomposed),
+    Decomposed(Decomposed<'static>),
     /// Element by element; with the coefficients, where it is a sum of updates of which some are whole
     /// matrices.
     Dense(Dense, Option<Vec<f64>>),
@@ -37,6 +40,13 @@ pub(crate) struct Short {
     pub values: Vec<f64>,
 }
 
+impl Short {
+    /// Of what is written in another way.
+    pub fn nothing() -> Self {
+        Self { factors: None, kept: 1.0, tail: 0.0, norm: 0.0, values: Vec::new() }
+    }
+}
+
 impl<'u> Made<'u> {
     /// What a method makes of updates; `None` if they are not finite.
     ///
@@ -46,7 +56,7 @@ impl<'u> Made<'u> {
         let [rows, columns] = of.shape;
         match &method.family {
             Family::Sum(gram) => {
-                let mut coefficients = gram.of(of);
+                let (mut coefficients, grams) = gram.of(of)?;
                 coefficients.iter_mut().for_each(|value| *value *= method.lambda);
                 if of.has_dense() {
                     let total = Dense::sum(&coefficients, of);
@@ -58,7 +68,10 @@ impl<'u> Made<'u> {
                         total = total.plus(&update.scaled(*coefficient))?;
                     }
                 }
-                Ok(Some(Self::Sum(total, coefficients)))
+                // What is left out of the sum is in the matrices.
+                let ranks = of.updates.iter().flatten().map(Update::rank);
+                let grams = grams.filter(|_| ranks.sum::<usize>() == total.rank());
+                Ok(Some(Self::Sum(total, coefficients, grams)))
             }
             Family::Joint(_) | Family::Raw(_) if of.has_dense() => Err(Error::Argument(format!(
                 "{} is changed as a whole by an adapter (DoRA or the like), and this method takes \
@@ -85,7 +98,9 @@ impl<'u> Made<'u> {
     /// What each update was multiplied by, where it is a sum of them.
     pub fn coefficients(&self) -> Option<&[f64]> {
         match self {
-            Self::Sum(_, coefficients) | Self::Dense(_, Some(coefficients)) => Some(coefficients),
+            Self::Sum(_, coefficients, _) | Self::Dense(_, Some(coefficients)) => {
+                Some(coefficients)
+            }
             _ => None,
         }
     }
@@ -93,7 +108,7 @@ impl<'u> Made<'u> {
     /// All singular values; `None` if they cannot be found.
     pub fn values(&self) -> Option<Vec<f64>> {
         match self {
-            Self::Sum(total, _) => Some(values_of(total)),
+            Self::Sum(total, ..) => Some(values_of(total)),
             Self::Factors(factors) => Some(values_of(&product(factors))),
             Self::Decomposed(found) => Some(found.values.clone()),
             Self::Dense(dense, _) => Some(dense.all()?.found.values),
@@ -104,9 +119,9 @@ impl<'u> Made<'u> {
     /// gives the module. `None` if they are not finite.
     pub fn short(&self, cut: Option<Cut>, rank: Option<usize>, scale_out: f64) -> Option<Short> {
         let short = match (self, cut) {
-            (Self::Sum(total, _), None) => uncut(total, scale_out),
-            (Self::Sum(total, _), Some(cut)) => {
-                let found = decomposed(total)?;
+            (Self::Sum(total, ..), None) => uncut(total, scale_out),
+            (Self::Sum(total, _, grams), Some(cut)) => {
+                let found = decomposed_with(total, grams.as_ref())?;
                 let floor = match cut.rule {
                     Rule::Auto => rounding::floor(total),
                     _ => 0.0,
@@ -190,7 +205,7 @@ fn uncut(total: &Update<'_>, scale_out: f64) -> Short {
 }
 
 /// What the first k triplets are of the whole, whose norm is given where they are not of all there are.
-fn measured(found: &Decomposed, norm: Option<f64>, k: usize) -> Short {
+fn measured(found: &Decomposed<'_>, norm: Option<f64>, k: usize) -> Short {
     let square = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>();
     let kept = square(&found.values[..k]);
     let (all, tail) = match norm {
@@ -208,7 +223,7 @@ fn measured(found: &Decomposed, norm: Option<f64>, k: usize) -> Short {
 
 /// The same with their factors, and zeros up to the rank `full`.
 pub(super) fn shortened(
-    found: &Decomposed,
+    found: &Decomposed<'_>,
     norm: Option<f64>,
     k: usize,
     full: usize,
@@ -235,7 +250,7 @@ pub(super) fn shortened(
 pub(super) fn side_by_side(total: &Update<'_>) -> Factors {
     let (mut b, mut a) = sides(total);
     let scales = total.scales();
-    if total.rows() <= total.columns() {
+    if scales_left(total) {
         for row in b.values.chunks_exact_mut(scales.len()) {
             row.iter_mut().zip(&scales).for_each(|(value, scale)| *value *= scale);
         }

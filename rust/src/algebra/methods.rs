@@ -2,7 +2,7 @@
 //! updates of one module.
 
 use super::dense;
-use super::factored::inner_products;
+use super::factored::{Grams, inner_products};
 use super::joint::{Directions, Joint};
 use super::merge::{Merge, Updates};
 use super::ranks::Rule;
@@ -310,13 +310,17 @@ fn entries(name: &str, options: &MethodOptions, inputs: Inputs) -> Result<entryw
 }
 
 impl Gram {
-    /// The coefficients of one module's updates.
-    pub fn of(&self, of: &Updates<'_, '_>) -> Vec<f64> {
-        if of.has_dense() {
-            return self.coefficients_with(|| dense::products(of), of.weights);
+    /// The coefficients of one module's updates, and the Gram matrices of all of these next to one another
+    /// where they were made.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] never: the updates are of one shape.
+    pub fn of(&self, of: &Updates<'_, '_>) -> Result<(Vec<f64>, Option<Grams>)> {
+        if of.has_dense() || self.needs_no_products() {
+            return Ok((self.coefficients_with(|| dense::products(of), of.weights), None));
         }
-        let updates: Vec<_> = of.updates.iter().map(Option::as_ref).collect();
-        self.coefficients_with(|| inner_products(&updates), of.weights)
+        let (products, grams) = inner_products(of.shape, of.updates)?;
+        Ok((self.coefficients(&products, of.weights), Some(grams)))
     }
 }
 

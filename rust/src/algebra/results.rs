@@ -7,11 +7,13 @@ use indexmap::IndexMap;
 
 use super::factored::{Factors, Rows};
 use super::stacks;
+use super::streamed::Layout;
 use super::sums::{Layer, Sum};
 use crate::adapter::deltas::LowRank;
 use crate::adapter::{Expert, Module};
 use crate::error::{Owner, Result};
-use crate::kernel::convert::{convert, widen_f64};
+use crate::kernel::convert::{convert, widen_f64, widen_f64_into};
+use crate::kernel::vector::vectorized;
 use crate::storage::scratch::ScratchFile;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::{Header, Tensor, TensorFile, TensorInfo};
@@ -70,11 +72,53 @@ impl Rounded {
         Some(Self { dtype: dtype.clone(), rank: factors.b.columns, b, a })
     }
 
+    /// What rounding these factors lost at most of their product: ‖E_B‖‖A′‖ + ‖B‖‖E_A‖.
+    pub fn rounding_bound(&self, exact: &Factors) -> f64 {
+        let norms = |bytes: &[u8], exact: &Rows| {
+            let size = self.dtype.size();
+            let mut now = vec![0.0; PIECE.min(exact.values.len())];
+            let mut sums = [0.0; 3];
+            for (exact, bytes) in exact.values.chunks(PIECE).zip(bytes.chunks(PIECE * size)) {
+                let now = &mut now[..exact.len()];
+                widen_f64_into(&self.dtype, bytes, now);
+                let squares = sums_of_squares(exact, now);
+                sums.iter_mut().zip(squares).for_each(|(sum, square)| *sum += square);
+            }
+            sums.map(f64::sqrt)
+        };
+        let [b, _, b_lost] = norms(&self.b, &exact.b);
+        let [_, a_now, a_lost] = norms(&self.a, &exact.a);
+        b_lost * a_now + b * a_lost
+    }
+
     /// The factors as they are now, of the shape of those that they were.
     pub fn factors(&self, exact: &Factors) -> Factors {
         let of =
             |bytes: &[u8], exact: &Rows| Rows { values: widen_f64(&self.dtype, bytes), ..*exact };
         Factors { b: of(&self.b, &exact.b), a: of(&self.a, &exact.a) }
+    }
+}
+
+/// Numbers that are widened together.
+const PIECE: usize = 1 << 12;
+
+vectorized! {
+    /// Σx², Σy² and Σ(x − y)².
+    fn sums_of_squares(one: &[f64], other: &[f64]) -> [f64; 3] {
+        let mut lanes = [[0.0; 8]; 3];
+        let mut add = |one: &[f64], other: &[f64]| {
+            for (lane, (x, y)) in one.iter().zip(other).enumerate() {
+                let difference = x - y;
+                lanes[0][lane] += x * x;
+                lanes[1][lane] += y * y;
+                lanes[2][lane] += difference * difference;
+            }
+        };
+        let ((pieces, rest), (others, rest_of_others)) =
+            (one.as_chunks::<8>(), other.as_chunks::<8>());
+        pieces.iter().zip(others).for_each(|(one, other)| add(one, other));
+        add(rest, rest_of_others);
+        lanes.map(|lanes| lanes.iter().sum())
     }
 }
 
@@ -106,6 +150,29 @@ impl Results {
         let a = b + factors.b.len() as u64;
         let bias = bias.map(|_| a + factors.a.len() as u64);
         Ok(Place { rank: factors.rank as u64, dtype: factors.dtype.clone(), b, a, bias })
+    }
+
+    /// Takes the factors of a layout as they are made, and a bias in their type: their place, and what
+    /// rounding lost of them; `None` if a number is none in their type.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn put_layout(
+        &self,
+        layout: &Layout<'_>,
+        bias: Option<&[u8]>,
+    ) -> Result<Option<(Place, f64)>> {
+        let b = self.file.reserve(layout.bytes());
+        let mut end = b;
+        let lost = layout.write(&mut |bytes| {
+            self.file.write(bytes, end)?;
+            end += bytes.len() as u64;
+            Ok(())
+        })?;
+        let bias = bias.map(|bias| self.file.append(&[bias])).transpose()?;
+        let (rank, dtype) = (layout.rank() as u64, layout.dtype().clone());
+        let place = Place { rank, dtype, b, a: b + layout.left_bytes(), bias };
+        Ok(lost.map(|lost| (place, lost)))
     }
 
     /// The modules whose factors were put, each like the one that it is given with, with a scale of s.

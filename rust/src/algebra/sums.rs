@@ -319,13 +319,12 @@ impl<'a> Part<'a> {
     /// # Errors
     /// [`Error::Adapter`] if a file changed meanwhile, [`Error::Io`].
     pub fn read(&self) -> Result<ReadPart> {
-        let mut room = Vec::new();
         let module = self.product.module;
-        let read = self.product.read(&mut room)?;
+        let read = self.product.read_owned()?;
         // The result's module has the same place, and is added as often.
         let repeats = module.repeats();
         if self.unit.outputs.is_none() && !self.unit.is_transposed {
-            return Ok(ReadPart { factors: Read::Whole(read.into_owned()), repeats });
+            return Ok(ReadPart { factors: Read::Whole(read), repeats });
         }
         let part = read.part(self.unit.is_transposed, self.unit.outputs.as_ref())?;
         Ok(ReadPart { factors: Read::Part(part), repeats })

@@ -16,6 +16,7 @@ use super::ranks::{Candidate, Measure, Rule, Spent, within};
 use super::report::{BudgetReport, Record};
 use super::results::{Place, Results, Rounded, Written, rounded};
 use super::stacks;
+use super::streamed::Layout;
 use super::sums::{Part, ReadPart, Sum, Sums};
 use crate::adapter::deltas::Difference;
 use crate::adapter::{LayerKind, Module};
@@ -26,6 +27,10 @@ use crate::parallel::task::Task;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::Tensor;
 use crate::weights::Weight;
+
+/// Where rounding loses less than this share of what was cut off, a bound on it stands for it: the error is
+/// the same to ten digits.
+const NEGLIGIBLE: f64 = 1e-5;
 
 /// How the ranks are chosen.
 #[derive(Debug, Clone, Copy)]
@@ -220,7 +225,7 @@ impl Work<'_> {
                 _ => Family::Sum(Gram::Linear),
             };
             let method = Method { family, ..self.method.clone() };
-            let Some(Made::Sum(total, _)) = Made::of(&method, of)? else {
+            let Some(Made::Sum(total, ..)) = Made::of(&method, of)? else {
                 return Err(not_finite(sum));
             };
             let (left, right) = sides(&total);
@@ -265,6 +270,12 @@ impl Work<'_> {
             // Of one adapter's modules with one scale, the factors are those without it.
             let scaling = if self.keeps { sum.module.scaling } else { 1.0 };
             let scale_out = if scaling == 0.0 { 1.0 } else { scaling };
+            let layout = match (&made, self.cut.is_some() || self.method.shortens) {
+                (Made::Sum(total, _, grams), false) if !sum.layer.turns => {
+                    Layout::of(total, grams.as_ref(), scale_out, dtype)
+                }
+                _ => None,
+            };
             let least = sum.shape[0].min(sum.shape[1]);
             let of_whole = || of.dense.iter().flatten().map(move |_| least);
             let ranks = || of.updates.iter().flatten().map(Update::rank).chain(of_whole());
@@ -272,6 +283,7 @@ impl Work<'_> {
             let shortest = || Cut { rule: largest(), max_rank: None, is_kohya: false };
             let cut = self.cut.or_else(|| self.method.shortens.then(shortest));
             let short = match &made {
+                _ if layout.is_some() => Short::nothing(),
                 Made::Dense(dense, Some(_)) if on_base::is_quick(cut) => {
                     on_base::short(dense, cut, rank, dtype, of.name)?
                 }
@@ -292,9 +304,40 @@ impl Work<'_> {
                     .then_some(coefficients),
                 expert_ranks: None,
             };
-            self.write(sum, &made, short, bias, &mut record, (dtype, scale_out), results)
-                .map(|place| (record, place.map(|place| Written::of(sum, place, scale_out))))
+            let write = match &layout {
+                Some(layout) => self.write_layout(sum, layout, bias, &mut record, results),
+                None => {
+                    self.write(sum, &made, short, bias, &mut record, (dtype, scale_out), results)
+                }
+            };
+            write.map(|place| (record, place.map(|place| Written::of(sum, place, scale_out))))
         })
+    }
+
+    /// Writes all of a sum as its factors are laid out.
+    fn write_layout(
+        &self,
+        sum: &Sum<'_>,
+        layout: &Layout<'_>,
+        bias: Option<Vec<f64>>,
+        record: &mut Record,
+        results: Option<&Results>,
+    ) -> Result<Option<Place>> {
+        let too_large = || too_large(sum, layout.dtype());
+        let bias = bias.map(|values| Rows { rows: 1, columns: values.len(), values });
+        let bias = bias.map(|bias| rounded(&bias, layout.dtype()).ok_or_else(too_large));
+        let bias = bias.transpose()?;
+        let (place, lost) = match results {
+            Some(results) => {
+                let put = results.put_layout(layout, bias.as_deref())?;
+                put.map(|(place, lost)| (Some(place), lost)).ok_or_else(too_large)?
+            }
+            None => (None, layout.write(&mut |_| Ok(()))?.ok_or_else(too_large)?),
+        };
+        record.rank = layout.rank();
+        record.norm = layout.norm;
+        record.error = lost / layout.norm;
+        Ok(place)
     }
 
     /// Rounds what is kept of a module, and measures it.
@@ -324,12 +367,16 @@ impl Work<'_> {
         let too_large = || too_large(sum, dtype);
         let factors = fitting(sum, factors);
         let own = Rounded::of(&factors, dtype).ok_or_else(too_large)?;
-        let written = own.factors(&factors);
         record.error = match made {
             _ if norm == 0.0 => 0.0,
-            Made::Dense(dense, _) => dense.distance(&fitting(sum, written)) / norm,
+            Made::Dense(dense, _) => dense.distance(&fitting(sum, own.factors(&factors))) / norm,
             _ => {
-                let lost = scale_out.abs() * rounding_error(&factors, &written);
+                let bound = own.rounding_bound(&factors);
+                let lost = scale_out.abs()
+                    * match scale_out.abs() * bound < NEGLIGIBLE * tail {
+                        true => bound,
+                        false => rounding_error(&factors, &own.factors(&factors)),
+                    };
                 // To first order, rounding is orthogonal to what was cut off:
                 // ⟨U₂Σ₂V₂ᵀ, E_B·A + B·E_A⟩ = 0.
                 tail.hypot(lost) / norm

@@ -62,7 +62,8 @@ impl<'a> Output<'a> {
         Ok(&self.work)
     }
 
-    /// Writes modules as an adapter like the one whose names they have.
+    /// Writes modules as an adapter like the one whose names they have, made of inputs with these
+    /// descriptions.
     ///
     /// # Errors
     /// Those of conversions; that one of the inputs changed meanwhile.
@@ -70,6 +71,7 @@ impl<'a> Output<'a> {
         self,
         job: &Job<'_>,
         modules: IndexMap<String, Module>,
+        inputs: Vec<Value>,
         task: &Task,
         report: &mut Report,
     ) -> Result<()> {
@@ -90,12 +92,11 @@ impl<'a> Output<'a> {
             value = value.renamed(value.modules().clone(), saved, rows, value.grammar());
         }
         let value = Arc::new(value);
-        let found = described(job.adapters)?;
         for input in job.adapters {
             input.check_unchanged()?;
         }
         let made = (job.verb, job.parameters.clone());
-        self.write_value(&value, found, job.base, made, task, report)
+        self.write_value(&value, inputs, job.base, made, task, report)
     }
 
     /// Writes an adapter that was made of inputs with these descriptions.
@@ -153,7 +154,7 @@ fn provenance_path(output: &Path) -> PathBuf {
 }
 
 /// Inputs as a provenance has them.
-fn described(inputs: &[Adapter]) -> Result<Vec<Value>> {
+pub(crate) fn described(inputs: &[Adapter]) -> Result<Vec<Value>> {
     let described = inputs.par_iter().map(|input| {
         Ok(json!({
             "path": input.path().display().to_string(),

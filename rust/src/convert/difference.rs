@@ -133,12 +133,16 @@ fn is_copy(own: &Module, back: &Module, origin: &Origin) -> Result<bool> {
 fn add(sums: &mut Sums, own: &Module, back: &Module, origin: &Origin) -> Result<()> {
     let (mut room, mut other_room) = (Vec::new(), Vec::new());
     for (one, other) in own.products().zip(back.products()) {
-        let one = Product { module: own, expert: one }.read(&mut room)?;
-        let other = Product { module: back, expert: other }.read(&mut other_room)?;
+        let one = Product { module: own, expert: one };
+        let other = Product { module: back, expert: other };
         // One format may have an embedding's product transposed.
         let is_turned = own.delta.is_by_tokens() != back.delta.is_by_tokens();
         let is_transposed = origin.transposed != is_turned;
         let is_whole = origin.rows.is_none() && origin.own.is_none() && !is_transposed;
+        if is_whole && one.is_stored_as(other)? {
+            continue;
+        }
+        let (one, other) = (one.read(&mut room)?, other.read(&mut other_room)?);
         if is_whole && one.is_same(&other) {
             continue;
         }

@@ -2,6 +2,7 @@
 //! conversion of whole slices, with one rounding to nearest even.
 
 use super::simd::{Largest, Simd};
+use super::vector::vectorized;
 use crate::error::Result;
 use crate::tensor::dtype::Dtype;
 use crate::tensor::safetensors::Tensor;
@@ -242,8 +243,42 @@ pub fn widen(dtype: &Dtype, bytes: &[u8], values: &mut [f32]) {
 /// For a type that cannot be merged.
 pub fn widen_f64(dtype: &Dtype, bytes: &[u8]) -> Vec<f64> {
     let mut values = vec![0.0; bytes.len() / dtype.size()];
-    for_each_f64(dtype, bytes, |index, value| values[index] = value);
+    widen_f64_into(dtype, bytes, &mut values);
     values
+}
+
+/// The same into a slice.
+///
+/// # Panics
+/// If the lengths differ, or for a type that cannot be merged.
+pub fn widen_f64_into(dtype: &Dtype, bytes: &[u8], values: &mut [f64]) {
+    assert_eq!(bytes.len(), values.len() * dtype.size(), "as many elements on both sides");
+    match dtype {
+        Dtype::F32 => widen_single(bytes, values),
+        _ => for_each_f64(dtype, bytes, |index, value| values[index] = value),
+    }
+}
+
+vectorized! {
+    fn widen_single(bytes: &[u8], values: &mut [f64]) {
+        for (value, chunk) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *value = f64::from(f32::from_le_bytes(*chunk));
+        }
+    }
+}
+
+vectorized! {
+    /// Rounds f64 to f32, and tells whether all of these are finite.
+    fn narrow(source: &[u8], target: &mut [u8]) -> bool {
+        let pairs = source.as_chunks::<8>().0.iter().zip(target.as_chunks_mut::<4>().0);
+        let mut largest = 0;
+        for (value, target) in pairs {
+            let narrow = f64::from_le_bytes(*value) as f32;
+            largest = narrow.abs().to_bits().max(largest);
+            *target = narrow.to_le_bytes();
+        }
+        largest < f32::INFINITY.to_bits()
+    }
 }
 
 /// The f32 beside `value` whose last bit is odd, or `value` itself where it is an f32. Rounding it
@@ -272,6 +307,7 @@ pub fn convert(from: &Dtype, source: &[u8], to: &Dtype, target: &mut [u8]) -> bo
             finite &= value.is_finite();
             target[index * 8..][..8].copy_from_slice(&value.to_le_bytes());
         }),
+        Dtype::F32 if *from == Dtype::F64 => return narrow(source, target),
         Dtype::F32 => for_each_f64(from, source, |index, value| {
             let narrow = value as f32;
             finite &= narrow.is_finite();

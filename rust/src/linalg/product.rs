@@ -63,27 +63,32 @@ impl LongSide for Matrix {
 /// `XᵀX`.
 #[cfg(test)]
 pub(crate) fn gram(x: &dyn LongSide) -> Matrix {
-    multiply(x, None).0
+    multiply(x, None, true).0
 }
 
 /// `XᵀX`, and the sum of each column.
 pub(crate) fn gram_and_sums(x: &dyn LongSide) -> (Matrix, Vec<f64>) {
-    multiply(x, None)
+    multiply(x, None, true)
+}
+
+/// `XᵀX` by the calling thread alone, of whoever gives each thread work of its own: the same bits.
+pub(crate) fn gram_by_one_thread(x: &dyn LongSide) -> Matrix {
+    multiply(x, None, false).0
 }
 
 /// `XᵀY`, of matrices of one length.
 pub(crate) fn cross_product(x: &dyn LongSide, y: &dyn LongSide) -> Matrix {
     assert_eq!(x.length(), y.length(), "both sides run over one extent");
-    multiply(x, Some(y)).0
+    multiply(x, Some(y), true).0
 }
 
 /// The product, and without `y` the sums of the columns.
-fn multiply(x: &dyn LongSide, y: Option<&dyn LongSide>) -> (Matrix, Vec<f64>) {
+fn multiply(x: &dyn LongSide, y: Option<&dyn LongSide>, is_shared_out: bool) -> (Matrix, Vec<f64>) {
     let length = x.length();
     let chunks: Vec<usize> = (0..length).step_by(CHUNK).collect();
     let part = |&start: &usize| multiply_chunk(x, y, start, length.min(start + CHUNK));
     // The parts are added in their order, so that the sum does not depend on the threads.
-    let parts: Vec<Part> = if chunks.len() <= 1 {
+    let parts: Vec<Part> = if !is_shared_out || chunks.len() <= 1 {
         chunks.iter().map(part).collect()
     } else {
         chunks.par_iter().map(part).collect()

@@ -118,6 +118,32 @@ impl<'a> Product<'a> {
         all / self.expert.map_or(1, |expert| expert.count)
     }
 
+    /// Its factors in memory of their own.
+    ///
+    /// # Errors
+    /// As [`Product::read`].
+    pub fn read_owned(self) -> Result<Factors<'static>> {
+        let Some((a, b)) = self.module.delta.plain() else {
+            return Ok(self.read(&mut Vec::new())?.into_owned());
+        };
+        let elements = [element(&b.dtype), element(&a.dtype)];
+        let (extents, scaling) = (self.extents(), self.scaling());
+        Ok(Factors { extents, scaling, elements, b: b.read()?.into(), a: a.read()?.into() })
+    }
+
+    /// Whether another product is stored as the same two factors with the same scale, bit for bit. They are
+    /// held against each other piece by piece.
+    ///
+    /// # Errors
+    /// As [`Product::read`].
+    pub fn is_stored_as(self, other: Product<'_>) -> Result<bool> {
+        let (own, others) = (self.module.delta.plain(), other.module.delta.plain());
+        let (Some((a, b)), Some((other_a, other_b))) = (own, others) else { return Ok(false) };
+        let is_alike = (self.extents(), self.scaling()) == (other.extents(), other.scaling())
+            && (&a.dtype, &b.dtype) == (&other_a.dtype, &other_b.dtype);
+        Ok(is_alike && a.has_same_bytes(other_a)? && b.has_same_bytes(other_b)?)
+    }
+
     /// Its factors, in a buffer that grows as needed, or in one of their own.
     ///
     /// # Errors

@@ -36,14 +36,26 @@ impl ScratchFile {
     /// [`Error::Io`].
     pub fn append(&self, runs: &[&[u8]]) -> Result<u64> {
         let length: usize = runs.iter().map(|run| run.len()).sum();
-        let start = self.end.fetch_add(length as u64, Ordering::Relaxed);
+        let start = self.reserve(length as u64);
         let mut offset = start;
         for run in runs {
-            local::write_at(&self.file, run, offset)
-                .map_err(|error| Error::io(&self.path, error))?;
+            self.write(run, offset)?;
             offset += run.len() as u64;
         }
         Ok(start)
+    }
+
+    /// Room for so many bytes, which are written later: where it begins.
+    pub fn reserve(&self, length: u64) -> u64 {
+        self.end.fetch_add(length, Ordering::Relaxed)
+    }
+
+    /// Writes bytes into room that was reserved.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        local::write_at(&self.file, bytes, offset).map_err(|error| Error::io(&self.path, error))
     }
 
     /// Some of the bytes that were added.
