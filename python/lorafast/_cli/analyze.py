@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorafast import AdapterAnalysis
     from lorafast._cli.terminal import Terminal
 
+EXIT_ERROR = 1
 EXIT_CRITICAL = 3
 FORMATS = ("md", "json", "html")
 MAX_FINDINGS = 12
@@ -240,4 +241,8 @@ COMMAND = Command(
     ),
     add_arguments=add_arguments,
     run=run,
+    exit_codes=(
+        (EXIT_ERROR, "an adapter cannot be read, whatever is found in the others"),
+        (EXIT_CRITICAL, "with --check, there is a critical finding"),
+    ),
 )

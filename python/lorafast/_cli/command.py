@@ -10,6 +10,20 @@ if TYPE_CHECKING:
 
     from lorafast._cli.terminal import Terminal
 
+#: The exit codes of every command. `main` gives them, but for 0.
+EXIT_CODES = (
+    (0, "done"),
+    (1, "the work could not be done: one line `error: …` on stderr"),
+    (2, "the command line is wrong: usage and one line `error: …` on stderr"),
+    (
+        129,
+        "the terminal was hung up (SIGHUP), unless the command was started to ignore that (nohup)",
+    ),
+    (130, "interrupted by Ctrl-C"),
+    (141, "whoever read the output went away (`lorafast inspect … | head`)"),
+    (143, "terminated (SIGTERM)"),
+)
+
 
 class Command(NamedTuple):
     """One subcommand: its words in the help, its flags, and what it does."""
@@ -23,3 +37,5 @@ class Command(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Terminal], int]
     """Does the work and returns the exit code; errors are raised, `main` prints them."""
+    exit_codes: tuple[tuple[int, str], ...] = ()
+    """Those that `EXIT_CODES` has not, or of which there is more to say."""

@@ -31,6 +31,7 @@ NAMES = (
     "trajectory",
     "report",
     "demo",
+    "completion",
 )
 #: Names that commands have had, and the ones that they have now.
 RENAMED = {"info": "inspect", "similar": "similarity"}

@@ -189,4 +189,5 @@ COMMAND = Command(
     ),
     add_arguments=add_arguments,
     run=run,
+    exit_codes=((EXIT_ERROR, "an adapter cannot be read; two that can are compared all the same"),),
 )

@@ -1,16 +1,7 @@
 """The `lorafast` command.
 
-`main` parses, runs one subcommand and turns what it raises into the exit codes of a Unix tool:
-
-==== =====================================================================================
-0    done
-1    the work could not be done: one line `error: …` on stderr
-2    the command line is wrong: usage and one line `error: …` on stderr
-129  the terminal was hung up (SIGHUP), unless the command was started to ignore that (nohup)
-130  interrupted by Ctrl-C
-141  whoever read the output went away (`lorafast inspect … | head`)
-143  terminated (SIGTERM)
-==== =====================================================================================
+`main` parses, runs one subcommand and turns what it raises into the exit codes of a Unix tool, as
+`command.EXIT_CODES` lists them.
 
 What was interrupted, hung up or terminated leaves the output as it was, or, where it says so,
 finished; and no temporary files.

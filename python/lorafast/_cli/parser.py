@@ -91,7 +91,7 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             command.name,
             help=command.summary,
             description=command.description,
-            epilog=_examples(command.examples),
+            epilog=_epilog(command),
         )
         command.add_arguments(subparser)
         # A command that finds its flags at odds reports it as a wrong flag, through its own parser.
@@ -100,8 +100,11 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     return parser
 
 
-def _examples(lines: Sequence[str]) -> str:
-    return "\n".join(("examples:", *(f"  {line}" for line in lines)))
+def _epilog(command: Command) -> str:
+    lines = ["examples:", *(f"  {line}" for line in command.examples)]
+    if command.exit_codes:
+        lines += ["", "exit code:", *(f"  {code}  {why}" for code, why in command.exit_codes)]
+    return "\n".join(lines)
 
 
 def _no_command(parser: argparse.ArgumentParser) -> int:

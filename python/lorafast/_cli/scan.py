@@ -266,9 +266,7 @@ COMMAND = Command(
     description="Search directories for adapters and measure all of them at once: norms, ranks\n"
     "and spectra of every module, and what deserves attention. An adapter that cannot be read is\n"
     "listed with the reason and does not keep the others from being read. Adapters are named by\n"
-    "their paths below the directory that is searched.\n\n"
-    "Exit code: 0; 1 if no adapter can be read, or with --fail-on-errors if one cannot; otherwise\n"
-    "3 with --check where there is such a finding.",
+    "their paths below the directory that is searched.",
     examples=(
         "lorafast scan runs",
         "lorafast scan 'runs/*/final' --output fleet --html",
@@ -280,4 +278,8 @@ COMMAND = Command(
     ),
     add_arguments=add_arguments,
     run=run,
+    exit_codes=(
+        (EXIT_ERROR, "no adapter can be read, or with --fail-on-errors one cannot"),
+        (EXIT_FINDINGS, "with --check, there is a finding of that severity or a greater one"),
+    ),
 )

@@ -117,8 +117,7 @@ COMMAND = Command(
     summary="show what has changed between two scans",
     description="Compare two scans that were saved: adapters added, removed, renamed and changed,\n"
     "and by which figures and findings. Adapters are the same where their paths below the\n"
-    "directory that was scanned are. `lorafast scan DIR --against OLD` does both in one.\n\n"
-    "Exit code: 0; 1 if a scan cannot be read; with --check 3 where anything has changed.",
+    "directory that was scanned are. `lorafast scan DIR --against OLD` does both in one.",
     examples=(
         "lorafast scan runs --json --quiet > monday.json",
         "lorafast scan-diff monday.json tuesday.json",
@@ -127,4 +126,5 @@ COMMAND = Command(
     ),
     add_arguments=add_arguments,
     run=run,
+    exit_codes=((EXIT_CHANGED, "with --check, anything has changed"),),
 )

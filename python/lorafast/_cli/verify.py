@@ -105,12 +105,13 @@ COMMAND = Command(
     name="verify",
     summary="prove that a merged model is right",
     description="Compare every tensor of a merged model with what base and adapters make: the\n"
-    "untouched ones byte for byte, the merged ones computed again. The exit code is 0 if it is\n"
-    "right and 3 if it is not; the first tensor that differs is named, and how.",
+    "untouched ones byte for byte, the merged ones computed again. The first tensor\n"
+    "that differs is named, and how.",
     examples=(
         "lorafast verify --base llama --adapters style --merged llama-style",
         "lorafast verify --base llama --adapters style --merged llama-style --full --json",
     ),
     add_arguments=add_arguments,
     run=run,
+    exit_codes=((EXIT_PROBLEMS, "the model is not what it should be"),),
 )
