@@ -47,6 +47,16 @@ lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Pytho
 	$(BIN)/mypy
 	$(BIN)/stubtest lorafast._core --allowlist tests/stubtest.txt --ignore-unused-allowlist
 
+.PHONY: reference
+reference: $(VENV)/installed-test ## write the pages of the documents that are generated from code and tests
+	PYTHONPATH=tools $(BIN)/python -m reference
+	$(BIN)/python tests/conformance/table.py
+	$(BIN)/python tests/formats/format_table.py
+
+.PHONY: man
+man: $(VENV)/installed ## write the manual pages into target/man
+	PYTHONPATH=tools $(BIN)/python -m reference man
+
 .PHONY: bench
 bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour and 15 GB of disk
 	$(BIN)/python benches/startup.py

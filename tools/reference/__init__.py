@@ -1,0 +1,1 @@
+"""Writes what the documents say of the command, its errors and its findings, from the code."""
