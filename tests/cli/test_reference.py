@@ -8,8 +8,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import lorafast
+import lorafast.errors
 import pytest
+from lorafast import _errors
 from lorafast._cli.commands import NAMES
+from lorafast._fleet.explanations import EXPLANATIONS
+from reference import errors
 from reference.files import documents, manual
 
 PAGES = documents()
@@ -27,6 +32,25 @@ def test_every_command_has_its_section_and_its_manual_page() -> None:
     assert sorted(MANUAL) == sorted(["lorafast.1", *(f"lorafast-{name}.1" for name in NAMES)])
     assert "| `-a`, `--adapters PATH …` |" in page
     assert "\\fB\\-a\\fR, \\fB\\-\\-adapters\\fR \\fIPATH …\\fR" in MANUAL["lorafast-merge.1"]
+
+
+def test_every_exception_is_explained() -> None:
+    kinds = {
+        name
+        for name, value in vars(_errors).items()
+        if isinstance(value, type) and issubclass(value, lorafast.LorafastError)
+    }
+    assert set(errors.ENTRIES) == kinds == set(lorafast.errors.__all__)
+
+
+def test_every_finding_that_the_code_makes_is_explained() -> None:
+    root = Path(str(lorafast.__file__)).parent
+    made = set()
+    for path in root.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        made |= set(re.findall(r'Finding\(\s*"(?:critical|warning|note)",\s*"(\w+)"', text))
+    # These are chosen before they are made.
+    assert set(EXPLANATIONS) == made | {"duplicate", "opposite"}
 
 
 @pytest.mark.parametrize("name", MANUAL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reference import command, man
+from reference import command, errors, findings, man
 from reference.parsers import pages
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -16,6 +16,8 @@ def documents() -> dict[Path, str]:
     """What each file of the documents has to hold."""
     return {
         DOCUMENTS / "command.md": command.render(pages()),
+        DOCUMENTS / "errors.md": errors.render(),
+        DOCUMENTS / "findings.md": findings.render(),
     }
 
 

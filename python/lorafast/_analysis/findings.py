@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TypeVar, get_args
 
+from lorafast._analysis.explanations import EXPLANATIONS
 from lorafast._analysis.records import Finding, ModuleAnalysis, TensorStatistics
 from lorafast._types import Severity
 from lorafast._words import agree, plural
@@ -46,26 +47,7 @@ DUPLICATE_COSINE = 0.999
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 #: The kinds of finding, each with what it means in a few words.
-KINDS: dict[str, str] = {
-    "non_finite": "NaN or infinity in the weights",
-    "untrained": "every update is zero, and changes nothing",
-    "zero_scale": "the scale is zero",
-    "zero_update": "the update of a module is zero, and changes nothing",
-    "dead_module": "the update of a module is next to nothing",
-    "unusual_scale": "α/r is out of the ordinary",
-    "unusual_rank": "the rank is out of the ordinary",
-    "spectral_outlier": "the spectral norm is far above the adapter's median",
-    "dominant_module": "one module carries most of the norm",
-    "overwhelming_update": "the update is larger than the weight that it changes",
-    "unused_rank": "most of the rank is unused",
-    "exhausted_rank": "the rank is used up",
-    "feature": "more than plain low-rank products",
-    "unmeasured": "something that could not be measured",
-    "no_modules": "there is no low-rank update",
-    "duplicate": "two adapters are one update",
-    "opposite": "two adapters are one update with opposite signs",
-    "different_modules": "modules that only some of the adapters have",
-}
+KINDS: dict[str, str] = {kind: entry.meaning for kind, entry in EXPLANATIONS.items()}
 
 
 def findings_of_adapter(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafast._analysis import findings
 from lorafast._analysis.records import Finding
+from lorafast._fleet.explanations import EXPLANATIONS
 from lorafast._fleet.table import Table
 from lorafast._results import shown
 
@@ -21,12 +21,8 @@ MIN_ADAPTERS_TO_JUDGE = 5
 #: Names that a sentence lists.
 NAMED = 3
 
-#: The kinds of finding that `analyze` has not, each with what it means in a few words.
-KINDS = findings.KINDS | {
-    "same_file": "adapters whose weights files are the same",
-    "norm_outlier": "the norm is far from that of the other adapters of its base",
-    "several_bases": "adapters of several bases",
-}
+#: All kinds of finding, each with what it means in a few words.
+KINDS = {kind: entry.meaning for kind, entry in EXPLANATIONS.items()}
 
 
 @shown
