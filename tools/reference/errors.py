@@ -41,7 +41,8 @@ ENTRIES = {
     "AdapterError": Entry(
         "whatever reads an adapter",
         "Files are missing or broken, factors lack their other half, or shapes and config differ.",
-        "`lorafast inspect ADAPTER` shows what is there; save or fetch it again. Where the files do "
+        "`lorafast inspect ADAPTER` shows what is there; save or fetch it again. Where the "
+        "files do "
         "not tell the format, `--format` does.",
     ),
     "UnsupportedAdapterError": Entry(
@@ -53,13 +54,15 @@ ENTRIES = {
     ),
     "PlanError": Entry(
         "`merge`, `plan`, `verify` and `subtract`, before anything is written",
-        "Modules that the base lacks, other shapes, or two adapters that exclude each other: in most "
+        "Modules that the base lacks, other shapes, or two adapters that exclude each other: in "
+        "most "
         "cases another base than the one that was trained. `problems` has a sentence for each.",
         "`--dry-run` shows the plan; give the base that the adapter's config names.",
     ),
     "OutputError": Entry(
         "whatever writes: `merge`, `subtract`, `convert`, `combine`, reports",
-        "The output exists, lies within an input, is locked by another merge, or holds a merge that "
+        "The output exists, lies within an input, is locked by another merge, or holds a merge "
+        "that "
         "did not end.",
         "Choose another directory, or `--overwrite`; `lorafast recover DIR` finishes or takes back "
         "what was killed.",

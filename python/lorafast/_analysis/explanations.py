@@ -103,7 +103,8 @@ EXPLANATIONS = {
     "unused_rank": Explanation(
         "most of the rank is unused",
         "note",
-        "99 % of the energy lies in at most {UNUSED_RANK_SHARE:.0%} of the directions, of a rank of "
+        "99 % of the energy lies in at most {UNUSED_RANK_SHARE:.0%} of the directions, of a "
+        "rank of "
         "{MIN_RANK_TO_JUDGE} or more.",
         "The rank is higher than the task needs.",
         "`lorafast resize --rank energy:0.99` writes a smaller adapter.",

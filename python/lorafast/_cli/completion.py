@@ -93,7 +93,7 @@ def script(shell: str) -> str:
                     action.complete = {"zsh": "_lorafast_option"}  # type: ignore[attr-defined]
                 # It takes words up to the next option: `:*PATTERN:MESSAGE:ACTION` of `_arguments`.
                 action.metavar = f"*-*:{action.metavar}"
-    text: str = shtab.complete(parser, shell, preamble={"bash": BASH, "zsh": ZSH})
+    text: str = shtab.complete(parser, shell, preamble={"bash": BASH, "zsh": ZSH}.get(shell, ""))
     return text + FISH.format(options=" ".join(sorted(several))) if shell == "fish" else text
 
 

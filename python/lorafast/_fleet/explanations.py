@@ -17,7 +17,8 @@ EXPLANATIONS = explanations.EXPLANATIONS | {
     "norm_outlier": Explanation(
         "the norm is far from that of the other adapters of its base",
         "warning",
-        "‖ΔW‖ more than {NORM_OUTLIER:g} times above or below the median of its base's adapters, of "
+        "‖ΔW‖ more than {NORM_OUTLIER:g} times above or below the median of its base's "
+        "adapters, of "
         "at least {MIN_ADAPTERS_TO_JUDGE}.",
         "Another scale, another length of training, or a training that diverged.",
         "`lorafast analyze` shows which modules it is.",
