@@ -119,10 +119,11 @@ pub(crate) fn round(
 fn in_double(terms: impl Iterator<Item = [f64; 4]>, target: Target) -> Option<f64> {
     let (mut sum, mut size, mut count) = (0.0, 0.0, 0.0);
     for [first, second, third, fourth] in terms {
-        if first == 0.0 || second == 0.0 || third == 0.0 || fourth == 0.0 {
+        let term = first * second * (third * fourth);
+        // Not by the factors alone: what is infinite times zero is no zero.
+        if term == 0.0 && [first, second, third, fourth].contains(&0.0) {
             continue;
         }
-        let term = first * second * (third * fourth);
         sum += term;
         size += f64::abs(term);
         count += 1.0;

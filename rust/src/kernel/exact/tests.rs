@@ -84,9 +84,12 @@ impl Case {
                     [coefficient[0], coefficient[1], left, right]
                 });
                 let all = std::iter::once([1.0, 1.0, 1.0, *weight]).chain(terms);
-                let expected = integers::round(all, Target::of(to));
+                let expected = match weight.is_finite() {
+                    true => integers::round(all, Target::of(to)),
+                    false => *weight,
+                };
                 assert!(
-                    result.to_bits() == expected.to_bits(),
+                    result.to_bits() == expected.to_bits() || result.is_nan() && expected.is_nan(),
                     "{set:?} {factor} {from} -> {to}: ({row}, {column}) is {result:e}, not {expected:e}"
                 );
             }
@@ -168,7 +171,9 @@ fn a_tie_is_a_tie_to_sixty_bits_on_both_sides() {
                     orientation: Orientation::OutIn,
                 };
                 let counts = case.check(&Dtype::F32, to, to);
-                assert_eq!(counts.near_ties, 1, "{to} {step:e}");
+                // What is summed in f64 from the start is decided by it.
+                let near = step.abs() < 1e-12 || *to != Dtype::F32;
+                assert_eq!(counts.near_ties, u64::from(near), "{to} {step:e}");
                 assert_eq!(counts.in_integers, u64::from(step.abs() < 1e-12), "{to} {step:e}");
             }
         }
