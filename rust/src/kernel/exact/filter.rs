@@ -214,7 +214,7 @@ impl Tile<'_> {
                 let start = (place.row + row) * columns + place.column;
                 let bound = filter.row_bounds[first + row];
                 let floor = filter.row_floors[first + row];
-                for vector in 0..VECTORS {
+                for (vector, sum) in sums[row].iter().enumerate() {
                     let done = vector * S::LANES;
                     let count =
                         if is_whole { S::LANES } else { S::LANES.min(place.columns - done) };
@@ -225,9 +225,8 @@ impl Tile<'_> {
                         let results = self.target.as_mut_ptr().add((start + done) * T::SIZE);
                         let bounds = filter.column_bounds.as_ptr().add(place.column + done);
                         let interval = Interval { bounds, bound, floor };
-                        let sum = sums[row][vector];
                         if count == S::LANES {
-                            interval.store::<S, F, T>(sum, weights, results)
+                            interval.store::<S, F, T>(*sum, weights, results)
                         } else {
                             // Through buffers of one vector, as wide as the widest.
                             let (mut from, mut to) = ([0u8; 16 * 4], [0u8; 16 * 4]);
@@ -237,7 +236,7 @@ impl Tile<'_> {
                                 count * F::SIZE,
                             );
                             let (mask, magnitude) =
-                                interval.store::<S, F, T>(sum, from.as_ptr(), to.as_mut_ptr());
+                                interval.store::<S, F, T>(*sum, from.as_ptr(), to.as_mut_ptr());
                             std::ptr::copy_nonoverlapping(to.as_ptr(), results, count * T::SIZE);
                             (mask & ((1 << count) - 1), magnitude)
                         }
