@@ -49,13 +49,13 @@ lint: $(VENV)/installed-dev ## check formatting, lints and types (Rust and Pytho
 
 .PHONY: reference
 reference: $(VENV)/installed-test ## write the pages of the documents that are generated from code and tests
-	PYTHONPATH=tools $(BIN)/python -m reference
+	PYTHONPATH=docs/tools $(BIN)/python -m reference
 	$(BIN)/python tests/conformance/table.py
 	$(BIN)/python tests/formats/format_table.py
 
 .PHONY: man
 man: $(VENV)/installed ## write the manual pages into target/man
-	PYTHONPATH=tools $(BIN)/python -m reference man
+	PYTHONPATH=docs/tools $(BIN)/python -m reference man
 
 .PHONY: bench
 bench: $(VENV)/installed-test ## time merges, analyses and fleets; takes an hour and 15 GB of disk

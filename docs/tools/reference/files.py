@@ -7,7 +7,7 @@ from pathlib import Path
 from reference import command, errors, findings, man
 from reference.parsers import pages
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 DOCUMENTS = PROJECT / "docs" / "reference"
 MANUAL = PROJECT / "target" / "man" / "man1"
 
