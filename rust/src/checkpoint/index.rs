@@ -194,20 +194,20 @@ fn read_index(store: &dyn Store, name: &str) -> Result<Files> {
         .get("weight_map")
         .and_then(Value::as_object)
         .ok_or_else(|| broken("has no weight_map object; it is no safetensors index".into()))?;
-    let mut shards: Vec<String> = Vec::new();
+    let mut known = indexmap::IndexSet::<&str>::new();
     for (tensor, shard) in map {
         let shard = shard.as_str().ok_or_else(|| {
             broken(format!("maps tensor {tensor} to something that is no file name"))
         })?;
-        if shards.iter().any(|known| known == shard) {
+        if !known.insert(shard) {
             continue;
         }
         let inside = Path::new(shard).components().all(|part| matches!(part, Component::Normal(_)));
         if !inside || shard.is_empty() {
             return Err(broken(format!("names the shard {shard:?}, which leaves its directory")));
         }
-        shards.push(shard.to_owned());
     }
+    let mut shards: Vec<String> = known.into_iter().map(str::to_owned).collect();
     store.will_open(&shards);
     for shard in &shards {
         if !store.has(shard)? {
